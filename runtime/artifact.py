@@ -1,0 +1,304 @@
+"""The artifact contract: what the compiler writes and the runtime reads. This file is its only description.
+
+An artifact is a folder that can be moved or copied; every path in it is relative:
+
+    manifest.json            everything below, as JSON, sealed by its own digest
+    *.onnx                   one graph per bucket; weights are referred to, never contained
+    weights/*.safetensors    one copy of the weights, shared by every graph
+    tokenizer/               tokenizer files and the chat template, as the checkpoint gave them
+
+Names of graph inputs and outputs (B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size,
+V vocabulary, P rows per tile):
+
+    vision   pixels [tiles, size, size, 3] uint8                 -> image_rows [tiles, P, C]
+    prefill  token_ids [1, T], row_index [1, T] (-1: embed the token id, else take that row of image_rows),
+             image_rows [T, C], lengths [1] (tokens in the cache before this step), last_index [1],
+             rope_cos, rope_sin [1, T, D], k_cache.N, v_cache.N [1, K, S, D]
+                                                                 -> logits [1, V], the cache updated in place
+    decode   token_ids [B, 1], lengths [B], rope_cos, rope_sin [B, 1, D], k_cache.N, v_cache.N [B, K, S, D]
+                                                                 -> logits [B, V], the cache updated in place
+
+Integers are int32. Padding is on the right: a prefill step writes T cache rows from `lengths` on, of which only the
+first last_index + 1 mean anything; the next step overwrites the others and no real token attends to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from .files import sha256_file, write_atomically
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+KINDS = ("vision", "prefill", "decode")
+Kind = Literal["vision", "prefill", "decode"]
+
+
+class ArtifactError(ValueError):
+    """An artifact that is missing, damaged, or not usable here; the message says what to do."""
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of everything in the manifest: immutable, and an unknown field is an error."""
+
+
+class TensorSpec(Record, kw_only=True):
+    """One named graph input or output."""
+
+    name: str
+    dtype: str  # numpy name
+    shape: tuple[int, ...]
+
+
+class CertificateCase(Record, kw_only=True):
+    """One comparison of a compiled graph with the eager definition."""
+
+    name: str  # what was fed, e.g. "length 128, past 0"
+    error: float  # largest absolute difference divided by the largest magnitude of the reference
+
+
+class Certificate(Record, kw_only=True):
+    """How a graph was checked when it was compiled."""
+
+    reference: str  # e.g. "eager torch float32"
+    tolerance: float
+    cases: tuple[CertificateCase, ...]
+
+    @property
+    def worst(self) -> float:
+        return max((case.error for case in self.cases), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.cases) and self.worst <= self.tolerance
+
+
+class GraphSpec(Record, kw_only=True):
+    """One compiled graph: a kind at one bucket."""
+
+    kind: Kind
+    bucket: int  # vision: tiles; prefill: new tokens; decode: rows
+    file: str
+    key: str  # digest of everything the graph was made from
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    cost_ms: float  # one run on the machine that compiled it
+    certificate: Certificate | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind}-{self.bucket}"
+
+
+class CacheSpec(Record, kw_only=True):
+    """The KV cache: per layer, keys and values of shape [slots, kv_heads, rows, head_dim]."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+    slots: int
+    context: int  # tokens that a sequence may hold
+    rows: int  # context plus room for the padding of a last chunk
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        width = {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
+        return 2 * self.layers * self.slots * self.kv_heads * self.rows * self.head_dim * width
+
+
+class WeightSpec(Record, kw_only=True):
+    """Where one tensor lies: `nbytes` bytes from `offset` on in `file` (a safetensors file)."""
+
+    file: str
+    dtype: str  # numpy name
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class FileSpec(Record, kw_only=True):
+    """Size and digest of a file."""
+
+    nbytes: int
+    sha256: str
+
+
+class SourceFile(Record, kw_only=True):
+    """One file of the checkpoint; `mtime_ns` only saves reading it again when nothing changed."""
+
+    nbytes: int
+    sha256: str
+    mtime_ns: int
+
+
+class ImageFacts(Record, kw_only=True):
+    """How a picture becomes pixels, from the checkpoint's preprocessor_config.json."""
+
+    mode: Literal["crop", "pad"]  # crop: shortest edge, centre crop; pad: to a square, then resize
+    size: int  # pixels on each side of a tile
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    rescale: float = 1 / 255
+    resample: int = 3  # PIL filter number: 2 bilinear, 3 bicubic
+    rows: int  # rows of features per tile
+    mark: str = "<image>"  # what stands for a picture in a prompt
+
+
+class TokenizerFacts(Record, kw_only=True):
+    """Which tokenizer files the artifact holds and how text becomes ids."""
+
+    kind: Literal["tokenizers", "sentencepiece"]  # tokenizer/tokenizer.json or tokenizer/tokenizer.model
+    style: Literal["hf", "original"]  # original: text is cut at the image mark, each piece tokenised afresh
+    bos_token_id: int
+    add_bos: bool
+    added_tokens: dict[str, int] = {}  # sentencepiece only: tokens that the model file does not know
+    image_token_id: int | None  # None: pictures have no id of their own
+    used: int  # ids at or above this are never sampled
+
+
+class SamplingDefaults(Record, kw_only=True):
+    """Defaults from the checkpoint's generation_config.json, for what a request leaves open."""
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: no limit
+
+
+class ModelFacts(Record, kw_only=True):
+    """What the runtime must know about the model beyond its graphs."""
+
+    family: str
+    layout: str
+    hidden_size: int
+    vocab_size: int
+    rope_theta: float
+    eos_token_ids: tuple[int, ...]
+    stop_strings: tuple[str, ...] = ()
+    image: ImageFacts
+    tokenizer: TokenizerFacts
+    sampling: SamplingDefaults = SamplingDefaults()
+
+
+class BuildFacts(Record, kw_only=True):
+    """How the artifact was made."""
+
+    staticvl: str
+    torch: str
+    options: dict[str, str]  # the command-line options that a recompilation needs
+    key: str  # digest of everything that the weights and the settings were made from
+    source: dict[str, SourceFile]
+
+
+class Manifest(Record, kw_only=True):
+    """The whole of manifest.json."""
+
+    schema_version: int = SCHEMA_VERSION
+    backend: Literal["onnx", "ascend"]
+    quant: str
+    tp: int
+    model: ModelFacts
+    cache: CacheSpec
+    graphs: tuple[GraphSpec, ...]
+    weights: dict[str, WeightSpec]
+    files: dict[str, FileSpec]
+    build: BuildFacts
+    digest: str = ""
+
+    def buckets(self, kind: Kind) -> tuple[int, ...]:
+        """Bucket sizes of one graph kind, ascending."""
+        return tuple(sorted(graph.bucket for graph in self.graphs if graph.kind == kind))
+
+    def graph(self, kind: Kind, bucket: int) -> GraphSpec:
+        return next(graph for graph in self.graphs if graph.kind == kind and graph.bucket == bucket)
+
+
+@dataclass(frozen=True, slots=True)
+class Artifact:
+    """An artifact folder whose manifest was read and found sound."""
+
+    folder: Path
+    manifest: Manifest
+
+    def path(self, relative: str) -> Path:
+        return self.folder / relative
+
+
+class _Version(msgspec.Struct):
+    schema_version: int
+
+
+def encode_manifest(manifest: Manifest) -> bytes:
+    """The bytes of manifest.json, sealed with their digest."""
+    sealed = msgspec.structs.replace(manifest, digest=_digest(manifest))
+    return msgspec.json.format(msgspec.json.encode(sealed), indent=1) + b"\n"
+
+
+def _digest(manifest: Manifest) -> str:
+    unsealed = msgspec.structs.replace(manifest, digest="")
+    return hashlib.sha256(msgspec.json.encode(unsealed, order="sorted")).hexdigest()
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    write_atomically(folder / MANIFEST, encode_manifest(manifest))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read and check manifest.json; raises ArtifactError when it is missing, damaged or of another schema version."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        hint = "; it looks like a checkpoint: compile it first" if (folder / "config.json").is_file() else ""
+        raise ArtifactError(f"{folder} holds no {MANIFEST}; expected a folder made by `staticvl compile`{hint}")
+    data = path.read_bytes()
+    try:
+        version = msgspec.json.decode(data, type=_Version).schema_version
+        if version != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"{path} has schema version {version}, this runtime reads version {SCHEMA_VERSION}; "
+                "compile the checkpoint again with this release of staticvl"
+            )
+        manifest = msgspec.json.decode(data, type=Manifest)
+    except msgspec.MsgspecError as error:
+        raise ArtifactError(f"{path} is damaged ({error}); compile the checkpoint again or fetch the artifact again") from error
+    if manifest.digest != _digest(manifest):
+        raise ArtifactError(f"{path} was changed after it was written (its digest differs); compile or fetch the artifact again")
+    return manifest
+
+
+def open_artifact(folder: str | Path) -> Artifact:
+    """Read the manifest and check that every file is there with its size; file contents are checked by `verify`."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder} is not a folder; expected an artifact made by `staticvl compile`")
+    manifest = read_manifest(folder)
+    for name, spec in manifest.files.items():
+        _check_size(folder, name, spec)
+    return Artifact(folder, manifest)
+
+
+def _check_size(folder: Path, name: str, spec: FileSpec) -> None:
+    relative = Path(name)
+    if relative.is_absolute() or ".." in relative.parts:
+        raise ArtifactError(f"{folder / MANIFEST} names {name!r}, a path outside the artifact; fetch the artifact again")
+    try:
+        size = (folder / name).stat().st_size
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder / name} is missing; copy the whole artifact folder or compile again") from None
+    if size != spec.nbytes:
+        raise ArtifactError(f"{folder / name} has {size} bytes, expected {spec.nbytes}; compile or fetch the artifact again")
+
+
+def verify(folder: str | Path, on_bytes: Callable[[int], None] | None = None) -> Artifact:
+    """Check the digest of every file; raises ArtifactError naming the first that differs."""
+    artifact = open_artifact(folder)
+    for name, spec in artifact.manifest.files.items():
+        if sha256_file(artifact.path(name), on_bytes) != spec.sha256:
+            raise ArtifactError(f"{artifact.path(name)} does not match its sha256 in the manifest; compile or fetch the artifact again")
+    return artifact

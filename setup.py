@@ -1,0 +1,60 @@
+"""Installs the top-level folders as subpackages of `staticvl`; see docs/architecture.md for why."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+FOLDERS = ("compiler", "model_defs", "runtime", "tools", "weights")
+HERE = Path(__file__).parent
+VERSION = "0.1.0"
+
+
+def packages() -> dict[str, str]:
+    """Package name -> folder, for every folder of ours that holds Python files."""
+    found = {}
+    for top in FOLDERS:
+        for init in (HERE / top).rglob("__init__.py"):
+            folder = init.parent.relative_to(HERE)
+            found["staticvl." + ".".join(folder.parts)] = str(folder)
+    return found
+
+
+RUNTIME = [
+    "numpy>=1.26,<3",
+    "onnxruntime>=1.27,<1.33",
+    "msgspec>=0.19,<1",
+    "pillow>=11,<14",
+    "jinja2>=3.1.5,<4",
+    "tokenizers>=0.21,<0.24",
+    "sentencepiece>=0.2,<0.3",
+    "tqdm>=4.66,<5",
+    "psutil>=6,<8",
+    "rich>=13.7,<16",
+]
+COMPILE = ["torch==2.13.0", "onnx>=1.19,<1.24", "safetensors>=0.5,<1", "pyyaml>=6,<7"]
+TEST = [
+    *COMPILE,
+    "pytest>=8,<10",
+    "pytest-xdist>=3.6,<4",
+    "transformers>=5.20,<5.24",
+    "protobuf>=5,<8",
+    "hypothesis>=6.100,<7",
+    "ruff==0.17.5",
+    "pyright==1.1.414",
+]
+
+setup(
+    name="staticvl",
+    version=VERSION,
+    description="Vision-language models compiled to graphs of fixed, bucketed shapes",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=sorted(packages()),
+    package_dir=packages(),
+    package_data={"staticvl.tools": ["assets/**/*"]},
+    install_requires=RUNTIME,
+    extras_require={"compile": COMPILE, "test": TEST},
+    entry_points={"console_scripts": ["staticvl = staticvl.tools.cli:main"]},
+)
