@@ -5,7 +5,7 @@ An artifact is a folder that can be moved or copied; every path in it is relativ
     manifest.json            everything below, as JSON, sealed by its own digest
     *.onnx                   one graph per bucket; weights are referred to, never contained
     weights/*.safetensors    one copy of the weights, shared by every graph
-    tokenizer/               tokenizer files and the chat template, as the checkpoint gave them
+    tokenizer-*/             tokenizer files and the chat template, as the checkpoint gave them
 
 Names of graph inputs and outputs (B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size,
 V vocabulary, P rows per tile):
@@ -159,6 +159,7 @@ class TokenizerFacts(Record, kw_only=True):
     bos_token_id: int
     add_bos: bool
     added_tokens: dict[str, int] = {}  # sentencepiece only: tokens that the model file does not know
+    legacy: bool = False  # sentencepiece only: a blank also before text that follows a special token
     image_token_id: int | None  # None: pictures have no id of their own
     used: int  # ids at or above this are never sampled
 
@@ -205,6 +206,7 @@ class Manifest(Record, kw_only=True):
     quant: str
     tp: int
     model: ModelFacts
+    tokenizer: str  # folder of the tokenizer files and the chat template
     cache: CacheSpec
     graphs: tuple[GraphSpec, ...]
     weights: dict[str, WeightSpec]

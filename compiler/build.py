@@ -1,0 +1,389 @@
+"""Plan -> weights -> graphs -> certificates -> manifest, doing again only what has changed.
+
+Every file that depends on content carries a digest of what it was made from in its name, so a build never overwrites a
+file that the artifact already there refers to: the old manifest stays valid until the new one replaces it by a rename,
+and only then are files that nothing refers to removed. What an interrupted build had finished is noted in a journal and
+is not done again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..model_defs.config import ModelConfig, read_config
+from ..runtime.artifact import (
+    ArtifactError,
+    BuildFacts,
+    FileSpec,
+    GraphSpec,
+    Kind,
+    Manifest,
+    ModelFacts,
+    Record,
+    SourceFile,
+    WeightSpec,
+    read_manifest,
+    write_manifest,
+)
+from ..runtime.backends.base import open_backend
+from ..runtime.files import sha256_file, write_atomically
+from .facts import read_facts
+from .plan import Options, Plan, forecast, make_plan
+from .progress import Progress
+
+JOURNAL = ".build.jsonl"
+LOCK = ".build.lock"
+HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
+
+_OURS = Path(__file__).parent.parent
+_WEIGHT_CODE = ("weights", "model_defs/config.py")
+_GRAPH_CODE = ("model_defs", "compiler/graphs.py", "compiler/emit_onnx.py", "compiler/check.py", "compiler/eager.py")
+
+
+class BuildError(RuntimeError):
+    """A build that cannot go on; the message says what to do."""
+
+
+@dataclass(slots=True)
+class Report:
+    """What a build did."""
+
+    manifest: Manifest
+    traced: list[str] = field(default_factory=list)
+    reused: list[str] = field(default_factory=list)
+    converted: bool = False
+
+
+class JournalEntry(Record, kw_only=True):
+    """A graph that an interrupted build had finished."""
+
+    graph: GraphSpec
+    file: FileSpec
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """What a build knows before it does anything slow."""
+
+    options: Options
+    config: ModelConfig
+    facts: ModelFacts
+    settings: dict[str, bytes]
+    plan: Plan
+    old: Manifest | None
+    progress: Progress
+
+    @property
+    def out(self) -> Path:
+        return self.options.out
+
+
+def prepare(options: Options, progress: Progress) -> _Job:
+    """Read the checkpoint's settings and plan the build; raises one of the clear errors of config, facts and plan."""
+    config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
+    facts, settings = read_facts(options.checkpoint, config, vision_tower=options.vision_tower)
+    plan = make_plan(config, options)
+    return _Job(options, config, facts, settings, plan, _old_manifest(options.out), progress)
+
+
+def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
+    """The plan of a build and its forecast in bytes, from the config alone."""
+    config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
+    plan = make_plan(config, options)
+    return plan, forecast(config, plan, options.quant)
+
+
+def build(options: Options, progress: Progress | None = None) -> Report:
+    """Compile a checkpoint into the artifact folder `options.out`."""
+    job = prepare(options, progress or Progress())
+    _check_target(options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
+    with _locked(options.out), _disk_errors(options.out):
+        return _build(job)
+
+
+def _build(job: _Job) -> Report:
+    source = _fingerprint(job)
+    key = _weights_key(job, source)
+    weights, weight_files, converted = _weights(job, key)
+    report = Report(manifest=job.old, converted=converted)  # type: ignore[arg-type]
+    graphs, graph_files = _graphs(job, key, weights, report)
+    folder, setting_files = _settings(job)
+    manifest = Manifest(
+        backend=job.options.backend,  # type: ignore[arg-type]
+        quant=job.options.quant,
+        tp=job.options.tp,
+        model=job.facts,
+        tokenizer=folder,
+        cache=job.plan.cache,
+        graphs=tuple(graphs),
+        weights=weights,
+        files={**graph_files, **weight_files, **setting_files},
+        build=BuildFacts(
+            staticvl=importlib.metadata.version("staticvl"),
+            torch=importlib.metadata.version("torch"),
+            options={"context": str(job.plan.cache.context), "slots": str(job.plan.cache.slots)},
+            key=key,
+            source=source,
+        ),
+    )
+    write_manifest(job.out, manifest)
+    _remove_unreferenced(job.out, manifest)
+    report.manifest = read_manifest(job.out)
+    return report
+
+
+# ---- what the build starts from
+
+
+def _old_manifest(out: Path) -> Manifest | None:
+    """The manifest of an earlier build, if there is a sound one; a damaged one is built anew."""
+    try:
+        return read_manifest(out)
+    except ArtifactError:
+        return None
+
+
+def _check_target(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise BuildError(f"--out {out} is a file; expected a folder, new or made by an earlier compile")
+    if out.is_dir():
+        allowed = {"manifest.json", JOURNAL, LOCK, "weights"}
+        foreign = [p.name for p in out.iterdir() if p.name not in allowed and not _is_ours(p)]
+        if foreign and not (out / "manifest.json").exists():
+            raise BuildError(f"--out {out} holds other files ({foreign[0]}, ...); give a new folder or an artifact of an earlier compile")
+
+
+def _is_ours(path: Path) -> bool:
+    return path.suffix in (".onnx", ".partial") or path.name.startswith(("tokenizer-", ".host"))
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """One build at a time in one folder."""
+    with (out / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BuildError(f"another staticvl compile is writing {out}; wait for it or choose another --out") from None
+        yield
+
+
+@contextlib.contextmanager
+def _disk_errors(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise BuildError(
+                f"the disk of {out} is full; free some space and run the same command again: finished parts are kept, and an "
+                "artifact that was there before is unchanged"
+            ) from error
+        raise
+
+
+def _fingerprint(job: _Job) -> dict[str, SourceFile]:
+    """Digest of every file of the checkpoint that the artifact depends on; unchanged files are not read again."""
+    known = job.old.build.source if job.old else {}
+    files = dict(_source_files(job.options))
+    fresh: dict[str, SourceFile] = {}
+    changed = []
+    for name, path in files.items():
+        stat, old = path.stat(), known.get(name)
+        if old and (old.nbytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            fresh[name] = old
+        else:
+            changed.append(name)
+    total = sum(files[name].stat().st_size for name in changed)
+    with job.progress.stage("reading the checkpoint", total, "B") as advance:
+        for name in changed:
+            stat = files[name].stat()
+            fresh[name] = SourceFile(nbytes=stat.st_size, sha256=sha256_file(files[name], advance), mtime_ns=stat.st_mtime_ns)
+    return dict(sorted(fresh.items()))
+
+
+def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
+    for prefix, folder in (("", options.checkpoint), ("vision_tower/", options.vision_tower)):
+        if folder is not None:
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja"):
+                    yield prefix + path.name, path
+
+
+def _digest(*parts: Any) -> str:
+    """Digest of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=msgspec.to_builtins).encode()).hexdigest()
+
+
+def _code(paths: Iterable[str]) -> dict[str, str]:
+    """Digests of our own source files: another definition is another graph."""
+    files = [f for p in paths for f in ((_OURS / p).glob("*.py") if (_OURS / p).is_dir() else [_OURS / p])]
+    return {str(f.relative_to(_OURS)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
+
+
+def _weights_key(job: _Job, source: dict[str, SourceFile]) -> str:
+    contents = {name: file.sha256 for name, file in source.items() if name.endswith((".safetensors", ".bin", ".index.json"))}
+    return _digest(contents, asdict(job.config), job.options.quant, _code(_WEIGHT_CODE))
+
+
+# ---- weights
+
+
+def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, FileSpec], bool]:
+    old = job.old
+    if old and old.build.key == key:
+        files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
+        if all(_intact(job.out / name, spec) for name, spec in files.items()):
+            return old.weights, files, False
+    from ..weights.convert import convert, plan_shards
+    from ..weights.source import open_source
+
+    source = open_source(job.options.checkpoint, job.options.vision_tower)
+    quant, prefix = job.options.quant, key[:12]
+    total = sum(shard.nbytes for shard in plan_shards(job.config, quant, prefix))
+    with job.progress.stage("converting weights", total, "B") as advance:
+        converted = convert(source, job.config, job.out, quant=quant, prefix=prefix, progress=advance)
+    return converted.weights, converted.files, True
+
+
+def _intact(path: Path, spec: FileSpec) -> bool:
+    if not path.is_file() or path.stat().st_size != spec.nbytes:
+        return False
+    return spec.nbytes > HASH_ON_REUSE or sha256_file(path) == spec.sha256
+
+
+# ---- graphs
+
+
+def _graph_key(job: _Job, weights_key: str, kind: Kind, bucket: int, code: dict[str, str]) -> str:
+    versions = [importlib.metadata.version(name) for name in ("torch", "onnx")]
+    seen = msgspec.to_builtins(job.facts.image) if kind == "vision" else msgspec.to_builtins(job.plan.cache)
+    if kind == "prefill":
+        # Slots only matter to graphs whose rows are slots.
+        seen.pop("slots")
+    return _digest(kind, bucket, weights_key, asdict(job.config), seen, job.options.quant, job.options.backend, versions, code)
+
+
+def _graphs(
+    job: _Job, weights_key: str, weights: dict[str, WeightSpec], report: Report
+) -> tuple[list[GraphSpec], dict[str, FileSpec]]:
+    known = _known_graphs(job)
+    code = _code(_GRAPH_CODE)
+    keys = {(kind, bucket): _graph_key(job, weights_key, kind, bucket, code) for kind, bucket in job.plan.graphs}
+    found = {pair: known[key] for pair, key in keys.items() if key in known and _intact(job.out / known[key].graph.file, known[key].file)}
+    missing = [pair for pair in job.plan.graphs if pair not in found]
+    report.reused = [f"{kind}-{bucket}" for kind, bucket in found]
+    if missing:
+        maker = _GraphMaker(job, weights)
+        with job.progress.stage("compiling graphs", len(missing), "graph") as advance:
+            for kind, bucket in missing:
+                found[kind, bucket] = maker.make(kind, bucket, keys[kind, bucket])
+                report.traced.append(f"{kind}-{bucket}")
+                job.progress.say(_describe(found[kind, bucket].graph))
+                advance(1)
+    entries = [found[pair] for pair in sorted(found, key=lambda p: (job.plan.graphs.index(p)))]
+    return [entry.graph for entry in entries], {entry.graph.file: entry.file for entry in entries}
+
+
+def _describe(graph: GraphSpec) -> str:
+    assert graph.certificate is not None
+    return f"{graph.name:>12}  {len(graph.certificate.cases)} checks, worst error {graph.certificate.worst:.1e}, {graph.cost_ms:.2f} ms"
+
+
+def _known_graphs(job: _Job) -> dict[str, JournalEntry]:
+    """Graphs of the old artifact and of an interrupted build, by key."""
+    known = {}
+    if job.old:
+        for graph in job.old.graphs:
+            known[graph.key] = JournalEntry(graph=graph, file=job.old.files[graph.file])
+    journal = job.out / JOURNAL
+    if journal.is_file():
+        for line in journal.read_bytes().splitlines():
+            with contextlib.suppress(msgspec.MsgspecError):  # a line cut short by a crash
+                entry = msgspec.json.decode(line, type=JournalEntry)
+                known[entry.graph.key] = entry
+    return known
+
+
+class _GraphMaker:
+    """Traces, emits and certifies one graph after another."""
+
+    def __init__(self, job: _Job, weights: dict[str, WeightSpec]) -> None:
+        from .check import Certifier
+        from .eager import EagerBackend
+
+        self.job, self.weights = job, weights
+        cache = job.plan.cache
+        self.candidate = open_backend(job.options.backend, job.out, cache)
+        self.certifier = Certifier(
+            EagerBackend(job.out, weights, cache, self._define),
+            self.candidate,
+            job.options.quant,
+            theta=job.facts.rope_theta,
+            vocab=job.config.text.embed_rows,
+        )
+
+    def _define(self, kind: Kind, bucket: int):
+        from .graphs import define_graph
+
+        job = self.job
+        return define_graph(job.config, job.facts.image, job.plan.cache, job.options.quant, kind, bucket)
+
+    def make(self, kind: Kind, bucket: int, key: str) -> JournalEntry:
+        from .emit_onnx import emit
+
+        definition = self._define(kind, bucket)
+        data = emit(definition, self.weights)
+        file = f"{kind}-{bucket}-{key[:12]}.onnx"
+        write_atomically(self.job.out / file, data)
+        spec = GraphSpec(
+            kind=kind, bucket=bucket, file=file, key=key, inputs=definition.inputs, outputs=definition.outputs, cost_ms=0.0
+        )
+        smaller = [b for b in self.job.plan.buckets(kind) if b < bucket]
+        certificate, cost = self.certifier.certify(spec, max(smaller, default=0))
+        entry = JournalEntry(
+            graph=msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost),
+            file=FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest()),
+        )
+        with (self.job.out / JOURNAL).open("ab") as journal:
+            journal.write(msgspec.json.encode(entry) + b"\n")
+        return entry
+
+
+# ---- settings and the end
+
+
+def _settings(job: _Job) -> tuple[str, dict[str, FileSpec]]:
+    """Write the tokenizer and the chat template into a folder named after their contents."""
+    digests = {Path(name).name: hashlib.sha256(data).hexdigest() for name, data in sorted(job.settings.items())}
+    folder = f"tokenizer-{_digest(digests)[:12]}"
+    (job.out / folder).mkdir(exist_ok=True)
+    files = {}
+    for name, data in job.settings.items():
+        file = f"{folder}/{Path(name).name}"
+        files[file] = FileSpec(nbytes=len(data), sha256=digests[Path(name).name])
+        if not _intact(job.out / file, files[file]):
+            write_atomically(job.out / file, data)
+    return folder, files
+
+
+def _remove_unreferenced(out: Path, manifest: Manifest) -> None:
+    """Remove what an earlier build or an interrupted one left and the manifest does not name."""
+    ours = [*out.glob("*.onnx"), *out.glob("*.partial"), *out.glob("weights/*"), *out.glob("tokenizer-*/*"), out / JOURNAL]
+    for path in ours:
+        if str(path.relative_to(out)) not in manifest.files:
+            path.unlink(missing_ok=True)
+    for folder in out.glob("tokenizer-*"):
+        with contextlib.suppress(OSError):  # not empty: it is in use
+            folder.rmdir()

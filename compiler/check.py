@@ -1,0 +1,168 @@
+"""Certificates: each compiled graph against its eager definition, at the edges of its bucket.
+
+Silent errors that appear only at certain lengths are the best-known failure of systems with fixed shapes. So each graph
+runs at length = bucket, bucket - 1, previous bucket + 1 and 1, into an empty cache and behind earlier tokens up to the
+cache's end; the cache holds large garbage wherever no token is, as it does in use. Compared are the first output and
+every cache row that the step must have written, and rows that it must not touch have to be unchanged.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..runtime.artifact import Certificate, CertificateCase, GraphSpec
+from ..runtime.backends.base import Backend
+from ..runtime.feeds import Feed, new_feed, rope_tables
+
+# Largest absolute difference over the largest magnitude. 8 bits: onnxruntime rounds activations to 8 bits too.
+TOLERANCES = {"none": 1e-4, "w8a16": 5e-2}
+GARBAGE = 30.0
+
+
+class CertificateError(RuntimeError):
+    """A compiled graph does not compute what its definition says."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One feed. `past` and `count` [B]: tokens in each row's cache before the step, and real new ones."""
+
+    name: str
+    past: np.ndarray
+    count: np.ndarray
+
+
+class Certifier:
+    """Checks graphs of one artifact under construction against the eager definitions."""
+
+    def __init__(self, reference: Backend, candidate: Backend, quant: str, *, theta: float, vocab: int, seed: int = 0) -> None:
+        self.reference, self.candidate = reference, candidate
+        self.tolerance = TOLERANCES[quant]
+        self.theta, self.vocab, self.seed = theta, vocab, seed
+
+    def certify(self, graph: GraphSpec, previous: int) -> tuple[Certificate, float]:
+        """The certificate of one graph and the milliseconds of one run; `previous` is the next smaller bucket, or 0.
+
+        Raises CertificateError naming the graph, the case and the error when the tolerance is broken.
+        """
+        rng = np.random.default_rng(self.seed)
+        cases = []
+        run = self._vision if graph.kind == "vision" else self._text
+        for case in vision_cases(graph, previous) if graph.kind == "vision" else text_cases(graph, previous):
+            error = run(graph, case, rng)
+            cases.append(CertificateCase(name=case.name, error=error))
+            if not error <= self.tolerance:
+                raise CertificateError(
+                    f"{graph.name} differs from its definition by {error:.2e} of the largest magnitude at {case.name} "
+                    f"(allowed: {self.tolerance:.0e}); this build must not be used, please report it"
+                )
+        certificate = Certificate(reference="eager torch float32", tolerance=self.tolerance, cases=tuple(cases))
+        return certificate, self._cost(graph)
+
+    def _vision(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
+        feed = new_feed(graph)
+        tiles = int(case.count[0])
+        feed["pixels"][:tiles] = rng.integers(0, 256, feed["pixels"][:tiles].shape)
+        expected = self.reference.run(graph, feed)[:tiles]
+        return relative_error(self.candidate.run(graph, feed)[:tiles], expected)
+
+    def _text(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
+        feed = self._text_feed(graph, case, rng)
+        before = self._fill_caches(graph, case, rng)
+        expected = self.reference.run(graph, feed).copy()
+        active = case.count > 0
+        error = relative_error(self.candidate.run(graph, feed)[active], expected[active])
+        for name, old in before.items():
+            error = max(error, self._cache_error(name, case, old))
+        return error
+
+    def _cache_error(self, name: str, case: Case, old: np.ndarray) -> float:
+        """Rows just written, against the reference; infinite where an earlier row was touched."""
+        expected, got = self.reference.read_cache(name), self.candidate.read_cache(name)
+        error = 0.0
+        for b, (past, count) in enumerate(zip(case.past, case.count, strict=True)):
+            if not np.array_equal(got[b, :, :past], old[b, :, :past]):
+                return float("inf")
+            if count:
+                written = np.s_[b, :, past : past + count]
+                error = max(error, relative_error(got[written], expected[written]))
+        return error
+
+    def _fill_caches(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+        """Random keys and values where tokens are, large garbage elsewhere; the same in both backends."""
+        filled = {}
+        for spec in graph.inputs:
+            if "_cache." in spec.name:
+                value = self.reference.read_cache(spec.name)
+                value[...] = rng.standard_normal(value.shape, np.float32) * GARBAGE
+                for b, past in enumerate(case.past):
+                    value[b, :, :past] /= GARBAGE
+                self.reference.write_cache(spec.name, value)
+                self.candidate.write_cache(spec.name, value)
+                filled[spec.name] = value
+        return filled
+
+    def _text_feed(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> Feed:
+        feed = new_feed(graph)
+        b, t = feed["token_ids"].shape
+        feed["token_ids"][...] = rng.integers(0, self.vocab, (b, t))
+        feed["lengths"][...] = case.past
+        positions = case.past[:, None] + np.arange(t)
+        tables = rope_tables(self.theta, feed["rope_cos"].shape[-1], int(positions.max()) + 1)
+        feed["rope_cos"][...], feed["rope_sin"][...] = (table[positions] for table in tables)
+        if graph.kind == "prefill":
+            count = int(case.count[0])
+            feed["last_index"][0] = count - 1
+            feed["image_rows"][...] = rng.standard_normal(feed["image_rows"].shape, np.float32)
+            from_picture = rng.random(t) < 0.5
+            feed["row_index"][0] = np.where(from_picture, rng.permutation(t), -1)
+            feed["token_ids"][0, count:] = 0
+            feed["row_index"][0, count:] = -1
+        return feed
+
+    def _cost(self, graph: GraphSpec) -> float:
+        """Milliseconds of one run: the median of three, or the first when it is slow."""
+        feed = new_feed(graph)
+        seconds: list[float] = []
+        while len(seconds) < 3 and sum(seconds) < 1.0:
+            started = time.perf_counter()
+            self.candidate.run(graph, feed)
+            seconds.append(time.perf_counter() - started)
+        return round(float(np.median(seconds)) * 1e3, 4)
+
+
+def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
+    """Largest absolute difference divided by the largest magnitude of `expected`; infinite where a value is not finite."""
+    if not np.isfinite(value).all():
+        return float("inf")
+    return float(np.abs(value - expected).max() / max(float(np.abs(expected).max()), 1e-30))
+
+
+def vision_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
+    """Each tile count that the bucket serves, at its edges."""
+    for tiles in sorted({graph.bucket, graph.bucket - 1, previous + 1} - {0}):
+        yield Case(f"tiles {tiles}", np.zeros(1, np.int32), np.array([tiles], np.int32))
+
+
+def text_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
+    """Edge lengths of a prefill bucket, or edge batch sizes of a decode bucket, with short, middle and full caches."""
+    rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
+    if graph.kind == "prefill":
+        t = graph.bucket
+        for count in sorted({t, t - 1, min(previous + 1, t), 1} - {0}):
+            yield Case(f"length {count}, past 0", np.zeros(1, np.int32), np.array([count], np.int32))
+        for past in sorted({min(1, rows - t), (rows - t) // 2, rows - t} - {0}):
+            for count in sorted({t, min(previous + 1, t)}):
+                yield Case(f"length {count}, past {past}", np.array([past], np.int32), np.array([count], np.int32))
+        return
+    b = graph.bucket
+    for active in sorted({b, min(previous + 1, b)}):
+        # From an almost empty to a full cache, row by row; rows that do not take part have length 0.
+        for name, lengths in (("rising", np.linspace(1, rows - 1, b)), ("falling", np.linspace(rows - 1, 1, b))):
+            count = (np.arange(b) < active).astype(np.int32)
+            past = np.where(count, lengths, 0).astype(np.int32)
+            yield Case(f"rows {active}, {name} lengths up to {past.max()}", past, count)

@@ -1,0 +1,67 @@
+"""The graphs run by torch as they are defined: the numerical reference, behind the same interface as a device.
+
+Weights are mapped from the artifact's files, so that a model in 8 bits is checked in little more memory than it takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
+from .graphs import GraphDef
+
+
+def map_weight(folder: Path, spec: WeightSpec) -> Tensor:
+    """One weight, mapped copy-on-write from its file."""
+    return torch.from_numpy(np.memmap(folder / spec.file, spec.dtype, mode="c", offset=spec.offset, shape=spec.shape))
+
+
+class EagerBackend:
+    """See runtime.backends.base.Backend."""
+
+    def __init__(
+        self, folder: Path, weights: Mapping[str, WeightSpec], cache: CacheSpec, define: Callable[[Kind, int], GraphDef]
+    ) -> None:
+        self.folder, self.weights, self.define = folder, weights, define
+        shape = (cache.slots, cache.kv_heads, cache.rows, cache.head_dim)
+        self.caches = {f"{which}_cache.{i}": torch.zeros(shape) for i in range(cache.layers) for which in "kv"}
+        self.modules: dict[str, nn.Module] = {}
+
+    def load(self, graph: GraphSpec) -> None:
+        if graph.name not in self.modules:
+            definition = self.define(graph.kind, graph.bucket)
+            state = {name: map_weight(self.folder, self.weights[name]) for name in self._names(definition)}
+            state |= {name: torch.from_numpy(value) for name, value in definition.constants.items()}
+            definition.module.load_state_dict(state, strict=True, assign=True)
+            self.modules[graph.name] = definition.module
+
+    @staticmethod
+    def _names(definition: GraphDef) -> list[str]:
+        return [name for name, _ in definition.module.named_parameters() if name not in definition.constants]
+
+    @torch.inference_mode()
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
+        self.load(graph)
+        inputs, cached = [], []
+        for spec in graph.inputs:
+            if spec.name in self.caches:
+                cached.append(self.caches[spec.name][slot : slot + spec.shape[0]])
+                inputs.append(cached[-1])
+            else:
+                inputs.append(torch.from_numpy(feed[spec.name]))
+        result = self.modules[graph.name](*inputs)
+        first, *updated = result if isinstance(result, tuple) else (result,)
+        for rows, new in zip(cached, updated, strict=True):
+            rows.copy_(new)
+        return first.numpy()
+
+    def read_cache(self, name: str) -> np.ndarray:
+        return self.caches[name].numpy().copy()
+
+    def write_cache(self, name: str, value: np.ndarray) -> None:
+        self.caches[name].copy_(torch.from_numpy(value))

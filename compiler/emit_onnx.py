@@ -1,0 +1,327 @@
+"""Traced graph -> ONNX model whose weights lie in the artifact's shared weight files.
+
+Each op of the vocabulary has one lowering here; so have the few aten ops that models use for reshaping and adding. An
+op without a lowering is an error that names it. Lowerings emit the operators that onnxruntime's kernels want, so that
+nothing is left for a graph optimiser to find and every bucket refers to the weights in the same form:
+
+- linear: FusedMatMul with transB, which takes weights [N, C] as checkpoints store them; 8 bits: MatMulNBits;
+- cached_attention: com.microsoft.GroupQueryAttention, whose present outputs are bound to the memory of its past inputs.
+  A padded chunk counts as whole: rows past the last real token are written and overwritten by the next step;
+- rope: RotaryEmbedding with cos and sin as graph inputs, since their values depend on the request in some families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch.fx import Node
+
+from ..model_defs.ops import NAMESPACE
+from ..runtime.artifact import TensorSpec, WeightSpec
+from .graphs import GraphDef, trace
+
+OPSET = 23
+IR_VERSION = 10
+CONTRIB = "com.microsoft"
+
+_DTYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
+
+
+# What torch.export inserts to check dtypes while tracing; it computes nothing.
+TRACE_CHECKS = frozenset({"aten._assert_tensor_metadata.default"})
+
+
+class UnsupportedOp(NotImplementedError):
+    """The traced graph holds an op without a lowering."""
+
+
+class Emitter:
+    """Collects the nodes and initializers of one ONNX graph while the traced nodes are lowered in order."""
+
+    def __init__(self, weights: Mapping[str, WeightSpec], constants: Mapping[str, np.ndarray]) -> None:
+        self.weights, self.constants = weights, constants
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self.names: dict[Node, Any] = {}  # traced node -> ONNX value name, or a tuple of names
+        self.memo: dict[tuple, str] = {}
+        self.scope = ""
+        self.made = 0
+
+    def node(self, op: str, inputs: Sequence[str], *, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
+        """Add one node; returns its output name, or a tuple of them."""
+        self.made += 1
+        base = f"{self.scope}/{op}_{self.made}"
+        results = tuple(f"{base}:{i}" for i in range(outputs))
+        self.nodes.append(helper.make_node(op, list(inputs), list(results), name=base, domain=domain, **attributes))
+        return results[0] if outputs == 1 else results
+
+    def once(self, key: tuple, make: Callable[[], str]) -> str:
+        """The value under `key`, made at its first use: what every layer needs alike is computed once."""
+        if key not in self.memo:
+            self.memo[key] = make()
+        return self.memo[key]
+
+    def constant(self, value: Any, dtype: str = "int64") -> str:
+        """A small inline constant; equal constants are stored once."""
+        array = np.asarray(value, dtype=dtype)
+        name = f"const_{dtype}_{'x'.join(map(str, array.shape))}_{'_'.join(map(str, array.ravel().tolist()))}"
+        if name not in self.initializers:
+            self.initializers[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def weight(self, name: str, shape: Sequence[int] | None = None) -> str:
+        """A weight by its name in the artifact, perhaps under another shape of the same size."""
+        if name in self.constants:
+            if name not in self.initializers:
+                self.initializers[name] = numpy_helper.from_array(self.constants[name], name)
+            return name
+        spec = self.weights[name]
+        shape = tuple(spec.shape if shape is None else shape)
+        alias = name if shape == tuple(spec.shape) else f"{name}:{'x'.join(map(str, shape))}"
+        if alias not in self.initializers:
+            self.initializers[alias] = _external(alias, shape, spec)
+        return alias
+
+    def __getitem__(self, node: Node) -> str:
+        return self.names[node]
+
+
+def _external(name: str, shape: tuple[int, ...], spec: WeightSpec) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=_DTYPES[spec.dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+    for key, value in (("location", spec.file), ("offset", spec.offset), ("length", spec.nbytes)):
+        tensor.external_data.add(key=key, value=str(value))
+    return tensor
+
+
+Lowering = Callable[..., Any]
+LOWERINGS: dict[str, Lowering] = {}
+
+
+def lowers(*ops: str) -> Callable[[Lowering], Lowering]:
+    """Register a lowering: called with the emitter, the traced node and its arguments (values as ONNX names)."""
+
+    def register(function: Lowering) -> Lowering:
+        LOWERINGS.update(dict.fromkeys(ops, function))
+        return function
+
+    return register
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape)
+
+
+# ---- the vocabulary
+
+
+@lowers("staticvl.linear")
+def _linear(e: Emitter, node: Node, x: str, weight: str, bias: str | None) -> str:
+    y = e.node("FusedMatMul", [x, weight], domain=CONTRIB, transB=1)
+    return y if bias is None else e.node("Add", [y, bias])
+
+
+@lowers("staticvl.linear_w8")
+def _linear_w8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
+    n, _, block = _shape(node.args[1])  # type: ignore[arg-type]
+    k = _shape(node.args[0])[-1]  # type: ignore[arg-type]
+    attributes = {"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 4}
+    y = e.node("MatMulNBits", [x, qweight, scales], domain=CONTRIB, **attributes)
+    return y if bias is None else e.node("Add", [y, bias])
+
+
+@lowers("staticvl.rms_norm")
+def _rms_norm(e: Emitter, node: Node, x: str, weight: str, eps: float) -> str:
+    return e.node("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=eps)
+
+
+@lowers("staticvl.layer_norm")
+def _layer_norm(e: Emitter, node: Node, x: str, weight: str, bias: str, eps: float) -> str:
+    return e.node("LayerNormalization", [x, weight, bias], axis=-1, epsilon=eps)
+
+
+@lowers("staticvl.silu_mul")
+def _silu_mul(e: Emitter, node: Node, gate: str, up: str) -> str:
+    return e.node("Mul", [e.node("QuickGelu", [gate], domain=CONTRIB, alpha=1.0), up])
+
+
+@lowers("staticvl.gelu")
+def _gelu(e: Emitter, node: Node, x: str) -> str:
+    return e.node("Gelu", [x])
+
+
+@lowers("staticvl.quick_gelu")
+def _quick_gelu(e: Emitter, node: Node, x: str) -> str:
+    return e.node("QuickGelu", [x], domain=CONTRIB, alpha=1.702)
+
+
+@lowers("staticvl.embed")
+def _embed(e: Emitter, node: Node, token_ids: str, table: str) -> str:
+    return e.node("Gather", [table, token_ids], axis=0)
+
+
+@lowers("staticvl.merge_rows")
+def _merge_rows(e: Emitter, node: Node, x: str, rows: str, index: str) -> str:
+    zero = e.constant(0, "int32")
+    taken = e.node("Gather", [rows, e.node("Max", [index, zero])], axis=0)
+    is_text = e.node("Unsqueeze", [e.node("Less", [index, zero]), e.constant([-1])])
+    return e.node("Where", [is_text, x, taken])
+
+
+@lowers("staticvl.take_token")
+def _take_token(e: Emitter, node: Node, x: str, index: str) -> str:
+    b, t, c = _shape(node.args[0])  # type: ignore[arg-type]
+    flat = e.node("Reshape", [x, e.constant([b * t, c])])
+    if b > 1:
+        index = e.node("Add", [index, e.constant(np.arange(b) * t, "int32")])
+    return e.node("Gather", [flat, index], axis=0)
+
+
+@lowers("staticvl.rope")
+def _rope(e: Emitter, node: Node, x: str, cos: str, sin: str) -> str:
+    d = _shape(node.args[1])[-1]  # type: ignore[arg-type]
+    heads = _shape(node)[-1] // d
+    half = [e.once(("half", table), lambda table=table: _slice(e, table, -1, 0, d // 2)) for table in (cos, sin)]
+    return e.node("RotaryEmbedding", [x, *half], num_heads=heads)
+
+
+def _slice(e: Emitter, x: str, axis: int, start: int, end: int) -> str:
+    return e.node("Slice", [x, e.constant([start]), e.constant([end]), e.constant([axis])])
+
+
+@lowers("staticvl.cached_attention")
+def _cached_attention(
+    e: Emitter, node: Node, q: str, k: str, v: str, k_cache: str, v_cache: str, lengths: str, heads: int
+) -> tuple[str, ...]:
+    t = _shape(node.args[0])[1]  # type: ignore[arg-type]
+    kv_heads = _shape(node.args[3])[1]  # type: ignore[arg-type]
+    # The operator wants the index of the last key of each row, and the largest number of keys of any row.
+    last = e.once(("last", lengths), lambda: e.node("Add", [lengths, e.constant(t - 1, "int32")]) if t > 1 else lengths)
+    total = e.once(
+        ("total", lengths),
+        lambda: e.node("Add", [e.node("ReduceMax", [last], keepdims=0), e.constant(1, "int32")]),
+    )
+    attributes = {"num_heads": heads, "kv_num_heads": kv_heads}
+    inputs = [q, k, v, k_cache, v_cache, last, total]
+    return e.node("GroupQueryAttention", inputs, domain=CONTRIB, outputs=3, **attributes)
+
+
+@lowers("staticvl.attention")
+def _attention(e: Emitter, node: Node, q: str, k: str, v: str, heads: int) -> str:
+    return e.node("MultiHeadAttention", [q, k, v], domain=CONTRIB, num_heads=heads)
+
+
+# ---- aten
+
+
+@lowers("aten.add.Tensor")
+def _add(e: Emitter, node: Node, a: str, b: str) -> str:
+    return e.node("Add", [a, b])
+
+
+@lowers("aten.mul.Tensor")
+def _mul(e: Emitter, node: Node, a: str, b: str) -> str:
+    return e.node("Mul", [a, b])
+
+
+@lowers("aten.reshape.default", "aten.view.default", "aten.flatten.using_ints")
+def _reshape(e: Emitter, node: Node, x: str, *_: Any) -> str:
+    return e.node("Reshape", [x, e.constant(_shape(node))])
+
+
+@lowers("aten.expand.default")
+def _expand(e: Emitter, node: Node, x: str, *_: Any) -> str:
+    return e.node("Expand", [x, e.constant(_shape(node))])
+
+
+@lowers("aten.permute.default")
+def _permute(e: Emitter, node: Node, x: str, dims: Sequence[int]) -> str:
+    return e.node("Transpose", [x], perm=list(dims))
+
+
+@lowers("aten.cat.default")
+def _cat(e: Emitter, node: Node, parts: Sequence[str], dim: int = 0) -> str:
+    return e.node("Concat", list(parts), axis=dim)
+
+
+@lowers("aten.slice.Tensor")
+def _slice_tensor(e: Emitter, node: Node, x: str, dim: int = 0, start: int | None = None, end: int | None = None) -> str:
+    whole = _shape(node.args[0])[dim]  # type: ignore[arg-type]
+    start, end = start or 0, min(whole if end is None else end, whole)
+    return x if (start, end) == (0, whole) else _slice(e, x, dim, start, end)
+
+
+@lowers("aten.to.dtype", "aten._to_copy.default", "aten.to.dtype_layout")
+def _to(e: Emitter, node: Node, x: str, *_: Any, **__: Any) -> str:
+    return e.node("Cast", [x], to=_DTYPES[str(node.meta["val"].dtype).removeprefix("torch.")])
+
+
+# ---- the whole graph
+
+
+def emit(graph: GraphDef, weights: Mapping[str, WeightSpec]) -> bytes:
+    """Trace and lower one graph; returns the serialised ONNX model. Raises UnsupportedOp naming an op without lowering."""
+    program = trace(graph)
+    emitter = Emitter(weights, graph.constants)
+    outputs = _lower_all(emitter, program, graph)
+    return _model(emitter, graph, outputs).SerializeToString()
+
+
+def _lower_all(e: Emitter, program: torch.export.ExportedProgram, graph: GraphDef) -> list[str]:
+    signature = program.graph_signature
+    parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    user_inputs = dict(zip(signature.user_inputs, (spec.name for spec in graph.inputs), strict=True))
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            e.names[node] = user_inputs[node.name] if node.name in user_inputs else parameters[node.name]
+        elif node.op == "call_function" and str(node.target) not in TRACE_CHECKS:
+            e.names[node] = _lower(e, node)
+        elif node.op == "output":
+            return [e[value] for value in node.args[0]]
+    raise AssertionError("a traced graph ends with its output")
+
+
+def _lower(e: Emitter, node: Node) -> Any:
+    if getattr(node.target, "__name__", "") == "getitem":
+        value, index = node.args
+        return e.names[value][index]  # type: ignore[index]
+    name = str(node.target).removesuffix(".default") if NAMESPACE in str(node.target) else str(node.target)
+    stack = list((node.meta.get("nn_module_stack") or {"": ("graph", None)}).values())
+    e.scope = stack[-1][0] or "graph"
+    if name == "aten.flatten.using_ints" and _is_parameter(e, node.args[0]):
+        return e.weight(e.names[node.args[0]], _shape(node))  # a weight in another shape: same bytes, no node
+    if name not in LOWERINGS:
+        raise UnsupportedOp(f"{name} (in {e.scope}) has no ONNX lowering; supported: {', '.join(sorted(LOWERINGS))}")
+
+    def argument(value: Any) -> Any:
+        if isinstance(value, Node):
+            return e.weight(e[value]) if _is_parameter(e, value) else e[value]
+        if isinstance(value, list | tuple):
+            return [argument(item) for item in value]
+        return value
+
+    return LOWERINGS[name](e, node, *map(argument, node.args), **node.kwargs)
+
+
+def _is_parameter(e: Emitter, node: Any) -> bool:
+    return isinstance(node, Node) and node.op == "placeholder" and (e[node] in e.weights or e[node] in e.constants)
+
+
+def _model(e: Emitter, graph: GraphDef, outputs: Sequence[str]) -> onnx.ModelProto:
+    def info(spec: TensorSpec) -> onnx.ValueInfoProto:
+        return helper.make_tensor_value_info(spec.name, _DTYPES[spec.dtype], spec.shape)
+
+    renames = dict(zip(outputs, (spec.name for spec in graph.outputs), strict=True))
+    for node in e.nodes:
+        for names in (node.input, node.output):
+            for i, name in enumerate(names):
+                names[i] = renames.get(name, name)
+    proto = helper.make_graph(
+        e.nodes, f"{graph.kind}-{graph.bucket}", [*map(info, graph.inputs)], [*map(info, graph.outputs)], [*e.initializers.values()]
+    )
+    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
+    return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="staticvl")

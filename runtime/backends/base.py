@@ -1,0 +1,51 @@
+"""What the engine asks of a device: run a graph of the artifact over caches that the backend allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..artifact import ArtifactError, CacheSpec, GraphSpec
+
+DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
+
+
+class Backend(Protocol):
+    """Runs graphs; owns the KV cache, one buffer per layer for keys and one for values, [slots, K, S, D]."""
+
+    def load(self, graph: GraphSpec) -> None:
+        """Make a graph ready to run."""
+        ...
+
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
+        """Run one graph and return its first output.
+
+        `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`; a caller that passes the same
+        mapping and arrays again gets them bound by pointer only once. Cache rows of slots slot .. slot + B - 1 are read
+        and written in place. The result belongs to the backend and is overwritten by the next run of the same graph.
+        """
+        ...
+
+    def read_cache(self, name: str) -> np.ndarray:
+        """A copy of one cache buffer, [slots, K, S, D]."""
+        ...
+
+    def write_cache(self, name: str, value: np.ndarray) -> None:
+        """Overwrite one cache buffer."""
+        ...
+
+
+def open_backend(name: str, folder: Path, cache: CacheSpec, *, device: str = "cpu", threads: int | None = None) -> Backend:
+    """The backend for artifacts of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match."""
+    if device not in DEVICES.get(name, ()):
+        wanted = next((kind for kind, devices in DEVICES.items() if device in devices), None)
+        remedy = f"compile it with --backend {wanted}" if wanted else f"use one of {sorted(sum(DEVICES.values(), ()))}"
+        raise ArtifactError(f"device {device!r} cannot run {folder}, which was compiled for {name}; {remedy}")
+    if name == "onnx":
+        from .ort import OrtBackend
+
+        return OrtBackend(folder, cache, threads=threads)
+    raise ArtifactError(f"{folder} was compiled for {name}, which this release cannot run; compile it with --backend onnx")

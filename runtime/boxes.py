@@ -1,0 +1,79 @@
+"""Boxes that a model writes into its answer, as coordinates of the original picture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .images import Frame
+
+Corners = tuple[float, float, float, float]  # x1, y1, x2, y2
+
+_NUMBER = r"[-+]?(?:\d+\.\d*|\.\d+|\d+)"
+# As many comma-separated numbers as stand together, with or without brackets.
+_NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:\s*,\s*{_NUMBER})*(?!\w|\.\d|%)")
+# Models write two decimals: a coordinate may miss the edge of the picture by this share of the square.
+ROUNDING = 0.005
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Box:
+    """One box of an answer."""
+
+    label: str | None  # what the model called it, where it did
+    normalised: Corners  # x1, y1, x2, y2 in 0..1 of the square that the model saw
+    pixels: tuple[int, int, int, int]  # the same in pixels of the original picture; in padding it may lie outside
+    image: int  # index of the picture
+
+
+def parse_corners(text: str) -> list[Corners]:
+    """Normalised boxes in a text, in order: "[0.61, 0.36, 0.92, 0.83]" or the same without brackets.
+
+    A list counts when it has exactly four numbers in 0..1 with x1 <= x2 and y1 <= y2, written in brackets or with decimals
+    ("0, 1, 1, 1" in running text is no box).
+    """
+    found = []
+    for match in _NUMBERS.finditer(text):
+        words = match[0].split(",")
+        numbers = [float(word) for word in words]
+        if len(numbers) != 4 or not all(0 <= n <= 1 for n in numbers):
+            continue
+        x1, y1, x2, y2 = numbers
+        if x1 <= x2 and y1 <= y2 and ("." in match[0] or _in_brackets(text, match)):
+            found.append((x1, y1, x2, y2))
+    return found
+
+
+def _in_brackets(text: str, match: re.Match[str]) -> bool:
+    return text[: match.start()].rstrip().endswith("[") and text[match.end() :].lstrip().startswith("]")
+
+
+def place(corners: Corners, frame: Frame) -> tuple[int, int, int, int]:
+    """Pixels x1, y1, x2, y2 of the original picture, rounded; drawn to its edge when they miss it by no more than rounding."""
+    (x1, y1), (x2, y2) = frame.point(*corners[:2]), frame.point(*corners[2:])
+    return (
+        _to_edge(x1, frame.image_width, frame.width),
+        _to_edge(y1, frame.image_height, frame.height),
+        _to_edge(x2, frame.image_width, frame.width),
+        _to_edge(y2, frame.image_height, frame.height),
+    )
+
+
+def _to_edge(value: float, limit: int, span: float) -> int:
+    slack = ROUNDING * span + 0.5
+    if -slack <= value < 0:
+        return 0
+    return limit if limit < value <= limit + slack else round(value)
+
+
+def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
+    """Boxes in an answer of LLaVA. Its coordinates name no picture: they are taken to mean the first one.
+
+    Without pictures there is nothing that a box could refer to: the result is empty.
+    """
+    if not frames:
+        return ()
+    return tuple(
+        Box(label=None, normalised=corners, pixels=place(corners, frames[0]), image=0) for corners in parse_corners(text)
+    )

@@ -1,0 +1,103 @@
+"""Chat templates: a checkpoint's Jinja text and messages to one prompt.
+
+The environment is the one that transformers gives a template (utils/chat_template_utils.py): sandboxed, blocks trimmed,
+`raise_exception`, `strftime_now`, a `tojson` that escapes no HTML, break and continue, and the {% generation %} tag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from functools import lru_cache
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, loopcontrols
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+# LLaVA's conversation "vicuna_v1": the template that the original code trains and answers with.
+LLAVA_ORIGINAL = """\
+{% if messages and messages[0]['role'] == 'system' -%}
+{% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}
+{%- set messages = messages[1:] %}
+{%- else -%}
+A chat between a curious user and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the user's questions.
+{%- endif %}
+{{- ' ' }}
+{%- for message in messages %}
+{{- message['role'].upper() + ': ' }}
+{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}
+{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}
+{{- eos_token if message['role'] == 'assistant' else ' ' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}
+"""
+
+# The rule of the llava-hf checkpoints, for those that come without their template.
+LLAVA_HF = """\
+{% for message in messages %}
+{{- '' if message['role'] == 'system' else message['role'].upper() + ': ' }}
+{%- for part in message['content'] if part['type'] == 'image' %}{{ '<image>\\n' }}{% endfor %}
+{%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}
+"""
+
+
+class ChatTemplateError(ValueError):
+    """A template that is wrong, or that refuses these messages; the message says why."""
+
+
+class _Generation(Extension):
+    """{% generation %} marks what an assistant wrote, for training; here its body is simply rendered."""
+
+    tags = {"generation"}  # noqa: RUF012  (jinja2 declares it so)
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _to_json(
+    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+@lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.filters["tojson"] = _to_json
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment.from_string(template)
+
+
+def render(
+    template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, bos_token: str, eos_token: str
+) -> str:
+    """The prompt text of `messages`: dicts with "role" and "content", a list of {"type": "image"} and {"type": "text", "text": ...}.
+
+    Raises ChatTemplateError when the template cannot be read or refuses the messages.
+    """
+    try:
+        return _compile(template).render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=add_generation_prompt,
+            bos_token=bos_token,
+            eos_token=eos_token,
+        )
+    except jinja2.TemplateSyntaxError as error:
+        raise ChatTemplateError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
+    except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+        raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
