@@ -1,0 +1,16 @@
+"""Run artifacts: `load` one and generate, or `generate` in one call. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .model import Model, load
+from .request import Output, SamplingParams
+
+__all__ = ["Model", "Output", "SamplingParams", "generate", "load"]
+
+
+def generate(artifact: str | Path, prompts: Any, images: Any = None, *, device: str = "cpu", **settings: Any) -> Any:
+    """Load an artifact, answer, forget it again; see Model.generate for the arguments and results."""
+    return load(artifact, device=device).generate(prompts, images, **settings)

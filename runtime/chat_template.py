@@ -84,7 +84,8 @@ def _compile(template: str) -> jinja2.Template:
 def render(
     template: str, messages: Sequence[Mapping[str, Any]], *, add_generation_prompt: bool, bos_token: str, eos_token: str
 ) -> str:
-    """The prompt text of `messages`: dicts with "role" and "content", a list of {"type": "image"} and {"type": "text", "text": ...}.
+    """The prompt text of `messages`: dicts with "role" and "content", where content is a list of {"type": "image"} and
+    {"type": "text", "text": ...}.
 
     Raises ChatTemplateError when the template cannot be read or refuses the messages.
     """

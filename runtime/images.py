@@ -45,8 +45,8 @@ class ImageError(ValueError):
 class Frame:
     """Where the square that the model saw lies on the original picture, in pixels of the picture.
 
-    A coordinate u, v in 0..1 of the square is the point `left + u * width`, `top + v * height`. With padding the square is larger
-    than the picture (left or top is negative); with a centre crop it is smaller.
+    A coordinate u, v in 0..1 of the square is the point `left + u * width`, `top + v * height`. With padding the square is
+    larger than the picture (left or top is negative); with a centre crop it is smaller.
     """
 
     left: float
@@ -69,7 +69,9 @@ def load_image(
     `source` is a path, an http(s) or data: URL, a binary file object or a PIL image. `timeout_s` is the time that a download
     may take in all, `max_bytes` the most that it (or a data: URL) may hold. The first frame of an animation is taken; EXIF
     orientation is not applied, as in the CLIP and LLaVA processors. Transparent parts are laid over white (transformers 5.23,
-    image_transforms.convert_to_rgb). Addresses are not filtered: a service that passes on URLs of strangers must do that itself.
+    image_transforms.convert_to_rgb). 16-bit greyscale is scaled to 8 bits, where PIL would clip it to white.
+
+    Addresses are not filtered: a service that passes on URLs of strangers must do that itself.
 
     Raises ImageError.
     """
@@ -179,7 +181,9 @@ def _fetch(url: str, name: str, timeout_s: float, max_bytes: int) -> bytes:
     except urllib.error.HTTPError as error:
         if 300 <= error.code < 400:
             target = error.headers.get("Location")
-            raise ImageError(f"{name} redirects to {target}, which is not followed; expected http or https, without a loop") from None
+            raise ImageError(
+                f"{name} redirects to {target}, which is not followed; expected http or https, without a loop"
+            ) from None
         raise ImageError(f"{name} cannot be fetched: HTTP status {error.code} {error.reason}") from None
     except TimeoutError:
         raise

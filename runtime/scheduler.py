@@ -61,7 +61,7 @@ class Scheduler:
         """Take a sequence out, wherever it is; its slot is freed unless a chat keeps it."""
         if sequence in self.running:
             self.running.remove(sequence)
-        else:
+        elif sequence in self.waiting:
             self.waiting.remove(sequence)
         if sequence.slot is not None and not sequence.keep_slot:
             self.cache.release(sequence.slot)

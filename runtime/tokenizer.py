@@ -1,7 +1,7 @@
 """Text to token ids and back, from a tokenizer.json or a sentencepiece tokenizer.model.
 
-Special tokens written in a text ("</s>", "<image>") become those tokens wherever they stand, as in transformers. One thing differs
-on purpose: a text that already begins with BOS does not get a second one.
+Special tokens written in a text ("</s>", "<image>") become those tokens wherever they stand, as in transformers. One thing
+differs on purpose: a text that already begins with BOS does not get a second one.
 """
 
 from __future__ import annotations

@@ -383,6 +383,7 @@ class Llava15(Family):
         return {
             "architectures": ["LlavaForConditionalGeneration"],
             "ignore_index": IGNORE,
+            "image_seq_length": self.image_tokens,
             "image_token_index": tokenizer.token_to_id("<image>"),
             "model_type": "llava",
             "pad_token_id": tokenizer.token_to_id("<pad>"),
@@ -437,6 +438,7 @@ class Llava15(Family):
         weights = {published_name(name): value for name, value in model.state_dict().items()}
         half = {name: weights[name].to(torch.float16).contiguous() for name in sorted(weights)}
         save_file(half, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "model.safetensors").chmod(0o644)  # save_file leaves it readable to its owner only
         write_json(folder / "config.json", self.config(tokenizer))
         write_tokenizer_files(tokenizer, folder)
         write_json(folder / "preprocessor_config.json", image_settings(self.image_size))

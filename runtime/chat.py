@@ -1,0 +1,116 @@
+"""A conversation over a kept slot.
+
+Each turn renders the whole conversation anew and compares it with what the slot holds: the longest equal beginning is
+kept, only the rest is prefilled. So the tokens are those of a fresh prompt, whatever the template does with earlier turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .images import ImageSource, load_image
+from .prompt import Message, Prompt
+from .request import Output, SamplingParams, Sequence
+
+if TYPE_CHECKING:
+    from .model import Model
+
+
+class Chat:
+    """Made by Model.chat; a context manager that frees its slot at the end."""
+
+    def __init__(self, model: Model, system: str | None = None) -> None:
+        self.model = model
+        self.messages: list[Message] = [Message("system", system)] if system else []
+        self.images: list[ImageSource] = []
+        self.slot: int | None = None
+        self.held = np.empty((0, 2), np.int32)  # [tokens, (id, row)] whose keys and values the slot holds
+        self.features = np.empty((0, 0), np.float32)  # [tiles * P, C] of the pictures so far
+
+    def send(self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, return_logits: bool = False, **settings: Any) -> Output:
+        """One turn: the user's text and new pictures in, the answer out. Arguments as in Model.generate."""
+        message, new, sequence = self._turn(text, images, sampling, return_logits, settings)
+        output = self._guarded(sequence, lambda: self.model.run([sequence])[0])
+        self._keep(message, new, sequence, output.text)
+        return output
+
+    def stream(self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any) -> Iterator[str]:
+        """As `send`, in pieces; a turn whose pieces are not all taken is forgotten."""
+        message, new, sequence = self._turn(text, images, sampling, False, settings)
+        pieces = []
+        try:
+            for piece in self.model.stream_sequence(sequence):
+                pieces.append(piece)
+                yield piece
+            self._keep(message, new, sequence, "".join(pieces))
+        except BaseException:
+            self.held = self.held[:0]
+            raise
+
+    def close(self) -> None:
+        """Free the slot; the conversation can go on, at the cost of a fresh prefill."""
+        if self.slot is not None:
+            self.model.engine.cache.release(self.slot)
+            self.slot = None
+            self.held = self.held[:0]
+
+    def __enter__(self) -> Chat:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _turn(self, text: str, images: Any, sampling: SamplingParams | None, return_logits: bool, settings: dict[str, Any]):
+        from .model import as_list, merge_params
+
+        new = [load_image(image) for image in as_list(images)]
+        message = Message("user", text, len(new))
+        prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
+        sequence = self.model.engine.new_sequence(prompt, merge_params(sampling, settings), return_logits=return_logits)
+        self._reuse(sequence)
+        return message, new, sequence
+
+    def _reuse(self, sequence: Sequence) -> None:
+        """Give the sequence this chat's slot, what of the prompt it holds already, and the features of earlier pictures."""
+        engine = self.model.engine
+        if self.slot is None and engine.cache.free:
+            self.slot = engine.cache.acquire()
+        sequence.slot, sequence.keep_slot = self.slot, self.slot is not None
+        known = len(self.features)
+        if known:
+            sequence.features[:known] = self.features
+        sequence.tiles_done = known // self.model.facts.image.rows
+        tokens = _tokens(sequence.prompt)
+        shared = min(len(self.held), len(tokens) - 1)  # the last token is always run: its logits are wanted
+        differ = np.flatnonzero((self.held[:shared] != tokens[:shared]).any(axis=1))
+        sequence.computed = int(differ[0]) if len(differ) else shared
+        if self.slot is not None:
+            engine.cache.lengths[self.slot] = sequence.computed
+
+    def _guarded(self, sequence: Sequence, run: Any) -> Output:
+        try:
+            return run()
+        except BaseException:
+            self.held = self.held[:0]
+            raise
+
+    def _keep(self, message: Message, new: list[Any], sequence: Sequence, answer: str) -> None:
+        self.messages += [message, Message("assistant", answer)]
+        self.images += new
+        self.features = sequence.features
+        if self.slot is None:  # every slot was taken by other chats: nothing is held
+            return
+        # The last token was chosen but never run, so the cache does not hold it.
+        answered = np.array([(token, -1) for token in sequence.generated[:-1]], np.int32).reshape(-1, 2)
+        self.held = np.concatenate((_tokens(sequence.prompt), answered))
+
+
+def _tokens(prompt: Prompt) -> np.ndarray:
+    """int32 [L, 2]: token id and feature row, which together say what a position holds."""
+    return np.stack((prompt.token_ids, prompt.rows), axis=1)

@@ -1,0 +1,188 @@
+"""What users hold: a loaded artifact that answers prompts, streams answers, and chats."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .artifact import Artifact, ArtifactError, open_artifact
+from .chat import Chat
+from .engine import Engine
+from .families import family
+from .images import ImageSource
+from .prompt import Message, Prompt, PromptError
+from .request import Output, SamplingParams, Sequence
+from .text import AnswerText
+from .tokenizer import load_tokenizer
+
+Images = SequenceOf[ImageSource] | ImageSource | None
+
+
+def load(artifact: str | Path, *, device: str = "cpu", tp: int | None = None, threads: int | None = None) -> Model:
+    """Open an artifact for use.
+
+    device: "cpu" for ONNX artifacts. tp: the number of ranks, which must be what the artifact was compiled for (default).
+    threads: cores to compute with; one number per process, default every core.
+    Raises ArtifactError for a missing, damaged or unsuitable artifact.
+    """
+    opened = open_artifact(artifact)
+    if tp is not None and tp != opened.manifest.tp:
+        raise ArtifactError(
+            f"{artifact} was compiled for tp={opened.manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
+            f"tp={opened.manifest.tp}"
+        )
+    return Model(opened, Engine(opened, device=device, threads=threads))
+
+
+class Model:
+    """A loaded artifact. Not for use from several threads at once."""
+
+    def __init__(self, artifact: Artifact, engine: Engine) -> None:
+        self.artifact, self.engine = artifact, engine
+        self.facts = artifact.manifest.model
+        self.family = family(self.facts.family)
+        folder = artifact.path(artifact.manifest.tokenizer)
+        self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
+        self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+    def generate(
+        self,
+        prompts: str | SequenceOf[str],
+        images: Any = None,
+        *,
+        sampling: SamplingParams | None = None,
+        raw: bool = False,
+        return_logits: bool = False,
+        **settings: Any,
+    ) -> Any:
+        """Answer one prompt (-> Output) or a list of them (-> list of Output), batched.
+
+        prompts: a text is one user turn, rendered through the checkpoint's chat template; with raw=True it is passed as it
+        is, picture marks included. images: for one prompt a picture or a list of them (path, http(s) URL, data URL or PIL
+        image); for a list of prompts one such entry, or None, for each. Pictures stand first unless the text holds marks.
+        settings: fields of SamplingParams (max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos) over `sampling`.
+        return_logits: keep the logits of every generated token, float32 [generated, V].
+
+        Raises PromptError, ImageError, ContextError for input that cannot be answered; then nothing is generated at all.
+        """
+        params = merge_params(sampling, settings)
+        if isinstance(prompts, str):
+            prepared = [self._prepare(prompts, as_list(images), raw)]
+        else:
+            prepared = [self._prepare(text, as_list(some), raw) for text, some in pair_up(prompts, images)]
+        sequences = [self.engine.new_sequence(prompt, params, return_logits=return_logits) for prompt in prepared]
+        outputs = self.run(sequences)
+        return outputs[0] if isinstance(prompts, str) else outputs
+
+    def stream(
+        self, prompt: str, images: Images = None, *, sampling: SamplingParams | None = None, raw: bool = False, **settings: Any
+    ) -> Iterator[str]:
+        """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
+        sequence = self.engine.new_sequence(self._prepare(prompt, as_list(images), raw), merge_params(sampling, settings))
+        return self.stream_sequence(sequence)
+
+    def chat(self, system: str | None = None) -> Chat:
+        """A conversation that keeps its slot of the cache, so that each turn only computes what is new."""
+        return Chat(self, system)
+
+    def run(self, sequences: SequenceOf[Sequence]) -> list[Output]:
+        """Run sequences to their ends; on any error none of them keeps a slot."""
+        texts = {sequence.id: AnswerText(self.tokenizer, self.stops(sequence)) for sequence in sequences}
+        try:
+            for sequence in sequences:
+                self.engine.scheduler.add(sequence)
+            while not all(sequence.finish_reason for sequence in sequences):
+                self._advance(texts)
+        finally:
+            for sequence in sequences:
+                self.engine.cancel(sequence)
+        return [self._output(sequence, texts[sequence.id]) for sequence in sequences]
+
+    def stream_sequence(self, sequence: Sequence) -> Iterator[str]:
+        """Run one sequence, giving out text; a caller that stops listening cancels it."""
+        texts = {sequence.id: AnswerText(self.tokenizer, self.stops(sequence))}
+        self.engine.scheduler.add(sequence)
+        try:
+            while not sequence.finish_reason:
+                yield from filter(None, self._advance(texts).values())
+            if last := texts[sequence.id].finish():
+                yield last
+        finally:
+            self.engine.cancel(sequence)
+
+    def stops(self, sequence: Sequence) -> tuple[str, ...]:
+        return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.facts.stop_strings))
+
+    def prepare_messages(self, messages: list[Message], images: list[ImageSource]) -> Prompt:
+        """A chat's prompt, up to the place where the assistant answers."""
+        text = self.family.to_text(messages, self.template, self.facts, self.tokenizer)
+        return self.family.prepare(text, images, self.facts, self.tokenizer)
+
+    def _prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
+        if not isinstance(text, str):
+            raise PromptError(f"a prompt is {type(text).__name__}; expected text")
+        if raw:
+            return self.family.prepare(text, images, self.facts, self.tokenizer)
+        return self.prepare_messages([Message("user", text, len(images))], images)
+
+    def _advance(self, texts: dict[int, AnswerText]) -> dict[int, str]:
+        """One engine step; the new text of each sequence that gained a token."""
+        step = self.engine.step()
+        pieces = {}
+        for sequence in step.sequences:
+            if step.kind == "vision" or sequence.prefilling or sequence.id not in texts:
+                continue
+            text = texts[sequence.id]
+            pieces[sequence.id] = text.add(sequence.generated[-1])
+            if text.stopped:
+                self.engine.stop(sequence)
+        return pieces
+
+    def _output(self, sequence: Sequence, text: AnswerText) -> Output:
+        text.finish()
+        return Output(
+            text=text.text,
+            token_ids=list(sequence.generated),
+            finish_reason=sequence.finish_reason or "cancelled",
+            boxes=list(self.family.parse_boxes(text.text, sequence.prompt.frames)),
+            prompt_tokens=sequence.prompt.length,
+            image_tokens=sequence.prompt.image_tokens,
+            timings=sequence.timings(),
+            logits=np.stack(sequence.logits) if sequence.keep_logits else None,
+        )
+
+
+def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
+    """`sampling` with the settings given by name; an unknown one is an error."""
+    known = {field.name for field in dataclasses.fields(SamplingParams)}
+    if unknown := sorted(set(settings) - known):
+        raise TypeError(f"unknown settings {', '.join(unknown)}; expected {', '.join(sorted(known))}")
+    if isinstance(settings.get("stop"), str):
+        settings["stop"] = (settings["stop"],)
+    elif "stop" in settings:
+        settings["stop"] = tuple(settings["stop"])
+    return dataclasses.replace(sampling or SamplingParams(), **settings)
+
+
+def as_list(images: Any) -> list[ImageSource]:
+    """One picture, several or none -> a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def pair_up(prompts: SequenceOf[str], images: Any) -> list[tuple[str, Any]]:
+    """Each prompt with its pictures."""
+    if images is None:
+        return [(prompt, None) for prompt in prompts]
+    if not isinstance(images, list | tuple) or len(images) != len(prompts):
+        count = len(images) if isinstance(images, list | tuple) else "one entry that is no list"
+        raise PromptError(
+            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: a picture, a list of them, or None"
+        )
+    return list(zip(prompts, images, strict=True))

@@ -1,0 +1,58 @@
+"""The text of an answer while its tokens arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .tokenizer import Detokenizer, Tokenizer
+
+
+class AnswerText:
+    """Tokens in, pieces of text out: without blanks around the answer, ended before the first stop string.
+
+    What may still turn out to be a stop string, or a blank at the end, is held back; the pieces together are the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+        self.detokenizer = Detokenizer(tokenizer)
+        self.stops = tuple(stop for stop in stops if stop)
+        self.pieces: list[str] = []
+        self.held = ""
+        self.stopped = False
+
+    @property
+    def text(self) -> str:
+        return "".join(self.pieces)
+
+    def add(self, token_id: int) -> str:
+        """The piece that this token sets free, perhaps empty."""
+        return "" if self.stopped else self._release(self.detokenizer.add(token_id))
+
+    def finish(self) -> str:
+        """The last piece."""
+        if self.stopped:
+            return ""
+        self._release(self.detokenizer.finish())
+        return "" if self.stopped else self._give(self.held.rstrip())
+
+    def _release(self, new: str) -> str:
+        self.held += new
+        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        if found:
+            self.stopped = True
+            return self._give(self.held[: min(found)].rstrip())
+        return self._give(self.held[: self._safe()].rstrip())
+
+    def _safe(self) -> int:
+        """Characters held that cannot belong to a stop string any more."""
+        for start in range(len(self.held)):
+            if any(stop.startswith(self.held[start:]) for stop in self.stops):
+                return start
+        return len(self.held)
+
+    def _give(self, piece: str) -> str:
+        self.held = self.held[len(piece) :]
+        piece = piece if self.pieces else piece.lstrip()
+        if piece:
+            self.pieces.append(piece)
+        return piece

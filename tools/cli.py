@@ -1,0 +1,187 @@
+"""`staticvl`: the command line. Each command imports what it needs, so that the light ones start at once."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+Handler = Callable[[argparse.Namespace], int]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Parse, run, and turn expected errors into one line on stderr and exit status 1 (2 for a wrong command line)."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.handler(args)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 1
+    except (ValueError, RuntimeError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"staticvl: {error}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="staticvl", description="Vision-language models compiled to graphs of fixed, bucketed shapes."
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_compile(commands)
+    _add_generate(commands)
+    _add_chat(commands)
+    _add_artifact_command(commands, "show", "print what an artifact holds", _show)
+    _add_artifact_command(commands, "verify", "check every file of an artifact against its digest", _verify)
+    _add_bench(commands)
+    _add_demo(commands)
+    return parser
+
+
+def _command(commands, name: str, help_text: str, example: str, handler: Handler) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=help_text[0].upper() + help_text[1:] + ".",
+        epilog="examples:\n" + "\n".join(f"  {line}" for line in example.splitlines()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(handler=handler)
+    return parser
+
+
+# ---- compile
+
+
+def _add_compile(commands) -> None:
+    example = (
+        "staticvl compile llava-1.5-7b-hf --out llava-7b\n"
+        "staticvl compile llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 --out llava-7b --quant w8a16\n"
+        "staticvl compile llava-1.5-7b-hf --out llava-7b --context 4096 --buckets buckets.yaml --plan-only"
+    )
+    parser = _command(commands, "compile", "compile a checkpoint into an artifact", example, _compile)
+    parser.add_argument("checkpoint", nargs="?", type=Path, help="folder with config.json, weights and tokenizer")
+    parser.add_argument("--out", type=Path, metavar="ARTIFACT", help="folder to write; an earlier artifact there is updated")
+    parser.add_argument("--backend", choices=("onnx", "ascend"), help="default: onnx")
+    parser.add_argument("--quant", choices=("none", "w8a8", "w8a16", "w4a16"), help="default: none (float32)")
+    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks; default: 1")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens that a prompt and its answer may take together")
+    parser.add_argument("--slots", type=int, metavar="N", help="sequences that the cache holds at once")
+    parser.add_argument("--buckets", type=Path, metavar="FILE", help="YAML with prefill, decode, vision, context, slots")
+    parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="adapter to merge")
+    parser.add_argument("--ignore-config-keys", metavar="A,B", help="config.json keys known not to matter")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the same options in YAML")
+    parser.add_argument("--plan-only", action="store_true", help="print graphs and memory, compile nothing")
+
+
+def _compile(args: argparse.Namespace) -> int:
+    from .compile import run
+
+    return run(args)
+
+
+# ---- generate and chat
+
+
+def _add_generate(commands) -> None:
+    example = (
+        "staticvl generate llava-7b --image cat.jpg --prompt 'What is in the picture?'\n"
+        "staticvl generate llava-7b --prompt 'Write a haiku.' --temperature 0.7 --seed 1 --json"
+    )
+    parser = _command(commands, "generate", "answer one prompt", example, _generate)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--prompt", required=True, metavar="TEXT")
+    parser.add_argument("--raw", action="store_true", help="pass the text as it is, without the chat template")
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="draw the boxes of the answer on the first picture")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    _add_run_options(parser)
+
+
+def _add_chat(commands) -> None:
+    example = "staticvl chat llava-7b --image cat.jpg"
+    parser = _command(commands, "chat", "talk with a model about pictures", example, _chat)
+    parser.add_argument("artifact", type=Path)
+    _add_run_options(parser)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--image", action="append", default=[], metavar="PATH_OR_URL", help="repeat for several pictures")
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy; default: the checkpoint's")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--seed", type=int, metavar="N")
+    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
+    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    parser.add_argument("--device", default="cpu", help="cpu, npu or sim; default: cpu")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from .generate import run
+
+    return run(args)
+
+
+def _chat(args: argparse.Namespace) -> int:
+    from .chat import run
+
+    return run(args)
+
+
+# ---- the others
+
+
+def _add_artifact_command(commands, name: str, help_text: str, handler: Handler) -> None:
+    _command(commands, name, help_text, f"staticvl {name} llava-7b", handler).add_argument("artifact", type=Path)
+
+
+def _show(args: argparse.Namespace) -> int:
+    from .show import run
+
+    return run(args)
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from .verify import run
+
+    return run(args)
+
+
+def _add_bench(commands) -> None:
+    example = "staticvl bench llava-7b\nstaticvl bench llava-7b --json | tail -1"
+    parser = _command(commands, "bench", "measure an artifact on this machine; the last line is one JSON object", example, _bench)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--json", action="store_true", help="print only the JSON object")
+    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens generated in each measurement; default: 32")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each point; default: 3")
+    parser.add_argument("--device", default="cpu", help="cpu, npu or sim; default: cpu")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
+
+
+def _bench(args: argparse.Namespace) -> int:
+    from .bench import run
+
+    return run(args)
+
+
+def _add_demo(commands) -> None:
+    parser = _command(commands, "demo", "compile the embedded tiny model and ask it about a picture", "staticvl demo", _demo)
+    parser.add_argument("--out", type=Path, metavar="DIR", help="keep the artifact there; default: a temporary folder")
+    parser.add_argument("--device", default="cpu", help="cpu; default: cpu")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from .demo import run
+
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

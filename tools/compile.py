@@ -1,0 +1,103 @@
+"""`staticvl compile`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..compiler.build import Report, build, plan_only
+from ..compiler.plan import Buckets, Options, Plan, PlanError, parse_buckets
+from .progress import TerminalProgress
+
+# Keys of a --config file: the command line's options, with underscores.
+CONFIG_KEYS = ("checkpoint", "out", "backend", "quant", "tp", "context", "slots", "buckets", "vision_tower", "lora", "ignore_config_keys")
+
+
+def run(args: argparse.Namespace) -> int:
+    options = read_options(args)
+    if args.plan_only:
+        plan, sizes = plan_only(options)
+        _print_plan(plan, sizes, options.quant)
+        return 0
+    started = time.perf_counter()
+    report = build(options, TerminalProgress())
+    _print_report(report, options.out, time.perf_counter() - started)
+    return 0
+
+
+def read_options(args: argparse.Namespace) -> Options:
+    """Command line over config file over defaults."""
+    given = {**_config_file(args.config), **{k: v for k, v in vars(args).items() if k in CONFIG_KEYS and v is not None}}
+    for name in ("checkpoint", "out"):
+        if name not in given:
+            raise PlanError(f"no {name} was given; usage: staticvl compile CHECKPOINT --out ARTIFACT (or both in --config FILE)")
+    checkpoint = Path(given["checkpoint"])
+    if not checkpoint.is_dir():
+        raise PlanError(f"checkpoint {checkpoint} is not a folder; expected a local checkpoint (models are never downloaded)")
+    keys = given.get("ignore_config_keys", ())
+    options = Options(
+        checkpoint=checkpoint,
+        out=Path(given["out"]),
+        buckets=_buckets(given),
+        ignore_config_keys=tuple(keys.split(",") if isinstance(keys, str) else keys),
+    )
+    simple = {name: given[name] for name in ("backend", "quant", "tp") if name in given}
+    paths = {name: Path(given[name]) for name in ("vision_tower", "lora") if name in given}
+    if not (tower := paths.get("vision_tower", checkpoint)).is_dir():
+        raise PlanError(f"vision tower {tower} is not a folder; expected a local CLIP checkpoint")
+    return replace(options, **simple, **paths)
+
+
+def _config_file(path: Path | None) -> dict[str, Any]:
+    if path is None:
+        return {}
+    data = _yaml(path)
+    if not isinstance(data, dict):
+        raise PlanError(f"{path} holds {type(data).__name__}; expected a mapping of options")
+    if unknown := sorted(str(key) for key in set(data) - set(CONFIG_KEYS)):
+        raise PlanError(f"{path}: unknown keys {', '.join(unknown)}; expected {', '.join(CONFIG_KEYS)}")
+    # Paths in the file are relative to the file.
+    paths = {k: str(path.parent / data[k]) for k in ("checkpoint", "out", "vision_tower", "lora") if isinstance(data.get(k), str)}
+    if isinstance(data.get("buckets"), str):
+        paths["buckets"] = str(path.parent / data["buckets"])
+    return {**data, **paths}
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise PlanError(f"{path} does not exist; expected a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise PlanError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _buckets(given: dict[str, Any]) -> Buckets:
+    source = given.get("buckets", {})
+    if isinstance(source, str | Path):
+        buckets = parse_buckets(_yaml(Path(source)), str(source))
+    else:
+        buckets = parse_buckets(source, "buckets")
+    return buckets.merged(Buckets(context=given.get("context"), slots=given.get("slots")))
+
+
+def _print_plan(plan: Plan, sizes: dict[str, int], quant: str) -> None:
+    for kind in ("vision", "prefill", "decode"):
+        print(f"{kind:>8}  {', '.join(map(str, plan.buckets(kind)))}")
+    cache = plan.cache
+    print(f"   cache  {cache.slots} slots of {cache.context} tokens, {sizes['cache_bytes'] / 1e9:.3f} GB")
+    print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {sizes['weight_bytes'] / 1e9:.3f} GB ({quant})")
+
+
+def _print_report(report: Report, out: Path, seconds: float) -> None:
+    weights = "converted" if report.converted else "unchanged"
+    total = sum(spec.nbytes for spec in report.manifest.files.values())
+    print(
+        f"{out}: {len(report.traced)} graphs compiled, {len(report.reused)} unchanged, weights {weights}, "
+        f"{total / 1e6:.1f} MB, {seconds:.1f} s"
+    )

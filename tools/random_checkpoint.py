@@ -1,0 +1,206 @@
+"""Write a checkpoint with random weights, of the sizes that a config.json gives.
+
+The files are laid out as the published ones, so that compiling, memory and speed can be tried at full size before, or
+without, fetching the real weights. Answers are noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import math
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..model_defs.config import ClipConfig, ConfigError, ModelConfig, read_config
+from ..runtime.files import write_atomically
+from ..weights.rules import source_names
+from ..weights.tensors import TOWER, StoredTensor, WeightsError
+from ..weights.writer import check_space, lay_out, write_shard
+
+DTYPES = ("float16", "bfloat16", "float32")
+TOWER_FOLDER = "vision_tower"
+EXAMPLES = """examples:
+  python -m staticvl.tools.random_checkpoint llava-1.5-7b-hf --out /tmp/random-7b
+  python -m staticvl.tools.random_checkpoint llava-v1.5-13b --out /tmp/random-13b --dtype bfloat16 --shard-gb 10
+"""
+_CHUNK = 1 << 22  # elements drawn at once
+
+
+class RandomCheckpointError(ValueError):
+    """A checkpoint that cannot be written as asked; the message says what to do."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _parse(argv)
+    try:
+        tensors, bytes_total = write_checkpoint(
+            args.config_folder, args.out, dtype=args.dtype, seed=args.seed, shard_gb=args.shard_gb, scale=args.scale
+        )
+    except (ConfigError, WeightsError, RandomCheckpointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.out}: {tensors} tensors, {bytes_total / 1e9:.2f} GB of {args.dtype}, seed {args.seed}")
+    if not any((args.out / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        print(
+            f"{args.config_folder} has no tokenizer, so the copy has none either; compiling needs tokenizer.json or tokenizer.model"
+        )
+    if (args.out / TOWER_FOLDER).is_dir():
+        print(f"the vision tower lies apart, as this layout has it; compile with --vision-tower {args.out / TOWER_FOLDER}")
+    return 0
+
+
+def write_checkpoint(
+    config_folder: Path, out: Path, *, dtype: str = "float16", seed: int = 0, shard_gb: float = 5, scale: float = 0.02
+) -> tuple[int, int]:
+    """Write random weights and copies of the JSON and tokenizer files of `config_folder` into `out`.
+
+    Weights are normal with standard deviation `scale`, norm weights the same around 1. Returns the number of tensors and
+    their bytes. Raises ConfigError for a config that is not supported, RandomCheckpointError when `out` is in use, and
+    WeightsError when there is no room.
+    """
+    config = read_config(config_folder)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RandomCheckpointError(f"{out} exists and is not empty; choose another --out, or delete it if it is not needed")
+    out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: StoredTensor(dtype, shape) for name, shape in source_names(config).items()}
+    inside = {name: t for name, t in tensors.items() if not name.startswith(TOWER)}
+    apart = {name.removeprefix(TOWER): t for name, t in tensors.items() if name.startswith(TOWER)}
+    total = sum(t.nbytes for t in tensors.values())
+    check_space(out, total)
+    with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", disable=None) as bar:
+        _write_weights(out, inside, seed, scale, shard_gb, bar.update)
+        if apart:
+            _write_weights(out / TOWER_FOLDER, apart, seed, scale, math.inf, bar.update)
+    if apart:
+        _write_tower_config(out / TOWER_FOLDER, config)
+    _copy_files(config_folder, out)
+    return len(tensors), total
+
+
+def _write_weights(
+    folder: Path,
+    tensors: Mapping[str, StoredTensor],
+    seed: int,
+    scale: float,
+    shard_gb: float,
+    progress: Callable[[int], object],
+) -> None:
+    def draw(name: str) -> Tensor:
+        return random_tensor(name, tensors[name], seed, scale)
+
+    parts = list(_split(tensors, shard_gb * 1e9))
+    weight_map: dict[str, str] = {}
+    for i, part in enumerate(parts):
+        file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
+        write_shard(folder, lay_out(file, part), draw, progress)
+        weight_map |= dict.fromkeys(part, file)
+    if len(parts) > 1:
+        index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+        _write_json(folder / "model.safetensors.index.json", index)
+
+
+def random_tensor(name: str, stored: StoredTensor, seed: int, scale: float) -> Tensor:
+    """The random tensor `name`; its values depend on name, shape, seed and scale alone, so not on sharding or order."""
+    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    centre = 1.0 if "norm" in name and name.endswith(".weight") else 0.0
+    tensor = torch.empty(stored.shape, dtype=getattr(torch, stored.dtype))
+    for piece in tensor.view(-1).split(_CHUNK):
+        piece.copy_(torch.empty(piece.shape, dtype=torch.float32).normal_(centre, scale, generator=generator))
+    return tensor
+
+
+def _split(tensors: Mapping[str, StoredTensor], limit: float) -> Iterator[dict[str, StoredTensor]]:
+    part: dict[str, StoredTensor] = {}
+    size = 0
+    for name, tensor in tensors.items():
+        if part and size + tensor.nbytes > limit:
+            yield part
+            part, size = {}, 0
+        part[name] = tensor
+        size += tensor.nbytes
+    yield part
+
+
+def _copy_files(source: Path, out: Path) -> None:
+    """Every JSON and tokenizer file but weight indexes; config.json last, so that a broken-off folder is not taken for whole."""
+    files = [p for pattern in ("*.json", "tokenizer.model", "*.jinja") for p in sorted(source.glob(pattern))]
+    for path in sorted(files, key=lambda p: p.name == "config.json"):
+        if not path.name.endswith(".index.json"):
+            shutil.copyfile(path, out / path.name)
+
+
+def _write_tower_config(folder: Path, config: ModelConfig) -> None:
+    vision: ClipConfig = config.vision
+    sizes = {
+        "hidden_size": vision.hidden_size,
+        "num_hidden_layers": vision.layers,
+        "num_attention_heads": vision.heads,
+        "intermediate_size": vision.intermediate_size,
+        "image_size": vision.image_size,
+        "patch_size": vision.patch_size,
+        "layer_norm_eps": vision.layer_norm_eps,
+        "hidden_act": vision.activation,
+    }
+    _write_json(folder / "config.json", {"model_type": "clip", "vision_config": sizes})
+    # The settings that every CLIP of OpenAI has.
+    pictures = {
+        "crop_size": vision.image_size,
+        "do_center_crop": True,
+        "do_normalize": True,
+        "do_resize": True,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        "resample": 3,
+        "size": vision.image_size,
+    }
+    _write_json(folder / "preprocessor_config.json", pictures)
+
+
+def _write_json(path: Path, value: object) -> None:
+    write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m staticvl.tools.random_checkpoint",
+        description="Write a checkpoint with random weights, of the sizes that CONFIG_FOLDER/config.json gives.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "config_folder",
+        metavar="CONFIG_FOLDER",
+        type=Path,
+        help="folder with config.json; its JSON and tokenizer files are copied",
+    )
+    parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new or empty folder to write")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the weights (default: %(default)s)")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same weights (default: %(default)s)")
+    parser.add_argument(
+        "--shard-gb", metavar="N", type=_positive, default=5.0, help="largest weight file, in GB (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--scale", metavar="X", type=_positive, default=0.02, help="standard deviation of the weights (default: %(default)s)"
+    )
+    return parser.parse_args(argv)
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+    return value
+
+
+if __name__ == "__main__":
+    sys.exit(main())

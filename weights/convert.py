@@ -1,0 +1,187 @@
+"""From a checkpoint to the weight files of an artifact: streamed, resumable, every tensor accounted for."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from torch import Tensor
+
+from ..model_defs.config import ModelConfig
+from ..runtime.artifact import FileSpec, WeightSpec
+from ..runtime.files import write_atomically
+from .quantize import quantize_w8
+from .rules import Plan, match, targets
+from .source import Source
+from .stored import block_size, is_quantised, stored_parts, stored_targets
+from .tensors import StoredTensor, WeightsError
+from .writer import Shard, check_space, lay_out, write_shard
+
+FOLDER = "weights"
+_CHUNK = 1 << 20  # elements checked at once
+
+
+@dataclass(frozen=True, slots=True)
+class Converted:
+    """Where every tensor lies, and size and digest of every file; file names are relative to the output folder."""
+
+    weights: dict[str, WeightSpec]
+    files: dict[str, FileSpec]
+
+
+class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line of the journal: a file that was written whole. `header` tells another layout under the same name."""
+
+    file: str
+    header: str  # sha256
+    nbytes: int
+    sha256: str
+
+
+def plan_shards(config: ModelConfig, quant: str, prefix: str, shard_bytes: int = 2 << 30) -> tuple[Shard, ...]:
+    """The files that `convert` writes, known without any weights: weights/PREFIX-00001.safetensors and so on.
+
+    A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself.
+    """
+    shards: list[Shard] = []
+    for tensors in _groups(config, quant, shard_bytes):
+        shards.append(lay_out(f"{FOLDER}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
+    return tuple(shards)
+
+
+def convert(
+    source: Source,
+    config: ModelConfig,
+    out: Path,
+    *,
+    quant: str,
+    prefix: str,
+    shard_bytes: int = 2 << 30,
+    progress: Callable[[int], object] | None = None,
+) -> Converted:
+    """Write every parameter of `config` from `source` into `out`/weights, one tensor in memory at a time.
+
+    `quant`: "none" stores float32; "w8a16" stores the decoder's linear layers in 8 bits (see quantize). `prefix` has to
+    name source, config and quant: files of the same prefix that a broken-off run has finished are kept, as its journal
+    `out`/weights/PREFIX.journal tells. The journal stays until `forget_journal`. `progress` is told the bytes of each
+    step; they add up to the sizes of `plan_shards`.
+    Raises WeightsError as `match` and `Source.read` do, for values that are not finite, and for want of disk space.
+    """
+    shards = plan_shards(config, quant, prefix, shard_bytes)
+    parts = _Parts(source, match(config, source.tensors), config, quant)
+    (out / FOLDER).mkdir(parents=True, exist_ok=True)
+    _remove_partials(out, prefix)
+    finished = _read_journal(out, prefix, shards)
+    check_space(out, sum(shard.nbytes for shard in shards if shard.file not in finished))
+    for shard in shards:
+        if shard.file in finished:
+            if progress:
+                progress(shard.nbytes)
+            continue
+        try:
+            spec = write_shard(out, shard, parts.take, progress)
+            finished[shard.file] = _Finished(shard.file, _digest(shard), spec.nbytes, spec.sha256)
+            _write_journal(out, prefix, finished)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise WeightsError(
+                f"the disk is full: {out / shard.file} could not be written ({shard.nbytes} bytes); free some space and "
+                f"run the same command again, it keeps the {len(finished)} of {len(shards)} weight files that are finished"
+            ) from error
+        assert not parts.waiting, parts.waiting.keys()
+    weights: dict[str, WeightSpec] = {}
+    for shard in shards:
+        assert not weights.keys() & shard.tensors.keys()
+        weights |= shard.tensors
+    assert weights.keys() == stored_targets(config, quant).keys()
+    files = {shard.file: FileSpec(nbytes=shard.nbytes, sha256=finished[shard.file].sha256) for shard in shards}
+    return Converted(weights, files)
+
+
+def forget_journal(out: Path, prefix: str) -> None:
+    """Remove what only a resumed conversion needs."""
+    (out / FOLDER / f"{prefix}.journal").unlink(missing_ok=True)
+    _remove_partials(out, prefix)
+
+
+class _Parts:
+    """Reads each source tensor once and hands out what is stored of it."""
+
+    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str) -> None:
+        self.source, self.plan, self.quant = source, plan, quant
+        self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
+        self.waiting: dict[str, Tensor] = {}  # parts of a tensor already read that come later in the file
+        self.read: set[str] = set()
+
+    def take(self, part: str) -> Tensor:
+        if part not in self.waiting:
+            self.waiting |= self._make(self.owner[part])
+        return self.waiting.pop(part)
+
+    def _make(self, name: str) -> dict[str, Tensor]:
+        assert name not in self.read, name
+        self.read.add(name)
+        tensor = self.source.read(self.plan.tensors[name].name)
+        if not all(piece.isfinite().all() for piece in tensor.flatten().split(_CHUNK)):
+            raise WeightsError(
+                f"{self.plan.tensors[name].file}: tensor {self.plan.tensors[name].name} holds values that are not finite; "
+                "fetch the file again"
+            )
+        if not is_quantised(name, self.quant):
+            return {name: tensor}
+        q, scales = quantize_w8(tensor, block_size(tensor.shape[1]))
+        stem = name.removesuffix(".weight")
+        return {f"{stem}.qweight": q, f"{stem}.scales": scales}
+
+
+def _groups(config: ModelConfig, quant: str, shard_bytes: int) -> Iterator[dict[str, StoredTensor]]:
+    """Stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
+    group: dict[str, StoredTensor] = {}
+    size = 0
+    for name, shape in targets(config).items():
+        parts = stored_parts(name, shape, quant)
+        nbytes = sum(part.nbytes for part in parts.values())
+        if group and size + nbytes > shard_bytes:
+            yield group
+            group, size = {}, 0
+        group |= parts
+        size += nbytes
+    yield group
+
+
+def _digest(shard: Shard) -> str:
+    return hashlib.sha256(shard.header).hexdigest()
+
+
+def _read_journal(out: Path, prefix: str, shards: tuple[Shard, ...]) -> dict[str, _Finished]:
+    """The planned files that are there whole; a damaged line, another layout or another size means: not finished."""
+    path = out / FOLDER / f"{prefix}.journal"
+    planned = {shard.file: shard for shard in shards}
+    finished: dict[str, _Finished] = {}
+    for line in path.read_bytes().splitlines() if path.is_file() else ():
+        try:
+            entry = msgspec.json.decode(line, type=_Finished)
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            continue
+        shard, file = planned.get(entry.file), out / entry.file
+        if shard is None or entry.header != _digest(shard) or entry.nbytes != shard.nbytes:
+            continue
+        if file.is_file() and file.stat().st_size == shard.nbytes:
+            finished[entry.file] = entry
+    return finished
+
+
+def _write_journal(out: Path, prefix: str, finished: dict[str, _Finished]) -> None:
+    lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in finished.values())
+    write_atomically(out / FOLDER / f"{prefix}.journal", lines)
+
+
+def _remove_partials(out: Path, prefix: str) -> None:
+    for path in (out / FOLDER).iterdir():
+        if path.name.startswith(f"{prefix}-") and path.name.endswith(".partial"):
+            path.unlink()

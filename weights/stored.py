@@ -1,0 +1,41 @@
+"""How each parameter is stored in an artifact: in float32, or in 8 bits with a scale for each block of a row."""
+
+from __future__ import annotations
+
+import re
+
+from ..model_defs.config import ModelConfig
+from .rules import targets
+from .tensors import StoredTensor
+
+QUANTS = ("none", "w8a16")
+_QUANTISED = re.compile(r"text\.(?:layers\.\d+\.(?:attn|mlp)\.\w+|lm_head)\.weight")
+
+
+def block_size(columns: int) -> int:
+    """Weights of one row that share a scale: 128, or 32 where 128 would need padding."""
+    return 128 if columns % 128 == 0 else 32
+
+
+def is_quantised(name: str, quant: str) -> bool:
+    """Whether parameter `name` is stored in 8 bits: the decoder's linear layers and lm_head, under "w8a16"."""
+    return quant == "w8a16" and _QUANTISED.fullmatch(name) is not None
+
+
+def stored_parts(name: str, shape: tuple[int, ...], quant: str) -> dict[str, StoredTensor]:
+    """What parameter `name` of `shape` becomes: itself in float32, or NAME.qweight and NAME.scales for NAME.weight."""
+    if not is_quantised(name, quant):
+        return {name: StoredTensor("float32", shape)}
+    stem, (rows, columns) = name.removesuffix(".weight"), shape
+    block = block_size(columns)
+    blocks = -(-columns // block)
+    return {
+        f"{stem}.qweight": StoredTensor("uint8", (rows, blocks, block)),
+        f"{stem}.scales": StoredTensor("float32", (rows, blocks)),
+    }
+
+
+def stored_targets(config: ModelConfig, quant: str) -> dict[str, StoredTensor]:
+    """Every tensor that the weight files hold, by name, in the order of `targets`."""
+    assert quant in QUANTS, quant
+    return {k: v for name, shape in targets(config).items() for k, v in stored_parts(name, shape, quant).items()}

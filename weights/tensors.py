@@ -1,0 +1,46 @@
+"""Tensors as they are found in a checkpoint and as they are stored in an artifact: names, dtypes, shapes, no contents."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+# Tensors of a vision tower stored apart are listed with this before their own names, so that they never collide with
+# the checkpoint's. No published checkpoint uses a slash in a tensor name.
+TOWER = "tower/"
+
+FLOATS = ("float32", "float16", "bfloat16")
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+
+
+class WeightsError(ValueError):
+    """Weights that cannot be read, matched or written as they stand; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTensor:
+    """One tensor of a checkpoint.
+
+    `offset` is the position of its first element in `file`; None: the file has to be loaded whole (old .bin format).
+    `stride` counts elements, as in torch.
+    """
+
+    name: str
+    dtype: str  # torch's name without "torch."
+    shape: tuple[int, ...]
+    file: Path
+    offset: int | None
+    stride: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """What a weight file holds under one name."""
+
+    dtype: str  # float32 | float16 | bfloat16 | uint8
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return _WIDTHS[self.dtype] * math.prod(self.shape)
