@@ -44,6 +44,7 @@ from .progress import Progress
 
 JOURNAL = ".build.jsonl"
 LOCK = ".build.lock"
+SMALL = 50_000_000  # parameters
 HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
 
 _OURS = Path(__file__).parent.parent
@@ -325,9 +326,12 @@ class _GraphMaker:
 
         self.job, self.weights = job, weights
         cache = job.plan.cache
+        sizes = forecast(job.config, job.plan, job.options.quant)
+        # Below this, handing work to threads takes longer than the work.
+        threads = 1 if sizes["parameters"] < SMALL else None
         self.candidate = open_backend(job.options.backend, job.out, cache)
         self.certifier = Certifier(
-            EagerBackend(job.out, weights, cache, self._define),
+            EagerBackend(job.out, weights, cache, self._define, threads=threads),
             self.candidate,
             job.options.quant,
             theta=job.facts.rope_theta,

@@ -5,7 +5,8 @@ Weights are mapped from the artifact's files, so that a model in 8 bits is check
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +22,30 @@ def map_weight(folder: Path, spec: WeightSpec) -> Tensor:
     return torch.from_numpy(np.memmap(folder / spec.file, spec.dtype, mode="c", offset=spec.offset, shape=spec.shape))
 
 
+@contextlib.contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """Compute with `count` threads (None: as torch is set), and set torch back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class EagerBackend:
     """See runtime.backends.base.Backend."""
 
     def __init__(
-        self, folder: Path, weights: Mapping[str, WeightSpec], cache: CacheSpec, define: Callable[[Kind, int], GraphDef]
+        self,
+        folder: Path,
+        weights: Mapping[str, WeightSpec],
+        cache: CacheSpec,
+        define: Callable[[Kind, int], GraphDef],
+        *,
+        threads: int | None = None,
     ) -> None:
+        self.threads = threads
         self.folder, self.weights, self.define = folder, weights, define
         shape = (cache.slots, cache.kv_heads, cache.rows, cache.head_dim)
         self.caches = {f"{which}_cache.{i}": torch.zeros(shape) for i in range(cache.layers) for which in "kv"}
@@ -54,7 +73,8 @@ class EagerBackend:
                 inputs.append(cached[-1])
             else:
                 inputs.append(torch.from_numpy(feed[spec.name]))
-        result = self.modules[graph.name](*inputs)
+        with _threads(self.threads):
+            result = self.modules[graph.name](*inputs)
         first, *updated = result if isinstance(result, tuple) else (result,)
         for rows, new in zip(cached, updated, strict=True):
             rows.copy_(new)

@@ -100,5 +100,6 @@ def render(
         )
     except jinja2.TemplateSyntaxError as error:
         raise ChatTemplateError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
-    except (jinja2.TemplateError, TypeError, KeyError, AttributeError) as error:
+    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        # A template is a program: whatever its expressions raise is a refusal.
         raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error

@@ -214,7 +214,7 @@ class Batch:
     ids: Tensor  # (B, T) int64
     targets: Tensor  # (B, T) int64
     positions: Tensor  # (B, T) int64
-    mask: Tensor  # (B, 1, T, T) bool, true where a query may look
+    mask: Tensor  # (B, 1, T, T) float32, 0 where a query may look and hugely negative elsewhere
     pixels: Tensor | None  # (N, 3, S, S) float32
 
 
@@ -227,12 +227,12 @@ def collate(rows: Sequence[Packed], pad: int, pictures: Sequence[Image.Image]) -
 
     segments = padded((row.segments for row in rows), 0)
     seen, own = segments[:, None, :], segments[:, :, None]  # (B, 1, T) keys, (B, T, 1) queries
-    mask = ((seen == 0) | (seen == own)) & torch.ones(length, length, dtype=torch.bool).tril()
+    visible = ((seen == 0) | (seen == own)) & torch.ones(length, length, dtype=torch.bool).tril()
     return Batch(
         padded((row.ids for row in rows), pad),
         padded((row.targets for row in rows), IGNORE),
         padded((row.positions for row in rows), 0),
-        mask[:, None],
+        torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)[:, None],
         normalise(pictures) if pictures else None,
     )
 

@@ -1,0 +1,29 @@
+"""Fixtures shared by the suite: artifacts are compiled once per session, and one thread is best for models this small."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
+
+REPO = Path(__file__).parent.parent
+EMBEDDED = REPO / "tools" / "assets" / "tiny_llava15"
+PUBLISHED = REPO.parent / "shared" / "published"
+
+SMALL_BUCKETS = Buckets(prefill=(8, 32), decode=(1, 2, 4), vision=(1, 2), context=512, slots=4)
+
+
+@pytest.fixture(scope="session")
+def embedded_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The trained tiny model, compiled."""
+    out = tmp_path_factory.mktemp("embedded") / "artifact"
+    build(Options(checkpoint=EMBEDDED, out=out, buckets=SMALL_BUCKETS))
+    return out

@@ -1,0 +1,122 @@
+"""Chat templates against transformers' apply_chat_template, and LLaVA's own conversation by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL, ChatTemplateError, render
+
+from .checkpoints import CHAT_TEMPLATE
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "published"
+SYSTEM_A = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions."
+)
+
+
+def turn(role: str, text: str, images: int = 0) -> dict[str, Any]:
+    return {"role": role, "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+CHATS = [
+    [turn("user", "What is this?", 1)],
+    [turn("user", "No picture")],
+    [turn("user", "Two <b> & 'of' them\n", 2), turn("assistant", "A cat. "), turn("user", "And its colour?")],
+    [turn("system", "Be short."), turn("user", "Hi"), turn("assistant", "Hello")],
+    [turn("user", "", 1)],
+]
+
+
+def ours(template: str, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    return render(template, messages, add_generation_prompt=add_generation_prompt, bos_token="<s>", eos_token="</s>")
+
+
+def theirs(template: str, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.BPE(vocab={"<s>": 0, "</s>": 1}, merges=[])), bos_token="<s>", eos_token="</s>"
+    )
+    text = tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
+    )
+    assert isinstance(text, str)
+    return text
+
+
+def published_llava() -> str:
+    path = PUBLISHED / "llava-hf--llava-1.5-7b-hf" / "chat_template.json"
+    if not path.is_file():
+        pytest.skip("the published files are not beside this checkout")
+    return json.loads(path.read_text())["chat_template"]
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_llava_hf(add_generation_prompt: bool) -> None:
+    for messages in CHATS:
+        expected = theirs(CHAT_TEMPLATE, messages, add_generation_prompt)
+        assert ours(CHAT_TEMPLATE, messages, add_generation_prompt) == expected
+        assert ours(LLAVA_HF, messages, add_generation_prompt) == expected
+    assert ours(LLAVA_HF, CHATS[0]) == "USER: <image>\nWhat is this? ASSISTANT:"
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_llava_hf_as_published(add_generation_prompt: bool) -> None:
+    template = published_llava()
+    for messages in CHATS:
+        expected = theirs(template, messages, add_generation_prompt)
+        assert ours(template, messages, add_generation_prompt) == expected
+        assert ours(LLAVA_HF, messages, add_generation_prompt) == expected
+
+
+def test_llava_original() -> None:
+    first = f"{SYSTEM_A} USER: <image>\nWhat is this? ASSISTANT:"
+    assert ours(LLAVA_ORIGINAL, CHATS[0]) == first
+    chat = [*CHATS[0], turn("assistant", "A cat."), turn("user", "And its colour?")]
+    assert ours(LLAVA_ORIGINAL, chat) == first + " A cat.</s>USER: And its colour? ASSISTANT:"
+    assert ours(LLAVA_ORIGINAL, chat[:2], add_generation_prompt=False) == first + " A cat.</s>"
+    own = [turn("system", "Be short."), turn("user", " Hi\n")]
+    assert ours(LLAVA_ORIGINAL, own) == "Be short. USER:  Hi\n ASSISTANT:"
+    for messages in [*CHATS, chat, own]:
+        assert ours(LLAVA_ORIGINAL, messages) == theirs(LLAVA_ORIGINAL, messages)
+
+
+TEMPLATES = {
+    "trimmed blocks": "{% for m in messages %}\n    {% if loop.first %}\nA\n    {% endif %}\n{{ m.role }}\n{% endfor %}\n",
+    "tojson": "{{ messages | tojson }}|{{ {'b': '<é>', 'a': 1} | tojson(indent=2, sort_keys=true) }}",
+    "break and continue": "{% for i in range(9) %}{% if i == 2 %}{% continue %}{% endif %}{% if i > 4 %}{% break %}{% endif %}{{ i }}{% endfor %}",
+    "generation": "{% generation %}{% for m in messages %}{{ m.role }} {% endfor %}{% endgeneration %}.",
+    "date": "{{ strftime_now('%d %b %Y') }}",
+    "special tokens": "{{ bos_token }}{{ messages[0].content[-1].text | trim }}{{ eos_token }}{{ nothing }}",
+    "namespace": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{% endfor %}{{ ns.n }}",
+    "tools": "{% if tools is not none %}T{% endif %}{% if documents %}D{% endif %}-",
+    "no escaping": "{{ '<a & b>' }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_what_templates_may_use(name: str) -> None:
+    for messages in CHATS:
+        assert ours(TEMPLATES[name], messages) == theirs(TEMPLATES[name], messages)
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        ("a\n{% if %}", r"the chat template is not valid Jinja \(line 2: Expected"),
+        ("{{ raise_exception('roles must alternate') }}", "the chat template refuses these messages: roles must alternate"),
+        ("{{ messages[0]['role'] + 1 }}", "the chat template refuses these messages: can only concatenate"),
+        ("{{ nothing.deeper }}", "refuses these messages: 'nothing' is undefined"),
+        ("{{ messages.append(1) }}", "refuses these messages: .*append"),
+        ("{{ ''.__class__.__mro__ }}", "refuses these messages: .*__class__"),
+        ("{% for i in range(999999999) %}x{% endfor %}", "refuses these messages: .*[Rr]ange"),
+    ],
+)
+def test_errors(template: str, message: str) -> None:
+    with pytest.raises(ChatTemplateError, match=message):
+        ours(template, CHATS[0])

@@ -1,0 +1,380 @@
+"""Facts from every form in which checkpoints keep their settings, and every setting that must be refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer, LlamaTokenizer, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
+from staticvl.compiler.facts import read_facts
+from staticvl.model_defs.config import ConfigError, read_config
+from staticvl.runtime.artifact import ModelFacts, SamplingDefaults
+from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL
+
+from .checkpoints import CHAT_TEMPLATE, MEAN, STD, tiny_llava, write_json
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "published"
+Edit = Callable[[dict[str, Any]], Any]
+
+
+@pytest.fixture(scope="module")
+def hf_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("hf") / "tiny").folder
+
+
+@pytest.fixture(scope="module")
+def original_source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("original") / "tiny", layout="original").folder
+
+
+@pytest.fixture
+def hf(hf_source: Path, tmp_path: Path) -> Path:
+    return copy(hf_source, tmp_path / "hf")
+
+
+@pytest.fixture
+def original(original_source: Path, tmp_path: Path) -> Path:
+    return copy(original_source, tmp_path / "original")
+
+
+def copy(source: Path, folder: Path) -> Path:
+    """Everything but the weights, which are not read here."""
+    return Path(shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin")))
+
+
+def read(folder: Path) -> tuple[ModelFacts, dict[str, bytes]]:
+    tower = folder / "clip" if (folder / "clip").is_dir() else None
+    return read_facts(folder, read_config(folder, vision_tower=tower), vision_tower=tower)
+
+
+def change(path: Path, **values: Any) -> None:
+    """Set keys of a JSON file, made where it is missing; None takes the key out."""
+    data = json.loads(path.read_text()) if path.is_file() else {}
+    write_json(path, {key: value for key, value in (data | values).items() if value is not None})
+
+
+def test_hf_layout(hf: Path) -> None:
+    facts, files = read(hf)
+    assert (facts.family, facts.layout, facts.hidden_size, facts.vocab_size) == ("llava", "hf", 64, 389)
+    assert (facts.eos_token_ids, facts.stop_strings, facts.rope_theta) == ((2,), (), 10000.0)
+    image, tokenizer = facts.image, facts.tokenizer
+    assert (image.mode, image.size, image.rows, image.mark, image.resample) == ("crop", 28, 16, "<image>", 3)
+    assert (image.mean, image.std) == (tuple(MEAN), tuple(STD))
+    assert image.rescale == pytest.approx(1 / 255)
+    assert (tokenizer.kind, tokenizer.style, tokenizer.bos_token_id, tokenizer.add_bos) == ("tokenizers", "hf", 1, True)
+    reference = AutoTokenizer.from_pretrained(hf)
+    assert tokenizer.image_token_id == reference.convert_tokens_to_ids("<image>")
+    assert tokenizer.used == len(reference) < facts.vocab_size
+    assert facts.sampling == SamplingDefaults()
+    assert files == {
+        "tokenizer/tokenizer.json": (hf / "tokenizer.json").read_bytes(),
+        "tokenizer/chat_template.jinja": CHAT_TEMPLATE.encode(),
+    }
+
+
+def test_original_layout(original: Path) -> None:
+    facts, files = read(original)
+    assert (facts.layout, facts.vocab_size, facts.stop_strings, facts.eos_token_ids) == ("original", 389, ("</s>",), (2,))
+    assert (facts.image.mode, facts.image.size, facts.image.rows, facts.image.mark) == ("pad", 28, 16, "<image>")
+    tokenizer = facts.tokenizer
+    assert (tokenizer.kind, tokenizer.style, tokenizer.add_bos, tokenizer.legacy) == ("sentencepiece", "original", True, False)
+    assert (tokenizer.image_token_id, tokenizer.used, tokenizer.added_tokens) == (None, 389, {})
+    assert files == {
+        "tokenizer/tokenizer.model": (original / "tokenizer.model").read_bytes(),
+        "tokenizer/chat_template.jinja": LLAVA_ORIGINAL.encode(),
+    }
+
+
+def test_published_settings_are_understood(hf: Path, original: Path) -> None:
+    """The published JSON files, except for those that fix the size of the tiny models."""
+    theirs = PUBLISHED / "llava-hf--llava-1.5-7b-hf"
+    if not theirs.is_dir():
+        pytest.skip("the published files are not beside this checkout")
+    preprocessor = json.loads((theirs / "preprocessor_config.json").read_text())
+    side = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}}
+    write_json(hf / "preprocessor_config.json", preprocessor | side)
+    change(hf / "processor_config.json", **json.loads((theirs / "processor_config.json").read_text()) | {"patch_size": 7})
+    for name in ("chat_template.json", "generation_config.json", "tokenizer_config.json"):
+        shutil.copy(theirs / name, hf / name)
+    facts, files = read(hf)
+    assert (facts.image.mode, facts.tokenizer.add_bos, facts.sampling) == ("crop", True, SamplingDefaults())
+    assert b"{% generation %}" in files["tokenizer/chat_template.jinja"]
+
+    theirs = PUBLISHED / "openai--clip-vit-large-patch14-336"
+    preprocessor = json.loads((theirs / "preprocessor_config.json").read_text())
+    write_json(original / "clip" / "preprocessor_config.json", preprocessor | {"size": 28, "crop_size": 28})
+    theirs = PUBLISHED / "liuhaotian--llava-v1.5-7b"
+    for name in ("generation_config.json", "tokenizer_config.json"):
+        shutil.copy(theirs / name, original / name)
+    facts, _ = read(original)
+    assert (facts.image.mode, facts.tokenizer.add_bos, facts.eos_token_ids) == ("pad", True, (2,))
+
+
+@pytest.mark.parametrize("pad", [False, True])
+def test_processor_saved_by_transformers(hf: Path, pad: bool) -> None:
+    """transformers 5 nests the image processor in processor_config.json and writes chat_template.jinja."""
+    sizes = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "image_mean": [0.5, 0.25, 0.125]}
+    image_processor = LlavaImageProcessorPil(**sizes, do_pad=True) if pad else CLIPImageProcessorPil(**sizes)
+    tokenizer = AutoTokenizer.from_pretrained(hf)
+    template = "{% for m in messages %}{% for p in m.content %}{{ p.text or '<image>' }}{% endfor %}{% endfor %}"
+    for name in (
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ):
+        (hf / name).unlink()
+    LlavaProcessor(
+        image_processor, tokenizer, patch_size=7, vision_feature_select_strategy="default", num_additional_image_tokens=1,
+        chat_template=template,
+    ).save_pretrained(hf)  # fmt: skip
+    assert not (hf / "preprocessor_config.json").exists()
+    facts, files = read(hf)
+    assert facts.image.mode == ("pad" if pad else "crop")
+    assert facts.image.mean == (0.5, 0.25, 0.125)
+    assert (facts.tokenizer.add_bos, facts.tokenizer.bos_token_id) == (True, 1)
+    assert files["tokenizer/chat_template.jinja"].decode() == template
+
+
+def test_sources_of_image_settings(hf: Path, original: Path) -> None:
+    (hf / "preprocessor_config.json").unlink()
+    (hf / "processor_config.json").unlink()
+    facts, _ = read(hf)
+    assert (facts.image.mode, facts.image.mean, facts.image.std) == ("crop", tuple(MEAN), tuple(STD))
+    change(original / "clip" / "preprocessor_config.json", image_std=[1, 2, 3], rescale_factor=0.5, resample=2)
+    facts, _ = read(original)
+    assert (facts.image.std, facts.image.rescale, facts.image.resample) == ((1.0, 2.0, 3.0), 0.5, 2)
+    change(original / "config.json", mm_vision_tower="clip")  # a folder inside the checkpoint, named by its config
+    facts, _ = read_facts(original, read_config(original), vision_tower=None)
+    assert facts.image.std == (1.0, 2.0, 3.0)
+    change(original / "preprocessor_config.json", image_std=[4, 5, 6])  # the checkpoint's own goes first
+    assert read(original)[0].image.std == (4.0, 5.0, 6.0)
+
+
+@pytest.mark.parametrize("form", ["old", "image_size_only"])
+def test_old_processor_configs_count_the_class_token(hf: Path, form: str) -> None:
+    values = {"num_additional_image_tokens": None}
+    change(
+        hf / "processor_config.json",
+        **values if form == "old" else values | {"patch_size": None, "vision_feature_select_strategy": None},
+    )
+    assert read(hf)[0].image.rows == 16
+
+
+def test_full_strategy_keeps_the_class_row(hf: Path) -> None:
+    change(hf / "config.json", vision_feature_select_strategy="full")
+    change(hf / "processor_config.json", vision_feature_select_strategy="full")
+    assert read(hf)[0].image.rows == 17
+
+
+def test_generation_config(hf: Path) -> None:
+    change(
+        hf / "generation_config.json", eos_token_id=[2, 7], do_sample=True, temperature=0.6, top_p=0.9, top_k=5, max_length=20,
+        length_penalty=1.5, bad_words_ids=[[1]],
+    )  # fmt: skip
+    facts, _ = read(hf)
+    assert facts.eos_token_ids == (2, 7)
+    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=5)
+    (hf / "generation_config.json").unlink()
+    facts, _ = read(hf)
+    assert (facts.eos_token_ids, facts.sampling) == ((2,), SamplingDefaults())
+
+
+def test_sources_of_the_template(hf: Path) -> None:
+    def template() -> str:
+        return read(hf)[1]["tokenizer/chat_template.jinja"].decode()
+
+    (hf / "chat_template.json").unlink()
+    assert template() == LLAVA_HF
+    several = [{"name": "tool_use", "template": "x"}, {"name": "default", "template": CHAT_TEMPLATE + "1"}]
+    change(hf / "tokenizer_config.json", chat_template=several)
+    assert template() == CHAT_TEMPLATE + "1"
+    change(hf / "tokenizer_config.json", chat_template=CHAT_TEMPLATE + "2")
+    assert template() == CHAT_TEMPLATE + "2"
+    change(hf / "processor_config.json", chat_template=CHAT_TEMPLATE + "3")
+    assert template() == CHAT_TEMPLATE + "3"
+    change(hf / "chat_template.json", chat_template=CHAT_TEMPLATE + "4")
+    assert template() == CHAT_TEMPLATE + "4"
+    (hf / "chat_template.jinja").write_text(CHAT_TEMPLATE + "é", encoding="utf-8")
+    assert template() == CHAT_TEMPLATE + "é"
+
+
+def test_the_original_layout_ignores_the_template_of_its_language_model(original: Path) -> None:
+    change(original / "tokenizer_config.json", chat_template="{{ messages[0].content }}")
+    assert read(original)[1]["tokenizer/chat_template.jinja"].decode() == LLAVA_ORIGINAL
+    (original / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    assert read(original)[1]["tokenizer/chat_template.jinja"].decode() == CHAT_TEMPLATE
+
+
+def test_bos_settings(hf: Path, original: Path) -> None:
+    assert json.loads((original / "tokenizer_config.json").read_text())["bos_token"]["content"] == "<s>"
+    change(hf / "tokenizer_config.json", add_bos_token=None)  # then tokenizer.json's post-processor decides
+    assert read(hf)[0].tokenizer.add_bos is True
+    data = json.loads((hf / "tokenizer.json").read_text())
+    write_json(hf / "tokenizer.json", data | {"post_processor": {"type": "Sequence", "processors": [data["post_processor"]]}})
+    assert read(hf)[0].tokenizer.add_bos is True
+    write_json(hf / "tokenizer.json", data | {"post_processor": None})
+    assert read(hf)[0].tokenizer.add_bos is False
+    change(hf / "tokenizer_config.json", bos_token=None)
+    assert read(hf)[0].tokenizer.bos_token_id == 1
+    (original / "tokenizer_config.json").unlink()
+    assert read(original)[0].tokenizer.add_bos is True
+    change(original / "tokenizer_config.json", add_bos_token=False, legacy=True)
+    tokenizer = read(original)[0].tokenizer
+    assert (tokenizer.add_bos, tokenizer.legacy) == (False, True)
+
+
+def sentencepiece_only(hf: Path, original: Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint of the hf layout with tokenizer.model and two added tokens."""
+    (hf / "tokenizer.json").unlink()
+    (hf / "tokenizer_config.json").unlink()
+    shutil.copy(original / "tokenizer.model", hf)
+    write_json(hf / "added_tokens.json", {"<image>": 389, "<pad>": 390})
+    change(hf / "config.json", image_token_index=389)
+    config = json.loads((hf / "config.json").read_text())
+    config["text_config"]["vocab_size"] = 400
+    write_json(hf / "config.json", config)
+    flags = {"lstrip": False, "rstrip": False, "single_word": False, "normalized": False, "special": True}
+    return hf, flags
+
+
+def test_tokenizer_model_with_added_tokens(hf: Path, original: Path) -> None:
+    folder, flags = sentencepiece_only(hf, original)
+    tokens = {"1": {"content": "<s>", **flags}, "389": {"content": "<image>", **flags}}
+    for known in ({}, {"added_tokens_decoder": tokens}):
+        change(folder / "tokenizer_config.json", **known)
+        facts, files = read(folder)
+        assert (facts.tokenizer.kind, facts.tokenizer.style, facts.tokenizer.used) == ("sentencepiece", "hf", 391)
+        assert facts.tokenizer.added_tokens == {"<image>": 389, "<pad>": 390}
+        assert facts.image.mark == "<image>"
+        assert "tokenizer/tokenizer.model" in files
+    assert len(LlamaTokenizer.from_pretrained(folder)) >= 390
+
+
+def test_the_original_layout_prefers_its_model_file(hf: Path, original: Path) -> None:
+    shutil.copy(hf / "tokenizer.json", original)
+    assert read(original)[0].tokenizer.kind == "sentencepiece"
+    (original / "tokenizer.model").unlink()
+    assert read(original)[0].tokenizer.kind == "tokenizers"
+
+
+def fails(folder: Path, message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (
+            {"crop_size": {"height": 56, "width": 56}},
+            r"crop_size is 56 but the vision tower takes 28 x 28 pixels .*; expected 28",
+        ),
+        ({"crop_size": {"height": 28, "width": 56}}, r"crop_size is \{.*\}; expected one number under height and width"),
+        ({"size": 56}, "size is 56 but the vision tower takes 28 x 28"),
+        ({"size": {"height": 28, "width": 28}}, "size is .*; expected one number under shortest_edge"),
+        ({"size": {"shortest_edge": 28, "longest_edge": 56}}, "expected one number under shortest_edge"),
+        ({"size": {}}, "expected one number under shortest_edge"),
+        ({"size": "28"}, "size is '28'; expected a positive number of pixels"),
+        ({"do_resize": False}, "do_resize is False; supported: true"),
+        ({"do_center_crop": False}, "do_center_crop is False; supported: true"),
+        ({"do_rescale": False}, "do_rescale is False; supported: true"),
+        ({"do_normalize": False}, "do_normalize is False; supported: true"),
+        ({"do_pad": True}, "do_pad is True; supported: false"),
+        ({"image_mean": [1, 2]}, r"image_mean is \[1, 2\]; expected three numbers"),
+        ({"image_std": "x"}, "image_std is 'x'; expected three numbers"),
+        ({"rescale_factor": 0}, "rescale_factor is 0; expected a number above 0"),
+        ({"resample": 9}, "resample is 9; expected a PIL filter number, 0 to 5"),
+    ],
+)
+def test_refused_image_settings(hf: Path, values: dict[str, Any], message: str) -> None:
+    change(hf / "preprocessor_config.json", **values)
+    fails(hf, rf"preprocessor_config\.json: {message}")
+
+
+@pytest.mark.parametrize(
+    ("file", "values", "message"),
+    [
+        ("processor_config.json", {"num_additional_image_tokens": 0}, "num_additional_image_tokens 0 and .* make 15 tokens per image but the vision tower gives 16; correct that file"),
+        ("processor_config.json", {"patch_size": 14}, "patch_size 14, .* make 4 tokens per image but the vision tower gives 16"),
+        ("processor_config.json", {"patch_size": 0}, "patch_size is 0; expected an integer of at least 1"),
+        ("processor_config.json", {"image_token": "<pic>"}, "image_token is '<pic>' but the image token of config.json is written '<image>'"),
+        ("tokenizer_config.json", {"image_token": {"content": "<pic>"}}, "image_token is '<pic>' but"),
+        ("tokenizer_config.json", {"add_eos_token": True}, "add_eos_token is True; supported: false"),
+        ("tokenizer_config.json", {"add_bos_token": "yes"}, "add_bos_token is 'yes'; expected true or false"),
+        ("tokenizer_config.json", {"bos_token": "<bos>"}, "bos_token is '<bos>', which the tokenizer does not know; expected one of its"),
+        ("chat_template.json", {"chat_template": [{"name": "rag", "template": "x"}]}, "chat_template is neither a text nor a list with one named 'default'"),
+        ("chat_template.json", {"chat_template": 3}, "chat_template is neither a text"),
+        ("generation_config.json", {"eos_token_id": "2"}, "eos_token_id is '2'; expected a token id or a list of them"),
+        ("generation_config.json", {"eos_token_id": []}, r"eos_token_id is \[\]; expected"),
+        ("generation_config.json", {"do_sample": 1}, "do_sample is 1; expected true or false"),
+        ("generation_config.json", {"temperature": -1}, "temperature is -1; expected a number of at least 0"),
+        ("generation_config.json", {"top_p": 0}, "top_p is 0; expected a number above 0"),
+        ("generation_config.json", {"top_p": 1.5}, "top_p is 1.5; expected at most 1"),
+        ("generation_config.json", {"top_k": 2.5}, "top_k is 2.5; expected an integer of at least 0"),
+    ],
+)  # fmt: skip
+def test_refused_settings(hf: Path, file: str, values: dict[str, Any], message: str) -> None:
+    change(hf / file, **values)
+    fails(hf, rf"{file}: {message}")
+
+
+def test_refused_templates(hf: Path) -> None:
+    path = hf / "chat_template.jinja"
+    path.write_text("{% if %}")
+    fails(hf, r"the chat template is not valid Jinja .*; correct the checkpoint's chat template")
+    path.write_text("{{ raise_exception('no') }}")
+    fails(hf, "the chat template refuses these messages: no; correct")
+    path.write_text("{{ messages[0].content[-1].text }}")
+    fails(hf, "the chat template writes <image> 0 times for a message with 1 image; expected once: put")
+    path.write_bytes(b"\xff\xfe")
+    fails(hf, r"chat_template\.jinja is not UTF-8 text")
+
+
+def test_refused_files(hf: Path, original: Path) -> None:
+    (original / "tokenizer.model").write_bytes(b"x")
+    fails(original, r"tokenizer\.model is not a usable sentencepiece model")
+    (original / "tokenizer.model").unlink()
+    fails(original, r"holds neither tokenizer\.json nor tokenizer\.model; copy one")
+    (hf / "generation_config.json").write_text("{")
+    fails(hf, r"generation_config\.json is not valid JSON .*; fetch the file again")
+    (hf / "generation_config.json").write_text("[]")
+    fails(hf, r"generation_config\.json holds a list; expected a JSON object")
+    (hf / "generation_config.json").unlink()
+    (hf / "tokenizer.json").write_text("{}")
+    fails(hf, r"tokenizer\.json is not a usable tokenizer\.json")
+
+
+def test_an_image_token_that_the_tokenizer_lacks(hf: Path) -> None:
+    change(hf / "config.json", image_token_index=388)
+    fails(hf, r"tokenizer\.json has no added token with id 388, which config\.json names as image token; take the tokenizer")
+    change(hf / "config.json", image_token_index=300)  # an ordinary piece is no mark
+    fails(hf, "has no added token with id 300")
+
+
+def test_refused_added_tokens(hf: Path, original: Path) -> None:
+    folder, flags = sentencepiece_only(hf, original)
+    for name, what in (
+        ("lstrip", "lstrip"),
+        ("rstrip", "rstrip"),
+        ("single_word", "single_word"),
+        ("special", "special false"),
+    ):
+        entry = {"content": "<image>", **flags, name: name != "special"}
+        change(folder / "tokenizer_config.json", added_tokens_decoder={"389": entry})
+        fails(
+            folder, f"the added token '<image>' has {what}, which is not supported with tokenizer.model; save the tokenizer as"
+        )
+    change(folder / "tokenizer_config.json", added_tokens_decoder={"391": {"content": "<image>", **flags}})
+    fails(folder, r"added_tokens\.json: '<image>' is 389 but .*tokenizer_config\.json says 391")
+    change(folder / "tokenizer_config.json", added_tokens_decoder={"300": {"content": "<new>", **flags}})
+    fails(folder, "token 300 is '<new>' but tokenizer.model has '.*' there; expected one of them")
