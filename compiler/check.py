@@ -129,14 +129,14 @@ class Certifier:
         return feed
 
     def _cost(self, graph: GraphSpec) -> float:
-        """Milliseconds of one run: the median of three, or the first when it is slow."""
+        """Milliseconds of one run: the best of a few, since what else the machine does only ever adds."""
         feed = new_feed(graph)
         seconds: list[float] = []
-        while len(seconds) < 3 and sum(seconds) < 1.0:
+        while len(seconds) < 5 and sum(seconds) < 1.0:
             started = time.perf_counter()
             self.candidate.run(graph, feed)
             seconds.append(time.perf_counter() - started)
-        return round(float(np.median(seconds)) * 1e3, 4)
+        return round(min(seconds) * 1e3, 4)
 
 
 def relative_error(value: np.ndarray, expected: np.ndarray) -> float:

@@ -93,12 +93,13 @@ def load_image(
 
 def _open_path(path: Path, max_pixels: int) -> Image.Image:
     try:
-        with path.open("rb") as file:
-            return _open(file, str(path), max_pixels)
+        file = path.open("rb")
     except FileNotFoundError:
         raise ImageError(f"{path} does not exist; give the path or URL of a picture") from None
-    except OSError as error:
-        raise ImageError(f"{path} cannot be read ({error.strerror or error})") from error
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{str(path)!r} cannot be read ({error})") from error
+    with file:
+        return _open(file, str(path), max_pixels)
 
 
 def _open(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
@@ -153,14 +154,12 @@ def _decode_data_url(url: str, name: str, max_bytes: int) -> bytes:
 
 def _download(url: str, name: str, timeout_s: float, max_bytes: int) -> bytes:
     """Fetch in a thread of its own: a socket timeout bounds one read, not a server that sends a byte now and then."""
-    scheme = url.partition(":")[0].lower()
-    if scheme not in ("http", "https"):
-        raise ImageError(f"{name} has the scheme {scheme}; expected http or https, or a path")
+    request = _request(url, name)
     result: Future[bytes] = Future()
 
     def work() -> None:
         try:
-            result.set_result(_fetch(url, name, timeout_s, max_bytes))
+            result.set_result(_fetch(request, name, timeout_s, max_bytes))
         except Exception as error:  # handed over to the caller, who sees it as it is
             result.set_exception(error)
 
@@ -171,10 +170,20 @@ def _download(url: str, name: str, timeout_s: float, max_bytes: int) -> bytes:
         raise ImageError(f"{name} did not arrive within {timeout_s:g} s") from None
 
 
-def _fetch(url: str, name: str, timeout_s: float, max_bytes: int) -> bytes:
+def _request(url: str, name: str) -> urllib.request.Request:
+    scheme = url.partition(":")[0].lower()
+    if scheme not in ("http", "https"):
+        raise ImageError(f"{name} has the scheme {scheme}; expected http or https, or a path")
+    try:
+        quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        _ = urllib.parse.urlsplit(quoted).port  # raises for one that is no port
+        return urllib.request.Request(quoted, headers={"User-Agent": "staticvl"})
+    except ValueError as error:
+        raise ImageError(f"{name} is not a valid URL ({error})") from error
+
+
+def _fetch(request: urllib.request.Request, name: str, timeout_s: float, max_bytes: int) -> bytes:
     deadline = time.monotonic() + timeout_s
-    quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-    request = urllib.request.Request(quoted, headers={"User-Agent": "staticvl"})
     try:
         with _opener().open(request, timeout=timeout_s) as response:
             return _read(response, name, deadline, max_bytes)

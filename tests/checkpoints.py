@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import sentencepiece
 import torch
@@ -88,8 +88,9 @@ def tiny_llava(
 def tiny_model(seed: int, image_token_id: int, **dims: int) -> LlavaForConditionalGeneration:
     """A random model whose logits differ clearly from token to token: larger weights than a real model's at this width."""
     known = {
-        "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 112, "vocab": VOCAB, "context": 512,
-        "vision_hidden": 32, "vision_layers": 3, "vision_heads": 2, "vision_intermediate": 48, "image_size": 28, "patch_size": 7,
+        "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 112, "vocab": VOCAB,
+        "context": 512, "vision_hidden": 32, "vision_layers": 3, "vision_heads": 2, "vision_intermediate": 48,
+        "image_size": 28, "patch_size": 7,
     }  # fmt: skip
     assert not dims.keys() - known.keys(), dims.keys() - known.keys()
     d = known | dims
@@ -129,13 +130,14 @@ def write_hf(
     else:
         spell = hub_name if names == "old" else str
         write_weights(folder, {spell(k): v.to(dtype) for k, v in model.state_dict().items()}, fmt=fmt, sharded=sharded)
-    tokenizer, text, vision = _hf_tokenizer(), model.config.text_config, model.config.vision_config
+    tokenizer, config = _hf_tokenizer(), cast(Any, model.config)
+    text, vision = config.text_config, config.vision_config
     write_json(
         folder / "config.json",
         {
             "architectures": ["LlavaForConditionalGeneration"],
             "ignore_index": -100,
-            "image_token_index": model.config.image_token_id,
+            "image_token_index": config.image_token_id,
             "model_type": "llava",
             "pad_token_id": tokenizer.token_to_id("<pad>"),
             "projector_hidden_act": "gelu",
@@ -268,7 +270,9 @@ def write_original(folder: Path, model: LlavaForConditionalGeneration, *, fmt: s
     for name, value in model.state_dict().items():
         vision = name.startswith("model.vision_tower.")
         (apart if vision else inside)[original_name(name)] = value.to(dtype)
-    for layer in range(model.config.text_config.num_hidden_layers):
+    config: Any = model.config
+    text, vision = config.text_config, config.vision_config
+    for layer in range(text.num_hidden_layers):
         inside[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.rand(
             4, generator=torch.Generator().manual_seed(layer)
         )
@@ -276,7 +280,6 @@ def write_original(folder: Path, model: LlavaForConditionalGeneration, *, fmt: s
     if fmt == "bin":
         repeated = {name: value for name, value in inside.items() if "mm_projector" in name}
         torch.save(repeated, folder / "mm_projector.bin")
-    text, vision = model.config.text_config, model.config.vision_config
     write_json(
         folder / "config.json",
         {
@@ -342,7 +345,7 @@ def original_name(name: str) -> str:
     raise AssertionError(name)
 
 
-def _write_clip(folder: Path, tensors: dict[str, Tensor], vision: CLIPVisionConfig, fmt: str) -> None:
+def _write_clip(folder: Path, tensors: dict[str, Tensor], vision: Any, fmt: str) -> None:
     """A CLIP checkpoint of the old form: a config for both towers, integer sizes for pictures, an integer buffer."""
     tensors = tensors | {
         "vision_model.embeddings.position_ids": torch.arange((vision.image_size // vision.patch_size) ** 2 + 1)[None],
@@ -419,7 +422,7 @@ def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
     return [{name: tensors[name] for name in names[i : i + step]} for i in range(0, len(names), step)]
 
 
-def _sizes(text: LlamaConfig) -> dict[str, Any]:
+def _sizes(text: Any) -> dict[str, Any]:
     keys = (
         "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
         "num_key_value_heads", "rms_norm_eps", "vocab_size",
@@ -427,8 +430,9 @@ def _sizes(text: LlamaConfig) -> dict[str, Any]:
     return {key: getattr(text, key) for key in keys}
 
 
-def _vision_config(vision: CLIPVisionConfig) -> dict[str, Any]:
+def _vision_config(vision: Any) -> dict[str, Any]:
     keys = (
-        "hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size", "projection_dim",
+        "hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size",
+        "projection_dim",
     )  # fmt: skip
     return {"model_type": "clip_vision_model", **{key: getattr(vision, key) for key in keys}}

@@ -14,12 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
-
 from staticvl.runtime import images
 from staticvl.runtime.artifact import ImageFacts
 from staticvl.runtime.images import Frame, ImageError, frame_of, load_image, to_pixels
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -172,8 +171,9 @@ def png(array: np.ndarray) -> bytes:
 def test_wrong_files(tmp_path: Path) -> None:
     with pytest.raises(ImageError, match=r"no\.png does not exist; give the path or URL of a picture"):
         load_image(tmp_path / "no.png")
-    with pytest.raises(ImageError, match="cannot be read"):
-        load_image(tmp_path)
+    for unreadable in (tmp_path, "a\0b"):
+        with pytest.raises(ImageError, match="cannot be read"):
+            load_image(unreadable)
     (tmp_path / "text.png").write_text("hello")
     with pytest.raises(ImageError, match=r"text\.png is not a picture in a known format \(PNG, JPEG"):
         load_image(str(tmp_path / "text.png"))
@@ -330,5 +330,8 @@ def test_unreachable_and_foreign_schemes() -> None:
     for url, scheme in (("file:///etc/hostname", "file"), ("ftp://h/x.png", "ftp"), ("S3://bucket/x.png", "s3")):
         with pytest.raises(ImageError, match=f"has the scheme {scheme}; expected http or https, or a path"):
             load_image(url)
-    with pytest.raises(ImageError, match="cannot be fetched"):
-        load_image("http://127.0.0.1:port/x.png")
+    with pytest.raises(ImageError, match="http:// cannot be fetched: no host given"):
+        load_image("http://")
+    for url in ("http://[::1/x.png", "http://\udc80/x.png", "http://127.0.0.1:port/x.png", "http://127.0.0.1:99999/x.png"):
+        with pytest.raises(ImageError, match="is not a valid URL"):
+            load_image(url)

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
-from transformers import AutoTokenizer, LlamaTokenizer
-
 from staticvl.runtime.artifact import TokenizerFacts
 from staticvl.runtime.tokenizer import PICTURE, Detokenizer, Tokenizer, TokenizerError, load_tokenizer, read_vocabulary
+from transformers import AutoTokenizer, LlamaTokenizer
 
 from .checkpoints import tiny_llava
 
@@ -249,7 +248,8 @@ def test_nothing_is_cut_off(hf: Path, tmp_path: Path) -> None:
     data = json.loads((hf / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     data["padding"] = {
-        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "<unk>",
+        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "pad_token": "<unk>",
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))
     whole = load_tokenizer(hf, hf_facts(hf)).encode("the picture is in the picture", add_bos=True)
@@ -266,5 +266,5 @@ def test_errors(hf: Path, original: Path, tmp_path: Path) -> None:
     with pytest.raises(TokenizerError, match=r"tokenizer\.model is not a usable sentencepiece model"):
         load_tokenizer(tmp_path, sp_facts())
     for folder, facts in ((hf, hf_facts(hf)), (original, sp_facts())):
-        with pytest.raises(TokenizerError, match="the text is not valid Unicode .*; replace its lone surrogates"):
+        with pytest.raises(TokenizerError, match=r"the text is not valid Unicode .*; replace its lone surrogates"):
             load_tokenizer(folder, facts).encode("a\ud800", add_bos=True)

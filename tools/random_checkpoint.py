@@ -13,6 +13,7 @@ import math
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +24,7 @@ from ..model_defs.config import ClipConfig, ConfigError, ModelConfig, read_confi
 from ..runtime.files import write_atomically
 from ..weights.rules import source_names
 from ..weights.tensors import TOWER, StoredTensor, WeightsError
-from ..weights.writer import check_space, lay_out, write_shard
+from ..weights.writer import check_space, lay_out, one_thread, write_shard
 
 DTYPES = ("float16", "bfloat16", "float32")
 TOWER_FOLDER = "vision_tower"
@@ -31,7 +32,7 @@ EXAMPLES = """examples:
   python -m staticvl.tools.random_checkpoint llava-1.5-7b-hf --out /tmp/random-7b
   python -m staticvl.tools.random_checkpoint llava-v1.5-13b --out /tmp/random-13b --dtype bfloat16 --shard-gb 10
 """
-_CHUNK = 1 << 22  # elements drawn at once
+_CHUNK = 1 << 18  # elements drawn at once
 
 
 class RandomCheckpointError(ValueError):
@@ -49,9 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(f"{args.out}: {tensors} tensors, {bytes_total / 1e9:.2f} GB of {args.dtype}, seed {args.seed}")
     if not any((args.out / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        print(
-            f"{args.config_folder} has no tokenizer, so the copy has none either; compiling needs tokenizer.json or tokenizer.model"
-        )
+        print(f"{args.config_folder} has no tokenizer.json or tokenizer.model, which compiling needs; add one to {args.out}")
     if (args.out / TOWER_FOLDER).is_dir():
         print(f"the vision tower lies apart, as this layout has it; compile with --vision-tower {args.out / TOWER_FOLDER}")
     return 0
@@ -75,10 +74,11 @@ def write_checkpoint(
     apart = {name.removeprefix(TOWER): t for name, t in tensors.items() if name.startswith(TOWER)}
     total = sum(t.nbytes for t in tensors.values())
     check_space(out, total)
-    with tqdm(total=total, unit="B", unit_scale=True, desc="random weights", disable=None) as bar:
-        _write_weights(out, inside, seed, scale, shard_gb, bar.update)
+    draw = partial(random_tensor, seed=seed, scale=scale)
+    with one_thread(), tqdm(total=total, unit="B", unit_scale=True, desc="random weights", disable=None) as bar:
+        _write_weights(out, inside, shard_gb * 1e9, draw, bar.update)
         if apart:
-            _write_weights(out / TOWER_FOLDER, apart, seed, scale, math.inf, bar.update)
+            _write_weights(out / TOWER_FOLDER, apart, math.inf, draw, bar.update)
     if apart:
         _write_tower_config(out / TOWER_FOLDER, config)
     _copy_files(config_folder, out)
@@ -88,19 +88,16 @@ def write_checkpoint(
 def _write_weights(
     folder: Path,
     tensors: Mapping[str, StoredTensor],
-    seed: int,
-    scale: float,
-    shard_gb: float,
+    limit: float,
+    draw: Callable[[str, StoredTensor], Tensor],
     progress: Callable[[int], object],
 ) -> None:
-    def draw(name: str) -> Tensor:
-        return random_tensor(name, tensors[name], seed, scale)
-
-    parts = list(_split(tensors, shard_gb * 1e9))
+    """Write one folder's weights in files of up to `limit` bytes, with an index when there are several."""
+    parts = list(_split(tensors, limit))
     weight_map: dict[str, str] = {}
     for i, part in enumerate(parts):
         file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
-        write_shard(folder, lay_out(file, part), draw, progress)
+        write_shard(folder, lay_out(file, part), lambda name: draw(name, tensors[name]), progress)
         weight_map |= dict.fromkeys(part, file)
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
@@ -131,7 +128,7 @@ def _split(tensors: Mapping[str, StoredTensor], limit: float) -> Iterator[dict[s
 
 
 def _copy_files(source: Path, out: Path) -> None:
-    """Every JSON and tokenizer file but weight indexes; config.json last, so that a broken-off folder is not taken for whole."""
+    """Every JSON and tokenizer file but weight indexes; config.json last: a broken-off folder must not look whole."""
     files = [p for pattern in ("*.json", "tokenizer.model", "*.jinja") for p in sorted(source.glob(pattern))]
     for path in sorted(files, key=lambda p: p.name == "config.json"):
         if not path.name.endswith(".index.json"):
@@ -177,6 +174,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    shown = " (default: %(default)s)"
     parser.add_argument(
         "config_folder",
         metavar="CONFIG_FOLDER",
@@ -184,14 +182,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="folder with config.json; its JSON and tokenizer files are copied",
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new or empty folder to write")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the weights (default: %(default)s)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same weights (default: %(default)s)")
-    parser.add_argument(
-        "--shard-gb", metavar="N", type=_positive, default=5.0, help="largest weight file, in GB (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--scale", metavar="X", type=_positive, default=0.02, help="standard deviation of the weights (default: %(default)s)"
-    )
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="dtype of the weights" + shown)
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same weights" + shown)
+    parser.add_argument("--shard-gb", metavar="N", type=_positive, default=5.0, help="largest weight file, in GB" + shown)
+    parser.add_argument("--scale", metavar="X", type=_positive, default=0.02, help="standard deviation of the weights" + shown)
     return parser.parse_args(argv)
 
 

@@ -327,8 +327,16 @@ class Family(ABC):
         """A model with fresh weights."""
 
     @abstractmethod
-    def vision_features(self, model: Any, pixels: Tensor) -> Tensor:
-        """(N, patches * patches, C) features, as the text model gets them before projection."""
+    def picture_embeddings(self, model: Any, pixels: Tensor) -> Tensor:
+        """(N, patches * patches, H): what takes the place of the picture tokens, in reading order."""
+
+    @abstractmethod
+    def vision_parts(self, model: Any) -> list[nn.Module]:
+        """The modules that make the picture embeddings."""
+
+    @abstractmethod
+    def word_embeddings(self, model: Any) -> nn.Embedding:
+        """The text model's input embedding (V, H)."""
 
     @abstractmethod
     def hidden_states(self, model: Any, batch: Batch) -> Tensor:
@@ -416,11 +424,22 @@ class Llava15(Family):
             vision_feature_select_strategy="default",
             tie_word_embeddings=False,
         )
-        return LlavaForConditionalGeneration(config).float()
+        model = LlavaForConditionalGeneration(config).float()
+        # In bfloat16 on a CPU, plain products are faster than the fused attention.
+        model.set_attn_implementation("eager")
+        # Words must start as large as the picture embeddings they are compared with.
+        nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.2)
+        return model
 
-    def vision_features(self, model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
+    def picture_embeddings(self, model: LlavaForConditionalGeneration, pixels: Tensor) -> Tensor:
         states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-        return states[-2][:, 1:]
+        return model.model.multi_modal_projector(states[-2][:, 1:])
+
+    def vision_parts(self, model: LlavaForConditionalGeneration) -> list[nn.Module]:
+        return [model.model.vision_tower, model.model.multi_modal_projector]
+
+    def word_embeddings(self, model: LlavaForConditionalGeneration) -> nn.Embedding:
+        return model.model.language_model.embed_tokens
 
     def hidden_states(self, model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
         return model.model(
@@ -539,7 +558,7 @@ class Schedule:
     extra_every: int = 8  # every so many steps, also two pictures and none
 
 
-# Columns of the scores that a patch is asked for: shape, colour, and left, top, right, bottom of its box.
+# What a patch is asked for: shape, colour, and left, top, right, bottom of its box.
 PATCH_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, *[GRID + 1] * 4)
 
 
@@ -558,20 +577,48 @@ def patch_targets(drawings: Sequence[Drawing], patches: int) -> Tensor:
     return torch.from_numpy(targets.reshape(len(drawings), patches * patches, -1))
 
 
-def train_vision(family: Family, model: nn.Module, data: Data, schedule: Schedule) -> None:
-    """Teach the vision tower first: every patch names its shape, colour and box through a throw-away layer.
+class PatchProbe(nn.Module):
+    """Reads shape, colour and box off each picture embedding.
 
-    Picture tokens are far cheaper than sentences, so this reaches useful features in a fraction of the time.
+    The scores of shapes and colours are products with the embeddings of their words, so that a picture of
+    something red comes to resemble the word "red", as it does in a tower that was trained on captions. The text
+    model then finds what it is asked for much sooner. The rest of the probe is thrown away.
     """
-    probe_size = family.vision_features(model, data.scenes(1, 1)[1]).shape[-1]
-    probe = nn.Linear(probe_size, sum(PATCH_CLASSES))
-    learner = Learner([model, probe], schedule.vision_rate, schedule.vision_steps)
+
+    def __init__(self, words: nn.Embedding, packer: Packer) -> None:
+        super().__init__()
+        self.words = words
+        names = (SHAPES, tuple(COLOURS))
+        self.rows = [torch.tensor([packer.id_of("▁" + word) for word in group]) for group in names]
+        self.nothing = nn.Linear(words.embedding_dim, len(names))
+        self.box = nn.Linear(words.embedding_dim, sum(PATCH_CLASSES[2:]))
+
+    def forward(self, embeddings: Tensor) -> list[Tensor]:
+        """Scores (M, classes) for each entry of PATCH_CLASSES, from embeddings (M, H)."""
+        nothing = self.nothing(embeddings).split(1, dim=-1)
+        named = [
+            torch.cat((none, embeddings @ self.words.weight[rows].T), dim=-1)
+            for none, rows in zip(nothing, self.rows, strict=True)
+        ]
+        return [*named, *self.box(embeddings).split(PATCH_CLASSES[2:], dim=-1)]
+
+
+def train_vision(family: Family, model: nn.Module, data: Data, schedule: Schedule) -> None:
+    """Teach the picture embeddings first: each patch names its shape, colour and box.
+
+    Picture tokens are far cheaper than sentences, so this reaches useful embeddings in a fraction of the time.
+    """
+    probe = PatchProbe(family.word_embeddings(model), data.packer)
+    learner = Learner([*family.vision_parts(model), probe], schedule.rate, schedule.vision_steps)
     bar = tqdm(range(schedule.vision_steps), desc="vision", file=sys.stderr)
     for step in bar:
         drawings, pixels = data.scenes(schedule.vision_batch, 1 + 6 * step // schedule.vision_steps)
         targets = patch_targets(drawings, family.patches).flatten(0, 1)
-        scores = probe(family.vision_features(model, pixels)).flatten(0, 1).split(PATCH_CLASSES, dim=-1)
-        losses = [F.cross_entropy(score, targets[:, i], ignore_index=IGNORE) for i, score in enumerate(scores)]
+        with half_precision():
+            scores = probe(family.picture_embeddings(model, pixels).flatten(0, 1))
+        losses = [
+            F.cross_entropy(score.float(), targets[:, i], ignore_index=IGNORE) for i, score in enumerate(scores)
+        ]
         learner.step(torch.stack(losses).sum())
         if step % 20 == 0:
             bar.set_postfix_str(" ".join(f"{loss.item():.2f}" for loss in losses))
@@ -595,35 +642,52 @@ def train_language(family: Family, model: nn.Module, data: Data, schedule: Sched
 def answer_loss(family: Family, model: nn.Module, batch: Batch) -> Tensor:
     """Mean cross entropy over the answer tokens."""
     wanted = batch.targets != IGNORE
-    logits = family.logits(model, family.hidden_states(model, batch)[wanted])
-    return F.cross_entropy(logits, batch.targets[wanted])
+    with half_precision():
+        logits = family.logits(model, family.hidden_states(model, batch)[wanted])
+    return F.cross_entropy(logits.float(), batch.targets[wanted])
+
+
+def half_precision() -> torch.autocast:
+    """bfloat16 products: several times faster on current processors, and exact enough to learn by."""
+    return torch.autocast("cpu", torch.bfloat16)
 
 
 class Learner:
-    """AdamW with a short warm-up and a cosine that ends at a fiftieth of the rate."""
+    """Muon for the matrices inside the layers, AdamW for all else, with a warm-up and a cosine to a fiftieth.
+
+    Muon finds the way from words to patches in a fraction of the steps that AdamW alone needs.
+    """
 
     def __init__(self, parts: Sequence[nn.Module], rate: float, steps: int) -> None:
-        self.weights = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
-        matrices = [weight for weight in self.weights if weight.ndim > 1]
-        others = [weight for weight in self.weights if weight.ndim <= 1]
-        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
-        self.optimiser = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98), fused=True)
-        warm = max(1, min(100, steps // 10))
+        tables = {id(part.weight) for whole in parts for part in whole.modules() if isinstance(part, nn.Embedding)}
+        named = {name: weight for part in parts for name, weight in part.named_parameters() if weight.requires_grad}
+        inner = [w for name, w in named.items() if w.ndim == 2 and id(w) not in tables and "lm_head" not in name]
+        known = {id(weight) for weight in inner}
+        outer = [weight for weight in named.values() if id(weight) not in known]
+        self.weights = inner + outer
+        self.optimisers: list[torch.optim.Optimizer] = [
+            torch.optim.Muon(inner, lr=10 * rate, weight_decay=0.01),
+            torch.optim.AdamW(outer, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        ]
+        warm = max(1, min(50, steps // 10))
 
         def factor(step: int) -> float:
             if step < warm:
                 return (step + 1) / warm
             return 0.02 + 0.49 * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm)))
 
-        self.pace = torch.optim.lr_scheduler.LambdaLR(self.optimiser, factor)
+        self.paces = [torch.optim.lr_scheduler.LambdaLR(optimiser, factor) for optimiser in self.optimisers]
 
     def step(self, loss: Tensor) -> None:
         """One update."""
-        self.optimiser.zero_grad(set_to_none=True)
+        for optimiser in self.optimisers:
+            optimiser.zero_grad(set_to_none=True)
         loss.backward()
-        nn.utils.clip_grad_norm_([weight for weight in self.weights if weight.grad is not None], 1.0)
-        self.optimiser.step()
-        self.pace.step()
+        with_gradient = [weight for weight in self.weights if weight.grad is not None]
+        nn.utils.clip_grad_norm_(with_gradient, 1.0)
+        for optimiser, pace in zip(self.optimisers, self.paces, strict=True):
+            optimiser.step()
+            pace.step()
 
 
 def train(family: Family, out: Path, seed: int, schedule: Schedule) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
+import torch
 from torch import Tensor
 
 from ..model_defs.config import ModelConfig
@@ -19,10 +20,10 @@ from .rules import Plan, match, targets
 from .source import Source
 from .stored import block_size, is_quantised, stored_parts, stored_targets
 from .tensors import StoredTensor, WeightsError
-from .writer import Shard, check_space, lay_out, write_shard
+from .writer import Shard, check_space, lay_out, one_thread, write_shard
 
 FOLDER = "weights"
-_CHUNK = 1 << 20  # elements checked at once
+_CHUNK = 1 << 18  # elements checked at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +84,8 @@ def convert(
                 progress(shard.nbytes)
             continue
         try:
-            spec = write_shard(out, shard, parts.take, progress)
+            with one_thread():
+                spec = write_shard(out, shard, parts.take, progress)
             finished[shard.file] = _Finished(shard.file, _digest(shard), spec.nbytes, spec.sha256)
             _write_journal(out, prefix, finished)
         except OSError as error:
@@ -127,7 +129,7 @@ class _Parts:
         assert name not in self.read, name
         self.read.add(name)
         tensor = self.source.read(self.plan.tensors[name].name)
-        if not all(piece.isfinite().all() for piece in tensor.flatten().split(_CHUNK)):
+        if not _all_finite(tensor):
             raise WeightsError(
                 f"{self.plan.tensors[name].file}: tensor {self.plan.tensors[name].name} holds values that are not finite; "
                 "fetch the file again"
@@ -137,6 +139,15 @@ class _Parts:
         q, scales = quantize_w8(tensor, block_size(tensor.shape[1]))
         stem = name.removesuffix(".weight")
         return {f"{stem}.qweight": q, f"{stem}.scales": scales}
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    buffer = torch.empty(_CHUNK, dtype=torch.float32)
+    for piece in tensor.flatten().split(_CHUNK):
+        low, high = buffer[: len(piece)].copy_(piece).aminmax()
+        if not (low.isfinite() and high.isfinite()):  # nan is passed on by aminmax
+            return False
+    return True
 
 
 def _groups(config: ModelConfig, quant: str, shard_bytes: int) -> Iterator[dict[str, StoredTensor]]:

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from .tensors import StoredTensor, WeightsError
 ALIGNMENT = 64
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8"}
 _DTYPES = {name: getattr(torch, name) for name in _CODES}
-_CHUNK = 1 << 20  # elements converted and written at once
+_CHUNK = 1 << 18  # elements cast and written at once; they stay in the cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,17 +91,32 @@ def write_shard(
     return FileSpec(nbytes=shard.nbytes, sha256=digest.hexdigest())
 
 
-def _contents(shard: Shard, read: Callable[[str], Tensor]) -> Iterable[memoryview]:
+def _contents(shard: Shard, read: Callable[[str], Tensor]) -> Iterator[memoryview]:
     """The bytes of a shard, piece by piece."""
     yield memoryview(shard.header)
     for name, spec in shard.tensors.items():
         yield from _pieces(read(name), spec)
 
 
-def _pieces(tensor: Tensor, spec: WeightSpec) -> Iterable[memoryview]:
+def _pieces(tensor: Tensor, spec: WeightSpec) -> Iterator[memoryview]:
+    """A tensor's bytes; each view is overwritten by the next."""
     assert tuple(tensor.shape) == spec.shape, (tensor.shape, spec)
+    dtype = _DTYPES[spec.dtype]
+    buffer = torch.empty(_CHUNK, dtype=dtype)
     for piece in tensor.reshape(-1).split(_CHUNK):
-        yield piece.to(_DTYPES[spec.dtype]).view(torch.uint8).numpy().data
+        cast = piece if piece.dtype == dtype else buffer[: len(piece)].copy_(piece)
+        yield cast.view(torch.uint8).numpy().data
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch in this thread alone: streaming is bound by memory and disk, and waking a pool for each piece costs more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def check_space(folder: Path, needed: int) -> None:

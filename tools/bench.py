@@ -1,0 +1,144 @@
+"""`staticvl bench`: latency, throughput, memory and padding of an artifact on this machine.
+
+Prompts are random token ids, so that their lengths are exact. Every figure is a median. The last line printed is one JSON
+object; times are in milliseconds unless the name says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from .. import runtime
+from ..runtime.prompt import Prompt
+from ..runtime.request import Output, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One measurement: medians over its repeats."""
+
+    batch: int
+    prompt_tokens: int
+    pictures: int
+    ttft_ms: float
+    tpot_ms: float
+    tokens_per_s: float  # generated tokens of all rows, over the whole request
+    outside_us: float  # of one decode step, spent outside the backend
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(stderr=args.json, highlight=False)
+    bench = Bench(runtime.load(args.artifact, device=args.device, threads=args.threads), args.new_tokens, args.repeats)
+    points = bench.points()
+    result = bench.summary(args.artifact, points)
+    if not args.json:
+        console.print(table(points))
+        waste = ", ".join(f"{kind} {share:.1%}" for kind, share in result["padding_waste"].items())
+        console.print(f"padding of what ran: {waste}; memory: {result['memory']['uss_mb']:.0f} MB of its own (USS)")
+    print(json.dumps(result))
+    return 0
+
+
+class Bench:
+    """Runs an artifact at several batch sizes and prompt lengths."""
+
+    def __init__(self, model: runtime.Model, new_tokens: int, repeats: int) -> None:
+        if repeats < 1 or new_tokens < 2:
+            raise ValueError(f"--repeats is {repeats} and --new-tokens {new_tokens}; expected at least 1 and 2")
+        self.model, self.new_tokens, self.repeats = model, new_tokens, repeats
+        self.rng = np.random.default_rng(0)
+        self.params = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
+
+    def points(self) -> list[Point]:
+        """Prompt lengths at batch 1, batches at a short prompt, and a prompt with a picture."""
+        manifest = self.model.artifact.manifest
+        room = manifest.cache.context - self.new_tokens
+        lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048) if n <= room] or [room]
+        grid = [(1, n, 0) for n in lengths] + [(b, lengths[0], 0) for b in manifest.buckets("decode") if b > 1]
+        if manifest.model.image.rows + 32 <= room:
+            grid.append((1, manifest.model.image.rows + 32, 1))
+        return [self.point(*where) for where in tqdm(grid, desc="measuring", disable=None)]
+
+    def point(self, batch: int, prompt_tokens: int, pictures: int) -> Point:
+        self._once(batch, prompt_tokens, pictures)  # opens the graphs
+        runs = [self._once(batch, prompt_tokens, pictures) for _ in range(self.repeats)]
+        return Point(batch, prompt_tokens, pictures, *(statistics.median(run[i] for run in runs) for i in range(4)))
+
+    def _once(self, batch: int, prompt_tokens: int, pictures: int) -> tuple[float, float, float, float]:
+        engine = self.model.engine
+        prompts = [self._prompt(prompt_tokens, pictures) for _ in range(batch)]
+        sequences = [engine.new_sequence(prompt, self.params) for prompt in prompts]
+        runs, inside = engine.metrics.runs["decode"], engine.metrics.seconds["decode"]
+        started = time.perf_counter()
+        outputs: list[Output] = self.model.run(sequences)
+        ended = time.perf_counter()
+        runs, inside = engine.metrics.runs["decode"] - runs, engine.metrics.seconds["decode"] - inside
+        decoding = ended - max(sequence.first_token for sequence in sequences)
+        return (
+            statistics.median(out.timings.first_token_s for out in outputs) * 1e3,
+            decoding / runs * 1e3,
+            batch * self.new_tokens / (ended - started),
+            (decoding - inside) / runs * 1e6,
+        )
+
+    def _prompt(self, tokens: int, pictures: int) -> Prompt:
+        facts = self.model.facts
+        rows = np.full(tokens, -1, np.int32)
+        rows[1 : 1 + pictures * facts.image.rows] = np.arange(pictures * facts.image.rows)
+        size = facts.image.size
+        return Prompt(
+            token_ids=self.rng.integers(3, facts.tokenizer.used, tokens).astype(np.int32),
+            rows=rows,
+            pixels=self.rng.integers(0, 256, (pictures, size, size, 3)).astype(np.uint8),
+            frames=(),
+        )
+
+    def summary(self, artifact: Path, points: SequenceOf[Point]) -> dict[str, Any]:
+        """Everything measured, as plain data."""
+        metrics = self.model.engine.metrics
+        memory = psutil.Process().memory_full_info()
+        first = points[0]
+        return {
+            "artifact": artifact.name,
+            "backend": self.model.artifact.manifest.backend,
+            "quant": self.model.artifact.manifest.quant,
+            "ttft_ms": {str(p.prompt_tokens): round(p.ttft_ms, 3) for p in points if p.batch == 1 and not p.pictures},
+            "ttft_picture_ms": next((round(p.ttft_ms, 3) for p in points if p.pictures), None),
+            "tpot_ms": {str(p.prompt_tokens): round(p.tpot_ms, 4) for p in points if p.batch == 1 and not p.pictures},
+            "tokens_per_s": {str(p.batch): round(p.tokens_per_s, 1) for p in points if p.prompt_tokens == first.prompt_tokens},
+            "decode_step_outside_us": round(first.outside_us, 1),
+            "decode_step_outside_us_by_batch": {
+                str(p.batch): round(p.outside_us, 1) for p in points if p.prompt_tokens == first.prompt_tokens
+            },
+            "padding_waste": {kind: round(1 - metrics.real[kind] / n, 4) for kind, n in metrics.padded.items() if n},
+            "memory": {
+                "uss_mb": round(memory.uss / 1e6, 1),
+                "pss_mb": round(getattr(memory, "pss", 0) / 1e6, 1),
+                "weights_mb": round(sum(w.nbytes for w in self.model.artifact.manifest.weights.values()) / 1e6, 1),
+                "cache_mb": round(self.model.artifact.manifest.cache.nbytes / 1e6, 1),
+            },
+        }
+
+
+def table(points: SequenceOf[Point]) -> Table:
+    """The measurements for people."""
+    result = Table()
+    for column in ("batch", "prompt", "pictures", "first token ms", "per token ms", "tokens/s", "outside the backend us"):
+        result.add_column(column, justify="right")
+    for p in points:
+        figures = (f"{p.ttft_ms:.2f}", f"{p.tpot_ms:.3f}", f"{p.tokens_per_s:.0f}", f"{p.outside_us:.0f}")
+        result.add_row(str(p.batch), str(p.prompt_tokens), str(p.pictures), *figures)
+    return result

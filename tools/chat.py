@@ -1,0 +1,45 @@
+"""`staticvl chat`: a conversation on the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .. import runtime
+from .generate import read_sampling
+
+HELP = "type a message; /image PATH_OR_URL adds a picture to the next one, /quit or end of input leaves"
+
+
+def run(args: argparse.Namespace) -> int:
+    model = runtime.load(args.artifact, device=args.device, threads=args.threads)
+    sampling = read_sampling(args)
+    pictures = list(args.image)
+    print(HELP)
+    with model.chat() as chat:
+        while (line := _read()) is not None:
+            if line.startswith("/image "):
+                pictures.append(line.removeprefix("/image ").strip())
+            elif line:
+                pictures = _turn(chat, line, pictures, sampling)
+    return 0
+
+
+def _turn(chat, text: str, pictures: list[str], sampling: runtime.SamplingParams) -> list[str]:
+    """Send one message; returns the pictures still to be sent, which are none unless the turn failed."""
+    try:
+        for piece in chat.stream(text, pictures, sampling=sampling):
+            print(piece, end="", flush=True)
+        print()
+        return []
+    except ValueError as error:
+        print(f"staticvl: {error}", file=sys.stderr)
+        return []
+
+
+def _read() -> str | None:
+    try:
+        line = input("> ").strip()
+    except EOFError:
+        return None
+    return None if line == "/quit" else line
