@@ -18,8 +18,9 @@ from ..runtime.artifact import Certificate, CertificateCase, GraphSpec
 from ..runtime.backends.base import Backend
 from ..runtime.feeds import Feed, new_feed, rope_tables
 
-# Largest absolute difference over the largest magnitude. 8 bits: onnxruntime rounds activations to 8 bits too.
-TOLERANCES = {"none": 1e-4, "w8a16": 5e-2}
+# Largest absolute difference over the largest magnitude. 8 bits: activations that lie on the border between two roundings
+# may go either way, by a whole step, and layers amplify it; otherwise the error is that of float32.
+TOLERANCES = {"none": 1e-4, "w8a16": 1e-1}
 GARBAGE = 30.0
 NOISE = 65521  # a prime, so that repeated noise does not line up with heads and rows
 
@@ -63,7 +64,10 @@ class Certifier:
                     f"(allowed: {self.tolerance:.0e}); this build must not be used, please report it"
                 )
         certificate = Certificate(reference="eager torch float32", tolerance=self.tolerance, cases=tuple(cases))
-        return certificate, self._cost(graph)
+        cost = self._cost(graph)
+        for backend in (self.reference, self.candidate):
+            backend.unload(graph)
+        return certificate, cost
 
     def _vision(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
         feed = new_feed(graph)
@@ -84,7 +88,7 @@ class Certifier:
 
     def _cache_error(self, name: str, case: Case, old: np.ndarray) -> float:
         """Rows just written, against the reference; infinite where an earlier row was touched."""
-        expected, got = self.reference.read_cache(name), self.candidate.read_cache(name)
+        expected, got = (backend.read_cache(name, len(old)) for backend in (self.reference, self.candidate))
         error = 0.0
         for b, (past, count) in enumerate(zip(case.past, case.count, strict=True)):
             if not np.array_equal(got[b, :, :past], old[b, :, :past]):
@@ -99,10 +103,10 @@ class Certifier:
         filled = {}
         for spec in graph.inputs:
             if "_cache." in spec.name:
-                value = self.reference.read_cache(spec.name)
                 # The same noise from another start: drawing afresh for every layer would take longer than the checks.
-                start = rng.integers(self.noise.size)
-                value[...] = np.resize(np.roll(self.noise, start), value.shape) * GARBAGE
+                start = int(rng.integers(NOISE))
+                value = np.take(self.noise, np.arange(start, start + np.prod(spec.shape)), mode="wrap").reshape(spec.shape)
+                value *= GARBAGE
                 for b, past in enumerate(case.past):
                     value[b, :, :past] /= GARBAGE
                 self.reference.write_cache(spec.name, value)

@@ -59,6 +59,9 @@ class EagerBackend:
             definition.module.load_state_dict(state, strict=True, assign=True)
             self.modules[graph.name] = definition.module
 
+    def unload(self, graph: GraphSpec) -> None:
+        self.modules.pop(graph.name, None)
+
     @staticmethod
     def _names(definition: GraphDef) -> list[str]:
         return [name for name, _ in definition.module.named_parameters() if name not in definition.constants]
@@ -80,8 +83,8 @@ class EagerBackend:
             rows.copy_(new)
         return first.numpy()
 
-    def read_cache(self, name: str) -> np.ndarray:
-        return self.caches[name].numpy().copy()
+    def read_cache(self, name: str, slots: int) -> np.ndarray:
+        return self.caches[name][:slots].numpy().copy()
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
-        self.caches[name].copy_(torch.from_numpy(value))
+        self.caches[name][: len(value)].copy_(torch.from_numpy(value))

@@ -7,6 +7,7 @@ kept, only the rest is prefilled. So the tokens are those of a fresh prompt, wha
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,31 +28,36 @@ class Chat:
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.images: list[ImageSource] = []
         self.slot: int | None = None
+        self.turn: Sequence | None = None  # the turn that runs
         self.held = np.empty((0, 2), np.int32)  # [tokens, (id, row)] whose keys and values the slot holds
         self.features = np.empty((0, 0), np.float32)  # [tiles * P, C] of the pictures so far
 
     def send(self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, return_logits: bool = False, **settings: Any) -> Output:
         """One turn: the user's text and new pictures in, the answer out. Arguments as in Model.generate."""
-        message, new, sequence = self._turn(text, images, sampling, return_logits, settings)
-        output = self._guarded(sequence, lambda: self.model.run([sequence])[0])
-        self._keep(message, new, sequence, output.text)
-        return output
+        message, new, sequence = self._begin(text, images, sampling, return_logits, settings)
+        try:
+            output = self.model.run([sequence])[0]
+            self._keep(message, new, sequence, output.text)
+            return output
+        finally:
+            self._end(sequence)
 
     def stream(self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any) -> Iterator[str]:
-        """As `send`, in pieces; a turn whose pieces are not all taken is forgotten."""
-        message, new, sequence = self._turn(text, images, sampling, False, settings)
+        """As `send`, in pieces; a turn whose pieces are not all taken is forgotten, at the latest when the next one begins."""
+        message, new, sequence = self._begin(text, images, sampling, False, settings)
         pieces = []
         try:
-            for piece in self.model.stream_sequence(sequence):
-                pieces.append(piece)
-                yield piece
+            with closing(self.model.stream_sequence(sequence)) as stream:
+                for piece in stream:
+                    pieces.append(piece)
+                    yield piece
             self._keep(message, new, sequence, "".join(pieces))
-        except BaseException:
-            self.held = self.held[:0]
-            raise
+        finally:
+            self._end(sequence)
 
     def close(self) -> None:
         """Free the slot; the conversation can go on, at the cost of a fresh prefill."""
+        self._end(self.turn)
         if self.slot is not None:
             self.model.engine.cache.release(self.slot)
             self.slot = None
@@ -66,15 +72,23 @@ class Chat:
     def __del__(self) -> None:
         self.close()
 
-    def _turn(self, text: str, images: Any, sampling: SamplingParams | None, return_logits: bool, settings: dict[str, Any]):
+    def _begin(self, text: str, images: Any, sampling: SamplingParams | None, return_logits: bool, settings: dict[str, Any]):
         from .model import as_list, merge_params
 
         new = [load_image(image) for image in as_list(images)]
         message = Message("user", text, len(new))
         prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
         sequence = self.model.engine.new_sequence(prompt, merge_params(sampling, settings), return_logits=return_logits)
+        self._end(self.turn)
         self._reuse(sequence)
+        self.turn = sequence
         return message, new, sequence
+
+    def _end(self, sequence: Sequence | None) -> None:
+        """Forget a turn that was not kept: it must not write into the slot any more."""
+        if sequence is not None and sequence is self.turn:
+            self.model.engine.cancel(sequence)
+            self.turn, self.held = None, self.held[:0]
 
     def _reuse(self, sequence: Sequence) -> None:
         """Give the sequence this chat's slot, what of the prompt it holds already, and the features of earlier pictures."""
@@ -93,14 +107,10 @@ class Chat:
         if self.slot is not None:
             engine.cache.lengths[self.slot] = sequence.computed
 
-    def _guarded(self, sequence: Sequence, run: Any) -> Output:
-        try:
-            return run()
-        except BaseException:
-            self.held = self.held[:0]
-            raise
-
     def _keep(self, message: Message, new: list[Any], sequence: Sequence, answer: str) -> None:
+        if self.turn is not sequence:  # forgotten while its pieces were given out
+            return
+        self.turn = None
         self.messages += [message, Message("assistant", answer)]
         self.images += new
         self.features = sequence.features

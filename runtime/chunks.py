@@ -53,7 +53,7 @@ class ChunkPlanner:
             best, bucket = min(
                 (cost + total[max(0, n - b // self.unit)], b)
                 for b, cost in self.costs.items()
-                if not tight or b == self.smallest or b // self.unit <= n
+                if not tight or b // self.unit < n + self.smallest // self.unit
             )
             first.append(bucket)
             total.append(best)

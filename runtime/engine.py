@@ -51,7 +51,7 @@ class Engine:
         self.scheduler = Scheduler(self.cache, self._costs())
         self.feeds = Feeds(self.manifest)
         self.backend = backend or open_backend(
-            self.manifest.backend, artifact.folder, self.manifest.cache, device=device, threads=threads
+            self.manifest.backend, artifact.folder, self.manifest.cache, device=device, threads=threads, manifest=self.manifest
         )
         self.metrics = Metrics()
         self.eos = frozenset(self.manifest.model.eos_token_ids)

@@ -44,6 +44,7 @@ class Model:
 
     def __init__(self, artifact: Artifact, engine: Engine) -> None:
         self.artifact, self.engine = artifact, engine
+        self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
         self.facts = artifact.manifest.model
         self.family = family(self.facts.family)
         folder = artifact.path(artifact.manifest.tokenizer)
@@ -92,28 +93,33 @@ class Model:
 
     def run(self, sequences: SequenceOf[Sequence]) -> list[Output]:
         """Run sequences to their ends; on any error none of them keeps a slot."""
-        texts = {sequence.id: AnswerText(self.tokenizer, self.stops(sequence)) for sequence in sequences}
         try:
             for sequence in sequences:
-                self.engine.scheduler.add(sequence)
+                self._start(sequence)
             while not all(sequence.finish_reason for sequence in sequences):
-                self._advance(texts)
+                self._advance()
+            return [self._output(sequence) for sequence in sequences]
         finally:
             for sequence in sequences:
-                self.engine.cancel(sequence)
-        return [self._output(sequence, texts[sequence.id]) for sequence in sequences]
+                self._end(sequence)
 
     def stream_sequence(self, sequence: Sequence) -> Iterator[str]:
-        """Run one sequence, giving out text; a caller that stops listening cancels it."""
-        texts = {sequence.id: AnswerText(self.tokenizer, self.stops(sequence))}
-        self.engine.scheduler.add(sequence)
+        """Run one sequence, giving out text; a caller that stops listening cancels it.
+
+        Between two pieces other requests may be made of the model: what they let this sequence gain is given out later.
+        """
+        text, given = self._start(sequence), 0
         try:
-            while not sequence.finish_reason:
-                yield from filter(None, self._advance(texts).values())
-            if last := texts[sequence.id].finish():
+            while given < len(text.pieces) or not sequence.finish_reason:
+                if given == len(text.pieces):
+                    self._advance()
+                else:
+                    given += 1
+                    yield text.pieces[given - 1]
+            if last := text.finish():
                 yield last
         finally:
-            self.engine.cancel(sequence)
+            self._end(sequence)
 
     def stops(self, sequence: Sequence) -> tuple[str, ...]:
         return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.facts.stop_strings))
@@ -130,21 +136,32 @@ class Model:
             return self.family.prepare(text, images, self.facts, self.tokenizer)
         return self.prepare_messages([Message("user", text, len(images))], images)
 
-    def _advance(self, texts: dict[int, AnswerText]) -> dict[int, str]:
-        """One engine step; the new text of each sequence that gained a token."""
+    def _start(self, sequence: Sequence) -> AnswerText:
+        """Queue a sequence; its text grows with every step, whoever takes it."""
+        text = self.texts[sequence.id] = AnswerText(self.tokenizer, self.stops(sequence))
+        self.engine.scheduler.add(sequence)
+        return text
+
+    def _end(self, sequence: Sequence) -> None:
+        self.engine.cancel(sequence)
+        self.texts.pop(sequence.id, None)
+
+    def _advance(self) -> None:
+        """One engine step, and the new text of each sequence that gained a token."""
         step = self.engine.step()
-        pieces = {}
         for sequence in step.sequences:
-            if step.kind == "vision" or sequence.prefilling or sequence.id not in texts:
+            if step.kind == "vision" or sequence.prefilling or sequence.id not in self.texts:
                 continue
-            text = texts[sequence.id]
-            pieces[sequence.id] = text.add(sequence.generated[-1])
+            text = self.texts[sequence.id]
+            text.add(sequence.generated[-1])
             if text.stopped:
                 self.engine.stop(sequence)
-        return pieces
 
-    def _output(self, sequence: Sequence, text: AnswerText) -> Output:
+    def _output(self, sequence: Sequence) -> Output:
+        text = self.texts[sequence.id]
         text.finish()
+        if text.stopped:  # perhaps only by what was held back
+            self.engine.stop(sequence)
         return Output(
             text=text.text,
             token_ids=list(sequence.generated),
@@ -162,10 +179,6 @@ def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> S
     known = {field.name for field in dataclasses.fields(SamplingParams)}
     if unknown := sorted(set(settings) - known):
         raise TypeError(f"unknown settings {', '.join(unknown)}; expected {', '.join(sorted(known))}")
-    if isinstance(settings.get("stop"), str):
-        settings["stop"] = (settings["stop"],)
-    elif "stop" in settings:
-        settings["stop"] = tuple(settings["stop"])
     return dataclasses.replace(sampling or SamplingParams(), **settings)
 
 
@@ -178,6 +191,8 @@ def as_list(images: Any) -> list[ImageSource]:
 
 def pair_up(prompts: SequenceOf[str], images: Any) -> list[tuple[str, Any]]:
     """Each prompt with its pictures."""
+    if not isinstance(prompts, list | tuple):
+        raise PromptError(f"prompts is {type(prompts).__name__}; expected a text or a list of texts")
     if images is None:
         return [(prompt, None) for prompt in prompts]
     if not isinstance(images, list | tuple) or len(images) != len(prompts):

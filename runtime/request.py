@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import numpy as np
 
@@ -16,7 +18,7 @@ from .prompt import Prompt
 class SamplingParams:
     """How tokens are chosen. Left at None, a setting is taken from the checkpoint's generation_config.json.
 
-    temperature 0 is greedy. top_k 0 means no limit. `seed` None draws a fresh one for each request.
+    temperature 0 is greedy. top_k 0 means no limit. `seed` None draws a fresh one for each request. `stop` may be one text.
     """
 
     max_new_tokens: int = 128
@@ -28,14 +30,24 @@ class SamplingParams:
     ignore_eos: bool = False
 
     def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if not all(isinstance(text, str) for text in stop):
+            raise ValueError(f"stop is {stop}; expected text or a sequence of texts")
+        for name in ("max_new_tokens", "top_k", "seed"):
+            value = getattr(self, name)
+            if value is not None and not isinstance(value, Integral):
+                raise ValueError(f"{name} is {value!r}; expected an integer")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; expected at least 1")
-        if self.temperature is not None and self.temperature < 0:
+        if self.temperature is not None and not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature is {self.temperature}; expected 0 (greedy) or more")
         if self.top_k is not None and self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; expected 0 (no limit) or more")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; expected a number above 0 and at most 1")
+        if self.seed is not None and not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed is {self.seed}; expected 0 to 2**64 - 1")
 
     def resolved(self, defaults: SamplingDefaults) -> ResolvedSampling:
         """Every choice made: what is left open here is filled from the checkpoint."""

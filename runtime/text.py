@@ -32,8 +32,8 @@ class AnswerText:
         """The last piece."""
         if self.stopped:
             return ""
-        self._release(self.detokenizer.finish())
-        return "" if self.stopped else self._give(self.held.rstrip())
+        piece = self._release(self.detokenizer.finish())
+        return piece if self.stopped else piece + self._give(self.held.rstrip())
 
     def _release(self, new: str) -> str:
         self.held += new

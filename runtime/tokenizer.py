@@ -102,7 +102,7 @@ class SentencePieceVocabulary:
         self._special = {self._model.id_to_piece(i): i for i in control} | dict(added_tokens)
         self._added = {i: token for token, i in added_tokens.items()}
         self._special_ids = set(self._special.values())
-        self._size = 1 + max(pieces - 1, *self._added, pieces - 1)
+        self._size = 1 + max([pieces - 1, *self._added])
         longest_first = sorted(self._special, key=len, reverse=True)
         self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._wall = self._model.encode(_WALL)

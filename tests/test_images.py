@@ -324,6 +324,15 @@ def test_the_time_limit_holds_for_the_whole_download(server: str, path: str) -> 
     assert time.monotonic() - start < 1.5
 
 
+def test_a_download_that_was_given_up_ends(server: str) -> None:
+    before = set(threading.enumerate())
+    with pytest.raises(ImageError, match="did not arrive"):
+        load_image(server + "/drip", timeout_s=0.2)
+    (left,) = [t for t in threading.enumerate() if t not in before and t.name == "staticvl-download"]
+    left.join(timeout=1)
+    assert not left.is_alive()
+
+
 def test_unreachable_and_foreign_schemes() -> None:
     with pytest.raises(ImageError, match=r"x\.png cannot be fetched: .*refused"):
         load_image("http://127.0.0.1:9/x.png", timeout_s=5)

@@ -136,6 +136,11 @@ def test_sentencepiece_equals_transformers(original: Path) -> None:
             assert ours.decode(ids, skip_special=skip) == theirs.decode(ids, skip_special_tokens=skip)
         seen += 1
     assert seen > 400
+    rng = random.Random(4)
+    for _ in range(300):  # broken UTF-8 above all
+        ids = [rng.choice([rng.randrange(389), 3 + rng.randrange(0x80, 0x100)]) for _ in range(rng.randint(1, 8))]
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special=skip) == theirs.decode(ids, skip_special_tokens=skip), ids
 
 
 def test_sentencepiece_keeps_leading_blanks(original: Path) -> None:
@@ -162,6 +167,11 @@ def test_sentencepiece_with_added_tokens(original: Path) -> None:
     assert ours.vocabulary.size == 391
     assert ours.vocabulary.token_id("<pad>") == 390 and ours.token(389) == "<image>" and ours.token(391) == ""
     assert ours.vocabulary.token_id("no such piece") is None
+
+
+def test_the_longest_added_token_wins(original: Path) -> None:
+    tokenizer = load_tokenizer(original, sp_facts(added_tokens={"<a>": 389, "<a>b": 390}))
+    assert tokenizer.encode("<a>b<a>", add_bos=False) == [390, 389]
 
 
 def test_legacy_puts_a_blank_after_special_tokens(original: Path) -> None:
@@ -248,7 +258,7 @@ def test_nothing_is_cut_off(hf: Path, tmp_path: Path) -> None:
     data = json.loads((hf / "tokenizer.json").read_text())
     data["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
     data["padding"] = {
-        "strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
+        "strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
         "pad_token": "<unk>",
     }  # fmt: skip
     (tmp_path / "tokenizer.json").write_text(json.dumps(data))

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         tensors, bytes_total = write_checkpoint(
             args.config_folder, args.out, dtype=args.dtype, seed=args.seed, shard_gb=args.shard_gb, scale=args.scale
         )
-    except (ConfigError, WeightsError, RandomCheckpointError) as error:
+    except (ConfigError, WeightsError, RandomCheckpointError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.out}: {tensors} tensors, {bytes_total / 1e9:.2f} GB of {args.dtype}, seed {args.seed}")

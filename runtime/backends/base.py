@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..artifact import ArtifactError, CacheSpec, GraphSpec
+from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest
 
 DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
 
@@ -20,6 +20,10 @@ class Backend(Protocol):
         """Make a graph ready to run."""
         ...
 
+    def unload(self, graph: GraphSpec) -> None:
+        """Free what `load` or `run` took for a graph."""
+        ...
+
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
         """Run one graph and return its first output.
 
@@ -29,23 +33,28 @@ class Backend(Protocol):
         """
         ...
 
-    def read_cache(self, name: str) -> np.ndarray:
-        """A copy of one cache buffer, [slots, K, S, D]."""
+    def read_cache(self, name: str, slots: int) -> np.ndarray:
+        """A copy of the first slots of one cache buffer, [slots, K, S, D]."""
         ...
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
-        """Overwrite one cache buffer."""
+        """Overwrite the first slots of one cache buffer with a value [slots, K, S, D]."""
         ...
 
 
-def open_backend(name: str, folder: Path, cache: CacheSpec, *, device: str = "cpu", threads: int | None = None) -> Backend:
-    """The backend for artifacts of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match."""
+def open_backend(
+    name: str, folder: Path, cache: CacheSpec, *, device: str = "cpu", threads: int | None = None, manifest: Manifest | None = None
+) -> Backend:
+    """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
+
+    With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
+    """
     if device not in DEVICES.get(name, ()):
         wanted = next((kind for kind, devices in DEVICES.items() if device in devices), None)
         remedy = f"compile it with --backend {wanted}" if wanted else f"use one of {sorted(sum(DEVICES.values(), ()))}"
         raise ArtifactError(f"device {device!r} cannot run {folder}, which was compiled for {name}; {remedy}")
     if name == "onnx":
-        from .ort import OrtBackend
+        from .ort import open_ort
 
-        return OrtBackend(folder, cache, threads=threads)
+        return open_ort(folder, cache, threads=threads, manifest=manifest)
     raise ArtifactError(f"{folder} was compiled for {name}, which this release cannot run; compile it with --backend onnx")

@@ -1,12 +1,14 @@
 """ONNX Runtime on CPU. Caches are numpy arrays bound by pointer as input and output of the same run, so they are updated in
 place; feeds are bound by pointer once and then only refilled.
 
-Memory: every session maps the artifact's weight files instead of packing a copy of its own, all sessions share one
-thread pool and one arena for intermediate values.
+Memory: the sessions of all buckets share one copy of the weights (see Packing), one thread pool, and one arena for
+intermediate values.
 """
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
 import os
 from collections.abc import Mapping
@@ -15,7 +17,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import CacheSpec, GraphSpec
+from ..artifact import CacheSpec, GraphSpec, Manifest
+from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
 _PROVIDERS = ["CPUExecutionProvider"]
@@ -38,13 +41,17 @@ class _Shared:
             raise ValueError(f"threads={threads} was asked for, but this process already runs with {cls.threads}; use one number")
 
 
-def _options() -> ort.SessionOptions:
+# Below this, packed weights are not worth their place on disk: the kernels are as fast without.
+WORTH_PACKING = 64 << 20
+
+
+def _options(*, pack: bool) -> ort.SessionOptions:
     options = ort.SessionOptions()
     options.use_per_session_threads = False
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1")
-    options.add_session_config_entry("session.disable_prepacking", "1")
+    options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     return options
 
 
@@ -76,12 +83,21 @@ class _Bound:
         return self.feed is feed or all(self.arrays.get(name) is array for name, array in feed.items())
 
 
+def _trim() -> None:
+    """Give freed memory back to the system: opening a session packs weights for a moment, and glibc would keep the room."""
+    with contextlib.suppress(AttributeError, OSError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 class OrtBackend:
     """See backends.base.Backend."""
 
-    def __init__(self, folder: Path, cache: CacheSpec, *, threads: int | None = None) -> None:
+    def __init__(self, folder: Path, cache: CacheSpec, *, threads: int | None = None, host: HostCache | None = None, pack: bool = True) -> None:
+        """`host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own."""
         _Shared.prepare(threads)
         self.folder = folder
+        self.host = host if host and host.ensure(lambda: _options(pack=True)) else None
+        self.pack = pack
         shape = (cache.slots, cache.kv_heads, cache.rows, cache.head_dim)
         # Zeroed pages are only backed by memory once they are written.
         self.caches = {f"{which}_cache.{i}": np.zeros(shape, cache.dtype) for i in range(cache.layers) for which in "kv"}
@@ -91,9 +107,17 @@ class OrtBackend:
 
     def load(self, graph: GraphSpec) -> None:
         if graph.file not in self.sessions:
-            self.sessions[graph.file] = ort.InferenceSession(self.folder / graph.file, _options(), providers=_PROVIDERS)
+            packed = self.host.path(graph) if self.host else None
+            options = _options(pack=self.pack or packed is not None)
+            self.sessions[graph.file] = ort.InferenceSession(packed or self.folder / graph.file, options, providers=_PROVIDERS)
+            _trim()
             first = graph.outputs[0]
             self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
+
+    def unload(self, graph: GraphSpec) -> None:
+        for key in [key for key in self.bound if key[0] == graph.file]:
+            del self.bound[key]
+        self.sessions.pop(graph.file, None)
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
         bound = self.bound.get((graph.file, slot))
@@ -112,8 +136,19 @@ class OrtBackend:
                 raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
         return bound
 
-    def read_cache(self, name: str) -> np.ndarray:
-        return self.caches[name].copy()
+    def read_cache(self, name: str, slots: int) -> np.ndarray:
+        return self.caches[name][:slots].copy()
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
-        self.caches[name][...] = value
+        self.caches[name][: len(value)] = value
+
+
+def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None) -> OrtBackend:
+    """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
+    if manifest is None:
+        return OrtBackend(folder, cache, threads=threads, pack=True)
+    nbytes = sum(weight.nbytes for weight in manifest.weights.values())
+    worth = nbytes >= WORTH_PACKING
+    host = HostCache(folder, manifest.build.key, manifest.graphs, nbytes) if worth else None
+    # Where packed weights cannot be shared, float kernels do well without; 8-bit kernels need them at any price.
+    return OrtBackend(folder, cache, threads=threads, host=host, pack=manifest.quant != "none")

@@ -1,0 +1,164 @@
+"""Weights packed for this machine's kernels, once, and shared by the sessions of all buckets.
+
+onnxruntime packs weights into the layout of its kernels. Left alone, every session packs a copy of its own: memory times
+the number of buckets, and seconds at every start; without packing, some kernels are slow (8-bit ones by two orders of
+magnitude). onnxruntime can write a model together with its packed weights, and maps them when it opens such a model. So
+here one graph of each set of weights is packed and written, and copies of all graphs are made that refer to the packed
+weights by the same initializer names: all sessions then map the same pages.
+
+The layout depends on the processor and on onnxruntime, so this is a cache beside the artifact and no part of it: the
+folder .host/KEY, where KEY covers both and the weights. It can be deleted at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import onnxruntime as ort
+
+from ..artifact import GraphSpec
+
+log = logging.getLogger(__name__)
+
+# onnxruntime aligns tensors of this size and more in the file that it writes; kernels fault on packed weights that are
+# not aligned, so smaller ones are left to each session.
+ALIGNED_FROM = 1 << 20
+
+FOLDER = ".host"
+MAKE = "session.save_external_prepacked_constant_initializers"
+FILE_NAME = "session.optimized_model_external_initializers_file_name"
+MIN_SIZE = "session.optimized_model_external_initializers_min_size_in_bytes"
+
+
+def host_key(weights_key: str) -> str:
+    """Digest of what the packed layout depends on."""
+    return hashlib.sha256("\n".join((weights_key, ort.__version__, platform.machine(), _cpu())).encode()).hexdigest()[:16]
+
+
+def _cpu() -> str:
+    """Model and features of the processor."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
+        wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+        return "\n".join(line for line in lines if line.startswith(wanted))
+    return platform.processor()
+
+
+class HostCache:
+    """Packed copies of an artifact's graphs; `folder` is the artifact."""
+
+    def __init__(self, folder: Path, weights_key: str, graphs: Iterable[GraphSpec], nbytes: int) -> None:
+        self.artifact, self.graphs, self.nbytes = folder, tuple(graphs), nbytes
+        self.folder = folder / FOLDER / host_key(weights_key)
+
+    def path(self, graph: GraphSpec) -> Path | None:
+        """The packed copy of a graph, or None where there is none."""
+        path = self.folder / graph.file
+        return path if path.is_file() else None
+
+    def ensure(self, options: Callable[[], ort.SessionOptions]) -> bool:
+        """Make what is missing; False, with a logged reason, where that is not possible. `options` are for packing."""
+        missing = [graph for graph in self.graphs if self.path(graph) is None]
+        if not missing:
+            return True
+        if reason := self._obstacle():
+            log.warning("weights are not packed for this machine: %s", reason)
+            return False
+        with _Lock(self.artifact / FOLDER):
+            # Another process may have made it meanwhile; other graphs than before mean another set of files: start afresh.
+            if any(self.path(graph) is None for graph in self.graphs):
+                self._make(options)
+        return True
+
+    def _obstacle(self) -> str | None:
+        try:
+            import onnx  # noqa: F401
+        except ImportError:
+            return "the package onnx is not installed"
+        if not os.access(self.artifact, os.W_OK):
+            return f"{self.artifact} is not writable"
+        free = shutil.disk_usage(self.artifact).free
+        if free < 2.2 * self.nbytes:
+            return f"{2.2 * self.nbytes / 1e9:.1f} GB are needed beside {self.artifact}, {free / 1e9:.1f} GB are free"
+        return None
+
+    def _make(self, options: Callable[[], ort.SessionOptions]) -> None:
+        log.info("packing weights for this machine into %s", self.folder)
+        for old in self.folder.parent.iterdir():  # of another onnxruntime, processor or build
+            if old.is_dir():
+                shutil.rmtree(old)
+        work = Path(tempfile.mkdtemp(prefix="making-", dir=self.folder.parent))
+        try:
+            packed: dict[str, dict[str, str]] = {}
+            for graph in self._one_of_each():
+                packed |= self._pack(work, graph, options())
+            self._link_weights(work)
+            for graph in self.graphs:
+                _refer(self.artifact / graph.file, work / graph.file, packed)
+            work.replace(self.folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def _link_weights(self, work: Path) -> None:
+        """The artifact's weight files under the same relative names: onnxruntime follows no path out of a model's folder."""
+        (work / "weights").mkdir()
+        for path in (self.artifact / "weights").glob("*.safetensors"):
+            os.link(path, work / "weights" / path.name)
+
+    def _one_of_each(self) -> list[GraphSpec]:
+        """Graphs that together hold all weights: decode graphs have those of prefill."""
+        smallest = {graph.kind: graph for graph in sorted(self.graphs, key=lambda g: -g.bucket)}
+        return [smallest[kind] for kind in ("vision", "prefill")]
+
+    def _pack(self, work: Path, graph: GraphSpec, options: ort.SessionOptions) -> dict[str, dict[str, str]]:
+        """Let onnxruntime write one graph with packed weights; where each initializer that it packed then lies."""
+        import onnx
+
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # initializers keep their names
+        options.optimized_model_filepath = str(work / f"{graph.kind}.packed.onnx")
+        options.add_session_config_entry(MAKE, "1")
+        options.add_session_config_entry(FILE_NAME, f"{graph.kind}.bin")
+        options.add_session_config_entry(MIN_SIZE, str(ALIGNED_FROM))
+        ort.InferenceSession(self.artifact / graph.file, options, providers=["CPUExecutionProvider"])
+        model = onnx.load(work / f"{graph.kind}.packed.onnx", load_external_data=False)
+        (work / f"{graph.kind}.packed.onnx").unlink()
+        entries = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer}
+        return {name: entry for name, entry in entries.items() if any(key.startswith("prepacked") for key in entry)}
+
+
+def _refer(source: Path, target: Path, packed: dict[str, dict[str, str]]) -> None:
+    """A copy of a graph that refers to packed weights where there are some."""
+    import onnx
+
+    model = onnx.load(source, load_external_data=False)
+    for tensor in model.graph.initializer:
+        if tensor.name in packed:
+            del tensor.external_data[:]
+            for key, value in packed[tensor.name].items():
+                tensor.external_data.add(key=key, value=value)
+    target.write_bytes(model.SerializeToString())
+
+
+class _Lock:
+    """One process packs, others wait."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.path = folder / "lock"
+
+    def __enter__(self) -> None:
+        import fcntl
+
+        self.file = self.path.open("w")
+        fcntl.flock(self.file, fcntl.LOCK_EX)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()

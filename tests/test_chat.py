@@ -1,0 +1,478 @@
+"""Conversations: every turn is answered as a fresh prompt with the same words would be."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from PIL import Image
+from staticvl import runtime
+from staticvl.runtime.chat import Chat
+from staticvl.runtime.engine import ContextError
+from staticvl.runtime.images import ImageError
+from staticvl.runtime.prompt import Message, Prompt, PromptError
+
+from .fakes import check_slots, loaded, loaded_with_fake, oracle
+
+TOLERANCE = 1e-4  # of the largest magnitude
+PROOF = {"max_new_tokens": 12, "ignore_eos": True, "return_logits": True}
+
+
+def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
+
+
+@pytest.fixture
+def model(embedded_artifact: Path) -> Iterator[runtime.Model]:
+    """The compiled model; every test leaves all of its slots free."""
+    model = loaded(embedded_artifact)
+    yield model
+    gc.collect()
+    assert model.engine.cache.free == model.engine.cache.spec.slots
+    assert model.engine.scheduler.idle
+    assert not model.texts
+
+
+@dataclass
+class Transcript:
+    """What was said, in the words of the checkpoint's template, written out by hand."""
+
+    text: str = ""
+    images: list[Image.Image] = field(default_factory=list)
+
+    def ask(self, text: str, *images: Image.Image) -> None:
+        self.text += "USER: " + "<image>\n" * len(images) + text + " ASSISTANT:"
+        self.images += images
+
+    def answer(self, text: str) -> None:
+        self.text += f" {text} "
+
+
+def check_turn(chat: Chat, said: Transcript, text: str, *images: Image.Image) -> runtime.Output:
+    """One turn, equal in tokens and logits to a fresh prompt of the whole transcript."""
+    said.ask(text, *images)
+    fresh = chat.model.generate(said.text, said.images, raw=True, **PROOF)
+    out = chat.send(text, list(images), **PROOF)
+    assert out.token_ids == fresh.token_ids
+    assert out.text == fresh.text
+    assert out.prompt_tokens == fresh.prompt_tokens
+    assert np.abs(out.logits - fresh.logits).max() <= TOLERANCE * np.abs(fresh.logits).max()
+    said.answer(out.text)
+    return out
+
+
+# --- As a fresh prompt -------------------------------------------------------------------------------------------------
+
+
+def test_every_turn_equals_a_fresh_prompt(model: runtime.Model) -> None:
+    """Text, a picture in a later turn, two more, then text again."""
+    with model.chat() as chat:
+        said = Transcript()
+        check_turn(chat, said, "Hello!")
+        check_turn(chat, said, "What is in the picture?", noise(1))
+        check_turn(chat, said, "And in these?", noise(2), noise(3, (31, 200)))
+        out = check_turn(chat, said, "Where is the circle?")
+        assert out.image_tokens == 3 * 64
+
+
+def test_several_chats_in_turns(model: runtime.Model) -> None:
+    """With requests of other kinds between their turns."""
+    with model.chat() as first, model.chat() as second, model.chat() as third:
+        chats = [(first, Transcript()), (second, Transcript()), (third, Transcript())]
+        for turn, text in enumerate(("What is in the picture?", "Where is the circle?", "How many shapes are there?")):
+            for place, (chat, said) in enumerate(chats):
+                check_turn(chat, said, text, *([noise(place)] if place == turn else []))
+            model.generate(["Hello", "What is in the picture?"], [None, noise(9)], max_new_tokens=5)
+
+
+def test_a_system_prompt_comes_first(model: runtime.Model) -> None:
+    with model.chat("Be brief. ") as chat:
+        check_turn(chat, Transcript("Be brief.  "), "Hello!")
+
+
+def test_marks_in_the_text_say_where_pictures_stand(model: runtime.Model) -> None:
+    with model.chat() as chat:
+        chat.send("Hello!", **PROOF)
+        before = chat.messages[1].text
+        out = chat.send("Compare <image> and <image>.", [noise(1), noise(2)], **PROOF)
+        text = f"USER: Hello! ASSISTANT: {before} USER: Compare <image> and <image>. ASSISTANT:"
+        assert out.token_ids == model.generate(text, [noise(1), noise(2)], raw=True, **PROOF).token_ids
+
+
+def test_a_stopped_answer_is_kept_as_it_was_shown(model: runtime.Model) -> None:
+    """The slot holds tokens behind the stop string that the conversation does not."""
+    with model.chat() as chat:
+        said = Transcript()
+        said.ask("Hello!")
+        out = chat.send("Hello!", stop="me")
+        assert out.text == "Please show"
+        assert out.finish_reason == "stop"
+        said.answer(out.text)
+        check_turn(chat, said, "What is in the picture?")
+
+
+# --- What is computed --------------------------------------------------------------------------------------------------
+
+
+def counts(model: runtime.Model) -> tuple[int, int]:
+    """Tokens prefilled and tiles encoded so far."""
+    return model.engine.metrics.real["prefill"], model.engine.metrics.real["vision"]
+
+
+def test_only_new_tokens_are_prefilled(model: runtime.Model) -> None:
+    with model.chat() as chat:
+        first = chat.send("What is in the picture?", noise(1))
+        held = first.prompt_tokens + len(first.token_ids) - 1
+        assert first.finish_reason == "stop"
+        before = counts(model)
+        second = chat.send("Where is the circle?")
+        after = counts(model)
+        assert after[0] - before[0] == second.prompt_tokens - held < 20
+        assert after[1] == before[1]
+        assert second.prompt_tokens > 64
+
+
+def test_only_new_pictures_are_encoded(model: runtime.Model) -> None:
+    with model.chat() as chat:
+        chat.send("What is in the picture?", noise(1))
+        before = counts(model)
+        chat.send("And in these?", [noise(2), noise(3)])
+        assert counts(model)[1] - before[1] == 2
+
+
+def test_a_chat_goes_on_after_it_was_closed(model: runtime.Model) -> None:
+    """Pictures are not encoded again, everything is prefilled again."""
+    said = Transcript()
+    chat = model.chat()
+    check_turn(chat, said, "What is in the picture?", noise(1))
+    chat.close()
+    chat.close()
+    assert model.engine.cache.free == model.engine.cache.spec.slots
+    model.generate(["What is in the picture?"] * 4, [noise(5)] * 4, max_new_tokens=3)
+    before = counts(model)
+    out = chat.send("Where is the circle?", max_new_tokens=1)
+    after = counts(model)
+    assert after[0] - before[0] == out.prompt_tokens
+    assert after[1] == before[1]
+    said.ask("Where is the circle?")
+    said.answer(out.text)
+    check_turn(chat, said, "How many shapes are there?")
+    chat.close()
+
+
+def test_a_forgotten_chat_frees_its_slot(model: runtime.Model) -> None:
+    chat = model.chat()
+    chat.send("Hello!")
+    assert model.engine.cache.free == model.engine.cache.spec.slots - 1
+    del chat
+    assert model.engine.cache.free == model.engine.cache.spec.slots
+
+
+# --- Slots -------------------------------------------------------------------------------------------------------------
+
+
+def test_all_slots_held_by_chats(model: runtime.Model) -> None:
+    """Requests and further chats get a clear error; they work once a chat is closed."""
+    chats = [model.chat() for _ in range(4)]
+    for chat in chats:
+        chat.send("Hello!", max_new_tokens=2)
+    fifth = model.chat()
+    for request in (lambda: model.generate("Hello"), lambda: fifth.send("Hello"), lambda: next(fifth.stream("Hello"))):
+        with pytest.raises(RuntimeError, match="all 4 slots are held by chats"):
+            request()
+        assert model.engine.scheduler.idle
+    assert fifth.messages == []
+    check_turn(chats[2], Transcript("USER: Hello! ASSISTANT: Please show "), "Where is the circle?")
+    chats[0].close()
+    check_turn_alone(fifth)
+    for chat in (*chats, fifth):
+        chat.close()
+
+
+def check_turn_alone(chat: Chat) -> None:
+    """Two turns while no other slot is free for the fresh prompts to compare with."""
+    texts = [chat.send(text, max_new_tokens=6).text for text in ("Hello!", "Where is the circle?")]
+    chat.close()
+    assert texts[0] == chat.model.generate("Hello!", max_new_tokens=6).text
+    raw = f"USER: Hello! ASSISTANT: {texts[0]} USER: Where is the circle? ASSISTANT:"
+    assert texts[1] == chat.model.generate(raw, raw=True, max_new_tokens=6).text
+
+
+def test_a_chat_without_a_slot_of_its_own(model: runtime.Model) -> None:
+    """A turn may pass through a slot that a stream frees; the next turn then starts afresh."""
+    chats = [model.chat() for _ in range(3)]
+    for chat in chats:
+        chat.send("Hello!", max_new_tokens=2)
+    stream = model.stream("Hello!", max_new_tokens=20, ignore_eos=True)
+    first = next(stream)
+    fourth = model.chat()
+    out = fourth.send("Where is the circle?", max_new_tokens=4)
+    assert fourth.slot is None
+    again = fourth.send("Hello!", max_new_tokens=4)
+    assert fourth.slot is not None
+    whole = first + "".join(stream)
+    for chat in (*chats, fourth):
+        chat.close()
+    assert whole == model.generate("Hello!", max_new_tokens=20, ignore_eos=True).text
+    assert out.text == model.generate("Where is the circle?", max_new_tokens=4).text
+    raw = f"USER: Where is the circle? ASSISTANT: {out.text} USER: Hello! ASSISTANT:"
+    assert again.text == model.generate(raw, raw=True, max_new_tokens=4).text
+
+
+# --- Streams -----------------------------------------------------------------------------------------------------------
+
+
+def test_streamed_turns_equal_sent_ones(model: runtime.Model) -> None:
+    with model.chat() as streamed, model.chat() as sent:
+        for text, image in (("Hello!", None), ("What is in the picture?", noise(1)), ("Where is the circle?", None)):
+            assert "".join(streamed.stream(text, image)) == sent.send(text, image).text
+        assert streamed.messages == sent.messages
+
+
+def test_a_turn_whose_pieces_are_not_all_taken_is_forgotten(model: runtime.Model) -> None:
+    with model.chat() as chat:
+        said = Transcript()
+        check_turn(chat, said, "Hello!")
+        for _ in chat.stream("What is in the picture?", noise(1), max_new_tokens=20, ignore_eos=True):
+            break
+        assert len(chat.messages) == 2
+        assert chat.images == []
+        assert model.engine.scheduler.idle
+        check_turn(chat, said, "Where is the circle?")
+
+
+def test_a_new_turn_ends_one_that_is_still_streamed(model: runtime.Model) -> None:
+    """Two sequences must never write into one slot."""
+    with model.chat() as chat:
+        said = Transcript()
+        check_turn(chat, said, "Hello!")
+        stream = chat.stream("What is in the picture?", noise(1), max_new_tokens=20, ignore_eos=True)
+        next(stream)
+        check_turn(chat, said, "Where is the circle?")
+        list(stream)
+        assert len(chat.messages) == 4
+        check_turn(chat, said, "How many shapes are there?")
+
+
+def test_closing_a_chat_that_is_still_streamed(model: runtime.Model) -> None:
+    """Whoever gets the slot next has it alone."""
+    chat = model.chat()
+    stream = chat.stream("What is in the picture?", noise(1), max_new_tokens=20, ignore_eos=True)
+    next(stream)
+    chat.close()
+    assert model.engine.cache.free == model.engine.cache.spec.slots
+    alone = model.generate("Where is the circle?", **PROOF)
+    list(stream)
+    assert chat.messages == []
+    assert np.array_equal(model.generate("Where is the circle?", **PROOF).logits, alone.logits)
+    check_turn(chat, Transcript(), "Hello!")
+    chat.close()
+
+
+# --- Errors ------------------------------------------------------------------------------------------------------------
+
+
+def test_an_error_leaves_the_chat_as_it_was(model: runtime.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with model.chat() as chat:
+        said = Transcript()
+        check_turn(chat, said, "Hello!")
+        with pytest.raises(ContextError, match="64 image tokens, and max_new_tokens is 490"):
+            chat.send("What is in the picture?", noise(1), max_new_tokens=490)
+        with pytest.raises(PromptError, match="2 <image> marks but 1 image was given"):
+            chat.send("<image> or <image>?", noise(1))
+        with pytest.raises(ImageError, match="does not exist"):
+            chat.send("What?", tmp_path / "none.png")
+        with pytest.raises(TypeError, match="unknown settings beams"):
+            chat.send("What?", beams=2)
+        with pytest.raises(PromptError, match="a prompt is int; expected text"):
+            chat.send(5)  # type: ignore[arg-type]
+        check_turn(chat, said, "What is in the picture?", noise(1))
+        with monkeypatch.context() as patch:
+            fail_after(model, 2, patch)
+            with pytest.raises(OSError, match="the device is gone"):
+                chat.send("Where is the circle? " * 5, noise(2), max_new_tokens=30)
+        assert len(chat.messages) == 4
+        check_turn(chat, said, "And here?", noise(3))
+
+
+def fail_after(model: runtime.Model, runs: int, patch: pytest.MonkeyPatch) -> None:
+    """Let the backend fail after some runs."""
+    run, left = model.engine.backend.run, iter(range(runs))
+
+    def failing(*args: Any) -> np.ndarray:
+        if next(left, None) is None:
+            raise OSError("the device is gone")
+        return run(*args)
+
+    patch.setattr(model.engine.backend, "run", failing)
+
+
+# --- Any conversation --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Talk:
+    """A chat and what its user remembers of it."""
+
+    chat: Chat
+    messages: list[Message] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
+
+
+@dataclass
+class Reading:
+    """A stream that is being read: the pieces so far and the text that they must become."""
+
+    stream: Iterator[str]
+    wanted: str
+    talk: Talk | None
+    message: Message | None = None
+    image: Image.Image | None = None
+    pieces: list[str] = field(default_factory=list)
+    forgotten: bool = False
+
+
+TEXTS = st.sampled_from(["Hello!", "What is in the picture?", "日本 🙂", "a b c d e f g h i j k l m n", "..."])
+PICTURES = st.none() | st.none() | st.integers(0, 3)
+LENGTHS = st.integers(1, 9)
+ANY = st.integers(0, 99)
+
+
+class Conversations(RuleBasedStateMachine):
+    """Chats, streams and requests in any order over one fake backend, each turn against the plain sum."""
+
+    folder: Path
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = loaded_with_fake(self.folder)
+        self.talks: list[Talk] = []
+        self.readings: list[Reading] = []
+
+    def prepare(self, talk: Talk | None, text: str, picture: int | None) -> tuple[Prompt, Message, Image.Image | None]:
+        image = None if picture is None else noise(picture)
+        message = Message("user", text, int(image is not None))
+        before, seen = (talk.messages, talk.images) if talk else ([], [])
+        return self.model.prepare_messages([*before, message], [*seen, *([image] if image else [])]), message, image
+
+    def expect(self, prompt: Prompt, length: int) -> tuple[list[int], str]:
+        tokens = oracle(prompt, runtime.SamplingParams(max_new_tokens=length, temperature=0.0), self.model.facts)
+        return tokens, self.model.tokenizer.decode(tokens).strip()
+
+    def refused(self, prompt: Prompt, length: int, talk: Talk | None) -> type[Exception] | None:
+        """The error that a request must raise, if any."""
+        if prompt.length + length > self.model.artifact.manifest.cache.context:
+            return ContextError
+        chats_hold_all = sum(other.chat.slot is not None for other in self.talks) == self.model.artifact.manifest.cache.slots
+        return RuntimeError if chats_hold_all and (talk is None or talk.chat.slot is None) else None
+
+    def forget(self, talk: Talk | None) -> None:
+        for reading in self.readings:
+            reading.forgotten |= talk is not None and reading.talk is talk
+
+    @staticmethod
+    def remember(talk: Talk, message: Message, image: Image.Image | None, answer: str) -> None:
+        talk.messages += [message, Message("assistant", answer)]
+        talk.images += [image] if image else []
+
+    @rule()
+    @precondition(lambda self: len(self.talks) < 5)
+    def open(self) -> None:
+        self.talks.append(Talk(self.model.chat()))
+
+    @rule(which=ANY, text=TEXTS, picture=PICTURES, length=LENGTHS)
+    @precondition(lambda self: self.talks)
+    def send(self, which: int, text: str, picture: int | None, length: int) -> None:
+        talk = self.talks[which % len(self.talks)]
+        prompt, message, image = self.prepare(talk, text, picture)
+        error = self.refused(prompt, length, talk)
+        if error is not ContextError:
+            self.forget(talk)
+        if error:
+            with pytest.raises(error):
+                talk.chat.send(text, image, max_new_tokens=length, temperature=0.0)
+            return
+        out = talk.chat.send(text, image, max_new_tokens=length, temperature=0.0)
+        assert (out.token_ids, out.text) == self.expect(prompt, length)
+        self.remember(talk, message, image, out.text)
+
+    @rule(text=TEXTS, picture=PICTURES, length=LENGTHS)
+    def ask(self, text: str, picture: int | None, length: int) -> None:
+        prompt, _, image = self.prepare(None, text, picture)
+        if self.refused(prompt, length, None):
+            with pytest.raises(RuntimeError):
+                self.model.generate(text, image, max_new_tokens=length, temperature=0.0)
+            return
+        out = self.model.generate(text, image, max_new_tokens=length, temperature=0.0)
+        assert (out.token_ids, out.text) == self.expect(prompt, length)
+
+    @rule(which=st.none() | ANY, text=TEXTS, picture=PICTURES, length=LENGTHS)
+    def start_reading(self, which: int | None, text: str, picture: int | None, length: int) -> None:
+        talk = None if which is None or not self.talks else self.talks[which % len(self.talks)]
+        prompt, message, image = self.prepare(talk, text, picture)
+        if self.refused(prompt, length, talk):
+            return
+        self.forget(talk)
+        stream = (talk.chat if talk else self.model).stream(text, image, max_new_tokens=length, temperature=0.0)
+        reading = Reading(stream, self.expect(prompt, length)[1], talk, message, image)
+        self.read(reading)
+
+    @rule(which=ANY)
+    @precondition(lambda self: self.readings)
+    def read_on(self, which: int) -> None:
+        self.read(self.readings.pop(which % len(self.readings)))
+
+    def read(self, reading: Reading) -> None:
+        """One piece more; a stream that ended must have given the whole text."""
+        piece = next(reading.stream, None)
+        if piece is not None:
+            reading.pieces.append(piece)
+            self.readings.append(reading)
+            return
+        text = "".join(reading.pieces)
+        if reading.forgotten:
+            assert reading.wanted.startswith(text)
+            return
+        assert text == reading.wanted
+        if reading.talk and reading.message:
+            self.remember(reading.talk, reading.message, reading.image, text)
+
+    @rule(which=ANY)
+    @precondition(lambda self: self.readings)
+    def stop_reading(self, which: int) -> None:
+        self.readings.pop(which % len(self.readings)).stream.close()  # type: ignore[attr-defined]
+
+    @rule(which=ANY)
+    @precondition(lambda self: self.talks)
+    def close(self, which: int) -> None:
+        talk = self.talks[which % len(self.talks)]
+        self.forget(talk)
+        talk.chat.close()
+
+    @invariant()
+    def slots_are_sound(self) -> None:
+        check_slots(self.model.engine, kept=sum(talk.chat.slot is not None for talk in self.talks))
+        assert all(talk.chat.messages == talk.messages for talk in self.talks)
+
+    def teardown(self) -> None:
+        for reading in self.readings:
+            reading.stream.close()  # type: ignore[attr-defined]
+        for talk in self.talks:
+            talk.chat.close()
+        assert self.model.engine.cache.free == self.model.engine.cache.spec.slots
+        assert self.model.engine.scheduler.idle
+        assert not self.model.texts
+
+
+def test_any_conversation(embedded_artifact: Path) -> None:
+    Conversations.folder = embedded_artifact
+    chosen = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Conversations, settings=chosen)

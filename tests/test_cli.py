@@ -1,0 +1,176 @@
+"""The command line as a user meets it: output, exit status, one-line errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from staticvl.tools.cli import main
+
+from .checkpoints import tiny_llava
+
+BUCKETS = "prefill: [8, 16]\ndecode: [1, 2]\nvision: [1]\ncontext: 64\nslots: 2\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_llava(tmp_path_factory.mktemp("cli") / "checkpoint").folder
+
+
+@pytest.fixture(scope="module")
+def artifact(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "buckets.yaml").write_text(BUCKETS)
+    assert main(["compile", str(checkpoint), "--out", str(folder / "a"), "--buckets", str(folder / "buckets.yaml")]) == 0
+    return folder / "a"
+
+
+def run(capsys: pytest.CaptureFixture[str], *args: object) -> tuple[int, str, str]:
+    capsys.readouterr()
+    status = main([str(arg) for arg in args])
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def error(capsys: pytest.CaptureFixture[str], *args: object) -> str:
+    """The one line that a failing command prints."""
+    status, out, err = run(capsys, *args)
+    assert status == 1
+    assert out == ""
+    lines = [line for line in err.splitlines() if line.startswith("staticvl: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in err
+    return lines[0]
+
+
+def test_compile_again_reports_nothing_to_do(capsys: pytest.CaptureFixture[str], checkpoint: Path, artifact: Path) -> None:
+    status, out, _ = run(capsys, "compile", checkpoint, "--out", artifact, "--buckets", artifact.parent / "buckets.yaml")
+    assert status == 0
+    assert "0 graphs compiled, 5 unchanged, weights unchanged" in out
+
+
+def test_show_and_verify(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
+    status, out, _ = run(capsys, "show", artifact)
+    assert status == 0
+    for text in ("llava (hf layout)", "2 slots of 64 tokens", "prefill", "decode", "vision"):
+        assert text in out
+    status, out, _ = run(capsys, "verify", artifact)
+    assert status == 0
+    assert "every digest matches" in out
+    assert "5 graphs were certified" in out
+
+
+def test_generate_prints_json(capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    args = ("generate", artifact, "--prompt", "What is this?", "--image", tmp_path / "red.png", "--max-new-tokens", 5, "--json")
+    status, out, _ = run(capsys, *args, "--ignore-eos")
+    assert status == 0
+    answer = json.loads(out)
+    assert len(answer["token_ids"]) == 5
+    assert answer["image_tokens"] == 16
+    assert answer["finish_reason"] == "length"
+    assert answer["timings"]["total_s"] > 0
+    _, again, _ = run(capsys, *args, "--ignore-eos", "--temperature", 1.5, "--seed", 3)
+    _, same, _ = run(capsys, *args, "--ignore-eos", "--temperature", 1.5, "--seed", 3)
+    assert json.loads(again)["token_ids"] == json.loads(same)["token_ids"] != answer["token_ids"]
+
+
+def test_bench_ends_with_json(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
+    status, out, _ = run(capsys, "bench", artifact, "--new-tokens", 4, "--repeats", 1)
+    assert status == 0
+    result = json.loads(out.splitlines()[-1])
+    assert set(result["ttft_ms"]) == {"16"}
+    assert set(result["tokens_per_s"]) == {"1", "2"}
+    assert result["decode_step_outside_us"] > 0
+    assert {"uss_mb", "weights_mb", "cache_mb"} <= set(result["memory"])
+    status, out, _ = run(capsys, "bench", artifact, "--new-tokens", 4, "--repeats", 1, "--json")
+    assert len(out.splitlines()) == 1
+
+
+def test_chat_on_the_terminal(capsys: pytest.CaptureFixture[str], artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = iter(["hello", "/image nowhere.png", "look", "again", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines))
+    status, out, err = run(capsys, "chat", artifact, "--max-new-tokens", 3, "--ignore-eos")
+    assert status == 0
+    assert "nowhere.png" in err
+    assert len(out.splitlines()) >= 3
+
+
+def test_plan_only_writes_nothing(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "compile", checkpoint, "--out", tmp_path / "a", "--plan-only", "--context", 128)
+    assert status == 0
+    assert "4 slots of 128 tokens" in out
+    assert not (tmp_path / "a").exists()
+
+
+def test_config_file_gives_the_options(capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "b.yaml").write_text(BUCKETS)
+    (tmp_path / "c.yaml").write_text(f"checkpoint: {checkpoint}\nout: a\nbuckets: b.yaml\nslots: 2\n")
+    status, out, _ = run(capsys, "compile", "--config", tmp_path / "c.yaml", "--plan-only", "--context", 32)
+    assert status == 0
+    assert "2 slots of 32 tokens" in out  # the command line wins over the file
+    status, _, _ = run(capsys, "compile", "--config", tmp_path / "c.yaml")
+    assert status == 0
+    assert (tmp_path / "a" / "manifest.json").exists()  # paths are relative to the file
+
+
+def test_errors_are_one_clear_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, artifact: Path, tmp_path: Path) -> None:
+    def yaml(text: str) -> Path:
+        (tmp_path / "x.yaml").write_text(text)
+        return tmp_path / "x.yaml"
+
+    out = tmp_path / "out"
+    assert "unknown keys colour; expected" in error(capsys, "compile", "--config", yaml("colour: 1"))
+    assert "no checkpoint was given" in error(capsys, "compile", "--out", out)
+    assert "no out was given" in error(capsys, "compile", checkpoint)
+    assert "never downloaded" in error(capsys, "compile", "llava-hf/llava-1.5-7b-hf", "--out", out)
+    assert "unknown keys prefil;" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefil: [3]"))
+    assert "prefill is 3; expected a list" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: 3"))
+    assert "prefill is [0]" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: [0]"))
+    assert "not valid YAML" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: [3"))
+    assert "nowhere.yaml does not exist" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", "nowhere.yaml")
+    assert "not available in this release" in error(capsys, "compile", checkpoint, "--out", out, "--quant", "w4a16")
+    assert "holds no manifest.json" in error(capsys, "show", checkpoint)
+    long = error(capsys, "generate", artifact, "--prompt", "word " * 80)
+    assert "image tokens, and max_new_tokens is 128" in long
+    assert "--context" in long
+    assert "temperature is -1.0" in error(capsys, "generate", artifact, "--prompt", "x", "--temperature", -1)
+    assert "nowhere.png" in error(capsys, "generate", artifact, "--prompt", "x", "--image", "nowhere.png")
+    assert "device 'npu' cannot run" in error(capsys, "generate", artifact, "--prompt", "x", "--device", "npu")
+
+
+def test_checkpoint_errors_are_one_clear_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    tiny = tiny_llava(tmp_path / "c")
+    path = tiny.folder / "config.json"
+    config = json.loads(path.read_text())
+    for change, message in (
+        ({"model_type": "blip"}, "model_type 'blip' is not supported; supported: llava"),
+        ({"mystery": 1}, "unknown keys mystery; they may change the computation"),
+        ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'; supported: 'gelu'"),
+        ({"quantization_config": {}}, "quantization_config is set"),
+    ):
+        path.write_text(json.dumps({**config, **change}))
+        assert message in error(capsys, "compile", tiny.folder, "--out", tmp_path / "a")
+    path.write_text(json.dumps({**config, "mystery": 1}))
+    assert run(capsys, "compile", tiny.folder, "--out", tmp_path / "a", "--ignore-config-keys", "mystery", "--plan-only")[0] == 0
+    path.write_text("{")
+    assert "is not valid JSON" in error(capsys, "compile", tiny.folder, "--out", tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("command", ["compile", "generate", "chat", "show", "verify", "bench", "demo"])
+def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main([command, "--help"])
+    assert end.value.code == 0
+    assert f"examples:\n  staticvl {command}" in capsys.readouterr().out
+
+
+def test_demo_answers_about_a_real_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "demo", "--out", tmp_path / "demo")
+    assert status == 0
+    assert "box  pixels (" in out
+    assert "first token after" in out

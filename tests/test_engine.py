@@ -1,0 +1,349 @@
+"""The engine over the fake backend: whatever runs together, every request gets the tokens that it would get alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from staticvl.runtime.backends.fake import FakeBackend
+from staticvl.runtime.engine import ContextError, Engine
+from staticvl.runtime.feeds import Feed
+from staticvl.runtime.prompt import Prompt
+from staticvl.runtime.request import SamplingParams, Sequence
+from staticvl.runtime.scheduler import Step
+
+from .fakes import (
+    EOS,
+    USED,
+    VOCAB,
+    check_slots,
+    fake_artifact,
+    fake_engine,
+    oracle,
+    picture,
+    picture_prompt,
+    run_all,
+    text_prompt,
+)
+
+LONG = text_prompt(*range(20, 30))
+PICTURES = picture_prompt(5, picture(700), 6, picture(44), 7)
+GREEDY = SamplingParams(max_new_tokens=6, ignore_eos=True)
+
+
+# --- Any requests, any buckets, any order ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One request and what happens to it: when it arrives, and after how many steps it is dropped (None: never)."""
+
+    prompt: Prompt
+    params: SamplingParams
+    arrives: int
+    dropped: int | None
+
+
+@st.composite
+def plans(draw: st.DrawFn, context: int) -> Plan:
+    """A request that fits the context, up to the last position."""
+    parts: list[int | np.ndarray] = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
+    for number in draw(st.lists(st.integers(0, 3000), max_size=3)):
+        parts.insert(draw(st.integers(0, len(parts))), picture(number))
+    prompt = picture_prompt(*parts)
+    while prompt.length >= context:
+        parts.pop()
+        prompt = picture_prompt(*parts)
+    sampled = draw(st.booleans())
+    params = SamplingParams(
+        max_new_tokens=draw(st.integers(1, context - prompt.length)),
+        ignore_eos=draw(st.booleans()),
+        temperature=0.2 if sampled else 0.0,
+        seed=draw(st.integers(0, 5)),
+        top_k=draw(st.sampled_from([0, 3])),
+    )
+    return Plan(prompt, params, draw(st.integers(0, 12)), draw(st.none() | st.none() | st.integers(0, 20)))
+
+
+COST = st.integers(1, 9).map(float)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> tuple[Engine, list[Plan]]:
+    slots, context = draw(st.integers(1, 4)), draw(st.integers(12, 48))
+    rows = set(draw(st.lists(st.integers(1, slots), max_size=2))) | {slots}
+    engine = fake_engine(
+        slots=slots,
+        context=context,
+        prefill=draw(st.dictionaries(st.integers(1, 12), COST, min_size=1, max_size=3)),
+        decode=dict.fromkeys(rows, 1.0),
+        vision=draw(st.dictionaries(st.integers(1, 3), COST, min_size=1, max_size=2)),
+    )
+    return engine, draw(st.lists(plans(context), min_size=1, max_size=7))
+
+
+def run_workload(engine: Engine, workload: list[Plan]) -> list[Sequence]:
+    """Step until every request has come and gone, checking the slots after each step."""
+    sequences: dict[int, Sequence] = {}
+    for now in range(10_000):
+        for i, plan in enumerate(workload):
+            if plan.arrives <= now and i not in sequences:
+                sequences[i] = engine.add_request(plan.prompt, plan.params, return_logits=True)
+            if plan.dropped is not None and plan.arrives + plan.dropped <= now:
+                engine.cancel(sequences[i])
+        if not engine.scheduler.idle:
+            step = engine.step()
+            assert 1 <= step.count <= step.bucket
+        check_slots(engine)
+        if engine.scheduler.idle and len(sequences) == len(workload) and all(s.finish_reason for s in sequences.values()):
+            return [sequences[i] for i in range(len(workload))]
+    raise AssertionError("the engine does not end")
+
+
+@hypothesis_settings(max_examples=200, deadline=None)
+@given(workloads())
+def test_every_request_gets_the_tokens_that_it_gets_alone(workload: tuple[Engine, list[Plan]]) -> None:
+    engine, requests = workload
+    for sequence, plan in zip(run_workload(engine, requests), requests, strict=True):
+        wanted = oracle(plan.prompt, plan.params)
+        if sequence.finish_reason == "cancelled":
+            assert plan.dropped is not None
+            assert sequence.generated == wanted[: len(sequence.generated)]
+            continue
+        assert sequence.generated == wanted
+        stopped = wanted[-1] == EOS and not plan.params.ignore_eos
+        assert sequence.finish_reason == ("stop" if stopped else "length")
+        if plan.params.temperature:
+            assert max(wanted) < USED
+        else:
+            assert np.stack(sequence.logits).argmax(axis=1).tolist() == wanted
+    assert engine.cache.free == engine.cache.spec.slots
+    assert not engine.cache.lengths.any()
+
+
+# --- By hand -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_arithmetic_of_the_fake() -> None:
+    """Tokens 5, 7 leave 6 * 1 + 8 * 2 = 22; token 22 adds 23 * 3, token 91 adds 92 * 4."""
+    engine = fake_engine()
+    sequence = engine.add_request(text_prompt(5, 7), SamplingParams(max_new_tokens=3))
+    run_all(engine)
+    assert sequence.generated == [22, (22 + 69) % VOCAB, (22 + 69 + 368) % VOCAB]
+
+
+def test_the_arithmetic_of_a_picture() -> None:
+    """A tile whose pixels sum to 700 stands for 700, 701, 702, whatever ids are at its positions."""
+    engine = fake_engine()
+    sequence = engine.add_request(picture_prompt(5, picture(700), 6), SamplingParams(max_new_tokens=1))
+    run_all(engine)
+    assert sequence.generated == [(6 * 1 + 701 * 2 + 702 * 3 + 703 * 4 + 7 * 5) % VOCAB]
+
+
+def test_end_of_sequence_stops_unless_ignored() -> None:
+    """One token t leaves t + 1, so that the first answer to 1 is the end token."""
+    engine = fake_engine()
+    stopped = engine.add_request(text_prompt(EOS - 1), SamplingParams(max_new_tokens=5))
+    ignored = engine.add_request(text_prompt(EOS - 1), SamplingParams(max_new_tokens=5, ignore_eos=True))
+    run_all(engine)
+    assert (stopped.generated, stopped.finish_reason) == ([EOS], "stop")
+    assert (len(ignored.generated), ignored.generated[0], ignored.finish_reason) == (5, EOS, "length")
+
+
+def test_logits_are_kept_only_where_asked_for() -> None:
+    engine = fake_engine()
+    kept = engine.add_request(LONG, GREEDY, return_logits=True)
+    other = engine.add_request(LONG, GREEDY)
+    run_all(engine)
+    rows = np.stack(kept.logits)
+    assert rows.dtype == np.float32
+    np.testing.assert_array_equal(rows, np.eye(VOCAB, dtype=np.float32)[kept.generated])
+    assert other.logits == []
+
+
+def test_metrics_count_real_and_padded_sizes() -> None:
+    """Two tiles in a bucket of 3, 10 and 9 positions in buckets of 4, 2 and 4 later tokens in a batch of 2."""
+    engine = fake_engine(slots=2, prefill={4: 1.0}, decode={2: 1.0}, vision={3: 1.0})
+    engine.add_request(LONG, SamplingParams(max_new_tokens=3, ignore_eos=True))
+    engine.add_request(PICTURES, SamplingParams(max_new_tokens=5, ignore_eos=True))
+    run_all(engine)
+    metrics = engine.metrics
+    assert metrics.runs == {"vision": 1, "prefill": 3 + 3, "decode": 4}
+    assert metrics.real == {"vision": 2, "prefill": 10 + 9, "decode": 2 + 4}
+    assert metrics.padded == {"vision": 3, "prefill": 12 + 12, "decode": 8}
+    assert all(seconds > 0 for seconds in metrics.seconds.values())
+
+
+def test_timings_add_up() -> None:
+    engine = fake_engine(slots=1)
+    first, second = (engine.add_request(PICTURES, GREEDY) for _ in range(2))
+    run_all(engine)
+    for sequence in (first, second):
+        times = sequence.timings()
+        assert times.first_token_s == pytest.approx(times.queue_s + times.vision_s + times.prefill_s)
+        assert times.total_s == pytest.approx(times.first_token_s + 5 * times.per_token_s)
+        assert min(times.queue_s, times.vision_s, times.prefill_s, times.per_token_s) > 0
+    assert second.started > first.finished
+
+
+# --- What does not fit -------------------------------------------------------------------------------------------------
+
+
+def test_a_request_that_fills_the_context() -> None:
+    engine = fake_engine(slots=1, context=16)
+    params = SamplingParams(max_new_tokens=6, ignore_eos=True)
+    sequence = engine.add_request(LONG, params)
+    run_all(engine)
+    assert sequence.generated == oracle(LONG, params)
+
+
+def test_a_request_one_token_too_long() -> None:
+    engine = fake_engine(slots=1, context=14)
+    with pytest.raises(ContextError) as error:
+        engine.add_request(PICTURES, GREEDY)
+    for part in (
+        "3 text tokens",
+        "6 image tokens",
+        "max_new_tokens is 6",
+        "15 in all",
+        "holds 14",
+        "staticvl compile",
+        "--context 15",
+    ):
+        assert part in str(error.value)
+    assert engine.scheduler.idle
+    assert engine.cache.free == 1
+
+
+# --- Cancelling --------------------------------------------------------------------------------------------------------
+
+
+def is_waiting(sequence: Sequence) -> bool:
+    return sequence.slot is None
+
+
+def is_encoding(sequence: Sequence) -> bool:
+    return sequence.tiles_done == 1
+
+
+def is_prefilling(sequence: Sequence) -> bool:
+    return sequence.computed == 4
+
+
+def is_decoding(sequence: Sequence) -> bool:
+    return len(sequence.generated) == 2
+
+
+@pytest.mark.parametrize("phase", [is_waiting, is_encoding, is_prefilling, is_decoding])
+def test_cancel_frees_the_slot_in_every_phase(phase: Callable[[Sequence], bool]) -> None:
+    """The next request in the slot, and the one beside it, are not disturbed."""
+    engine = fake_engine(slots=2, prefill={4: 1.0}, vision={1: 1.0})
+    beside = engine.add_request(LONG, GREEDY)
+    if phase is is_waiting:
+        before = engine.add_request(LONG, GREEDY)
+    dropped = engine.add_request(PICTURES, GREEDY)
+    engine.step()
+    while not phase(dropped):
+        engine.step()
+    engine.cancel(dropped)
+    assert dropped.finish_reason == "cancelled"
+    assert dropped.slot is None
+    check_slots(engine)
+    engine.cancel(dropped)
+    after = engine.add_request(PICTURES, GREEDY)
+    run_all(engine)
+    assert beside.generated == oracle(LONG, GREEDY)
+    assert after.generated == oracle(PICTURES, GREEDY)
+    if phase is is_waiting:
+        assert before.generated == oracle(LONG, GREEDY)
+    assert engine.cache.free == 2
+
+
+def test_cancelling_what_has_ended_changes_nothing() -> None:
+    engine = fake_engine()
+    sequence = engine.add_request(text_prompt(1), GREEDY)
+    run_all(engine)
+    engine.cancel(sequence)
+    assert sequence.finish_reason == "length"
+    check_slots(engine)
+
+
+def test_stop_ends_a_sequence_and_says_so() -> None:
+    engine = fake_engine()
+    running, ended = engine.add_request(LONG, GREEDY), engine.add_request(LONG, SamplingParams(max_new_tokens=1))
+    engine.step()
+    engine.step()
+    engine.stop(running)
+    engine.stop(ended)
+    assert (running.finish_reason, ended.finish_reason) == ("stop", "stop")
+    assert engine.scheduler.idle
+    assert engine.cache.free == 4
+
+
+# --- The tests themselves ----------------------------------------------------------------------------------------------
+
+
+class Garbled(Engine):
+    """An engine that makes one mistake in its feeds."""
+
+    def __init__(self, mistake: Callable[[Step, Feed], None]) -> None:
+        artifact = fake_artifact(prefill={4: 1.0, 8: 1.5})
+        super().__init__(artifact, backend=FakeBackend(artifact.manifest))
+        self.mistake = mistake
+
+    def run_graph(self, step: Step, feed: Feed) -> np.ndarray:
+        self.mistake(step, feed)
+        return super().run_graph(step, feed)
+
+
+def shift(name: str, kind: str) -> Callable[[Step, Feed], None]:
+    """One off in one input of one kind of graph."""
+
+    def mistake(step: Step, feed: Feed) -> None:
+        if step.kind == kind:
+            feed[name][...] = feed[name] - 1 if name != "pixels" else 9
+
+    return mistake
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("vision", "pixels"),
+        *(("prefill", name) for name in ("token_ids", "row_index", "image_rows", "last_index", "rope_sin")),
+        *(("decode", name) for name in ("token_ids", "lengths", "rope_sin")),
+    ],
+)
+def test_the_fake_notices_every_wrong_input(kind: str, name: str) -> None:
+    engine = Garbled(shift(name, kind))
+    sequence = engine.add_request(PICTURES, GREEDY)
+    run_all(engine)
+    assert sequence.generated != oracle(PICTURES, GREEDY)
+
+
+def test_the_fake_refuses_what_a_device_could_not_bind() -> None:
+    engine = fake_engine()
+    graph = engine.graphs["decode", 1]
+    feed = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs if "_cache." not in spec.name}
+    with pytest.raises(ValueError, match="lengths is int64"):
+        engine.backend.run(graph, feed | {"lengths": np.zeros(1, np.int64)})
+    with pytest.raises(ValueError, match="input lengths was not fed"):
+        engine.backend.run(graph, {name: array for name, array in feed.items() if name != "lengths"})
+    with pytest.raises(ValueError, match="rows 68 to 69 of slot 0"):
+        engine.backend.run(graph, feed | {"lengths": np.full(1, 68, np.int32)})
+
+
+def test_caches_can_be_read_and_written() -> None:
+    engine = fake_engine(slots=2)
+    engine.add_request(text_prompt(5, 7), SamplingParams(max_new_tokens=1))
+    run_all(engine)
+    value = engine.backend.read_cache("k_cache.0", 2)
+    assert value.shape == (2, 1, engine.cache.spec.rows, 4)
+    assert value[0, 0, :2, 0].tolist() == [6, 16]
+    engine.backend.write_cache("v_cache.0", value[:1] * 2)
+    assert engine.backend.read_cache("k_cache.0", 1)[0, 0, :2, 3].tolist() == [12, 32]

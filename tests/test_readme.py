@@ -1,0 +1,51 @@
+"""What the README says about files and commands is true."""
+
+from __future__ import annotations
+
+import re
+
+from .conftest import REPO
+
+README = (REPO / "README.md").read_text(encoding="utf-8")
+LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks")
+
+
+def tree() -> set[str]:
+    """Paths named in the README's file tree: `folder/` lines, and indented `name.py` lines below them."""
+    block = re.search(r"## Files\n+```text\n(.*?)```", README, re.DOTALL)
+    assert block, "the README has no file tree"
+    paths, folders = set(), {}
+    for line in block[1].splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
+        depth = len(indent) // 2
+        parent = folders.get(depth - 1, "") if depth else ""
+        if name.endswith("/"):
+            folders[depth] = parent + name
+        paths.add(parent + name)
+    return paths
+
+
+def test_tree_names_every_file() -> None:
+    listed = tree()
+    missing = [name for name in listed if not (REPO / name).exists()]
+    assert not missing, f"the README names files that are not there: {missing}"
+    files = {
+        str(path.relative_to(REPO))
+        for folder in LISTED
+        for path in (REPO / folder).rglob("*")
+        if path.suffix in (".py", ".md", ".txt") and path.name != "__init__.py" and "assets" not in path.parts
+    }
+    assert files <= listed, f"files that the README's tree leaves out: {sorted(files - listed)}"
+
+
+def test_commands_named_in_the_readme_exist() -> None:
+    from staticvl.tools.cli import build_parser
+
+    commands = set(re.findall(r"^ *staticvl ([a-z-]+)", README, re.MULTILINE))
+    assert commands, "the README names no command"
+    help_text = build_parser().format_help()
+    assert not [name for name in commands if name not in help_text]
+    targets = set(re.findall(r"^ *make ([a-z-]+)", README, re.MULTILINE))
+    makefile = (REPO / "Makefile").read_text(encoding="utf-8")
+    assert {"demo", "test"} <= targets
+    assert not [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]

@@ -1,0 +1,159 @@
+"""The next token, against distributions computed by enumeration."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from staticvl.runtime import sampler
+from staticvl.runtime.artifact import SamplingDefaults
+from staticvl.runtime.request import ResolvedSampling, SamplingParams
+from staticvl.runtime.sampler import sample, uniform
+
+GRID = 500
+
+
+def settings(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> ResolvedSampling:
+    return ResolvedSampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+
+
+def expected(logits: list[float], temperature: float, top_k: int, top_p: float, used: int) -> list[float]:
+    """The distribution by its definition, one token at a time."""
+    weights = [np.exp(value / temperature) for value in logits[:used]]
+    ranked = sorted(range(used), key=lambda i: (-weights[i], i))[: top_k or used]
+    total, before, kept = sum(weights[i] for i in ranked), 0.0, []
+    for i in ranked:
+        if before < top_p:
+            kept.append(i)
+        before += weights[i] / total
+    mass = sum(weights[i] for i in kept)
+    return [weights[i] / mass if i in kept else 0.0 for i in range(len(logits))]
+
+
+def measured(logits: list[float], chosen: ResolvedSampling, used: int) -> np.ndarray:
+    """How often each token is drawn when the random number walks evenly through [0, 1)."""
+    row = np.array(logits, np.float32)
+    with mock.patch.object(sampler, "uniform", side_effect=[(i + 0.5) / GRID for i in range(GRID)]):
+        drawn = [sample(row, chosen, 0, used) for _ in range(GRID)]
+    return np.bincount(drawn, minlength=len(logits)) / GRID
+
+
+LOGITS = [0.3, 2.0, -1.0, 2.5, 0.9, 1.7, 8.0]
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.5])
+@pytest.mark.parametrize("top_k", [0, 1, 3, 50])
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.5, 0.01])
+def test_distribution(temperature: float, top_k: int, top_p: float) -> None:
+    """The grid gives every token its probability to within one step; the last id, the likeliest by far, is not used."""
+    used = 6
+    chosen = settings(temperature, top_k, top_p)
+    wanted = expected(LOGITS, temperature, top_k, top_p, used)
+    np.testing.assert_allclose(measured(LOGITS, chosen, used), wanted, atol=1.001 / GRID)
+
+
+def test_equal_logits_keep_the_lower_ids() -> None:
+    np.testing.assert_allclose(measured([1.0] * 5, settings(top_k=2), 5), [0.5, 0.5, 0, 0, 0])
+
+
+def test_top_p_stops_exactly_at_its_bound() -> None:
+    """Four equal tokens: half the probability is two of them, a little more is three."""
+    row = [0.0] * 4
+    assert np.count_nonzero(measured(row, settings(top_p=0.5), 4)) == 2
+    assert np.count_nonzero(measured(row, settings(top_p=0.51), 4)) == 3
+
+
+@given(
+    logits=st.lists(st.floats(-50, 50, width=32), min_size=1, max_size=12),
+    draw=st.floats(0, 1, exclude_max=True),
+    chosen=st.builds(settings, st.sampled_from([1e-3, 0.7, 1.0, 100.0]), top_k=st.integers(0, 14), top_p=st.floats(1e-6, 1)),
+    unused=st.integers(0, 5),
+)
+def test_a_drawn_token_is_one_that_may_be(logits: list[float], draw: float, chosen: ResolvedSampling, unused: int) -> None:
+    row = np.array([*logits, *[1e4] * unused], np.float32)
+    with mock.patch.object(sampler, "uniform", return_value=draw):
+        token = sample(row, chosen, 0, len(logits))
+    assert token < len(logits)
+    larger = sum(value > row[token] for value in row[: len(logits)])
+    assert not chosen.top_k or larger < chosen.top_k
+
+
+def test_greedy_takes_the_first_of_the_largest_of_the_whole_row() -> None:
+    """Also above the ids that are used, as the reference does."""
+    assert sample(np.array([1, 5, 5, 2], np.float32), settings(0.0), 0, 4) == 1
+    assert sample(np.array([1, 5, 5, 9], np.float32), settings(0.0, top_k=2, top_p=0.1), 0, 3) == 3
+
+
+def test_large_logits_stay_finite() -> None:
+    assert sample(np.array([3e38, -3e38, 0], np.float32), settings(1e-3), 0, 3) == 0
+
+
+def test_draws_are_uniform_and_independent() -> None:
+    """Means and correlations of many draws, within five standard deviations; positions and seeds do not repeat each other."""
+    draws = np.array([[uniform(seed, position) for position in range(100)] for seed in range(100)])
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    assert abs(draws.mean() - 0.5) < 5 * (1 / 12) ** 0.5 / 100
+    assert len(np.unique(draws)) == draws.size
+    for one, next_one in ((draws[:, :-1], draws[:, 1:]), (draws[:-1], draws[1:])):
+        assert abs(np.corrcoef(one.ravel(), next_one.ravel())[0, 1]) < 5 / 100
+
+
+def test_a_draw_depends_on_seed_and_position_alone() -> None:
+    first = uniform(7, 3)
+    uniform(8, 3)
+    assert uniform(7, 3) == first
+    assert uniform(7, 4) != first
+    assert uniform(8, 3) != first
+
+
+@pytest.mark.parametrize(
+    ("unusable", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens is 0; expected at least 1"),
+        ({"max_new_tokens": 2.5}, "max_new_tokens is 2.5; expected an integer"),
+        ({"max_new_tokens": "8"}, "max_new_tokens is '8'; expected an integer"),
+        ({"temperature": -0.1}, "temperature is -0.1; expected 0 (greedy) or more"),
+        ({"temperature": float("nan")}, "temperature is nan; expected 0 (greedy) or more"),
+        ({"temperature": float("inf")}, "temperature is inf; expected 0 (greedy) or more"),
+        ({"top_k": -1}, "top_k is -1; expected 0 (no limit) or more"),
+        ({"top_k": 1.5}, "top_k is 1.5; expected an integer"),
+        ({"top_p": 0.0}, "top_p is 0.0; expected a number above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p is 1.1; expected a number above 0 and at most 1"),
+        ({"top_p": float("nan")}, "top_p is nan; expected a number above 0 and at most 1"),
+        ({"seed": -1}, "seed is -1; expected 0 to 2**64 - 1"),
+        ({"seed": 2**64}, "seed is 18446744073709551616; expected 0 to 2**64 - 1"),
+        ({"seed": 0.5}, "seed is 0.5; expected an integer"),
+        ({"stop": (3,)}, "stop is (3,); expected text or a sequence of texts"),
+    ],
+)
+def test_unusable_settings(unusable: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as error:
+        SamplingParams(**unusable)  # type: ignore[arg-type]
+    assert message in str(error.value)
+
+
+def test_one_stop_string_is_not_taken_apart() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)  # type: ignore[arg-type]
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")  # type: ignore[arg-type]
+
+
+def test_what_is_left_open_comes_from_the_checkpoint() -> None:
+    defaults = SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=40)
+    got = SamplingParams(top_k=3, seed=5).resolved(defaults)
+    assert got == settings(0.6, 3, 0.9, 5)
+    assert SamplingParams(temperature=0.0).resolved(defaults).temperature == 0
+
+
+def test_greedy_unless_sampling_is_asked_for() -> None:
+    defaults = SamplingDefaults()
+    assert SamplingParams().resolved(defaults).temperature == 0
+    for asked in (SamplingParams(top_k=5), SamplingParams(top_p=0.5), SamplingParams(seed=1)):
+        assert asked.resolved(defaults).temperature == 1
+
+
+def test_a_seed_of_its_own_for_each_request() -> None:
+    assert len({SamplingParams(temperature=1.0).resolved(SamplingDefaults()).seed for _ in range(20)}) == 20
