@@ -66,7 +66,7 @@ class Report:
     converted: bool = False
 
 
-class JournalEntry(Record, kw_only=True):
+class JournalEntry(Record, frozen=True, kw_only=True):
     """A graph that an interrupted build had finished."""
 
     graph: GraphSpec
@@ -163,7 +163,9 @@ def _check_target(out: Path) -> None:
         allowed = {"manifest.json", JOURNAL, LOCK, "weights"}
         foreign = [p.name for p in out.iterdir() if p.name not in allowed and not _is_ours(p)]
         if foreign and not (out / "manifest.json").exists():
-            raise BuildError(f"--out {out} holds other files ({foreign[0]}, ...); give a new folder or an artifact of an earlier compile")
+            raise BuildError(
+                f"--out {out} holds other files ({foreign[0]}, ...); give a new folder or an artifact of an earlier compile"
+            )
 
 
 def _is_ours(path: Path) -> bool:
@@ -282,7 +284,11 @@ def _graphs(
     known = _known_graphs(job)
     code = _code(_GRAPH_CODE)
     keys = {(kind, bucket): _graph_key(job, weights_key, kind, bucket, code) for kind, bucket in job.plan.graphs}
-    found = {pair: known[key] for pair, key in keys.items() if key in known and _intact(job.out / known[key].graph.file, known[key].file)}
+    found = {
+        pair: known[key]
+        for pair, key in keys.items()
+        if key in known and _intact(job.out / known[key].graph.file, known[key].file)
+    }
     missing = [pair for pair in job.plan.graphs if pair not in found]
     report.reused = [f"{kind}-{bucket}" for kind, bucket in found]
     if missing:
@@ -293,13 +299,14 @@ def _graphs(
                 report.traced.append(f"{kind}-{bucket}")
                 job.progress.say(_describe(found[kind, bucket].graph))
                 advance(1)
-    entries = [found[pair] for pair in sorted(found, key=lambda p: (job.plan.graphs.index(p)))]
+    entries = [found[pair] for pair in sorted(found, key=job.plan.graphs.index)]
     return [entry.graph for entry in entries], {entry.graph.file: entry.file for entry in entries}
 
 
 def _describe(graph: GraphSpec) -> str:
-    assert graph.certificate is not None
-    return f"{graph.name:>12}  {len(graph.certificate.cases)} checks, worst error {graph.certificate.worst:.1e}, {graph.cost_ms:.2f} ms"
+    certificate = graph.certificate
+    assert certificate is not None
+    return f"{graph.name:>12}  {len(certificate.cases)} checks, worst error {certificate.worst:.1e}, {graph.cost_ms:.2f} ms"
 
 
 def _known_graphs(job: _Job) -> dict[str, JournalEntry]:

@@ -36,7 +36,7 @@ _DTYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": Te
 TRACE_CHECKS = frozenset({"aten._assert_tensor_metadata.default"})
 
 
-class UnsupportedOp(NotImplementedError):
+class UnsupportedOpError(NotImplementedError):
     """The traced graph holds an op without a lowering."""
 
 
@@ -87,7 +87,7 @@ class Emitter:
             self.initializers[alias] = _external(alias, shape, spec)
         return alias
 
-    def __getitem__(self, node: Node) -> str:
+    def __getitem__(self, node: Any) -> str:
         return self.names[node]
 
 
@@ -264,7 +264,7 @@ def _to(e: Emitter, node: Node, x: str, *_: Any, **__: Any) -> str:
 
 
 def emit(graph: GraphDef, weights: Mapping[str, WeightSpec]) -> bytes:
-    """Trace and lower one graph; returns the serialised ONNX model. Raises UnsupportedOp naming an op without lowering."""
+    """Trace and lower one graph; returns the serialised ONNX model. Raises UnsupportedOpError naming an op without lowering."""
     program = trace(graph)
     emitter = Emitter(weights, graph.constants)
     outputs = _lower_all(emitter, program, graph)
@@ -293,9 +293,9 @@ def _lower(e: Emitter, node: Node) -> Any:
     stack = list((node.meta.get("nn_module_stack") or {"": ("graph", None)}).values())
     e.scope = stack[-1][0] or "graph"
     if name == "aten.flatten.using_ints" and _is_parameter(e, node.args[0]):
-        return e.weight(e.names[node.args[0]], _shape(node))  # a weight in another shape: same bytes, no node
+        return e.weight(e[node.args[0]], _shape(node))  # a weight in another shape: same bytes, no node
     if name not in LOWERINGS:
-        raise UnsupportedOp(f"{name} (in {e.scope}) has no ONNX lowering; supported: {', '.join(sorted(LOWERINGS))}")
+        raise UnsupportedOpError(f"{name} (in {e.scope}) has no ONNX lowering; supported: {', '.join(sorted(LOWERINGS))}")
 
     def argument(value: Any) -> Any:
         if isinstance(value, Node):
@@ -321,7 +321,11 @@ def _model(e: Emitter, graph: GraphDef, outputs: Sequence[str]) -> onnx.ModelPro
             for i, name in enumerate(names):
                 names[i] = renames.get(name, name)
     proto = helper.make_graph(
-        e.nodes, f"{graph.kind}-{graph.bucket}", [*map(info, graph.inputs)], [*map(info, graph.outputs)], [*e.initializers.values()]
+        e.nodes,
+        f"{graph.kind}-{graph.bucket}",
+        [*map(info, graph.inputs)],
+        [*map(info, graph.outputs)],
+        [*e.initializers.values()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]
     return helper.make_model(proto, opset_imports=opsets, ir_version=IR_VERSION, producer_name="staticvl")

@@ -40,7 +40,7 @@ def define_graph(config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant
 
 
 def _vision(config: ModelConfig, image: ImageFacts, tiles: int) -> GraphDef:
-    mean, std = np.float64(image.mean), np.float64(image.std)
+    mean, std = np.array(image.mean), np.array(image.std)
     return GraphDef(
         kind="vision",
         bucket=tiles,

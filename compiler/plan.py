@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import KINDS, CacheSpec, Kind
+from ..weights.rules import targets
+from ..weights.stored import stored_targets
 
 BACKENDS = ("onnx", "ascend")
 QUANTS = ("none", "w8a8", "w8a16", "w4a16")
@@ -57,7 +60,9 @@ class Buckets:
 def parse_buckets(data: Any, where: str) -> Buckets:
     """buckets.yaml's content -> Buckets; raises PlanError for anything but its keys and integers."""
     if not isinstance(data, Mapping):
-        raise PlanError(f"{where} holds {type(data).__name__}; expected a mapping with the keys prefill, decode, vision, context, slots")
+        raise PlanError(
+            f"{where} holds {type(data).__name__}; expected a mapping with the keys prefill, decode, vision, context, slots"
+        )
     known = {f.name for f in fields(Buckets)}
     unknown = sorted(str(key) for key in set(data) - known)
     if unknown:
@@ -65,7 +70,8 @@ def parse_buckets(data: Any, where: str) -> Buckets:
     for name in KINDS:
         if name in data and not isinstance(data[name], list):
             raise PlanError(f"{where}: {name} is {data[name]!r}; expected a list of integers")
-    return Buckets(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+    given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    return Buckets(**given)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,9 +90,13 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.backend not in READY_BACKENDS:
-            raise PlanError(f"backend {self.backend!r} is not available in this release; available: {', '.join(READY_BACKENDS)}")
+            raise PlanError(
+                f"backend {self.backend!r} is not available in this release; available: {', '.join(READY_BACKENDS)}"
+            )
         if self.quant not in READY_QUANTS:
-            raise PlanError(f"quantisation {self.quant!r} is not available in this release; available: {', '.join(READY_QUANTS)}")
+            raise PlanError(
+                f"quantisation {self.quant!r} is not available in this release; available: {', '.join(READY_QUANTS)}"
+            )
         if self.tp != 1:
             raise PlanError(f"tensor parallelism {self.tp} is not available in this release; use --tp 1")
         if self.lora is not None:
@@ -116,9 +126,13 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
     decode = wanted.decode or tuple(sorted({1 << i for i in range(slots.bit_length())} | {slots}))
     decode = tuple(b for b in decode if b <= slots) if wanted.decode is None else decode
     if max(decode) != slots:
-        raise PlanError(f"the largest decode bucket is {max(decode)} but there are {slots} slots; make them equal, so that all can run at once")
+        raise PlanError(
+            f"the largest decode bucket is {max(decode)} but there are {slots} slots; make them equal, so that all run at once"
+        )
     if max(prefill) > context:
-        raise PlanError(f"prefill bucket {max(prefill)} exceeds the context {context}; use smaller buckets or a larger --context")
+        raise PlanError(
+            f"prefill bucket {max(prefill)} exceeds the context {context}; use smaller buckets or a larger --context"
+        )
     cache = CacheSpec(
         layers=text.layers,
         kv_heads=text.kv_heads,
@@ -136,18 +150,8 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
 
 def forecast(config: ModelConfig, plan: Plan, quant: str) -> dict[str, int]:
     """Bytes of weights and cache, and parameters, from sizes alone."""
-    t, v = config.text, config.vision
-    linear = t.layers * (
-        2 * t.hidden_size * t.heads * t.head_dim + 2 * t.hidden_size * t.kv_heads * t.head_dim + 3 * t.hidden_size * t.intermediate_size
-    )
-    linear += t.hidden_size * t.vocab_size
-    embed = t.embed_rows * t.hidden_size
-    layer = 4 * v.hidden_size**2 + 2 * v.hidden_size * v.intermediate_size
-    vision = v.used_layers * layer + 3 * v.patch_size**2 * v.hidden_size + (v.patches + 1) * v.hidden_size
-    projector = v.hidden_size * t.hidden_size + t.hidden_size**2
-    quantised = 1 + 4 / 128 if quant == "w8a16" else 4
     return {
-        "parameters": linear + embed + vision + projector,
-        "weight_bytes": int(linear * quantised + 4 * (embed + vision + projector)),
+        "parameters": sum(math.prod(shape) for shape in targets(config).values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant).values()),
         "cache_bytes": plan.cache.nbytes,
     }

@@ -10,7 +10,7 @@ class Progress:
     """Override in a front end."""
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
         """A piece of work of `total` units; the function given is called with each amount done."""
         yield lambda amount: None
 

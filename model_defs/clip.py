@@ -90,4 +90,3 @@ class ClipTower(nn.Module):
             x = layer(x)
         # The class token is dropped after the layers: the patches have attended to it.
         return x if self.keep_class_token else x[:, 1:]
-

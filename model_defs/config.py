@@ -65,7 +65,9 @@ class ClipConfig:
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if not 1 <= self.used_layers <= self.layers:
-            raise ConfigError(f"vision_feature_layer selects {self.used_layers} of {self.layers} vision layers; expected 1 to {self.layers}")
+            raise ConfigError(
+                f"vision_feature_layer selects {self.used_layers} of {self.layers} vision layers; expected 1 to {self.layers}"
+            )
         if self.activation not in ("quick_gelu", "gelu"):
             raise ConfigError(f"vision hidden_act {self.activation!r} is not supported; expected quick_gelu or gelu")
 
@@ -98,18 +100,24 @@ class ModelConfig:
 # Keys that never change what is computed at inference: bookkeeping, training, and generation defaults that
 # generation_config.json owns.
 INERT_KEYS = frozenset(
-    """_name_or_path _commit_hash add_cross_attention architectures attention_dropout auto_map bad_words_ids begin_suppress_tokens
-    chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty do_sample dropout dtype
-    early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id freeze_mm_mlp_adapter freeze_mm_vision_resampler id2label ignore_index image_seq_length
-    initializer_factor initializer_range is_decoder is_encoder_decoder label2id length_penalty max_length
-    mm_projector_lr mm_vision_tower_lr min_length no_repeat_ngram_size num_beam_groups num_beams
-    num_return_sequences output_attentions output_hidden_states output_scores pretraining_tp prefix problem_type projection_dim
-    pruned_heads remove_invalid_values repetition_penalty return_dict return_dict_in_generate sep_token_id
-    suppress_tokens task_specific_params temperature tf_legacy_loss tie_encoder_decoder tokenizer_class tokenizer_model_max_length
-    tokenizer_padding_side top_k top_p torch_dtype torchscript transformers_version tune_mm_mlp_adapter
-    tune_mm_vision_resampler typical_p unfreeze_mm_vision_tower use_bfloat16 use_cache use_mm_proj""".split()
+    """_name_or_path _commit_hash add_cross_attention architectures attention_dropout auto_map bad_words_ids
+    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id diversity_penalty
+    do_sample dropout dtype early_stopping encoder_no_repeat_ngram_size exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id freeze_mm_mlp_adapter freeze_mm_vision_resampler id2label
+    ignore_index image_seq_length initializer_factor initializer_range is_decoder is_encoder_decoder label2id
+    length_penalty max_length mm_projector_lr mm_vision_tower_lr min_length no_repeat_ngram_size num_beam_groups
+    num_beams num_return_sequences output_attentions output_hidden_states output_scores pretraining_tp prefix
+    problem_type projection_dim pruned_heads remove_invalid_values repetition_penalty return_dict
+    return_dict_in_generate sep_token_id suppress_tokens task_specific_params temperature tf_legacy_loss
+    tie_encoder_decoder tokenizer_class tokenizer_model_max_length tokenizer_padding_side top_k top_p torch_dtype
+    torchscript transformers_version tune_mm_mlp_adapter tune_mm_vision_resampler typical_p unfreeze_mm_vision_tower
+    use_bfloat16 use_cache use_mm_proj""".split()
 )
+
+
+def quant_block(columns: int) -> int:
+    """Weights of one row that share a scale when they are stored in 8 bits: 128, or 32 where rows do not divide by that."""
+    return 128 if columns % 128 == 0 else 32
 
 
 class _Keys:

@@ -29,8 +29,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], lengths: Tensor):
         q = ops.rope(self.q(x), *rope)  # [B, T, H*D]
         k = ops.rope(self.k(x), *rope)  # [B, T, K*D]
-        out, *cache = ops.cached_attention(q, k, self.v(x), *cache, lengths, self.heads)
-        return self.o(out), tuple(cache)
+        out, k_cache, v_cache = ops.cached_attention(q, k, self.v(x), *cache, lengths, self.heads)
+        return self.o(out), (k_cache, v_cache)
 
 
 class Mlp(nn.Module):

@@ -6,16 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .config import quant_block
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """A weight to be filled from the artifact; never trained."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
-
-
-def block_size(in_features: int) -> int:
-    """Weights of one row that share an 8-bit scale."""
-    return 128 if in_features % 128 == 0 else 32
 
 
 class Linear(nn.Module):
@@ -27,7 +23,7 @@ class Linear(nn.Module):
         if quant == "none":
             self.weight = empty_parameter(out_features, in_features)
         else:
-            block = block_size(in_features)
+            block = quant_block(in_features)
             blocks = -(-in_features // block)
             self.qweight = empty_parameter(out_features, blocks, block, dtype=torch.uint8)
             self.scales = empty_parameter(out_features, blocks)

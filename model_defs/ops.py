@@ -37,7 +37,7 @@ def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -
     Activations are rounded to 8 bits too, each block of each token by its own largest magnitude: the CPU kernels that read
     8-bit weights at the speed of memory do so (accuracy level 4 of onnxruntime's MatMulNBits).
     """
-    n, blocks, block = qweight.shape
+    _, blocks, block = qweight.shape
     weight = (qweight.to(scales.dtype) - 128) * scales[..., None]
     padded = torch.nn.functional.pad(x, (0, blocks * block - x.shape[-1])).unflatten(-1, (blocks, block))
     step = padded.abs().amax(-1, keepdim=True) / 127
@@ -142,7 +142,7 @@ def _(x: Tensor, index: Tensor) -> Tensor:
 
 @_op("rope")
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding, half-rotation form: x [B, T, H*D], cos and sin [B, T, D] with equal halves (Su et al. 2021)."""
+    """Rotary embedding, half-rotation form (Su et al. 2021): x [B, T, H*D], cos and sin [B, T, D] with equal halves."""
     b, t, d = cos.shape
     heads = x.view(b, t, -1, d)
     first, second = heads.chunk(2, dim=-1)

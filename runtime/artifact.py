@@ -48,7 +48,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the manifest: immutable, and an unknown field is an error."""
 
 
-class TensorSpec(Record, kw_only=True):
+class TensorSpec(Record, frozen=True, kw_only=True):
     """One named graph input or output."""
 
     name: str
@@ -56,14 +56,14 @@ class TensorSpec(Record, kw_only=True):
     shape: tuple[int, ...]
 
 
-class CertificateCase(Record, kw_only=True):
+class CertificateCase(Record, frozen=True, kw_only=True):
     """One comparison of a compiled graph with the eager definition."""
 
     name: str  # what was fed, e.g. "length 128, past 0"
     error: float  # largest absolute difference divided by the largest magnitude of the reference
 
 
-class Certificate(Record, kw_only=True):
+class Certificate(Record, frozen=True, kw_only=True):
     """How a graph was checked when it was compiled."""
 
     reference: str  # e.g. "eager torch float32"
@@ -79,7 +79,7 @@ class Certificate(Record, kw_only=True):
         return bool(self.cases) and self.worst <= self.tolerance
 
 
-class GraphSpec(Record, kw_only=True):
+class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
     kind: Kind
@@ -96,7 +96,7 @@ class GraphSpec(Record, kw_only=True):
         return f"{self.kind}-{self.bucket}"
 
 
-class CacheSpec(Record, kw_only=True):
+class CacheSpec(Record, frozen=True, kw_only=True):
     """The KV cache: per layer, keys and values of shape [slots, kv_heads, rows, head_dim]."""
 
     layers: int
@@ -113,7 +113,7 @@ class CacheSpec(Record, kw_only=True):
         return 2 * self.layers * self.slots * self.kv_heads * self.rows * self.head_dim * width
 
 
-class WeightSpec(Record, kw_only=True):
+class WeightSpec(Record, frozen=True, kw_only=True):
     """Where one tensor lies: `nbytes` bytes from `offset` on in `file` (a safetensors file)."""
 
     file: str
@@ -123,14 +123,14 @@ class WeightSpec(Record, kw_only=True):
     nbytes: int
 
 
-class FileSpec(Record, kw_only=True):
+class FileSpec(Record, frozen=True, kw_only=True):
     """Size and digest of a file."""
 
     nbytes: int
     sha256: str
 
 
-class SourceFile(Record, kw_only=True):
+class SourceFile(Record, frozen=True, kw_only=True):
     """One file of the checkpoint; `mtime_ns` only saves reading it again when nothing changed."""
 
     nbytes: int
@@ -138,7 +138,7 @@ class SourceFile(Record, kw_only=True):
     mtime_ns: int
 
 
-class ImageFacts(Record, kw_only=True):
+class ImageFacts(Record, frozen=True, kw_only=True):
     """How a picture becomes pixels, from the checkpoint's preprocessor_config.json."""
 
     mode: Literal["crop", "pad"]  # crop: shortest edge, centre crop; pad: to a square, then resize
@@ -151,7 +151,7 @@ class ImageFacts(Record, kw_only=True):
     mark: str = "<image>"  # what stands for a picture in a prompt
 
 
-class TokenizerFacts(Record, kw_only=True):
+class TokenizerFacts(Record, frozen=True, kw_only=True):
     """Which tokenizer files the artifact holds and how text becomes ids."""
 
     kind: Literal["tokenizers", "sentencepiece"]  # tokenizer/tokenizer.json or tokenizer/tokenizer.model
@@ -164,7 +164,7 @@ class TokenizerFacts(Record, kw_only=True):
     used: int  # ids at or above this are never sampled
 
 
-class SamplingDefaults(Record, kw_only=True):
+class SamplingDefaults(Record, frozen=True, kw_only=True):
     """Defaults from the checkpoint's generation_config.json, for what a request leaves open."""
 
     do_sample: bool = False
@@ -173,7 +173,7 @@ class SamplingDefaults(Record, kw_only=True):
     top_k: int = 0  # 0: no limit
 
 
-class ModelFacts(Record, kw_only=True):
+class ModelFacts(Record, frozen=True, kw_only=True):
     """What the runtime must know about the model beyond its graphs."""
 
     family: str
@@ -188,7 +188,7 @@ class ModelFacts(Record, kw_only=True):
     sampling: SamplingDefaults = SamplingDefaults()
 
 
-class BuildFacts(Record, kw_only=True):
+class BuildFacts(Record, frozen=True, kw_only=True):
     """How the artifact was made."""
 
     staticvl: str
@@ -198,7 +198,7 @@ class BuildFacts(Record, kw_only=True):
     source: dict[str, SourceFile]
 
 
-class Manifest(Record, kw_only=True):
+class Manifest(Record, frozen=True, kw_only=True):
     """The whole of manifest.json."""
 
     schema_version: int = SCHEMA_VERSION
@@ -270,7 +270,9 @@ def read_manifest(folder: Path) -> Manifest:
     except msgspec.MsgspecError as error:
         raise ArtifactError(f"{path} is damaged ({error}); compile the checkpoint again or fetch the artifact again") from error
     if manifest.digest != _digest(manifest):
-        raise ArtifactError(f"{path} was changed after it was written (its digest differs); compile or fetch the artifact again")
+        raise ArtifactError(
+            f"{path} was changed after it was written (its digest differs); compile or fetch the artifact again"
+        )
     return manifest
 
 
@@ -297,10 +299,12 @@ def _check_size(folder: Path, name: str, spec: FileSpec) -> None:
         raise ArtifactError(f"{folder / name} has {size} bytes, expected {spec.nbytes}; compile or fetch the artifact again")
 
 
-def verify(folder: str | Path, on_bytes: Callable[[int], None] | None = None) -> Artifact:
+def verify(folder: str | Path, on_bytes: Callable[[int], object] | None = None) -> Artifact:
     """Check the digest of every file; raises ArtifactError naming the first that differs."""
     artifact = open_artifact(folder)
     for name, spec in artifact.manifest.files.items():
         if sha256_file(artifact.path(name), on_bytes) != spec.sha256:
-            raise ArtifactError(f"{artifact.path(name)} does not match its sha256 in the manifest; compile or fetch the artifact again")
+            raise ArtifactError(
+                f"{artifact.path(name)} does not match its sha256 in the manifest; compile or fetch the artifact again"
+            )
     return artifact

@@ -32,7 +32,15 @@ class Chat:
         self.held = np.empty((0, 2), np.int32)  # [tokens, (id, row)] whose keys and values the slot holds
         self.features = np.empty((0, 0), np.float32)  # [tiles * P, C] of the pictures so far
 
-    def send(self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, return_logits: bool = False, **settings: Any) -> Output:
+    def send(
+        self,
+        text: str,
+        images: Any = None,
+        *,
+        sampling: SamplingParams | None = None,
+        return_logits: bool = False,
+        **settings: Any,
+    ) -> Output:
         """One turn: the user's text and new pictures in, the answer out. Arguments as in Model.generate."""
         message, new, sequence = self._begin(text, images, sampling, return_logits, settings)
         try:
@@ -42,7 +50,9 @@ class Chat:
         finally:
             self._end(sequence)
 
-    def stream(self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any) -> Iterator[str]:
+    def stream(
+        self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any
+    ) -> Iterator[str]:
         """As `send`, in pieces; a turn whose pieces are not all taken is forgotten, at the latest when the next one begins."""
         message, new, sequence = self._begin(text, images, sampling, False, settings)
         pieces = []
@@ -73,8 +83,9 @@ class Chat:
         self.close()
 
     def _begin(self, text: str, images: Any, sampling: SamplingParams | None, return_logits: bool, settings: dict[str, Any]):
-        from .model import as_list, merge_params
+        from .model import as_list, check_text, merge_params
 
+        check_text(text)
         new = [load_image(image) for image in as_list(images)]
         message = Message("user", text, len(new))
         prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])

@@ -44,7 +44,9 @@ class Metrics:
 class Engine:
     """Runs the graphs of one artifact on one backend."""
 
-    def __init__(self, artifact: Artifact, backend: Backend | None = None, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self, artifact: Artifact, backend: Backend | None = None, *, device: str = "cpu", threads: int | None = None
+    ) -> None:
         self.manifest: Manifest = artifact.manifest
         self.cache = SlotCache(self.manifest.cache)
         self.graphs = {(graph.kind, graph.bucket): graph for graph in self.manifest.graphs}
@@ -148,8 +150,9 @@ class Engine:
         needed = prompt.length + max_new_tokens
         if needed > context:
             raise ContextError(
-                f"the prompt has {prompt.text_tokens} text tokens and {prompt.image_tokens} image tokens, and max_new_tokens is "
-                f"{max_new_tokens}: {needed} in all, but the artifact holds {context}; ask for less, or compile a larger one: "
+                f"the prompt has {prompt.text_tokens} text tokens and {prompt.image_tokens} image tokens, and max_new_tokens "
+                f"is {max_new_tokens}: {needed} in all, but the artifact holds {context}; ask for less, or compile a larger "
+                "one: "
                 f"staticvl compile CHECKPOINT --out ARTIFACT --context {needed}"
             )
 

@@ -27,14 +27,14 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        beside.replace(path)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 
 
-def sha256_file(path: Path, on_bytes: Callable[[int], None] | None = None) -> str:
+def sha256_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
     """Hex digest of a file read in blocks; `on_bytes` is told how many bytes each block had."""
     digest = hashlib.sha256()
     with path.open("rb") as file:

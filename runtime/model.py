@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,14 @@ def load(artifact: str | Path, *, device: str = "cpu", tp: int | None = None, th
     """Open an artifact for use.
 
     device: "cpu" for ONNX artifacts. tp: the number of ranks, which must be what the artifact was compiled for (default).
-    threads: cores to compute with; one number per process, default every core.
+    threads: cores to compute with; default every core that this process may use.
     Raises ArtifactError for a missing, damaged or unsuitable artifact.
     """
     opened = open_artifact(artifact)
     if tp is not None and tp != opened.manifest.tp:
         raise ArtifactError(
-            f"{artifact} was compiled for tp={opened.manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
-            f"tp={opened.manifest.tp}"
+            f"{artifact} was compiled for tp={opened.manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load "
+            f"it with tp={opened.manifest.tp}"
         )
     return Model(opened, Engine(opened, device=device, threads=threads))
 
@@ -82,7 +82,7 @@ class Model:
 
     def stream(
         self, prompt: str, images: Images = None, *, sampling: SamplingParams | None = None, raw: bool = False, **settings: Any
-    ) -> Iterator[str]:
+    ) -> Generator[str, None, None]:
         """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
         sequence = self.engine.new_sequence(self._prepare(prompt, as_list(images), raw), merge_params(sampling, settings))
         return self.stream_sequence(sequence)
@@ -103,7 +103,7 @@ class Model:
             for sequence in sequences:
                 self._end(sequence)
 
-    def stream_sequence(self, sequence: Sequence) -> Iterator[str]:
+    def stream_sequence(self, sequence: Sequence) -> Generator[str, None, None]:
         """Run one sequence, giving out text; a caller that stops listening cancels it.
 
         Between two pieces other requests may be made of the model: what they let this sequence gain is given out later.
@@ -130,8 +130,7 @@ class Model:
         return self.family.prepare(text, images, self.facts, self.tokenizer)
 
     def _prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
-        if not isinstance(text, str):
-            raise PromptError(f"a prompt is {type(text).__name__}; expected text")
+        check_text(text)
         if raw:
             return self.family.prepare(text, images, self.facts, self.tokenizer)
         return self.prepare_messages([Message("user", text, len(images))], images)
@@ -182,6 +181,11 @@ def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> S
     return dataclasses.replace(sampling or SamplingParams(), **settings)
 
 
+def check_text(text: Any) -> None:
+    if not isinstance(text, str):
+        raise PromptError(f"a prompt is {type(text).__name__}; expected text")
+
+
 def as_list(images: Any) -> list[ImageSource]:
     """One picture, several or none -> a list."""
     if images is None:
@@ -198,6 +202,7 @@ def pair_up(prompts: SequenceOf[str], images: Any) -> list[tuple[str, Any]]:
     if not isinstance(images, list | tuple) or len(images) != len(prompts):
         count = len(images) if isinstance(images, list | tuple) else "one entry that is no list"
         raise PromptError(
-            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: a picture, a list of them, or None"
+            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: a picture, "
+            "a list of them, or None"
         )
     return list(zip(prompts, images, strict=True))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
+
 from staticvl import runtime
 from staticvl.runtime.artifact import (
     Artifact,
@@ -184,10 +186,25 @@ def check_slots(engine: Engine, kept: int = 0) -> None:
     assert len(used) + engine.cache.free + kept == engine.cache.spec.slots
 
 
+def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:
+    """A picture of random pixels, `size` wide and high."""
+    width, height = size
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
+
+
 @cache
 def loaded(folder: Path) -> runtime.Model:
     """A compiled artifact, opened once for the whole suite."""
     return runtime.load(folder)
+
+
+def lent(folder: Path) -> Iterator[runtime.Model]:
+    """A compiled artifact for one test, which must leave nothing behind: no slot, no request, no text."""
+    model = loaded(folder)
+    yield model
+    assert model.engine.cache.free == model.engine.cache.spec.slots
+    assert model.engine.scheduler.idle
+    assert not model.texts
 
 
 def loaded_with_fake(folder: Path) -> runtime.Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from staticvl.runtime.boxes import Box, parse_boxes, parse_corners
 from staticvl.runtime.images import Frame
 

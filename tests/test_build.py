@@ -17,7 +17,7 @@ from staticvl.compiler import build as build_module
 from staticvl.compiler import emit_onnx
 from staticvl.compiler.build import BuildError, build
 from staticvl.compiler.check import CertificateError
-from staticvl.compiler.emit_onnx import UnsupportedOp
+from staticvl.compiler.emit_onnx import UnsupportedOpError
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.runtime.artifact import ArtifactError, FileSpec, open_artifact, verify, write_manifest
 from staticvl.weights.source import WeightsError
@@ -101,7 +101,9 @@ def test_a_copied_checkpoint_is_the_same(checkpoint: Path, artifact: Path, tmp_p
     assert not report.converted
 
 
-def test_interrupted_build_resumes(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traces: list[str]) -> None:
+def test_interrupted_build_resumes(
+    checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traces: list[str]
+) -> None:
     make = build_module._GraphMaker.make
 
     def interrupted(self, kind, bucket, key):
@@ -276,7 +278,7 @@ def test_wrong_lowerings_fail_a_certificate(
 
 def test_an_op_without_lowering_is_named(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(emit_onnx.LOWERINGS, "staticvl.silu_mul")
-    with pytest.raises(UnsupportedOp, match=r"staticvl.silu_mul \(in .*text.layers.0.mlp"):
+    with pytest.raises(UnsupportedOpError, match=r"staticvl.silu_mul \(in .*text.layers.0.mlp"):
         build(options(checkpoint, tmp_path / "a"))
 
 
@@ -318,4 +320,3 @@ def test_weights_in_8_bits(checkpoint: Path, pristine: Path, tmp_path: Path) -> 
     )
     error = np.abs(exact - rounded).max() / np.abs(exact).max()
     assert 0 < error < 0.05
-

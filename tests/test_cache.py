@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from staticvl.runtime.artifact import CacheSpec
 from staticvl.runtime.cache import SlotCache
 

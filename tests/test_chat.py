@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,31 +13,22 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 from PIL import Image
+
 from staticvl import runtime
 from staticvl.runtime.chat import Chat
 from staticvl.runtime.engine import ContextError
 from staticvl.runtime.images import ImageError
 from staticvl.runtime.prompt import Message, Prompt, PromptError
 
-from .fakes import check_slots, loaded, loaded_with_fake, oracle
+from .fakes import check_slots, lent, loaded_with_fake, noise, oracle
 
 TOLERANCE = 1e-4  # of the largest magnitude
 PROOF = {"max_new_tokens": 12, "ignore_eos": True, "return_logits": True}
 
 
-def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), np.uint8))
-
-
 @pytest.fixture
 def model(embedded_artifact: Path) -> Iterator[runtime.Model]:
-    """The compiled model; every test leaves all of its slots free."""
-    model = loaded(embedded_artifact)
-    yield model
-    gc.collect()
-    assert model.engine.cache.free == model.engine.cache.spec.slots
-    assert model.engine.scheduler.idle
-    assert not model.texts
+    yield from lent(embedded_artifact)
 
 
 @dataclass
@@ -190,20 +180,15 @@ def test_all_slots_held_by_chats(model: runtime.Model) -> None:
             request()
         assert model.engine.scheduler.idle
     assert fifth.messages == []
-    check_turn(chats[2], Transcript("USER: Hello! ASSISTANT: Please show "), "Where is the circle?")
+    chats[2].send("Where is the circle?", max_new_tokens=2)
     chats[0].close()
-    check_turn_alone(fifth)
+    first = fifth.send("Hello!", max_new_tokens=6)
+    second = fifth.send("Where is the circle?", max_new_tokens=6)
     for chat in (*chats, fifth):
         chat.close()
-
-
-def check_turn_alone(chat: Chat) -> None:
-    """Two turns while no other slot is free for the fresh prompts to compare with."""
-    texts = [chat.send(text, max_new_tokens=6).text for text in ("Hello!", "Where is the circle?")]
-    chat.close()
-    assert texts[0] == chat.model.generate("Hello!", max_new_tokens=6).text
-    raw = f"USER: Hello! ASSISTANT: {texts[0]} USER: Where is the circle? ASSISTANT:"
-    assert texts[1] == chat.model.generate(raw, raw=True, max_new_tokens=6).text
+    assert first.text == model.generate("Hello!", max_new_tokens=6).text
+    raw = f"USER: Hello! ASSISTANT: {first.text} USER: Where is the circle? ASSISTANT:"
+    assert second.token_ids == model.generate(raw, raw=True, max_new_tokens=6).token_ids
 
 
 def test_a_chat_without_a_slot_of_its_own(model: runtime.Model) -> None:

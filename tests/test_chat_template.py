@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL, ChatTemplateError, render
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
+
+from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL, ChatTemplateError, render
 
 from .checkpoints import CHAT_TEMPLATE
 

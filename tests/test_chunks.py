@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from staticvl.runtime.chunks import ChunkPlanner
 
 LONGEST = 24
@@ -101,6 +102,7 @@ def test_cheapest_plan_when_its_padding_fits() -> None:
     planner = ChunkPlanner({4: 1.0, 32: 2.0})
     assert planner.next_bucket(20, room=32) == 32
     assert planner.next_bucket(20, room=31) == 4
+    assert planner.next_bucket(35, room=100) == 32  # the largest first, so that only the last is padded
 
 
 def test_sizes_without_a_common_divisor() -> None:

@@ -117,7 +117,9 @@ def test_config_file_gives_the_options(capsys: pytest.CaptureFixture[str], check
     assert (tmp_path / "a" / "manifest.json").exists()  # paths are relative to the file
 
 
-def test_errors_are_one_clear_line(capsys: pytest.CaptureFixture[str], checkpoint: Path, artifact: Path, tmp_path: Path) -> None:
+def test_errors_are_one_clear_line(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, artifact: Path, tmp_path: Path
+) -> None:
     def yaml(text: str) -> Path:
         (tmp_path / "x.yaml").write_text(text)
         return tmp_path / "x.yaml"
@@ -128,7 +130,9 @@ def test_errors_are_one_clear_line(capsys: pytest.CaptureFixture[str], checkpoin
     assert "no out was given" in error(capsys, "compile", checkpoint)
     assert "never downloaded" in error(capsys, "compile", "llava-hf/llava-1.5-7b-hf", "--out", out)
     assert "unknown keys prefil;" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefil: [3]"))
-    assert "prefill is 3; expected a list" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: 3"))
+    assert "prefill is 3; expected a list" in error(
+        capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: 3")
+    )
     assert "prefill is [0]" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: [0]"))
     assert "not valid YAML" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: [3"))
     assert "nowhere.yaml does not exist" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", "nowhere.yaml")
@@ -155,7 +159,9 @@ def test_checkpoint_errors_are_one_clear_line(capsys: pytest.CaptureFixture[str]
         path.write_text(json.dumps({**config, **change}))
         assert message in error(capsys, "compile", tiny.folder, "--out", tmp_path / "a")
     path.write_text(json.dumps({**config, "mystery": 1}))
-    assert run(capsys, "compile", tiny.folder, "--out", tmp_path / "a", "--ignore-config-keys", "mystery", "--plan-only")[0] == 0
+    assert (
+        run(capsys, "compile", tiny.folder, "--out", tmp_path / "a", "--ignore-config-keys", "mystery", "--plan-only")[0] == 0
+    )
     path.write_text("{")
     assert "is not valid JSON" in error(capsys, "compile", tiny.folder, "--out", tmp_path / "a")
     assert not (tmp_path / "a").exists()

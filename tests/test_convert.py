@@ -17,6 +17,8 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from staticvl.model_defs.config import ModelConfig, read_config
 from staticvl.weights import writer
 from staticvl.weights.convert import Converted, convert, forget_journal, plan_shards
@@ -25,7 +27,6 @@ from staticvl.weights.rules import targets
 from staticvl.weights.source import Source, open_source
 from staticvl.weights.stored import QUANTS, stored_targets
 from staticvl.weights.tensors import StoredTensor, WeightsError
-from torch import Tensor
 
 from .checkpoints import Tiny, tiny_llava, write_weights
 

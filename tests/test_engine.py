@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+
 from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine import ContextError, Engine
 from staticvl.runtime.feeds import Feed

@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoTokenizer, LlamaTokenizer, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import ConfigError, read_config
 from staticvl.runtime.artifact import ModelFacts, SamplingDefaults
 from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL
-from transformers import AutoTokenizer, LlamaTokenizer, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
 from .checkpoints import CHAT_TEMPLATE, MEAN, STD, tiny_llava, write_json
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
 from staticvl.runtime.engine import Engine
 from staticvl.runtime.feeds import Feed, new_feed, rope_tables
 from staticvl.runtime.prompt import Prompt
 from staticvl.runtime.request import SamplingParams, Sequence
 from staticvl.runtime.scheduler import Step
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from .fakes import HEAD_DIM, HIDDEN, ROWS_PER_TILE, SIDE, fake_engine, picture, picture_prompt, text_prompt
 

@@ -41,7 +41,11 @@ def artifact(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def answer(artifact: Path) -> np.ndarray:
-    return runtime.load(artifact).generate("one two three four five six", max_new_tokens=6, ignore_eos=True, return_logits=True).logits
+    return (
+        runtime.load(artifact)
+        .generate("one two three four five six", max_new_tokens=6, ignore_eos=True, return_logits=True)
+        .logits
+    )
 
 
 def packed(artifact: Path) -> list[Path]:
@@ -81,7 +85,9 @@ def test_made_again_for_another_machine_and_for_new_graphs(artifact: Path, monke
     assert not set(first) & set(second)
 
 
-def test_left_out_where_it_cannot_be_made(artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_left_out_where_it_cannot_be_made(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(100, 100, 0))  # type: ignore[attr-defined]
     assert np.isfinite(answer(artifact)).all()
     assert not packed(artifact)

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 import sentencepiece
 from PIL import Image
+from transformers import AutoTokenizer, LlavaProcessor
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import ModelFacts
@@ -16,8 +19,6 @@ from staticvl.runtime.families import family, llava
 from staticvl.runtime.images import ImageError
 from staticvl.runtime.prompt import Message, PromptError
 from staticvl.runtime.tokenizer import Tokenizer, load_tokenizer
-from transformers import AutoTokenizer, LlavaProcessor
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from .checkpoints import MEAN, STD, tiny_llava
 

@@ -63,7 +63,9 @@ def reference(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tens
 
 def compare(model: runtime.Model, case: Case, expected: tuple[list[int], np.ndarray], **options: bool) -> float:
     """Check the tokens; return the worst logit error relative to the largest magnitude."""
-    out = model.generate(case.prompt, case.images, max_new_tokens=NEW_TOKENS, ignore_eos=True, return_logits=True, temperature=0.0, **options)
+    out = model.generate(
+        case.prompt, case.images, max_new_tokens=NEW_TOKENS, ignore_eos=True, return_logits=True, temperature=0.0, **options
+    )
     tokens, logits = expected
     assert out.token_ids == tokens
     assert out.logits.dtype == np.float32
@@ -141,7 +143,9 @@ def test_chunks_do_not_matter(tmp_path: Path) -> None:
         out = tmp_path / "-".join(map(str, prefill))
         build(Options(checkpoint=tiny.folder, out=out, buckets=Buckets(prefill=prefill, decode=(1,), context=300, slots=1)))
         case = make_cases(12, seed=5)[-1]
-        outputs.append(runtime.load(out).generate(case.prompt, case.images, max_new_tokens=8, ignore_eos=True, return_logits=True))
+        outputs.append(
+            runtime.load(out).generate(case.prompt, case.images, max_new_tokens=8, ignore_eos=True, return_logits=True)
+        )
     for other in outputs[1:]:
         assert other.token_ids == outputs[0].token_ids
         assert np.abs(other.logits - outputs[0].logits).max() <= TOLERANCE * np.abs(outputs[0].logits).max()

@@ -7,12 +7,11 @@ import onnxruntime
 import pytest
 import torch
 from onnx import TensorProto, helper
-from staticvl.model_defs import layers
-from staticvl.model_defs.config import read_config
-from staticvl.weights import stored
+
+from staticvl.model_defs.config import quant_block, read_config
 from staticvl.weights.quantize import dequantize_w8, quantize_w8
 from staticvl.weights.rules import targets
-from staticvl.weights.stored import block_size, stored_targets
+from staticvl.weights.stored import stored_targets
 
 from .checkpoints import tiny_llava
 
@@ -27,7 +26,7 @@ def random_weight(rows: int, columns: int, dtype: torch.dtype = torch.float32) -
 @pytest.mark.parametrize(("rows", "columns"), SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_error_is_at_most_half_a_step(rows: int, columns: int, dtype: torch.dtype) -> None:
-    weight, block = random_weight(rows, columns, dtype), block_size(columns)
+    weight, block = random_weight(rows, columns, dtype), quant_block(columns)
     q, scales = quantize_w8(weight, block)
     blocks = -(-columns // block)
     assert (q.dtype, tuple(q.shape)) == (torch.uint8, (rows, blocks, block))
@@ -72,7 +71,7 @@ def test_rows_do_not_depend_on_how_they_are_cut(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize(("accuracy_level", "tolerance"), [(0, 1e-5), (4, 0.02)])
 @pytest.mark.parametrize(("rows", "columns"), [(48, 256), (33, 96), (16, 112)])
 def test_onnx_runtime_reads_the_same_weights(rows: int, columns: int, accuracy_level: int, tolerance: float) -> None:
-    block = block_size(columns)
+    block = quant_block(columns)
     q, scales = quantize_w8(random_weight(rows, columns), block)
     x = np.random.default_rng(1).standard_normal((3, columns), dtype=np.float32)
     got = run_matmul_nbits(x, q.numpy(), scales.numpy(), accuracy_level)
@@ -123,8 +122,3 @@ def test_what_is_stored_in_8_bits(tmp_path_factory: pytest.TempPathFactory) -> N
     assert quantised["text.layers.0.mlp.down.qweight"].shape == (64, 4, 32)  # K = 112, padded to 128
     assert quantised["text.layers.0.mlp.down.scales"].shape == (64, 4)
     assert quantised["text.lm_head.qweight"].nbytes == 389 * 64
-
-
-def test_block_sizes_are_those_of_the_model_code() -> None:
-    for columns in (32, 40, 64, 96, 112, 128, 256, 320, 11008, 13824):
-        assert stored.block_size(columns) == layers.block_size(columns)

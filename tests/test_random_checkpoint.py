@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlavaForConditionalGeneration
+
 from staticvl.model_defs.config import read_config
 from staticvl.tools.random_checkpoint import main
 from staticvl.weights.convert import convert
 from staticvl.weights.rules import match, targets
 from staticvl.weights.source import open_source
-from transformers import LlavaForConditionalGeneration
 
 from .checkpoints import Tiny, tiny_llava
 

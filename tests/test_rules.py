@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from staticvl.model_defs.config import ModelConfig, read_config
 from staticvl.weights.rules import assign, match, source_names, targets
 from staticvl.weights.source import open_source

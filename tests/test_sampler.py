@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from staticvl.runtime import sampler
 from staticvl.runtime.artifact import SamplingDefaults
 from staticvl.runtime.request import ResolvedSampling, SamplingParams
@@ -56,7 +57,14 @@ def test_distribution(temperature: float, top_k: int, top_p: float) -> None:
 
 
 def test_equal_logits_keep_the_lower_ids() -> None:
-    np.testing.assert_allclose(measured([1.0] * 5, settings(top_k=2), 5), [0.5, 0.5, 0, 0, 0])
+    np.testing.assert_allclose(measured([1.0] * 100, settings(top_k=2), 100), [0.5, 0.5] + [0] * 98)
+
+
+def test_a_draw_on_the_border_takes_the_next_token() -> None:
+    """Random numbers are in [0, 1), so each token has the lower end of its share."""
+    for draw, token in ((0.0, 0), (0.49, 0), (0.5, 1)):
+        with mock.patch.object(sampler, "uniform", return_value=draw):
+            assert sample(np.zeros(2, np.float32), settings(), 0, 2) == token
 
 
 def test_top_p_stops_exactly_at_its_bound() -> None:

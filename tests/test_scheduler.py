@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from staticvl.runtime.engine import Engine
 from staticvl.runtime.prompt import Prompt
 from staticvl.runtime.request import SamplingParams, Sequence

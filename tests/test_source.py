@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from staticvl.weights import source as source_module
 from staticvl.weights.source import Source, open_source
 from staticvl.weights.tensors import WeightsError
-from torch import Tensor
 
 from .checkpoints import tiny_llava, write_weights
 

@@ -7,30 +7,21 @@ from collections.abc import Iterator
 from itertools import zip_longest
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
+
 from staticvl import runtime
 from staticvl.runtime.engine import ContextError
 from staticvl.runtime.prompt import PromptError
 
-from .fakes import loaded, loaded_with_fake
+from .fakes import lent, loaded_with_fake, noise
 
 PROMPTS = ("What is in the picture?", "Where is the circle?", "a " * 30, "日本 🙂")
 LONG = {"max_new_tokens": 24, "ignore_eos": True}
 
 
-def noise(seed: int) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (50, 70, 3), np.uint8))
-
-
 @pytest.fixture
 def model(embedded_artifact: Path) -> Iterator[runtime.Model]:
-    """The compiled model; every test leaves all of its slots free."""
-    model = loaded(embedded_artifact)
-    yield model
-    assert model.engine.cache.free == model.engine.cache.spec.slots
-    assert not model.texts
+    yield from lent(embedded_artifact)
 
 
 @pytest.fixture

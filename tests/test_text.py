@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from staticvl.runtime.artifact import TokenizerFacts
 from staticvl.runtime.text import AnswerText
 from staticvl.runtime.tokenizer import load_tokenizer
@@ -78,6 +79,8 @@ def test_stop_strings(stop: str, text: str) -> None:
 
 def test_the_first_of_several_stop_strings() -> None:
     assert read(encode("one, two. three"), ".", ",", "three").text == "one"
+    # Characters of several tokens are released together.
+    assert read(encode("日本語"), "語", "本").text == "日"
 
 
 def test_nothing_of_a_stop_string_is_given_out_early() -> None:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 import sentencepiece
+from transformers import AutoTokenizer, LlamaTokenizer
+
 from staticvl.runtime.artifact import TokenizerFacts
 from staticvl.runtime.tokenizer import PICTURE, Detokenizer, Tokenizer, TokenizerError, load_tokenizer, read_vocabulary
-from transformers import AutoTokenizer, LlamaTokenizer
 
 from .checkpoints import tiny_llava
 

@@ -156,10 +156,14 @@ def _verify(args: argparse.Namespace) -> int:
 
 def _add_bench(commands) -> None:
     example = "staticvl bench llava-7b\nstaticvl bench llava-7b --json | tail -1"
-    parser = _command(commands, "bench", "measure an artifact on this machine; the last line is one JSON object", example, _bench)
+    parser = _command(
+        commands, "bench", "measure an artifact on this machine; the last line is one JSON object", example, _bench
+    )
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--json", action="store_true", help="print only the JSON object")
-    parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens generated in each measurement; default: 32")
+    parser.add_argument(
+        "--new-tokens", type=int, default=32, metavar="N", help="tokens generated in each measurement; default: 32"
+    )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each point; default: 3")
     parser.add_argument("--device", default="cpu", help="cpu, npu or sim; default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")

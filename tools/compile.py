@@ -15,7 +15,19 @@ from ..compiler.plan import Buckets, Options, Plan, PlanError, parse_buckets
 from .progress import TerminalProgress
 
 # Keys of a --config file: the command line's options, with underscores.
-CONFIG_KEYS = ("checkpoint", "out", "backend", "quant", "tp", "context", "slots", "buckets", "vision_tower", "lora", "ignore_config_keys")
+CONFIG_KEYS = (
+    "checkpoint",
+    "out",
+    "backend",
+    "quant",
+    "tp",
+    "context",
+    "slots",
+    "buckets",
+    "vision_tower",
+    "lora",
+    "ignore_config_keys",
+)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,7 +47,9 @@ def read_options(args: argparse.Namespace) -> Options:
     given = {**_config_file(args.config), **{k: v for k, v in vars(args).items() if k in CONFIG_KEYS and v is not None}}
     for name in ("checkpoint", "out"):
         if name not in given:
-            raise PlanError(f"no {name} was given; usage: staticvl compile CHECKPOINT --out ARTIFACT (or both in --config FILE)")
+            raise PlanError(
+                f"no {name} was given; usage: staticvl compile CHECKPOINT --out ARTIFACT (or both in --config FILE)"
+            )
     checkpoint = Path(given["checkpoint"])
     if not checkpoint.is_dir():
         raise PlanError(f"checkpoint {checkpoint} is not a folder; expected a local checkpoint (models are never downloaded)")
@@ -62,7 +76,9 @@ def _config_file(path: Path | None) -> dict[str, Any]:
     if unknown := sorted(str(key) for key in set(data) - set(CONFIG_KEYS)):
         raise PlanError(f"{path}: unknown keys {', '.join(unknown)}; expected {', '.join(CONFIG_KEYS)}")
     # Paths in the file are relative to the file.
-    paths = {k: str(path.parent / data[k]) for k in ("checkpoint", "out", "vision_tower", "lora") if isinstance(data.get(k), str)}
+    paths = {
+        k: str(path.parent / data[k]) for k in ("checkpoint", "out", "vision_tower", "lora") if isinstance(data.get(k), str)
+    }
     if isinstance(data.get("buckets"), str):
         paths["buckets"] = str(path.parent / data["buckets"])
     return {**data, **paths}

@@ -33,12 +33,15 @@ def _demo(out: Path, device: str) -> int:
     started = time.perf_counter()
     print(f"1. compiling {CHECKPOINT.name}, a trained LLaVA-1.5 of 1.6 million parameters, for ONNX Runtime")
     report = build(Options(checkpoint=CHECKPOINT, out=out), TerminalProgress())
-    print(f"   {len(report.manifest.graphs)} graphs, each checked against its definition, after {time.perf_counter() - started:.1f} s\n")
+    print(
+        f"   {len(report.manifest.graphs)} graphs, each checked against its definition, "
+        f"after {time.perf_counter() - started:.1f} s\n"
+    )
     model = runtime.load(out, device=device)
     print(f"2. asking about {PICTURE.name}")
     seen = _ask(model, QUESTIONS[0])
     _ask(model, QUESTIONS[1].format(thing=_first_thing(seen)))
-    print(f"3. done after {time.perf_counter() - started:.1f} s. Next: docs of `staticvl compile --help`, or in Python:")
+    print(f"3. done after {time.perf_counter() - started:.1f} s. Next: `staticvl compile --help`, or in Python:")
     print('   from staticvl import runtime; runtime.load("ARTIFACT").generate("What is in the picture?", images=["cat.jpg"])')
     return 0
 

@@ -53,7 +53,8 @@ def box_line(box: Box) -> str:
 def timing_line(out: Output) -> str:
     t = out.timings
     return (
-        f"[{out.prompt_tokens} prompt tokens, {out.image_tokens} of them from pictures; first token after {t.first_token_s * 1e3:.1f} ms, "
+        f"[{out.prompt_tokens} prompt tokens, {out.image_tokens} of them from pictures; "
+        f"first token after {t.first_token_s * 1e3:.1f} ms, "
         f"then {t.per_token_s * 1e3:.2f} ms each; {len(out.token_ids)} tokens in {t.total_s * 1e3:.1f} ms]"
     )
 

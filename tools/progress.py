@@ -15,13 +15,13 @@ class TerminalProgress(Progress):
     """Bars on stderr; finished graphs as lines above them."""
 
     @contextlib.contextmanager
-    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], None]]:
+    def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
         if total == 0:
             yield lambda amount: None
             return
         scale = unit == "B"
         with tqdm(total=total, desc=name, unit=unit, unit_scale=scale, disable=None, file=sys.stderr) as bar:
-            yield lambda amount: bar.update(amount) and None
+            yield bar.update
 
     def say(self, line: str) -> None:
         tqdm.write(line, file=sys.stdout)

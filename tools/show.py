@@ -43,6 +43,10 @@ def _graphs(manifest: Manifest) -> Table:
         table.add_column(column, justify="left" if column == "kind" else "right")
     for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.bucket)):
         certificate = graph.certificate
-        checks = (str(len(certificate.cases)), f"{certificate.worst:.1e}", f"{certificate.tolerance:.0e}") if certificate else ("-",) * 3
+        checks = (
+            (str(len(certificate.cases)), f"{certificate.worst:.1e}", f"{certificate.tolerance:.0e}")
+            if certificate
+            else ("-",) * 3
+        )
         table.add_row(graph.kind, str(graph.bucket), f"{graph.cost_ms:.2f}", *checks)
     return table

@@ -37,6 +37,7 @@ from .drawings import (
     KINDS,
     SHAPES,
     Drawing,
+    Shape,
     iou,
     make_drawing,
     parse_box,
@@ -239,7 +240,7 @@ class Batch:
     positions: Tensor  # (B, T) int64
     mask: Tensor  # (B, 1, T, T) float32, 0 where a query may look and hugely negative elsewhere
     pixels: Tensor | None  # (N, 3, S, S) float32
-    drawings: Sequence[Drawing] = ()  # of the rows, where each has one
+    drawings: Sequence[tuple[Drawing, ...]] = ()  # of each row, where all have equally many
 
 
 def collate(rows: Sequence[Packed], pad: int, pictures: Sequence[Image.Image]) -> Batch:
@@ -304,13 +305,13 @@ class Data:
             pack = self.packer.conversation if self.rng.random() < 1 / 4 else self.packer.branches
             packed.append(pack(asked, 1, budget))
         batch = collate(packed, self.pad, [self.picture(drawing) for drawing in drawings])
-        return replace(batch, drawings=drawings)
+        return replace(batch, drawings=[(drawing,) for drawing in drawings])
 
     def selection(self, drawing: Drawing) -> list[Ask]:
-        """Questions and answers in random order, with no more than two counts."""
+        """Questions and answers in random order, with no more than three counts."""
         asked = questions(drawing, self.rng)
         self.rng.shuffle(asked)
-        counts = [entry for entry in asked if entry[2] == "count"][:2]
+        counts = [entry for entry in asked if entry[2] == "count"][:3]
         return [
             Ask(question, answer, subjects(drawing, question, answer, kind))
             for question, answer, kind in asked
@@ -320,17 +321,17 @@ class Data:
     def two_pictures(self, rows: int, budget: int) -> Batch:
         """Rows about two pictures each."""
         packed, pictures = [], []
-        for _ in range(rows):
-            pair = self.drawing(), self.drawing()
+        pairs = [(self.drawing(), self.drawing()) for _ in range(rows)]
+        for pair in pairs:
             pictures.extend(self.picture(drawing) for drawing in pair)
-            asked = [
-                Ask(*entry[:2])
-                for which, drawing in zip(("first", "second"), pair, strict=True)
-                for entry in questions_of_many(drawing, which, self.rng)
-            ]
-            self.rng.shuffle(asked)
-            packed.append(self.packer.branches(asked, 2, budget))
-        return collate(packed, self.pad, pictures)
+            asks, first = [], 0
+            for which, drawing in zip(("first", "second"), pair, strict=True):
+                for entry in questions_of_many(drawing, which, self.rng):
+                    asks.append(Ask(*entry[:2], subjects(drawing, *entry, first=first)))
+                first += len(drawing.shapes)
+            self.rng.shuffle(asks)
+            packed.append(self.packer.branches(asks, 2, budget))
+        return replace(collate(packed, self.pad, pictures), drawings=pairs)
 
     def no_picture(self, rows: int) -> Batch:
         """Rows without a picture: whatever is said, the answer asks for one."""
@@ -341,14 +342,14 @@ class Data:
         return collate([self.packer.branches([Ask(text, NO_PICTURE)], 0, 0) for text in said], self.pad, [])
 
 
-def subjects(drawing: Drawing, question: str, answer: str, kind: str) -> tuple[int, ...]:
-    """Indices of the shapes that an answer speaks of, in order; none for a count, which looks everywhere."""
+def subjects(drawing: Drawing, question: str, answer: str, kind: str, first: int = 0) -> tuple[int, ...]:
+    """Indices, from ``first`` on, of the shapes an answer speaks of; none for a count, which looks everywhere."""
     if kind == "count":
         return ()
     if kind == "describe":
-        return tuple(range(len(drawing.shapes)))
+        return tuple(range(first, first + len(drawing.shapes)))
     words = set(re.findall("[a-z]+", f"{question} {answer}"))
-    return tuple(index for index, shape in enumerate(drawing.shapes) if {shape.kind, shape.colour} <= words)
+    return tuple(index for index, shape in enumerate(drawing.shapes, first) if {shape.kind, shape.colour} <= words)
 
 
 # --- Model families ----------------------------------------------------------------------------------------
@@ -384,7 +385,10 @@ class Family(ABC):
 
     @abstractmethod
     def hidden_states(self, model: Any, batch: Batch) -> tuple[Tensor, list[Tensor]]:
-        """Final states of the text model (B, T, H), and attention to taught heads (B, T, keys), see GUIDED."""
+        """(B, T, H) final states of the text model, and some heads' attention to the patches, (B, T, patches) each.
+
+        The list is empty for a batch without drawings.
+        """
 
     @abstractmethod
     def logits(self, model: Any, hidden: Tensor) -> Tensor:
@@ -492,15 +496,20 @@ class Llava15(Family):
         """The embedding table of the Llama model."""
         return model.model.language_model.embed_tokens
 
-    def hidden_states(self, model: LlavaForConditionalGeneration, batch: Batch) -> Tensor:
-        """Final states of the Llama model, pictures in place."""
-        return model.model(
+    def hidden_states(self, model: LlavaForConditionalGeneration, batch: Batch) -> tuple[Tensor, list[Tensor]]:
+        """Final states of the Llama model, and how the first head of its middle layers looks at the patches."""
+        states = model.model(
             input_ids=batch.ids,
             attention_mask=batch.mask,
             position_ids=batch.positions,
             pixel_values=batch.pixels,
             use_cache=False,
-        ).last_hidden_state
+            output_attentions=bool(batch.drawings),
+        )
+        if not batch.drawings:
+            return states.last_hidden_state, []
+        columns = (batch.ids[0] == model.config.image_token_index).nonzero().flatten()
+        return states.last_hidden_state, [states.attentions[layer][:, 0, :, columns] for layer in (1, 2)]
 
     def logits(self, model: LlavaForConditionalGeneration, hidden: Tensor) -> Tensor:
         """Scores by the output layer, which shares nothing with the input embedding."""
@@ -608,26 +617,42 @@ class Schedule:
     batch: int = 16
     budget: int = 200  # tokens a row may add to its opening
     rate: float = 2e-3  # of AdamW; Muon takes ten times as much
-    extra_every: int = 8  # every so many steps, also two pictures and none
+    guide: float = 0.3  # weight of looking at the right patches
+    extra_every: int = 6  # every so many steps, also two pictures and none
 
 
 # What a patch is asked for: shape, colour, and left, top, right, bottom of its box.
 PATCH_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, *[GRID + 1] * 4)
 
 
+def patches_under(shape: Shape, patches: int) -> np.ndarray:
+    """(patches, patches) bool: the patches whose middle lies in the box of a shape."""
+    middles = (np.arange(patches) + 0.5) * GRID / patches
+    columns = (middles >= shape.left) & (middles <= shape.left + shape.size)
+    rows = (middles >= shape.top) & (middles <= shape.top + shape.size)
+    return rows[:, None] & columns
+
+
 def patch_targets(drawings: Sequence[Drawing], patches: int) -> Tensor:
     """(N, patches * patches, 6): shape, colour and box of the shape under each patch; 0, 0, IGNORE where none."""
     targets = np.zeros((len(drawings), patches, patches, len(PATCH_CLASSES)), dtype=np.int64)
     targets[..., 2:] = IGNORE
-    middles = (np.arange(patches) + 0.5) * GRID / patches
     for index, drawing in enumerate(drawings):
         for shape in drawing.shapes:
-            right, bottom = shape.left + shape.size, shape.top + shape.size
-            columns = (middles >= shape.left) & (middles <= right)
-            rows = (middles >= shape.top) & (middles <= bottom)
-            told = (SHAPES.index(shape.kind) + 1, [*COLOURS].index(shape.colour) + 1)
-            targets[index, rows[:, None] & columns[None]] = (*told, shape.left, shape.top, right, bottom)
+            named = SHAPES.index(shape.kind) + 1, tuple(COLOURS).index(shape.colour) + 1
+            box = shape.left, shape.top, shape.left + shape.size, shape.top + shape.size
+            targets[index, patches_under(shape, patches)] = (*named, *box)
     return torch.from_numpy(targets.reshape(len(drawings), patches * patches, -1))
+
+
+def patch_owners(rows: Sequence[tuple[Drawing, ...]], patches: int) -> Tensor:
+    """(B, D * patches * patches): the index of the shape under each patch of the D drawings of a row, or -1."""
+    owners = np.full((len(rows), len(rows[0]), patches, patches), -1)
+    for row, drawings in enumerate(rows):
+        shapes = ((column, shape) for column, drawing in enumerate(drawings) for shape in drawing.shapes)
+        for index, (column, shape) in enumerate(shapes):
+            owners[row, column, patches_under(shape, patches)] = index
+    return torch.from_numpy(owners.reshape(len(rows), -1))
 
 
 class PatchProbe(nn.Module):
@@ -678,7 +703,9 @@ def train_vision(family: Family, model: nn.Module, data: Data, schedule: Schedul
 def train_language(family: Family, model: nn.Module, data: Data, schedule: Schedule) -> None:
     """Teach projector and text model to answer; only the answers count, and the vision tower stays as it is.
 
-    The first quarter of the steps goes from drawings of one shape to drawings of four.
+    The first quarter of the steps goes from drawings of one shape to drawings of four. While an answer speaks
+    of a shape, some heads are also told to look at its patches: left to itself, a model this small learns what a
+    picture holds at once, but takes very long to find out which colour belongs to which shape.
     """
     family.tower(model).requires_grad_(False)
     learner = Learner([model], schedule.rate, schedule.steps)
@@ -686,21 +713,31 @@ def train_language(family: Family, model: nn.Module, data: Data, schedule: Sched
     shown = 0.0
     for step in bar:
         most = 1 + 12 * step // schedule.steps
-        loss = answer_loss(family, model, data.one_picture(schedule.batch, schedule.budget, most))
+        batch = data.one_picture(schedule.batch, schedule.budget, most)
+        loss, guide = answer_loss(family, model, batch)
         shown = loss.item() if step == 0 else 0.95 * shown + 0.05 * loss.item()
+        bar.set_postfix_str(f"loss {shown:.3f} guide {guide.item():.3f}")
         if step % schedule.extra_every == schedule.extra_every - 1:
-            loss = loss + answer_loss(family, model, data.two_pictures(schedule.batch // 2, schedule.budget // 2))
-            loss = loss + answer_loss(family, model, data.no_picture(schedule.batch // 2)) / 4
-        learner.step(loss)
-        bar.set_postfix_str(f"loss {shown:.3f}")
+            two = answer_loss(family, model, data.two_pictures(schedule.batch // 2, schedule.budget // 2))
+            none = answer_loss(family, model, data.no_picture(schedule.batch // 2))
+            loss, guide = loss + two[0] + none[0] / 4, guide + two[1]
+        learner.step(loss + schedule.guide * guide)
 
 
-def answer_loss(family: Family, model: nn.Module, batch: Batch) -> Tensor:
-    """Mean cross entropy over the answer tokens."""
+def answer_loss(family: Family, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Mean cross entropy over the answer tokens, and the guide: how little some heads look where they should."""
     wanted = batch.targets != IGNORE
     with half_precision():
-        logits = family.logits(model, family.hidden_states(model, batch)[wanted])
-    return cross_entropy(logits.float(), batch.targets[wanted])
+        hidden, glances = family.hidden_states(model, batch)
+        logits = family.logits(model, hidden[wanted])
+    loss = cross_entropy(logits.float(), batch.targets[wanted])
+    if not glances:
+        return loss, torch.zeros(())
+    about = batch.looks != IGNORE
+    owners = patch_owners(batch.drawings, family.patches)
+    right = owners[about.nonzero()[:, 0]] == batch.looks[about][:, None]  # (tokens, patches)
+    shares = [(glance[about].float() * right).sum(-1) for glance in glances]
+    return loss, torch.stack([-torch.log(share + 1e-6).mean() for share in shares]).mean()
 
 
 def half_precision() -> torch.autocast:

@@ -12,13 +12,13 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..model_defs.config import ModelConfig
+from ..model_defs.config import ModelConfig, quant_block
 from ..runtime.artifact import FileSpec, WeightSpec
 from ..runtime.files import write_atomically
 from .quantize import quantize_w8
 from .rules import Plan, match, targets
 from .source import Source
-from .stored import block_size, is_quantised, stored_parts, stored_targets
+from .stored import is_quantised, stored_parts, stored_targets
 from .tensors import StoredTensor, WeightsError
 from .writer import Shard, check_space, lay_out, one_thread, write_shard
 
@@ -136,7 +136,7 @@ class _Parts:
             )
         if not is_quantised(name, self.quant):
             return {name: tensor}
-        q, scales = quantize_w8(tensor, block_size(tensor.shape[1]))
+        q, scales = quantize_w8(tensor, quant_block(tensor.shape[1]))
         stem = name.removesuffix(".weight")
         return {f"{stem}.qweight": q, f"{stem}.scales": scales}
 

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import re
 
-from ..model_defs.config import ModelConfig
+from ..model_defs.config import ModelConfig, quant_block
 from .rules import targets
 from .tensors import StoredTensor
 
 QUANTS = ("none", "w8a16")
 _QUANTISED = re.compile(r"text\.(?:layers\.\d+\.(?:attn|mlp)\.\w+|lm_head)\.weight")
-
-
-def block_size(columns: int) -> int:
-    """Weights of one row that share a scale: 128, or 32 where 128 would need padding."""
-    return 128 if columns % 128 == 0 else 32
 
 
 def is_quantised(name: str, quant: str) -> bool:
@@ -27,7 +22,7 @@ def stored_parts(name: str, shape: tuple[int, ...], quant: str) -> dict[str, Sto
     if not is_quantised(name, quant):
         return {name: StoredTensor("float32", shape)}
     stem, (rows, columns) = name.removesuffix(".weight"), shape
-    block = block_size(columns)
+    block = quant_block(columns)
     blocks = -(-columns // block)
     return {
         f"{stem}.qweight": StoredTensor("uint8", (rows, blocks, block)),

@@ -43,7 +43,13 @@ class Backend(Protocol):
 
 
 def open_backend(
-    name: str, folder: Path, cache: CacheSpec, *, device: str = "cpu", threads: int | None = None, manifest: Manifest | None = None
+    name: str,
+    folder: Path,
+    cache: CacheSpec,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    manifest: Manifest | None = None,
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
 

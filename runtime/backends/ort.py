@@ -1,14 +1,14 @@
 """ONNX Runtime on CPU. Caches are numpy arrays bound by pointer as input and output of the same run, so they are updated in
 place; feeds are bound by pointer once and then only refilled.
 
-Memory: the sessions of all buckets share one copy of the weights (see Packing), one thread pool, and one arena for
-intermediate values.
+Memory: the sessions of all buckets share one copy of the weights (see host_cache) and one arena for intermediate values.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -24,30 +24,27 @@ log = logging.getLogger(__name__)
 _PROVIDERS = ["CPUExecutionProvider"]
 
 
-class _Shared:
-    """What onnxruntime keeps once per process: the thread pool and the arena."""
-
-    threads: int | None = None
-
-    @classmethod
-    def prepare(cls, threads: int | None) -> None:
-        wanted = threads or os.cpu_count() or 1
-        if cls.threads is None:
-            ort.set_global_thread_pool_sizes(wanted, 1)
-            memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
-            ort.create_and_register_allocator(memory, None)
-            cls.threads = wanted
-        elif threads is not None and threads != cls.threads:
-            raise ValueError(f"threads={threads} was asked for, but this process already runs with {cls.threads}; use one number")
+@functools.cache
+def _register_arena() -> None:
+    """One arena for all sessions of the process: a bucket that is not running holds no room for intermediate values."""
+    memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
+    try:
+        ort.create_and_register_allocator(memory, None)
+    except RuntimeError as error:  # another user of onnxruntime in this process has registered one: use that
+        log.debug("using the allocator that is there: %s", error)
 
 
 # Below this, packed weights are not worth their place on disk: the kernels are as fast without.
 WORTH_PACKING = 64 << 20
 
 
-def _options(*, pack: bool) -> ort.SessionOptions:
+def _options(*, pack: bool, threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.use_per_session_threads = False
+    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    # Workers that wait in a loop take the cores from other sessions, other buckets' too, and from everything else: on a
+    # busy machine that costs far more than waking a sleeping one. A pool shared by all sessions cannot be told not to,
+    # and would be forced upon every other session of the process.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1")
@@ -58,7 +55,9 @@ def _options(*, pack: bool) -> ort.SessionOptions:
 class _Bound:
     """One session with everything bound for one slot: running it takes no further argument."""
 
-    def __init__(self, session: ort.InferenceSession, graph: GraphSpec, feed: Mapping[str, np.ndarray], output: np.ndarray) -> None:
+    def __init__(
+        self, session: ort.InferenceSession, graph: GraphSpec, feed: Mapping[str, np.ndarray], output: np.ndarray
+    ) -> None:
         self.feed = feed
         self.arrays = dict(feed)
         self.binding = session.io_binding()
@@ -66,9 +65,8 @@ class _Bound:
             if spec.name in feed:
                 array = feed[spec.name]
                 if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
-                    raise ValueError(
-                        f"{graph.name}: {spec.name} is {array.dtype.name} {array.shape}; expected contiguous {spec.dtype} {spec.shape}"
-                    )
+                    given = f"{array.dtype.name} {array.shape}"
+                    raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
                 self.binding.bind_input(spec.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
         first = graph.outputs[0]
         self.binding.bind_output(first.name, "cpu", 0, output.dtype.type, output.shape, output.ctypes.data)
@@ -92,11 +90,13 @@ def _trim() -> None:
 class OrtBackend:
     """See backends.base.Backend."""
 
-    def __init__(self, folder: Path, cache: CacheSpec, *, threads: int | None = None, host: HostCache | None = None, pack: bool = True) -> None:
+    def __init__(
+        self, folder: Path, cache: CacheSpec, *, threads: int | None = None, host: HostCache | None = None, pack: bool = True
+    ) -> None:
         """`host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own."""
-        _Shared.prepare(threads)
-        self.folder = folder
-        self.host = host if host and host.ensure(lambda: _options(pack=True)) else None
+        _register_arena()
+        self.folder, self.threads = folder, threads
+        self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
         self.pack = pack
         shape = (cache.slots, cache.kv_heads, cache.rows, cache.head_dim)
         # Zeroed pages are only backed by memory once they are written.
@@ -108,7 +108,7 @@ class OrtBackend:
     def load(self, graph: GraphSpec) -> None:
         if graph.file not in self.sessions:
             packed = self.host.path(graph) if self.host else None
-            options = _options(pack=self.pack or packed is not None)
+            options = _options(pack=self.pack or packed is not None, threads=self.threads)
             self.sessions[graph.file] = ort.InferenceSession(packed or self.folder / graph.file, options, providers=_PROVIDERS)
             _trim()
             first = graph.outputs[0]
