@@ -49,7 +49,6 @@ setup(
     description="Vision-language models compiled to graphs of fixed, bucketed shapes",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    license="Apache-2.0",
     python_requires=">=3.11",
     packages=sorted(packages()),
     package_dir=packages(),

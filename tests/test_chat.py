@@ -98,15 +98,33 @@ def test_marks_in_the_text_say_where_pictures_stand(model: runtime.Model) -> Non
 
 
 def test_a_stopped_answer_is_kept_as_it_was_shown(model: runtime.Model) -> None:
-    """The slot holds tokens behind the stop string that the conversation does not."""
+    """The slot holds tokens behind the stop string that the conversation does not; what is before them is not run again."""
     with model.chat() as chat:
+        whole = model.generate("Hello!", noise(1), max_new_tokens=12, ignore_eos=True).text
+        stop = whole[len(whole) // 2 :][:2]
         said = Transcript()
-        said.ask("Hello!")
-        out = chat.send("Hello!", stop="me")
-        assert out.text == "Please show"
+        said.ask("Hello!", noise(1))
+        out = chat.send("Hello!", noise(1), max_new_tokens=12, ignore_eos=True, stop=stop)
         assert out.finish_reason == "stop"
+        assert out.text == whole[: whole.index(stop)].rstrip()
         said.answer(out.text)
-        check_turn(chat, said, "What is in the picture?")
+        before = counts(model)
+        chat.send("What is in the picture?", max_new_tokens=1)
+        assert counts(model)[0] - before[0] < 24
+        chat.messages[2:] = []
+        check_turn(chat, said, "Where is the circle?")
+
+
+def test_going_back_in_a_conversation(model: runtime.Model) -> None:
+    """A turn that the slot holds already, and one that was forgotten in between."""
+    with model.chat() as chat:
+        first = check_turn(chat, Transcript(), "Hello!")
+        chat.messages.clear()
+        again = chat.send("Hello!", **PROOF)
+        assert again.token_ids == first.token_ids
+        chat.messages.clear()
+        next(chat.stream("Where is the circle? " * 3, max_new_tokens=9, ignore_eos=True))
+        check_turn(chat, Transcript(), "Hello!")
 
 
 # --- What is computed --------------------------------------------------------------------------------------------------

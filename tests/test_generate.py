@@ -11,6 +11,7 @@ from itertools import permutations
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from PIL import Image
@@ -163,6 +164,15 @@ def test_stop_strings(model: runtime.Model) -> None:
         assert out.text == whole.text[: whole.text.index(stop)].rstrip()
         assert out.finish_reason == "stop"
         assert len(out.token_ids) < len(whole.token_ids)
+
+
+def test_stop_strings_of_the_model(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They end an answer as an end-of-sequence token does, and are ignored with it."""
+    whole = model.generate(QUESTION, max_new_tokens=6, ignore_eos=True)
+    stop = whole.text.split()[2]
+    monkeypatch.setattr(model, "facts", msgspec.structs.replace(model.facts, stop_strings=(stop,)))
+    assert model.generate(QUESTION, max_new_tokens=6).text == whole.text[: whole.text.index(stop)].rstrip()
+    assert model.generate(QUESTION, max_new_tokens=6, ignore_eos=True).text == whole.text
 
 
 def test_a_stop_string_that_the_last_token_completes(model: runtime.Model) -> None:

@@ -6,11 +6,12 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from .conftest import REPO
+from .conftest import EMBEDDED, REPO, SMALL_BUCKETS
 
 FOLDERS = ("compiler", "model_defs", "runtime", "tools", "weights")
 
@@ -95,6 +96,22 @@ def test_generating_loads_neither_torch_nor_transformers(embedded_artifact: Path
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
+
+
+def test_an_unchanged_build_needs_no_torch(embedded_artifact: Path) -> None:
+    """Which is why it is over at once."""
+    code = (
+        "import sys\n"
+        "from pathlib import Path\n"
+        "from staticvl.compiler.build import build\n"
+        "from staticvl.compiler.plan import Buckets, Options\n"
+        f"buckets = Buckets(**{asdict(SMALL_BUCKETS)})\n"
+        f"report = build(Options(checkpoint=Path({str(EMBEDDED)!r}), out=Path({str(embedded_artifact)!r}), buckets=buckets))\n"
+        "assert not report.traced and not report.converted\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def picture() -> Path:

@@ -41,11 +41,12 @@ def test_tree_names_every_file() -> None:
 def test_commands_named_in_the_readme_exist() -> None:
     from staticvl.tools.cli import build_parser
 
-    commands = set(re.findall(r"^ *staticvl ([a-z-]+)", README, re.MULTILINE))
+    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    commands = set(re.findall(r"^staticvl ([a-z-]+)", shell, re.MULTILINE))
     assert commands, "the README names no command"
     help_text = build_parser().format_help()
     assert not [name for name in commands if name not in help_text]
-    targets = set(re.findall(r"^ *make ([a-z-]+)", README, re.MULTILINE))
+    targets = set(re.findall(r"^make ([a-z-]+)", shell, re.MULTILINE))
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets
     assert not [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
