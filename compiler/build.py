@@ -17,7 +17,7 @@ import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -41,6 +41,9 @@ from ..runtime.files import sha256_file, write_atomically
 from .facts import read_facts
 from .plan import Options, Plan, forecast, make_plan
 from .progress import Progress
+
+if TYPE_CHECKING:
+    from .graphs import GraphDef
 
 JOURNAL = ".build.jsonl"
 LOCK = ".build.lock"
@@ -306,7 +309,9 @@ def _graphs(
 def _describe(graph: GraphSpec) -> str:
     certificate = graph.certificate
     assert certificate is not None
-    return f"{graph.name:>12}  {len(certificate.cases)} checks, worst error {certificate.worst:.1e}, {graph.cost_ms:.2f} ms"
+    rounding = "" if certificate.rounding is None else f", rounding {certificate.rounding:.1e}"
+    checks = f"{len(certificate.cases)} checks, worst error {certificate.worst:.1e}{rounding}"
+    return f"{graph.name:>12}  {checks}, {graph.cost_ms:.2f} ms"
 
 
 def _known_graphs(job: _Job) -> dict[str, JournalEntry]:
@@ -336,16 +341,15 @@ class _GraphMaker:
         sizes = forecast(job.config, job.plan, job.options.quant)
         # Below this, handing work to threads takes longer than the work.
         threads = 1 if sizes["parameters"] < SMALL else None
-        self.candidate = open_backend(job.options.backend, job.out, cache)
         self.certifier = Certifier(
             EagerBackend(job.out, weights, cache, self._define, threads=threads),
-            self.candidate,
-            job.options.quant,
+            open_backend(job.options.backend, job.out, cache),
+            open_backend(job.options.backend, job.out, cache, exact=True),
             theta=job.facts.rope_theta,
             vocab=job.config.text.embed_rows,
         )
 
-    def _define(self, kind: Kind, bucket: int):
+    def _define(self, kind: Kind, bucket: int) -> GraphDef:
         from .graphs import define_graph
 
         job = self.job
@@ -361,8 +365,9 @@ class _GraphMaker:
         spec = GraphSpec(
             kind=kind, bucket=bucket, file=file, key=key, inputs=definition.inputs, outputs=definition.outputs, cost_ms=0.0
         )
-        smaller = [b for b in self.job.plan.buckets(kind) if b < bucket]
-        certificate, cost = self.certifier.certify(spec, max(smaller, default=0))
+        previous = max((b for b in self.job.plan.buckets(kind) if b < bucket), default=0)
+        with self._twin(definition, spec) as twin:
+            certificate, cost = self.certifier.certify(spec, previous, twin)
         entry = JournalEntry(
             graph=msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost),
             file=FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest()),
@@ -370,6 +375,21 @@ class _GraphMaker:
         with (self.job.out / JOURNAL).open("ab") as journal:
             journal.write(msgspec.json.encode(entry) + b"\n")
         return entry
+
+    @contextlib.contextmanager
+    def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
+        """The exact twin of a graph with 8-bit weights, for as long as it is checked."""
+        from .emit_onnx import emit
+
+        if self.job.options.quant == "none" or spec.kind == "vision":
+            yield None
+            return
+        twin = self.job.out / f"{spec.name}.twin.partial"
+        try:
+            twin.write_bytes(emit(definition, self.weights, exact=True))
+            yield msgspec.structs.replace(spec, file=twin.name)
+        finally:
+            twin.unlink(missing_ok=True)
 
 
 # ---- settings and the end

@@ -43,8 +43,8 @@ class UnsupportedOpError(NotImplementedError):
 class Emitter:
     """Collects the nodes and initializers of one ONNX graph while the traced nodes are lowered in order."""
 
-    def __init__(self, weights: Mapping[str, WeightSpec], constants: Mapping[str, np.ndarray]) -> None:
-        self.weights, self.constants = weights, constants
+    def __init__(self, weights: Mapping[str, WeightSpec], constants: Mapping[str, np.ndarray], *, exact: bool = False) -> None:
+        self.weights, self.constants, self.exact = weights, constants, exact
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.names: dict[Node, Any] = {}  # traced node -> ONNX value name, or a tuple of names
@@ -129,9 +129,21 @@ def _linear(e: Emitter, node: Node, x: str, weight: str, bias: str | None) -> st
 def _linear_w8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
     n, _, block = _shape(node.args[1])  # type: ignore[arg-type]
     k = _shape(node.args[0])[-1]  # type: ignore[arg-type]
+    if e.exact:
+        return _linear(e, node, x, _dequantise(e, node, qweight, scales, k), bias)
+    # Level 4 rounds activations to 8 bits, block by block; the levels that do not are slower by two orders of magnitude.
     attributes = {"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 4}
     y = e.node("MatMulNBits", [x, qweight, scales], domain=CONTRIB, **attributes)
     return y if bias is None else e.node("Add", [y, bias])
+
+
+def _dequantise(e: Emitter, node: Node, qweight: str, scales: str, columns: int) -> str:
+    """The float weight [N, C], computed in the graph."""
+    n, blocks, block = _shape(node.args[1])  # type: ignore[arg-type]
+    steps = e.node("Sub", [e.node("Cast", [qweight], to=TensorProto.FLOAT), e.constant(128, "float32")])
+    weight = e.node("Mul", [steps, e.node("Unsqueeze", [scales, e.constant([-1])])])
+    flat = e.node("Reshape", [weight, e.constant([n, blocks * block])])
+    return flat if blocks * block == columns else _slice(e, flat, 1, 0, columns)
 
 
 @lowers("staticvl.rms_norm")
@@ -263,10 +275,13 @@ def _to(e: Emitter, node: Node, x: str, *_: Any, **__: Any) -> str:
 # ---- the whole graph
 
 
-def emit(graph: GraphDef, weights: Mapping[str, WeightSpec]) -> bytes:
-    """Trace and lower one graph; returns the serialised ONNX model. Raises UnsupportedOpError naming an op without lowering."""
+def emit(graph: GraphDef, weights: Mapping[str, WeightSpec], *, exact: bool = False) -> bytes:
+    """Trace and lower one graph; returns the serialised ONNX model. Raises UnsupportedOpError naming an op without lowering.
+
+    exact: the slow twin of a graph whose kernels round activations, for checking everything else about it.
+    """
     program = trace(graph)
-    emitter = Emitter(weights, graph.constants)
+    emitter = Emitter(weights, graph.constants, exact=exact)
     outputs = _lower_all(emitter, program, graph)
     return _model(emitter, graph, outputs).SerializeToString()
 

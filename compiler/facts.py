@@ -7,12 +7,11 @@ every problem is a ConfigError.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..model_defs.config import ConfigError, ModelConfig
+from ..model_defs.config import ConfigError, ModelConfig, read_json
 from ..runtime.artifact import ImageFacts, ModelFacts, SamplingDefaults, TokenizerFacts
 from ..runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL, ChatTemplateError
 from ..runtime.families import family
@@ -57,15 +56,7 @@ def read_facts(checkpoint: Path, config: ModelConfig, *, vision_tower: Path | No
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty for a file that is not there."""
-    if not path.is_file():
-        return {}
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}; expected a JSON object")
-    return data
+    return read_json(path) if path.is_file() else {}
 
 
 def _image_facts(

@@ -34,15 +34,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """As `linear`, the weight stored in 8 bits: w = (qweight - 128) * scales, qweight [N, blocks, block], scales [N, blocks].
 
-    Activations are rounded to 8 bits too, each block of each token by its own largest magnitude: the CPU kernels that read
-    8-bit weights at the speed of memory do so (accuracy level 4 of onnxruntime's MatMulNBits).
+    Only the weights are rounded. A kernel may round the activations too; a graph's certificate says how far that carries.
     """
-    _, blocks, block = qweight.shape
     weight = (qweight.to(scales.dtype) - 128) * scales[..., None]
-    padded = torch.nn.functional.pad(x, (0, blocks * block - x.shape[-1])).unflatten(-1, (blocks, block))
-    step = padded.abs().amax(-1, keepdim=True) / 127
-    rounded = torch.where(step > 0, torch.round(padded / step) * step, 0)
-    return torch.nn.functional.linear(rounded.flatten(-2), weight.flatten(1), bias)
+    return torch.nn.functional.linear(x, weight.flatten(1)[:, : x.shape[-1]], bias)
 
 
 @linear_w8.register_fake

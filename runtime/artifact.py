@@ -69,6 +69,9 @@ class Certificate(Record, frozen=True, kw_only=True):
     reference: str  # e.g. "eager torch float32"
     tolerance: float
     cases: tuple[CertificateCase, ...]
+    # Where kernels round activations the cases are those of a twin graph that does not, and this is the distance between
+    # the graph itself and the reference: length of the difference of the outputs, divided by the reference's length.
+    rounding: float | None = None
 
     @property
     def worst(self) -> float:

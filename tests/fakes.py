@@ -180,10 +180,12 @@ def run_all(engine: Engine) -> list[Step]:
 
 def check_slots(engine: Engine, kept: int = 0) -> None:
     """Every slot is free, held by one running sequence, or one of the `kept` that chats hold between turns."""
-    used = [sequence.slot for sequence in engine.scheduler.running if not sequence.keep_slot]
+    running = engine.scheduler.running
+    used = [sequence.slot for sequence in running]
     assert len(used) == len(set(used))
     assert not set(used) & set(engine.cache._free)
-    assert len(used) + engine.cache.free + kept == engine.cache.spec.slots
+    passing = sum(not sequence.keep_slot for sequence in running)
+    assert passing + engine.cache.free + kept == engine.cache.spec.slots
 
 
 def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:

@@ -320,3 +320,7 @@ def test_weights_in_8_bits(checkpoint: Path, pristine: Path, tmp_path: Path) -> 
     )
     error = np.abs(exact - rounded).max() / np.abs(exact).max()
     assert 0 < error < 0.05
+    for graph in open_artifact(tmp_path / "w8").manifest.graphs:
+        assert graph.certificate.worst <= 1e-4  # everything but the rounding of activations
+        assert (graph.certificate.rounding is None) == (graph.kind == "vision")
+    assert not list((tmp_path / "w8").glob("*.partial"))

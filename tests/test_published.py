@@ -18,7 +18,9 @@ CLIP = PUBLISHED / "openai--clip-vit-large-patch14-336"
 
 
 @pytest.mark.parametrize(
-    ("folder", "tower", "rows"), [(HF, None, 32064), (ORIGINAL, None, 32000), (ORIGINAL, CLIP, 32000)], ids=["hf", "original", "tower"]
+    ("folder", "tower", "rows"),
+    [(HF, None, 32064), (ORIGINAL, None, 32000), (ORIGINAL, CLIP, 32000)],
+    ids=["hf", "original", "tower"],
 )
 def test_llava_7b(folder: Path, tower: Path | None, rows: int) -> None:
     config = read_config(folder, vision_tower=tower)
