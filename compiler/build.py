@@ -344,7 +344,6 @@ class _GraphMaker:
         self.certifier = Certifier(
             EagerBackend(job.out, weights, cache, self._define, threads=threads),
             open_backend(job.options.backend, job.out, cache),
-            open_backend(job.options.backend, job.out, cache, exact=True),
             theta=job.facts.rope_theta,
             vocab=job.config.text.embed_rows,
         )

@@ -42,11 +42,8 @@ class Case:
 class Certifier:
     """Checks graphs of one artifact under construction against the eager definitions."""
 
-    def __init__(
-        self, reference: Backend, candidate: Backend, exact: Backend, *, theta: float, vocab: int, seed: int = 0
-    ) -> None:
-        """`reference` runs definitions, `candidate` graphs as they are used, `exact` the twins of those that round."""
-        self.reference, self.candidate, self.exact = reference, candidate, exact
+    def __init__(self, reference: Backend, candidate: Backend, *, theta: float, vocab: int, seed: int = 0) -> None:
+        self.reference, self.candidate = reference, candidate
         self.theta, self.vocab, self.seed = theta, vocab, seed
         self.noise = np.random.default_rng(seed).standard_normal(NOISE, np.float32)
 
@@ -57,51 +54,51 @@ class Certifier:
 
         Raises CertificateError naming the graph, the case and the error when the tolerance is broken.
         """
-        checked, backend = (graph, self.candidate) if twin is None else (twin, self.exact)
+        checked = twin or graph
         find = vision_cases if graph.kind == "vision" else text_cases
         run = self._vision if graph.kind == "vision" else self._text
         rng = np.random.default_rng(self.seed)
         cases = []
         for case in find(graph, previous):
-            error = run(checked, backend, case, rng)
+            error = run(checked, case, rng)
             cases.append(CertificateCase(name=case.name, error=error))
             _require(graph, case.name, error, TOLERANCE)
-        backend.unload(checked)
+        self.candidate.unload(checked)
         rounding = None if twin is None else self._rounding(graph, next(find(graph, graph.bucket - 1)), rng)
         cost = self._cost(graph)
         for each in (self.reference, self.candidate):
             each.unload(graph)
         return Certificate(reference="eager torch float32", tolerance=TOLERANCE, cases=tuple(cases), rounding=rounding), cost
 
-    def _vision(self, graph: GraphSpec, backend: Backend, case: Case, rng: np.random.Generator) -> float:
+    def _vision(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
         feed = new_feed(graph)
         tiles = int(case.count[0])
         feed["pixels"][:tiles] = rng.integers(0, 256, feed["pixels"][:tiles].shape)
         expected = self.reference.run(graph, feed)[:tiles]
-        return relative_error(backend.run(graph, feed)[:tiles], expected)
+        return relative_error(self.candidate.run(graph, feed)[:tiles], expected)
 
-    def _text(self, graph: GraphSpec, backend: Backend, case: Case, rng: np.random.Generator) -> float:
+    def _text(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
         feed = self._text_feed(graph, case, rng)
-        before = self._fill_caches(graph, backend, case, rng)
+        before = self._fill_caches(graph, case, rng)
         expected = self.reference.run(graph, feed).copy()
         active = case.count > 0
-        error = relative_error(backend.run(graph, feed)[active], expected[active])
+        error = relative_error(self.candidate.run(graph, feed)[active], expected[active])
         for name, old in before.items():
-            error = max(error, self._cache_error(name, backend, case, old))
+            error = max(error, self._cache_error(name, case, old))
         return error
 
     def _rounding(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
         """How far rounded activations carry the first output from the reference, in one case."""
         feed = self._text_feed(graph, case, rng)
-        self._fill_caches(graph, self.candidate, case, rng)
+        self._fill_caches(graph, case, rng)
         expected = self.reference.run(graph, feed).copy()
         distance = np.linalg.norm(self.candidate.run(graph, feed) - expected) / np.linalg.norm(expected)
         _require(graph, f"{case.name}, activations rounded", float(distance), ROUNDING_TOLERANCE)
         return float(distance)
 
-    def _cache_error(self, name: str, backend: Backend, case: Case, old: np.ndarray) -> float:
+    def _cache_error(self, name: str, case: Case, old: np.ndarray) -> float:
         """Rows just written, against the reference; infinite where an earlier row was touched."""
-        expected, got = (each.read_cache(name, len(old)) for each in (self.reference, backend))
+        expected, got = (each.read_cache(name, len(old)) for each in (self.reference, self.candidate))
         error = 0.0
         for b, (past, count) in enumerate(zip(case.past, case.count, strict=True)):
             if not np.array_equal(got[b, :, :past], old[b, :, :past]):
@@ -111,7 +108,7 @@ class Certifier:
                 error = max(error, relative_error(got[written], expected[written]))
         return error
 
-    def _fill_caches(self, graph: GraphSpec, backend: Backend, case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    def _fill_caches(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Random keys and values where tokens are, large garbage elsewhere; the same in both backends."""
         filled = {}
         for spec in graph.inputs:
@@ -123,7 +120,7 @@ class Certifier:
                 for b, past in enumerate(case.past):
                     value[b, :, :past] /= GARBAGE
                 self.reference.write_cache(spec.name, value)
-                backend.write_cache(spec.name, value)
+                self.candidate.write_cache(spec.name, value)
                 filled[spec.name] = value
         return filled
 

@@ -129,21 +129,10 @@ def _linear(e: Emitter, node: Node, x: str, weight: str, bias: str | None) -> st
 def _linear_w8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
     n, _, block = _shape(node.args[1])  # type: ignore[arg-type]
     k = _shape(node.args[0])[-1]  # type: ignore[arg-type]
-    if e.exact:
-        return _linear(e, node, x, _dequantise(e, node, qweight, scales, k), bias)
-    # Level 4 rounds activations to 8 bits, block by block; the levels that do not are slower by two orders of magnitude.
-    attributes = {"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 4}
+    # Level 4 rounds activations to 8 bits, block by block; level 0 does not, and is slower by two orders of magnitude.
+    attributes = {"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 0 if e.exact else 4}
     y = e.node("MatMulNBits", [x, qweight, scales], domain=CONTRIB, **attributes)
     return y if bias is None else e.node("Add", [y, bias])
-
-
-def _dequantise(e: Emitter, node: Node, qweight: str, scales: str, columns: int) -> str:
-    """The float weight [N, C], computed in the graph."""
-    n, blocks, block = _shape(node.args[1])  # type: ignore[arg-type]
-    steps = e.node("Sub", [e.node("Cast", [qweight], to=TensorProto.FLOAT), e.constant(128, "float32")])
-    weight = e.node("Mul", [steps, e.node("Unsqueeze", [scales, e.constant([-1])])])
-    flat = e.node("Reshape", [weight, e.constant([n, blocks * block])])
-    return flat if blocks * block == columns else _slice(e, flat, 1, 0, columns)
 
 
 @lowers("staticvl.rms_norm")

@@ -11,6 +11,15 @@ from .request import Output, SamplingParams
 __all__ = ["Model", "Output", "SamplingParams", "generate", "load"]
 
 
-def generate(artifact: str | Path, prompts: Any, images: Any = None, *, device: str = "cpu", **settings: Any) -> Any:
-    """Load an artifact, answer, forget it again; see Model.generate for the arguments and results."""
-    return load(artifact, device=device).generate(prompts, images, **settings)
+def generate(
+    artifact: str | Path,
+    prompts: Any,
+    images: Any = None,
+    *,
+    device: str = "cpu",
+    tp: int | None = None,
+    threads: int | None = None,
+    **settings: Any,
+) -> Any:
+    """Load an artifact, answer, forget it again; see `load` and Model.generate for the arguments and results."""
+    return load(artifact, device=device, tp=tp, threads=threads).generate(prompts, images, **settings)

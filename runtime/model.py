@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 
@@ -51,6 +51,30 @@ class Model:
         self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
         self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
+    @overload
+    def generate(
+        self,
+        prompts: str,
+        images: Any = None,
+        *,
+        sampling: SamplingParams | None = None,
+        raw: bool = False,
+        return_logits: bool = False,
+        **settings: Any,
+    ) -> Output: ...
+
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | tuple[str, ...],
+        images: Any = None,
+        *,
+        sampling: SamplingParams | None = None,
+        raw: bool = False,
+        return_logits: bool = False,
+        **settings: Any,
+    ) -> list[Output]: ...
+
     def generate(
         self,
         prompts: str | SequenceOf[str],
@@ -60,7 +84,7 @@ class Model:
         raw: bool = False,
         return_logits: bool = False,
         **settings: Any,
-    ) -> Any:
+    ) -> Output | list[Output]:
         """Answer one prompt (-> Output) or a list of them (-> list of Output), batched.
 
         prompts: a text is one user turn, rendered through the checkpoint's chat template; with raw=True it is passed as it

@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from staticvl.runtime.boxes import Box
+from staticvl.runtime.request import Output, Timings
 from staticvl.tools.cli import main
+from staticvl.tools.generate import draw
 
 from .checkpoints import tiny_llava
 
@@ -76,6 +79,20 @@ def test_generate_prints_json(capsys: pytest.CaptureFixture[str], artifact: Path
     _, again, _ = run(capsys, *args, "--ignore-eos", "--temperature", 1.5, "--seed", 3)
     _, same, _ = run(capsys, *args, "--ignore-eos", "--temperature", 1.5, "--seed", 3)
     assert json.loads(again)["token_ids"] == json.loads(same)["token_ids"] != answer["token_ids"]
+
+
+def test_boxes_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """On a copy: the pixels of the box's edge change, the picture that was asked about does not."""
+    picture = Image.new("RGB", (100, 50), "white")
+    picture.save(tmp_path / "white.png")
+    box = Box(label="it", normalised=(0.1, 0.1, 0.5, 0.5), pixels=(10, 5, 50, 25), image=0)
+    timings = Timings(queue_s=0, vision_s=0, prefill_s=0, first_token_s=0, per_token_s=0, total_s=0)
+    out = Output(text="", token_ids=[], finish_reason="stop", boxes=[box], prompt_tokens=0, image_tokens=0, timings=timings)
+    draw([str(tmp_path / "white.png")], out, tmp_path / "drawn.png")
+    drawn = Image.open(tmp_path / "drawn.png")
+    assert drawn.getpixel((10, 15)) == (255, 0, 80)
+    assert drawn.getpixel((70, 40)) == (255, 255, 255)
+    assert Image.open(tmp_path / "white.png").getpixel((10, 15)) == (255, 255, 255)
 
 
 def test_bench_ends_with_json(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:

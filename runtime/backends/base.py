@@ -50,12 +50,10 @@ def open_backend(
     device: str = "cpu",
     threads: int | None = None,
     manifest: Manifest | None = None,
-    exact: bool = False,
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
 
     With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
-    exact: run graphs as they are written, without optimising or packing anything.
     """
     if device not in DEVICES.get(name, ()):
         wanted = next((kind for kind, devices in DEVICES.items() if device in devices), None)
@@ -64,5 +62,5 @@ def open_backend(
     if name == "onnx":
         from .ort import open_ort
 
-        return open_ort(folder, cache, threads=threads, manifest=manifest, exact=exact)
+        return open_ort(folder, cache, threads=threads, manifest=manifest)
     raise ArtifactError(f"{folder} was compiled for {name}, which this release cannot run; compile it with --backend onnx")

@@ -98,13 +98,12 @@ class OrtBackend:
         threads: int | None = None,
         host: HostCache | None = None,
         pack: bool = True,
-        optimise: bool = True,
     ) -> None:
         """`host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own."""
         _register_arena()
         self.folder, self.threads = folder, threads
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
-        self.pack, self.optimise = pack, optimise
+        self.pack = pack
         shape = (cache.slots, cache.kv_heads, cache.rows, cache.head_dim)
         # Zeroed pages are only backed by memory once they are written.
         self.caches = {f"{which}_cache.{i}": np.zeros(shape, cache.dtype) for i in range(cache.layers) for which in "kv"}
@@ -116,8 +115,6 @@ class OrtBackend:
         if graph.file not in self.sessions:
             packed = self.host.path(graph) if self.host else None
             options = _options(pack=self.pack or packed is not None, threads=self.threads)
-            if not self.optimise:
-                options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
             self.sessions[graph.file] = ort.InferenceSession(packed or self.folder / graph.file, options, providers=_PROVIDERS)
             _trim()
             first = graph.outputs[0]
@@ -152,10 +149,10 @@ class OrtBackend:
         self.caches[name][: len(value)] = value
 
 
-def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None, exact: bool) -> OrtBackend:
+def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
-        return OrtBackend(folder, cache, threads=threads, pack=not exact, optimise=not exact)
+        return OrtBackend(folder, cache, threads=threads, pack=True)
     nbytes = sum(weight.nbytes for weight in manifest.weights.values())
     worth = nbytes >= WORTH_PACKING
     host = HostCache(folder, manifest.build.key, manifest.graphs, nbytes) if worth else None
