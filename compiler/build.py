@@ -13,11 +13,10 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -31,14 +30,14 @@ from ..runtime.artifact import (
     Manifest,
     ModelFacts,
     Record,
-    SourceFile,
     WeightSpec,
     read_manifest,
     write_manifest,
 )
 from ..runtime.backends.base import open_backend
-from ..runtime.files import sha256_file, write_atomically
+from ..runtime.files import write_atomically
 from .facts import read_facts
+from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
 from .plan import Options, Plan, forecast, make_plan
 from .progress import Progress
 
@@ -48,11 +47,6 @@ if TYPE_CHECKING:
 JOURNAL = ".build.jsonl"
 LOCK = ".build.lock"
 SMALL = 50_000_000  # parameters
-HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
-
-_OURS = Path(__file__).parent.parent
-_WEIGHT_CODE = ("weights", "model_defs/config.py")
-_GRAPH_CODE = ("model_defs", "compiler/graphs.py", "compiler/emit_onnx.py", "compiler/check.py", "compiler/eager.py")
 
 
 class BuildError(RuntimeError):
@@ -118,8 +112,8 @@ def build(options: Options, progress: Progress | None = None) -> Report:
 
 
 def _build(job: _Job) -> Report:
-    source = _fingerprint(job)
-    key = _weights_key(job, source)
+    source = fingerprint(job.options, job.old.build.source if job.old else {}, job.progress)
+    key = weights_key(source, job.config, job.options.quant)
     weights, weight_files, converted = _weights(job, key)
     report = Report(manifest=job.old, converted=converted)  # type: ignore[arg-type]
     graphs, graph_files = _graphs(job, key, weights, report)
@@ -199,50 +193,6 @@ def _disk_errors(out: Path) -> Iterator[None]:
         raise
 
 
-def _fingerprint(job: _Job) -> dict[str, SourceFile]:
-    """Digest of every file of the checkpoint that the artifact depends on; unchanged files are not read again."""
-    known = job.old.build.source if job.old else {}
-    files = dict(_source_files(job.options))
-    fresh: dict[str, SourceFile] = {}
-    changed = []
-    for name, path in files.items():
-        stat, old = path.stat(), known.get(name)
-        if old and (old.nbytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
-            fresh[name] = old
-        else:
-            changed.append(name)
-    total = sum(files[name].stat().st_size for name in changed)
-    with job.progress.stage("reading the checkpoint", total, "B") as advance:
-        for name in changed:
-            stat = files[name].stat()
-            fresh[name] = SourceFile(nbytes=stat.st_size, sha256=sha256_file(files[name], advance), mtime_ns=stat.st_mtime_ns)
-    return dict(sorted(fresh.items()))
-
-
-def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
-    for prefix, folder in (("", options.checkpoint), ("vision_tower/", options.vision_tower)):
-        if folder is not None:
-            for path in sorted(folder.iterdir()):
-                if path.is_file() and path.suffix in (".json", ".safetensors", ".bin", ".model", ".jinja"):
-                    yield prefix + path.name, path
-
-
-def _digest(*parts: Any) -> str:
-    """Digest of plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=msgspec.to_builtins).encode()).hexdigest()
-
-
-def _code(paths: Iterable[str]) -> dict[str, str]:
-    """Digests of our own source files: another definition is another graph."""
-    files = [f for p in paths for f in ((_OURS / p).glob("*.py") if (_OURS / p).is_dir() else [_OURS / p])]
-    return {str(f.relative_to(_OURS)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
-
-
-def _weights_key(job: _Job, source: dict[str, SourceFile]) -> str:
-    contents = {name: file.sha256 for name, file in source.items() if name.endswith((".safetensors", ".bin", ".index.json"))}
-    return _digest(contents, asdict(job.config), job.options.quant, _code(_WEIGHT_CODE))
-
-
 # ---- weights
 
 
@@ -250,7 +200,7 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
     old = job.old
     if old and old.build.key == key:
         files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
-        if all(_intact(job.out / name, spec) for name, spec in files.items()):
+        if all(intact(job.out / name, spec) for name, spec in files.items()):
             return old.weights, files, False
     from ..weights.convert import convert, plan_shards
     from ..weights.source import open_source
@@ -263,35 +213,15 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
     return converted.weights, converted.files, True
 
 
-def _intact(path: Path, spec: FileSpec) -> bool:
-    if not path.is_file() or path.stat().st_size != spec.nbytes:
-        return False
-    return spec.nbytes > HASH_ON_REUSE or sha256_file(path) == spec.sha256
-
-
 # ---- graphs
 
 
-def _graph_key(job: _Job, weights_key: str, kind: Kind, bucket: int, code: dict[str, str]) -> str:
-    versions = [importlib.metadata.version(name) for name in ("torch", "onnx")]
-    seen = msgspec.to_builtins(job.facts.image) if kind == "vision" else msgspec.to_builtins(job.plan.cache)
-    if kind == "prefill":
-        # Slots only matter to graphs whose rows are slots.
-        seen.pop("slots")
-    return _digest(kind, bucket, weights_key, asdict(job.config), seen, job.options.quant, job.options.backend, versions, code)
-
-
-def _graphs(
-    job: _Job, weights_key: str, weights: dict[str, WeightSpec], report: Report
-) -> tuple[list[GraphSpec], dict[str, FileSpec]]:
+def _graphs(job: _Job, key: str, weights: dict[str, WeightSpec], report: Report) -> tuple[list[GraphSpec], dict[str, FileSpec]]:
     known = _known_graphs(job)
-    code = _code(_GRAPH_CODE)
-    keys = {(kind, bucket): _graph_key(job, weights_key, kind, bucket, code) for kind, bucket in job.plan.graphs}
-    found = {
-        pair: known[key]
-        for pair, key in keys.items()
-        if key in known and _intact(job.out / known[key].graph.file, known[key].file)
-    }
+    graph_keys = GraphKeys(job.options, job.config, job.facts.image, job.plan.cache, key)
+    keys = {(kind, bucket): graph_keys.key(kind, bucket) for kind, bucket in job.plan.graphs}
+    reusable = {pair: known[of_graph] for pair, of_graph in keys.items() if of_graph in known}
+    found = {pair: entry for pair, entry in reusable.items() if intact(job.out / entry.graph.file, entry.file)}
     missing = [pair for pair in job.plan.graphs if pair not in found]
     report.reused = [f"{kind}-{bucket}" for kind, bucket in found]
     if missing:
@@ -397,13 +327,13 @@ class _GraphMaker:
 def _settings(job: _Job) -> tuple[str, dict[str, FileSpec]]:
     """Write the tokenizer and the chat template into a folder named after their contents."""
     digests = {Path(name).name: hashlib.sha256(data).hexdigest() for name, data in sorted(job.settings.items())}
-    folder = f"tokenizer-{_digest(digests)[:12]}"
+    folder = f"tokenizer-{digest(digests)[:12]}"
     (job.out / folder).mkdir(exist_ok=True)
     files = {}
     for name, data in job.settings.items():
         file = f"{folder}/{Path(name).name}"
         files[file] = FileSpec(nbytes=len(data), sha256=digests[Path(name).name])
-        if not _intact(job.out / file, files[file]):
+        if not intact(job.out / file, files[file]):
             write_atomically(job.out / file, data)
     return folder, files
 

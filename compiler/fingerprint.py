@@ -1,0 +1,99 @@
+"""What a build was made from: digests of the checkpoint's files, of our own code, and of settings.
+
+Two builds with the same key give the same files, so what has the key already is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from ..model_defs.config import ModelConfig
+from ..runtime.artifact import CacheSpec, FileSpec, ImageFacts, Kind, SourceFile
+from ..runtime.files import sha256_file
+from .plan import Options
+from .progress import Progress
+
+HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
+
+_OURS = Path(__file__).parent.parent
+_WEIGHT_CODE = ("weights", "model_defs/config.py")
+_GRAPH_CODE = ("model_defs", "compiler/graphs.py", "compiler/emit_onnx.py", "compiler/check.py", "compiler/eager.py")
+_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja")
+
+
+def fingerprint(options: Options, known: Mapping[str, SourceFile], progress: Progress) -> dict[str, SourceFile]:
+    """Digest of every file of the checkpoint that an artifact depends on, by name.
+
+    A file with the size and modification time of its entry in `known` is not read again.
+    """
+    files = dict(_source_files(options))
+    fresh: dict[str, SourceFile] = {}
+    changed = []
+    for name, path in files.items():
+        stat, old = path.stat(), known.get(name)
+        if old and (old.nbytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
+            fresh[name] = old
+        else:
+            changed.append(name)
+    total = sum(files[name].stat().st_size for name in changed)
+    with progress.stage("reading the checkpoint", total, "B") as advance:
+        for name in changed:
+            stat = files[name].stat()
+            sha256 = sha256_file(files[name], advance)
+            fresh[name] = SourceFile(nbytes=stat.st_size, sha256=sha256, mtime_ns=stat.st_mtime_ns)
+    return dict(sorted(fresh.items()))
+
+
+def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
+    for prefix, folder in (("", options.checkpoint), ("vision_tower/", options.vision_tower)):
+        if folder is not None:
+            for path in sorted(folder.iterdir()):
+                if path.is_file() and path.suffix in _SUFFIXES:
+                    yield prefix + path.name, path
+
+
+def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, quant: str) -> str:
+    """Digest of everything that the weight files are made from."""
+    contents = {name: file.sha256 for name, file in source.items() if name.endswith((".safetensors", ".bin", ".index.json"))}
+    return digest(contents, asdict(config), quant, _code(_WEIGHT_CODE))
+
+
+class GraphKeys:
+    """Digests of everything that a graph and its certificate are made from."""
+
+    def __init__(self, options: Options, config: ModelConfig, image: ImageFacts, cache: CacheSpec, weights: str) -> None:
+        self.image, self.cache = msgspec.to_builtins(image), msgspec.to_builtins(cache)
+        versions = [importlib.metadata.version(name) for name in ("torch", "onnx")]
+        self.common = (weights, asdict(config), options.quant, options.backend, versions, _code(_GRAPH_CODE))
+
+    def key(self, kind: Kind, bucket: int) -> str:
+        seen = dict(self.image if kind == "vision" else self.cache)
+        if kind == "prefill":
+            seen.pop("slots")  # slots only matter to graphs whose rows are slots
+        return digest(kind, bucket, seen, *self.common)
+
+
+def digest(*parts: Any) -> str:
+    """Digest of plain data."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=msgspec.to_builtins).encode()).hexdigest()
+
+
+def _code(paths: Iterable[str]) -> dict[str, str]:
+    """Digests of our own source files: another definition is another graph."""
+    files = [f for p in paths for f in ((_OURS / p).glob("*.py") if (_OURS / p).is_dir() else [_OURS / p])]
+    return {str(f.relative_to(_OURS)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
+
+
+def intact(path: Path, spec: FileSpec) -> bool:
+    """Whether a file is there as its entry says."""
+    if not path.is_file() or path.stat().st_size != spec.nbytes:
+        return False
+    return spec.nbytes > HASH_ON_REUSE or sha256_file(path) == spec.sha256
