@@ -30,8 +30,9 @@ RUNTIME = [
     "tqdm>=4.66,<5",
     "psutil>=6,<8",
     "rich>=13.7,<16",
+    "onnx>=1.19,<1.24",  # imported only to share packed weights between graphs
 ]
-COMPILE = ["torch==2.13.0", "onnx>=1.19,<1.24", "safetensors>=0.5,<1", "pyyaml>=6,<7"]
+COMPILE = ["torch==2.13.0", "safetensors>=0.5,<1", "pyyaml>=6,<7"]
 TEST = [
     *COMPILE,
     "pytest>=8,<10",

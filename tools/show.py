@@ -7,7 +7,7 @@ import argparse
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.artifact import Manifest, open_artifact
+from ..runtime.artifact import Certificate, Manifest, open_artifact
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,14 +39,15 @@ def _facts(manifest: Manifest) -> Table:
 
 def _graphs(manifest: Manifest) -> Table:
     table = Table(title="graphs")
-    for column in ("kind", "bucket", "ms when compiled", "checks", "worst error", "allowed"):
+    for column in ("kind", "bucket", "ms when compiled", "checks", "worst error", "allowed", "rounding"):
         table.add_column(column, justify="left" if column == "kind" else "right")
     for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.bucket)):
-        certificate = graph.certificate
-        checks = (
-            (str(len(certificate.cases)), f"{certificate.worst:.1e}", f"{certificate.tolerance:.0e}")
-            if certificate
-            else ("-",) * 3
-        )
-        table.add_row(graph.kind, str(graph.bucket), f"{graph.cost_ms:.2f}", *checks)
+        table.add_row(graph.kind, str(graph.bucket), f"{graph.cost_ms:.2f}", *_checks(graph.certificate))
     return table
+
+
+def _checks(certificate: Certificate | None) -> tuple[str, str, str, str]:
+    if certificate is None:
+        return ("-",) * 4
+    rounding = "-" if certificate.rounding is None else f"{certificate.rounding:.1e}"
+    return str(len(certificate.cases)), f"{certificate.worst:.1e}", f"{certificate.tolerance:.0e}", rounding
