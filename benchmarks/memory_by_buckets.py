@@ -19,15 +19,12 @@ from pathlib import Path
 import psutil
 
 from staticvl import runtime
-from staticvl.compiler.build import build
-from staticvl.compiler.plan import Buckets, Options
+from staticvl.compiler.plan import Buckets
 from staticvl.runtime.feeds import new_feed
-from staticvl.tools.demo import CHECKPOINT
-from staticvl.tools.progress import TerminalProgress
-from staticvl.tools.random_checkpoint import write_checkpoint
 
-FEW = Buckets(prefill=(128,), decode=(4,), vision=(1,), context=512, slots=4)
-MANY = Buckets(prefill=(16, 32, 48, 64, 80, 96, 112, 128), decode=(1, 2, 3, 4), vision=(1,), context=512, slots=4)
+CHECKPOINT = Path(__file__).parent.parent / "tools" / "assets" / "tiny_llava15"
+FEW = Buckets(prefill=(128,), decode=(4,), vision=(1,), context=2048, slots=4)
+MANY = Buckets(prefill=(16, 32, 48, 64, 80, 96, 112, 128), decode=(1, 2, 3, 4), vision=(1,), context=2048, slots=4)
 
 
 def main() -> None:
@@ -45,6 +42,12 @@ def main() -> None:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict:
+    # Imported here: the processes that are measured load no torch.
+    from staticvl.compiler.build import build
+    from staticvl.compiler.plan import Options
+    from staticvl.tools.progress import TerminalProgress
+    from staticvl.tools.random_checkpoint import write_checkpoint
+
     write_config(folder / "config", args.hidden, args.layers)
     write_checkpoint(folder / "config", folder / "checkpoint")
     result = {}

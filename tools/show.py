@@ -48,6 +48,6 @@ def _graphs(manifest: Manifest) -> Table:
 
 def _checks(certificate: Certificate | None) -> tuple[str, str, str, str]:
     if certificate is None:
-        return ("-",) * 4
+        return "-", "-", "-", "-"
     rounding = "-" if certificate.rounding is None else f"{certificate.rounding:.1e}"
     return str(len(certificate.cases)), f"{certificate.worst:.1e}", f"{certificate.tolerance:.0e}", rounding

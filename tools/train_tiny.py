@@ -472,7 +472,7 @@ class Llava15(Family):
         config = LlavaConfig(
             text_config=LlamaConfig(**LLAMA, initializer_range=0.05, tie_word_embeddings=False),
             vision_config=CLIPVisionConfig(**CLIP, initializer_range=0.05, initializer_factor=1.0),
-            image_token_index=tokenizer.token_to_id("<image>"),
+            image_token_index=self.config(tokenizer)["image_token_index"],
             projector_hidden_act="gelu",
             vision_feature_layer=-2,
             vision_feature_select_strategy="default",
