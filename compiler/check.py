@@ -64,7 +64,8 @@ class Certifier:
             cases.append(CertificateCase(name=case.name, error=error))
             _require(graph, case.name, error, TOLERANCE)
         self.candidate.unload(checked)
-        rounding = None if twin is None else self._rounding(graph, next(find(graph, graph.bucket - 1)), rng)
+        # The last case is the fullest: every row or the whole bucket, behind as many tokens as fit.
+        rounding = None if twin is None else self._rounding(graph, list(find(graph, previous))[-1], rng)
         cost = self._cost(graph)
         for each in (self.reference, self.candidate):
             each.unload(graph)
@@ -93,7 +94,7 @@ class Certifier:
         self._fill_caches(graph, case, rng)
         expected = self.reference.run(graph, feed).copy()
         distance = np.linalg.norm(self.candidate.run(graph, feed) - expected) / np.linalg.norm(expected)
-        _require(graph, f"{case.name}, activations rounded", float(distance), ROUNDING_TOLERANCE)
+        _require(graph, f"{case.name} with activations rounded, in length", float(distance), ROUNDING_TOLERANCE)
         return float(distance)
 
     def _cache_error(self, name: str, case: Case, old: np.ndarray) -> float:
@@ -156,8 +157,8 @@ class Certifier:
 def _require(graph: GraphSpec, case: str, error: float, allowed: float) -> None:
     if not error <= allowed:
         raise CertificateError(
-            f"{graph.name} differs from its definition by {error:.2e} of the largest magnitude at {case} "
-            f"(allowed: {allowed:.0e}); this build must not be used, please report it"
+            f"{graph.name} differs from its definition by a relative {error:.2e} at {case} (allowed: {allowed:.0e}); "
+            "this build must not be used, please report it"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,15 @@ def test_help_has_examples(capsys: pytest.CaptureFixture[str], command: str) -> 
         main([command, "--help"])
     assert end.value.code == 0
     assert f"examples:\n  staticvl {command}" in capsys.readouterr().out
+
+
+def test_a_missing_package_is_named(
+    capsys: pytest.CaptureFixture[str], checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "staticvl.weights.convert", None)
+    message = error(capsys, "compile", checkpoint, "--out", tmp_path / "a")
+    assert "needs the package" in message
+    assert "pip install 'staticvl[compile]'" in message
 
 
 def test_demo_answers_about_a_real_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -20,6 +20,11 @@ def main(argv: list[str] | None = None) -> int:
         return 130
     except BrokenPipeError:
         return 1
+    except ModuleNotFoundError as error:
+        if args.traceback:
+            raise
+        print(f"staticvl: this command needs the package {error.name}; pip install 'staticvl[compile]'", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         if args.traceback:
             raise
