@@ -25,7 +25,11 @@ HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size 
 
 _OURS = Path(__file__).parent.parent
 _WEIGHT_CODE = ("weights", "model_defs/config.py")
-_GRAPH_CODE = ("model_defs", "compiler/graphs.py", "compiler/emit_onnx.py", "compiler/check.py", "compiler/eager.py")
+_GRAPH_CODE = (
+    "model_defs",
+    *("compiler/graphs.py", "compiler/emit_onnx.py", "compiler/check.py", "compiler/eager.py"),
+    *("runtime/feeds.py", "runtime/backends/ort.py"),  # what a certificate was measured with
+)
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja")
 
 
@@ -71,7 +75,7 @@ class GraphKeys:
 
     def __init__(self, options: Options, config: ModelConfig, image: ImageFacts, cache: CacheSpec, weights: str) -> None:
         self.image, self.cache = msgspec.to_builtins(image), msgspec.to_builtins(cache)
-        versions = [importlib.metadata.version(name) for name in ("torch", "onnx")]
+        versions = [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")]
         self.common = (weights, asdict(config), options.quant, options.backend, versions, _code(_GRAPH_CODE))
 
     def key(self, kind: Kind, bucket: int) -> str:

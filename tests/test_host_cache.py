@@ -85,6 +85,31 @@ def test_made_again_for_another_machine_and_for_new_graphs(artifact: Path, monke
     assert not set(first) & set(second)
 
 
+def test_made_again_when_a_file_was_mended(artifact: Path) -> None:
+    """Packed while a weight file was damaged: the damage must not outlive the file."""
+    weights = next((artifact / "weights").iterdir())
+    good, right = weights.read_bytes(), answer(artifact)
+    shutil.rmtree(artifact / host_cache.FOLDER)
+    mended = weights.with_suffix(".mended")
+    weights.write_bytes(good[: len(good) // 2] + bytes(1000) + good[len(good) // 2 + 1000 :])
+    answer(artifact)
+    mended.write_bytes(good)
+    mended.replace(weights)
+    assert np.array_equal(answer(artifact), right)
+
+
+def test_left_out_where_files_cannot_be_linked(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("no hard links here")
+
+    monkeypatch.setattr("os.link", refuse)
+    assert np.isfinite(answer(artifact)).all()
+    assert not packed(artifact)
+    assert "no hard links here" in caplog.text
+
+
 def test_left_out_where_it_cannot_be_made(
     artifact: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -7,7 +7,8 @@ here one graph of each set of weights is packed and written, and copies of all g
 weights by the same initializer names: all sessions then map the same pages.
 
 The layout depends on the processor and on onnxruntime, so this is a cache beside the artifact and no part of it: the
-folder .host/KEY, where KEY covers both and the weights. It can be deleted at any time.
+folder .host/KEY, where KEY covers both and the very files that were packed, so that a file which was damaged when it was
+packed and then mended is packed again. The folder can be deleted at any time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 
 import onnxruntime as ort
 
-from ..artifact import GraphSpec
+from ..artifact import GraphSpec, WeightSpec
 
 log = logging.getLogger(__name__)
 
@@ -38,9 +39,11 @@ FILE_NAME = "session.optimized_model_external_initializers_file_name"
 MIN_SIZE = "session.optimized_model_external_initializers_min_size_in_bytes"
 
 
-def host_key(weights_key: str) -> str:
-    """Digest of what the packed layout depends on."""
-    return hashlib.sha256("\n".join((weights_key, ort.__version__, platform.machine(), _cpu())).encode()).hexdigest()[:16]
+def host_key(files: Iterable[Path]) -> str:
+    """Digest of what the packed weights depend on: machine, onnxruntime, and the artifact's files as they lie on disk."""
+    stats = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files)
+    parts = (ort.__version__, platform.machine(), _cpu(), *map(str, stats))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def _cpu() -> str:
@@ -55,9 +58,13 @@ def _cpu() -> str:
 class HostCache:
     """Packed copies of an artifact's graphs; `folder` is the artifact."""
 
-    def __init__(self, folder: Path, weights_key: str, graphs: Iterable[GraphSpec], nbytes: int) -> None:
-        self.artifact, self.graphs, self.nbytes = folder, tuple(graphs), nbytes
-        self.folder = folder / FOLDER / host_key(weights_key)
+    def __init__(self, folder: Path, graphs: Iterable[GraphSpec], weights: Iterable[WeightSpec]) -> None:
+        self.artifact, self.graphs = folder, tuple(graphs)
+        weights = tuple(weights)
+        self.nbytes = sum(weight.nbytes for weight in weights)
+        self.weight_files = sorted({weight.file for weight in weights})
+        names = [*self.weight_files, *(graph.file for graph in self.graphs)]
+        self.folder = folder / FOLDER / host_key(folder / name for name in names)
 
     def path(self, graph: GraphSpec) -> Path | None:
         """The packed copy of a graph, or None where there is none."""
@@ -72,10 +79,13 @@ class HostCache:
         if reason := self._obstacle():
             log.warning("weights are not packed for this machine: %s", reason)
             return False
-        with _Lock(self.artifact / FOLDER):
-            # Another process may have made it meanwhile; other graphs than before mean another set of files: start afresh.
-            if any(self.path(graph) is None for graph in self.graphs):
-                self._make(options)
+        try:
+            with _Lock(self.artifact / FOLDER):
+                if any(self.path(graph) is None for graph in self.graphs):  # no other process has made it meanwhile
+                    self._make(options)
+        except OSError as error:  # a full disk, a file system without hard links: the artifact runs without
+            log.warning("weights are not packed for this machine: %s", error)
+            return False
         return True
 
     def _obstacle(self) -> str | None:
@@ -109,9 +119,9 @@ class HostCache:
 
     def _link_weights(self, work: Path) -> None:
         """The artifact's weight files under the same relative names: onnxruntime follows no path out of a model's folder."""
-        (work / "weights").mkdir()
-        for path in (self.artifact / "weights").glob("*.safetensors"):
-            os.link(path, work / "weights" / path.name)
+        for name in self.weight_files:
+            (work / name).parent.mkdir(exist_ok=True)
+            os.link(self.artifact / name, work / name)
 
     def _one_of_each(self) -> list[GraphSpec]:
         """Graphs that together hold all weights: decode graphs have those of prefill."""

@@ -40,7 +40,7 @@ WORTH_PACKING = 64 << 20
 
 def _options(*, pack: bool, threads: int | None) -> ort.SessionOptions:
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or len(os.sched_getaffinity(0))
+    options.intra_op_num_threads = threads or _cores()
     # Workers that wait in a loop take the cores from other sessions, other buckets' too, and from everything else: on a
     # busy machine that costs far more than waking a sleeping one. A pool shared by all sessions cannot be told not to,
     # and would be forced upon every other session of the process.
@@ -50,6 +50,14 @@ def _options(*, pack: bool, threads: int | None) -> ort.SessionOptions:
     options.add_session_config_entry("session.use_env_allocators", "1")
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     return options
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
 
 
 class _Bound:
@@ -124,6 +132,7 @@ class OrtBackend:
         for key in [key for key in self.bound if key[0] == graph.file]:
             del self.bound[key]
         self.sessions.pop(graph.file, None)
+        self.outputs.pop(graph.file, None)
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
         bound = self.bound.get((graph.file, slot))
@@ -153,8 +162,8 @@ def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: M
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True)
-    nbytes = sum(weight.nbytes for weight in manifest.weights.values())
-    worth = nbytes >= WORTH_PACKING
-    host = HostCache(folder, manifest.build.key, manifest.graphs, nbytes) if worth else None
+    host = HostCache(folder, manifest.graphs, manifest.weights.values())
+    if host.nbytes < WORTH_PACKING:
+        host = None
     # Where packed weights cannot be shared, float kernels do well without; 8-bit kernels need them at any price.
     return OrtBackend(folder, cache, threads=threads, host=host, pack=manifest.quant != "none")
