@@ -1,17 +1,21 @@
-"""The one decoder of every family: Llama blocks over a cache of fixed size, and the prefill and decode graphs around it.
+"""The one decoder of every family: Llama blocks over a cache of fixed size, with cross-attention blocks between them where
+a family has some, and the graph around it.
 
-B rows, T tokens, C hidden size, S cache rows, H query heads, K kv heads, D head dim, V vocabulary, R image rows.
+B rows, T tokens, C hidden size, S cache rows, H query heads, K kv heads, D head dim, V vocabulary, X keys of a picture,
+n pictures of t tiles.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
 from . import ops
 from .config import TextConfig
-from .layers import Linear, RMSNorm, Table
+from .layers import Linear, RMSNorm, Table, empty_parameter
+
+Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
 
 
 class Attention(nn.Module):
@@ -19,18 +23,38 @@ class Attention(nn.Module):
 
     def __init__(self, config: TextConfig, quant: str) -> None:
         super().__init__()
-        c, d = config.hidden_size, config.head_dim
+        c, d, bias = config.hidden_size, config.head_dim, config.qkv_bias
         self.heads = config.heads
-        self.q = Linear(c, config.heads * d, bias=False, quant=quant)
-        self.k = Linear(c, config.kv_heads * d, bias=False, quant=quant)
-        self.v = Linear(c, config.kv_heads * d, bias=False, quant=quant)
+        self.q = Linear(c, config.heads * d, bias=bias, quant=quant)
+        self.k = Linear(c, config.kv_heads * d, bias=bias, quant=quant)
+        self.v = Linear(c, config.kv_heads * d, bias=bias, quant=quant)
         self.o = Linear(config.heads * d, c, bias=False, quant=quant)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], lengths: Tensor):
+    def forward(self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        rope = feed["rope_cos"], feed["rope_sin"]
         q = ops.rope(self.q(x), *rope)  # [B, T, H*D]
         k = ops.rope(self.k(x), *rope)  # [B, T, K*D]
-        out, k_cache, v_cache = ops.cached_attention(q, k, self.v(x), *cache, lengths, self.heads)
+        if "query_scale" in feed:
+            q = q * feed["query_scale"]
+        out, k_cache, v_cache = ops.cached_attention(q, k, self.v(x), *cache, feed["lengths"], self.heads)
         return self.o(out), (k_cache, v_cache)
+
+
+class CrossAttention(nn.Module):
+    """Attention to the pictures that a token sees. No rotary embedding; the keys come normalised from the vision graph."""
+
+    def __init__(self, config: TextConfig, quant: str) -> None:
+        super().__init__()
+        c, d = config.hidden_size, config.head_dim
+        self.heads, self.head_dim = config.heads, d
+        self.q = Linear(c, config.heads * d, bias=False, quant=quant)
+        self.q_norm = RMSNorm(d, config.rms_norm_eps)
+        self.o = Linear(config.heads * d, c, bias=False, quant=quant)
+
+    def forward(self, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor) -> Tensor:
+        q = self.q(x)
+        q = self.q_norm(q.reshape(*q.shape[:2], self.heads, self.head_dim)).reshape(q.shape)
+        return self.o(ops.cross_attention(q, keys, values, mask, self.heads))
 
 
 class Mlp(nn.Module):
@@ -57,28 +81,62 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config, quant)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], cache: tuple[Tensor, Tensor], lengths: Tensor):
-        out, cache = self.attn(self.attn_norm(x), rope, cache, lengths)
+    def forward(self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        out, cache = self.attn(self.attn_norm(x), feed, cache)
         x = x + out
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
-class Decoder(nn.Module):
-    """Embedding, blocks, final norm and head."""
+class CrossBlock(nn.Module):
+    """One layer that attends to pictures. `cross_gate` switches it off for tokens that see none; the learned gates are
+    stored as the numbers that they multiply with (tanh taken)."""
 
     def __init__(self, config: TextConfig, quant: str) -> None:
         super().__init__()
-        self.embed = Table(config.embed_rows, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, quant) for _ in range(config.layers))
+        self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attn = CrossAttention(config, quant)
+        self.attn_gate = empty_parameter(1)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Mlp(config, quant)
+        self.mlp_gate = empty_parameter(1)
+
+    def forward(self, x: Tensor, feed: Feed, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        gate = feed["cross_gate"]  # [B, T, 2]
+        out = self.attn(self.attn_norm(x), keys, values, feed["cross_mask"])
+        x = x + out * (gate[:, :, :1] * self.attn_gate)
+        return x + self.mlp(self.mlp_norm(x)) * (gate[:, :, 1:] * self.mlp_gate)
+
+
+class Decoder(nn.Module):
+    """Embedding, blocks, final norm and head. With `images` = 0 there are no cross-attention layers."""
+
+    def __init__(self, config: TextConfig, quant: str, images: int) -> None:
+        super().__init__()
+        self.images = images
+        self.embed = Table(config.all_embed_rows, config.hidden_size)
+        # A dictionary, so that a layer keeps its number where others are left out.
+        self.layers = nn.ModuleDict()
+        for i in range(config.layers):
+            if i not in config.cross_layers:
+                self.layers[str(i)] = Block(config, quant)
+            elif images:
+                self.layers[str(i)] = CrossBlock(config, quant)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, quant=quant)
 
-    def blocks(self, x: Tensor, rope: tuple[Tensor, Tensor], caches: Sequence[Tensor], lengths: Tensor):
-        """x [B, T, C]; caches k_0, v_0, k_1, ... -> (x, updated caches in the same order)."""
+    def blocks(self, x: Tensor, feed: Feed) -> tuple[Tensor, list[Tensor]]:
+        """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...)."""
         updated: list[Tensor] = []
-        for i, layer in enumerate(self.layers):
-            x, cache = layer(x, rope, (caches[2 * i], caches[2 * i + 1]), lengths)
-            updated += cache
+        cross = 0
+        for layer in self.layers.values():
+            if isinstance(layer, CrossBlock):
+                keys, values = ([feed[f"cross_{which}.{cross}.{j}"] for j in range(self.images)] for which in "kv")
+                x = layer(x, feed, keys, values)
+                cross += 1
+            else:
+                i = len(updated) // 2
+                x, cache = layer(x, feed, (feed[f"k_cache.{i}"], feed[f"v_cache.{i}"]))
+                updated += cache
         return x, updated
 
     def logits(self, x: Tensor) -> Tensor:
@@ -86,44 +144,22 @@ class Decoder(nn.Module):
         return self.lm_head(self.norm(x))
 
 
-class PrefillGraph(nn.Module):
-    """A chunk of one sequence: token ids and image rows in, logits of its last real token out."""
+class TextGraph(nn.Module):
+    """Tokens in, logits [B, V] and updated caches out: a chunk of one sequence (prefill), or one token of each of B (decode).
 
-    def __init__(self, config: TextConfig, quant: str) -> None:
+    `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see runtime/artifact.py).
+    """
+
+    def __init__(self, config: TextConfig, quant: str, inputs: Sequence[str], images: int) -> None:
         super().__init__()
-        self.text = Decoder(config, quant)
+        self.inputs = tuple(inputs)
+        self.text = Decoder(config, quant, images)
 
-    def forward(
-        self,
-        token_ids: Tensor,  # [1, T]
-        row_index: Tensor,  # [1, T]
-        image_rows: Tensor,  # [R, C]
-        lengths: Tensor,  # [1]
-        last_index: Tensor,  # [1]
-        rope_cos: Tensor,  # [1, T, D]
-        rope_sin: Tensor,
-        *caches: Tensor,  # [1, K, S, D]
-    ):
-        x = ops.merge_rows(ops.embed(token_ids, self.text.embed.weight), image_rows, row_index)
-        x, updated = self.text.blocks(x, (rope_cos, rope_sin), caches, lengths)
-        return self.text.logits(ops.take_token(x, last_index)), *updated
-
-
-class DecodeGraph(nn.Module):
-    """One new token for each of B sequences."""
-
-    def __init__(self, config: TextConfig, quant: str) -> None:
-        super().__init__()
-        self.text = Decoder(config, quant)
-
-    def forward(
-        self,
-        token_ids: Tensor,  # [B, 1]
-        lengths: Tensor,  # [B]
-        rope_cos: Tensor,  # [B, 1, D]
-        rope_sin: Tensor,
-        *caches: Tensor,  # [B, K, S, D]
-    ):
-        x = ops.embed(token_ids, self.text.embed.weight)
-        x, updated = self.text.blocks(x, (rope_cos, rope_sin), caches, lengths)
-        return self.text.logits(x.flatten(0, 1)), *updated
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        feed = dict(zip(self.inputs, tensors, strict=True))
+        x = ops.embed(feed["token_ids"], self.text.embed.weight)
+        if "row_index" in feed:
+            x = ops.merge_rows(x, feed["image_rows"], feed["row_index"])
+        x, updated = self.text.blocks(x, feed)
+        x = ops.take_token(x, feed["last_index"]) if "last_index" in feed else x.flatten(0, 1)
+        return self.text.logits(x), *updated

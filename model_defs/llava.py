@@ -1,4 +1,7 @@
-"""LLaVA-1.5 and 1.6: CLIP, then a two-layer projector into the language model's space (Liu et al. 2023)."""
+"""LLaVA-1.5 and 1.6: CLIP, then a two-layer projector into the language model's space (Liu et al. 2023).
+
+1.6 cuts a picture into tiles that pass through this graph one by one; where their rows go is decided on the host.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .clip import ClipTower
-from .config import ModelConfig
-from .layers import Linear, empty_parameter
+from .config import ClipConfig, ModelConfig
+from .layers import Linear
+from .vit import Pixels
 
 
 class Projector(nn.Module):
@@ -24,17 +28,14 @@ class Projector(nn.Module):
 
 
 class VisionGraph(nn.Module):
-    """pixels [tiles, size, size, 3] uint8 -> image_rows [tiles, P, C].
-
-    `pixel_scale` and `pixel_shift` [3] hold (x * rescale - mean) / std as one multiplication and one addition.
-    """
+    """pixels [tiles, size, size, 3] uint8 -> image_rows [tiles, P, C]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.pixel_scale = empty_parameter(3)
-        self.pixel_shift = empty_parameter(3)
+        assert isinstance(config.vision, ClipConfig)
+        self.pixels = Pixels()
         self.vision = ClipTower(config.vision)
         self.projector = Projector(config)
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return self.projector(self.vision(pixels.float() * self.pixel_scale + self.pixel_shift))
+        return self.projector(self.vision(self.pixels(pixels)))

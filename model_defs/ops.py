@@ -9,10 +9,14 @@ Shapes: B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 NAMESPACE = "staticvl"
+ROWS_AT_ONCE = 256
 
 
 def _op(name: str):
@@ -36,8 +40,15 @@ def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -
 
     Only the weights are rounded. A kernel may round the activations too; a graph's certificate says how far that carries.
     """
-    weight = (qweight.to(scales.dtype) - 128) * scales[..., None]
-    return torch.nn.functional.linear(x, weight.flatten(1)[:, : x.shape[-1]], bias)
+    n, blocks, block = qweight.shape
+    columns, out = x.shape[-1], x.new_empty((*x.shape[:-1], n))
+    # Some rows at a time, in one buffer that stays in the cache: fresh memory for whole weights takes ten times as long.
+    buffer = x.new_empty((min(n, ROWS_AT_ONCE), blocks, block))
+    for start in range(0, n, ROWS_AT_ONCE):
+        part = qweight[start : start + ROWS_AT_ONCE]
+        weight = buffer[: len(part)].copy_(part).sub_(128).mul_(scales[start : start + ROWS_AT_ONCE, :, None])
+        out[..., start : start + len(part)] = torch.nn.functional.linear(x, weight.flatten(1)[:, :columns])
+    return out if bias is None else out + bias
 
 
 @linear_w8.register_fake
@@ -182,12 +193,90 @@ def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths
 
 @_op("attention")
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
-    """Attention of all tokens to all tokens: q, k, v [B, T, H*D] -> [B, T, H*D]."""
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # [B, H, T, D]
-    scores = (q @ k.transpose(-1, -2)).float() / q.shape[-1] ** 0.5
-    return (scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2)
+    """Attention of all queries to all keys: q [B, T, H*D], k and v [B, S, H*D] -> [B, T, H*D]."""
+    q, k, v = (_split_heads(x, heads) for x in (q, k, v))
+    return scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     return torch.empty_like(q)
+
+
+@_op("padded_attention")
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int) -> Tensor:
+    """As `attention` of T tokens to themselves, but padding (1 in padding [B, T], else 0) does not attend to padding.
+
+    Real tokens do attend to padding, and padding to real tokens (transformers, _prepare_aspect_ratio_attention_mask).
+    """
+    q, k, v = (_split_heads(x, heads) for x in (q, k, v))
+    mask = padding[:, None, :, None] * padding[:, None, None, :] * torch.finfo(q.dtype).min  # [B, 1, T, T]
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
+
+
+@padded_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_op("cross_attention")
+def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
+    """Attention to the keys of n pictures: q [B, T, H*D], keys and values each [B, K, X, D], mask [B, T, n * t] -> [B, T, H*D].
+
+    The X keys of a picture are those of t tiles, in order; what mask says of a tile is added to the scores of its keys.
+    """
+    b, t, _ = q.shape
+    kv_heads, x, d = keys[0].shape[1:]
+    each = x * len(keys) // mask.shape[-1]  # keys of one tile
+    queries = q.view(b, t, kv_heads, heads // kv_heads, d)
+    scores = torch.einsum("btkgd,bkxd->bkgtx", queries, torch.cat(list(keys), dim=2)).float() / d**0.5
+    scores = scores + mask.repeat_interleave(each, dim=-1)[:, None, None]
+    weights = scores.softmax(-1).to(q.dtype)
+    return torch.einsum("bkgtx,bkxd->btkgd", weights, torch.cat(list(values), dim=2)).reshape(q.shape)
+
+
+@cross_attention.register_fake
+def _(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
+    return torch.empty_like(q)
+
+
+@_op("mask_tiles")
+def mask_tiles(x: Tensor, tile_count: Tensor) -> Tensor:
+    """x [tiles, ...] with zeros in every tile from tile_count [1] on."""
+    used = torch.arange(x.shape[0], device=x.device) < tile_count
+    return x * used.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+@mask_tiles.register_fake
+def _(x: Tensor, tile_count: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+@_op("tile_padding")
+def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
+    """Which tokens of a picture are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and behind row `rows`
+    of every tile, else 0."""
+    place = torch.arange(tiles * padded_rows, device=tile_count.device)
+    unused = (place // padded_rows >= tile_count) | (place % padded_rows >= rows)
+    return unused.float()[None]
+
+
+@tile_padding.register_fake
+def _(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
+    return tile_count.new_empty((1, tiles * padded_rows), dtype=torch.float32)
+
+
+@_op("pad_rows")
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """x [B, T, C] with zeros behind its T rows, `rows` in all."""
+    return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[1]))
+
+
+@pad_rows.register_fake
+def _(x: Tensor, rows: int) -> Tensor:
+    return x.new_empty((x.shape[0], rows, x.shape[2]))
+
+
+def _split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H*D] -> [B, H, T, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)

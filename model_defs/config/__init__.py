@@ -1,0 +1,69 @@
+"""A checkpoint's config.json, read into frozen dataclasses.
+
+Everything about sizes comes from the checkpoint's own files; where a published file leaves a value out, the default is
+the one that the model's own code uses (noted beside each). Old and new spellings are accepted. A key that is neither used
+nor known to leave the computation alone is an error: a setting that we do not understand may change the numbers.
+
+Only the standard library is used here, so that planning a build needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from .keys import Keys, load_config, read_json
+from .llava import read_llava
+from .mllama import read_mllama
+from .qwen_vl import read_qwen_vl
+from .types import (
+    ClipConfig,
+    ConfigError,
+    Llama3Scaling,
+    ModelConfig,
+    ResampledConfig,
+    RopeConfig,
+    TextConfig,
+    TiledConfig,
+    quant_block,
+)
+
+__all__ = [
+    "ClipConfig",
+    "ConfigError",
+    "Llama3Scaling",
+    "ModelConfig",
+    "ResampledConfig",
+    "RopeConfig",
+    "TextConfig",
+    "TiledConfig",
+    "quant_block",
+    "read_config",
+    "read_json",
+]
+
+Reader = Callable[[Keys, Path, Path | None], ModelConfig]  # keys, checkpoint, folder of a vision tower stored apart
+READERS: dict[str, Reader] = {
+    "llava": read_llava,
+    "llava_llama": read_llava,
+    "llava_next": read_llava,
+    "mllama": read_mllama,
+    "qwen": read_qwen_vl,
+}
+
+
+def read_config(checkpoint: Path, *, vision_tower: Path | None = None, ignore_keys: Collection[str] = ()) -> ModelConfig:
+    """Read `checkpoint`/config.json; `vision_tower` is the folder of a tower stored apart (original LLaVA layout).
+
+    Raises ConfigError for a missing, malformed or unsupported config.
+    """
+    data = load_config(checkpoint)
+    keys = Keys(data, str(checkpoint / "config.json"), ignore_keys)
+    model_type = keys.get("model_type")
+    if "quantization_config" in data:
+        raise ConfigError(f"{keys.where}: quantization_config is set; expected an unquantised checkpoint (fp32, fp16 or bf16)")
+    if model_type not in READERS:
+        raise ConfigError(f"{keys.where}: model_type {model_type!r} is not supported; supported: {', '.join(READERS)}")
+    config = READERS[model_type](keys, checkpoint, vision_tower)
+    keys.finish()
+    return config
