@@ -19,7 +19,7 @@ from .quantize import quantize_w8
 from .rules import Plan, match, targets
 from .source import Source
 from .stored import is_quantised, stored_parts, stored_targets
-from .tensors import StoredTensor, WeightsError
+from .tensors import SourceTensor, StoredTensor, WeightsError
 from .writer import Shard, check_space, lay_out, one_thread, write_shard
 
 FOLDER = "weights"
@@ -112,7 +112,7 @@ def forget_journal(out: Path, prefix: str) -> None:
 
 
 class _Parts:
-    """Reads each source tensor once and hands out what is stored of it."""
+    """Makes each of our parameters once and hands out what is stored of it."""
 
     def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str) -> None:
         self.source, self.plan, self.quant = source, plan, quant
@@ -128,17 +128,21 @@ class _Parts:
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
-        tensor = self.source.read(self.plan.tensors[name].name)
-        if not _all_finite(tensor):
-            raise WeightsError(
-                f"{self.plan.tensors[name].file}: tensor {self.plan.tensors[name].name} holds values that are not finite; "
-                "fetch the file again"
-            )
+        recipe = self.plan.recipes[name]
+        sources = [self._read(tensor, ref.rows) for tensor, ref in zip(recipe.tensors, recipe.rule.sources, strict=True)]
+        tensor = recipe.rule.make(sources) if recipe.rule.make else sources[0]
+        del sources
         if not is_quantised(name, self.quant):
             return {name: tensor}
         q, scales = quantize_w8(tensor, quant_block(tensor.shape[1]))
         stem = name.removesuffix(".weight")
         return {f"{stem}.qweight": q, f"{stem}.scales": scales}
+
+    def _read(self, tensor: SourceTensor, rows: tuple[int, int] | None) -> Tensor:
+        read = self.source.read(tensor.name, rows)
+        if not _all_finite(read):
+            raise WeightsError(f"{tensor.file}: tensor {tensor.name} holds values that are not finite; fetch the file again")
+        return read
 
 
 def _all_finite(tensor: Tensor) -> bool:

@@ -13,6 +13,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +52,8 @@ class Source:
         self.files = tuple(files)
         self._whole: tuple[Path, dict[str, Tensor]] | None = None  # the last file that had to be loaded whole
 
-    def read(self, name: str) -> Tensor:
-        """The contiguous tensor `name`, in fresh memory and in the checkpoint's dtype.
+    def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The contiguous tensor `name`, or its `rows` (first, behind the last), in fresh memory and the checkpoint's dtype.
 
         Raises WeightsError when it is not float32, float16 or bfloat16, or when the file ends before it does.
         """
@@ -63,8 +64,9 @@ class Source:
                 "give an unquantised checkpoint"
             )
         if tensor.offset is None:
-            return self._load_whole(tensor.file)[name.removeprefix(TOWER)].clone().contiguous()
-        return _read_strided(tensor, tensor.offset)
+            whole = self._load_whole(tensor.file)[name.removeprefix(TOWER)]
+            return (whole[slice(*rows)] if rows else whole).clone().contiguous()
+        return _read_strided(*_cut(tensor, tensor.offset, rows))
 
     def _load_whole(self, file: Path) -> dict[str, Tensor]:
         if self._whole is None or self._whole[0] != file:
@@ -85,6 +87,11 @@ def open_source(folder: Path, extra: Path | None = None) -> Source:
         tower, tower_files = _list_folder(extra, TOWER)
         tensors, files = tensors | tower, files + tower_files
     return Source(tensors, files)
+
+
+def open_file(path: Path) -> Source:
+    """The tensors of one safetensors or .bin file. Raises WeightsError as `open_source`."""
+    return Source(_list_file(path, ""), [path])
 
 
 def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], list[Path]]:
@@ -261,6 +268,16 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
             raise WeightsError(f"{path}: entry {name!r} is not a plain tensor; expected tensors by name, as in a state_dict")
     return dict(state)
+
+
+def _cut(tensor: SourceTensor, offset: int, rows: tuple[int, int] | None) -> tuple[SourceTensor, int]:
+    """Some rows of a tensor as a tensor of their own, and the position of its first element."""
+    if rows is None:
+        return tensor, offset
+    first, stop = rows
+    assert 0 <= first < stop <= tensor.shape[0], (tensor, rows)
+    offset += first * tensor.stride[0] * _FLOATS[tensor.dtype].itemsize
+    return replace(tensor, shape=(stop - first, *tensor.shape[1:])), offset
 
 
 def _read_strided(tensor: SourceTensor, offset: int) -> Tensor:

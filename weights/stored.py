@@ -9,7 +9,7 @@ from .rules import targets
 from .tensors import StoredTensor
 
 QUANTS = ("none", "w8a16")
-_QUANTISED = re.compile(r"text\.(?:layers\.\d+\.(?:attn|mlp)\.\w+|lm_head)\.weight")
+_QUANTISED = re.compile(r"text\.(?:layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:gate|up|down))|lm_head)\.weight")
 
 
 def is_quantised(name: str, quant: str) -> bool:
