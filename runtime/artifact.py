@@ -18,6 +18,18 @@ V vocabulary, P rows per tile):
     decode   token_ids [B, 1], lengths [B], rope_cos, rope_sin [B, 1, D], k_cache.N, v_cache.N [B, K, S, D]
                                                                  -> logits [B, V], the cache updated in place
 
+Where queries are scaled by their position (Qwen's logn attention), text graphs also take query_scale [B, T, 1].
+
+Where pictures enter by cross-attention (Llama-3.2-Vision; X keys per picture, I pictures at most), prefill takes no
+row_index and image_rows, and the cache has a second part that is never mixed with the first: cross_k.N.I, cross_v.N.I
+[slots, K, X, D] for cross layer N and picture I. A vision graph runs one picture and its outputs are entries of that part:
+
+    vision   pixels [tiles, size, size, 3] uint8, tile_count [1], aspect_id [1] -> cross_k.N, cross_v.N [1, K, X, D]
+
+A text graph with `images` = n > 0 reads the first n pictures of its rows: cross_k.N.0 .. cross_k.N.n-1 [B, K, X, D] and the
+same of cross_v, with cross_mask [B, T, n * tiles] (0 where a token sees a tile, else CROSS_HIDDEN) and cross_gate [B, T, 2]
+(factors 0 or 1 of a cross layer's attention and MLP). A text graph with `images` = 0 has no cross layers at all.
+
 Integers are int32. Padding is on the right: a prefill step writes T cache rows from `lengths` on, of which only the
 first last_index + 1 mean anything; the next step overwrites the others and no real token attends to them.
 """
@@ -34,10 +46,11 @@ import msgspec
 
 from .files import sha256_file, write_atomically
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
-KINDS = ("vision", "prefill", "decode")
 Kind = Literal["vision", "prefill", "decode"]
+KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")
+CROSS_HIDDEN = -1e30  # added to the score of a key that a token does not see; finite, so that a row may see nothing
 
 
 class ArtifactError(ValueError):
@@ -87,6 +100,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
 
     kind: Kind
     bucket: int  # vision: tiles; prefill: new tokens; decode: rows
+    images: int = 0  # pictures whose cross-attention keys a text graph reads
     file: str
     key: str  # digest of everything the graph was made from
     inputs: tuple[TensorSpec, ...]
@@ -96,7 +110,20 @@ class GraphSpec(Record, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        return f"{self.kind}-{self.bucket}"
+        return graph_name(self.kind, self.bucket, self.images)
+
+
+def graph_name(kind: Kind, bucket: int, images: int) -> str:
+    return f"{kind}-{bucket}" + (f"-images-{images}" if images else "")
+
+
+class CrossSpec(Record, frozen=True, kw_only=True):
+    """The part of the cache for cross-attention to pictures: per layer and picture, [slots, kv_heads, rows, head_dim]."""
+
+    layers: int
+    images: int  # pictures that a sequence may hold
+    rows: int  # keys of one picture
+    tiles: int  # of one picture; rows are split evenly among them
 
 
 class CacheSpec(Record, frozen=True, kw_only=True):
@@ -109,11 +136,25 @@ class CacheSpec(Record, frozen=True, kw_only=True):
     context: int  # tokens that a sequence may hold
     rows: int  # context plus room for the padding of a last chunk
     dtype: str
+    cross: CrossSpec | None = None
 
     @property
     def nbytes(self) -> int:
         width = {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
-        return 2 * self.layers * self.slots * self.kv_heads * self.rows * self.head_dim * width
+        rows = self.layers * self.rows
+        if self.cross:
+            rows += self.cross.layers * self.cross.images * self.cross.rows
+        return 2 * rows * self.slots * self.kv_heads * self.head_dim * width
+
+    def buffers(self) -> dict[str, tuple[int, ...]]:
+        """Every buffer of the cache by name, with its shape."""
+        text = (self.slots, self.kv_heads, self.rows, self.head_dim)
+        found = {f"{which}_cache.{i}": text for i in range(self.layers) for which in "kv"}
+        if cross := self.cross:
+            shape = (self.slots, self.kv_heads, cross.rows, self.head_dim)
+            names = ((i, which, image) for i in range(cross.layers) for which in "kv" for image in range(cross.images))
+            found |= {f"cross_{which}.{i}.{image}": shape for i, which, image in names}
+        return found
 
 
 class WeightSpec(Record, frozen=True, kw_only=True):
@@ -142,9 +183,14 @@ class SourceFile(Record, frozen=True, kw_only=True):
 
 
 class ImageFacts(Record, frozen=True, kw_only=True):
-    """How a picture becomes pixels, from the checkpoint's preprocessor_config.json."""
+    """How a picture becomes pixels, from the checkpoint's preprocessor_config.json.
 
-    mode: Literal["crop", "pad"]  # crop: shortest edge, centre crop; pad: to a square, then resize
+    mode: crop (shortest edge, centre crop), pad (to a square, then resize), stretch (resize to the square), anyres
+    (LLaVA-1.6: the picture stretched to one tile, and the tiles of the best of `grids`), tiles (Llama-3.2-Vision: the tiles
+    of the best of `grids`, filled up with empty ones to `tiles`).
+    """
+
+    mode: Literal["crop", "pad", "stretch", "anyres", "tiles"]
     size: int  # pixels on each side of a tile
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -152,16 +198,23 @@ class ImageFacts(Record, frozen=True, kw_only=True):
     resample: int = 3  # PIL filter number: 2 bilinear, 3 bicubic
     rows: int  # rows of features per tile
     mark: str = "<image>"  # what stands for a picture in a prompt
+    grids: tuple[tuple[int, int], ...] = ()  # anyres, tiles: (rows, columns) of tiles to choose from, in order
+    tiles: int = 1  # tiles: of every picture, empty ones included
+    alpha: Literal["white", "drop"] = "white"  # transparent parts: laid over white, or shown in their hidden colours
+    newline_id: int | None = None  # anyres: the token whose embedding ends a row of patches
 
 
 class TokenizerFacts(Record, frozen=True, kw_only=True):
     """Which tokenizer files the artifact holds and how text becomes ids."""
 
-    kind: Literal["tokenizers", "sentencepiece"]  # tokenizer/tokenizer.json or tokenizer/tokenizer.model
+    kind: Literal["tokenizers", "sentencepiece", "tiktoken"]
     style: Literal["hf", "original"]  # original: text is cut at the image mark, each piece tokenised afresh
     bos_token_id: int
     add_bos: bool
-    added_tokens: dict[str, int] = {}  # sentencepiece only: tokens that the model file does not know
+    file: str = ""  # tiktoken only; the others are tokenizer.json and tokenizer.model
+    pattern: str = ""  # tiktoken only: the regular expression that cuts text into words
+    nfc: bool = False  # tiktoken only: text is brought into Unicode's normal form C first
+    added_tokens: dict[str, int] = {}  # sentencepiece, tiktoken: tokens that the file does not know
     legacy: bool = False  # sentencepiece only: a blank also before text that follows a special token
     image_token_id: int | None  # None: pictures have no id of their own
     used: int  # ids at or above this are never sampled
@@ -176,6 +229,24 @@ class SamplingDefaults(Record, frozen=True, kw_only=True):
     top_k: int = 0  # 0: no limit
 
 
+class Llama3Scaling(Record, frozen=True, kw_only=True):
+    """Llama-3.1's scaling of rotary frequencies."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+class RopeFacts(Record, frozen=True, kw_only=True):
+    """Rotary position embedding: the base, and what happens to it for long texts."""
+
+    theta: float
+    llama3: Llama3Scaling | None = None
+    ntk_positions: int | None = None  # dynamic NTK (Qwen): prompts longer than this get a larger base
+    logn_positions: int | None = None  # logn attention (Qwen): queries behind this position are scaled up
+
+
 class ModelFacts(Record, frozen=True, kw_only=True):
     """What the runtime must know about the model beyond its graphs."""
 
@@ -183,12 +254,16 @@ class ModelFacts(Record, frozen=True, kw_only=True):
     layout: str
     hidden_size: int
     vocab_size: int
-    rope_theta: float
+    rope: RopeFacts
     eos_token_ids: tuple[int, ...]
     stop_strings: tuple[str, ...] = ()
     image: ImageFacts
     tokenizer: TokenizerFacts
     sampling: SamplingDefaults = SamplingDefaults()
+    chat: Literal["template", "chatml", "raw"] = "template"  # how a conversation becomes a prompt; the last two: Qwen-VL
+    # Llama-3.2-Vision: what a token before the first picture sees of the pictures behind it. transformers: the average of
+    # all their keys; meta: nothing.
+    text_before_image: Literal["transformers", "meta"] = "transformers"
 
 
 class BuildFacts(Record, frozen=True, kw_only=True):
@@ -219,10 +294,10 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     def buckets(self, kind: Kind) -> tuple[int, ...]:
         """Bucket sizes of one graph kind, ascending."""
-        return tuple(sorted(graph.bucket for graph in self.graphs if graph.kind == kind))
+        return tuple(sorted({graph.bucket for graph in self.graphs if graph.kind == kind}))
 
-    def graph(self, kind: Kind, bucket: int) -> GraphSpec:
-        return next(graph for graph in self.graphs if graph.kind == kind and graph.bucket == bucket)
+    def graph(self, kind: Kind, bucket: int, images: int = 0) -> GraphSpec:
+        return next(g for g in self.graphs if (g.kind, g.bucket, g.images) == (kind, bucket, images))
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,14 @@ ROUNDING = 0.005
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Quad:
+    """Four points around a thing, in the order in which the model wrote them."""
+
+    normalised: tuple[tuple[float, float], ...]  # x, y in 0..1
+    pixels: tuple[tuple[int, int], ...]  # of the original picture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
     """One box of an answer."""
 
@@ -25,6 +33,8 @@ class Box:
     normalised: Corners  # x1, y1, x2, y2 in 0..1 of the square that the model saw
     pixels: tuple[int, int, int, int]  # the same in pixels of the original picture; in padding it may lie outside
     image: int  # index of the picture
+    thousandths: tuple[int, int, int, int] | None = None  # x1, y1, x2, y2 in 0..1000, where the model wrote them so (Qwen-VL)
+    quad: Quad | None = None  # the points, where the model wrote four: the box is what encloses them
 
 
 def parse_corners(text: str) -> list[Corners]:
@@ -68,7 +78,7 @@ def _to_edge(value: float, limit: int, span: float) -> int:
 
 
 def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
-    """Boxes in an answer of LLaVA. Its coordinates name no picture: they are taken to mean the first one.
+    """Normalised boxes in an answer. Their coordinates name no picture: they are taken to mean the first one.
 
     Without pictures there is nothing that a box could refer to: the result is empty.
     """

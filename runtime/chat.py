@@ -29,8 +29,9 @@ class Chat:
         self.images: list[ImageSource] = []
         self.slot: int | None = None
         self.turn: Sequence | None = None  # the turn that runs
-        self.held = np.empty((0, 2), np.int32)  # [tokens, (id, row)] whose keys and values the slot holds
-        self.features = np.empty((0, 0), np.float32)  # [tiles * P, C] of the pictures so far
+        self.held = np.empty((0, 3), np.int32)  # [tokens, (id, row, state)] whose keys and values the slot holds
+        self.features = np.empty((0, model.facts.hidden_size), np.float32)  # [tiles * P, C] of the pictures so far
+        self.encoded = 0  # tiles whose features are kept above or, with cross-attention, whose keys are in the slot
 
     def send(
         self,
@@ -72,6 +73,7 @@ class Chat:
             self.model.engine.cache.release(self.slot)
             self.slot = None
             self.held = self.held[:0]
+            self._forget_cross_keys()
 
     def __enter__(self) -> Chat:
         return self
@@ -86,7 +88,7 @@ class Chat:
         from .model import as_list, check_text, merge_params
 
         check_text(text)
-        new = [load_image(image) for image in as_list(images)]
+        new = [load_image(image, alpha=self.model.facts.image.alpha) for image in as_list(images)]
         message = Message("user", text, len(new))
         prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
         sequence = self.model.engine.new_sequence(prompt, merge_params(sampling, settings), return_logits=return_logits)
@@ -107,10 +109,8 @@ class Chat:
         if self.slot is None and engine.cache.free:
             self.slot = engine.cache.acquire()
         sequence.slot, sequence.keep_slot = self.slot, self.slot is not None
-        known = len(self.features)
-        if known:
-            sequence.features[:known] = self.features
-        sequence.tiles_done = known // self.model.facts.image.rows
+        sequence.features[: len(self.features)] = self.features
+        sequence.tiles_done = self.encoded
         tokens = _tokens(sequence.prompt)
         shared = min(len(self.held), len(tokens) - 1)  # the last token is always run: its logits are wanted
         differ = np.flatnonzero((self.held[:shared] != tokens[:shared]).any(axis=1))
@@ -124,14 +124,21 @@ class Chat:
         self.turn = None
         self.messages += [message, Message("assistant", answer)]
         self.images += new
-        self.features = sequence.features
+        self.features, self.encoded = sequence.features, sequence.tiles_done
         if self.slot is None:  # every slot was taken by other chats: nothing is held
+            self._forget_cross_keys()
             return
-        # The last token was chosen but never run, so the cache does not hold it.
-        answered = np.array([(token, -1) for token in sequence.generated[:-1]], np.int32).reshape(-1, 2)
+        # The last token was chosen but never run, so the cache does not hold it. An answer is like the prompt's last token.
+        state = sequence.prompt.state[-1]
+        answered = np.array([(token, -1, state) for token in sequence.generated[:-1]], np.int32).reshape(-1, 3)
         self.held = np.concatenate((_tokens(sequence.prompt), answered))
+
+    def _forget_cross_keys(self) -> None:
+        """Keys of pictures live in the slot alone; features do not."""
+        if self.model.engine.manifest.cache.cross:
+            self.encoded = 0
 
 
 def _tokens(prompt: Prompt) -> np.ndarray:
-    """int32 [L, 2]: token id and feature row, which together say what a position holds."""
-    return np.stack((prompt.token_ids, prompt.rows), axis=1)
+    """int32 [L, 3]: token id, feature row and state, which together say what a position holds."""
+    return np.stack((prompt.token_ids, prompt.rows, prompt.state), axis=1)

@@ -18,14 +18,15 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-# LLaVA's conversation "vicuna_v1": the template that the original code trains and answers with.
-LLAVA_ORIGINAL = """\
+# LLaVA's conversations: 1.5 is trained and answers with "vicuna_v1"; for 1.6 the model's page gives "llava_v1", which calls
+# the user a human.
+_VICUNA = """\
 {% if messages and messages[0]['role'] == 'system' -%}
 {% for part in messages[0]['content'] if part['type'] == 'text' %}{{ part['text'] }}{% endfor %}
 {%- set messages = messages[1:] %}
 {%- else -%}
-A chat between a curious user and an artificial intelligence assistant. \
-The assistant gives helpful, detailed, and polite answers to the user's questions.
+A chat between a curious USER and an artificial intelligence assistant. \
+The assistant gives helpful, detailed, and polite answers to the USER's questions.
 {%- endif %}
 {{- ' ' }}
 {%- for message in messages %}
@@ -36,6 +37,8 @@ The assistant gives helpful, detailed, and polite answers to the user's question
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}
 """
+LLAVA_ORIGINAL = _VICUNA.replace("USER", "user")
+LLAVA_NEXT_ORIGINAL = _VICUNA.replace("USER", "human")
 
 # The rule of the llava-hf checkpoints, for those that come without their template.
 LLAVA_HF = """\
@@ -45,6 +48,18 @@ LLAVA_HF = """\
 {%- for part in message['content'] if part['type'] == 'text' %}{{ part['text'] + ' ' }}{% endfor %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}
+"""
+
+# Base checkpoints of Llama-3.2-Vision have no template, for they continue text: whatever the turns hold is joined as it
+# stands, pictures where their turn has them.
+MLLAMA_BASE = """\
+{{ bos_token }}
+{%- for message in messages %}
+{%- if message['content'] is string %}{{ message['content'] }}
+{%- else %}
+{%- for part in message['content'] %}{{ '<|image|>' if part['type'] == 'image' else part['text'] }}{% endfor %}
+{%- endif %}
+{%- endfor %}
 """
 
 

@@ -18,7 +18,7 @@ from .feeds import Feed, Feeds
 from .prompt import Prompt
 from .request import SamplingParams, Sequence
 from .sampler import sample
-from .scheduler import Scheduler, Step
+from .scheduler import Costs, Scheduler, Step
 
 
 class ContextError(ValueError):
@@ -49,7 +49,7 @@ class Engine:
     ) -> None:
         self.manifest: Manifest = artifact.manifest
         self.cache = SlotCache(self.manifest.cache)
-        self.graphs = {(graph.kind, graph.bucket): graph for graph in self.manifest.graphs}
+        self.graphs = {(graph.kind, graph.bucket, graph.images): graph for graph in self.manifest.graphs}
         self.scheduler = Scheduler(self.cache, self._costs())
         self.feeds = Feeds(self.manifest)
         self.backend = backend or open_backend(
@@ -70,12 +70,13 @@ class Engine:
         """A checked sequence that is not queued yet."""
         self._check_fit(prompt, params.max_new_tokens)
         image, width = self.manifest.model.image, self.manifest.model.hidden_size
+        rows = 0 if self.manifest.cache.cross else len(prompt.pixels) * image.rows
         return Sequence(
             id=next(self._ids),
             prompt=prompt,
             params=params,
             sampling=params.resolved(self.manifest.model.sampling),
-            features=np.empty((len(prompt.pixels) * image.rows, width), np.float32),
+            features=np.empty((rows, width), np.float32),
             keep_logits=return_logits,
         )
 
@@ -83,19 +84,26 @@ class Engine:
         """Run one graph and hand its result to the sequences that took part."""
         step = self.scheduler.next_step()
         feed = self.feeds(step, self.cache)
-        result = self.run_graph(step, feed)  # logits [B, V] float32; vision: image rows [tiles, P, C]
+        result = self.run_graph(step, feed)  # logits [B, V] float32; vision: image rows [tiles, P, C], or already in the cache
         self._commits[step.kind](step, result)
         return step
 
     def run_graph(self, step: Step, feed: Feed) -> np.ndarray:
-        slot = step.sequences[0].slot if step.kind == "prefill" else 0
-        assert slot is not None
+        slot, image = self._place(step)
         started = time.perf_counter()
         for sequence in step.sequences:
             sequence.started = sequence.started or started
-        result = self.backend.run(self.graphs[step.kind, step.bucket], feed, slot)
+        result = self.backend.run(self.graphs[step.kind, step.bucket, step.images], feed, slot, image)
         self.metrics.count(step, time.perf_counter() - started)
         return result
+
+    def _place(self, step: Step) -> tuple[int, int]:
+        """Slot and picture that a run works on. Decode runs over all slots; rows of features belong to no slot."""
+        first, cross = step.sequences[0], self.manifest.cache.cross
+        if step.kind == "decode" or (step.kind == "vision" and not cross):
+            return 0, 0
+        assert first.slot is not None
+        return first.slot, first.tiles_done // step.bucket if step.kind == "vision" else 0
 
     def cancel(self, sequence: Sequence) -> None:
         """Drop a sequence that has not finished."""
@@ -103,9 +111,11 @@ class Engine:
             self._finish(sequence, "cancelled")
 
     def _commit_vision(self, step: Step, rows: np.ndarray) -> None:
-        sequence, per_tile = step.sequences[0], rows.shape[1]
-        start = sequence.tiles_done * per_tile
-        sequence.features[start : start + step.count * per_tile] = rows[: step.count].reshape(-1, rows.shape[2])
+        sequence = step.sequences[0]
+        if not self.manifest.cache.cross:
+            per_tile = rows.shape[1]
+            start = sequence.tiles_done * per_tile
+            sequence.features[start : start + step.count * per_tile] = rows[: step.count].reshape(-1, rows.shape[2])
         sequence.tiles_done += step.count
         sequence.vision_s = time.perf_counter() - sequence.started
 
@@ -146,6 +156,12 @@ class Engine:
             sequence.finish_reason = "stop"
 
     def _check_fit(self, prompt: Prompt, max_new_tokens: int) -> None:
+        cross = self.manifest.cache.cross
+        if cross and len(prompt.frames) > cross.images:
+            raise ContextError(
+                f"the prompt has {len(prompt.frames)} pictures, but the artifact holds {cross.images} for each sequence; give "
+                f"fewer, or compile a larger one: staticvl compile CHECKPOINT --out ARTIFACT --images {len(prompt.frames)}"
+            )
         context = self.manifest.cache.context
         needed = prompt.length + max_new_tokens
         if needed > context:
@@ -156,8 +172,8 @@ class Engine:
                 f"staticvl compile CHECKPOINT --out ARTIFACT --context {needed}"
             )
 
-    def _costs(self) -> dict[Kind, dict[int, float]]:
-        costs: dict[Kind, dict[int, float]] = {kind: {} for kind in KINDS}  # type: ignore[misc]
+    def _costs(self) -> Costs:
+        costs: dict[tuple[Kind, int], dict[int, float]] = {}
         for graph in self.manifest.graphs:
-            costs[graph.kind][graph.bucket] = graph.cost_ms
+            costs.setdefault((graph.kind, graph.images), {})[graph.bucket] = graph.cost_ms
         return costs

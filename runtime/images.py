@@ -1,52 +1,34 @@
-"""Pictures: from a path, URL or object to the uint8 square that the vision graph takes.
+"""Pictures as the vision graph takes them, and where its tiles lie on the picture.
 
-Legend: S side of the square; coordinates are (x, y) with the origin at the top left corner.
-Rescaling and normalisation happen in the graph, so everything here stays uint8.
+Legend: S side of a tile; sizes are (width, height); coordinates are (x, y) with the origin at the top left corner.
+Rescaling and normalisation happen in the graph, so everything here stays uint8. All pixels equal those of the reference
+processors to the last bit.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
-import http.client
-import io
-import re
-import struct
-import threading
-import time
-import urllib.error
-import urllib.parse
-import urllib.request
-from concurrent.futures import Future
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO, TypeAlias
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from .artifact import ImageFacts
+from .image_files import ImageError, ImageSource, load_image
+from .tiles import anyres_size, canvas_size, grid_of
 
-ImageSource: TypeAlias = str | Path | BinaryIO | Image.Image
+__all__ = ["Frame", "ImageError", "ImageSource", "frame_of", "load_image", "stack_pixels", "to_pixels"]
 
-MIB = 1 << 20
 MAX_RESIZED_PIXELS = 400_000_000  # of the intermediate picture of to_pixels; only extreme aspect ratios come near
-# What PIL would open further needs outside programs (EPS, WMF) or is no picture that people send.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
-# PIL reports damaged files with any of these.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, IndexError)
-
-
-class ImageError(ValueError):
-    """A picture that cannot be used; the message says which one and why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """Where the square that the model saw lies on the original picture, in pixels of the picture.
+    """Where the area that the model's coordinates refer to lies on the original picture, in pixels of the picture.
 
-    A coordinate u, v in 0..1 of the square is the point `left + u * width`, `top + v * height`. With padding the square is
-    larger than the picture (left or top is negative); with a centre crop it is smaller.
+    A coordinate u, v in 0..1 is the point `left + u * width`, `top + v * height`. With padding the area is larger than the
+    picture (left or top is negative); with a centre crop it is smaller.
     """
 
     left: float
@@ -61,201 +43,75 @@ class Frame:
         return self.left + u * self.width, self.top + v * self.height
 
 
-def load_image(
-    source: ImageSource, *, timeout_s: float = 20, max_bytes: int = 32 * MIB, max_pixels: int = 100_000_000
-) -> Image.Image:
-    """Open a picture as RGB.
-
-    `source` is a path, an http(s) or data: URL, a binary file object or a PIL image. `timeout_s` is the time that a download
-    may take in all, `max_bytes` the most that it (or a data: URL) may hold. The first frame of an animation is taken; EXIF
-    orientation is not applied, as in the CLIP and LLaVA processors. Transparent parts are laid over white (transformers 5.23,
-    image_transforms.convert_to_rgb). 16-bit greyscale is scaled to 8 bits, where PIL would clip it to white.
-
-    Addresses are not filtered: a service that passes on URLs of strangers must do that itself.
-
-    Raises ImageError.
-    """
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the picture", max_pixels)
-    if isinstance(source, str):
-        name = source if len(source) <= 100 else f"{source[:97]}..."
-        if source.startswith("data:"):
-            return _open(io.BytesIO(_decode_data_url(source, name, max_bytes)), name, max_pixels)
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
-            return _open(io.BytesIO(_download(source, name, timeout_s, max_bytes)), name, max_pixels)
-        return _open_path(Path(source), max_pixels)
-    if isinstance(source, Path):
-        return _open_path(source, max_pixels)
-    if hasattr(source, "read"):
-        return _open(source, str(getattr(source, "name", "the file object")), max_pixels)
-    raise ImageError(f"a picture was given as {type(source).__name__}; expected a path, a URL, a binary file or a PIL image")
-
-
-def _open_path(path: Path, max_pixels: int) -> Image.Image:
-    try:
-        file = path.open("rb")
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist; give the path or URL of a picture") from None
-    except (OSError, ValueError) as error:
-        raise ImageError(f"{str(path)!r} cannot be read ({error})") from error
-    with file:
-        return _open(file, str(path), max_pixels)
-
-
-def _open(file: BinaryIO, name: str, max_pixels: int) -> Image.Image:
-    Image.init()
-    try:
-        image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name} is refused: {error}") from error
-    except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture in a known format ({', '.join(FORMATS)})") from None
-    except DAMAGED as error:
-        raise ImageError(f"{name} is damaged or not a picture ({error})") from error
-    return _to_rgb(image, name, max_pixels)
-
-
-def _to_rgb(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
-    """Decode and convert; the size is checked before any pixel is decoded."""
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} is {width} x {height} pixels; expected at least 1 x 1")
-    if width * height > max_pixels:
-        raise ImageError(f"{name} is {width} x {height} pixels, more than the {max_pixels} allowed; scale it down first")
-    try:
-        image.load()
-        return _convert(image)
-    except DAMAGED as error:
-        raise ImageError(f"{name} is damaged or cut short ({error})") from error
-
-
-def _convert(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # PIL would clip every value above 255 to white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _decode_data_url(url: str, name: str, max_bytes: int) -> bytes:
-    head, comma, body = url.partition(",")
-    if not (comma and head.startswith("data:image/") and head.endswith(";base64")):
-        raise ImageError(f"{name} is not a picture; expected data:image/...;base64,...")
-    if len(body) * 3 // 4 > max_bytes + 2:
-        raise ImageError(f"{name} holds more than the {max_bytes} bytes allowed")
-    try:
-        return base64.b64decode(body, validate=True)
-    except binascii.Error as error:
-        raise ImageError(f"{name} is not valid base64 ({error})") from error
-
-
-def _download(url: str, name: str, timeout_s: float, max_bytes: int) -> bytes:
-    """Fetch in a thread of its own: a socket timeout bounds one read, not a server that sends a byte now and then."""
-    request = _request(url, name)
-    result: Future[bytes] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(_fetch(request, name, timeout_s, max_bytes))
-        except Exception as error:  # handed over to the caller, who sees it as it is
-            result.set_exception(error)
-
-    threading.Thread(target=work, daemon=True, name="staticvl-download").start()
-    try:
-        return result.result(timeout=timeout_s)
-    except TimeoutError:
-        raise ImageError(f"{name} did not arrive within {timeout_s:g} s") from None
-
-
-def _request(url: str, name: str) -> urllib.request.Request:
-    scheme = url.partition(":")[0].lower()
-    if scheme not in ("http", "https"):
-        raise ImageError(f"{name} has the scheme {scheme}; expected http or https, or a path")
-    try:
-        quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-        _ = urllib.parse.urlsplit(quoted).port  # raises for one that is no port
-        return urllib.request.Request(quoted, headers={"User-Agent": "staticvl"})
-    except ValueError as error:
-        raise ImageError(f"{name} is not a valid URL ({error})") from error
-
-
-def _fetch(request: urllib.request.Request, name: str, timeout_s: float, max_bytes: int) -> bytes:
-    deadline = time.monotonic() + timeout_s
-    try:
-        with _opener().open(request, timeout=timeout_s) as response:
-            return _read(response, name, deadline, max_bytes)
-    except urllib.error.HTTPError as error:
-        if 300 <= error.code < 400:
-            target = error.headers.get("Location")
-            raise ImageError(
-                f"{name} redirects to {target}, which is not followed; expected http or https, without a loop"
-            ) from None
-        raise ImageError(f"{name} cannot be fetched: HTTP status {error.code} {error.reason}") from None
-    except TimeoutError:
-        raise
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, TimeoutError):
-            raise TimeoutError from error
-        raise ImageError(f"{name} cannot be fetched: {error.reason}") from error
-    except (http.client.HTTPException, OSError, UnicodeError) as error:
-        raise ImageError(f"{name} cannot be fetched: {error or type(error).__name__}") from error
-
-
-def _opener() -> urllib.request.OpenerDirector:
-    """An opener for http and https alone: the default one also opens file, ftp and data."""
-    opener = urllib.request.OpenerDirector()
-    for handler in (
-        urllib.request.ProxyHandler,
-        urllib.request.UnknownHandler,
-        urllib.request.HTTPHandler,
-        urllib.request.HTTPSHandler,
-        urllib.request.HTTPDefaultErrorHandler,
-        urllib.request.HTTPRedirectHandler,
-        urllib.request.HTTPErrorProcessor,
-    ):
-        opener.add_handler(handler())
-    return opener
-
-
-def _read(response: http.client.HTTPResponse, name: str, deadline: float, max_bytes: int) -> bytes:
-    length = response.headers.get("Content-Length", "")
-    parts, size = [], int(length) if length.isdecimal() else 0
-    if size <= max_bytes:
-        size = 0
-        while part := response.read1(65536):
-            parts.append(part)
-            size += len(part)
-            if size > max_bytes:
-                break
-            if time.monotonic() > deadline:
-                raise TimeoutError
-    if size > max_bytes:
-        raise ImageError(f"{name} holds more than the {max_bytes} bytes allowed")
-    return b"".join(parts)
-
-
 def to_pixels(image: Image.Image, facts: ImageFacts) -> np.ndarray:
-    """The uint8 square [S, S, 3] of an RGB picture, equal to the last bit to the PIL processors of transformers.
+    """The tiles of an RGB picture, uint8 [tiles, S, S, 3].
 
     crop (CLIPImageProcessor): the shortest edge becomes S, the other int(S * long / short), then the middle is cut out.
     pad (LLaVA's expand2square): a square in the colour int(255 * mean) with the picture in its middle, then resized.
+    stretch (Qwen-VL): resized to the square, whatever its shape.
+    anyres (LLaVA-1.6): first the picture stretched to one tile; then the tiles of the best grid, row by row, with the picture
+    in their middle on black.
+    tiles (Llama-3.2-Vision): the tiles of the best grid, row by row, with the picture at the top left on black; then black
+    tiles up to facts.tiles.
 
-    Raises ImageError for a picture so narrow that the intermediate picture would not fit in memory.
+    Raises ImageError for a picture so narrow that an intermediate picture would not fit in memory.
     """
+    if facts.mode == "stretch":
+        return _stretched(image, facts)
+    if facts.mode == "anyres":
+        return np.concatenate((_stretched(image, facts), _anyres_tiles(image, facts)))
+    if facts.mode == "tiles":
+        return _canvas_tiles(image, facts)
+    return _middle(_pad_to_square(image, _pad_colour(facts)) if facts.mode == "pad" else image, facts)
+
+
+def stack_pixels(images: Sequence[Image.Image], facts: ImageFacts) -> np.ndarray:
+    """The tiles of all pictures one after the other, uint8 [tiles, S, S, 3]."""
+    none = np.empty((0, facts.size, facts.size, 3), dtype=np.uint8)
+    return np.concatenate([none, *(to_pixels(image, facts) for image in images)])
+
+
+def _stretched(image: Image.Image, facts: ImageFacts) -> np.ndarray:
+    return np.array(_resize(image, (facts.size, facts.size), facts))[None]  # [1, S, S, 3]
+
+
+def _middle(image: Image.Image, facts: ImageFacts) -> np.ndarray:
     side = facts.size
-    if facts.mode == "pad":
-        image = _pad_to_square(image, _pad_colour(facts))
-    width, height = _resized(image.size, side)
+    width, height = _shortest_edge(image.size, side)
     _check_pixels(width * height, image.size)
-    resized = image.resize((width, height), resample=Image.Resampling(facts.resample))
     left, top = (width - side) // 2, (height - side) // 2
-    return np.array(resized.crop((left, top, left + side, top + side)))  # [S, S, 3]
+    return np.array(_resize(image, (width, height), facts).crop((left, top, left + side, top + side)))[None]  # [1, S, S, 3]
 
 
-def _resized(size: tuple[int, int], side: int) -> tuple[int, int]:
+def _anyres_tiles(image: Image.Image, facts: ImageFacts) -> np.ndarray:
+    rows, columns = grid_of(image.size, facts)
+    width, height = anyres_size(image.size, (rows, columns), facts.size)
+    corner = (columns * facts.size - width) // 2, (rows * facts.size - height) // 2
+    return _cut(_resize(image, (width, height), facts), corner, (rows, columns), facts.size)
+
+
+def _canvas_tiles(image: Image.Image, facts: ImageFacts) -> np.ndarray:
+    grid = grid_of(image.size, facts)
+    resized = _resize(image, canvas_size(image.size, grid, facts.size), facts)
+    tiles = np.zeros((facts.tiles, facts.size, facts.size, 3), dtype=np.uint8)
+    tiles[: math.prod(grid)] = _cut(resized, (0, 0), grid, facts.size)
+    return tiles
+
+
+def _resize(image: Image.Image, size: tuple[int, int], facts: ImageFacts) -> Image.Image:
+    return image.resize(size, resample=Image.Resampling(facts.resample))
+
+
+def _cut(image: Image.Image, corner: tuple[int, int], grid: tuple[int, int], side: int) -> np.ndarray:
+    """Tiles row by row, [rows * columns, S, S, 3], of a black canvas with the picture's top left corner at `corner`."""
+    rows, columns = grid
+    canvas = Image.new("RGB", (columns * side, rows * side))
+    canvas.paste(image, corner)
+    tiles = np.asarray(canvas).reshape(rows, side, columns, side, 3)
+    return tiles.transpose(0, 2, 1, 3, 4).reshape(rows * columns, side, side, 3)
+
+
+def _shortest_edge(size: tuple[int, int], side: int) -> tuple[int, int]:
     width, height = size
     if width <= height:
         return side, int(side * height / width)
@@ -287,13 +143,17 @@ def _check_pixels(count: int, size: tuple[int, int]) -> None:
 
 
 def frame_of(size: tuple[int, int], facts: ImageFacts) -> Frame:
-    """Where the square that `to_pixels` makes of a picture of `size` (width, height) lies on the picture."""
+    """Where the square that `to_pixels` makes of a picture of `size` lies on it; where it is stretched or cut into tiles,
+    coordinates refer to the picture itself.
+    """
     width, height = size
     if facts.mode == "pad":
         long = max(size)
         left, top = -((long - width) // 2), -((long - height) // 2)
         return Frame(left=left, top=top, width=long, height=long, image_width=width, image_height=height)
-    resized_width, resized_height = _resized(size, facts.size)
+    if facts.mode != "crop":
+        return Frame(left=0, top=0, width=width, height=height, image_width=width, image_height=height)
+    resized_width, resized_height = _shortest_edge(size, facts.size)
     x_scale, y_scale = width / resized_width, height / resized_height
     return Frame(
         left=(resized_width - facts.size) // 2 * x_scale,

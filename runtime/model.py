@@ -150,13 +150,12 @@ class Model:
 
     def prepare_messages(self, messages: list[Message], images: list[ImageSource]) -> Prompt:
         """A chat's prompt, up to the place where the assistant answers."""
-        text = self.family.to_text(messages, self.template, self.facts, self.tokenizer)
-        return self.family.prepare(text, images, self.facts, self.tokenizer)
+        return self.family.chat_prompt(messages, images, self.facts, self.tokenizer, self.template)
 
     def _prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
         check_text(text)
         if raw:
-            return self.family.prepare(text, images, self.facts, self.tokenizer)
+            return self.family.raw_prompt(text, images, self.facts, self.tokenizer)
         return self.prepare_messages([Message("user", text, len(images))], images)
 
     def _start(self, sequence: Sequence) -> AnswerText:

@@ -129,6 +129,11 @@ class Sequence:
         return self.computed < self.prompt.length
 
     @property
+    def images(self) -> int:
+        """Pictures that the sequence's tokens see by cross-attention; 0 where pictures enter otherwise."""
+        return len(self.prompt.frames) if self.prompt.sight else 0
+
+    @property
     def encoding(self) -> bool:
         return self.tiles_done < len(self.prompt.pixels)
 

@@ -7,6 +7,7 @@ ones decode, so that batches are as full as they can be.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from .artifact import Kind
@@ -17,23 +18,31 @@ from .request import Sequence
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows."""
+    """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows.
+
+    `images` says which variant of a text graph runs: how many pictures it can see (cross-attention only, else 0).
+    """
 
     kind: Kind
     bucket: int
     sequences: tuple[Sequence, ...]
     count: int
+    images: int = 0
+
+
+Costs = Mapping[tuple[Kind, int], Mapping[int, float]]  # (kind, images) -> bucket -> cost of a run
 
 
 class Scheduler:
     """First come, first served."""
 
-    def __init__(self, cache: SlotCache, costs: dict[Kind, dict[int, float]]) -> None:
+    def __init__(self, cache: SlotCache, costs: Costs) -> None:
         self.cache = cache
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
-        self.planners = {kind: ChunkPlanner(costs[kind]) for kind in ("vision", "prefill")}
-        self.decode_buckets = sorted(costs["decode"])
+        self.vision = ChunkPlanner(costs["vision", 0])
+        self.prefill = {images: ChunkPlanner(cost) for (kind, images), cost in costs.items() if kind == "prefill"}
+        self.decode = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "decode"}
 
     @property
     def idle(self) -> bool:
@@ -78,16 +87,23 @@ class Scheduler:
 
     def _vision(self, sequence: Sequence) -> Step:
         left = len(sequence.prompt.pixels) - sequence.tiles_done
-        bucket = self.planners["vision"].split(left)[0]
+        bucket = self.vision.split(left)[0]
         return Step("vision", bucket, (sequence,), min(bucket, left))
 
     def _prefill(self, sequence: Sequence) -> Step:
         left = sequence.prompt.length - sequence.computed
-        bucket = self.planners["prefill"].next_bucket(left, self.cache.spec.rows - sequence.computed)
-        return Step("prefill", bucket, (sequence,), min(bucket, left))
+        images = _enough(self.prefill, sequence.images)
+        bucket = self.prefill[images].next_bucket(left, self.cache.spec.rows - sequence.computed)
+        return Step("prefill", bucket, (sequence,), min(bucket, left), images)
 
     def _decode(self) -> Step:
         # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
         rows = 1 + max(sequence.slot for sequence in self.running if sequence.slot is not None)
-        bucket = next(b for b in self.decode_buckets if b >= rows)
-        return Step("decode", bucket, tuple(self.running), rows)
+        images = _enough(self.decode, max(sequence.images for sequence in self.running))
+        bucket = next(b for b in self.decode[images] if b >= rows)
+        return Step("decode", bucket, tuple(self.running), rows, images)
+
+
+def _enough(variants: Iterable[int], images: int) -> int:
+    """The smallest variant of a graph that sees `images` pictures; 0 sees none and has no layers for them."""
+    return min(variant for variant in variants if variant >= images)

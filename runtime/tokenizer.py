@@ -1,169 +1,30 @@
-"""Text to token ids and back, from a tokenizer.json or a sentencepiece tokenizer.model.
+"""Text to token ids and back, in one go and token by token.
 
-Special tokens written in a text ("</s>", "<image>") become those tokens wherever they stand, as in transformers. One thing
-differs on purpose: a text that already begins with BOS does not get a second one.
+One thing differs from transformers on purpose: a text that already begins with BOS does not get a second one.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
-
-import sentencepiece
-import tokenizers
 
 from .artifact import TokenizerFacts
+from .tiktoken_vocabulary import TiktokenVocabulary
+from .vocabularies import BYTE_PIECE, SentencePieceVocabulary, TokenizerError, TokenizersVocabulary, Vocabulary
+
+__all__ = [
+    "PICTURE",
+    "Detokenizer",
+    "Tokenizer",
+    "TokenizerError",
+    "Vocabulary",
+    "check_unicode",
+    "load_tokenizer",
+    "read_vocabulary",
+]
 
 PICTURE = -1  # stands for a picture in the ids of encode_with_images; never a token id
-
-_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-_BLANK = "▁"  # how sentencepiece vocabularies write a space
-_WALL = "\ue000"  # a private-use character: no piece holds it, so nothing merges across it
-
-
-class TokenizerError(ValueError):
-    """Tokenizer files or a text that cannot be used; the message says why."""
-
-
-class Vocabulary(Protocol):
-    """What the two kinds of tokenizer files have in common."""
-
-    @property
-    def size(self) -> int:
-        """Highest known id plus one."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no EOS."""
-        ...
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        """Text of ids, without a leading blank that stands for the start of the text; unknown ids give nothing."""
-        ...
-
-    def token(self, token_id: int) -> str | None: ...
-
-    def token_id(self, token: str) -> int | None: ...
-
-    def is_special(self, token_id: int) -> bool: ...
-
-
-class TokenizersVocabulary:
-    """A tokenizer.json, read by the tokenizers library."""
-
-    def __init__(self, path: Path) -> None:
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises nothing narrower
-            raise TokenizerError(f"{path} is not a usable tokenizer.json ({error})") from error
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
-        self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def encode(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
-
-    def token(self, token_id: int) -> str | None:
-        return self._tokenizer.id_to_token(token_id)
-
-    def token_id(self, token: str) -> int | None:
-        return self._tokenizer.token_to_id(token)
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special
-
-
-class SentencePieceVocabulary:
-    """A tokenizer.model of the Llama kind plus added tokens that it does not know.
-
-    Control tokens (<s>, </s>, <unk>) and added tokens are cut out of the text first. The text then begins with a blank; after
-    a special token a blank is added only with `legacy`, the behaviour of Llama tokenizers whose config says so.
-    """
-
-    def __init__(self, path: Path, added_tokens: Mapping[str, int], *, legacy: bool) -> None:
-        try:
-            self._model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-        except (OSError, RuntimeError) as error:
-            raise TokenizerError(f"{path} is not a usable sentencepiece model ({error})") from error
-        self._legacy = legacy
-        pieces = self._model.get_piece_size()
-        control = (i for i in range(pieces) if self._model.is_control(i) or self._model.is_unknown(i))
-        self._special = {self._model.id_to_piece(i): i for i in control} | dict(added_tokens)
-        self._added = {i: token for token, i in added_tokens.items()}
-        self._special_ids = set(self._special.values())
-        self._size = 1 + max([pieces - 1, *self._added])
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
-        self._wall = self._model.encode(_WALL)
-
-    @property
-    def size(self) -> int:
-        return self._size
-
-    def encode(self, text: str) -> list[int]:
-        ids: list[int] = []
-        for place, part in enumerate(self._cut.split(text)):
-            if place % 2:
-                ids.append(self._special[part])
-            elif part:
-                ids += self._encode_part(part, blank=place == 0 or self._legacy)
-        return ids
-
-    def _encode_part(self, part: str, *, blank: bool) -> list[int]:
-        """Sentencepiece puts a blank before every text; behind a wall it does so before the wall."""
-        return self._model.encode(part) if blank else self._model.encode(_WALL + part)[len(self._wall) :]
-
-    def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        shown = [i for i in ids if not (skip_special and i in self._special_ids)]
-        text = _join_pieces(piece for i in shown if (piece := self.token(i)) is not None)
-        return text.removeprefix(" ")
-
-    def token(self, token_id: int) -> str | None:
-        if token_id in self._added:
-            return self._added[token_id]
-        return self._model.id_to_piece(token_id) if 0 <= token_id < self._model.get_piece_size() else None
-
-    def token_id(self, token: str) -> int | None:
-        if token in self._special:
-            return self._special[token]
-        found = self._model.piece_to_id(token)
-        return None if self._model.is_unknown(found) else found
-
-    def is_special(self, token_id: int) -> bool:
-        return token_id in self._special_ids
-
-
-def _join_pieces(pieces: Iterable[str]) -> str:
-    """Text of pieces; a run of byte pieces that is not UTF-8 gives one U+FFFD per byte, as tokenizers' ByteFallback does."""
-    parts: list[str] = []
-    run = bytearray()
-    for piece in (*pieces, ""):
-        if byte := _BYTE.fullmatch(piece):
-            run.append(int(byte[1], 16))
-            continue
-        if run:
-            parts.append(_utf8(bytes(run)))
-            run.clear()
-        parts.append(piece.replace(_BLANK, " "))
-    return "".join(parts)
-
-
-def _utf8(data: bytes) -> str:
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError:
-        return "\ufffd" * len(data)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,10 +36,7 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_bos: bool) -> list[int]:
         """Ids of a text; with `add_bos` exactly one BOS comes first, also when the text begins with it."""
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise TokenizerError(f"the text is not valid Unicode ({error}); replace its lone surrogates") from error
+        check_unicode(text)
         ids = self.vocabulary.encode(text)
         bos = self.facts.bos_token_id
         return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
@@ -208,6 +66,14 @@ class Tokenizer:
         return self.vocabulary.token(token_id) or ""
 
 
+def check_unicode(text: str) -> None:
+    """Raise TokenizerError for a text with lone surrogates, which has no bytes."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise TokenizerError(f"the text is not valid Unicode ({error}); replace its lone surrogates") from error
+
+
 class Detokenizer:
     """Text piece by piece as tokens arrive; the pieces joined equal `Tokenizer.decode` of all ids.
 
@@ -227,7 +93,7 @@ class Detokenizer:
         if token is None or (self._skip_special and self._vocabulary.is_special(token_id)):
             return ""
         self._held.append(token_id)
-        if _BYTE.fullmatch(token):
+        if BYTE_PIECE.fullmatch(token):
             return ""
         text = self._new_text()
         return "" if text.endswith("\ufffd") else self._give_out(text)
@@ -249,8 +115,7 @@ class Detokenizer:
 
 def read_vocabulary(path: Path, *, added_tokens: Mapping[str, int] | None = None, legacy: bool = False) -> Vocabulary:
     """Read tokenizer.json, or a sentencepiece model with tokens added; raises TokenizerError."""
-    if not path.is_file():
-        raise TokenizerError(f"{path} is missing; copy the whole artifact folder or compile again")
+    _check_there(path)
     if path.suffix == ".json":
         return TokenizersVocabulary(path)
     return SentencePieceVocabulary(path, added_tokens or {}, legacy=legacy)
@@ -258,5 +123,14 @@ def read_vocabulary(path: Path, *, added_tokens: Mapping[str, int] | None = None
 
 def load_tokenizer(folder: Path, facts: TokenizerFacts) -> Tokenizer:
     """The tokenizer in `folder`, which holds the file that facts.kind names; raises TokenizerError."""
+    if facts.kind == "tiktoken":
+        path = folder / facts.file
+        _check_there(path)
+        return Tokenizer(facts, TiktokenVocabulary(path, facts.added_tokens, pattern=facts.pattern, nfc=facts.nfc))
     name = "tokenizer.json" if facts.kind == "tokenizers" else "tokenizer.model"
     return Tokenizer(facts, read_vocabulary(folder / name, added_tokens=facts.added_tokens, legacy=facts.legacy))
+
+
+def _check_there(path: Path) -> None:
+    if not path.is_file():
+        raise TokenizerError(f"{path} is missing; copy the whole artifact folder or compile again")

@@ -14,7 +14,7 @@ DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
 
 
 class Backend(Protocol):
-    """Runs graphs; owns the KV cache, one buffer per layer for keys and one for values, [slots, K, S, D]."""
+    """Runs graphs; owns the cache: the buffers that CacheSpec.buffers names."""
 
     def load(self, graph: GraphSpec) -> None:
         """Make a graph ready to run."""
@@ -24,12 +24,13 @@ class Backend(Protocol):
         """Free what `load` or `run` took for a graph."""
         ...
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
-        """Run one graph and return its first output.
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+        """Run one graph and return its first output; one that belongs into the cache is written there.
 
         `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`; a caller that passes the same
         mapping and arrays again gets them bound by pointer only once. Cache rows of slots slot .. slot + B - 1 are read
-        and written in place. The result belongs to the backend and is overwritten by the next run of the same graph.
+        and written in place; `image` says which picture's entries a vision graph with cross keys writes. The result belongs
+        to the backend and is overwritten by the next run of the same graph.
         """
         ...
 
@@ -40,6 +41,13 @@ class Backend(Protocol):
     def write_cache(self, name: str, value: np.ndarray) -> None:
         """Overwrite the first slots of one cache buffer with a value [slots, K, S, D]."""
         ...
+
+
+def cache_name(output: str, image: int) -> str | None:
+    """The cache buffer that a graph output belongs into, if any."""
+    if output.startswith(("cross_k.", "cross_v.")):
+        return f"{output}.{image}"
+    return output.removesuffix(".out") if output.endswith(".out") else None
 
 
 def open_backend(

@@ -1,43 +1,55 @@
 """A backend whose results a person can check by hand, for tests of everything around the graphs.
 
-Legend: B rows, T tokens, S cache rows, C hidden size, V vocabulary, P rows per tile.
+Legend: B rows, T tokens, S cache rows, C hidden size, V vocabulary, P rows per tile, n pictures of t tiles.
 
 The arithmetic, all of it in integers:
 
     vision     row r of a tile whose pixels sum to s is C times the number (s + r) % 1009
     value      what stands at a position: its token id, or the number in its image row
-    cache      a position keeps (value + 1) * (position + 1)
+    cache      a position keeps (value + 1) * (position * ntk + 1), where ntk is the factor of dynamic NTK, else 1
     logits     1 at (sum of what the cache keeps, up to the last real token) % V, 0 elsewhere
 
-So tokens 5, 7 in an empty cache leave 6 * 1 + 8 * 2 = 22, and 22 % V is the next token. A position is read off the rope
-tables, as in a real graph, whose keys are rotated by them. Padding leaves numbers in the cache like any other token: one
-wrong slot, length, last_index, row_index, rope row or stale cache row, and the next token is another one.
+So tokens 5, 7 in an empty cache leave 6 * 1 + 8 * 2 = 22, and 22 % V is the next token. Position and factor are read off
+the rope tables, as in a real graph, whose keys are rotated by them. Padding leaves numbers in the cache like any other
+token: one wrong slot, length, last_index, row_index, rope row or stale cache row, and the next token is another one.
+
+With cross-attention a vision graph leaves one number for each tile in the entries of its picture: tile i of a picture
+shaped as `aspect_id` says keeps (s + (i + 1) * aspect_id) % 1009, where s is 0 in a tile that is not in use. A text graph
+with images > 0 adds to every value the numbers of the tiles that cross_mask shows, times the first gate, and then the second
+gate. One with images = 0 adds nothing. Where queries are scaled, a scale that does not belong to its position is an error.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 
-from ..artifact import GraphSpec, Manifest
+from ..artifact import CROSS_HIDDEN, GraphSpec, Manifest
+from ..rope import rope_tables
 
 PICTURE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that pictures differ from tokens
 
 
 class FakeBackend:
-    """See backends.base.Backend. Every cache buffer holds the same numbers, as float64 [slots, K, S, D]."""
+    """See backends.base.Backend. All layers' keys and values hold the same numbers."""
 
     def __init__(self, manifest: Manifest) -> None:
-        self.spec, theta = manifest.cache, manifest.model.rope_theta
-        self.kept = np.zeros((self.spec.slots, self.spec.rows), np.int64)  # [slots, S]
+        self.spec, self.rope = manifest.cache, manifest.model.rope
+        cross, slots = self.spec.cross, self.spec.slots
+        self.kept = np.zeros((slots, self.spec.rows), np.int64)  # [slots, S]
+        self.tiles = np.zeros((slots, cross.images, cross.tiles) if cross else (slots, 0, 0), np.int64)  # [slots, n, t]
         self.outputs: dict[str, np.ndarray] = {}
         # The slowest of the rope frequencies: its angle stays below half a turn, so it says the position.
-        self.frequency = theta ** -((self.spec.head_dim - 2) / self.spec.head_dim)
+        cos, sin = rope_tables(self.rope, self.spec.head_dim, 2)
+        self.frequency = float(np.arctan2(sin[1, -1], cos[1, -1]))
         if self.spec.rows * self.frequency >= np.pi:
             raise ValueError(
-                f"{self.spec.rows} cache rows cannot be told apart by rope tables with theta {theta}; use a larger theta"
+                f"{self.spec.rows} cache rows cannot be told apart by rope tables with theta {self.rope.theta}; use a larger "
+                "theta"
             )
+        self.factors = 2 ** np.arange(1, 9 if self.rope.ntk_positions else 2) - 1  # of dynamic NTK: 1, 3, 7, ...
 
     def load(self, graph: GraphSpec) -> None:
         if graph.name not in self.outputs:
@@ -47,17 +59,20 @@ class FakeBackend:
     def unload(self, graph: GraphSpec) -> None:
         self.outputs.pop(graph.name, None)
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
         self.load(graph)
         _check_feed(graph, feed)
         output = self.outputs[graph.name]
         if graph.kind == "vision":
-            output[...] = _image_rows(feed["pixels"], output.shape[1])[..., None]
-            return output
+            return self._vision(feed, output, slot, image)
         values, last = feed["token_ids"].astype(np.int64), np.zeros(len(feed["token_ids"]), np.int64)  # [B, T], [B]
-        if graph.kind == "prefill":
+        if "row_index" in feed:
             taken = np.rint(feed["image_rows"][feed["row_index"], 0]).astype(np.int64)
-            values, last = np.where(feed["row_index"] >= 0, taken, values), feed["last_index"].astype(np.int64)
+            values = np.where(feed["row_index"] >= 0, taken, values)
+        if "last_index" in feed:
+            last = feed["last_index"].astype(np.int64)
+        if graph.images:
+            values = values + self._seen(graph, feed, slot)
         self._write(values, feed, slot)
         ends = feed["lengths"] + last + 1  # [B]
         sums = [int(self.kept[slot + b, :end].sum()) for b, end in enumerate(ends)]
@@ -65,28 +80,78 @@ class FakeBackend:
         output[np.arange(len(sums)), np.array(sums) % output.shape[1]] = 1
         return output
 
+    def _vision(self, feed: Mapping[str, np.ndarray], output: np.ndarray, slot: int, image: int) -> np.ndarray:
+        sums = feed["pixels"].astype(np.int64).sum(axis=(1, 2, 3))  # [tiles]
+        if not self.spec.cross:
+            output[...] = ((sums[:, None] + np.arange(output.shape[1])) % PICTURE_NUMBERS)[..., None]
+            return output
+        place = np.arange(len(sums))
+        used = np.where(place < feed["tile_count"], sums, 0)
+        self.tiles[slot, image] = (used + (place + 1) * int(feed["aspect_id"][0])) % PICTURE_NUMBERS
+        output[...] = np.repeat(self.tiles[slot, image], output.shape[2] // len(sums))[:, None]
+        return output
+
+    def _seen(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int) -> np.ndarray:
+        """What each token gains by looking at pictures, int64 [B, T]."""
+        mask, gates = feed["cross_mask"], feed["cross_gate"].astype(np.int64)  # [B, T, n * t], [B, T, 2]
+        if not ((mask == 0) | (mask == np.float32(CROSS_HIDDEN))).all():
+            raise ValueError(f"{graph.name}: cross_mask holds other numbers than 0 and {CROSS_HIDDEN}")
+        tiles = self.tiles[slot : slot + len(mask), : graph.images].reshape(len(mask), 1, -1)  # [B, 1, n * t]
+        return gates[..., 0] * np.where(mask == 0, tiles, 0).sum(axis=-1) + gates[..., 1]
+
     def _write(self, values: np.ndarray, feed: Mapping[str, np.ndarray], slot: int) -> None:
         """Every row of the batch writes its T numbers from `lengths` on, padding and rows that take no part included."""
-        positions = np.rint(np.arctan2(feed["rope_sin"][..., -1], feed["rope_cos"][..., -1]) / self.frequency).astype(np.int64)
-        numbers = (values + 1) * (positions + 1)  # [B, T]
+        positions, factors = self._positions(feed["rope_cos"], feed["rope_sin"])
+        if "query_scale" in feed:
+            self._check_scales(feed["query_scale"][..., 0], positions)
+        numbers = (values + 1) * (positions * factors + 1)  # [B, T]
         for b, start in enumerate(feed["lengths"]):
             end = start + numbers.shape[1]
             if not 0 <= start < end <= self.spec.rows:
                 raise ValueError(f"rows {start} to {end} of slot {slot + b} were to be written; the cache has {self.spec.rows}")
             self.kept[slot + b, start:end] = numbers[b]
 
+    def _positions(self, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Position and factor of dynamic NTK, int64 [B, T], that rope tables [B, T, D] were made of.
+
+        The factor slows the slowest frequency down by itself and leaves the fastest at one turn in 2 pi positions.
+        """
+        slow = np.arctan2(sin[..., -1], cos[..., -1]) / self.frequency  # [B, T]
+        positions = np.rint(slow * self.factors[:, None, None]).astype(np.int64)  # [factors, B, T]
+        away = np.hypot(np.cos(positions) - cos[..., 0], np.sin(positions) - sin[..., 0])
+        best = away.argmin(axis=0)
+        return np.take_along_axis(positions, best[None], axis=0)[0], self.factors[best]
+
+    def _check_scales(self, scales: np.ndarray, positions: np.ndarray) -> None:
+        trained = self.rope.logn_positions or self.spec.rows
+        for scale, position in zip(scales.ravel(), positions.ravel(), strict=True):
+            expected = max(math.log(position + 1, trained), 1.0)
+            if abs(scale - expected) > 1e-5:
+                raise ValueError(f"query_scale is {scale:.6f} at position {position}; expected {expected:.6f}")
+
+    def _numbers(self, name: str) -> np.ndarray:
+        """What a cache buffer holds, int64 [slots, rows]."""
+        if not name.startswith("cross_"):
+            return self.kept
+        cross = self.spec.cross
+        assert cross is not None
+        return np.repeat(self.tiles[:, int(name.rsplit(".", 1)[1])], cross.rows // cross.tiles, axis=1)
+
     def read_cache(self, name: str, slots: int) -> np.ndarray:
-        shape = (slots, self.spec.kv_heads, self.spec.rows, self.spec.head_dim)
-        return np.broadcast_to(self.kept[:slots, None, :, None], shape).astype(np.float64)
+        numbers = self._numbers(name)[:slots, None, :, None]
+        shape = (slots, self.spec.kv_heads, numbers.shape[2], self.spec.head_dim)
+        return np.broadcast_to(numbers, shape).astype(np.float64)
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
+        if name.startswith("cross_"):
+            raise NotImplementedError("the fake backend's pictures come from vision graphs only")
         self.kept[: len(value)] = np.rint(value[:, 0, :, 0])
 
 
 def _check_feed(graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:
     """A real backend binds arrays as they are, so a wrong shape or dtype is an error and not a conversion."""
     for spec in graph.inputs:
-        if "_cache." in spec.name:
+        if spec.name.startswith(("k_cache.", "v_cache.", "cross_k.", "cross_v.")):
             continue
         if spec.name not in feed:
             raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
@@ -95,9 +160,3 @@ def _check_feed(graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:
             raise ValueError(
                 f"{graph.name}: {spec.name} is {array.dtype.name} {array.shape}; expected {spec.dtype} {spec.shape}"
             )
-
-
-def _image_rows(pixels: np.ndarray, rows: int) -> np.ndarray:
-    """pixels [tiles, side, side, 3] -> the number of each row, int64 [tiles, P]."""
-    sums = pixels.astype(np.int64).sum(axis=(1, 2, 3))
-    return (sums[:, None] + np.arange(rows)) % PICTURE_NUMBERS

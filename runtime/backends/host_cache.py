@@ -124,8 +124,8 @@ class HostCache:
             os.link(self.artifact / name, work / name)
 
     def _one_of_each(self) -> list[GraphSpec]:
-        """Graphs that together hold all weights: decode graphs have those of prefill."""
-        smallest = {graph.kind: graph for graph in sorted(self.graphs, key=lambda g: -g.bucket)}
+        """Graphs that together hold all weights: decode graphs have those of prefill, and those for pictures all layers."""
+        smallest = {graph.kind: graph for graph in sorted(self.graphs, key=lambda g: (g.images, -g.bucket))}
         return [smallest[kind] for kind in ("vision", "prefill")]
 
     def _pack(self, work: Path, graph: GraphSpec, options: ort.SessionOptions) -> dict[str, dict[str, str]]:

@@ -18,6 +18,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact import CacheSpec, GraphSpec, Manifest
+from .base import cache_name
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -63,9 +64,7 @@ def _cores() -> int:
 class _Bound:
     """One session with everything bound for one slot: running it takes no further argument."""
 
-    def __init__(
-        self, session: ort.InferenceSession, graph: GraphSpec, feed: Mapping[str, np.ndarray], output: np.ndarray
-    ) -> None:
+    def __init__(self, session: ort.InferenceSession, graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:
         self.feed = feed
         self.arrays = dict(feed)
         self.binding = session.io_binding()
@@ -75,14 +74,13 @@ class _Bound:
                 if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
                     given = f"{array.dtype.name} {array.shape}"
                     raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
-                self.binding.bind_input(spec.name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        first = graph.outputs[0]
-        self.binding.bind_output(first.name, "cpu", 0, output.dtype.type, output.shape, output.ctypes.data)
+                self.bind_input(spec.name, array)
 
-    def bind_cache(self, name: str, rows: np.ndarray) -> None:
-        where = ("cpu", 0, rows.dtype.type, rows.shape, rows.ctypes.data)
-        self.binding.bind_input(name, *where)
-        self.binding.bind_output(f"{name}.out", *where)
+    def bind_input(self, name: str, array: np.ndarray) -> None:
+        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+
+    def bind_output(self, name: str, array: np.ndarray) -> None:
+        self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
         """Whether the very arrays that are bound are passed again."""
@@ -112,12 +110,11 @@ class OrtBackend:
         self.folder, self.threads = folder, threads
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
         self.pack = pack
-        shape = (cache.slots, cache.kv_heads, cache.rows, cache.head_dim)
         # Zeroed pages are only backed by memory once they are written.
-        self.caches = {f"{which}_cache.{i}": np.zeros(shape, cache.dtype) for i in range(cache.layers) for which in "kv"}
+        self.caches = {name: np.zeros(shape, cache.dtype) for name, shape in cache.buffers().items()}
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.outputs: dict[str, np.ndarray] = {}
-        self.bound: dict[tuple[str, int], _Bound] = {}
+        self.bound: dict[tuple[str, int, int], _Bound] = {}
 
     def load(self, graph: GraphSpec) -> None:
         if graph.file not in self.sessions:
@@ -126,7 +123,8 @@ class OrtBackend:
             self.sessions[graph.file] = ort.InferenceSession(packed or self.folder / graph.file, options, providers=_PROVIDERS)
             _trim()
             first = graph.outputs[0]
-            self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
+            if cache_name(first.name, 0) is None:
+                self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:
@@ -134,22 +132,31 @@ class OrtBackend:
         self.sessions.pop(graph.file, None)
         self.outputs.pop(graph.file, None)
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
-        bound = self.bound.get((graph.file, slot))
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+        key = (graph.file, slot, image)
+        bound = self.bound.get(key)
         if bound is None or not bound.holds(feed):
-            bound = self.bound[graph.file, slot] = self._bind(graph, feed, slot)
+            bound = self.bound[key] = self._bind(graph, feed, slot, image)
         self.sessions[graph.file].run_with_iobinding(bound.binding)
-        return self.outputs[graph.file]
+        if graph.file in self.outputs:
+            return self.outputs[graph.file]
+        return self._rows(f"{graph.outputs[0].name}.{image}", slot, 1)
 
-    def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int) -> _Bound:
+    def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _Bound:
         self.load(graph)
-        bound = _Bound(self.sessions[graph.file], graph, feed, self.outputs[graph.file])
+        bound = _Bound(self.sessions[graph.file], graph, feed)
         for spec in graph.inputs:
             if spec.name in self.caches:
-                bound.bind_cache(spec.name, self.caches[spec.name][slot : slot + spec.shape[0]])
+                bound.bind_input(spec.name, self._rows(spec.name, slot, spec.shape[0]))
             elif spec.name not in feed:
                 raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
+        for spec in graph.outputs:
+            name = cache_name(spec.name, image)
+            bound.bind_output(spec.name, self._rows(name, slot, spec.shape[0]) if name else self.outputs[graph.file])
         return bound
+
+    def _rows(self, name: str, slot: int, count: int) -> np.ndarray:
+        return self.caches[name][slot : slot + count]
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
         return self.caches[name][:slots].copy()

@@ -10,27 +10,31 @@ from ..boxes import Box
 from ..images import Frame, ImageSource
 from ..prompt import Message, Prompt
 from ..tokenizer import Tokenizer
-from . import llava
+from . import llava, llava_next, mllama, qwen_vl
 
 
 class Family(Protocol):
     """What a family provides; each is a module with these functions."""
 
     @staticmethod
-    def to_text(
+    def chat_prompt(
         messages: Sequence[Message],
-        template: str,
+        images: Sequence[ImageSource],
         facts: ModelFacts,
         tokenizer: Tokenizer,
+        template: str,
         *,
         add_generation_prompt: bool = True,
-    ) -> str:
-        """The prompt text of a chat, with the family's mark where pictures stand."""
+    ) -> Prompt:
+        """The prompt of a conversation, whose pictures are `images` in order; raises as raw_prompt, or ChatTemplateError."""
         ...
 
     @staticmethod
-    def prepare(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
-        """Ids, feature rows and pixels of a prompt text; raises PromptError, ImageError or TokenizerError."""
+    def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
+        """The prompt of a text as it is, with the family's marks where pictures stand.
+
+        Raises PromptError, ImageError or TokenizerError.
+        """
         ...
 
     @staticmethod
@@ -39,11 +43,11 @@ class Family(Protocol):
         ...
 
 
-_FAMILIES: dict[str, Family] = {"llava": llava}
+FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next, "mllama": mllama, "qwen_vl": qwen_vl}
 
 
 def family(name: str) -> Family:
     """The family that a manifest names; raises ValueError for one that this runtime does not know."""
-    if name not in _FAMILIES:
-        raise ValueError(f"the model family {name!r} is not known to this runtime; known: {', '.join(sorted(_FAMILIES))}")
-    return _FAMILIES[name]
+    if name not in FAMILIES:
+        raise ValueError(f"the model family {name!r} is not known to this runtime; known: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name]

@@ -1,0 +1,66 @@
+"""LLaVA-1.6: a picture is a small view of its whole and a grid of tiles, both rows of features in place of its mark.
+
+Legend: P rows of features per tile, n * n = P; r x c tiles.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..artifact import ModelFacts
+from ..boxes import parse_boxes
+from ..images import ImageSource
+from ..prompt import Prompt
+from ..tiles import grid_of
+from ..tokenizer import Tokenizer
+from .fusion import fused_prompt
+from .marks import chat_by, to_text
+
+__all__ = ["chat_prompt", "parse_boxes", "raw_prompt", "to_text"]
+
+
+def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
+    return fused_prompt(text, images, facts, tokenizer, picture_rows)
+
+
+chat_prompt = chat_by(to_text, raw_prompt)
+
+
+def picture_rows(size: tuple[int, int], facts: ModelFacts) -> np.ndarray:
+    """The P rows of the whole; then the patches of the tiles, line by line over all of them, each line ended by -1.
+
+    Lines and columns of patches that show nothing but the black border are left out.
+    """
+    grid = grid_of(size, facts.image)
+    patches = _patches(grid, facts.image.rows)
+    lines, columns = _shown(size, (patches.shape[1], patches.shape[0]), rounded=facts.layout == "hf")
+    ended = np.pad(patches[lines, columns], ((0, 0), (0, 1)), constant_values=-1)
+    return np.concatenate((np.arange(facts.image.rows, dtype=np.int32), ended.ravel()))
+
+
+def _patches(grid: tuple[int, int], rows: int) -> np.ndarray:
+    """The feature row of every patch where it lies on the grid, int32 [r * n, c * n]; the first tile is the whole picture."""
+    r, c = grid
+    n = math.isqrt(rows)
+    tiles = np.arange(rows, rows * (1 + r * c), dtype=np.int32).reshape(r, c, n, n)
+    return tiles.transpose(0, 2, 1, 3).reshape(r * n, c * n)
+
+
+def _shown(size: tuple[int, int], plane: tuple[int, int], *, rounded: bool) -> tuple[slice, slice]:
+    """Lines and columns of a plane of patches, (columns, lines) in number, that a picture of `size` covers.
+
+    transformers rounds to 7 digits before it cuts off the fraction, the original code does not.
+    """
+    width, height = size
+    wide, high = plane
+    if width / height > wide / high:
+        return _middle(height * (wide / width), high, rounded), slice(None)
+    return slice(None), _middle(width * (high / height), wide, rounded)
+
+
+def _middle(covered: float, whole: int, rounded: bool) -> slice:
+    margin = (whole - int(round(covered, 7) if rounded else covered)) // 2
+    return slice(margin, whole - margin)

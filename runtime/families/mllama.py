@@ -1,0 +1,116 @@
+"""Llama-3.2-Vision: a picture is one token, and what positions see of its tiles goes to the cross-attention layers.
+
+Legend: L positions of the prompt, N pictures of t tiles each, S side of a tile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..artifact import ModelFacts
+from ..boxes import parse_boxes
+from ..images import ImageSource, frame_of, load_image, stack_pixels
+from ..prompt import Message, Prompt, Sight
+from ..tiles import grid_of
+from ..tokenizer import PICTURE, Tokenizer
+from . import marks
+
+__all__ = ["chat_prompt", "parse_boxes", "raw_prompt", "to_text"]
+
+
+def to_text(
+    messages: Sequence[Message], template: str, facts: ModelFacts, tokenizer: Tokenizer, *, add_generation_prompt: bool = True
+) -> str:
+    """As marks.to_text; the published template refuses a system message together with pictures."""
+    return marks.to_text(messages, template, facts, tokenizer, add_generation_prompt=add_generation_prompt, content=_content)
+
+
+def _content(message: Message, mark: str) -> marks.Content:
+    """The template must know of every picture: with one it leaves out its system block. So marks are parts of their own.
+
+    A system message is plain text: the template writes it out as it is.
+    """
+    if message.role == "system":
+        return message.text
+    first, *others = message.text.split(mark)
+    if not others:
+        return marks.pictures_first(message, mark)
+    parts = [{"type": "text", "text": first}]
+    for text in others:
+        parts += [{"type": "image"}, {"type": "text", "text": text}]
+    return parts
+
+
+def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
+    """Ids, tiles and sight of a text; BOS is put in when the text holds none.
+
+    Raises PromptError when marks and pictures differ in number, ImageError, TokenizerError.
+    """
+    begun = _with_bos(text, tokenizer.token(facts.tokenizer.bos_token_id), facts.image.mark)
+    token_ids = np.array(tokenizer.encode(begun, add_bos=False), dtype=np.int32)
+    shown = token_ids == facts.tokenizer.image_token_id
+    marks.check_ids(np.where(shown, PICTURE, token_ids), len(images), facts)
+    loaded = [load_image(image, alpha=facts.image.alpha) for image in images]
+    grids = np.array([grid_of(image.size, facts.image) for image in loaded], dtype=np.int32).reshape(-1, 2)
+    sight = picture_sight(shown, grids.prod(axis=1), facts) if images else None
+    return Prompt(
+        token_ids=token_ids,
+        rows=np.full(token_ids.shape, -1, dtype=np.int32),
+        pixels=stack_pixels(loaded, facts.image),
+        frames=tuple(frame_of(image.size, facts.image) for image in loaded),
+        image_tokens=len(loaded),
+        grids=grids,
+        sight=sight,
+        state=_state(sight, len(loaded), token_ids.size),
+    )
+
+
+chat_prompt = marks.chat_by(to_text, raw_prompt)
+
+
+def _with_bos(text: str, bos: str, mark: str) -> str:
+    """BOS behind the marks that a text without BOS begins with, where transformers' MllamaProcessor puts it."""
+    if bos in text:
+        return text
+    rest = text
+    while rest.startswith(mark):
+        rest = rest.removeprefix(mark)
+    return text[: len(text) - len(rest)] + bos + rest
+
+
+def picture_sight(shown: np.ndarray, tiles: np.ndarray, facts: ModelFacts) -> Sight:
+    """What every position sees. `shown`, bool [L], is true at the pictures' tokens, `tiles`, int [N], are their tiles in use.
+
+    A picture is seen from its own token up to the next picture's; pictures in a row are seen together.
+    """
+    starts = np.flatnonzero(shown)
+    visible = np.zeros((shown.size, starts.size, facts.image.tiles), dtype=bool)
+    for picture, (start, end) in enumerate(zip(starts, _ends(starts, shown.size), strict=True)):
+        visible[start:end, picture, : tiles[picture]] = True
+    visible = visible.reshape(shown.size, -1)  # [L, N * t]
+    before = ~visible.any(axis=1)
+    gates = np.ones((shown.size, 2), dtype=np.float32)
+    gates[before] = 0
+    if facts.text_before_image == "transformers":
+        # There the mask of such a row is multiplied by 0: it hides nothing, not even tiles that are not in use.
+        visible[before] = True
+        gates[before, 0] = 1
+    return Sight(visible=visible, gates=gates)
+
+
+def _ends(starts: np.ndarray, length: int) -> np.ndarray:
+    ends = np.append(starts[1:], length)
+    for picture in reversed(range(starts.size - 1)):
+        if ends[picture] == starts[picture] + 1:
+            ends[picture] = ends[picture + 1]
+    return ends
+
+
+def _state(sight: Sight | None, pictures: int, length: int) -> np.ndarray:
+    """int32 [L]: rows that see pictures behind them change with every further picture."""
+    if sight is None:
+        return np.zeros(length, dtype=np.int32)
+    everything = (sight.gates == (1, 0)).all(axis=1)
+    return np.where(everything, np.int32(pictures), np.int32(0))
