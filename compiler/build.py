@@ -38,7 +38,7 @@ from ..runtime.backends.base import open_backend
 from ..runtime.files import write_atomically
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
-from .plan import Options, Plan, forecast, make_plan
+from .plan import Options, Plan, PlanError, forecast, make_plan
 from .progress import Progress
 
 if TYPE_CHECKING:
@@ -90,7 +90,9 @@ class _Job:
 def prepare(options: Options, progress: Progress) -> _Job:
     """Read the checkpoint's settings and plan the build; raises one of the clear errors of config, facts and plan."""
     config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
-    facts, settings = read_facts(options.checkpoint, config, vision_tower=options.vision_tower)
+    facts, settings = read_facts(
+        options.checkpoint, config, vision_tower=options.vision_tower, text_before_image=options.text_before_image
+    )
     plan = make_plan(config, options)
     return _Job(options, config, facts, settings, plan, _old_manifest(options.out), progress)
 
@@ -99,11 +101,15 @@ def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
     """The plan of a build and its forecast in bytes, from the config alone."""
     config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
     plan = make_plan(config, options)
-    return plan, forecast(config, plan, options.quant)
+    return plan, forecast(config, plan, options.quant, options.tp)
 
 
 def build(options: Options, progress: Progress | None = None) -> Report:
     """Compile a checkpoint into the artifact folder `options.out`."""
+    if options.tp != 1:
+        raise PlanError(
+            f"tensor parallelism {options.tp} can be planned (--plan-only) but not compiled in this release; use --tp 1"
+        )
     job = prepare(options, progress or Progress())
     _check_target(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -131,7 +137,7 @@ def _build(job: _Job) -> Report:
         build=BuildFacts(
             staticvl=importlib.metadata.version("staticvl"),
             torch=importlib.metadata.version("torch"),
-            options={"context": str(job.plan.cache.context), "slots": str(job.plan.cache.slots)},
+            options=_kept_options(job),
             key=key,
             source=source,
         ),
@@ -140,6 +146,14 @@ def _build(job: _Job) -> Report:
     _remove_unreferenced(job.out, manifest)
     report.manifest = read_manifest(job.out)
     return report
+
+
+def _kept_options(job: _Job) -> dict[str, str]:
+    cache = job.plan.cache
+    options = {"context": str(cache.context), "slots": str(cache.slots)}
+    if cross := cache.cross:
+        options |= {"images": str(cross.images), "text_before_image": job.options.text_before_image}
+    return options
 
 
 # ---- what the build starts from
@@ -206,6 +220,10 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
     from ..weights.source import open_source
 
     source = open_source(job.options.checkpoint, job.options.vision_tower)
+    if job.options.lora:
+        from ..weights.lora import open_adapter
+
+        source = open_adapter(job.options.lora, job.config, source)
     quant, prefix = job.options.quant, key[:12]
     total = sum(shard.nbytes for shard in plan_shards(job.config, quant, prefix))
     with job.progress.stage("converting weights", total, "B") as advance:
@@ -218,21 +236,21 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
 
 def _graphs(job: _Job, key: str, weights: dict[str, WeightSpec], report: Report) -> tuple[list[GraphSpec], dict[str, FileSpec]]:
     known = _known_graphs(job)
-    graph_keys = GraphKeys(job.options, job.config, job.facts.image, job.plan.cache, key)
-    keys = {(kind, bucket): graph_keys.key(kind, bucket) for kind, bucket in job.plan.graphs}
-    reusable = {pair: known[of_graph] for pair, of_graph in keys.items() if of_graph in known}
-    found = {pair: entry for pair, entry in reusable.items() if intact(job.out / entry.graph.file, entry.file)}
-    missing = [pair for pair in job.plan.graphs if pair not in found]
-    report.reused = [f"{kind}-{bucket}" for kind, bucket in found]
+    graph_keys = GraphKeys(job.options, job.config, job.facts, job.plan.cache, key)
+    keys = {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
+    reusable = {graph: known[of_graph] for graph, of_graph in keys.items() if of_graph in known}
+    found = {graph: entry for graph, entry in reusable.items() if intact(job.out / entry.graph.file, entry.file)}
+    missing = [graph for graph in job.plan.graphs if graph not in found]
+    report.reused = [entry.graph.name for entry in found.values()]
     if missing:
         maker = _GraphMaker(job, weights)
         with job.progress.stage("compiling graphs", len(missing), "graph") as advance:
-            for kind, bucket in missing:
-                found[kind, bucket] = maker.make(kind, bucket, keys[kind, bucket])
-                report.traced.append(f"{kind}-{bucket}")
-                job.progress.say(_describe(found[kind, bucket].graph))
+            for graph in missing:
+                found[graph] = maker.make(*graph, keys[graph])
+                report.traced.append(found[graph].graph.name)
+                job.progress.say(_describe(found[graph].graph))
                 advance(1)
-    entries = [found[pair] for pair in sorted(found, key=job.plan.graphs.index)]
+    entries = [found[graph] for graph in job.plan.graphs]
     return [entry.graph for entry in entries], {entry.graph.file: entry.file for entry in entries}
 
 
@@ -241,7 +259,7 @@ def _describe(graph: GraphSpec) -> str:
     assert certificate is not None
     rounding = "" if certificate.rounding is None else f", rounding {certificate.rounding:.1e}"
     checks = f"{len(certificate.cases)} checks, worst error {certificate.worst:.1e}{rounding}"
-    return f"{graph.name:>12}  {checks}, {graph.cost_ms:.2f} ms"
+    return f"{graph.name:>20}  {checks}, {graph.cost_ms:.2f} ms"
 
 
 def _known_graphs(job: _Job) -> dict[str, JournalEntry]:
@@ -268,31 +286,41 @@ class _GraphMaker:
 
         self.job, self.weights = job, weights
         cache = job.plan.cache
-        sizes = forecast(job.config, job.plan, job.options.quant)
+        sizes = forecast(job.config, job.plan, job.options.quant, tp=1)
         # Below this, handing work to threads takes longer than the work.
         threads = 1 if sizes["parameters"] < SMALL else None
         self.certifier = Certifier(
-            EagerBackend(job.out, weights, cache, self._define, threads=threads),
+            # Weights in 8 bits are expanded in pieces too small to be worth handing over.
+            EagerBackend(
+                job.out, weights, cache, self._define, threads=threads, text_threads=None if job.options.quant == "none" else 1
+            ),
             open_backend(job.options.backend, job.out, cache),
-            theta=job.facts.rope_theta,
-            vocab=job.config.text.embed_rows,
+            job.facts,
+            vocab=job.config.text.all_embed_rows,
         )
 
-    def _define(self, kind: Kind, bucket: int) -> GraphDef:
+    def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
         from .graphs import define_graph
 
         job = self.job
-        return define_graph(job.config, job.facts.image, job.plan.cache, job.options.quant, kind, bucket)
+        return define_graph(job.config, job.facts.image, job.plan.cache, job.options.quant, kind, bucket, images)
 
-    def make(self, kind: Kind, bucket: int, key: str) -> JournalEntry:
+    def make(self, kind: Kind, bucket: int, images: int, key: str) -> JournalEntry:
         from .emit_onnx import emit
 
-        definition = self._define(kind, bucket)
+        definition = self._define(kind, bucket, images)
         data = emit(definition, self.weights)
-        file = f"{kind}-{bucket}-{key[:12]}.onnx"
+        file = f"{definition.name}-{key[:12]}.onnx"
         write_atomically(self.job.out / file, data)
         spec = GraphSpec(
-            kind=kind, bucket=bucket, file=file, key=key, inputs=definition.inputs, outputs=definition.outputs, cost_ms=0.0
+            kind=kind,
+            bucket=bucket,
+            images=images,
+            file=file,
+            key=key,
+            inputs=definition.inputs,
+            outputs=definition.outputs,
+            cost_ms=0.0,
         )
         previous = max((b for b in self.job.plan.buckets(kind) if b < bucket), default=0)
         with self._twin(definition, spec) as twin:

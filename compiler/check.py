@@ -3,7 +3,8 @@
 Silent errors that appear only at certain lengths are the best-known failure of systems with fixed shapes. So each graph
 runs at length = bucket, bucket - 1, previous bucket + 1 and 1, into an empty cache and behind earlier tokens up to the
 cache's end; the cache holds large garbage wherever no token is, as it does in use. Compared are the first output and
-every cache row that the step must have written, and rows that it must not touch have to be unchanged.
+every cache row that the step must have written, and rows that it must not touch have to be unchanged. Vision graphs run
+with every number of tiles that they serve, and all they write into the cache is compared.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.artifact import Certificate, CertificateCase, GraphSpec
-from ..runtime.backends.base import Backend
-from ..runtime.feeds import Feed, new_feed, rope_tables
+from ..runtime.artifact import CROSS_HIDDEN, Certificate, CertificateCase, GraphSpec, ModelFacts
+from ..runtime.backends.base import Backend, cache_name
+from ..runtime.feeds import Feed, new_feed
+from ..runtime.rope import query_scales, rope_tables
 
 TOLERANCE = 1e-4  # largest absolute difference over the largest magnitude
 # Rounded activations: a result further from the truth than zero is would be worth nothing. How much rounding costs a model
@@ -42,9 +44,10 @@ class Case:
 class Certifier:
     """Checks graphs of one artifact under construction against the eager definitions."""
 
-    def __init__(self, reference: Backend, candidate: Backend, *, theta: float, vocab: int, seed: int = 0) -> None:
+    def __init__(self, reference: Backend, candidate: Backend, facts: ModelFacts, *, vocab: int, seed: int = 0) -> None:
+        """`vocab`: rows of the embedding table."""
         self.reference, self.candidate = reference, candidate
-        self.theta, self.vocab, self.seed = theta, vocab, seed
+        self.facts, self.vocab, self.seed = facts, vocab, seed
         self.noise = np.random.default_rng(seed).standard_normal(NOISE, np.float32)
 
     def certify(self, graph: GraphSpec, previous: int, twin: GraphSpec | None = None) -> tuple[Certificate, float]:
@@ -75,8 +78,16 @@ class Certifier:
         feed = new_feed(graph)
         tiles = int(case.count[0])
         feed["pixels"][:tiles] = rng.integers(0, 256, feed["pixels"][:tiles].shape)
+        if "tile_count" in feed:
+            # Garbage in unused tiles must not matter.
+            feed["pixels"][tiles:] = rng.integers(0, 256, feed["pixels"][tiles:].shape)
+            feed["tile_count"][0] = tiles
+            feed["aspect_id"][0] = 1 + max(i for i, grid in enumerate(self.facts.image.grids) if grid[0] * grid[1] == tiles)
         expected = self.reference.run(graph, feed)[:tiles]
-        return relative_error(self.candidate.run(graph, feed)[:tiles], expected)
+        error = relative_error(self.candidate.run(graph, feed)[:tiles], expected)
+        for name in filter(None, (cache_name(spec.name, 0) for spec in graph.outputs)):
+            error = max(error, relative_error(*(each.read_cache(name, 1) for each in (self.candidate, self.reference))))
+        return error
 
     def _text(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
         feed = self._text_feed(graph, case, rng)
@@ -113,17 +124,24 @@ class Certifier:
         """Random keys and values where tokens are, large garbage elsewhere; the same in both backends."""
         filled = {}
         for spec in graph.inputs:
-            if "_cache." in spec.name:
-                # The same noise from another start: drawing afresh for every layer would take longer than the checks.
-                start = int(rng.integers(NOISE))
-                value = np.take(self.noise, np.arange(start, start + np.prod(spec.shape)), mode="wrap").reshape(spec.shape)
-                value *= GARBAGE
+            if spec.name.startswith(("cross_k.", "cross_v.")):
+                self._fill(spec.name, self._noise(spec.shape, rng))
+            elif "_cache." in spec.name:
+                value = self._noise(spec.shape, rng) * GARBAGE
                 for b, past in enumerate(case.past):
                     value[b, :, :past] /= GARBAGE
-                self.reference.write_cache(spec.name, value)
-                self.candidate.write_cache(spec.name, value)
+                self._fill(spec.name, value)
                 filled[spec.name] = value
         return filled
+
+    def _noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """The same noise from another start: drawing afresh for every layer would take longer than the checks."""
+        start = int(rng.integers(NOISE))
+        return np.take(self.noise, np.arange(start, start + np.prod(shape)), mode="wrap").reshape(shape)
+
+    def _fill(self, name: str, value: np.ndarray) -> None:
+        self.reference.write_cache(name, value)
+        self.candidate.write_cache(name, value)
 
     def _text_feed(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> Feed:
         feed = new_feed(graph)
@@ -131,17 +149,33 @@ class Certifier:
         feed["token_ids"][...] = rng.integers(0, self.vocab, (b, t))
         feed["lengths"][...] = case.past
         positions = case.past[:, None] + np.arange(t)
-        tables = rope_tables(self.theta, feed["rope_cos"].shape[-1], int(positions.max()) + 1)
+        rope, rows = self.facts.rope, int(positions.max()) + 1
+        tables = rope_tables(rope, feed["rope_cos"].shape[-1], rows)
         feed["rope_cos"][...], feed["rope_sin"][...] = (table[positions] for table in tables)
+        if "query_scale" in feed:
+            feed["query_scale"][..., 0] = query_scales(rope, rows)[positions]
+        if "cross_mask" in feed:
+            self._look(feed, rng)
+        count = int(case.count[0])
         if graph.kind == "prefill":
-            count = int(case.count[0])
             feed["last_index"][0] = count - 1
+            feed["token_ids"][0, count:] = 0
+        if "row_index" in feed:
             feed["image_rows"][...] = rng.standard_normal(feed["image_rows"].shape, np.float32)
             from_picture = rng.random(t) < 0.5
             feed["row_index"][0] = np.where(from_picture, rng.permutation(t), -1)
-            feed["token_ids"][0, count:] = 0
             feed["row_index"][0, count:] = -1
         return feed
+
+    @staticmethod
+    def _look(feed: Feed, rng: np.random.Generator) -> None:
+        """Every token sees tiles of its own choice, or, every third of them, none; the gates are on, half on and off."""
+        visible = rng.random(feed["cross_mask"].shape) < 0.5
+        visible &= rng.random((*visible.shape[:2], 1)) < 2 / 3
+        feed["cross_mask"][...] = np.where(visible, 0, CROSS_HIDDEN)
+        some = visible.any(-1)
+        feed["cross_gate"][..., 0] = some | (rng.random(some.shape) < 0.5)
+        feed["cross_gate"][..., 1] = some
 
     def _cost(self, graph: GraphSpec) -> float:
         """Milliseconds of one run: the best of a few, since what else the machine does only ever adds."""
@@ -170,8 +204,8 @@ def relative_error(value: np.ndarray, expected: np.ndarray) -> float:
 
 
 def vision_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
-    """Each tile count that the bucket serves, at its edges."""
-    for tiles in sorted({graph.bucket, graph.bucket - 1, previous + 1} - {0}):
+    """Each tile count that the bucket serves."""
+    for tiles in range(previous + 1, graph.bucket + 1):
         yield Case(f"tiles {tiles}", np.zeros(1, np.int32), np.array([tiles], np.int32))
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
+from ..runtime.backends.base import cache_name
 from .graphs import GraphDef
 
 
@@ -41,19 +42,21 @@ class EagerBackend:
         folder: Path,
         weights: Mapping[str, WeightSpec],
         cache: CacheSpec,
-        define: Callable[[Kind, int], GraphDef],
+        define: Callable[[Kind, int, int], GraphDef],
         *,
         threads: int | None = None,
+        text_threads: int | None = None,
     ) -> None:
-        self.threads = threads
+        """`threads` to compute with, and where it differs, those of text graphs (None: as torch is set)."""
+        self.threads, self.text_threads = threads, text_threads or threads
         self.folder, self.weights, self.define = folder, weights, define
-        shape = (cache.slots, cache.kv_heads, cache.rows, cache.head_dim)
-        self.caches = {f"{which}_cache.{i}": torch.zeros(shape) for i in range(cache.layers) for which in "kv"}
+        # Like numpy's zeros, memory is only taken once it is written.
+        self.caches = {name: torch.from_numpy(np.zeros(shape, cache.dtype)) for name, shape in cache.buffers().items()}
         self.modules: dict[str, nn.Module] = {}
 
     def load(self, graph: GraphSpec) -> None:
         if graph.name not in self.modules:
-            definition = self.define(graph.kind, graph.bucket)
+            definition = self.define(graph.kind, graph.bucket, graph.images)
             state = {name: map_weight(self.folder, self.weights[name]) for name in self._names(definition)}
             state |= {name: torch.from_numpy(value) for name, value in definition.constants.items()}
             definition.module.load_state_dict(state, strict=True, assign=True)
@@ -67,21 +70,22 @@ class EagerBackend:
         return [name for name, _ in definition.module.named_parameters() if name not in definition.constants]
 
     @torch.inference_mode()
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
         self.load(graph)
-        inputs, cached = [], []
-        for spec in graph.inputs:
-            if spec.name in self.caches:
-                cached.append(self.caches[spec.name][slot : slot + spec.shape[0]])
-                inputs.append(cached[-1])
-            else:
-                inputs.append(torch.from_numpy(feed[spec.name]))
-        with _threads(self.threads):
+        inputs = [
+            torch.from_numpy(feed[spec.name]) if spec.name in feed else self._rows(spec.name, slot, spec.shape[0])
+            for spec in graph.inputs
+        ]
+        with _threads(self.threads if graph.kind == "vision" else self.text_threads):
             result = self.modules[graph.name](*inputs)
-        first, *updated = result if isinstance(result, tuple) else (result,)
-        for rows, new in zip(cached, updated, strict=True):
-            rows.copy_(new)
-        return first.numpy()
+        results = result if isinstance(result, tuple) else (result,)
+        for spec, value in zip(graph.outputs, results, strict=True):
+            if name := cache_name(spec.name, image):
+                self._rows(name, slot, spec.shape[0]).copy_(value)
+        return results[0].numpy()
+
+    def _rows(self, name: str, slot: int, rows: int) -> Tensor:
+        return self.caches[name][slot : slot + rows]
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
         return self.caches[name][:slots].numpy().copy()

@@ -12,6 +12,7 @@ nothing is left for a graph optimiser to find and every bucket refers to the wei
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,11 @@ CONTRIB = "com.microsoft"
 
 _DTYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
 
+
+# Squared and divided by the root of a head's width, it is far beyond any score, and its own products stay exact.
+PADDING_FLAG = 1024.0
+
+ZERO_POINT = helper.make_tensor("zero_point", TensorProto.UINT8, [1], [128])
 
 # What torch.export inserts to check dtypes while tracing; it computes nothing.
 TRACE_CHECKS = frozenset({"aten._assert_tensor_metadata.default"})
@@ -69,7 +75,10 @@ class Emitter:
     def constant(self, value: Any, dtype: str = "int64") -> str:
         """A small inline constant; equal constants are stored once."""
         array = np.asarray(value, dtype=dtype)
-        name = f"const_{dtype}_{'x'.join(map(str, array.shape))}_{'_'.join(map(str, array.ravel().tolist()))}"
+        values = "_".join(map(str, array.ravel().tolist()))
+        if array.size > 16:
+            values = hashlib.sha256(values.encode()).hexdigest()[:16]
+        name = f"const_{dtype}_{'x'.join(map(str, array.shape))}_{values}"
         if name not in self.initializers:
             self.initializers[name] = numpy_helper.from_array(array, name)
         return name
@@ -127,12 +136,25 @@ def _linear(e: Emitter, node: Node, x: str, weight: str, bias: str | None) -> st
 
 @lowers("staticvl.linear_w8")
 def _linear_w8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
-    n, _, block = _shape(node.args[1])  # type: ignore[arg-type]
+    n, blocks, block = _shape(node.args[1])  # type: ignore[arg-type]
     k = _shape(node.args[0])[-1]  # type: ignore[arg-type]
-    # Level 4 rounds activations to 8 bits, block by block; level 0 does not, and is slower by two orders of magnitude.
-    attributes = {"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 0 if e.exact else 4}
-    y = e.node("MatMulNBits", [x, qweight, scales], domain=CONTRIB, **attributes)
+    if e.exact:
+        weight = _dequantised(e, e[node.args[1]], scales, (n, blocks, block), k)
+        y = e.node("FusedMatMul", [x, weight], domain=CONTRIB, transB=1)
+    else:
+        # Level 4 rounds activations to 8 bits, block by block: the other levels are slower by two orders of magnitude.
+        attributes = {"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 4}
+        y = e.node("MatMulNBits", [x, qweight, scales], domain=CONTRIB, **attributes)
     return y if bias is None else e.node("Add", [y, bias])
+
+
+def _dequantised(e: Emitter, qweight: str, scales: str, shape: tuple[int, int, int], k: int) -> str:
+    """The float weight [N, K], made anew in every run: four times faster than the exact level of MatMulNBits."""
+    n, blocks, block = shape
+    zeros = e.once(("zeros", n, blocks), lambda: e.node("ConstantOfShape", [e.constant([n, blocks])], value=ZERO_POINT))
+    inputs = [e.weight(qweight, (n, blocks * block)), scales, zeros]
+    weight = e.node("DequantizeLinear", inputs, axis=1, block_size=block)
+    return weight if blocks * block == k else _slice(e, weight, 1, 0, k)
 
 
 @lowers("staticvl.rms_norm")
@@ -216,6 +238,85 @@ def _attention(e: Emitter, node: Node, q: str, k: str, v: str, heads: int) -> st
     return e.node("MultiHeadAttention", [q, k, v], domain=CONTRIB, num_heads=heads)
 
 
+@lowers("staticvl.padded_attention")
+def _padded_attention(e: Emitter, node: Node, q: str, k: str, v: str, padding: str, heads: int) -> str:
+    """One more element per head, c in queries and -c in keys that are padding, lowers the score of padding for padding by c^2
+    and leaves every other score as it is. So the kernel needs no mask of tokens x tokens, and may work block by block."""
+    b, t, c = _shape(node.args[0])  # type: ignore[arg-type]
+    d = c // heads
+    q, k = (_with_flag(e, x, padding, sign * PADDING_FLAG, (b, t, heads, d)) for x, sign in ((q, 1), (k, -1)))
+    return e.node("MultiHeadAttention", [q, k, v], domain=CONTRIB, num_heads=heads, scale=d**-0.5)
+
+
+def _with_flag(e: Emitter, x: str, padding: str, value: float, shape: tuple[int, ...]) -> str:
+    b, t, heads, d = shape
+
+    def flag() -> str:
+        column = e.node("Mul", [e.node("Reshape", [padding, e.constant([b, t, 1, 1])]), e.constant(value, "float32")])
+        return e.node("Expand", [column, e.constant([b, t, heads, 1])])
+
+    parts = [e.node("Reshape", [x, e.constant(shape)]), e.once(("flag", padding, value), flag)]
+    return e.node("Reshape", [e.node("Concat", parts, axis=-1), e.constant([b, t, heads * (d + 1)])])
+
+
+@lowers("staticvl.cross_attention")
+def _cross_attention(e: Emitter, node: Node, q: str, keys: Sequence[str], values: Sequence[str], mask: str, heads: int) -> str:
+    """Picture by picture, so that their keys are read where they lie: only scores are joined, under one softmax."""
+    b, t, c = _shape(node.args[0])  # type: ignore[arg-type]
+    kv_heads, rows, d = _shape(node.args[1][0])[1:]  # type: ignore[arg-type, index]
+    tiles = _shape(node.args[3])[-1] // len(keys)  # type: ignore[arg-type]
+    group = heads // kv_heads
+    queries = e.node("Reshape", [q, e.constant([b, t, kv_heads, group, d])])
+    queries = e.node("Transpose", [queries], perm=[0, 2, 3, 1, 4])
+    queries = e.node("Reshape", [queries, e.constant([b, kv_heads, group * t, d])])
+    scores = []
+    for j, key in enumerate(keys):
+        score = e.node("FusedMatMul", [queries, key], domain=CONTRIB, transB=1, alpha=d**-0.5)
+        score = e.node("Reshape", [score, e.constant([b, kv_heads, group, t, tiles, rows // tiles])])
+        score = e.node("Add", [score, _tile_bias(e, mask, (b, t, tiles), j)])
+        scores.append(e.node("Reshape", [score, e.constant([b, kv_heads, group * t, rows])]))
+    weights = e.node("Softmax", [e.node("Concat", scores, axis=-1) if len(scores) > 1 else scores[0]], axis=-1)
+    out = ""
+    for j, value in enumerate(values):
+        share = _slice(e, weights, -1, j * rows, (j + 1) * rows) if len(values) > 1 else weights
+        part = e.node("MatMul", [share, value])
+        out = e.node("Add", [out, part]) if out else part
+    out = e.node("Reshape", [out, e.constant([b, kv_heads, group, t, d])])
+    return e.node("Reshape", [e.node("Transpose", [out], perm=[0, 3, 1, 2, 4]), e.constant([b, t, c])])
+
+
+def _tile_bias(e: Emitter, mask: str, shape: tuple[int, int, int], image: int) -> str:
+    """What the mask adds to the scores of one picture: [B, 1, 1, T, tiles, 1]. Every layer needs it alike."""
+    b, t, tiles = shape
+
+    def make() -> str:
+        part = _slice(e, mask, -1, image * tiles, (image + 1) * tiles)
+        return e.node("Reshape", [part, e.constant([b, 1, 1, t, tiles, 1])])
+
+    return e.once(("bias", mask, image), make)
+
+
+@lowers("staticvl.mask_tiles")
+def _mask_tiles(e: Emitter, node: Node, x: str, tile_count: str) -> str:
+    shape = _shape(node)
+    used = e.node("Less", [e.constant(np.arange(shape[0]), "int32"), tile_count])
+    factor = e.node("Cast", [e.node("Reshape", [used, e.constant([shape[0], *[1] * (len(shape) - 1)])])], to=TensorProto.FLOAT)
+    return e.node("Mul", [x, factor])
+
+
+@lowers("staticvl.tile_padding")
+def _tile_padding(e: Emitter, node: Node, tile_count: str, tiles: int, rows: int, padded_rows: int) -> str:
+    unused = e.node("GreaterOrEqual", [e.constant(np.arange(tiles)[:, None], "int32"), tile_count])  # [tiles, 1]
+    behind = e.constant((np.arange(padded_rows) >= rows)[None], "bool")
+    padding = e.node("Cast", [e.node("Or", [unused, behind])], to=TensorProto.FLOAT)
+    return e.node("Reshape", [padding, e.constant(_shape(node))])
+
+
+@lowers("staticvl.pad_rows")
+def _pad_rows(e: Emitter, node: Node, x: str, rows: int) -> str:
+    return e.node("Pad", [x, e.constant([0, 0, 0, 0, rows - _shape(node.args[0])[1], 0])])  # type: ignore[arg-type]
+
+
 # ---- aten
 
 
@@ -229,7 +330,7 @@ def _mul(e: Emitter, node: Node, a: str, b: str) -> str:
     return e.node("Mul", [a, b])
 
 
-@lowers("aten.reshape.default", "aten.view.default", "aten.flatten.using_ints")
+@lowers("aten.reshape.default", "aten.view.default", "aten.flatten.using_ints", "aten.unsqueeze.default")
 def _reshape(e: Emitter, node: Node, x: str, *_: Any) -> str:
     return e.node("Reshape", [x, e.constant(_shape(node))])
 
@@ -326,7 +427,7 @@ def _model(e: Emitter, graph: GraphDef, outputs: Sequence[str]) -> onnx.ModelPro
                 names[i] = renames.get(name, name)
     proto = helper.make_graph(
         e.nodes,
-        f"{graph.kind}-{graph.bucket}",
+        graph.name,
         [*map(info, graph.inputs)],
         [*map(info, graph.outputs)],
         [*e.initializers.values()],

@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from ..model_defs.config import ModelConfig
-from ..runtime.artifact import CacheSpec, FileSpec, ImageFacts, Kind, SourceFile
+from ..runtime.artifact import CacheSpec, FileSpec, Kind, ModelFacts, SourceFile
 from ..runtime.files import sha256_file
 from .plan import Options
 from .progress import Progress
@@ -24,13 +24,20 @@ from .progress import Progress
 HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
 
 _OURS = Path(__file__).parent.parent
-_WEIGHT_CODE = ("weights", "model_defs/config.py")
+_WEIGHT_CODE = ("weights", "weights/names", "model_defs/config")
 _GRAPH_CODE = (
-    "model_defs",
+    *("model_defs", "model_defs/config"),
     *("compiler/graphs.py", "compiler/emit_onnx.py", "compiler/check.py", "compiler/eager.py"),
-    *("runtime/feeds.py", "runtime/backends/ort.py"),  # what a certificate was measured with
+    *(
+        "runtime/feeds.py",
+        "runtime/rope.py",
+        "runtime/backends/base.py",
+        "runtime/backends/ort.py",
+    ),  # what a certificate was measured with
 )
-_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja")
+WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
+ADAPTER = "lora/"  # an adapter's files among the others; its config counts too
+_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja", ".tiktoken")
 
 
 def fingerprint(options: Options, known: Mapping[str, SourceFile], progress: Progress) -> dict[str, SourceFile]:
@@ -57,7 +64,7 @@ def fingerprint(options: Options, known: Mapping[str, SourceFile], progress: Pro
 
 
 def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
-    for prefix, folder in (("", options.checkpoint), ("vision_tower/", options.vision_tower)):
+    for prefix, folder in (("", options.checkpoint), ("vision_tower/", options.vision_tower), (ADAPTER, options.lora)):
         if folder is not None:
             for path in sorted(folder.iterdir()):
                 if path.is_file() and path.suffix in _SUFFIXES:
@@ -66,23 +73,26 @@ def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
 
 def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, quant: str) -> str:
     """Digest of everything that the weight files are made from."""
-    contents = {name: file.sha256 for name, file in source.items() if name.endswith((".safetensors", ".bin", ".index.json"))}
+    contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
     return digest(contents, asdict(config), quant, _code(_WEIGHT_CODE))
 
 
 class GraphKeys:
     """Digests of everything that a graph and its certificate are made from."""
 
-    def __init__(self, options: Options, config: ModelConfig, image: ImageFacts, cache: CacheSpec, weights: str) -> None:
-        self.image, self.cache = msgspec.to_builtins(image), msgspec.to_builtins(cache)
+    def __init__(self, options: Options, config: ModelConfig, facts: ModelFacts, cache: CacheSpec, weights: str) -> None:
+        self.image, self.cache = msgspec.to_builtins(facts.image), msgspec.to_builtins(cache)
         versions = [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")]
         self.common = (weights, asdict(config), options.quant, options.backend, versions, _code(_GRAPH_CODE))
 
-    def key(self, kind: Kind, bucket: int) -> str:
+    def key(self, kind: Kind, bucket: int, images: int) -> str:
         seen = dict(self.image if kind == "vision" else self.cache)
         if kind == "prefill":
             seen.pop("slots")  # slots only matter to graphs whose rows are slots
-        return digest(kind, bucket, seen, *self.common)
+        if seen.get("cross"):
+            # A graph reads the pictures that it is told of, however many more a sequence may hold.
+            seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
+        return digest(kind, bucket, images, seen, *self.common)
 
 
 def digest(*parts: Any) -> str:

@@ -11,12 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..model_defs import llava
+from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig
-from ..model_defs.decoder import DecodeGraph, PrefillGraph
-from ..runtime.artifact import CacheSpec, ImageFacts, Kind, TensorSpec
+from ..model_defs.decoder import TextGraph
+from ..runtime.artifact import CacheSpec, ImageFacts, Kind, TensorSpec, graph_name
 
-VISION_GRAPHS = {"llava": llava.VisionGraph}
+VISION_GRAPHS: dict[str, type[nn.Module]] = {
+    "llava": llava.VisionGraph,
+    "llava_next": llava.VisionGraph,
+    "mllama": mllama.VisionGraph,
+    "qwen_vl": qwen_vl.VisionGraph,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,63 +30,101 @@ class GraphDef:
 
     kind: Kind
     bucket: int
+    images: int
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
 
+    @property
+    def name(self) -> str:
+        return graph_name(self.kind, self.bucket, self.images)
 
-def define_graph(config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, kind: Kind, bucket: int) -> GraphDef:
+
+def define_graph(
+    config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int
+) -> GraphDef:
     """The definition of one graph, on the meta device."""
     with torch.device("meta"):
         if kind == "vision":
-            return _vision(config, image, bucket)
-        return _text(config, cache, quant, kind, bucket)
+            return _vision(config, image, cache, bucket)
+        return _text(config, cache, quant, kind, bucket, images)
 
 
-def _vision(config: ModelConfig, image: ImageFacts, tiles: int) -> GraphDef:
+def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int) -> GraphDef:
+    inputs = [TensorSpec(name="pixels", dtype="uint8", shape=(tiles, image.size, image.size, 3))]
+    if cross := cache.cross:
+        inputs += [_ints("tile_count", 1), _ints("aspect_id", 1)]
+        shape = (1, cache.kv_heads, cross.rows, cache.head_dim)
+        names = [f"cross_{which}.{i}" for i in range(cross.layers) for which in "kv"]
+        outputs = [TensorSpec(name=name, dtype=cache.dtype, shape=shape) for name in names]
+    else:
+        outputs = [_floats("image_rows", tiles, image.rows, config.text.hidden_size)]
     mean, std = np.array(image.mean), np.array(image.std)
     return GraphDef(
         kind="vision",
         bucket=tiles,
+        images=0,
         module=VISION_GRAPHS[config.family](config),
-        inputs=(TensorSpec(name="pixels", dtype="uint8", shape=(tiles, image.size, image.size, 3)),),
-        outputs=(TensorSpec(name="image_rows", dtype="float32", shape=(tiles, image.rows, config.text.hidden_size)),),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
         constants={
-            "pixel_scale": (image.rescale / std).astype(np.float32),
-            "pixel_shift": (-mean / std).astype(np.float32),
+            "pixels.scale": (image.rescale / std).astype(np.float32),
+            "pixels.shift": (-mean / std).astype(np.float32),
         },
     )
 
 
-def _text(config: ModelConfig, cache: CacheSpec, quant: str, kind: Kind, bucket: int) -> GraphDef:
+def _text(config: ModelConfig, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int) -> GraphDef:
     text = config.text
     b, t = (1, bucket) if kind == "prefill" else (bucket, 1)
-
-    def ints(name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int32", shape=shape)
-
-    def floats(name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(name=name, dtype="float32", shape=shape)
-
-    ropes = [floats(name, b, t, text.head_dim) for name in ("rope_cos", "rope_sin")]
-    caches = [
-        TensorSpec(name=f"{which}_cache.{i}", dtype=cache.dtype, shape=(b, cache.kv_heads, cache.rows, cache.head_dim))
-        for i in range(cache.layers)
-        for which in "kv"
-    ]
+    inputs = [_ints("token_ids", b, t)]
+    if kind == "prefill" and not cache.cross:
+        inputs += [_ints("row_index", 1, t), _floats("image_rows", t, text.hidden_size)]
+    inputs.append(_ints("lengths", b))
     if kind == "prefill":
-        rows = (ints("row_index", 1, t), floats("image_rows", t, text.hidden_size))
-        inputs = [ints("token_ids", 1, t), *rows, ints("lengths", 1), ints("last_index", 1), *ropes, *caches]
-        module = PrefillGraph(text, quant)
-    else:
-        inputs = [ints("token_ids", b, 1), ints("lengths", b), *ropes, *caches]
-        module = DecodeGraph(text, quant)
-    outputs = [floats("logits", b, text.vocab_size), *(_renamed(spec) for spec in caches)]
-    return GraphDef(kind=kind, bucket=bucket, module=module, inputs=tuple(inputs), outputs=tuple(outputs))
+        inputs.append(_ints("last_index", 1))
+    inputs += [_floats(name, b, t, text.head_dim) for name in ("rope_cos", "rope_sin")]
+    if text.rope.logn_positions:
+        inputs.append(_floats("query_scale", b, t, 1))
+    if images:
+        inputs += _cross_inputs(cache, b, t, images)
+    shape = (b, cache.kv_heads, cache.rows, cache.head_dim)
+    caches = [
+        TensorSpec(name=f"{which}_cache.{i}", dtype=cache.dtype, shape=shape) for i in range(cache.layers) for which in "kv"
+    ]
+    inputs += caches
+    return GraphDef(
+        kind=kind,
+        bucket=bucket,
+        images=images,
+        module=TextGraph(text, quant, [spec.name for spec in inputs], images),
+        inputs=tuple(inputs),
+        outputs=(_floats("logits", b, text.vocab_size), *map(_updated, caches)),
+    )
 
 
-def _renamed(cache: TensorSpec) -> TensorSpec:
+def _cross_inputs(cache: CacheSpec, b: int, t: int, images: int) -> list[TensorSpec]:
+    cross = cache.cross
+    assert cross is not None
+    shape = (b, cache.kv_heads, cross.rows, cache.head_dim)
+    names = [f"cross_{which}.{i}.{j}" for i in range(cross.layers) for which in "kv" for j in range(images)]
+    return [
+        _floats("cross_mask", b, t, images * cross.tiles),
+        _floats("cross_gate", b, t, 2),
+        *(TensorSpec(name=name, dtype=cache.dtype, shape=shape) for name in names),
+    ]
+
+
+def _ints(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="int32", shape=shape)
+
+
+def _floats(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", shape=shape)
+
+
+def _updated(cache: TensorSpec) -> TensorSpec:
     """A cache as output: bound to the very memory of the input."""
     return TensorSpec(name=f"{cache.name}.out", dtype=cache.dtype, shape=cache.shape)
 

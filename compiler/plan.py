@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from ..model_defs.config import ModelConfig
-from ..runtime.artifact import KINDS, CacheSpec, Kind
+from ..model_defs.config import ModelConfig, TiledConfig
+from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..weights.rules import targets
-from ..weights.stored import stored_targets
+from ..weights.shard import rank_shape
+from ..weights.stored import stored_parts, stored_targets
 
 BACKENDS = ("onnx", "ascend")
 QUANTS = ("none", "w8a8", "w8a16", "w4a16")
@@ -20,7 +21,10 @@ READY_QUANTS = ("none", "w8a16")
 DEFAULT_CONTEXT = 2048
 DEFAULT_SLOTS = 4
 DEFAULT_PREFILL = (16, 64, 256)
+DEFAULT_IMAGES = (1, 4)
 MAX_BUCKET = 1 << 16
+TEXT_BEFORE_IMAGE = ("transformers", "meta")
+LISTS = (*KINDS, "images")
 
 
 class PlanError(ValueError):
@@ -29,16 +33,21 @@ class PlanError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Buckets:
-    """Bucket sizes by graph kind, and the cache's size; the keys of buckets.yaml. None: derived from the model."""
+    """Bucket sizes by graph kind, and the cache's size; the keys of buckets.yaml. None: derived from the model.
+
+    `images` are the numbers of pictures that text graphs can see by cross-attention, the largest being what a sequence may
+    hold; text without pictures always has graphs of its own.
+    """
 
     prefill: tuple[int, ...] | None = None
     decode: tuple[int, ...] | None = None
     vision: tuple[int, ...] | None = None
+    images: tuple[int, ...] | None = None
     context: int | None = None
     slots: int | None = None
 
     def __post_init__(self) -> None:
-        for name in KINDS:
+        for name in LISTS:
             sizes = getattr(self, name)
             if sizes is not None and not (
                 sizes and all(isinstance(s, int) and not isinstance(s, bool) and 1 <= s <= MAX_BUCKET for s in sizes)
@@ -61,17 +70,29 @@ def parse_buckets(data: Any, where: str) -> Buckets:
     """buckets.yaml's content -> Buckets; raises PlanError for anything but its keys and integers."""
     if not isinstance(data, Mapping):
         raise PlanError(
-            f"{where} holds {type(data).__name__}; expected a mapping with the keys prefill, decode, vision, context, slots"
+            f"{where} holds {type(data).__name__}; expected a mapping with the keys prefill, decode, vision, images, context, "
+            "slots"
         )
     known = {f.name for f in fields(Buckets)}
     unknown = sorted(str(key) for key in set(data) - known)
     if unknown:
         raise PlanError(f"{where}: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(known))}")
-    for name in KINDS:
-        if name in data and not isinstance(data[name], list):
-            raise PlanError(f"{where}: {name} is {data[name]!r}; expected a list of integers")
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+    if "images" in given:
+        given["images"] = image_buckets(given["images"], where)
+    for name in LISTS:
+        if name in given and not isinstance(given[name], tuple):
+            raise PlanError(f"{where}: {name} is {data[name]!r}; expected a list of integers")
     return Buckets(**given)
+
+
+def image_buckets(images: Any, where: str) -> tuple[int, ...]:
+    """The most pictures that a sequence may hold -> buckets for one and for all of them; a list is taken as it is."""
+    if isinstance(images, list | tuple):
+        return tuple(images)
+    if not isinstance(images, int) or isinstance(images, bool) or images < 1:
+        raise PlanError(f"{where}: images is {images!r}; expected a positive integer or a list of them")
+    return (1,) if images == 1 else (1, images)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +108,7 @@ class Options:
     vision_tower: Path | None = None
     lora: Path | None = None
     ignore_config_keys: tuple[str, ...] = ()
+    text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelFacts
 
     def __post_init__(self) -> None:
         if self.backend not in READY_BACKENDS:
@@ -97,10 +119,8 @@ class Options:
             raise PlanError(
                 f"quantisation {self.quant!r} is not available in this release; available: {', '.join(READY_QUANTS)}"
             )
-        if self.tp != 1:
-            raise PlanError(f"tensor parallelism {self.tp} is not available in this release; use --tp 1")
-        if self.lora is not None:
-            raise PlanError("merging a LoRA adapter is not available in this release; merge it into the checkpoint first")
+        if self.text_before_image not in TEXT_BEFORE_IMAGE:
+            raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,23 +128,22 @@ class Plan:
     """Everything that will be compiled."""
 
     cache: CacheSpec
-    graphs: tuple[tuple[Kind, int], ...]  # largest first within a kind
+    graphs: tuple[tuple[Kind, int, int], ...]  # (kind, bucket, images), largest first within a kind
 
     def buckets(self, kind: Kind) -> list[int]:
-        return sorted(bucket for k, bucket in self.graphs if k == kind)
+        return sorted({bucket for k, bucket, _ in self.graphs if k == kind})
 
 
 def make_plan(config: ModelConfig, options: Options) -> Plan:
     """Graphs and cache for a model; raises PlanError where they do not fit each other."""
     wanted = options.buckets
     text = config.text
-    context = wanted.context or min(text.max_positions, DEFAULT_CONTEXT)
+    context = wanted.context or _default_context(config)
     if context > text.max_positions:
         raise PlanError(f"context {context} exceeds the model's {text.max_positions} positions; use at most that")
     slots = wanted.slots or (max(wanted.decode) if wanted.decode else DEFAULT_SLOTS)
     prefill = wanted.prefill or tuple(b for b in DEFAULT_PREFILL if b <= context) or (context,)
-    decode = wanted.decode or tuple(sorted({1 << i for i in range(slots.bit_length())} | {slots}))
-    decode = tuple(b for b in decode if b <= slots) if wanted.decode is None else decode
+    decode = wanted.decode or tuple(b for b in sorted({1 << i for i in range(slots.bit_length())} | {slots}) if b <= slots)
     if max(decode) != slots:
         raise PlanError(
             f"the largest decode bucket is {max(decode)} but there are {slots} slots; make them equal, so that all run at once"
@@ -133,8 +152,9 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         raise PlanError(
             f"prefill bucket {max(prefill)} exceeds the context {context}; use smaller buckets or a larger --context"
         )
+    images = _image_buckets(config, wanted)
     cache = CacheSpec(
-        layers=text.layers,
+        layers=text.self_layers,
         kv_heads=text.kv_heads,
         head_dim=text.head_dim,
         slots=slots,
@@ -142,16 +162,70 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         # A last chunk writes its padding too, which the smallest bucket bounds.
         rows=context + min(prefill),
         dtype="float32",
+        cross=_cross(config, max(images)),
     )
-    sizes: dict[Kind, tuple[int, ...]] = {"vision": wanted.vision or (1,), "prefill": prefill, "decode": decode}
-    graphs = tuple((kind, bucket) for kind in KINDS for bucket in sorted(sizes[kind], reverse=True))
-    return Plan(cache=cache, graphs=graphs)  # type: ignore[arg-type]
+    sizes: dict[Kind, tuple[int, ...]] = {"vision": _vision_buckets(config, wanted), "prefill": prefill, "decode": decode}
+    graphs: tuple[tuple[Kind, int, int], ...] = tuple(
+        (kind, bucket, variant)
+        for kind, buckets in sizes.items()
+        for variant in sorted((0,) if kind == "vision" else images, reverse=True)
+        for bucket in sorted(buckets, reverse=True)
+    )
+    return Plan(cache=cache, graphs=graphs)
 
 
-def forecast(config: ModelConfig, plan: Plan, quant: str) -> dict[str, int]:
-    """Bytes of weights and cache, and parameters, from sizes alone."""
+def _default_context(config: ModelConfig) -> int:
+    """LLaVA-1.6 cuts a picture into up to 2928 tokens: there the default is all that the model was trained for."""
+    return min(config.text.max_positions, 2 * DEFAULT_CONTEXT if config.image_mode == "anyres" else DEFAULT_CONTEXT)
+
+
+def _vision_buckets(config: ModelConfig, wanted: Buckets) -> tuple[int, ...]:
+    if isinstance(config.vision, TiledConfig):
+        tiles = config.vision.tiles
+        if wanted.vision not in (None, (tiles,)):
+            raise PlanError(
+                f"vision buckets are {list(wanted.vision or ())}, but this model always sees the {tiles} tiles of one picture "
+                f"together; use [{tiles}] or leave them out"
+            )
+        return (tiles,)
+    # LLaVA-1.6: the tiles of one picture, and the whole picture as one more.
+    return wanted.vision or tuple({1 + rows * columns for rows, columns in config.grids}) or (1,)
+
+
+def _image_buckets(config: ModelConfig, wanted: Buckets) -> tuple[int, ...]:
+    """Numbers of pictures that text graphs see by cross-attention, 0 included."""
+    if config.text.cross_layers:
+        return (0, *(wanted.images or DEFAULT_IMAGES))
+    if wanted.images:
+        raise PlanError(
+            f"images buckets {list(wanted.images)} were given, but this model has no cross-attention to pictures; leave them "
+            "out"
+        )
+    return (0,)
+
+
+def _cross(config: ModelConfig, images: int) -> CrossSpec | None:
+    if not isinstance(config.vision, TiledConfig):
+        return None
+    vision = config.vision
+    return CrossSpec(layers=len(config.text.cross_layers), images=images, rows=vision.rows_per_image, tiles=vision.tiles)
+
+
+def forecast(config: ModelConfig, plan: Plan, quant: str, tp: int) -> dict[str, int]:
+    """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what each of `tp` ranks holds.
+
+    `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them.
+    """
+    whole = targets(config)
+    on_rank = {name: rank_shape(config, name, shape, tp) for name, shape in whole.items()}
+    stored = [part for name, shape in on_rank.items() for part in stored_parts(name, shape, quant).values()]
+    heads = max(1, plan.cache.kv_heads // tp)
     return {
-        "parameters": sum(math.prod(shape) for shape in targets(config).values()),
+        "parameters": sum(map(math.prod, whole.values())),
         "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant).values()),
         "cache_bytes": plan.cache.nbytes,
+        "rank_parameters": sum(map(math.prod, on_rank.values())),
+        "rank_weight_bytes": sum(tensor.nbytes for tensor in stored),
+        "rank_bfloat16_bytes": 2 * sum(map(math.prod, on_rank.values())),
+        "rank_cache_bytes": plan.cache.nbytes // plan.cache.kv_heads * heads,
     }

@@ -1,0 +1,58 @@
+"""Values of a checkpoint's JSON files, checked. All are data of others: a value of another kind is a ConfigError."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ..model_defs.config import ConfigError, read_json
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty for a file that is not there."""
+    return read_json(path) if path.is_file() else {}
+
+
+def only(settings: Mapping[str, Any], name: str, expected: bool, where: str) -> None:
+    if settings.get(name, expected) not in (expected, None):
+        raise ConfigError(f"{where}: {name} is {settings[name]!r}; supported: {str(expected).lower()}")
+
+
+def integer(settings: Mapping[str, Any], name: str, default: int, where: str, *, least: int) -> int:
+    value = settings.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{where}: {name} is {value!r}; expected an integer of at least {least}")
+    return value
+
+
+def number(
+    settings: Mapping[str, Any],
+    name: str,
+    default: float,
+    where: str,
+    *,
+    least: float | None = None,
+    above: float | None = None,
+) -> float:
+    value = settings.get(name)
+    if value is None:
+        return default
+    sound = isinstance(value, int | float) and not isinstance(value, bool)
+    if not sound or (least is not None and value < least) or (above is not None and value <= above):
+        wanted = f"above {above:g}" if above is not None else f"of at least {least:g}"
+        raise ConfigError(f"{where}: {name} is {value!r}; expected a number {wanted}")
+    return float(value)
+
+
+def three(
+    settings: Mapping[str, Any], name: str, default: tuple[float, float, float], where: str
+) -> tuple[float, float, float]:
+    value = settings.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(v, int | float) for v in value):
+        raise ConfigError(f"{where}: {name} is {value!r}; expected three numbers")
+    return float(value[0]), float(value[1]), float(value[2])
