@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import sentencepiece
 import torch
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
-from transformers.utils import logging as transformers_logging
 
-SENTENCES = (
-    "What is in the picture? A red circle and a blue square.",
-    "Describe the image in English: two green triangles lie on a white table.",
-    "How many shapes are there? There are three shapes, and the largest one is yellow.",
-    "Please provide the box of the region this sentence describes: the small black star at [0.61, 0.36, 0.92, 0.83].",
-    "USER: Hello! ASSISTANT: Hi, please show me a picture. USER: Which colour has the circle? ASSISTANT: Orange.",
-    'The quick brown fox jumps over the lazy dog; 1234567890 times, it says. (Really?) Yes - why not: "of course".',
-    "A chat between a curious user and an artificial intelligence assistant, who gives helpful and polite answers.",
+from .checkpoints_files import clip_config, llama_sizes, randomise, save_pretrained, write_json, write_weights
+from .checkpoints_tokenizers import (
+    FLAGS,
+    VOCAB,
+    hf_tokenizer,
+    image_token_id,
+    sentencepiece_model,
+    write_hf_tokenizer,
 )
+
+__all__ = ["CHAT_TEMPLATE", "MEAN", "STD", "Tiny", "tiny_llava", "tiny_model", "write_json", "write_weights"]
+
 # The rule of the published template in other words: ROLE, pictures, then texts, a space after every text.
 CHAT_TEMPLATE = (
     "{%- for m in messages -%}"
@@ -41,8 +36,6 @@ CHAT_TEMPLATE = (
 )
 MEAN = [0.48145466, 0.4578275, 0.40821073]
 STD = [0.26862954, 0.26130258, 0.27577711]
-VOCAB = 389
-FLAGS = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +68,7 @@ def tiny_llava(
     """
     folder.mkdir(parents=True, exist_ok=True)
     original = layout == "original"
-    model = tiny_model(seed, image_token_id=0 if original else _hf_tokenizer().token_to_id("<image>"), **dims)
+    model = tiny_model(seed, image_token_id=0 if original else image_token_id(), **dims)
     for value in model.state_dict().values():
         value.copy_(value.to(dtype))
     if original:
@@ -87,34 +80,40 @@ def tiny_llava(
 
 def tiny_model(seed: int, image_token_id: int, **dims: int) -> LlavaForConditionalGeneration:
     """A random model whose logits differ clearly from token to token: larger weights than a real model's at this width."""
+    d = known_dims(dims)
+    config = LlavaConfig(
+        text_config=llama_config(d), vision_config=clip_vision_config(d), image_token_index=image_token_id,
+        image_seq_length=(d["image_size"] // d["patch_size"]) ** 2,
+        projector_hidden_act="gelu", vision_feature_layer=-2, vision_feature_select_strategy="default",
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return randomise(LlavaForConditionalGeneration(config), seed)
+
+
+def known_dims(dims: dict[str, int]) -> dict[str, int]:
+    """The sizes of a tiny LLaVA with some of them replaced."""
     known = {
         "hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16, "intermediate": 112, "vocab": VOCAB,
         "context": 512, "vision_hidden": 32, "vision_layers": 3, "vision_heads": 2, "vision_intermediate": 48,
         "image_size": 28, "patch_size": 7,
     }  # fmt: skip
     assert not dims.keys() - known.keys(), dims.keys() - known.keys()
-    d = known | dims
-    text = LlamaConfig(
+    return known | dims
+
+
+def llama_config(d: dict[str, int]) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=d["vocab"], hidden_size=d["hidden"], num_hidden_layers=d["layers"], num_attention_heads=d["heads"],
         num_key_value_heads=d["kv_heads"], head_dim=d["head_dim"], intermediate_size=d["intermediate"],
         max_position_embeddings=d["context"], rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False,
     )  # fmt: skip
-    vision = CLIPVisionConfig(
+
+
+def clip_vision_config(d: dict[str, int]) -> CLIPVisionConfig:
+    return CLIPVisionConfig(
         hidden_size=d["vision_hidden"], num_hidden_layers=d["vision_layers"], num_attention_heads=d["vision_heads"],
         intermediate_size=d["vision_intermediate"], image_size=d["image_size"], patch_size=d["patch_size"], projection_dim=24,
     )  # fmt: skip
-    config = LlavaConfig(
-        text_config=text, vision_config=vision, image_token_index=image_token_id, image_token_id=image_token_id,
-        image_seq_length=(d["image_size"] // d["patch_size"]) ** 2, projector_hidden_act="gelu", vision_feature_layer=-2,
-        vision_feature_select_strategy="default", tie_word_embeddings=False,
-    )  # fmt: skip
-    model = LlavaForConditionalGeneration(config).float().eval()
-    generator = torch.Generator().manual_seed(seed)
-    for name, value in model.state_dict().items():
-        noise = torch.randn(value.shape, generator=generator)
-        norm = "norm" in name and name.endswith(".weight")
-        value.copy_(1 + 0.2 * noise if norm else (0.3 if name.endswith("embed_tokens.weight") else 0.15) * noise)
-    return model
 
 
 # --- Hugging Face layout -----------------------------------------------------------------------------------------------
@@ -125,12 +124,12 @@ def write_hf(
 ) -> None:
     """The files of a llava-hf repository."""
     if names == "saved":
-        _save_pretrained(folder, model, sharded, dtype)
+        save_pretrained(folder, model, sharded, dtype)
         assert fmt == "safetensors", "save_pretrained writes safetensors only"
     else:
         spell = hub_name if names == "old" else str
         write_weights(folder, {spell(k): v.to(dtype) for k, v in model.state_dict().items()}, fmt=fmt, sharded=sharded)
-    tokenizer, config = _hf_tokenizer(), cast(Any, model.config)
+    tokenizer, config = hf_tokenizer(), cast(Any, model.config)
     text, vision = config.text_config, config.vision_config
     write_json(
         folder / "config.json",
@@ -141,16 +140,16 @@ def write_hf(
             "model_type": "llava",
             "pad_token_id": tokenizer.token_to_id("<pad>"),
             "projector_hidden_act": "gelu",
-            "text_config": {"model_type": "llama", "torch_dtype": "float16", **_sizes(text), "head_dim": text.head_dim},
+            "text_config": {"model_type": "llama", "torch_dtype": "float16", **llama_sizes(text), "head_dim": text.head_dim},
             "tie_word_embeddings": False,
             "torch_dtype": str(dtype).removeprefix("torch."),
-            "vision_config": _vision_config(vision),
+            "vision_config": clip_config(vision),
             "vision_feature_layer": -2,
             "vision_feature_select_strategy": "default",
             "vocab_size": text.vocab_size,
         },
     )
-    _write_hf_tokenizer(folder, tokenizer)
+    write_hf_tokenizer(folder, tokenizer)
     write_json(
         folder / "preprocessor_config.json",
         {
@@ -195,69 +194,6 @@ def hub_name(name: str) -> str:
     raise AssertionError(name)
 
 
-def _save_pretrained(folder: Path, model: LlavaForConditionalGeneration, sharded: bool, dtype: torch.dtype) -> None:
-    bar = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        model.to(dtype).save_pretrained(folder, max_shard_size=_shard_limit(model.state_dict()) if sharded else "5GB")
-    finally:
-        model.float()
-        if bar:
-            transformers_logging.enable_progress_bar()
-
-
-@cache
-def _hf_tokenizer() -> Tokenizer:
-    """BPE with byte fallback, "▁" for spaces, BOS put before; <image> and <pad> come last."""
-    letters = sorted(set("".join(SENTENCES)) - {" "} | {"▁"})
-    learner = Tokenizer(models.BPE())
-    learner.pre_tokenizer = pre_tokenizers.Metaspace()
-    trainer = trainers.BpeTrainer(vocab_size=len(letters) + 40, initial_alphabet=letters, show_progress=False)
-    learner.train_from_iterator(SENTENCES, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    vocab = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
-    for piece in sorted(learned["vocab"], key=learned["vocab"].__getitem__):
-        vocab.setdefault(piece, len(vocab))
-    merges = [(left, right) for left, right in learned["merges"]]
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s>:1 $B:1", special_tokens=[("<s>", 1)]
-    )
-    special = ("<unk>", "<s>", "</s>", "<image>", "<pad>")
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in special])
-    assert tokenizer.get_vocab_size() < VOCAB, "as on the hub, the last rows of the embedding table belong to no token"
-    return tokenizer
-
-
-def _write_hf_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
-    tokenizer.save(str(folder / "tokenizer.json"))
-    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
-    added = {tokenizer.token_to_id(t): {"content": t, **FLAGS, "special": True} for t in (*special.values(), "<image>")}
-    config = {
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "added_tokens_decoder": {str(i): added[i] for i in sorted(added)},
-        **special,
-        "clean_up_tokenization_spaces": False,
-        "extra_special_tokens": {"image_token": "<image>"},
-        "image_token": "<image>",
-        "legacy": False,
-        "model_max_length": 1000000000000000019884624838656,
-        "padding_side": "left",
-        "processor_class": "LlavaProcessor",
-        "tokenizer_class": "LlamaTokenizer",
-    }
-    write_json(folder / "tokenizer_config.json", config)
-    write_json(folder / "special_tokens_map.json", {key: {"content": t, **FLAGS} for key, t in special.items()})
-    write_json(folder / "added_tokens.json", {t: tokenizer.token_to_id(t) for t in ("<image>", "<pad>")})
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": tokenizer.token_to_id("<pad>")}
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **ids})
-
-
 # --- Original layout ---------------------------------------------------------------------------------------------------
 
 
@@ -284,7 +220,7 @@ def write_original(folder: Path, model: LlavaForConditionalGeneration, *, fmt: s
         folder / "config.json",
         {
             "architectures": ["LlavaLlamaForCausalLM"],
-            **_sizes(text),
+            **llama_sizes(text),
             "head_dim": text.head_dim,
             "bos_token_id": 1,
             "eos_token_id": 2,
@@ -305,7 +241,14 @@ def write_original(folder: Path, model: LlavaForConditionalGeneration, *, fmt: s
             "use_mm_proj": True,
         },
     )
-    (folder / "tokenizer.model").write_bytes(_sentencepiece())
+    write_original_tokenizer(folder, text.max_position_embeddings)
+    write_clip(tower, apart, vision, fmt)
+    return tower
+
+
+def write_original_tokenizer(folder: Path, positions: int) -> None:
+    """What an original repository has beside config and weights."""
+    (folder / "tokenizer.model").write_bytes(sentencepiece_model())
     special = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     write_json(
         folder / "tokenizer_config.json",
@@ -315,7 +258,7 @@ def write_original(folder: Path, model: LlavaForConditionalGeneration, *, fmt: s
             **{key: {"__type": "AddedToken", "content": token, **FLAGS} for key, token in special.items()},
             "clean_up_tokenization_spaces": False,
             "legacy": False,
-            "model_max_length": text.max_position_embeddings // 2,
+            "model_max_length": positions // 2,
             "pad_token": None,
             "padding_side": "right",
             "sp_model_kwargs": {},
@@ -325,10 +268,8 @@ def write_original(folder: Path, model: LlavaForConditionalGeneration, *, fmt: s
     write_json(
         folder / "special_tokens_map.json", {k: {"content": t, **FLAGS} for k, t in special.items()} | {"pad_token": "<unk>"}
     )
-    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": text.max_position_embeddings}
+    ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_length": positions}
     write_json(folder / "generation_config.json", ids)
-    _write_clip(tower, apart, vision, fmt)
-    return tower
 
 
 def original_name(name: str) -> str:
@@ -345,7 +286,7 @@ def original_name(name: str) -> str:
     raise AssertionError(name)
 
 
-def _write_clip(folder: Path, tensors: dict[str, Tensor], vision: Any, fmt: str) -> None:
+def write_clip(folder: Path, tensors: dict[str, Tensor], vision: Any, fmt: str) -> None:
     """A CLIP checkpoint of the old form: a config for both towers, integer sizes for pictures, an integer buffer."""
     tensors = tensors | {
         "vision_model.embeddings.position_ids": torch.arange((vision.image_size // vision.patch_size) ** 2 + 1)[None],
@@ -357,7 +298,7 @@ def _write_clip(folder: Path, tensors: dict[str, Tensor], vision: Any, fmt: str)
         "logit_scale": torch.tensor(2.6592),
     }
     write_weights(folder, tensors, fmt=fmt, sharded=False)
-    write_json(folder / "config.json", {"model_type": "clip", "projection_dim": 24, "vision_config": _vision_config(vision)})
+    write_json(folder / "config.json", {"model_type": "clip", "projection_dim": 24, "vision_config": clip_config(vision)})
     write_json(
         folder / "preprocessor_config.json",
         {
@@ -372,67 +313,3 @@ def _write_clip(folder: Path, tensors: dict[str, Tensor], vision: Any, fmt: str)
             "size": vision.image_size,
         },
     )
-
-
-@cache
-def _sentencepiece() -> bytes:
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(SENTENCES * 4), model_writer=model, model_type="bpe", vocab_size=VOCAB, byte_fallback=True,
-        unk_id=0, bos_id=1, eos_id=2, pad_id=-1, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        character_coverage=1.0, minloglevel=2, num_threads=1,
-    )  # fmt: skip
-    return model.getvalue()
-
-
-# --- Files -------------------------------------------------------------------------------------------------------------
-
-
-def write_weights(folder: Path, tensors: Mapping[str, Tensor], *, fmt: str, sharded: bool) -> None:
-    """model.safetensors or pytorch_model.bin, in one file or in shards with an index."""
-    stem, suffix = ("model", "safetensors") if fmt == "safetensors" else ("pytorch_model", "bin")
-    tensors = {name: value.contiguous() for name, value in tensors.items()}
-    parts = _split(tensors) if sharded else [tensors]
-    weight_map: dict[str, str] = {}
-    for i, part in enumerate(parts):
-        name = f"{stem}-{i + 1:05d}-of-{len(parts):05d}.{suffix}" if sharded else f"{stem}.{suffix}"
-        weight_map |= dict.fromkeys(part, name)
-        if fmt == "safetensors":
-            save_file(part, folder / name, metadata={"format": "pt"})
-        else:
-            torch.save(part, folder / name)
-    if sharded:
-        total = sum(value.nbytes for value in tensors.values())
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json(folder / f"{stem}.{suffix}.index.json", index)
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-
-
-def _shard_limit(tensors: Mapping[str, Tensor]) -> int:
-    return sum(value.nbytes for value in tensors.values()) // 2
-
-
-def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Three parts, cut without regard to layers, as published shards are."""
-    names = sorted(tensors)
-    step = -(-len(names) // 3)
-    return [{name: tensors[name] for name in names[i : i + step]} for i in range(0, len(names), step)]
-
-
-def _sizes(text: Any) -> dict[str, Any]:
-    keys = (
-        "hidden_size", "intermediate_size", "max_position_embeddings", "num_attention_heads", "num_hidden_layers",
-        "num_key_value_heads", "rms_norm_eps", "vocab_size",
-    )  # fmt: skip
-    return {key: getattr(text, key) for key in keys}
-
-
-def _vision_config(vision: Any) -> dict[str, Any]:
-    keys = (
-        "hidden_size", "image_size", "intermediate_size", "num_attention_heads", "num_hidden_layers", "patch_size",
-        "projection_dim",
-    )  # fmt: skip
-    return {"model_type": "clip_vision_model", **{key: getattr(vision, key) for key in keys}}

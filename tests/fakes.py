@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import msgspec
 import numpy as np
 from PIL import Image
 
 from staticvl import runtime
+from staticvl.compiler.facts import read_facts
+from staticvl.compiler.graphs import define_graph
+from staticvl.compiler.plan import Buckets, Options, make_plan
+from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import (
     Artifact,
     BuildFacts,
     CacheSpec,
+    CrossSpec,
     GraphSpec,
     ImageFacts,
     Kind,
     Manifest,
     ModelFacts,
+    RopeFacts,
     TensorSpec,
     TokenizerFacts,
     open_artifact,
 )
 from staticvl.runtime.backends.fake import PICTURE_NUMBERS, FakeBackend
 from staticvl.runtime.engine import Engine
-from staticvl.runtime.prompt import Prompt
+from staticvl.runtime.images import frame_of
+from staticvl.runtime.prompt import Prompt, Sight
 from staticvl.runtime.sampler import sample
 from staticvl.runtime.scheduler import Step
 
@@ -36,88 +46,157 @@ SIDE = 2  # pixels on each side of a tile
 ROWS_PER_TILE = 3
 HIDDEN = 4
 HEAD_DIM = 4
+TILES = 4  # of every picture, where pictures enter by cross-attention
+GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2))
 PREFILL = {4: 1.0, 16: 2.5}
 VISION = {1: 1.0, 3: 2.0}
 
+IMAGE = ImageFacts(mode="crop", size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rows=ROWS_PER_TILE)
 FACTS = ModelFacts(
     family="llava",
     layout="hf",
     hidden_size=HIDDEN,
     vocab_size=VOCAB,
-    rope_theta=1e8,
+    rope=RopeFacts(theta=1e8),
     eos_token_ids=(EOS,),
-    image=ImageFacts(mode="crop", size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rows=ROWS_PER_TILE),
+    image=IMAGE,
     tokenizer=TokenizerFacts(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=None, used=USED),
+)
+CROSS_FACTS = msgspec.structs.replace(
+    FACTS, family="mllama", image=msgspec.structs.replace(IMAGE, mode="tiles", grids=GRIDS, tiles=TILES)
 )
 
 Costs = Mapping[int, float]  # bucket -> milliseconds
 
 
 def fake_artifact(
-    *, slots: int = 4, context: int = 64, prefill: Costs = PREFILL, decode: Costs | None = None, vision: Costs = VISION
+    *,
+    slots: int = 4,
+    context: int = 64,
+    prefill: Costs = PREFILL,
+    decode: Costs | None = None,
+    vision: Costs = VISION,
+    images: tuple[int, ...] = (),
+    rope: RopeFacts = FACTS.rope,
 ) -> Artifact:
-    """An artifact in memory whose graphs only the fake backend can run."""
+    """An artifact in memory whose graphs only the fake backend can run; with `images`, pictures enter by cross-attention."""
     decode = decode or dict.fromkeys({1, slots}, 1.0)
-    cache_spec = CacheSpec(
-        layers=1, kv_heads=1, head_dim=HEAD_DIM, slots=slots, context=context, rows=context + min(prefill), dtype="float32"
+    facts = msgspec.structs.replace(CROSS_FACTS if images else FACTS, rope=rope)
+    cross = CrossSpec(layers=2, images=max(images), rows=TILES * ROWS_PER_TILE, tiles=TILES) if images else None
+    spec = CacheSpec(
+        layers=1,
+        kv_heads=1,
+        head_dim=HEAD_DIM,
+        slots=slots,
+        context=context,
+        rows=context + min(prefill),
+        dtype="float32",
+        cross=cross,
     )
-    sizes: dict[Kind, Costs] = {"vision": vision, "prefill": prefill, "decode": decode}
-    manifest = Manifest(
+    sizes: dict[Kind, Costs] = {"prefill": prefill, "decode": decode}
+    graphs = [_vision_graph(bucket, cost, spec) for bucket, cost in ({TILES: 1.0} if images else vision).items()]
+    graphs += [
+        _text_graph(kind, bucket, count, cost, spec, scaled=rope.logn_positions is not None)
+        for kind, costs in sizes.items()
+        for bucket, cost in costs.items()
+        for count in (0, *images)
+    ]
+    return Artifact(Path(), fake_manifest(facts, spec, tuple(graphs)))
+
+
+def fake_manifest(facts: ModelFacts, cache: CacheSpec, graphs: tuple[GraphSpec, ...]) -> Manifest:
+    return Manifest(
         backend="onnx",
         quant="none",
         tp=1,
-        model=FACTS,
+        model=facts,
         tokenizer="tokenizer",
-        cache=cache_spec,
-        graphs=tuple(_graph(kind, bucket, cost, cache_spec) for kind, costs in sizes.items() for bucket, cost in costs.items()),
+        cache=cache,
+        graphs=graphs,
         weights={},
         files={},
         build=BuildFacts(staticvl="0", torch="0", options={}, key="", source={}),
     )
-    return Artifact(Path(), manifest)
 
 
-def _graph(kind: Kind, bucket: int, cost_ms: float, spec: CacheSpec) -> GraphSpec:
+def _ints(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="int32", shape=shape)
+
+
+def _floats(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="float32", shape=shape)
+
+
+def _vision_graph(bucket: int, cost_ms: float, spec: CacheSpec) -> GraphSpec:
     """The inputs and outputs that runtime.artifact describes."""
-    b, t = (1, bucket) if kind == "prefill" else (bucket, 1)
-
-    def ints(name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(name=name, dtype="int32", shape=shape)
-
-    def floats(name: str, *shape: int) -> TensorSpec:
-        return TensorSpec(name=name, dtype="float32", shape=shape)
-
-    if kind == "vision":
-        inputs = [TensorSpec(name="pixels", dtype="uint8", shape=(bucket, SIDE, SIDE, 3))]
-        outputs = [floats("image_rows", bucket, ROWS_PER_TILE, HIDDEN)]
-    else:
-        caches = [floats(f"{which}_cache.0", b, 1, spec.rows, HEAD_DIM) for which in "kv"]
-        ropes = [floats(name, b, t, HEAD_DIM) for name in ("rope_cos", "rope_sin")]
-        pictures = (
-            [ints("row_index", 1, t), floats("image_rows", t, HIDDEN), ints("last_index", 1)] if kind == "prefill" else []
-        )
-        inputs = [ints("token_ids", b, t), ints("lengths", b), *pictures, *ropes, *caches]
-        outputs = [floats("logits", b, VOCAB), *(floats(f"{c.name}.out", *c.shape) for c in caches)]
+    inputs = [TensorSpec(name="pixels", dtype="uint8", shape=(bucket, SIDE, SIDE, 3))]
+    outputs = [_floats("image_rows", bucket, ROWS_PER_TILE, HIDDEN)]
+    if cross := spec.cross:
+        inputs += [_ints("tile_count", 1), _ints("aspect_id", 1)]
+        outputs = [_floats(f"cross_{which}.{i}", 1, 1, cross.rows, HEAD_DIM) for i in range(cross.layers) for which in "kv"]
     return GraphSpec(
-        kind=kind, bucket=bucket, file=f"{kind}-{bucket}", key="", inputs=tuple(inputs), outputs=tuple(outputs), cost_ms=cost_ms
+        kind="vision",
+        bucket=bucket,
+        file=f"vision-{bucket}",
+        key="",
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        cost_ms=cost_ms,
     )
 
 
-def fake_engine(**sizes: int | Costs) -> Engine:
+def _text_graph(kind: Kind, bucket: int, images: int, cost_ms: float, spec: CacheSpec, *, scaled: bool) -> GraphSpec:
+    """The inputs and outputs that runtime.artifact describes."""
+    b, t = (1, bucket) if kind == "prefill" else (bucket, 1)
+    inputs = [
+        _ints("token_ids", b, t),
+        _ints("lengths", b),
+        *(_floats(f"rope_{name}", b, t, HEAD_DIM) for name in ("cos", "sin")),
+    ]
+    if kind == "prefill":
+        inputs.append(_ints("last_index", 1))
+        if not spec.cross:
+            inputs += [_ints("row_index", 1, t), _floats("image_rows", t, HIDDEN)]
+    if scaled:
+        inputs.append(_floats("query_scale", b, t, 1))
+    if cross := (spec.cross if images else None):
+        inputs += [_floats("cross_mask", b, t, images * TILES), _floats("cross_gate", b, t, 2)]
+        names = [f"cross_{which}.{i}.{j}" for i in range(cross.layers) for which in "kv" for j in range(images)]
+        inputs += [_floats(name, b, 1, cross.rows, HEAD_DIM) for name in names]
+    caches = [_floats(f"{which}_cache.0", b, 1, spec.rows, HEAD_DIM) for which in "kv"]
+    return GraphSpec(
+        kind=kind,
+        bucket=bucket,
+        images=images,
+        file=f"{kind}-{bucket}-{images}",
+        key="",
+        inputs=(*inputs, *caches),
+        outputs=(_floats("logits", b, VOCAB), *(_floats(f"{c.name}.out", *c.shape) for c in caches)),
+        cost_ms=cost_ms,
+    )
+
+
+def fake_engine(**sizes: Any) -> Engine:
     """An engine over `fake_artifact`."""
-    artifact = fake_artifact(**sizes)  # type: ignore[arg-type]
+    artifact = fake_artifact(**sizes)
     return Engine(artifact, backend=FakeBackend(artifact.manifest))
 
 
-def text_prompt(*token_ids: int) -> Prompt:
+def text_prompt(*token_ids: int, ntk: float = 1.0) -> Prompt:
     """A prompt without pictures."""
     ids = np.array(token_ids, np.int32)
     return Prompt(
-        token_ids=ids, rows=np.full(ids.shape, -1, np.int32), pixels=np.zeros((0, SIDE, SIDE, 3), np.uint8), frames=()
+        token_ids=ids,
+        rows=np.full(ids.shape, -1, np.int32),
+        pixels=np.zeros((0, SIDE, SIDE, 3), np.uint8),
+        frames=(),
+        image_tokens=0,
+        ntk=ntk,
+        state=np.zeros_like(ids),
     )
 
 
-def picture_prompt(*parts: int | np.ndarray) -> Prompt:
+def picture_prompt(*parts: int | np.ndarray, ntk: float = 1.0) -> Prompt:
     """Token ids and pictures (uint8 [SIDE, SIDE, 3]) as they follow each other; a picture takes ROWS_PER_TILE positions."""
     ids: list[int] = []
     rows: list[int] = []
@@ -132,7 +211,35 @@ def picture_prompt(*parts: int | np.ndarray) -> Prompt:
             ids.append(part)
             rows.append(-1)
     stacked = np.stack(pixels) if pixels else np.zeros((0, SIDE, SIDE, 3), np.uint8)
-    return Prompt(token_ids=np.array(ids, np.int32), rows=np.array(rows, np.int32), pixels=stacked, frames=())
+    return dataclasses.replace(
+        text_prompt(*ids, ntk=ntk), rows=np.array(rows, np.int32), pixels=stacked, image_tokens=len(pixels) * ROWS_PER_TILE
+    )
+
+
+def cross_prompt(*parts: int | tuple[tuple[int, int], int], seed: int = 0) -> Prompt:
+    """Token ids and pictures (their grid, and a seed of their pixels) as they follow each other; a picture takes one position.
+
+    What the positions see is random: any tile of any picture, those that are not in use among them, with any gates.
+    """
+    rng = np.random.default_rng(seed)
+    pictures = [part for part in parts if isinstance(part, tuple)]
+    ids = [part if isinstance(part, int) else VOCAB - 1 for part in parts]
+    pixels = np.zeros((len(pictures), TILES, SIDE, SIDE, 3), np.uint8)
+    for place, (grid, number) in enumerate(pictures):
+        used = grid[0] * grid[1]
+        pixels[place, :used] = np.random.default_rng(number).integers(0, 256, (used, SIDE, SIDE, 3))
+    sight = Sight(
+        visible=rng.random((len(ids), len(pictures) * TILES)) < 0.5,
+        gates=rng.integers(0, 2, (len(ids), 2)).astype(np.float32),
+    )
+    return dataclasses.replace(
+        text_prompt(*ids),
+        pixels=pixels.reshape(-1, SIDE, SIDE, 3),
+        frames=tuple(frame_of((9, 9), CROSS_FACTS.image) for _ in pictures),
+        image_tokens=len(pictures),
+        grids=np.array([grid for grid, _ in pictures], np.int32).reshape(-1, 2),
+        sight=sight if pictures else None,
+    )
 
 
 def picture(number: int) -> np.ndarray:
@@ -144,20 +251,38 @@ def picture(number: int) -> np.ndarray:
 
 def oracle(prompt: Prompt, params: runtime.SamplingParams, facts: ModelFacts = FACTS) -> list[int]:
     """The tokens of one request on its own: the sum that the fake backend documents, in a plain loop."""
-    total = sum((value + 1) * (position + 1) for position, value in enumerate(_values(prompt, facts.image.rows)))
+    ntk = int(prompt.ntk)
+    total = sum((value + 1) * (position * ntk + 1) for position, value in enumerate(_values(prompt, facts)))
     tokens: list[int] = []
     while len(tokens) < params.max_new_tokens:
         tokens.append(_choose(total % facts.vocab_size, params, len(tokens), facts))
         if tokens[-1] in facts.eos_token_ids and not params.ignore_eos:
             break
-        total += (tokens[-1] + 1) * (prompt.length + len(tokens))
+        value = tokens[-1] + _seen(prompt, prompt.length - 1, facts)
+        total += (value + 1) * ((prompt.length + len(tokens) - 1) * ntk + 1)
     return tokens
 
 
-def _values(prompt: Prompt, rows_per_tile: int) -> list[int]:
+def _values(prompt: Prompt, facts: ModelFacts) -> list[int]:
     """What stands at each position of a prompt."""
-    numbers = [(int(tile.sum()) + r) % PICTURE_NUMBERS for tile in prompt.pixels for r in range(rows_per_tile)]
-    return [numbers[row] if row >= 0 else int(token) for token, row in zip(prompt.token_ids, prompt.rows, strict=True)]
+    numbers = [(int(tile.sum()) + r) % PICTURE_NUMBERS for tile in prompt.pixels for r in range(facts.image.rows)]
+    values = [numbers[row] if row >= 0 else int(token) for token, row in zip(prompt.token_ids, prompt.rows, strict=True)]
+    return [value + _seen(prompt, position, facts) for position, value in enumerate(values)]
+
+
+def _seen(prompt: Prompt, position: int, facts: ModelFacts) -> int:
+    """What a position gains by looking at pictures."""
+    if prompt.sight is None or prompt.grids is None:
+        return 0
+    total, tiles = 0, facts.image.tiles
+    for place in np.flatnonzero(prompt.sight.visible[position]):
+        picture, tile = divmod(int(place), tiles)
+        grid = (int(prompt.grids[picture][0]), int(prompt.grids[picture][1]))
+        used = tile < grid[0] * grid[1]
+        aspect_id = 1 + facts.image.grids.index(grid)
+        total += ((int(prompt.pixels[place].sum()) if used else 0) + (tile + 1) * aspect_id) % PICTURE_NUMBERS
+    attention, mlp = map(int, prompt.sight.gates[position])
+    return attention * total + mlp
 
 
 def _choose(hot: int, params: runtime.SamplingParams, position: int, facts: ModelFacts) -> int:
@@ -212,4 +337,33 @@ def lent(folder: Path) -> Iterator[runtime.Model]:
 def loaded_with_fake(folder: Path) -> runtime.Model:
     """The tokenizer, template and buckets of a compiled artifact over a fake backend: fast enough for random conversations."""
     artifact = open_artifact(folder)
+    return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest)))
+
+
+def fake_model(checkpoint: Path, folder: Path, buckets: Buckets, **changes: Any) -> runtime.Model:
+    """A checkpoint's tokenizer, template, settings and plan over a fake backend; nothing is compiled, no weights are read.
+
+    `changes` are fields of its ModelFacts.
+    """
+    config = read_config(checkpoint)
+    facts, settings = read_facts(checkpoint, config, vision_tower=None)
+    plan = make_plan(config, Options(checkpoint=checkpoint, out=folder, buckets=buckets))
+    for name, data in settings.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    definitions = [define_graph(config, facts.image, plan.cache, "none", *graph) for graph in plan.graphs]
+    graphs = tuple(
+        GraphSpec(
+            kind=graph.kind,
+            bucket=graph.bucket,
+            images=graph.images,
+            file=graph.name,
+            key="",
+            inputs=graph.inputs,
+            outputs=graph.outputs,
+            cost_ms=float(graph.bucket),
+        )
+        for graph in definitions
+    )
+    artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(facts, **changes), plan.cache, graphs))
     return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest)))

@@ -1,10 +1,12 @@
-"""Boxes in answers, by hand."""
+"""Boxes in answers, by hand: normalised lists, and the tags of Qwen-VL."""
 
 from __future__ import annotations
 
 import pytest
 
+from staticvl.runtime import tagged_boxes
 from staticvl.runtime.boxes import Box, parse_boxes, parse_corners
+from staticvl.runtime.families import family
 from staticvl.runtime.images import Frame
 
 BUS = (0.61, 0.36, 0.92, 0.83)
@@ -65,3 +67,122 @@ def test_boxes_belong_to_the_first_picture() -> None:
     text = "[0.0, 0.0, 0.5, 0.5]"
     assert parse_boxes(text, [WHOLE, PADDED]) == (Box(label=None, normalised=corners, pixels=(0, 0, 100, 50), image=0),)
     assert parse_boxes(text, []) == ()
+
+
+def test_who_writes_which_form() -> None:
+    for name in ("llava", "llava_next", "mllama"):
+        (box,) = family(name).parse_boxes("[0.1, 0.2, 0.3, 0.4] <box>(1,2),(3,4)</box>", [WHOLE])
+        assert (box.normalised, box.thousandths, box.quad) == ((0.1, 0.2, 0.3, 0.4), None, None)
+    (box,) = family("qwen_vl").parse_boxes("[0.1, 0.2, 0.3, 0.4] <box>(1,2),(3,4)</box>", [WHOLE])
+    assert box.thousandths == (1, 2, 3, 4)
+
+
+PHOTO = Frame(left=0, top=0, width=640, height=427, image_width=640, image_height=427)
+
+
+def test_a_tagged_box() -> None:
+    (box,) = tagged_boxes.parse_boxes("<ref>格子衬衫</ref><box>(588,499),(725,789)</box>", [PHOTO])
+    assert box == Box(
+        label="格子衬衫",
+        normalised=(0.588, 0.499, 0.725, 0.789),
+        pixels=(376, 213, 464, 336),  # 376.32, 213.073, 464.0, 336.903: cut off
+        image=0,
+        thousandths=(588, 499, 725, 789),
+    )
+
+
+def test_pixels_are_cut_off_for_every_coordinate() -> None:
+    """int(x / 1000 * W), in floating point, whatever it rounds to."""
+    for width, height in ((640, 427), (1000, 1000), (97, 61), (1, 3)):
+        frame = Frame(left=0, top=0, width=width, height=height, image_width=width, image_height=height)
+        for n in range(1001):
+            (box,) = tagged_boxes.parse_boxes(f"<box>({n},0),(1000,{n})</box>", [frame])
+            assert box.pixels == (int(n / 1000 * width), 0, width, int(n / 1000 * height))
+
+
+def test_a_quad() -> None:
+    text = "<ref>sign</ref><quad>(100,200),(300,100),(350,400),(90,380)</quad>"
+    (box,) = tagged_boxes.parse_boxes(text, [WHOLE])
+    assert (box.label, box.thousandths, box.pixels) == ("sign", (90, 100, 350, 400), (18, 10, 70, 40))
+    assert box.normalised == (0.09, 0.1, 0.35, 0.4)
+    assert box.quad is not None
+    assert box.quad.normalised == ((0.1, 0.2), (0.3, 0.1), (0.35, 0.4), (0.09, 0.38))
+    assert box.quad.pixels == ((20, 20), (60, 10), (70, 40), (18, 38))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("<ref>dogs</ref><box>(1,2),(3,4)</box><box>(5,6),(7,8)</box>", [("dogs", 1), ("dogs", 5)]),
+        ("<ref>dogs</ref> <box>(1,2),(3,4)</box>, <quad>(5,6),(7,8),(9,9),(8,7)</quad>.", [("dogs", 1), ("dogs", 5)]),
+        ("<box>(1,2),(3,4)</box>", [(None, 1)]),
+        ("<ref>a</ref><box>(1,2),(3,4)</box> and <box>(5,6),(7,8)</box>", [("a", 1), (None, 5)]),
+        ("<ref>a</ref> beside <box>(1,2),(3,4)</box>", [(None, 1)]),
+        ("<ref>a</ref><ref> b </ref><box>(1,2),(3,4)</box>", [("b", 1)]),
+        ("<ref>a</ref><box>(1,2),(3,4)</box>的<ref>b</ref><box>(5,6),(7,8)</box>", [("a", 1), ("b", 5)]),
+        ("<ref></ref><box>(1,2),(3,4)</box>", [(None, 1)]),
+        ("<box> ( 1 , 2 ) , (3,4) </box>", [(None, 1)]),
+        ("(1,2),(3,4)</box> and more", [(None, 1)]),  # the prompt ended in <box>
+        (" (1,2),(3,4),(5,6),(7,8)</quad>", [(None, 1)]),
+        ("<box>(0,0),(1000,1000)</box>", [(None, 0)]),
+        ("<box>(5,5),(5,5)</box>", [(None, 5)]),
+    ],
+)
+def test_labels(text: str, expected: list[tuple[str | None, int]]) -> None:
+    found = tagged_boxes.parse_boxes(text, [PHOTO])
+    assert [(box.label, box.thousandths[0]) for box in found if box.thousandths] == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "no box",
+        "<box>(1,2),(3,4)",
+        "<box>(1,2),(3,4",
+        "<box>(1,2)</box>",
+        "<box>(1,2),(3,4),(5,6)</box>",
+        "<box>(1,2),(3,1001)</box>",
+        "<box>(1,2),(3,99999)</box>",
+        "<box>(-1,2),(3,4)</box>",
+        "<box>(1.5,2),(3,4)</box>",
+        "<box>(3,2),(1,4)</box>",
+        "<box>(1,4),(3,2)</box>",
+        "<box>1,2,3,4</box>",
+        "<box>(1,2),(3,4)</quad>",
+        "<quad>(1,2),(3,4)</quad>",
+        "<quad>(1,2),(3,4),(5,6),(7,1001)</quad>",
+        "x (1,2),(3,4)</box>",
+        "<ref>a<box></ref>",
+        "<box><box></box>",
+    ],
+)
+def test_malformed_boxes_are_left_out(text: str) -> None:
+    assert tagged_boxes.parse_boxes(text, [PHOTO]) == ()
+    good = "<ref>b</ref><box>(5,6),(7,8)</box>"
+    (box,) = tagged_boxes.parse_boxes(f"{text} {good}", [PHOTO])
+    assert box.label == "b"
+
+
+@pytest.mark.parametrize(
+    ("text", "image"),
+    [
+        ("<box>(0,0),(500,500)</box>", 2),  # the last picture given
+        ("Picture 1: <box>(0,0),(500,500)</box>", 0),
+        ("In Picture 2 there is <ref>a bus</ref><box>(0,0),(500,500)</box>", 1),
+        ("<ref>the bus in Picture 1</ref><box>(0,0),(500,500)</box>", 0),
+        ("Picture 1 and Picture 2: <box>(0,0),(500,500)</box>", 1),
+        ("Picture 1 and Picture 9: <box>(0,0),(500,500)</box>", 0),
+        ("Picture 0: <box>(0,0),(500,500)</box>", 2),
+        ("<box>(0,0),(500,500)</box> is in Picture 1", 2),
+    ],
+)
+def test_the_picture_of_a_box(text: str, image: int) -> None:
+    frames = [WHOLE, PHOTO, Frame(left=0, top=0, width=10, height=10, image_width=10, image_height=10)]
+    (box,) = tagged_boxes.parse_boxes(text, frames)
+    assert box.image == image
+    assert box.pixels == (0, 0, int(frames[image].width / 2), int(frames[image].height / 2))
+
+
+def test_tags_without_pictures_mean_nothing() -> None:
+    assert tagged_boxes.parse_boxes("<box>(1,2),(3,4)</box>", []) == ()

@@ -20,9 +20,12 @@ from staticvl.compiler.check import CertificateError
 from staticvl.compiler.emit_onnx import UnsupportedOpError
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.runtime.artifact import ArtifactError, FileSpec, open_artifact, verify, write_manifest
+from staticvl.runtime.engine import ContextError
 from staticvl.weights.source import WeightsError
 
 from .checkpoints import tiny_llava
+from .checkpoints_mllama import tiny_mllama
+from .fakes import noise
 
 BUCKETS = Buckets(prefill=(8, 16), decode=(1, 2), vision=(1,), context=64, slots=2)
 
@@ -54,7 +57,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the graphs traced by torch from now on."""
     names: list[str] = []
     original = emit_onnx.trace
-    monkeypatch.setattr(emit_onnx, "trace", lambda graph: names.append(f"{graph.kind}-{graph.bucket}") or original(graph))
+    monkeypatch.setattr(emit_onnx, "trace", lambda graph: names.append(graph.name) or original(graph))
     return names
 
 
@@ -106,10 +109,10 @@ def test_interrupted_build_resumes(
 ) -> None:
     make = build_module._GraphMaker.make
 
-    def interrupted(self, kind, bucket, key):
+    def interrupted(self, *args):
         if len(traces) == 2:
             raise KeyboardInterrupt
-        return make(self, kind, bucket, key)
+        return make(self, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(build_module._GraphMaker, "make", interrupted)
@@ -198,8 +201,8 @@ def test_damaged_files_are_built_again(checkpoint: Path, artifact: Path, traces:
 
 def test_other_schema_version_is_refused(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
-    (artifact / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 2, "new": 1}))
-    with pytest.raises(ArtifactError, match="schema version 2, this runtime reads version 1; compile"):
+    (artifact / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 3, "new": 1}))
+    with pytest.raises(ArtifactError, match="schema version 3, this runtime reads version 2; compile"):
         runtime.load(artifact)
 
 
@@ -225,6 +228,60 @@ def test_folders_that_are_no_artifacts(checkpoint: Path, tmp_path: Path) -> None
 def test_two_builds_in_one_folder(checkpoint: Path, artifact: Path) -> None:
     with build_module._locked(artifact), pytest.raises(BuildError, match="another staticvl compile"):
         build(options(checkpoint, artifact))
+
+
+# ---- pictures by cross-attention
+
+
+@pytest.fixture(scope="module")
+def looking(tmp_path_factory: pytest.TempPathFactory) -> Options:
+    """Options of a built artifact whose pictures enter by cross-attention."""
+    folder = tmp_path_factory.mktemp("cross")
+    checkpoint = tiny_mllama(folder / "checkpoint").folder
+    buckets = Buckets(prefill=(8,), decode=(1, 2), context=64, slots=2, images=(1, 2))
+    chosen = Options(checkpoint=checkpoint, out=folder / "artifact", buckets=buckets)
+    build(chosen)
+    return chosen
+
+
+def other_place(chosen: Options, tmp_path: Path, **changes: object) -> Options:
+    """The same options for a copy of the artifact, with other buckets."""
+    out = shutil.copytree(chosen.out, tmp_path / "copy")
+    return replace(chosen, out=out, buckets=replace(chosen.buckets, **changes))
+
+
+def test_text_graphs_are_built_for_each_number_of_pictures(looking: Options) -> None:
+    manifest = verify(looking.out).manifest
+    assert {(graph.kind, graph.bucket, graph.images) for graph in manifest.graphs} == {
+        ("vision", 4, 0),
+        *(("prefill", 8, images) for images in (0, 1, 2)),
+        *(("decode", rows, images) for rows in (1, 2) for images in (0, 1, 2)),
+    }
+    assert all(graph.certificate and graph.certificate.passed for graph in manifest.graphs)
+    assert manifest.build.options == {"context": "64", "slots": "2", "images": "2", "text_before_image": "transformers"}
+    vision = manifest.graph("vision", 4).certificate
+    assert [case.name for case in vision.cases] == [f"tiles {n}" for n in (1, 2, 3, 4)]
+
+
+def test_the_mode_of_text_before_pictures_costs_nothing(looking: Options, tmp_path: Path, traces: list[str]) -> None:
+    report = build(replace(other_place(looking, tmp_path), text_before_image="meta"))
+    assert traces == []
+    assert not report.converted
+    assert report.manifest.model.text_before_image == "meta"
+
+
+def test_more_pictures_cost_their_own_graphs(looking: Options, tmp_path: Path, traces: list[str]) -> None:
+    report = build(other_place(looking, tmp_path, images=(1, 2, 3)))
+    assert sorted(traces) == ["decode-1-images-3", "decode-2-images-3", "prefill-8-images-3"]
+    assert not report.converted
+    assert report.manifest.cache.cross.images == 3
+    model = runtime.load(tmp_path / "copy")
+    pictures = [noise(n) for n in range(3)]
+    out = model.generate("hi", pictures, max_new_tokens=3, ignore_eos=True)
+    assert len(out.token_ids) == 3
+    with pytest.raises(ContextError, match=r"2 pictures, but the artifact holds 1 .* --images 2"):
+        build(other_place(looking, tmp_path / "few", images=(1,)))
+        runtime.load(tmp_path / "few" / "copy").generate("hi", pictures[:2], max_new_tokens=1)
 
 
 # ---- certificates
@@ -303,12 +360,18 @@ def test_plans_that_do_not_fit(checkpoint: Path, tmp_path: Path, changes: dict[s
     [
         ({"backend": "ascend"}, "backend 'ascend' is not available"),
         ({"quant": "w4a16"}, "quantisation 'w4a16' is not available"),
-        ({"tp": 2}, "tensor parallelism 2 is not available"),
+        ({"text_before_image": "none"}, "text before image is 'none'; expected one of transformers, meta"),
     ],
 )
 def test_options_of_later_releases(checkpoint: Path, tmp_path: Path, settings: dict[str, object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Options(checkpoint=checkpoint, out=tmp_path, **settings)  # type: ignore[arg-type]
+
+
+def test_tensor_parallelism_is_planned_but_not_compiled(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match="tensor parallelism 2 can be planned"):
+        build(replace(options(checkpoint, tmp_path / "a"), tp=2))
+    assert not (tmp_path / "a").exists()
 
 
 def test_weights_in_8_bits(checkpoint: Path, pristine: Path, tmp_path: Path) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from PIL import Image
 
 from staticvl import runtime
+from staticvl.compiler.plan import Buckets
 from staticvl.runtime.chat import Chat
 from staticvl.runtime.engine import ContextError
 from staticvl.runtime.images import ImageError
 from staticvl.runtime.prompt import Message, Prompt, PromptError
 
-from .fakes import check_slots, lent, loaded_with_fake, noise, oracle
+from .checkpoints_mllama import tiny_mllama
+from .conftest import EMBEDDED, REPO
+from .fakes import check_slots, fake_model, lent, noise, oracle
+from .tiny_families import GOLDEN_QWEN
 
 TOLERANCE = 1e-4  # of the largest magnitude
+BUCKETS = Buckets(prefill=(8, 32), decode=(1, 2, 4), context=512, slots=4)
 PROOF = {"max_new_tokens": 12, "ignore_eos": True, "return_logits": True}
 
 
@@ -318,6 +324,118 @@ def fail_after(model: runtime.Model, runs: int, patch: pytest.MonkeyPatch) -> No
     patch.setattr(model.engine.backend, "run", failing)
 
 
+# --- Other families, over the fake backend -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A checkpoint of every family; their weights are not read."""
+    return {
+        "llava": EMBEDDED,
+        "llava_next": REPO / "tools" / "assets" / "tiny_llava16",
+        "mllama": tiny_mllama(tmp_path_factory.mktemp("chat") / "mllama").folder,
+        "qwen_vl": GOLDEN_QWEN,
+    }
+
+
+@pytest.fixture
+def make(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., runtime.Model]:
+    def make_model(family: str, **changes: Any) -> runtime.Model:
+        images = {"images": (1, 3)} if family == "mllama" else {}
+        buckets = replace(BUCKETS, **images)
+        return fake_model(checkpoints[family], tmp_path / family, buckets, **changes)
+
+    return make_model
+
+
+def check_fake_turn(chat: Chat, text: str, *images: Image.Image) -> tuple[int, int]:
+    """One turn, equal to the plain sum over the whole conversation; the tokens prefilled and the tiles encoded for it."""
+    message = Message("user", text, len(images))
+    whole = chat.model.prepare_messages([*chat.messages, message], [*chat.images, *images])
+    before = counts(chat.model)
+    out = chat.send(text, list(images), max_new_tokens=5, temperature=0.0, ignore_eos=True)
+    params = runtime.SamplingParams(max_new_tokens=5, temperature=0.0, ignore_eos=True)
+    assert out.token_ids == oracle(whole, params, chat.model.facts)
+    prefilled, encoded = (now - then for now, then in zip(counts(chat.model), before, strict=True))
+    assert out.prompt_tokens >= prefilled
+    return prefilled, encoded
+
+
+@pytest.mark.parametrize("mode", ["transformers", "meta"])
+def test_keys_of_earlier_pictures_are_kept_with_the_slot(make: Callable[..., runtime.Model], mode: str) -> None:
+    """Text before a picture sees it in one mode: then all text is run again when one comes."""
+    model = make("mllama", text_before_image=mode)
+    with model.chat() as chat:
+        assert check_fake_turn(chat, "Hello!", noise(1))[1] == 4
+        assert check_fake_turn(chat, "And now?")[1] == 0
+        length = chat.model.prepare_messages([*chat.messages, Message("user", "These?", 2)], [noise(1)] * 3).length
+        prefilled, encoded = check_fake_turn(chat, "These?", noise(2), noise(3, (9, 200)))
+        assert encoded == 8
+        assert (prefilled == length) == (mode == "transformers")
+        assert check_fake_turn(chat, "Which is larger?")[1] == 0
+
+
+def test_keys_of_pictures_go_with_the_slot(make: Callable[..., runtime.Model]) -> None:
+    """Others had it in between, with pictures of their own."""
+    model = make("mllama")
+    chat = model.chat()
+    check_fake_turn(chat, "Hello!", noise(1), noise(2))
+    chat.close()
+    model.generate(["x"] * 4, [[noise(3), noise(4), noise(5)]] * 4, max_new_tokens=2)
+    assert check_fake_turn(chat, "And now?")[1] == 8
+    assert check_fake_turn(chat, "Another?", noise(6))[1] == 4
+    chat.close()
+
+
+def test_keys_of_pictures_without_a_slot_of_ones_own(make: Callable[..., runtime.Model]) -> None:
+    """A turn passed through a slot that a stream freed: its keys are gone with the turn."""
+    model = make("mllama")
+    held = [model.chat() for _ in range(3)]
+    for other in held:
+        check_fake_turn(other, "Hello!")
+    stream = model.stream("x", max_new_tokens=30, ignore_eos=True)
+    next(stream)
+    chat = model.chat()
+    assert check_fake_turn(chat, "Hello!", noise(1))[1] == 4
+    assert chat.slot is None
+    held[0].close()
+    assert check_fake_turn(chat, "And now?", noise(2))[1] == 8
+    assert chat.slot is not None
+    assert check_fake_turn(chat, "And then?")[1] == 0
+
+
+def test_a_forgotten_turn_leaves_the_keys_of_earlier_pictures(make: Callable[..., runtime.Model]) -> None:
+    model = make("mllama")
+    with model.chat() as chat:
+        check_fake_turn(chat, "Hello!", noise(1))
+        next(chat.stream("And this?", noise(2), max_new_tokens=9, ignore_eos=True))
+        assert check_fake_turn(chat, "Which?", noise(3))[1] == 4
+
+
+def test_too_many_pictures_for_a_conversation(make: Callable[..., runtime.Model]) -> None:
+    """The turn is refused as a whole and the conversation goes on."""
+    model = make("mllama")
+    with model.chat() as chat:
+        check_fake_turn(chat, "Hello!", noise(1), noise(2))
+        with pytest.raises(ContextError, match=r"4 pictures, but the artifact holds 3 .* --images 4"):
+            chat.send("And these?", [noise(3), noise(4)])
+        assert check_fake_turn(chat, "And this?", noise(5))[1] == 4
+
+
+def test_a_longer_rope_leaves_nothing_to_keep(make: Callable[..., runtime.Model]) -> None:
+    """Qwen's keys are turned by a base that the length of the prompt chose; within one length the beginning is kept."""
+    model = make("qwen_vl")
+    with model.chat() as chat:
+        kept, factors = [], []
+        for text in ("Hello!", "And then?", *["a b c d e f g h i j k l m n"] * 6):
+            prompt = model.prepare_messages([*chat.messages, Message("user", text)], [])
+            kept.append(prompt.length - check_fake_turn(chat, text)[0])
+            factors.append(prompt.ntk)
+    assert len(set(factors)) >= 3
+    for (before, after), count in zip(pairwise(factors), kept[1:], strict=True):
+        assert (count > 0) == (before == after)
+
+
 # --- Any conversation --------------------------------------------------------------------------------------------------
 
 
@@ -352,11 +470,11 @@ ANY = st.integers(0, 99)
 class Conversations(RuleBasedStateMachine):
     """Chats, streams and requests in any order over one fake backend, each turn against the plain sum."""
 
-    folder: Path
+    make: Callable[[], runtime.Model]
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = loaded_with_fake(self.folder)
+        self.model = type(self).make()
         self.talks: list[Talk] = []
         self.readings: list[Reading] = []
 
@@ -372,7 +490,8 @@ class Conversations(RuleBasedStateMachine):
 
     def refused(self, prompt: Prompt, length: int, talk: Talk | None) -> type[Exception] | None:
         """The error that a request must raise, if any."""
-        if prompt.length + length > self.model.artifact.manifest.cache.context:
+        cache = self.model.artifact.manifest.cache
+        if prompt.length + length > cache.context or (cache.cross and len(prompt.frames) > cache.cross.images):
             return ContextError
         chats_hold_all = sum(other.chat.slot is not None for other in self.talks) == self.model.artifact.manifest.cache.slots
         return RuntimeError if chats_hold_all and (talk is None or talk.chat.slot is None) else None
@@ -475,7 +594,8 @@ class Conversations(RuleBasedStateMachine):
         assert not self.model.texts
 
 
-def test_any_conversation(embedded_artifact: Path) -> None:
-    Conversations.folder = embedded_artifact
-    chosen = settings(max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
+@pytest.mark.parametrize(("family", "examples"), [("llava", 30), ("llava_next", 5), ("mllama", 15), ("qwen_vl", 12)])
+def test_any_conversation(family: str, examples: int, make: Callable[..., runtime.Model]) -> None:
+    Conversations.make = staticmethod(lambda: make(family))
+    chosen = settings(max_examples=examples, stateful_step_count=25, deadline=None, suppress_health_check=list(HealthCheck))
     run_state_machine_as_test(Conversations, settings=chosen)

@@ -10,7 +10,14 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL, ChatTemplateError, render
+from staticvl.runtime.chat_template import (
+    LLAVA_HF,
+    LLAVA_NEXT_ORIGINAL,
+    LLAVA_ORIGINAL,
+    MLLAMA_BASE,
+    ChatTemplateError,
+    render,
+)
 
 from .checkpoints import CHAT_TEMPLATE
 
@@ -84,6 +91,26 @@ def test_llava_original() -> None:
     assert ours(LLAVA_ORIGINAL, own) == "Be short. USER:  Hi\n ASSISTANT:"
     for messages in [*CHATS, chat, own]:
         assert ours(LLAVA_ORIGINAL, messages) == theirs(LLAVA_ORIGINAL, messages)
+
+
+def test_llava_next_original() -> None:
+    """The same conversation with a human."""
+    system = (
+        "A chat between a curious human and an artificial intelligence assistant. "
+        "The assistant gives helpful, detailed, and polite answers to the human's questions."
+    )
+    shown = f"{system} USER: <image>\nWhat is this? ASSISTANT:"
+    assert ours(LLAVA_NEXT_ORIGINAL, CHATS[0]) == shown
+    for messages in CHATS:
+        assert ours(LLAVA_NEXT_ORIGINAL, messages) == ours(LLAVA_ORIGINAL, messages).replace(SYSTEM_A, system)
+
+
+@pytest.mark.parametrize("add_generation_prompt", [True, False])
+def test_mllama_base(add_generation_prompt: bool) -> None:
+    """Turns are joined as they stand."""
+    chat = [turn("user", " If I ", 2), turn("assistant", "had to\n"), {"role": "user", "content": "write"}]
+    expected = "<s><|image|><|image|> If I had to\nwrite"
+    assert ours(MLLAMA_BASE, chat, add_generation_prompt) == theirs(MLLAMA_BASE, chat, add_generation_prompt) == expected
 
 
 TEMPLATES = {

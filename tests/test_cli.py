@@ -9,12 +9,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from staticvl.runtime.boxes import Box
-from staticvl.runtime.request import Output, Timings
 from staticvl.tools.cli import main
-from staticvl.tools.generate import draw
 
 from .checkpoints import tiny_llava
+from .checkpoints_mllama import tiny_mllama
+from .conftest import EMBEDDED
 
 BUCKETS = "prefill: [8, 16]\ndecode: [1, 2]\nvision: [1]\ncontext: 64\nslots: 2\n"
 
@@ -82,20 +81,6 @@ def test_generate_prints_json(capsys: pytest.CaptureFixture[str], artifact: Path
     assert json.loads(again)["token_ids"] == json.loads(same)["token_ids"] != answer["token_ids"]
 
 
-def test_boxes_are_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """On a copy: the pixels of the box's edge change, the picture that was asked about does not."""
-    picture = Image.new("RGB", (100, 50), "white")
-    picture.save(tmp_path / "white.png")
-    box = Box(label="it", normalised=(0.1, 0.1, 0.5, 0.5), pixels=(10, 5, 50, 25), image=0)
-    timings = Timings(queue_s=0, vision_s=0, prefill_s=0, first_token_s=0, per_token_s=0, total_s=0)
-    out = Output(text="", token_ids=[], finish_reason="stop", boxes=[box], prompt_tokens=0, image_tokens=0, timings=timings)
-    draw([str(tmp_path / "white.png")], out, tmp_path / "drawn.png")
-    drawn = Image.open(tmp_path / "drawn.png")
-    assert drawn.getpixel((10, 15)) == (255, 0, 80)
-    assert drawn.getpixel((70, 40)) == (255, 255, 255)
-    assert Image.open(tmp_path / "white.png").getpixel((10, 15)) == (255, 255, 255)
-
-
 def test_bench_ends_with_json(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
     status, out, _ = run(capsys, "bench", artifact, "--new-tokens", 4, "--repeats", 1)
     assert status == 0
@@ -106,6 +91,69 @@ def test_bench_ends_with_json(capsys: pytest.CaptureFixture[str], artifact: Path
     assert {"uss_mb", "weights_mb", "cache_mb"} <= set(result["memory"])
     status, out, _ = run(capsys, "bench", artifact, "--new-tokens", 4, "--repeats", 1, "--json")
     assert len(out.splitlines()) == 1
+
+
+# --- Pictures by cross-attention, and in tiles ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def looking(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact whose pictures enter by cross-attention, from a config file."""
+    folder = tmp_path_factory.mktemp("cross")
+    tiny_mllama(folder / "checkpoint")
+    buckets = "buckets: {prefill: [16], decode: [1], images: [1, 2]}\n"
+    (folder / "c.yaml").write_text(f"checkpoint: checkpoint\nout: a\ncontext: 96\nslots: 1\ntext_before_image: meta\n{buckets}")
+    assert main(["compile", "--config", str(folder / "c.yaml")]) == 0
+    return folder / "a"
+
+
+def test_show_tells_of_pictures_in_the_cache(capsys: pytest.CaptureFixture[str], looking: Path) -> None:
+    status, out, _ = run(capsys, "show", looking)
+    assert status == 0
+    told = " ".join(out.split())
+    for text in ("tiles, up to 4 in the grids 1 x 1, 1 x 2,", "2 in a slot, 68 keys each (4 tiles), 2 cross-attention layers"):
+        assert text in told
+    assert "as in meta" in told
+    assert "images" in out
+    assert len([line for line in out.splitlines() if "prefill" in line]) == 3
+
+
+def test_too_many_pictures_say_how_to_compile(capsys: pytest.CaptureFixture[str], looking: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    message = error(capsys, "generate", looking, "--prompt", "x", *["--image", tmp_path / "red.png"] * 3)
+    assert "has 3 pictures, but the artifact holds 2" in message
+    assert "--images 3" in message
+
+
+def test_bench_asks_about_a_picture_in_tiles(capsys: pytest.CaptureFixture[str], looking: Path) -> None:
+    status, out, _ = run(capsys, "bench", looking, "--new-tokens", 3, "--repeats", 1)
+    assert status == 0
+    result = json.loads(out.splitlines()[-1])
+    assert set(result["ttft_ms"]) == {"16", "64"}
+    assert result["ttft_picture_ms"] > 0
+    assert result["padding_waste"]["vision"] == 0
+
+
+def test_pictures_of_a_plan(capsys: pytest.CaptureFixture[str], looking: Path, tmp_path: Path) -> None:
+    """A number on the command line wins over the lists of the files, and means one or that many."""
+    checkpoint = looking.parent / "checkpoint"
+    status, out, _ = run(capsys, "compile", checkpoint, "--out", tmp_path / "a", "--plan-only", "--images", 3)
+    assert status == 0
+    assert "images  0, 1, 3;" in out
+    assert "and 3 pictures of 68 keys" in out
+    config = looking.parent / "c.yaml"
+    assert "images  0, 1, 2;" in run(capsys, "compile", "--config", config, "--plan-only")[1]
+    assert "images  0, 1;" in run(capsys, "compile", "--config", config, "--plan-only", "--images", 1)[1]
+    (tmp_path / "d.yaml").write_text("images: 5\nbuckets: {images: [2]}\n")
+    command = ("compile", checkpoint, "--out", tmp_path / "a", "--plan-only", "--config", tmp_path / "d.yaml")
+    assert "images  0, 1, 5;" in run(capsys, *command)[1]
+    assert "images is 0; expected a positive integer" in error(capsys, *command, "--images", 0)
+
+
+def test_ranks_of_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, out, _ = run(capsys, "compile", EMBEDDED, "--out", tmp_path / "a", "--plan-only", "--tp", 2)
+    assert status == 0
+    assert "a rank  of 2: weights" in out
 
 
 def test_chat_on_the_terminal(capsys: pytest.CaptureFixture[str], artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,6 +203,11 @@ def test_errors_are_one_clear_line(
     assert "not valid YAML" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: [3"))
     assert "nowhere.yaml does not exist" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", "nowhere.yaml")
     assert "not available in this release" in error(capsys, "compile", checkpoint, "--out", out, "--quant", "w4a16")
+    assert "has no cross-attention" in error(capsys, "compile", checkpoint, "--out", out, "--images", 2)
+    assert "adapter nowhere is not a folder" in error(capsys, "compile", checkpoint, "--out", out, "--lora", "nowhere")
+    assert "text before image is 'x'" in error(
+        capsys, "compile", checkpoint, "--out", out, "--config", yaml("text_before_image: x")
+    )
     assert "holds no manifest.json" in error(capsys, "show", checkpoint)
     long = error(capsys, "generate", artifact, "--prompt", "word " * 80)
     assert "image tokens, and max_new_tokens is 128" in long

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,18 +13,25 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from staticvl.runtime.artifact import CROSS_HIDDEN, RopeFacts
 from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine import ContextError, Engine
 from staticvl.runtime.feeds import Feed
 from staticvl.runtime.prompt import Prompt
 from staticvl.runtime.request import SamplingParams, Sequence
+from staticvl.runtime.rope import rope_tables
 from staticvl.runtime.scheduler import Step
 
 from .fakes import (
+    CROSS_FACTS,
     EOS,
+    FACTS,
+    GRIDS,
+    HEAD_DIM,
     USED,
     VOCAB,
     check_slots,
+    cross_prompt,
     fake_artifact,
     fake_engine,
     oracle,
@@ -34,7 +43,9 @@ from .fakes import (
 
 LONG = text_prompt(*range(20, 30))
 PICTURES = picture_prompt(5, picture(700), 6, picture(44), 7)
+LOOKING = cross_prompt(5, ((1, 2), 1), 6, 7, ((2, 2), 2), 8, seed=1)  # its last token looks
 GREEDY = SamplingParams(max_new_tokens=6, ignore_eos=True)
+QWEN = RopeFacts(theta=1e8, ntk_positions=8, logn_positions=8)
 
 
 # --- Any requests, any buckets, any order ------------------------------------------------------------------------------
@@ -51,7 +62,7 @@ class Plan:
 
 
 @st.composite
-def plans(draw: st.DrawFn, context: int) -> Plan:
+def plans(draw: st.DrawFn, context: int, ntks: tuple[float, ...] = ()) -> Plan:
     """A request that fits the context, up to the last position."""
     parts: list[int | np.ndarray] = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
     for number in draw(st.lists(st.integers(0, 3000), max_size=3)):
@@ -60,6 +71,21 @@ def plans(draw: st.DrawFn, context: int) -> Plan:
     while prompt.length >= context:
         parts.pop()
         prompt = picture_prompt(*parts)
+    return draw(requests_for(dataclasses.replace(prompt, ntk=draw(st.sampled_from((1.0, *ntks)))), context))
+
+
+@st.composite
+def cross_plans(draw: st.DrawFn, context: int, images: int) -> Plan:
+    """As `plans`, where pictures take one position and are seen by cross-attention."""
+    parts: list = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
+    for picture_ in draw(st.lists(st.tuples(st.sampled_from(GRIDS), st.integers(0, 9)), max_size=images)):
+        parts.insert(draw(st.integers(0, len(parts))), picture_)
+    return draw(requests_for(cross_prompt(*parts[: context - 1], seed=draw(st.integers(0, 99))), context))
+
+
+@st.composite
+def requests_for(draw: st.DrawFn, prompt: Prompt, context: int) -> Plan:
+    """One request with this prompt that fits the context."""
     sampled = draw(st.booleans())
     params = SamplingParams(
         max_new_tokens=draw(st.integers(1, context - prompt.length)),
@@ -75,17 +101,22 @@ COST = st.integers(1, 9).map(float)
 
 
 @st.composite
-def workloads(draw: st.DrawFn) -> tuple[Engine, list[Plan]]:
+def workloads(draw: st.DrawFn, way: str) -> tuple[Engine, list[Plan]]:
+    """Requests to a small engine. `way`: fused (pictures stand in the text), qwen (so too, with long-text ropes), cross."""
     slots, context = draw(st.integers(1, 4)), draw(st.integers(12, 48))
     rows = set(draw(st.lists(st.integers(1, slots), max_size=2))) | {slots}
+    images = tuple(sorted(draw(st.sets(st.integers(1, 4), min_size=1, max_size=2)))) if way == "cross" else ()
     engine = fake_engine(
         slots=slots,
         context=context,
         prefill=draw(st.dictionaries(st.integers(1, 12), COST, min_size=1, max_size=3)),
         decode=dict.fromkeys(rows, 1.0),
         vision=draw(st.dictionaries(st.integers(1, 3), COST, min_size=1, max_size=2)),
+        images=images,
+        rope=QWEN if way == "qwen" else FACTS.rope,
     )
-    return engine, draw(st.lists(plans(context), min_size=1, max_size=7))
+    one = {"fused": plans(context), "qwen": plans(context, (3.0, 7.0)), "cross": cross_plans(context, max(images, default=0))}
+    return engine, draw(st.lists(one[way], min_size=1, max_size=7))
 
 
 def run_workload(engine: Engine, workload: list[Plan]) -> list[Sequence]:
@@ -106,12 +137,9 @@ def run_workload(engine: Engine, workload: list[Plan]) -> list[Sequence]:
     raise AssertionError("the engine does not end")
 
 
-@hypothesis_settings(max_examples=200, deadline=None)
-@given(workloads())
-def test_every_request_gets_the_tokens_that_it_gets_alone(workload: tuple[Engine, list[Plan]]) -> None:
-    engine, requests = workload
+def check_workload(engine: Engine, requests: list[Plan]) -> None:
     for sequence, plan in zip(run_workload(engine, requests), requests, strict=True):
-        wanted = oracle(plan.prompt, plan.params)
+        wanted = oracle(plan.prompt, plan.params, engine.manifest.model)
         if sequence.finish_reason == "cancelled":
             assert plan.dropped is not None
             assert sequence.generated == wanted[: len(sequence.generated)]
@@ -125,6 +153,24 @@ def test_every_request_gets_the_tokens_that_it_gets_alone(workload: tuple[Engine
             assert np.stack(sequence.logits).argmax(axis=1).tolist() == wanted
     assert engine.cache.free == engine.cache.spec.slots
     assert not engine.cache.lengths.any()
+
+
+@hypothesis_settings(max_examples=150, deadline=None)
+@given(workloads("fused"))
+def test_every_request_gets_the_tokens_that_it_gets_alone(workload: tuple[Engine, list[Plan]]) -> None:
+    check_workload(*workload)
+
+
+@hypothesis_settings(max_examples=100, deadline=None)
+@given(workloads("cross"))
+def test_so_it_is_with_cross_attention(workload: tuple[Engine, list[Plan]]) -> None:
+    check_workload(*workload)
+
+
+@hypothesis_settings(max_examples=75, deadline=None)
+@given(workloads("qwen"))
+def test_so_it_is_with_a_rope_of_its_own_for_every_request(workload: tuple[Engine, list[Plan]]) -> None:
+    check_workload(*workload)
 
 
 # --- By hand -----------------------------------------------------------------------------------------------------------
@@ -144,6 +190,31 @@ def test_the_arithmetic_of_a_picture() -> None:
     sequence = engine.add_request(picture_prompt(5, picture(700), 6), SamplingParams(max_new_tokens=1))
     run_all(engine)
     assert sequence.generated == [(6 * 1 + 701 * 2 + 702 * 3 + 703 * 4 + 7 * 5) % VOCAB]
+
+
+def test_the_arithmetic_of_cross_attention() -> None:
+    """A picture of two tiles side by side (shape 2) that sum to 300 and 400, behind token 5: 302, 404, then 6 and 8 unused."""
+    pixels = np.stack([picture(300), picture(400), picture(0), picture(0)])
+    prompt = dataclasses.replace(cross_prompt(5, ((1, 2), 0), 9), pixels=pixels)
+    assert prompt.sight is not None
+    prompt.sight.visible[...] = [[0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 1]]
+    prompt.sight.gates[...] = [[0, 0], [1, 1], [1, 0]]
+    engine = fake_engine(images=(1,))
+    sequence = engine.add_request(prompt, SamplingParams(max_new_tokens=2, ignore_eos=True))
+    run_all(engine)
+    total = 6 * 1 + (VOCAB - 1 + 302 + 404 + 1 + 1) * 2 + (9 + 302 + 6 + 8 + 1) * 3
+    first = total % VOCAB
+    assert sequence.generated == [first, (total + (first + 302 + 6 + 8 + 1) * 4) % VOCAB]
+    assert engine.backend.read_cache("cross_v.1.0", 2)[:, 0, ::3, 3].tolist() == [[302, 404, 6, 8], [0, 0, 0, 0]]
+
+
+def test_the_arithmetic_of_dynamic_ntk() -> None:
+    """With the factor 3, positions count threefold."""
+    engine = fake_engine(rope=QWEN)
+    sequence = engine.add_request(text_prompt(5, 7, ntk=3.0), SamplingParams(max_new_tokens=2, ignore_eos=True))
+    run_all(engine)
+    first = 6 * 1 + 8 * (3 + 1)
+    assert sequence.generated == [first, (first + (first + 1) * (6 + 1)) % VOCAB]
 
 
 def test_end_of_sequence_stops_unless_ignored() -> None:
@@ -221,6 +292,44 @@ def test_a_request_one_token_too_long() -> None:
     assert engine.cache.free == 1
 
 
+def test_more_pictures_than_a_sequence_may_hold() -> None:
+    engine = fake_engine(images=(1, 2))
+    with pytest.raises(ContextError) as error:
+        engine.add_request(cross_prompt(*(((1, 1), n) for n in range(3))), GREEDY)
+    for part in ("has 3 pictures", "holds 2", "staticvl compile CHECKPOINT --out ARTIFACT --images 3"):
+        assert part in str(error.value)
+    assert engine.scheduler.idle
+    fits = engine.add_request(cross_prompt(*(((1, 1), n) for n in range(2))), GREEDY)
+    run_all(engine)
+    assert len(fits.generated) == GREEDY.max_new_tokens
+
+
+# --- Side by side ------------------------------------------------------------------------------------------------------
+
+
+def test_rows_with_and_without_pictures_in_one_batch() -> None:
+    """Each gets the tokens that it gets alone, whichever ends first, and slots that held pictures hold text afterwards."""
+    engine = fake_engine(slots=3, images=(1, 3))
+    prompts = [LONG, LOOKING, cross_prompt(1, ((2, 1), 5), 2), LONG, LOOKING]
+    lengths = (9, 2, 5, 3, 7)
+    params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in lengths]
+    sequences = [engine.add_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
+    steps = run_all(engine)
+    assert any(step.images == 3 and {s.images for s in step.sequences} == {0, 1, 2} for step in steps if step.kind == "decode")
+    for sequence, prompt, each in zip(sequences, prompts, params, strict=True):
+        assert sequence.generated == oracle(prompt, each, CROSS_FACTS)
+
+
+def test_ropes_of_several_factors_in_one_batch() -> None:
+    engine = fake_engine(slots=3, rope=QWEN)
+    prompts = [text_prompt(*range(20, 20 + n), ntk=ntk) for n, ntk in ((4, 1.0), (10, 3.0), (20, 7.0))]
+    sequences = [engine.add_request(prompt, GREEDY) for prompt in prompts]
+    steps = run_all(engine)
+    assert any(step.kind == "decode" and len(step.sequences) == 3 for step in steps)
+    for sequence, prompt in zip(sequences, prompts, strict=True):
+        assert sequence.generated == oracle(prompt, GREEDY)
+
+
 # --- Cancelling --------------------------------------------------------------------------------------------------------
 
 
@@ -292,8 +401,8 @@ def test_stop_ends_a_sequence_and_says_so() -> None:
 class Garbled(Engine):
     """An engine that makes one mistake in its feeds."""
 
-    def __init__(self, mistake: Callable[[Step, Feed], None]) -> None:
-        artifact = fake_artifact(prefill={4: 1.0, 8: 1.5})
+    def __init__(self, mistake: Callable[[Step, Feed], None], **sizes: Any) -> None:
+        artifact = fake_artifact(prefill={4: 1.0, 8: 1.5}, **sizes)
         super().__init__(artifact, backend=FakeBackend(artifact.manifest))
         self.mistake = mistake
 
@@ -327,9 +436,60 @@ def test_the_fake_notices_every_wrong_input(kind: str, name: str) -> None:
     assert sequence.generated != oracle(PICTURES, GREEDY)
 
 
+def flip(name: str, kind: str) -> Callable[[Step, Feed], None]:
+    """What is seen is hidden, what is hidden is seen."""
+
+    def mistake(step: Step, feed: Feed) -> None:
+        if step.kind == kind and name in feed:
+            feed[name][...] = np.where(feed[name] == 0, CROSS_HIDDEN, 0) if name == "cross_mask" else 1 - feed[name]
+
+    return mistake
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        *(shift(name, "vision") for name in ("tile_count", "aspect_id")),
+        *(flip(name, kind) for name in ("cross_mask", "cross_gate") for kind in ("prefill", "decode")),
+    ],
+)
+def test_the_fake_notices_every_wrong_look(mistake: Callable[[Step, Feed], None]) -> None:
+    engine = Garbled(mistake, images=(2,))
+    sequence = engine.add_request(LOOKING, GREEDY)
+    run_all(engine)
+    assert sequence.generated != oracle(LOOKING, GREEDY, CROSS_FACTS)
+
+
+def test_the_fake_notices_a_rope_of_another_factor() -> None:
+    prompt = text_prompt(*range(20, 32), ntk=3.0)
+
+    def mistake(step: Step, feed: Feed) -> None:
+        if step.kind == "decode":
+            position = int(feed["lengths"][0])
+            for name, table in zip(("rope_cos", "rope_sin"), rope_tables(QWEN, HEAD_DIM, position + 1), strict=True):
+                feed[name][0, 0] = table[position]
+
+    engine = Garbled(mistake, rope=QWEN)
+    sequence = engine.add_request(prompt, GREEDY)
+    run_all(engine)
+    assert sequence.generated != oracle(prompt, GREEDY)
+
+
+@pytest.mark.parametrize("kind", ["prefill", "decode"])
+def test_the_fake_notices_a_wrong_query_scale(kind: str) -> None:
+    def mistake(step: Step, feed: Feed) -> None:
+        if step.kind == kind:
+            feed["query_scale"][...] = 1
+
+    engine = Garbled(mistake, rope=QWEN)
+    engine.add_request(LONG, GREEDY)
+    with pytest.raises(ValueError, match=r"query_scale is 1.000000 at position \d+; expected 1"):
+        run_all(engine)
+
+
 def test_the_fake_refuses_what_a_device_could_not_bind() -> None:
     engine = fake_engine()
-    graph = engine.graphs["decode", 1]
+    graph = engine.graphs["decode", 1, 0]
     feed = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs if "_cache." not in spec.name}
     with pytest.raises(ValueError, match="lengths is int64"):
         engine.backend.run(graph, feed | {"lengths": np.zeros(1, np.int64)})

@@ -61,7 +61,7 @@ def change(path: Path, **values: Any) -> None:
 def test_hf_layout(hf: Path) -> None:
     facts, files = read(hf)
     assert (facts.family, facts.layout, facts.hidden_size, facts.vocab_size) == ("llava", "hf", 64, 389)
-    assert (facts.eos_token_ids, facts.stop_strings, facts.rope_theta) == ((2,), (), 10000.0)
+    assert (facts.eos_token_ids, facts.stop_strings, facts.rope.theta) == ((2,), (), 10000.0)
     image, tokenizer = facts.image, facts.tokenizer
     assert (image.mode, image.size, image.rows, image.mark, image.resample) == ("crop", 28, 16, "<image>", 3)
     assert (image.mean, image.std) == (tuple(MEAN), tuple(STD))
@@ -333,7 +333,12 @@ def test_refused_templates(hf: Path) -> None:
     path.write_text("{{ raise_exception('no') }}")
     fails(hf, "the chat template refuses these messages: no; correct")
     path.write_text("{{ messages[0].content[-1].text }}")
-    fails(hf, "the chat template writes <image> 0 times for a message with 1 image; expected once: put")
+    fails(
+        hf,
+        "the chat template does not fit a message with 1 image: the prompt has 0 <image> marks but .* Put the template of the",
+    )
+    path.write_text("{% for part in messages[0].content %}<image>{% endfor %}")
+    fails(hf, "does not fit a message with 1 image: the prompt has 2 <image> marks but 1 image was given")
     path.write_bytes(b"\xff\xfe")
     fails(hf, r"chat_template\.jinja is not UTF-8 text")
 

@@ -15,7 +15,7 @@ from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import ModelFacts
 from staticvl.runtime.boxes import parse_boxes
-from staticvl.runtime.families import family, llava
+from staticvl.runtime.families import family, llava, llava_next, mllama
 from staticvl.runtime.images import ImageError
 from staticvl.runtime.prompt import Message, PromptError
 from staticvl.runtime.tokenizer import Tokenizer, load_tokenizer
@@ -59,7 +59,7 @@ def test_prompt_equals_the_processor(hf: tuple[Path, ModelFacts, Tokenizer, str]
     assert text == "USER: " + "<image>\n" * len(images) + "What is in the picture? ASSISTANT:"
     expected = processor(images=images or None, text=text, return_tensors="np")
 
-    prompt = llava.prepare(text, images, facts, tokenizer)
+    prompt = llava.raw_prompt(text, images, facts, tokenizer)
     assert prompt.token_ids.dtype == prompt.rows.dtype == np.int32
     np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
     shown = prompt.token_ids == facts.tokenizer.image_token_id
@@ -71,7 +71,21 @@ def test_prompt_equals_the_processor(hf: tuple[Path, ModelFacts, Tokenizer, str]
         np.testing.assert_allclose(normalised.transpose(0, 3, 1, 2), expected["pixel_values"], atol=1e-6)
     assert (prompt.length, prompt.image_tokens) == (shown.size, 16 * len(images))
     assert prompt.text_tokens == prompt.length - prompt.image_tokens
+    assert prompt.state.dtype == np.int32 and prompt.state.shape == prompt.rows.shape and not prompt.state.any()
+    assert prompt.grids is None and prompt.sight is None
     assert [(frame.image_width, frame.image_height) for frame in prompt.frames] == sizes
+
+
+def test_a_conversation_is_the_prompt_of_its_text(hf: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
+    _, facts, tokenizer, template = hf
+    messages, images = [Message("user", "What is it?", images=1)], [picture(40, 30)]
+    for answered in (True, False):
+        text = llava.to_text(messages, template, facts, tokenizer, add_generation_prompt=answered)
+        chat = llava.chat_prompt(messages, images, facts, tokenizer, template, add_generation_prompt=answered)
+        raw = llava.raw_prompt(text, images, facts, tokenizer)
+        np.testing.assert_array_equal(chat.token_ids, raw.token_ids)
+        np.testing.assert_array_equal(chat.pixels, raw.pixels)
+        assert text.endswith("ASSISTANT:") == answered
 
 
 def test_original_prompt_by_hand(original: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
@@ -79,7 +93,7 @@ def test_original_prompt_by_hand(original: tuple[Path, ModelFacts, Tokenizer, st
     text = llava.to_text([Message("user", "What is it?", images=1)], template, facts, tokenizer)
     assert text.startswith("A chat between a curious user and") and text.endswith(" USER: <image>\nWhat is it? ASSISTANT:")
     wide = picture(40, 20)
-    prompt = llava.prepare(text, [wide], facts, tokenizer)
+    prompt = llava.raw_prompt(text, [wide], facts, tokenizer)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     before, after = (plain.encode(piece) for piece in text.split("<image>"))
     assert prompt.token_ids.tolist() == [1, *before, *[0] * 16, *after]
@@ -96,7 +110,7 @@ def test_a_chat_in_the_original_layout_goes_on_after_the_answer(original: tuple[
     _, facts, tokenizer, template = original
     chat = [Message("user", "What is it?", images=1), Message("assistant", "A circle."), Message("user", "Its colour?")]
     first, whole = (
-        llava.prepare(llava.to_text(part, template, facts, tokenizer), [picture(9, 9)], facts, tokenizer)
+        llava.raw_prompt(llava.to_text(part, template, facts, tokenizer), [picture(9, 9)], facts, tokenizer)
         for part in (chat[:1], chat)
     )
     assert whole.token_ids[: first.length].tolist() == first.token_ids.tolist()
@@ -109,7 +123,7 @@ def test_marks_in_the_text_say_where_pictures_stand(hf: tuple[Path, ModelFacts, 
     _, facts, tokenizer, template = hf
     text = llava.to_text([Message("user", "Is <image> like <image>?", images=2)], template, facts, tokenizer)
     assert text == "USER: Is <image> like <image>? ASSISTANT:"
-    prompt = llava.prepare(text, [picture(9, 9), picture(30, 9, seed=1)], facts, tokenizer)
+    prompt = llava.raw_prompt(text, [picture(9, 9), picture(30, 9, seed=1)], facts, tokenizer)
     assert prompt.image_tokens == 32
     runs = np.flatnonzero(np.diff((prompt.rows >= 0).astype(int)) == 1)
     assert len(runs) == 2
@@ -119,7 +133,7 @@ def test_marks_in_the_text_say_where_pictures_stand(hf: tuple[Path, ModelFacts, 
 @pytest.mark.parametrize("layout", ["hf", "original"])
 def test_adjacent_marks(layout: str, request: pytest.FixtureRequest) -> None:
     _, facts, tokenizer, _ = request.getfixturevalue(layout)
-    prompt = llava.prepare("<image><image>", [picture(5, 5), picture(5, 6)], facts, tokenizer)
+    prompt = llava.raw_prompt("<image><image>", [picture(5, 5), picture(5, 6)], facts, tokenizer)
     assert prompt.rows.tolist() == [-1, *range(32)]
 
 
@@ -127,13 +141,13 @@ def test_adjacent_marks(layout: str, request: pytest.FixtureRequest) -> None:
 def test_errors(layout: str, request: pytest.FixtureRequest) -> None:
     _, facts, tokenizer, _ = request.getfixturevalue(layout)
     with pytest.raises(PromptError, match="the prompt has 1 <image> mark but 2 images were given; write <image> once for each"):
-        llava.prepare("<image> x", [picture(5, 5)] * 2, facts, tokenizer)
+        llava.raw_prompt("<image> x", [picture(5, 5)] * 2, facts, tokenizer)
     with pytest.raises(PromptError, match="the prompt has 2 <image> marks but 1 image was given"):
-        llava.prepare("<image> x <image>", [picture(5, 5)], facts, tokenizer)
+        llava.raw_prompt("<image> x <image>", [picture(5, 5)], facts, tokenizer)
     with pytest.raises(PromptError, match="the prompt has 1 <image> mark but 0 images were given"):
-        llava.prepare("<image> x", [], facts, tokenizer)
+        llava.raw_prompt("<image> x", [], facts, tokenizer)
     with pytest.raises(ImageError, match="does not exist"):
-        llava.prepare("<image> x", ["no.png"], facts, tokenizer)
+        llava.raw_prompt("<image> x", ["no.png"], facts, tokenizer)
 
 
 def test_tokens_that_the_model_does_not_have(hf: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
@@ -143,13 +157,13 @@ def test_tokens_that_the_model_does_not_have(hf: tuple[Path, ModelFacts, Tokeniz
     pad = tokenizer.vocabulary.token_id("<pad>")
     small = msgspec.structs.replace(facts, vocab_size=pad)
     with pytest.raises(PromptError, match=f"the prompt holds token {pad} but the model knows {pad} tokens; take the special"):
-        llava.prepare("a<pad>", [], small, tokenizer)
+        llava.raw_prompt("a<pad>", [], small, tokenizer)
     silent = Tokenizer(msgspec.structs.replace(tokenizer.facts, add_bos=False), tokenizer.vocabulary)
     with pytest.raises(PromptError, match="the prompt is empty; expected some text or an image"):
-        llava.prepare("", [], facts, silent)
+        llava.raw_prompt("", [], facts, silent)
 
 
 def test_families_are_found_by_name() -> None:
-    assert family("llava") is llava
+    assert (family("llava"), family("llava_next"), family("mllama")) == (llava, llava_next, mllama)
     with pytest.raises(ValueError, match="the model family 'none' is not known to this runtime; known: llava"):
         family("none")

@@ -9,7 +9,7 @@ from staticvl.runtime.prompt import Prompt
 from staticvl.runtime.request import SamplingParams, Sequence
 from staticvl.runtime.scheduler import Step
 
-from .fakes import check_slots, fake_engine, picture, picture_prompt, run_all, text_prompt
+from .fakes import check_slots, cross_prompt, fake_engine, picture, picture_prompt, run_all, text_prompt
 
 TEN = tuple(range(10, 20))
 
@@ -76,6 +76,32 @@ def test_decode_bucket_reaches_the_highest_slot_in_use() -> None:
     assert steps == [("decode", 4, 3, (0, 1, 2)), ("decode", 4, 3, (2,)), ("decode", 4, 3, (2,))]
     add(engine, text_prompt(7), 2)
     assert [told(step)[1] for step in run_all(engine)] == [4, 1]
+
+
+def looking(pictures: int) -> Prompt:
+    """A prompt of ten positions, pictures first."""
+    return cross_prompt(*(((1, 2), n) for n in range(pictures)), *TEN[pictures:])
+
+
+def test_each_prompt_runs_where_just_its_pictures_can_be_seen() -> None:
+    """One vision step for each picture, with its tiles; text alone runs without cross-attention."""
+    engine = fake_engine(slots=1, prefill={16: 1.0}, images=(1, 3))
+    for pictures in (0, 1, 2, 3):
+        add(engine, looking(pictures))
+        steps = run_all(engine)
+        assert [(step.kind, step.bucket, step.count) for step in steps[:pictures]] == [("vision", 4, 4)] * pictures
+        assert {step.images for step in steps[:pictures]} <= {0}
+        wanted = [0, 1, 3, 3][pictures]
+        assert [(step.kind, step.images) for step in steps[pictures:]] == [("prefill", wanted), *[("decode", wanted)] * 2]
+
+
+def test_a_batch_decodes_where_the_most_pictures_can_be_seen() -> None:
+    """And goes back to fewer when that sequence has ended."""
+    engine = fake_engine(slots=3, prefill={16: 1.0}, images=(1, 3))
+    for pictures, count in ((0, 5), (2, 3), (1, 4)):
+        add(engine, looking(pictures), count)
+    steps = [(step.images, told(step)[3]) for step in run_all(engine) if step.kind == "decode"]
+    assert steps == [(3, (0, 1, 2)), (3, (0, 1, 2)), (1, (0, 2)), (0, (0,))]
 
 
 def test_a_sequence_that_brings_its_slot_does_not_wait() -> None:

@@ -7,6 +7,7 @@ object; times are in milliseconds unless the name says otherwise.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -17,13 +18,18 @@ from typing import Any
 
 import numpy as np
 import psutil
+from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from tqdm import tqdm
 
 from .. import runtime
-from ..runtime.prompt import Prompt
+from ..runtime.artifact import ModelFacts
+from ..runtime.prompt import Message, Prompt, Sight
 from ..runtime.request import Output, SamplingParams
+from ..runtime.rope import ntk_factor
+
+TEXT_AROUND_PICTURE = 32  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +74,10 @@ class Bench:
         room = manifest.cache.context - self.new_tokens
         lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048) if n <= room] or [room]
         grid = [(1, n, 0) for n in lengths] + [(b, lengths[0], 0) for b in manifest.buckets("decode") if b > 1]
-        if manifest.model.image.rows + 32 <= room:
-            grid.append((1, manifest.model.image.rows + 32, 1))
+        picture = self._picture_prompt()
+        seen = max(picture.length, picture.image_tokens + TEXT_AROUND_PICTURE)
+        if seen <= room:
+            grid.append((1, seen, 1))
         return [self.point(*where) for where in tqdm(grid, desc="measuring", disable=None)]
 
     def point(self, batch: int, prompt_tokens: int, pictures: int) -> Point:
@@ -95,16 +103,20 @@ class Bench:
         )
 
     def _prompt(self, tokens: int, pictures: int) -> Prompt:
-        facts = self.model.facts
-        rows = np.full(tokens, -1, np.int32)
-        rows[1 : 1 + pictures * facts.image.rows] = np.arange(pictures * facts.image.rows)
-        size = facts.image.size
-        return Prompt(
-            token_ids=self.rng.integers(3, facts.tokenizer.used, tokens).astype(np.int32),
-            rows=rows,
-            pixels=self.rng.integers(0, 256, (pictures, size, size, 3)).astype(np.uint8),
-            frames=(),
-        )
+        """Random text of so many tokens, the pictures at its beginning among them."""
+        prompt = self._picture_prompt() if pictures else self._text_prompt()
+        return lengthened(prompt, tokens, self.rng, self.model.facts)
+
+    def _text_prompt(self) -> Prompt:
+        size, none = self.model.facts.image.size, np.empty(0, np.int32)
+        pixels = np.empty((0, size, size, 3), np.uint8)
+        return Prompt(token_ids=none, rows=none, pixels=pixels, frames=(), image_tokens=0, state=none)
+
+    def _picture_prompt(self) -> Prompt:
+        """A turn with a picture alone: random pixels, four wide to three high, several tiles in families that cut pictures."""
+        side = self.model.facts.image.size
+        picture = Image.fromarray(self.rng.integers(0, 256, (side * 3 // 2, side * 2, 3)).astype(np.uint8))
+        return self.model.prepare_messages([Message("user", "", 1)], [picture])
 
     def summary(self, artifact: Path, points: SequenceOf[Point]) -> dict[str, Any]:
         """Everything measured, as plain data."""
@@ -131,6 +143,26 @@ class Bench:
                 "cache_mb": round(self.model.artifact.manifest.cache.nbytes / 1e6, 1),
             },
         }
+
+
+def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, facts: ModelFacts) -> Prompt:
+    """A prompt with random text behind it, `tokens` positions in all, that sees the pictures which its end sees."""
+    more = tokens - prompt.length
+    text = rng.integers(3, facts.tokenizer.used, more).astype(np.int32)
+    sight = prompt.sight and Sight(visible=_held(prompt.sight.visible, more), gates=_held(prompt.sight.gates, more))
+    return dataclasses.replace(
+        prompt,
+        token_ids=np.concatenate((prompt.token_ids, text)),
+        rows=np.concatenate((prompt.rows, np.full(more, -1, np.int32))),
+        state=np.zeros(tokens, np.int32),
+        sight=sight,
+        ntk=ntk_factor(facts.rope, tokens),
+    )
+
+
+def _held(rows: np.ndarray, more: int) -> np.ndarray:
+    """Rows with the last of them repeated behind."""
+    return np.concatenate((rows, np.repeat(rows[-1:], more, axis=0)))
 
 
 def table(points: SequenceOf[Point]) -> Table:

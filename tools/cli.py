@@ -67,7 +67,9 @@ def _add_compile(commands) -> None:
     example = (
         "staticvl compile llava-1.5-7b-hf --out llava-7b\n"
         "staticvl compile llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 --out llava-7b --quant w8a16\n"
-        "staticvl compile llava-1.5-7b-hf --out llava-7b --context 4096 --buckets buckets.yaml --plan-only"
+        "staticvl compile llava-v1.6-vicuna-7b-hf --out llava-next-7b --context 4096 --buckets buckets.yaml --plan-only\n"
+        "staticvl compile Llama-3.2-11B-Vision-Instruct --out llama-vision --images 2 --quant w8a16\n"
+        "staticvl compile Qwen-VL-Chat --out qwen-vl --context 8192 --lora my-adapter"
     )
     parser = _command(commands, "compile", "compile a checkpoint into an artifact", example, _compile)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder with config.json, weights and tokenizer")
@@ -77,9 +79,20 @@ def _add_compile(commands) -> None:
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks; default: 1")
     parser.add_argument("--context", type=int, metavar="N", help="tokens that a prompt and its answer may take together")
     parser.add_argument("--slots", type=int, metavar="N", help="sequences that the cache holds at once")
-    parser.add_argument("--buckets", type=Path, metavar="FILE", help="YAML with prefill, decode, vision, context, slots")
+    parser.add_argument(
+        "--images", type=int, metavar="N", help="Llama-3.2-Vision: pictures that a sequence may hold; default: 4"
+    )
+    parser.add_argument(
+        "--text-before-image",
+        choices=("transformers", "meta"),
+        help="Llama-3.2-Vision: whether text before the first picture sees all pictures, as in transformers (the default), or "
+        "none, as in Meta's code",
+    )
+    parser.add_argument(
+        "--buckets", type=Path, metavar="FILE", help="YAML with prefill, decode, vision, images, context, slots"
+    )
     parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
-    parser.add_argument("--lora", type=Path, metavar="DIR", help="adapter to merge")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="LoRA adapter, as PEFT saves it, to merge into the weights")
     parser.add_argument("--ignore-config-keys", metavar="A,B", help="config.json keys known not to matter")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the same options in YAML")
     parser.add_argument("--plan-only", action="store_true", help="print graphs and memory, compile nothing")
@@ -103,7 +116,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--raw", action="store_true", help="pass the text as it is, without the chat template")
-    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="draw the boxes of the answer on the first picture")
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the pictures with the answer's boxes on them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_run_options(parser)
 

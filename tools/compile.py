@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..compiler.build import Report, build, plan_only
-from ..compiler.plan import Buckets, Options, Plan, PlanError, parse_buckets
+from ..compiler.plan import Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
 from .progress import TerminalProgress
 
 # Keys of a --config file: the command line's options, with underscores.
@@ -23,6 +23,8 @@ CONFIG_KEYS = (
     "tp",
     "context",
     "slots",
+    "images",
+    "text_before_image",
     "buckets",
     "vision_tower",
     "lora",
@@ -34,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(args)
     if args.plan_only:
         plan, sizes = plan_only(options)
-        _print_plan(plan, sizes, options.quant)
+        _print_plan(plan, sizes, options)
         return 0
     started = time.perf_counter()
     report = build(options, TerminalProgress())
@@ -60,10 +62,12 @@ def read_options(args: argparse.Namespace) -> Options:
         buckets=_buckets(given),
         ignore_config_keys=tuple(keys.split(",") if isinstance(keys, str) else keys),
     )
-    simple = {name: given[name] for name in ("backend", "quant", "tp") if name in given}
+    simple = {name: given[name] for name in ("backend", "quant", "tp", "text_before_image") if name in given}
     paths = {name: Path(given[name]) for name in ("vision_tower", "lora") if name in given}
     if not (tower := paths.get("vision_tower", checkpoint)).is_dir():
         raise PlanError(f"vision tower {tower} is not a folder; expected a local CLIP checkpoint")
+    if not (adapter := paths.get("lora", checkpoint)).is_dir():
+        raise PlanError(f"adapter {adapter} is not a folder; expected a LoRA adapter as PEFT saves it")
     return replace(options, **simple, **paths)
 
 
@@ -99,15 +103,25 @@ def _buckets(given: dict[str, Any]) -> Buckets:
         buckets = parse_buckets(_yaml(Path(source)), str(source))
     else:
         buckets = parse_buckets(source, "buckets")
-    return buckets.merged(Buckets(context=given.get("context"), slots=given.get("slots")))
+    images = image_buckets(given["images"], "options") if "images" in given else None
+    return buckets.merged(Buckets(context=given.get("context"), slots=given.get("slots"), images=images))
 
 
-def _print_plan(plan: Plan, sizes: dict[str, int], quant: str) -> None:
+def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
     for kind in ("vision", "prefill", "decode"):
         print(f"{kind:>8}  {', '.join(map(str, plan.buckets(kind)))}")
     cache = plan.cache
-    print(f"   cache  {cache.slots} slots of {cache.context} tokens, {sizes['cache_bytes'] / 1e9:.3f} GB")
-    print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {sizes['weight_bytes'] / 1e9:.3f} GB ({quant})")
+    held = ""
+    if cross := cache.cross:
+        seen = sorted({images for kind, _, images in plan.graphs if kind != "vision"})
+        print(f"  images  {', '.join(map(str, seen))}; prefill and decode graphs for each")
+        held = f" and {cross.images} pictures of {cross.rows} keys"
+    print(f"   cache  {cache.slots} slots of {cache.context} tokens{held}, {sizes['cache_bytes'] / 1e9:.3f} GB")
+    weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({options.quant})"
+    print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {weights}")
+    if options.tp > 1:
+        weights, kept = sizes["rank_weight_bytes"] / 1e9, sizes["rank_cache_bytes"] / 1e9
+        print(f"  a rank  of {options.tp}: weights {weights:.3f} GB, cache {kept:.3f} GB")
 
 
 def _print_report(report: Report, out: Path, seconds: float) -> None:

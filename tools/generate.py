@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 from .. import runtime
 from ..runtime.boxes import Box
 from ..runtime.request import Output, SamplingParams
+from .draw import draw
 
 
 def run(args: argparse.Namespace) -> int:
@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     out = model.generate(args.prompt, args.image, sampling=read_sampling(args), raw=args.raw)
     print(json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out))
     if args.draw is not None:
-        draw(args.image, out, args.draw)
+        draw(args.image, out.boxes, args.draw)
     return 0
 
 
@@ -57,22 +57,3 @@ def timing_line(out: Output) -> str:
         f"first token after {t.first_token_s * 1e3:.1f} ms, "
         f"then {t.per_token_s * 1e3:.2f} ms each; {len(out.token_ids)} tokens in {t.total_s * 1e3:.1f} ms]"
     )
-
-
-def draw(images: list[str], out: Output, path: Path) -> None:
-    """Write the picture with the answer's boxes on it."""
-    from PIL import ImageDraw
-
-    from ..runtime.images import load_image
-
-    if not images:
-        raise ValueError("--draw was given without --image; give the picture to draw on")
-    picture = load_image(images[0])
-    pen = ImageDraw.Draw(picture)
-    width = max(2, min(picture.size) // 150)
-    for box in out.boxes:
-        if box.image == 0:
-            pen.rectangle(box.pixels, outline=(255, 0, 80), width=width)
-            if box.label:
-                pen.text((box.pixels[0] + width, box.pixels[1] + width), box.label, fill=(255, 0, 80))
-    picture.save(path)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 
+import msgspec
 from rich.console import Console
 from rich.table import Table
 
-from ..runtime.artifact import Certificate, Manifest, open_artifact
+from ..runtime.artifact import Certificate, Manifest, ModelFacts, open_artifact
 
 
 def run(args: argparse.Namespace) -> int:
@@ -23,11 +24,12 @@ def _facts(manifest: Manifest) -> Table:
     weights = sum(weight.nbytes for weight in manifest.weights.values())
     rows = {
         "model": f"{model.family} ({model.layout} layout), hidden {model.hidden_size}, vocabulary {model.vocab_size}",
-        "picture": f"{model.image.size} x {model.image.size}, {model.image.mode}, {model.image.rows} tokens",
+        "picture": _picture(model),
         "backend": f"{manifest.backend}, quantisation {manifest.quant}, tensor parallel {manifest.tp}",
         "weights": f"{len(manifest.weights)} tensors, {weights / 1e6:.1f} MB",
         "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
         f"{cache.head_dim}, {cache.dtype}, {cache.nbytes / 1e6:.1f} MB",
+        **_cross(manifest),
         "made by": f"staticvl {manifest.build.staticvl}, torch {manifest.build.torch}, schema {manifest.schema_version}",
         "digest": manifest.digest[:16],
     }
@@ -37,12 +39,48 @@ def _facts(manifest: Manifest) -> Table:
     return table
 
 
+def _picture(model: ModelFacts) -> str:
+    image = model.image
+    size = f"{image.size} x {image.size}, {image.mode}"
+    if not image.grids:
+        return f"{size}, {image.rows} tokens"
+    grids = ", ".join(f"{rows} x {columns}" for rows, columns in image.grids)
+    if image.mode == "tiles":
+        return f"{size}, up to {image.tiles} in the grids {grids} (rows x columns)"
+    return f"{size}, {image.rows} tokens for the whole picture and for each tile of the grids {grids} (rows x columns)"
+
+
+def _cross(manifest: Manifest) -> dict[str, str]:
+    """Pictures that enter by cross-attention."""
+    cross, cache = manifest.cache.cross, manifest.cache
+    if cross is None:
+        return {}
+    nbytes = cache.nbytes - msgspec.structs.replace(cache, cross=None).nbytes
+    return {
+        "pictures": f"{cross.images} in a slot, {cross.rows} keys each ({cross.tiles} tiles), {cross.layers} cross-attention "
+        f"layers, {nbytes / 1e6:.1f} MB of the cache",
+        "text before": f"the first picture is treated as in {manifest.model.text_before_image}",
+    }
+
+
 def _graphs(manifest: Manifest) -> Table:
+    crossed = manifest.cache.cross is not None
     table = Table(title="graphs")
-    for column in ("kind", "bucket", "ms when compiled", "checks", "worst error", "allowed", "rounding"):
+    names = (
+        "kind",
+        "bucket",
+        *(("images",) if crossed else ()),
+        "ms when compiled",
+        "checks",
+        "worst error",
+        "allowed",
+        "rounding",
+    )
+    for column in names:
         table.add_column(column, justify="left" if column == "kind" else "right")
-    for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.bucket)):
-        table.add_row(graph.kind, str(graph.bucket), f"{graph.cost_ms:.2f}", *_checks(graph.certificate))
+    for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
+        images = ("-" if graph.kind == "vision" else str(graph.images),) if crossed else ()
+        table.add_row(graph.kind, str(graph.bucket), *images, f"{graph.cost_ms:.2f}", *_checks(graph.certificate))
     return table
 
 

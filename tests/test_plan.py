@@ -1,0 +1,85 @@
+"""Plans: which graphs a model and its options make, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from staticvl.compiler.plan import Buckets, Options, Plan, PlanError, make_plan, parse_buckets
+from staticvl.model_defs.config import read_config
+from staticvl.runtime.artifact import CrossSpec
+
+from .conftest import EMBEDDED, REPO
+from .tiny_families import GOLDEN_QWEN
+
+MLLAMA = REPO / "tools" / "assets" / "tiny_mllama"
+LLAVA_NEXT = REPO / "tools" / "assets" / "tiny_llava16"
+
+
+def plan(checkpoint: Path, **buckets: Any) -> Plan:
+    return make_plan(read_config(checkpoint), Options(checkpoint=checkpoint, out=Path("out"), buckets=Buckets(**buckets)))
+
+
+def variants(found: Plan, kind: str) -> set[int]:
+    return {images for k, _, images in found.graphs if k == kind}
+
+
+def test_cross_attention_has_graphs_for_no_one_and_all_pictures() -> None:
+    found = plan(MLLAMA)
+    assert variants(found, "vision") == {0}
+    assert variants(found, "prefill") == variants(found, "decode") == {0, 1, 4}
+    assert found.buckets("vision") == [4]
+    assert found.buckets("decode") == [1, 2, 4]
+    config = read_config(MLLAMA)
+    assert found.cache.layers == config.text.layers - len(config.text.cross_layers)
+    rows = config.vision.rows_per_image  # type: ignore[union-attr]
+    assert found.cache.cross == CrossSpec(layers=len(config.text.cross_layers), images=4, rows=rows, tiles=4)
+    assert len(set(found.graphs)) == len(found.graphs)
+
+
+@pytest.mark.parametrize("checkpoint", [EMBEDDED, LLAVA_NEXT, GOLDEN_QWEN], ids=["llava", "llava_next", "qwen_vl"])
+def test_fused_pictures_need_one_variant(checkpoint: Path) -> None:
+    found = plan(checkpoint)
+    assert variants(found, "prefill") == variants(found, "decode") == {0}
+    assert found.cache.cross is None
+    with pytest.raises(PlanError, match=r"images buckets \[2\] were given, but this model has no cross-attention"):
+        plan(checkpoint, images=(2,))
+
+
+def test_vision_buckets_are_those_of_the_grids() -> None:
+    """The tiles of a picture, and the whole picture."""
+    grids = read_config(LLAVA_NEXT).grids
+    assert plan(LLAVA_NEXT).buckets("vision") == sorted({1 + rows * columns for rows, columns in grids})
+    assert plan(EMBEDDED).buckets("vision") == [1]
+
+
+def test_all_tiles_of_a_picture_run_together() -> None:
+    assert plan(MLLAMA, vision=(4,)).buckets("vision") == [4]
+    with pytest.raises(PlanError, match=r"vision buckets are \[1, 4\], but this model always sees the 4 tiles of one picture"):
+        plan(MLLAMA, vision=(1, 4))
+
+
+@pytest.mark.parametrize(("given", "wanted"), [(1, (1,)), (3, (1, 3)), ([2], (2,)), ([1, 4], (1, 4))])
+def test_pictures_as_a_number_or_a_list(given: Any, wanted: tuple[int, ...]) -> None:
+    assert parse_buckets({"images": given}, "buckets.yaml").images == wanted
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"images": 0}, "buckets.yaml: images is 0; expected a positive integer or a list of them"),
+        ({"images": True}, "images is True; expected a positive integer"),
+        ({"images": "two"}, "images is 'two'; expected a positive integer"),
+        ({"images": [0]}, r"images is \[0\]; expected a list of integers from 1"),
+        ({"images": [2, 2]}, r"images names a size twice: \[2, 2\]"),
+        ({"prefill": 8}, "prefill is 8; expected a list of integers"),
+        ({"decode": None}, "decode is None; expected a list of integers"),
+        ({"tiles": [4]}, "unknown keys tiles; expected context, decode, images, prefill, slots, vision"),
+        ([8], "holds list; expected a mapping with the keys prefill, decode, vision, images, context, slots"),
+    ],
+)
+def test_bucket_files_that_are_wrong(data: Any, message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        parse_buckets(data, "buckets.yaml")
