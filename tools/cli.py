@@ -194,7 +194,9 @@ def _bench(args: argparse.Namespace) -> int:
 
 
 def _add_demo(commands) -> None:
-    parser = _command(commands, "demo", "compile the embedded tiny model and ask it about a picture", "staticvl demo", _demo)
+    example = "staticvl demo\nstaticvl demo --model mllama --out artifact"
+    parser = _command(commands, "demo", "compile an embedded tiny model and ask it about a picture", example, _demo)
+    parser.add_argument("--model", choices=("llava15", "llava16", "mllama"), default="llava15", help="default: llava15")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the artifact there; default: a temporary folder")
     parser.add_argument("--device", default="cpu", help="cpu; default: cpu")
 

@@ -1,4 +1,4 @@
-"""`staticvl demo`: the embedded tiny model, compiled in front of the user, then asked about a picture file."""
+"""`staticvl demo`: an embedded tiny model, compiled in front of the user, then asked about a picture file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .generate import answer_lines
 from .progress import TerminalProgress
 
 ASSETS = Path(__file__).parent / "assets"
-CHECKPOINT = ASSETS / "tiny_llava15"
+MODELS = {"llava15": "LLaVA-1.5", "llava16": "LLaVA-1.6", "mllama": "Llama-3.2-Vision"}  # trained, in ASSETS / tiny_NAME
 PICTURE = ASSETS / "shapes.png"
 QUESTIONS = (
     "What is in the picture?",
@@ -24,15 +24,16 @@ QUESTIONS = (
 
 def run(args: argparse.Namespace) -> int:
     if args.out is not None:
-        return _demo(args.out, args.device)
+        return _demo(args.model, args.out, args.device)
     with tempfile.TemporaryDirectory(prefix="staticvl-demo-") as folder:
-        return _demo(Path(folder) / "artifact", args.device)
+        return _demo(args.model, Path(folder) / "artifact", args.device)
 
 
-def _demo(out: Path, device: str) -> int:
+def _demo(name: str, out: Path, device: str) -> int:
     started = time.perf_counter()
-    print(f"1. compiling {CHECKPOINT.name}, a trained LLaVA-1.5 of 1.6 million parameters, for ONNX Runtime")
-    report = build(Options(checkpoint=CHECKPOINT, out=out), TerminalProgress())
+    checkpoint = ASSETS / f"tiny_{name}"
+    print(f"1. compiling {checkpoint.name}, a trained {MODELS[name]} of less than 2 million parameters, for ONNX Runtime")
+    report = build(Options(checkpoint=checkpoint, out=out), TerminalProgress())
     print(
         f"   {len(report.manifest.graphs)} graphs, each checked against its definition, "
         f"after {time.perf_counter() - started:.1f} s\n"
@@ -47,7 +48,7 @@ def _demo(out: Path, device: str) -> int:
 
 
 def _ask(model: runtime.Model, question: str) -> str:
-    out = model.generate(question, images=[PICTURE], max_new_tokens=96)
+    out = model.generate(question, images=[PICTURE], max_new_tokens=96, temperature=0)
     print(f"   Q: {question}")
     for line in answer_lines(out).splitlines():
         print(f"   A: {line}" if line == out.text else f"      {line}")

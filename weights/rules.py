@@ -123,8 +123,8 @@ def _published(table: Table, ref: SourceRef) -> str:
 def _refuse_without_tower(config: ModelConfig, source: Collection[str]) -> None:
     if not any(spelling.startswith(TOWER) for spelling in name_table(config).spellings["vision"]):
         raise WeightsError(
-            "the checkpoint lacks its vision tower, model.vision_tower.*; it was trained with the rest, so another will not do: "
-            "fetch all of its weight files"
+            "the checkpoint lacks its vision tower, model.vision_tower.*; it was trained with the rest, so another will not "
+            "do: fetch all of its weight files"
         )
     if any(name.startswith(TOWER) for name in source):
         raise WeightsError(
