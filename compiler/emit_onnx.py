@@ -373,6 +373,10 @@ def emit(graph: GraphDef, weights: Mapping[str, WeightSpec], *, exact: bool = Fa
     program = trace(graph)
     emitter = Emitter(weights, graph.constants, exact=exact)
     outputs = _lower_all(emitter, program, graph)
+    if exact:
+        # onnxruntime orders what depends on nothing by its place in this list, the first as late as it can: elsewhere, all
+        # weights would be expanded before the first layer runs.
+        emitter.nodes.sort(key=lambda node: node.op_type not in ("ConstantOfShape", "DequantizeLinear"))
     return _model(emitter, graph, outputs).SerializeToString()
 
 

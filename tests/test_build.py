@@ -10,6 +10,8 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import onnx
+import onnxruntime as ort
 import pytest
 
 from staticvl import runtime
@@ -17,8 +19,10 @@ from staticvl.compiler import build as build_module
 from staticvl.compiler import emit_onnx
 from staticvl.compiler.build import BuildError, build
 from staticvl.compiler.check import CertificateError
-from staticvl.compiler.emit_onnx import UnsupportedOpError
+from staticvl.compiler.emit_onnx import UnsupportedOpError, emit
+from staticvl.compiler.graphs import define_graph
 from staticvl.compiler.plan import Buckets, Options, PlanError
+from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import ArtifactError, FileSpec, open_artifact, verify, write_manifest
 from staticvl.runtime.engine import ContextError
 from staticvl.weights.source import WeightsError
@@ -387,3 +391,24 @@ def test_weights_in_8_bits(checkpoint: Path, pristine: Path, tmp_path: Path) -> 
         assert graph.certificate.worst <= 1e-4  # everything but the rounding of activations
         assert (graph.certificate.rounding is None) == (graph.kind == "vision")
     assert not list((tmp_path / "w8").glob("*.partial"))
+
+
+def test_twins_expand_one_weight_at_a_time(checkpoint: Path, tmp_path: Path) -> None:
+    """Expanding all of them first would take the memory of the whole model in float32."""
+    config, made = read_config(checkpoint), build(replace(options(checkpoint, tmp_path / "w8"), quant="w8a16")).manifest
+    graph = define_graph(config, made.model.image, made.cache, "w8a16", "decode", 1, 0)
+    twin = onnx.load_from_string(emit(graph, made.weights, exact=True))
+    twin_path = tmp_path / "w8" / "twin.onnx"
+    onnx.save(twin, twin_path)
+    settings = ort.SessionOptions()
+    settings.enable_profiling = True
+    settings.profile_file_prefix = str(tmp_path / "profile")
+    session = ort.InferenceSession(twin_path, settings, providers=["CPUExecutionProvider"])
+    session.run(None, {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs})
+    events = json.loads(Path(session.end_profiling()).read_text())
+    order = [e["args"]["op_name"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]
+    waiting = most = 0
+    for op in order:
+        waiting += {"DequantizeLinear": 1, "FusedMatMul": -1}.get(op, 0)
+        most = max(most, waiting)
+    assert order.count("DequantizeLinear") > 10 and most <= 3

@@ -92,10 +92,10 @@ class Conversation:
         self.images += images
         params = SamplingParams(max_new_tokens=10, ignore_eos=True, **self.settings)
         prompt = model.prepare_messages(self.messages, list(self.images))
-        fresh = model.run([engine.new_sequence(prompt, params, return_logits=True)])[0]
         before = dict(engine.metrics.real)
         out = self.chat.send(text, list(images), sampling=params, return_logits=True)
         self.prefilled, self.encoded = (engine.metrics.real[kind] - before[kind] for kind in ("prefill", "vision"))
+        fresh = model.run([engine.new_sequence(prompt, params, return_logits=True)])[0]
         assert out.prompt_tokens == prompt.length
         check(out, as_answer(fresh), f"turn {len(self.messages) // 2 + 1}")
         assert out.text == fresh.text
