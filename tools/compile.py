@@ -122,6 +122,8 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
     if options.tp > 1:
         weights, kept = sizes["rank_weight_bytes"] / 1e9, sizes["rank_cache_bytes"] / 1e9
         print(f"  a rank  of {options.tp}: weights {weights:.3f} GB, cache {kept:.3f} GB")
+        half = sizes["rank_bfloat16_bytes"] / 1e9, kept / 2
+        print(f"          in bfloat16: weights {half[0]:.3f} GB, cache {half[1]:.3f} GB")
 
 
 def _print_report(report: Report, out: Path, seconds: float) -> None:
