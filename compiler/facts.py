@@ -127,6 +127,8 @@ def _chat_template(
     for name, settings in sources:
         if settings.get("chat_template") is not None:
             return _one_template(settings["chat_template"], str(checkpoint / name))
+    if (config.family, config.layout) not in TEMPLATES:
+        raise ConfigError(f"{checkpoint} holds no chat template; copy chat_template.json from the model's page")
     return TEMPLATES[config.family, config.layout]
 
 

@@ -42,14 +42,12 @@ def write_tokenizer(config: ModelConfig, folder: Path) -> bool:
     if any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken")):
         return True
     writers: dict[str, Callable[[ModelConfig, Path], dict[str, Any]]] = {
-        "llava": _write_llava,
-        "llava_next": _write_llava,
         "mllama": _write_mllama,
         "qwen_vl": _write_qwen,
     }
     if config.layout == "original":
         return False
-    settings = writers[config.family](config, folder)
+    settings = writers.get(config.family, _write_llava)(config, folder)
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         path.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

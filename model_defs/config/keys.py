@@ -33,6 +33,7 @@ class Keys:
     def __init__(self, data: Mapping[str, Any], where: str, ignored: Collection[str]) -> None:
         self.data, self.where, self.ignored = data, where, ignored
         self.seen: set[str] = set()
+        self.sections: dict[str, Keys] = {}
 
     def get(self, name: str, default: Any = None, *, also: Iterable[str] = ()) -> Any:
         """The value under `name` or one of the other spellings, else `default`; null counts as absent."""
@@ -61,12 +62,16 @@ class Keys:
             raise ConfigError(f"{self.where}: {name} is {value!r}; supported: {', '.join(map(repr, allowed))}")
 
     def section(self, name: str) -> Keys:
+        """The object under `name`; empty where there is none."""
         value = self.get(name, {})
         if not isinstance(value, dict):
             raise ConfigError(f"{self.where}: {name} is {type(value).__name__}; expected an object")
-        return Keys(value, f"{self.where}, {name}", self.ignored)
+        return self.sections.setdefault(name, Keys(value, f"{self.where}, {name}", self.ignored))
 
     def finish(self) -> None:
+        """Refuse keys that nobody read, here and in every section."""
+        for section in self.sections.values():
+            section.finish()
         unknown = sorted(set(self.data) - self.seen - INERT_KEYS - set(self.ignored))
         if unknown:
             raise ConfigError(

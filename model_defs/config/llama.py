@@ -51,8 +51,6 @@ def _rope(keys: Keys, theta: float) -> RopeConfig:
     old, new = keys.section("rope_scaling"), keys.section("rope_parameters")
     found = [_scaling(section) for section in (new, old) if section.data]
     base = keys.number("rope_theta", new.number("rope_theta", theta))
-    for section in (old, new):
-        section.finish()
     return RopeConfig(theta=base, llama3=next((scaling for scaling in found if scaling), None))
 
 

@@ -44,8 +44,6 @@ def _hf(keys: Keys) -> ModelConfig:
         keep_class_token=select(keys, "vision_feature_select_strategy", FULL),
     )
     grids = _grids(keys, keys.get("image_grid_pinpoints", PINPOINTS), vision, wide_first=False) if next_generation else ()
-    text_keys.finish()
-    vision_keys.finish()
     return ModelConfig(
         family="llava_next" if next_generation else "llava",
         layout="hf",

@@ -34,8 +34,6 @@ def read_mllama(keys: Keys, checkpoint: Path, vision_tower: Path | None) -> Mode
     vocab = text_keys.size("vocab_size", TEXT_DEFAULTS["vocab_size"])
     text = llama(text_keys, TEXT_DEFAULTS, cross_layers=tuple(sorted(cross)), embed_rows=vocab + EXTRA_ROWS)
     vision = _tiled(vision_keys)
-    text_keys.finish()
-    vision_keys.finish()
     return ModelConfig(
         family="mllama",
         layout="hf",

@@ -27,7 +27,6 @@ def read_qwen_vl(keys: Keys, checkpoint: Path, vision_tower: Path | None) -> Mod
     visual = keys.section("visual")
     vision = _resampled(visual)
     start = visual.size("image_start_id", 151857)
-    visual.finish()
     text = _text(keys)
     if vision.output_size != text.hidden_size:
         raise ConfigError(
