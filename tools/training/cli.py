@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..drawings import KINDS
 from .evaluation import cases, evaluate, report
 from .family import Family
 from .family_llava15 import Llava15
@@ -48,6 +49,9 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and training drawings (default: 0)")
     parser.add_argument("--vision-steps", type=int, help="steps for the vision tower (default: by family)")
     parser.add_argument("--steps", type=int, help="steps for the whole model (default: by family)")
+    parser.add_argument("--batch", type=int, help="rows of a step (default: by family)")
+    parser.add_argument("--rate", type=float, help="highest learning rate (default: by family)")
+    parser.add_argument("--drill", nargs="+", choices=KINDS, help="kinds of question to favour (default: describe)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default: 2)")
     parser.add_argument("--drawings", type=int, default=600, help="held-out drawings to measure on (default: 600)")
     return parser.parse_args(arguments)
@@ -63,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(report(evaluate(options.evaluate, asked)))
         return
     family = FAMILIES[options.family]()
-    asked = {"vision_steps": options.vision_steps, "steps": options.steps}
-    schedule = replace(family.schedule, **{name: steps for name, steps in asked.items() if steps is not None})
+    asked = {name: getattr(options, name) for name in ("vision_steps", "steps", "batch", "rate")}
+    schedule = replace(family.schedule, **{name: value for name, value in asked.items() if value is not None})
+    if options.drill:
+        schedule = replace(schedule, drill=tuple(options.drill))
     train(family, options.out, options.seed, schedule, options.start)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from ..drawings import Drawing, make_drawing, questions, questions_of_many
-from .family import Family
+from .family import Family, Schedule
 from .packing import Ask, Batch, Packer, Pictures, collate
 
 # Training drawings come from seeds below this one, held-out drawings from seeds at or above it.
@@ -37,28 +37,28 @@ class Data:
         drawings = [self.drawing(most) for _ in range(count)]
         return drawings, self.pictures(drawings)
 
-    def one_picture(self, rows: int, budget: int, most: int) -> Batch:
+    def one_picture(self, schedule: Schedule, most: int) -> Batch:
         """Rows about one picture of at most ``most`` shapes; one in four is a conversation, the others branches."""
-        drawings = [self.drawing(most) for _ in range(rows)]
+        drawings = [self.drawing(most) for _ in range(schedule.batch)]
         chosen = []
         for drawing in drawings:
-            asked = self.selection(drawing)
+            asked = self.selection(drawing, schedule.drill)
             chosen.append((asked, self.packer.conversation if self.rng.random() < 1 / 4 else self.packer.branches))
         pictures = self.pictures(drawings)
-        packed = [pack(asked, [tokens], budget) for (asked, pack), tokens in zip(chosen, pictures.tokens, strict=True)]
+        packed = [pack(asked, [tokens], schedule.budget) for (asked, pack), tokens in zip(chosen, pictures.tokens, strict=True)]
         rows_of = [(drawing,) for drawing in drawings]
         return replace(collate(packed, self.packer), pictures=pictures, drawings=rows_of)
 
-    def selection(self, drawing: Drawing) -> list[Ask]:
+    def selection(self, drawing: Drawing, drill: Sequence[str]) -> list[Ask]:
         """Questions and answers in random order, those that need most practice favoured.
 
-        Descriptions mostly come first, as they would rarely find room later; boxes are long and soon learned; and
-        most counts have the answer "no", which one example teaches as well as four.
+        The kinds to ``drill`` mostly come first, as descriptions would rarely find room later; boxes are long and
+        soon learned; and most counts have the answer "no", which one example teaches as well as four.
         """
         asked = questions(drawing, self.rng)
         self.rng.shuffle(asked)
         if self.rng.random() < 2 / 3:
-            asked.sort(key=lambda entry: entry[2] != "describe")
+            asked.sort(key=lambda entry: entry[2] not in drill)
         room = {"box": 2, "count": 3, "none": 1}
         chosen = []
         for question, answer, kind in asked:

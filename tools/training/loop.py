@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
@@ -22,7 +23,7 @@ def train(family: Family, out: Path, seed: int, schedule: Schedule, start: Path 
     """Train, from scratch or from the checkpoint ``start``, and leave the finished folder at ``out``."""
     began, cpu = time.perf_counter(), time.process_time()
     torch.manual_seed(seed)
-    tokenizer = family.tokenizer(seed)
+    tokenizer = Tokenizer.from_file(str(start / "tokenizer.json")) if start else family.tokenizer(seed)
     model = family.build(tokenizer)
     if start:
         family.begin_from(model, start)
@@ -70,7 +71,7 @@ def train_language(family: Family, model: nn.Module, data: Data, schedule: Sched
     shown = 0.0
     for step in bar:
         most = 1 + 12 * step // schedule.steps
-        loss, guide = answer_loss(family, model, data.one_picture(schedule.batch, schedule.budget, most))
+        loss, guide = answer_loss(family, model, data.one_picture(schedule, most))
         shown = loss.item() if step == 0 else 0.95 * shown + 0.05 * loss.item()
         bar.set_postfix_str(f"loss {shown:.3f} guide {guide.item():.3f}")
         if step % schedule.extra_every == schedule.extra_every - 1:
