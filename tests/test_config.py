@@ -54,7 +54,7 @@ def test_unknown_keys(tmp_path: Path, family: str, section: str | None) -> None:
         ("llava_next", None, {"image_grid_pinpoints": "[[64"}, "expected a list of pairs of pixels"),
         ("llava_next", None, {"image_grid_pinpoints": []}, "expected at least one pair"),
         ("mllama", "text_config", {"cross_attention_layers": [99]}, "name layers that are not among"),
-        ("mllama", "text_config", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported: 'default', 'llama3'"),
+        ("mllama", "text_config", {"rope_scaling": {"rope_type": "yarn"}}, "rope_type is 'yarn'; supported: 'default'"),
         ("mllama", "vision_config", {"vision_output_dim": 7}, "vision_output_dim is 7"),
         ("mllama", "vision_config", {"hidden_act": "relu"}, "hidden_act is 'relu'; supported: 'gelu'"),
         ("qwen_vl", None, {"no_bias": False}, "no_bias is False; supported: True"),
