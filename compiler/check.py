@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.artifact import CROSS_HIDDEN, Certificate, CertificateCase, GraphSpec, ModelFacts
+from ..runtime.artifact import CROSS_HIDDEN, Certificate, CertificateCase, GraphSpec, ModelFacts, TensorSpec
 from ..runtime.backends.base import Backend, cache_name
 from ..runtime.feeds import Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
@@ -91,12 +91,13 @@ class Certifier:
 
     def _text(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
         feed = self._text_feed(graph, case, rng)
-        before = self._fill_caches(graph, case, rng)
+        starts = self._fill_caches(graph, case, rng)
         expected = self.reference.run(graph, feed).copy()
         active = case.count > 0
         error = relative_error(self.candidate.run(graph, feed)[active], expected[active])
-        for name, old in before.items():
-            error = max(error, self._cache_error(name, case, old))
+        for spec in graph.inputs:
+            if "_cache." in spec.name:
+                error = max(error, self._cache_error(spec.name, case, self._past(spec, case, starts[spec.name])))
         return error
 
     def _rounding(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> float:
@@ -120,24 +121,30 @@ class Certifier:
                 error = max(error, relative_error(got[written], expected[written]))
         return error
 
-    def _fill_caches(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> dict[str, np.ndarray]:
-        """Random keys and values where tokens are, large garbage elsewhere; the same in both backends."""
-        filled = {}
-        for spec in graph.inputs:
-            if spec.name.startswith(("cross_k.", "cross_v.")):
-                self._fill(spec.name, self._noise(spec.shape, rng))
-            elif "_cache." in spec.name:
-                value = self._noise(spec.shape, rng) * GARBAGE
-                for b, past in enumerate(case.past):
-                    value[b, :, :past] /= GARBAGE
-                self._fill(spec.name, value)
-                filled[spec.name] = value
-        return filled
+    def _fill_caches(self, graph: GraphSpec, case: Case, rng: np.random.Generator) -> dict[str, int]:
+        """Random keys and values where tokens are, large garbage elsewhere; the same in both backends.
 
-    def _noise(self, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        The result says where in the noise each buffer starts: a third copy of a long cache could take all that is left.
+        """
+        starts = {}
+        for spec in graph.inputs:
+            start = starts[spec.name] = int(rng.integers(NOISE))
+            if spec.name.startswith(("cross_k.", "cross_v.")):
+                self._fill(spec.name, self._noise(spec.shape, start))
+            elif "_cache." in spec.name:
+                self._fill(spec.name, self._past(spec, case, start))
+        return starts
+
+    def _past(self, spec: TensorSpec, case: Case, start: int) -> np.ndarray:
+        """What a cache buffer holds before the step."""
+        value = self._noise(spec.shape, start)
+        for b, past in enumerate(case.past):
+            value[b, :, past:] *= GARBAGE
+        return value
+
+    def _noise(self, shape: tuple[int, ...], start: int) -> np.ndarray:
         """The same noise from another start: drawing afresh for every layer would take longer than the checks."""
-        start = int(rng.integers(NOISE))
-        return np.take(self.noise, np.arange(start, start + np.prod(shape)), mode="wrap").reshape(shape)
+        return np.resize(np.roll(self.noise, -start), shape)
 
     def _fill(self, name: str, value: np.ndarray) -> None:
         self.reference.write_cache(name, value)

@@ -39,7 +39,8 @@ def _register_arena() -> None:
 WORTH_PACKING = 64 << 20
 
 
-def _options(*, pack: bool, threads: int | None) -> ort.SessionOptions:
+def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.SessionOptions:
+    """`shared`: intermediate values lie in the arena of all sessions, else in one that is freed with the session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or _cores()
     # Workers that wait in a loop take the cores from other sessions, other buckets' too, and from everything else: on a
@@ -48,7 +49,7 @@ def _options(*, pack: bool, threads: int | None) -> ort.SessionOptions:
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
     options.log_severity_level = 3
-    options.add_session_config_entry("session.use_env_allocators", "1")
+    options.add_session_config_entry("session.use_env_allocators", "1" if shared else "0")
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     return options
 
@@ -104,12 +105,16 @@ class OrtBackend:
         threads: int | None = None,
         host: HostCache | None = None,
         pack: bool = True,
+        shared: bool = True,
     ) -> None:
-        """`host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own."""
+        """`host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own.
+
+        `shared`: one arena for all graphs; without it, unloading a graph gives back what its intermediate values took.
+        """
         _register_arena()
         self.folder, self.threads = folder, threads
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
-        self.pack = pack
+        self.pack, self.shared = pack, shared
         # Zeroed pages are only backed by memory once they are written.
         self.caches = {name: np.zeros(shape, cache.dtype) for name, shape in cache.buffers().items()}
         self.sessions: dict[str, ort.InferenceSession] = {}
@@ -119,7 +124,7 @@ class OrtBackend:
     def load(self, graph: GraphSpec) -> None:
         if graph.file not in self.sessions:
             packed = self.host.path(graph) if self.host else None
-            options = _options(pack=self.pack or packed is not None, threads=self.threads)
+            options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
             self.sessions[graph.file] = ort.InferenceSession(packed or self.folder / graph.file, options, providers=_PROVIDERS)
             _trim()
             first = graph.outputs[0]
@@ -131,6 +136,7 @@ class OrtBackend:
             del self.bound[key]
         self.sessions.pop(graph.file, None)
         self.outputs.pop(graph.file, None)
+        _trim()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
         key = (graph.file, slot, image)
@@ -168,7 +174,7 @@ class OrtBackend:
 def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
-        return OrtBackend(folder, cache, threads=threads, pack=True)
+        return OrtBackend(folder, cache, threads=threads, pack=True, shared=False)
     host = HostCache(folder, manifest.graphs, manifest.weights.values())
     if host.nbytes < WORTH_PACKING:
         host = None
