@@ -3,16 +3,28 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow lint types bench clean
+# The real torchair comes out of this wheel; it is unpacked beside the environment, since torch would load it on import.
+TORCH_NPU := 2.13.0
+ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
+
+.PHONY: demo demo-sim test test-slow ascend-sim lint types bench clean
 
 demo: $(VENV)/.compile
 	$(BIN)/staticvl demo
 
-test: $(VENV)/.test
+demo-sim: $(VENV)/.compile ascend-sim
+	$(BIN)/staticvl demo --device sim
+
+test: $(VENV)/.test ascend-sim
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
-test-slow: $(VENV)/.test
+test-slow: $(VENV)/.test ascend-sim
 	$(BIN)/python -m pytest -m slow
+
+ascend-sim: $(ASCEND_SIM)/torch_npu
+
+$(ASCEND_SIM)/torch_npu: | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --no-deps --target $(ASCEND_SIM) torch_npu==$(TORCH_NPU)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -34,6 +34,7 @@ RUNTIME = [
     "onnx>=1.19,<1.24",  # imported only to share packed weights between graphs
 ]
 COMPILE = ["torch==2.13.0", "safetensors>=0.5,<1", "pyyaml>=6,<7"]
+ASCEND = [*COMPILE, "torch_npu==2.13.0"]  # on a machine with CANN; elsewhere torch cannot be imported beside it
 TEST = [
     *COMPILE,
     "pytest>=8,<10",
@@ -57,6 +58,6 @@ setup(
     package_dir=packages(),
     package_data={"staticvl.tools": ["assets/**/*"]},
     install_requires=RUNTIME,
-    extras_require={"compile": COMPILE, "test": TEST},
+    extras_require={"compile": COMPILE, "ascend": ASCEND, "test": TEST},
     entry_points={"console_scripts": ["staticvl = staticvl.tools.cli:main"]},
 )

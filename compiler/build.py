@@ -23,6 +23,7 @@ import msgspec
 from ..model_defs.config import ModelConfig, read_config
 from ..runtime.artifact import (
     ArtifactError,
+    AscendFacts,
     BuildFacts,
     FileSpec,
     GraphSpec,
@@ -34,7 +35,7 @@ from ..runtime.artifact import (
     read_manifest,
     write_manifest,
 )
-from ..runtime.backends.base import open_backend
+from ..runtime.backends.base import Backend, open_backend
 from ..runtime.files import write_atomically
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
@@ -47,6 +48,8 @@ if TYPE_CHECKING:
 JOURNAL = ".build.jsonl"
 LOCK = ".build.lock"
 SMALL = 50_000_000  # parameters
+SUFFIXES = {"onnx": ".onnx", "ascend": ".torchair"}
+EAGER_SUFFIX = ".eager.py"
 
 
 class BuildError(RuntimeError):
@@ -101,7 +104,7 @@ def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
     """The plan of a build and its forecast in bytes, from the config alone."""
     config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
     plan = make_plan(config, options)
-    return plan, forecast(config, plan, options.quant, options.tp)
+    return plan, forecast(config, plan, options)
 
 
 def build(options: Options, progress: Progress | None = None) -> Report:
@@ -119,7 +122,7 @@ def build(options: Options, progress: Progress | None = None) -> Report:
 
 def _build(job: _Job) -> Report:
     source = fingerprint(job.options, job.old.build.source if job.old else {}, job.progress)
-    key = weights_key(source, job.config, job.options.quant)
+    key = weights_key(source, job.config, job.options.quant, job.options.stored_dtype)
     weights, weight_files, converted = _weights(job, key)
     report = Report(manifest=job.old, converted=converted)  # type: ignore[arg-type]
     graphs, graph_files = _graphs(job, key, weights, report)
@@ -134,6 +137,7 @@ def _build(job: _Job) -> Report:
         graphs=tuple(graphs),
         weights=weights,
         files={**graph_files, **weight_files, **setting_files},
+        ascend=_ascend_facts(job, report) if job.options.backend == "ascend" else None,
         build=BuildFacts(
             staticvl=importlib.metadata.version("staticvl"),
             torch=importlib.metadata.version("torch"),
@@ -148,9 +152,22 @@ def _build(job: _Job) -> Report:
     return report
 
 
+def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
+    """What the graphs depend on; they are keyed by it, so where none was traced it is what it was."""
+    if job.old and job.old.ascend and not report.traced:
+        return job.old.ascend
+    from ..runtime.ascend import torchair_host
+    from ..runtime.ascend.kernel import ascend_facts
+
+    torchair_host.load()
+    return ascend_facts(torchair_host.VERSION, torchair_host.SOC)
+
+
 def _kept_options(job: _Job) -> dict[str, str]:
     cache = job.plan.cache
     options = {"context": str(cache.context), "slots": str(cache.slots)}
+    if job.options.dtype:
+        options["dtype"] = job.options.dtype
     if cross := cache.cross:
         options |= {"images": str(cross.images), "text_before_image": job.options.text_before_image}
     return options
@@ -180,7 +197,7 @@ def _check_target(out: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.suffix in (".onnx", ".partial") or path.name.startswith(("tokenizer-", ".host"))
+    return path.name.endswith((".partial", EAGER_SUFFIX, *SUFFIXES.values())) or path.name.startswith(("tokenizer-", ".host"))
 
 
 @contextlib.contextmanager
@@ -224,10 +241,10 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
         from ..weights.lora import open_adapter
 
         source = open_adapter(job.options.lora, job.config, source)
-    quant, prefix = job.options.quant, key[:12]
-    total = sum(shard.nbytes for shard in plan_shards(job.config, quant, prefix))
+    quant, dtype, prefix = job.options.quant, job.options.stored_dtype, key[:12]
+    total = sum(shard.nbytes for shard in plan_shards(job.config, quant, prefix, dtype=dtype))
     with job.progress.stage("converting weights", total, "B") as advance:
-        converted = convert(source, job.config, job.out, quant=quant, prefix=prefix, progress=advance)
+        converted = convert(source, job.config, job.out, quant=quant, dtype=dtype, prefix=prefix, progress=advance)
     return converted.weights, converted.files, True
 
 
@@ -285,19 +302,25 @@ class _GraphMaker:
         from .eager import EagerBackend
 
         self.job, self.weights = job, weights
-        cache = job.plan.cache
-        sizes = forecast(job.config, job.plan, job.options.quant, tp=1)
+        self.files: dict[str, FileSpec] = {}
+        sizes = forecast(job.config, job.plan, job.options)
         # Below this, handing work to threads takes longer than the work.
         threads = 1 if sizes["parameters"] < SMALL else None
-        self.certifier = Certifier(
-            # Weights in 8 bits are expanded in pieces too small to be worth handing over.
-            EagerBackend(
-                job.out, weights, cache, self._define, threads=threads, text_threads=None if job.options.quant == "none" else 1
-            ),
-            open_backend(job.options.backend, job.out, cache),
-            job.facts,
-            vocab=job.config.text.all_embed_rows,
-        )
+        # Weights in 8 bits are expanded in pieces too small to be worth handing over.
+        text_threads = None if job.options.quant == "none" else 1
+        reference = EagerBackend(job.out, weights, job.plan.cache, self._define, threads=threads, text_threads=text_threads)
+        candidate, exact = self._backends()
+        self.certifier = Certifier(reference, candidate, job.facts, vocab=job.config.text.all_embed_rows, exact=exact)
+
+    def _backends(self) -> tuple[Backend, Backend | None]:
+        """What graphs run on in use, and, where that rounds, what runs them without."""
+        job, cache = self.job, self.job.plan.cache
+        if job.options.backend == "onnx":
+            return open_backend("onnx", job.out, cache), None
+        from ..runtime.backends.ascend import AscendBackend, simulated
+
+        plain, wide = (AscendBackend(job.out, cache, self.weights, self.files, simulated(wide=w)) for w in (False, True))
+        return plain, wide
 
     def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
         from .graphs import define_graph
@@ -306,41 +329,57 @@ class _GraphMaker:
         return define_graph(job.config, job.facts.image, job.plan.cache, job.options.quant, kind, bucket, images)
 
     def make(self, kind: Kind, bucket: int, images: int, key: str) -> JournalEntry:
-        from .emit_onnx import emit
-
         definition = self._define(kind, bucket, images)
-        data = emit(definition, self.weights)
-        file = f"{definition.name}-{key[:12]}.onnx"
-        write_atomically(self.job.out / file, data)
-        spec = GraphSpec(
-            kind=kind,
-            bucket=bucket,
-            images=images,
-            file=file,
-            key=key,
-            inputs=definition.inputs,
-            outputs=definition.outputs,
-            cost_ms=0.0,
-        )
+        spec, data = self._emit(definition, key)
+        write_atomically(self.job.out / spec.file, data)
+        self.files[spec.file] = FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         previous = max((b for b in self.job.plan.buckets(kind) if b < bucket), default=0)
         with self._twin(definition, spec) as twin:
             certificate, cost = self.certifier.certify(spec, previous, twin)
         entry = JournalEntry(
-            graph=msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost),
-            file=FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest()),
+            graph=msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost), file=self.files[spec.file]
         )
         with (self.job.out / JOURNAL).open("ab") as journal:
             journal.write(msgspec.json.encode(entry) + b"\n")
         return entry
 
+    def _emit(self, definition: GraphDef, key: str) -> tuple[GraphSpec, bytes]:
+        """A graph and its file's content, not certified yet."""
+        from .cost import graph_cost
+
+        backend, dtype = self.job.options.backend, self.job.plan.cache.dtype
+        cost, eager = graph_cost(definition, dtype), definition.kind in self.job.options.eager
+        spec = GraphSpec(
+            kind=definition.kind,
+            bucket=definition.bucket,
+            images=definition.images,
+            eager=eager,
+            file=f"{definition.name}-{key[:12]}{EAGER_SUFFIX if eager else SUFFIXES[backend]}",
+            key=key,
+            inputs=definition.inputs,
+            outputs=definition.outputs,
+            cost_ms=0.0,
+            flops=cost.flops,
+            nbytes=cost.nbytes,
+        )
+        if backend == "onnx":
+            from .emit_onnx import emit
+
+            return spec, emit(definition, self.weights)
+        from . import emit_ascend, emit_eager
+
+        emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, dtype)
+        constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
+        return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), emitted.data
+
     @contextlib.contextmanager
     def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
-        """The exact twin of a graph with 8-bit weights, for as long as it is checked."""
-        from .emit_onnx import emit
-
-        if self.job.options.quant == "none" or spec.kind == "vision":
+        """The exact twin of an ONNX graph with 8-bit weights, for as long as it is checked."""
+        if self.job.options.backend != "onnx" or self.job.options.quant == "none" or spec.kind == "vision":
             yield None
             return
+        from .emit_onnx import emit
+
         twin = self.job.out / f"{spec.name}.twin.partial"
         try:
             twin.write_bytes(emit(definition, self.weights, exact=True))
@@ -368,7 +407,8 @@ def _settings(job: _Job) -> tuple[str, dict[str, FileSpec]]:
 
 def _remove_unreferenced(out: Path, manifest: Manifest) -> None:
     """Remove what an earlier build or an interrupted one left and the manifest does not name."""
-    ours = [*out.glob("*.onnx"), *out.glob("*.partial"), *out.glob("weights/*"), *out.glob("tokenizer-*/*"), out / JOURNAL]
+    graphs = [path for suffix in (*SUFFIXES.values(), EAGER_SUFFIX) for path in out.glob(f"*{suffix}")]
+    ours = [*graphs, *out.glob("*.partial"), *out.glob("weights/*"), *out.glob("tokenizer-*/*"), out / JOURNAL]
     for path in ours:
         if str(path.relative_to(out)) not in manifest.files:
             path.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """The graphs run by torch as they are defined: the numerical reference, behind the same interface as a device.
 
-Weights are mapped from the artifact's files, so that a model in 8 bits is checked in little more memory than it takes.
+Everything is computed in float32, whatever the weights are stored in. They are mapped from the artifact's files, and linear
+layers widen theirs piece by piece, so that a model in 8 or 16 bits is checked in little more memory than it takes.
 """
 
 from __future__ import annotations
@@ -13,14 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..model_defs.layers import Linear
 from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
+from ..runtime.ascend.weights import map_weight
 from ..runtime.backends.base import cache_name
 from .graphs import GraphDef
-
-
-def map_weight(folder: Path, spec: WeightSpec) -> Tensor:
-    """One weight, mapped copy-on-write from its file."""
-    return torch.from_numpy(np.memmap(folder / spec.file, spec.dtype, mode="c", offset=spec.offset, shape=spec.shape))
 
 
 @contextlib.contextmanager
@@ -51,13 +49,18 @@ class EagerBackend:
         self.threads, self.text_threads = threads, text_threads or threads
         self.folder, self.weights, self.define = folder, weights, define
         # Like numpy's zeros, memory is only taken once it is written.
-        self.caches = {name: torch.from_numpy(np.zeros(shape, cache.dtype)) for name, shape in cache.buffers().items()}
+        self.caches = {name: torch.from_numpy(np.zeros(shape, np.float32)) for name, shape in cache.buffers().items()}
         self.modules: dict[str, nn.Module] = {}
 
     def load(self, graph: GraphSpec) -> None:
         if graph.name not in self.modules:
             definition = self.define(graph.kind, graph.bucket, graph.images)
-            state = {name: map_weight(self.folder, self.weights[name]) for name in self._names(definition)}
+            narrow = {f"{name}.weight" for name, module in definition.module.named_modules() if isinstance(module, Linear)}
+            state = {
+                name: self._weight(name, keep=name in narrow)
+                for name, _ in definition.module.named_parameters()
+                if name not in definition.constants
+            }
             state |= {name: torch.from_numpy(value) for name, value in definition.constants.items()}
             definition.module.load_state_dict(state, strict=True, assign=True)
             self.modules[graph.name] = definition.module
@@ -65,9 +68,10 @@ class EagerBackend:
     def unload(self, graph: GraphSpec) -> None:
         self.modules.pop(graph.name, None)
 
-    @staticmethod
-    def _names(definition: GraphDef) -> list[str]:
-        return [name for name, _ in definition.module.named_parameters() if name not in definition.constants]
+    def _weight(self, name: str, *, keep: bool) -> Tensor:
+        """A weight, widened unless its layer does so by itself."""
+        weight = map_weight(self.folder, self.weights[name])
+        return weight if keep or not weight.is_floating_point() else weight.float()
 
     @torch.inference_mode()
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:

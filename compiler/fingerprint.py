@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
+import platform
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +18,7 @@ import msgspec
 
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import CacheSpec, FileSpec, Kind, ModelFacts, SourceFile
+from ..runtime.ascend import torchair_host
 from ..runtime.files import sha256_file
 from .plan import Options
 from .progress import Progress
@@ -27,14 +29,17 @@ _OURS = Path(__file__).parent.parent
 _WEIGHT_CODE = ("weights", "weights/names", "model_defs/config")
 _GRAPH_CODE = (
     *("model_defs", "model_defs/config"),
-    *("compiler/graphs.py", "compiler/emit_onnx.py", "compiler/check.py", "compiler/eager.py"),
-    *(
-        "runtime/feeds.py",
-        "runtime/rope.py",
-        "runtime/backends/base.py",
-        "runtime/backends/ort.py",
-    ),  # what a certificate was measured with
+    *("compiler/graphs.py", "compiler/cases.py", "compiler/check.py", "compiler/cost.py", "compiler/eager.py"),
+    *("runtime/feeds.py", "runtime/rope.py", "runtime/backends/base.py"),  # what a certificate was measured with
 )
+_BACKEND_CODE = {
+    "onnx": ("compiler/emit_onnx.py", "runtime/backends/ort.py"),
+    "ascend": (
+        *("compiler/emit_ascend.py", "compiler/lower_ascend.py", "runtime/backends/ascend.py"),
+        *("runtime/ascend", "runtime/ascend/ge_ops"),
+    ),
+}
+_PACKAGES = {"onnx": ("torch", "onnx", "onnxruntime"), "ascend": ("torch",)}
 WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
 ADAPTER = "lora/"  # an adapter's files among the others; its config counts too
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja", ".tiktoken")
@@ -71,10 +76,10 @@ def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
                     yield prefix + path.name, path
 
 
-def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, quant: str) -> str:
+def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, quant: str, dtype: str) -> str:
     """Digest of everything that the weight files are made from."""
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    return digest(contents, asdict(config), quant, _code(_WEIGHT_CODE))
+    return digest(contents, asdict(config), quant, dtype, _code(_WEIGHT_CODE))
 
 
 class GraphKeys:
@@ -82,8 +87,13 @@ class GraphKeys:
 
     def __init__(self, options: Options, config: ModelConfig, facts: ModelFacts, cache: CacheSpec, weights: str) -> None:
         self.image, self.cache = msgspec.to_builtins(facts.image), msgspec.to_builtins(cache)
-        versions = [importlib.metadata.version(name) for name in ("torch", "onnx", "onnxruntime")]
-        self.common = (weights, asdict(config), options.quant, options.backend, versions, _code(_GRAPH_CODE))
+        backend = options.backend
+        versions = [importlib.metadata.version(name) for name in _PACKAGES[backend]]
+        if backend == "ascend":
+            versions += [torchair_host.VERSION, torchair_host.SOC, *platform.python_version_tuple()[:2]]
+        code = _code((*_GRAPH_CODE, *_BACKEND_CODE[backend]))
+        self.eager = options.eager
+        self.common = (weights, asdict(config), options.quant, backend, versions, code)
 
     def key(self, kind: Kind, bucket: int, images: int) -> str:
         seen = dict(self.image if kind == "vision" else self.cache)
@@ -92,7 +102,7 @@ class GraphKeys:
         if seen.get("cross"):
             # A graph reads the pictures that it is told of, however many more a sequence may hold.
             seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
-        return digest(kind, bucket, images, seen, *self.common)
+        return digest(kind, bucket, images, seen, kind in self.eager, *self.common)
 
 
 def digest(*parts: Any) -> str:

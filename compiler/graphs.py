@@ -5,6 +5,7 @@ Modules are made on the meta device: a graph never meets the weights, which the 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -24,7 +25,7 @@ VISION_GRAPHS: dict[str, type[nn.Module]] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GraphDef:
     """One graph before it is compiled; `constants` are parameters whose values are settings, not weights."""
 
@@ -129,6 +130,7 @@ def _updated(cache: TensorSpec) -> TensorSpec:
     return TensorSpec(name=f"{cache.name}.out", dtype=cache.dtype, shape=cache.shape)
 
 
+@functools.lru_cache(maxsize=1)  # a graph is traced once, whoever asks
 def trace(graph: GraphDef) -> torch.export.ExportedProgram:
     """The graph as torch.export sees it: ops of our vocabulary and a few of aten's."""
     return torch.export.export(graph.module, example_inputs(graph), strict=False)

@@ -16,8 +16,8 @@ from ..weights.stored import stored_parts, stored_targets
 
 BACKENDS = ("onnx", "ascend")
 QUANTS = ("none", "w8a8", "w8a16", "w4a16")
-READY_BACKENDS = ("onnx",)
-READY_QUANTS = ("none", "w8a16")
+READY_QUANTS = {"onnx": ("none", "w8a16"), "ascend": ("none", "w8a16")}
+DTYPES = {"onnx": ("float32",), "ascend": ("float16", "bfloat16")}  # the first is the default
 DEFAULT_CONTEXT = 2048
 DEFAULT_SLOTS = 4
 DEFAULT_PREFILL = (16, 64, 256)
@@ -109,18 +109,34 @@ class Options:
     lora: Path | None = None
     ignore_config_keys: tuple[str, ...] = ()
     text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelFacts
+    dtype: str = ""  # of weights, cache and arithmetic; "": the backend's default
+    eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
 
     def __post_init__(self) -> None:
-        if self.backend not in READY_BACKENDS:
+        if self.backend not in BACKENDS:
+            raise PlanError(f"backend {self.backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+        if self.quant not in READY_QUANTS[self.backend]:
             raise PlanError(
-                f"backend {self.backend!r} is not available in this release; available: {', '.join(READY_BACKENDS)}"
+                f"quantisation {self.quant!r} is not available for {self.backend} in this release; available: "
+                f"{', '.join(READY_QUANTS[self.backend])}"
             )
-        if self.quant not in READY_QUANTS:
+        if self.dtype not in ("", *DTYPES[self.backend]):
             raise PlanError(
-                f"quantisation {self.quant!r} is not available in this release; available: {', '.join(READY_QUANTS)}"
+                f"dtype {self.dtype!r} is not available for {self.backend}; available: {', '.join(DTYPES[self.backend])}"
             )
+        if unknown := set(self.eager) - set(KINDS):
+            raise PlanError(f"eager names {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
+        if self.eager and self.quant != "none":
+            raise PlanError(f"eager graphs know no quantisation, and {self.quant} was asked for; leave out one of the two")
+        if self.eager and self.backend != "ascend":
+            raise PlanError(f"eager graphs were asked for, but {self.backend} has only compiled ones; leave --eager out")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
+
+    @property
+    def stored_dtype(self) -> str:
+        """dtype of weights and cache."""
+        return self.dtype or DTYPES[self.backend][0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +177,7 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         context=context,
         # A last chunk writes its padding too, which the smallest bucket bounds.
         rows=context + min(prefill),
-        dtype="float32",
+        dtype=options.stored_dtype,
         cross=_cross(config, max(images)),
     )
     sizes: dict[Kind, tuple[int, ...]] = {"vision": _vision_buckets(config, wanted), "prefill": prefill, "decode": decode}
@@ -211,18 +227,19 @@ def _cross(config: ModelConfig, images: int) -> CrossSpec | None:
     return CrossSpec(layers=len(config.text.cross_layers), images=images, rows=vision.rows_per_image, tiles=vision.tiles)
 
 
-def forecast(config: ModelConfig, plan: Plan, quant: str, tp: int) -> dict[str, int]:
-    """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what each of `tp` ranks holds.
+def forecast(config: ModelConfig, plan: Plan, options: Options) -> dict[str, int]:
+    """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what each of the ranks holds.
 
     `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them.
     """
+    quant, tp, dtype = options.quant, options.tp, options.stored_dtype
     whole = targets(config)
     on_rank = {name: rank_shape(config, name, shape, tp) for name, shape in whole.items()}
-    stored = [part for name, shape in on_rank.items() for part in stored_parts(name, shape, quant).values()]
+    stored = [part for name, shape in on_rank.items() for part in stored_parts(name, shape, quant, dtype).values()]
     heads = max(1, plan.cache.kv_heads // tp)
     return {
         "parameters": sum(map(math.prod, whole.values())),
-        "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant).values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, dtype).values()),
         "cache_bytes": plan.cache.nbytes,
         "rank_parameters": sum(map(math.prod, on_rank.values())),
         "rank_weight_bytes": sum(tensor.nbytes for tensor in stored),

@@ -9,7 +9,8 @@ Shapes: B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +20,21 @@ NAMESPACE = "staticvl"
 ROWS_AT_ONCE = 256
 
 
+DEFINITIONS: dict[str, Callable[..., Any]] = {}  # op name -> the function below
+
+
 def _op(name: str):
-    return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())
+    def register(function: Callable[..., Any]):
+        DEFINITIONS[name] = function
+        return torch.library.custom_op(f"{NAMESPACE}::{name}", mutates_args=())(function)
+
+    return register
 
 
 @_op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., C] times weight [N, C] transposed, plus bias [N]."""
-    return torch.nn.functional.linear(x, weight, bias)
+    """x [..., C] times weight [N, C] transposed, plus bias [N]. A weight of a narrower type is widened."""
+    return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
 @linear.register_fake

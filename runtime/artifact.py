@@ -3,7 +3,7 @@
 An artifact is a folder that can be moved or copied; every path in it is relative:
 
     manifest.json            everything below, as JSON, sealed by its own digest
-    *.onnx                   one graph per bucket; weights are referred to, never contained
+    *.onnx, *.torchair       one graph per bucket; weights are referred to, never contained
     weights/*.safetensors    one copy of the weights, shared by every graph
     tokenizer-*/             tokenizer files and the chat template, as the checkpoint gave them
 
@@ -30,8 +30,10 @@ A text graph with `images` = n > 0 reads the first n pictures of its rows: cross
 same of cross_v, with cross_mask [B, T, n * tiles] (0 where a token sees a tile, else CROSS_HIDDEN) and cross_gate [B, T, 2]
 (factors 0 or 1 of a cross layer's attention and MLP). A text graph with `images` = 0 has no cross layers at all.
 
-Integers are int32. Padding is on the right: a prefill step writes T cache rows from `lengths` on, of which only the
-first last_index + 1 mean anything; the next step overwrites the others and no real token attends to them.
+Integers are int32. On Ascend the weights and the cache are float16 or bfloat16 (CacheSpec.dtype); inputs that a step brings
+and the first output are as above, so that the host does the same on both backends. Padding is on the right: a prefill step
+writes T cache rows from `lengths` on, of which only the first last_index + 1 mean anything; the next step overwrites the
+others and no real token attends to them.
 """
 
 from __future__ import annotations
@@ -46,7 +48,7 @@ import msgspec
 
 from .files import sha256_file, write_atomically
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
 Kind = Literal["vision", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")
@@ -106,7 +108,13 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     cost_ms: float  # one run on the machine that compiled it
+    flops: int = 0  # of one run, on whatever device
+    nbytes: int = 0  # that one run has to read or write, the whole cache included
     certificate: Certificate | None = None
+    # Ascend: what a kernel takes before its inputs, in order: names of weights, and small tensors that are settings.
+    weights: tuple[str, ...] = ()
+    constants: dict[str, tuple[float, ...]] = {}
+    eager: bool = False  # Ascend: run op by op, not as a compiled graph
 
     @property
     def name(self) -> str:
@@ -276,6 +284,16 @@ class BuildFacts(Record, frozen=True, kw_only=True):
     source: dict[str, SourceFile]
 
 
+class AscendFacts(Record, frozen=True, kw_only=True):
+    """What a torchair cache depends on and does not check itself."""
+
+    python: str  # "3.11": the cache holds byte code
+    torch: str
+    torch_npu: str
+    cache_format: str  # torchair's own number
+    soc: str  # family of chips that graphs were lowered for, e.g. "Ascend910B"
+
+
 class Manifest(Record, frozen=True, kw_only=True):
     """The whole of manifest.json."""
 
@@ -290,6 +308,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     weights: dict[str, WeightSpec]
     files: dict[str, FileSpec]
     build: BuildFacts
+    ascend: AscendFacts | None = None
     digest: str = ""
 
     def buckets(self, kind: Kind) -> tuple[int, ...]:

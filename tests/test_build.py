@@ -23,7 +23,7 @@ from staticvl.compiler.emit_onnx import UnsupportedOpError, emit
 from staticvl.compiler.graphs import define_graph
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import ArtifactError, FileSpec, open_artifact, verify, write_manifest
+from staticvl.runtime.artifact import SCHEMA_VERSION, ArtifactError, FileSpec, open_artifact, verify, write_manifest
 from staticvl.runtime.engine import ContextError
 from staticvl.weights.source import WeightsError
 
@@ -205,8 +205,10 @@ def test_damaged_files_are_built_again(checkpoint: Path, artifact: Path, traces:
 
 def test_other_schema_version_is_refused(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
-    (artifact / "manifest.json").write_text(json.dumps({**manifest, "schema_version": 3, "new": 1}))
-    with pytest.raises(ArtifactError, match="schema version 3, this runtime reads version 2; compile"):
+    (artifact / "manifest.json").write_text(json.dumps({**manifest, "schema_version": SCHEMA_VERSION + 1, "new": 1}))
+    with pytest.raises(
+        ArtifactError, match=f"version {SCHEMA_VERSION + 1}, .* reads version {SCHEMA_VERSION}; compile"
+    ):
         runtime.load(artifact)
 
 
@@ -362,7 +364,11 @@ def test_plans_that_do_not_fit(checkpoint: Path, tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "ascend"}, "backend 'ascend' is not available"),
+        ({"backend": "cuda"}, "backend 'cuda' is unknown; expected one of onnx, ascend"),
+        ({"dtype": "float16"}, "dtype 'float16' is not available for onnx; available: float32"),
+        ({"backend": "ascend", "dtype": "float32"}, "available: float16, bfloat16"),
+        ({"backend": "ascend", "eager": ("prefil",)}, "eager names prefil; expected some of vision, prefill, decode"),
+        ({"eager": ("prefill",)}, "onnx has only compiled ones"),
         ({"quant": "w4a16"}, "quantisation 'w4a16' is not available"),
         ({"text_before_image": "none"}, "text before image is 'none'; expected one of transformers, meta"),
     ],

@@ -192,7 +192,7 @@ def test_parameters_of_a_rank(tmp_path: Path, name: str) -> None:
 def test_forecast_of_7b_is_the_published_size() -> None:
     config = read_config(HF)
     options = Options(checkpoint=HF, out=Path("unused"), buckets=Buckets(context=4096, slots=1))
-    sizes = forecast(config, make_plan(config, options), "none", 1)
+    sizes = forecast(config, make_plan(config, options), options)
     # 7,063,427,072 stored, less the last vision layer and the norm after it, which are never run.
     unused = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024 + 2 * 1024
     assert sizes["parameters"] == 7_063_427_072 - unused

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..runtime.cards import CARDS
+
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -41,8 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compile(commands)
     _add_generate(commands)
     _add_chat(commands)
-    _add_artifact_command(commands, "show", "print what an artifact holds", _show)
-    _add_artifact_command(commands, "verify", "check every file of an artifact against its digest", _verify)
+    _add_show(commands)
+    _add_verify(commands)
     _add_bench(commands)
     _add_demo(commands)
     return parser
@@ -69,13 +71,20 @@ def _add_compile(commands) -> None:
         "staticvl compile llava-v1.5-7b --vision-tower clip-vit-large-patch14-336 --out llava-7b --quant w8a16\n"
         "staticvl compile llava-v1.6-vicuna-7b-hf --out llava-next-7b --context 4096 --buckets buckets.yaml --plan-only\n"
         "staticvl compile Llama-3.2-11B-Vision-Instruct --out llama-vision --images 2 --quant w8a16\n"
-        "staticvl compile Qwen-VL-Chat --out qwen-vl --context 8192 --lora my-adapter"
+        "staticvl compile Qwen-VL-Chat --out qwen-vl --context 8192 --lora my-adapter\n"
+        "staticvl compile llava-1.5-7b-hf --out llava-7b-npu --backend ascend --dtype bfloat16"
     )
     parser = _command(commands, "compile", "compile a checkpoint into an artifact", example, _compile)
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder with config.json, weights and tokenizer")
     parser.add_argument("--out", type=Path, metavar="ARTIFACT", help="folder to write; an earlier artifact there is updated")
     parser.add_argument("--backend", choices=("onnx", "ascend"), help="default: onnx")
-    parser.add_argument("--quant", choices=("none", "w8a8", "w8a16", "w4a16"), help="default: none (float32)")
+    parser.add_argument("--quant", choices=("none", "w8a8", "w8a16", "w4a16"), help="default: none")
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        help="of weights, cache and arithmetic; default: float32 for onnx, float16 for ascend",
+    )
+    parser.add_argument("--eager", metavar="KINDS", help="ascend: graph kinds to run op by op, e.g. prefill or vision,prefill")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks; default: 1")
     parser.add_argument("--context", type=int, metavar="N", help="tokens that a prompt and its answer may take together")
     parser.add_argument("--slots", type=int, metavar="N", help="sequences that the cache holds at once")
@@ -137,7 +146,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
-    parser.add_argument("--device", default="cpu", help="cpu, npu or sim; default: cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
 
 
@@ -156,8 +165,16 @@ def _chat(args: argparse.Namespace) -> int:
 # ---- the others
 
 
-def _add_artifact_command(commands, name: str, help_text: str, handler: Handler) -> None:
-    _command(commands, name, help_text, f"staticvl {name} llava-7b", handler).add_argument("artifact", type=Path)
+def _add_show(commands) -> None:
+    example = "staticvl show llava-7b\nstaticvl show llava-7b --card 310P"
+    parser = _command(commands, "show", "print what an artifact holds, and what it could cost on a card", example, _show)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--card", choices=sorted(CARDS), default="910B", help="default: 910B")
+
+
+def _add_verify(commands) -> None:
+    help_text = "check every file of an artifact against its digest"
+    _command(commands, "verify", help_text, "staticvl verify llava-7b", _verify).add_argument("artifact", type=Path)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -183,7 +200,7 @@ def _add_bench(commands) -> None:
         "--new-tokens", type=int, default=32, metavar="N", help="tokens generated in each measurement; default: 32"
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each point; default: 3")
-    parser.add_argument("--device", default="cpu", help="cpu, npu or sim; default: cpu")
+    parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
 
 
@@ -198,7 +215,7 @@ def _add_demo(commands) -> None:
     parser = _command(commands, "demo", "compile an embedded tiny model and ask it about a picture", example, _demo)
     parser.add_argument("--model", choices=("llava15", "llava16", "mllama"), default="llava15", help="default: llava15")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the artifact there; default: a temporary folder")
-    parser.add_argument("--device", default="cpu", help="cpu; default: cpu")
+    parser.add_argument("--device", default="cpu", help="cpu or sim (Ascend's graphs, simulated); default: cpu")
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -20,6 +20,8 @@ CONFIG_KEYS = (
     "out",
     "backend",
     "quant",
+    "dtype",
+    "eager",
     "tp",
     "context",
     "slots",
@@ -62,7 +64,10 @@ def read_options(args: argparse.Namespace) -> Options:
         buckets=_buckets(given),
         ignore_config_keys=tuple(keys.split(",") if isinstance(keys, str) else keys),
     )
-    simple = {name: given[name] for name in ("backend", "quant", "tp", "text_before_image") if name in given}
+    simple = {name: given[name] for name in ("backend", "quant", "dtype", "tp", "text_before_image") if name in given}
+    if "eager" in given:
+        kinds = given["eager"]
+        simple["eager"] = tuple(kinds.split(",") if isinstance(kinds, str) else kinds)
     paths = {name: Path(given[name]) for name in ("vision_tower", "lora") if name in given}
     if not (tower := paths.get("vision_tower", checkpoint)).is_dir():
         raise PlanError(f"vision tower {tower} is not a folder; expected a local CLIP checkpoint")
@@ -117,13 +122,17 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
         print(f"  images  {', '.join(map(str, seen))}; prefill and decode graphs for each")
         held = f" and {cross.images} pictures of {cross.rows} keys"
     print(f"   cache  {cache.slots} slots of {cache.context} tokens{held}, {sizes['cache_bytes'] / 1e9:.3f} GB")
-    weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({options.quant})"
+    weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({_form(options)})"
     print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {weights}")
     if options.tp > 1:
         weights, kept = sizes["rank_weight_bytes"] / 1e9, sizes["rank_cache_bytes"] / 1e9
         print(f"  a rank  of {options.tp}: weights {weights:.3f} GB, cache {kept:.3f} GB")
         half = sizes["rank_bfloat16_bytes"] / 1e9, kept / 2
         print(f"          in bfloat16: weights {half[0]:.3f} GB, cache {half[1]:.3f} GB")
+
+
+def _form(options: Options) -> str:
+    return options.stored_dtype if options.quant == "none" else f"{options.quant}, the rest in {options.stored_dtype}"
 
 
 def _print_report(report: Report, out: Path, seconds: float) -> None:

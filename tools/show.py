@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runtime.artifact import Certificate, Manifest, ModelFacts, open_artifact
+from ..runtime.cards import CARDS, Card
 
 
 def run(args: argparse.Namespace) -> int:
@@ -16,6 +17,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(_facts(manifest))
     console.print(_graphs(manifest))
+    console.print(_forecast(manifest, CARDS[args.card]))
     return 0
 
 
@@ -81,6 +83,19 @@ def _graphs(manifest: Manifest) -> Table:
     for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
         images = ("-" if graph.kind == "vision" else str(graph.images),) if crossed else ()
         table.add_row(graph.kind, str(graph.bucket), *images, f"{graph.cost_ms:.2f}", *_checks(graph.certificate))
+    return table
+
+
+def _forecast(manifest: Manifest, card: Card) -> Table:
+    """What each graph computes and moves, and the least time that a card needs for it."""
+    table = Table(title=f"at best on {card.name}")
+    for column in ("graph", "GFLOP", "MB", "ms", "bound by", "tokens/s"):
+        table.add_column(column, justify="left" if column in ("graph", "bound by") else "right")
+    for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
+        ms = card.bound_ms(graph.flops, graph.nbytes)
+        rate = "-" if graph.kind == "vision" else f"{1e3 * graph.bucket / ms:.0f}"
+        sizes = f"{graph.flops / 1e9:.3g}", f"{graph.nbytes / 1e6:.4g}"
+        table.add_row(graph.name, *sizes, f"{ms:.3g}", card.limit(graph.flops, graph.nbytes), rate)
     return table
 
 

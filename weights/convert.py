@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,13 +44,15 @@ class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-def plan_shards(config: ModelConfig, quant: str, prefix: str, shard_bytes: int = 2 << 30) -> tuple[Shard, ...]:
+def plan_shards(
+    config: ModelConfig, quant: str, prefix: str, shard_bytes: int = 2 << 30, dtype: str = "float32"
+) -> tuple[Shard, ...]:
     """The files that `convert` writes, known without any weights: weights/PREFIX-00001.safetensors and so on.
 
     A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself.
     """
     shards: list[Shard] = []
-    for tensors in _groups(config, quant, shard_bytes):
+    for tensors in _groups(config, quant, shard_bytes, dtype):
         shards.append(lay_out(f"{FOLDER}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
     return tuple(shards)
 
@@ -61,19 +64,20 @@ def convert(
     *,
     quant: str,
     prefix: str,
+    dtype: str = "float32",
     shard_bytes: int = 2 << 30,
     progress: Callable[[int], object] | None = None,
 ) -> Converted:
     """Write every parameter of `config` from `source` into `out`/weights, one tensor in memory at a time.
 
-    `quant`: "none" stores float32; "w8a16" stores the decoder's linear layers in 8 bits (see quantize). `prefix` has to
-    name source, config and quant: files of the same prefix that a broken-off run has finished are kept, as its journal
-    `out`/weights/PREFIX.journal tells. The journal stays until `forget_journal`. `progress` is told the bytes of each
-    step; they add up to the sizes of `plan_shards`.
+    `quant`: "none" stores every tensor in `dtype`; "w8a16" stores the decoder's linear layers in 8 bits (see quantize).
+    `prefix` has to name source, config, quant and dtype: files of the same prefix that a broken-off run has finished are
+    kept, as its journal `out`/weights/PREFIX.journal tells. The journal stays until `forget_journal`. `progress` is told the
+    bytes of each step; they add up to the sizes of `plan_shards`.
     Raises WeightsError as `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
-    shards = plan_shards(config, quant, prefix, shard_bytes)
-    parts = _Parts(source, match(config, source.tensors), config, quant)
+    shards = plan_shards(config, quant, prefix, shard_bytes, dtype)
+    parts = _Parts(source, match(config, source.tensors), config, quant, dtype)
     (out / FOLDER).mkdir(parents=True, exist_ok=True)
     _remove_partials(out, prefix)
     finished = _read_journal(out, prefix, shards)
@@ -100,7 +104,7 @@ def convert(
     for shard in shards:
         assert not weights.keys() & shard.tensors.keys()
         weights |= shard.tensors
-    assert weights.keys() == stored_targets(config, quant).keys()
+    assert weights.keys() == stored_targets(config, quant, dtype).keys()
     files = {shard.file: FileSpec(nbytes=shard.nbytes, sha256=finished[shard.file].sha256) for shard in shards}
     return Converted(weights, files)
 
@@ -114,8 +118,9 @@ def forget_journal(out: Path, prefix: str) -> None:
 class _Parts:
     """Makes each of our parameters once and hands out what is stored of it."""
 
-    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str) -> None:
+    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str, dtype: str) -> None:
         self.source, self.plan, self.quant = source, plan, quant
+        self.dtype = dtype
         self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
         self.waiting: dict[str, Tensor] = {}  # parts of a tensor already read that come later in the file
         self.read: set[str] = set()
@@ -133,33 +138,44 @@ class _Parts:
         tensor = recipe.rule.make(sources) if recipe.rule.make else sources[0]
         del sources
         if not is_quantised(name, self.quant):
+            self._check_range(name, tensor)
             return {name: tensor}
         q, scales = quantize_w8(tensor, quant_block(tensor.shape[1]))
         stem = name.removesuffix(".weight")
         return {f"{stem}.qweight": q, f"{stem}.scales": scales}
 
+    def _check_range(self, name: str, tensor: Tensor) -> None:
+        """float16 ends at 65504; the others hold whatever a checkpoint can."""
+        if self.dtype != "float16":
+            return
+        largest = max(map(abs, _range(tensor)))
+        if largest > torch.finfo(torch.float16).max:
+            raise WeightsError(
+                f"parameter {name} holds {largest:.3g}, more than float16 can store; compile with --dtype bfloat16"
+            )
+
     def _read(self, tensor: SourceTensor, rows: tuple[int, int] | None) -> Tensor:
         read = self.source.read(tensor.name, rows)
-        if not _all_finite(read):
+        if not all(map(math.isfinite, _range(read))):
             raise WeightsError(f"{tensor.file}: tensor {tensor.name} holds values that are not finite; fetch the file again")
         return read
 
 
-def _all_finite(tensor: Tensor) -> bool:
+def _range(tensor: Tensor) -> tuple[float, float]:
+    """Smallest and largest value; nan where there is one."""
+    if tensor.numel() == 0:
+        return 0.0, 0.0
     buffer = torch.empty(_CHUNK, dtype=torch.float32)
-    for piece in tensor.flatten().split(_CHUNK):
-        low, high = buffer[: len(piece)].copy_(piece).aminmax()
-        if not (low.isfinite() and high.isfinite()):  # nan is passed on by aminmax
-            return False
-    return True
+    ranges = [buffer[: len(piece)].copy_(piece).aminmax() for piece in tensor.flatten().split(_CHUNK)]
+    return float(torch.stack([r.min for r in ranges]).min()), float(torch.stack([r.max for r in ranges]).max())
 
 
-def _groups(config: ModelConfig, quant: str, shard_bytes: int) -> Iterator[dict[str, StoredTensor]]:
+def _groups(config: ModelConfig, quant: str, shard_bytes: int, dtype: str) -> Iterator[dict[str, StoredTensor]]:
     """Stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
     group: dict[str, StoredTensor] = {}
     size = 0
     for name, shape in targets(config).items():
-        parts = stored_parts(name, shape, quant)
+        parts = stored_parts(name, shape, quant, dtype)
         nbytes = sum(part.nbytes for part in parts.values())
         if group and size + nbytes > shard_bytes:
             yield group

@@ -1,4 +1,4 @@
-"""How each parameter is stored in an artifact: in float32, or in 8 bits with a scale for each block of a row."""
+"""How each parameter is stored in an artifact: in a float type, or in 8 bits with a scale for each block of a row."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ def is_quantised(name: str, quant: str) -> bool:
     return quant == "w8a16" and _QUANTISED.fullmatch(name) is not None
 
 
-def stored_parts(name: str, shape: tuple[int, ...], quant: str) -> dict[str, StoredTensor]:
-    """What parameter `name` of `shape` becomes: itself in float32, or NAME.qweight and NAME.scales for NAME.weight."""
+def stored_parts(name: str, shape: tuple[int, ...], quant: str, dtype: str = "float32") -> dict[str, StoredTensor]:
+    """What parameter `name` of `shape` becomes: itself in `dtype`, or NAME.qweight and NAME.scales for NAME.weight."""
     if not is_quantised(name, quant):
-        return {name: StoredTensor("float32", shape)}
+        return {name: StoredTensor(dtype, shape)}
     stem, (rows, columns) = name.removesuffix(".weight"), shape
     block = quant_block(columns)
     blocks = -(-columns // block)
     return {
         f"{stem}.qweight": StoredTensor("uint8", (rows, blocks, block)),
-        f"{stem}.scales": StoredTensor("float32", (rows, blocks)),
+        f"{stem}.scales": StoredTensor(dtype, (rows, blocks)),
     }
 
 
-def stored_targets(config: ModelConfig, quant: str) -> dict[str, StoredTensor]:
+def stored_targets(config: ModelConfig, quant: str, dtype: str = "float32") -> dict[str, StoredTensor]:
     """Every tensor that the weight files hold, by name, in the order of `targets`."""
     assert quant in QUANTS, quant
-    return {k: v for name, shape in targets(config).items() for k, v in stored_parts(name, shape, quant).items()}
+    return {k: v for name, shape in targets(config).items() for k, v in stored_parts(name, shape, quant, dtype).items()}

@@ -63,12 +63,15 @@ def open_backend(
 
     With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
     """
-    if device not in DEVICES.get(name, ()):
-        wanted = next((kind for kind, devices in DEVICES.items() if device in devices), None)
-        remedy = f"compile it with --backend {wanted}" if wanted else f"use one of {sorted(sum(DEVICES.values(), ()))}"
+    if device.partition(":")[0] not in DEVICES.get(name, ()):
+        usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
+        remedy = f"use device {' or '.join(usable)}" + (f", or compile it with --backend {wanted}" if wanted else "")
         raise ArtifactError(f"device {device!r} cannot run {folder}, which was compiled for {name}; {remedy}")
     if name == "onnx":
         from .ort import open_ort
 
         return open_ort(folder, cache, threads=threads, manifest=manifest)
-    raise ArtifactError(f"{folder} was compiled for {name}, which this release cannot run; compile it with --backend onnx")
+    from .ascend import open_ascend
+
+    assert manifest is not None, "the compiler opens Ascend backends itself"
+    return open_ascend(folder, manifest, device)

@@ -1,0 +1,89 @@
+"""What one run of a graph costs on any machine: floating-point operations, and bytes that have to be read or written.
+
+Counted from the traced graph, op by op: products of matrices and attention are counted, the rest is small beside them. An
+attention step is counted over the whole cache, which is what a graph may have to read. Weights, caches and inputs are read
+once; values between ops stay where they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from ..model_defs.ops import NAMESPACE
+from .graphs import GraphDef, trace
+
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one run; the bound of a device is max(flops / its FLOP/s, nbytes / its bytes/s)."""
+
+    flops: int
+    nbytes: int
+
+
+def graph_cost(graph: GraphDef, dtype: str) -> Cost:
+    """The cost of a graph whose weights and cache are stored in `dtype` (8-bit weights stay what they are)."""
+    nodes = [node for node in trace(graph).graph.nodes if node.op == "call_function"]
+    flops = sum(_FLOPS[name](node) for node in nodes if (name := str(node.target).removesuffix(".default")) in _FLOPS)
+    width = _WIDTHS[dtype]
+    weights = sum(p.numel() * (width if p.is_floating_point() else p.element_size()) for p in graph.module.parameters())
+    inputs = sum(math.prod(spec.shape) * (width if _cached(spec.name) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
+    return Cost(flops=flops, nbytes=weights - _unread(graph, width) + inputs)
+
+
+def _cached(name: str) -> bool:
+    return "_cache." in name or name.startswith("cross_")
+
+
+def _unread(graph: GraphDef, width: int) -> int:
+    """Bytes of the embedding table that a run does not look up."""
+    shapes = {spec.name: spec.shape for spec in graph.inputs}
+    if "token_ids" not in shapes:
+        return 0
+    rows, columns = dict(graph.module.named_parameters())["text.embed.weight"].shape
+    return max(0, rows - math.prod(shapes["token_ids"])) * columns * width
+
+
+def _shape(argument: Any) -> tuple[int, ...]:
+    value: Tensor = argument.meta["val"]
+    return tuple(value.shape)
+
+
+def _linear(node: Node) -> int:
+    """2 K N for each row of x [..., K] and weight [N, K]."""
+    return 2 * math.prod(_shape(node.args[0])) * _shape(node.args[1])[0]
+
+
+def _attention(node: Node) -> int:
+    """Scores and weighted values: 4 T S H D for each row of q [B, T, H*D] and k [B, S, H*D]."""
+    return 4 * math.prod(_shape(node.args[0])) * _shape(node.args[1])[1]
+
+
+def _cached_attention(node: Node) -> int:
+    """As above, S being the rows of the cache [B, K, S, D]."""
+    return 4 * math.prod(_shape(node.args[0])) * _shape(node.args[3])[2]
+
+
+def _cross_attention(node: Node) -> int:
+    """As above, S being the keys [B, K, X, D] of all pictures."""
+    keys = node.args[1]
+    assert isinstance(keys, list | tuple)
+    return 4 * math.prod(_shape(node.args[0])) * sum(_shape(each)[2] for each in keys)
+
+
+_FLOPS: dict[str, Callable[[Node], int]] = {
+    f"{NAMESPACE}.linear": _linear,
+    f"{NAMESPACE}.linear_w8": _linear,
+    f"{NAMESPACE}.attention": _attention,
+    f"{NAMESPACE}.padded_attention": _attention,
+    f"{NAMESPACE}.cached_attention": _cached_attention,
+    f"{NAMESPACE}.cross_attention": _cross_attention,
+}

@@ -1,0 +1,320 @@
+"""A graph definition -> a torchair cache file: the graph for Ascend devices, made without one.
+
+The definition is traced on meta tensors, so that a graph of any size costs no memory, and lowered and converted by the
+real torchair (see lower_ascend.py). What comes out is what torchair itself would leave in its cache on a device: the GE
+graph, and the Python code that feeds it. It refers to nothing of the compiler or the model definitions.
+
+A kernel takes its tensors by position:
+
+    weights     as `Emitted.weights` names them; floating-point ones in the graph's dtype, 8-bit ones as int8 around zero
+    constants   as `Emitted.constants` names them, float32
+    inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
+    outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place
+
+and returns its first output in float32 (logits, rows of pictures), or nothing where every output lies in the cache.
+Weights keep their addresses for as long as a kernel lives; everything else may lie elsewhere at every call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import sys
+import tempfile
+import types
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..runtime.artifact import TensorSpec
+from ..runtime.ascend import torchair_host
+from . import lower_ascend
+from .graphs import GraphDef, trace
+
+DTYPES = ("float16", "bfloat16")
+ADVICE = "Parameters data address remain the same"
+CACHED = ("k_cache.", "v_cache.", "cross_k.", "cross_v.")
+
+
+class EmitError(ValueError):
+    """A graph that cannot be compiled for Ascend; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Emitted:
+    """One compiled graph; see above for the order of a kernel's tensors."""
+
+    name: str  # of the kernel
+    data: bytes  # torchair's cache file (compiled_module): pickled code, so only to be loaded under a checked digest
+    graph: bytes  # the GE graph, a serialised ModelDef
+    weights: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs_in_place: tuple[str, ...]
+
+
+def emit(definition: GraphDef, dtype: str) -> Emitted:
+    """Trace, lower and convert one graph, computing in float16 or bfloat16.
+
+    Raises EmitError for another dtype or heads that Ascend cannot attend with, and ArtifactError where torchair is missing.
+    """
+    if dtype not in DTYPES:
+        raise EmitError(f"dtype {dtype!r} cannot be compiled for Ascend; use one of {', '.join(DTYPES)}")
+    _check_heads(definition)
+    host = torchair_host.load()
+    kernel = make_kernel(definition, getattr(torch, dtype))
+    recorder = _Recorder([spec for spec in definition.outputs[:1] if not _cached(spec)])
+    # What an earlier graph left behind must not be taken for a part of this one.
+    torch._dynamo.reset()
+    with (
+        tempfile.TemporaryDirectory(prefix="staticvl-") as folder,
+        host.running_on(recorder),
+        _named(kernel),
+        _without_advice(),
+    ):
+        compiled = host.torchair.inference.cache_compile(
+            getattr(kernel.module, kernel.name),
+            config=_config(host, kernel),
+            dynamic=False,
+            cache_dir=folder,
+            custom_decompositions={**lower_ascend.lowerings(), torch.ops.aten._assert_tensor_metadata.default: _nothing},
+            ge_cache=True,  # what the device compiles can be kept, where the runtime says
+        )
+        compiled(*kernel.arguments)
+        data = _anonymous(_only([*Path(folder).rglob("compiled_module")]), kernel, folder)
+    torch._dynamo.reset()
+    return Emitted(
+        name=kernel.name,
+        data=data,
+        graph=_only(recorder.graphs),
+        weights=kernel.weights,
+        constants=kernel.constants,
+        outputs_in_place=kernel.outputs_in_place,
+    )
+
+
+def _check_heads(definition: GraphDef) -> None:
+    """Heads of pictures are filled up where they are used; those of a cache would have to be so in the cache."""
+    widths = {spec.shape[-1] for spec in (*definition.inputs, *definition.outputs) if _cached(spec)}
+    for width in widths:
+        if width % lower_ascend.HEAD_ALIGNMENT:
+            raise EmitError(
+                f"{definition.name}: a head of {width} elements cannot be compiled for Ascend, whose attention takes multiples "
+                f"of {lower_ascend.HEAD_ALIGNMENT}"
+            )
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    """In place of torch.export's notes on dtypes, which compute nothing."""
+
+
+def kernel_name(definition: GraphDef) -> str:
+    """The graph's name as an identifier, e.g. decode_4_images_2."""
+    return definition.name.replace("-", "_")
+
+
+def _anonymous(path: Path, kernel: Kernel, folder: str) -> bytes:
+    """The cache file without what tells one compilation from another: the date, paths of this machine, chance names."""
+    from torchair.inference._cache_compiler import CompiledModel  # pyright: ignore[reportMissingImports]
+
+    model = CompiledModel.load(str(path))
+    model.meta.date = ""
+    model.compiled_fx.signature = ""  # the graph for human readers, with the lines of source that it came from
+    model.compiled_fx.py_code = model.compiled_fx.py_code.replace(folder, "")
+    code = model.compiled_fn
+    names = (f"__compiled_fn_{kernel.digest}" if name.startswith("__compiled_fn") else name for name in code.co_names)
+    model.compiled_fn = code.replace(co_names=tuple(names))
+    model.save(str(path))
+    return path.read_bytes()
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """torchair reminds at every graph that weights may not move, and resets filters of warnings: others pass."""
+    with warnings.catch_warnings(record=True) as caught:
+        yield
+    for each in caught:
+        if ADVICE not in str(each.message):
+            warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+
+
+@contextlib.contextmanager
+def _named(kernel: Kernel) -> Iterator[None]:
+    """torchair numbers the graphs of a process; this one is named after what it computes, by its kernel and a digest.
+
+    The device's compiler keeps what it made of a graph under the graph's name, whoever made it and when. And so the same
+    definition gives the same graph to the byte.
+    """
+    compiler: Any = sys.modules["torchair.npu_fx_compiler"]
+    before = compiler._next_unique_graph_id
+    compiler._next_unique_graph_id = lambda: f"{kernel.name}_{kernel.digest}"
+    try:
+        yield
+    finally:
+        compiler._next_unique_graph_id = before
+
+
+def _only(found: Sequence[Any]) -> Any:
+    assert len(found) == 1, f"torchair made {len(found)} graphs of one definition"
+    return found[0]
+
+
+def _cached(spec: TensorSpec) -> bool:
+    return spec.name.startswith(CACHED)
+
+
+def _config(host: torchair_host.TorchairHost, kernel: Kernel) -> Any:
+    config = host.torchair.CompilerConfig()
+    # Weights stay where they are, so the device may lay them out once when it loads the graph.
+    config.experimental_config.frozen_parameter = True
+    # Sizes that depend on lengths (attention's work split) are computed on the device, without a halt for the host.
+    config.experimental_config.tiling_schedule_optimize = True
+    # Nodes run in the order in which they were traced: the same memory plan and the same timing in every compilation.
+    config.experimental_config.topology_sorting_strategy = "StableRDFS"
+    # As torchair does where it sees a device: the transposes of weights in 8 bits have to stay as they are.
+    config.experimental_config.enable_view_optimize = not any(each.dtype == torch.int8 for each in kernel.arguments)
+    config.post_grad_custom_pre_pass = _share
+    return config
+
+
+def _share(graph_module: fx.GraphModule, _inputs: Any, _config: Any) -> None:
+    """Compute once what every layer computes alike: the causal mask, the lengths, tables in another dtype."""
+    from torch._functorch.compile_utils import fx_graph_cse
+
+    graph_module.graph = fx_graph_cse(graph_module.graph)
+    graph_module.recompile()
+
+
+# ---- the traced method
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A module with one method of the kernel's name, and tensors without data to trace it with."""
+
+    name: str
+    module: _Traced
+    arguments: tuple[Tensor, ...]
+    weights: tuple[str, ...]
+    constants: tuple[str, ...]
+    outputs_in_place: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        """Of everything that the graph is made of: its definition, shapes, dtypes, and how they are lowered."""
+        tensors = [(tuple(each.shape), str(each.dtype)) for each in self.arguments]
+        text = f"{self.module.graph.code}{self.module.taken}{self.module.written}{tensors}{_lowering()}"
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@functools.cache
+def _lowering() -> str:
+    """What turns a definition into a graph: our sources and torchair's version."""
+    sources = b"".join(Path(str(file)).read_bytes() for file in (__file__, lower_ascend.__file__))
+    return hashlib.sha256(sources).hexdigest() + torchair_host.VERSION
+
+
+def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
+    """What is traced for one graph: its definition between the tensors of a kernel, in their order."""
+    program = trace(definition)
+    signature = program.graph_signature
+    parameters = [str(spec.target) for spec in signature.input_specs if spec.target is not None]
+    weights = tuple(name for name in parameters if name not in definition.constants)
+    constants = tuple(name for name in parameters if name in definition.constants)
+    declared = {spec.name for spec in definition.inputs}
+    in_place = tuple(spec for spec in definition.outputs if _cached(spec) and spec.name.removesuffix(".out") not in declared)
+    order = [*weights, *constants, *(spec.name for spec in (*definition.inputs, *in_place))]
+    place = {name: i for i, name in enumerate(order)}
+    name = kernel_name(definition)
+    module = _with_method(
+        name,
+        program.graph_module,
+        taken=[place[each] for each in (*parameters, *(spec.name for spec in definition.inputs))],
+        written=[(i, place[s.name.removesuffix(".out")]) for i, s in enumerate(definition.outputs) if _cached(s)],
+        fixed=len(parameters),
+        dtype=dtype,
+        returns=not _cached(definition.outputs[0]),
+    )
+    shapes = dict(definition.module.named_parameters())
+    arguments = (
+        *(_frozen(shapes[each], dtype) for each in weights),
+        *(torch.empty(shapes[each].shape, device="meta") for each in constants),
+        *(_like(spec, dtype) for spec in (*definition.inputs, *in_place)),
+    )
+    return Kernel(name, module, arguments, weights, constants, tuple(spec.name for spec in in_place))
+
+
+def _frozen(parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
+    """A parameter, which torchair takes for one whose address never changes."""
+    kept = torch.int8 if parameter.dtype == torch.uint8 else parameter.dtype
+    return nn.Parameter(
+        torch.empty(parameter.shape, dtype=dtype if parameter.is_floating_point() else kept, device="meta"),
+        requires_grad=False,
+    )
+
+
+def _like(spec: TensorSpec, dtype: torch.dtype) -> Tensor:
+    return torch.empty(spec.shape, dtype=dtype if _cached(spec) else getattr(torch, spec.dtype), device="meta")
+
+
+class _Traced(nn.Module):
+    """What the kernel's method runs while it is traced; nothing of it is in the kernel."""
+
+    def __init__(
+        self, graph: fx.GraphModule, *, taken: Sequence[int], written: Sequence[tuple[int, int]], **settings: Any
+    ) -> None:
+        """`taken`: which tensors the graph takes; `written`: which output goes into which tensor."""
+        super().__init__()
+        self.graph, self.taken, self.written = graph, tuple(taken), tuple(written)
+        self.fixed: int = settings["fixed"]  # tensors that are weights and constants
+        self.dtype: torch.dtype = settings["dtype"]
+        self.returns: bool = settings["returns"]
+
+    def forward(self, *tensors: Tensor) -> Tensor | None:
+        outputs = self.graph(*(self._narrow(i, tensors[i]) for i in self.taken))
+        for output, target in self.written:
+            tensors[target].copy_(outputs[output])
+        return outputs[0].float() if self.returns else None
+
+    def _narrow(self, i: int, x: Tensor) -> Tensor:
+        return x.to(self.dtype) if i >= self.fixed and x.dtype == torch.float32 else x
+
+
+def _with_method(name: str, graph: fx.GraphModule, **settings: Any) -> _Traced:
+    """A module with a method `name`: torchair names its cache after the method, and wants one of its own for each graph.
+
+    The method's code goes into the cache file, so it says nothing of where it was compiled.
+    """
+    code = _method.__code__.replace(co_name=name, co_qualname=name, co_filename="staticvl")
+    return type("Graph", (_Traced,), {name: types.FunctionType(code, _method.__globals__, name)})(graph, **settings)
+
+
+def _method(self: Any, *tensors: Any) -> Any:
+    return self(*tensors)
+
+
+# ---- the recorder
+
+
+class _Recorder:
+    """Takes the place of a device while a graph is compiled: keeps the graph, and gives outputs without data."""
+
+    def __init__(self, outputs: Sequence[TensorSpec]) -> None:
+        self.outputs = outputs
+        self.graphs: list[bytes] = []
+
+    def __call__(self, serialized: bytes) -> Any:
+        self.graphs.append(serialized)
+        return self._execute
+
+    def _execute(self, _inputs: Sequence[Any], assigned: Sequence[Any]) -> list[Any]:
+        returned = self._returned()
+        return [next(returned) if each is None else each for each in assigned or [None] * len(self.outputs)]
+
+    def _returned(self) -> Iterator[Tensor]:
+        return (torch.empty(spec.shape, dtype=torch.float32, device="meta") for spec in self.outputs)

@@ -1,0 +1,49 @@
+"""A graph definition -> a program of plain torch operators, run one by one: the fallback for a graph kind that the device's
+compiler cannot take.
+
+The program is the definition itself, op by op as model_defs/ops.py writes it, so it needs no fused operator and no torchair;
+it is slower, and it copies the cache at every step. It is stored as Python source that names nothing but torch operators,
+and takes and returns the same tensors as a compiled kernel (see emit_ascend.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from ..model_defs import ops
+from .emit_ascend import Emitted, make_kernel
+from .graphs import GraphDef
+
+DEVICE, HALF = "device", "half"  # names that the program finds in its scope: where it runs, and what it computes in
+
+
+def emit(definition: GraphDef, dtype: str) -> Emitted:
+    """The program of one graph, computing in float16 or bfloat16."""
+    kernel = make_kernel(definition, getattr(torch, dtype))
+    method = getattr(kernel.module, kernel.name)
+    program = make_fx(method, decomposition_table=_definitions(), tracing_mode="fake")(*kernel.arguments)
+    source = program.code.replace("device(type='meta')", DEVICE).replace(f"torch.{dtype}", HALF)
+    return Emitted(
+        name=kernel.name,
+        data=source.strip().encode() + b"\n",
+        graph=b"",
+        weights=kernel.weights,
+        constants=kernel.constants,
+        outputs_in_place=kernel.outputs_in_place,
+    )
+
+
+def _definitions() -> dict[Any, Callable[..., Any]]:
+    """Every op of the vocabulary -> the function that defines it, in the type of the weights."""
+    namespace = getattr(torch.ops, ops.NAMESPACE)
+    return {getattr(namespace, name).default: function for name, function in {**ops.DEFINITIONS, "linear": _linear}.items()}
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The definition widens a narrow weight; here what is wide, normalised pixels, is brought to the weight's type."""
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias)

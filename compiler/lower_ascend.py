@@ -1,0 +1,277 @@
+"""The op vocabulary in terms of what torchair converts: aten, `npu` and torchair's own `air` operators.
+
+One small function per op of model_defs/ops.py, with the same arguments. torchair is given the table while it traces a
+graph, and every op has become its lowering before the first GE node is made. A lowering works on meta tensors alone, and
+nothing it makes depends on a length, a position or a slot: those are graph inputs.
+
+B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size, N out features, X keys of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+
+from ..model_defs.ops import NAMESPACE
+from ..runtime.ascend import torchair_host
+
+# The fused attention takes heads whose width is a multiple of this, in 16-bit types (CANN, FusedInferAttentionScore).
+HEAD_ALIGNMENT = 16
+# The side of the triangle that stands for a causal mask of any size (CANN, FusedInferAttentionScore, sparse_mode 2 to 4).
+CAUSAL_SIDE = 2048
+RIGHT_DOWN_CAUSAL = 3  # sparse_mode: the last query sees the last key, at the true lengths
+# What is added to a score is 0 or far below this; see CROSS_HIDDEN in runtime/artifact.py.
+HIDDEN_BELOW = -1e4
+# So many out features are the most that CANN's WeightQuantBatchMatmulV2 takes.
+MOST_W8_FEATURES = 65535
+
+npu, air, aten = torch.ops.npu, torch.ops.air, torch.ops.aten
+
+
+def lowerings() -> dict[OpOverload, Callable[..., Any]]:
+    """Every op of the vocabulary with its lowering, for torchair's `custom_decompositions`.
+
+    Loads torchair first, since the operators named here exist from then on; raises ArtifactError where it is missing.
+    """
+    torchair_host.load()
+    vocabulary = getattr(torch.ops, NAMESPACE)
+    return {getattr(vocabulary, function.__name__).default: function for function in LOWERINGS}
+
+
+# ---- matrix products
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """MatMul of flattened rows, told that the weight [N, C] is transposed: it is read as it is stored, never copied.
+
+    x is brought to the weight's type here: normalised pixels come in float32.
+    """
+    rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
+    return npu.npu_linear.default(rows, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """WeightQuantBatchmatmul over groups of a block. `qweight` comes as int8 around zero (to_signed in
+    runtime/ascend/weights.py).
+
+    Transposing weight and scales [N, ..] is left to the operator, which reads both either way, so no weight is copied;
+    only a head of more than 65535 features is cut into pieces, which may cost a copy. A last block that is not full is
+    zeros in the weight, so x is filled up with zeros.
+    """
+    n, blocks, block = qweight.shape
+    rows = x.reshape(-1, x.shape[-1])
+    rows = aten.constant_pad_nd.default(rows, [0, blocks * block - x.shape[-1]]) if blocks * block > x.shape[-1] else rows
+    weight = qweight.reshape(n, blocks * block)
+    bias = None if bias is None else bias.float() if x.dtype == torch.bfloat16 else bias
+    size = math.ceil(n / math.ceil(n / MOST_W8_FEATURES))
+    pieces = [
+        npu.npu_weight_quant_batchmatmul.default(
+            rows,
+            weight[start : start + size].t(),
+            scales[start : start + size].t(),
+            bias=None if bias is None else bias[start : start + size],
+            antiquant_group_size=block if blocks > 1 else 0,  # one block a row is what the operator calls per channel
+        )
+        for start in range(0, n, size)
+    ]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)).reshape(*x.shape[:-1], n)
+
+
+# ---- norms and activations
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RmsNorm; its second output, the reciprocal roots, is for training."""
+    return npu.npu_rms_norm.default(x, weight, eps)[0]
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """LayerNormV4."""
+    return aten.native_layer_norm.default(x, [x.shape[-1]], weight, bias, eps)[0]
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """SwiGlu, which takes both halves in one tensor."""
+    return npu.npu_swiglu.default(torch.cat((gate, up), dim=-1), -1)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """GeluV2 in its exact form; aten's own gelu becomes Gelu, which approximates with tanh."""
+    return npu.npu_gelu.default(x, approximate="none")
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """FastGelu: x / (1 + exp(-1.702 x)) in CANN's definition, which is x sigmoid(1.702 x)."""
+    return npu.npu_fast_gelu.default(x)
+
+
+# ---- rows in and out
+
+
+def embed(token_ids: Tensor, table: Tensor) -> Tensor:
+    """GatherV2."""
+    return aten.embedding.default(table, token_ids)
+
+
+def merge_rows(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
+    """Gather a row for every position, then select."""
+    taken = rows.index_select(0, index.clamp(min=0).flatten()).view(x.shape)
+    return torch.where((index < 0)[..., None], x, taken)
+
+
+def take_token(x: Tensor, index: Tensor) -> Tensor:
+    """GatherV2 of flattened rows."""
+    b, t, _ = x.shape
+    if b > 1:
+        index = index + torch.arange(b, dtype=index.dtype, device=x.device) * t
+    return x.flatten(0, 1).index_select(0, index)
+
+
+def mask_tiles(x: Tensor, tile_count: Tensor) -> Tensor:
+    """Times 1 or 0."""
+    used = torch.arange(x.shape[0], dtype=tile_count.dtype, device=x.device) < tile_count
+    return x * used.to(x.dtype).view(-1, *[1] * (x.dim() - 1))
+
+
+def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
+    """Tile and row compared on their own, then joined."""
+    device, dtype = tile_count.device, tile_count.dtype
+    unused = torch.arange(tiles, dtype=dtype, device=device) >= tile_count  # [tiles]
+    behind = torch.arange(padded_rows, dtype=dtype, device=device) >= rows  # [padded_rows]
+    return (unused[:, None] | behind[None]).float().reshape(1, tiles * padded_rows)
+
+
+def pad_rows(x: Tensor, rows: int) -> Tensor:
+    """PadV3."""
+    return aten.constant_pad_nd.default(x, [0, 0, 0, rows - x.shape[1]])
+
+
+# ---- rotary embedding and attention
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """RotaryMul, in its layout BSND."""
+    b, t, d = cos.shape
+    cos, sin = (each.to(x.dtype)[:, :, None] for each in (cos, sin))  # [B, T, 1, D]
+    return npu.npu_rotary_mul.default(x.view(b, t, -1, d), cos, sin).view(x.shape)
+
+
+def cached_attention(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scatter the new rows behind the old ones, then fused attention over the whole caches up to their true lengths.
+
+    Lengths go in as a tensor. A chunk counts as whole, its padding included: its last token sees the last row written,
+    which is what the operator calls right-down causal at the lengths T and lengths + T.
+    """
+    t = q.shape[1]
+    kv_heads, _, d = k_cache.shape[1:]
+    k_cache = _append(k_cache, k, lengths)
+    v_cache = _append(v_cache, v, lengths)
+    masked: dict[str, Any] = {}
+    if t > 1:
+        masked = {"atten_mask": _causal_triangle(q.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
+    out = _fused(
+        _heads_first(q, heads),
+        k_cache,
+        v_cache,
+        heads,
+        d,
+        input_layout="BNSD",
+        actual_seq_lengths_kv=(lengths + t).long(),
+        num_key_value_heads=kv_heads,
+        **masked,
+    )
+    return _heads_last(out), k_cache, v_cache
+
+
+def _append(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
+    """new [B, T, K*D] as rows `lengths` and on of cache [B, K, S, D]."""
+    return npu.scatter_update.default(cache, lengths, _heads_first(new, cache.shape[1]), 2)
+
+
+def _causal_triangle(device: torch.device) -> Tensor:
+    """True above the diagonal. Made by comparing in the graph: as a constant it would be 4 MB of every graph file."""
+    place = torch.arange(CAUSAL_SIDE, dtype=torch.int32, device=device)
+    return place[:, None] < place[None]
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Fused attention on rows as they are (BSH)."""
+    return _whole_attention(q, k, v, heads)
+
+
+def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int) -> Tensor:
+    """The same with a mask: padding does not see padding."""
+    padded = padding > 0  # [B, T]
+    return _whole_attention(q, k, v, heads, atten_mask=(padded[:, :, None] & padded[:, None])[:, None])
+
+
+def _whole_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **mask: Tensor) -> Tensor:
+    d = q.shape[-1] // heads
+    q, k, v = (_widened(each, heads) for each in (q, k, v))
+    out = _fused(q, k, v, heads, d, input_layout="BSH", num_key_value_heads=heads, **mask)
+    if out.shape[-1] == heads * d:
+        return out
+    return out.unflatten(-1, (heads, -1))[..., :d].flatten(2)
+
+
+def _widened(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H*D] with every head filled up with zeros to a width that the operator takes: they add nothing to a score."""
+    d = x.shape[-1] // heads
+    missing = -d % HEAD_ALIGNMENT
+    return aten.constant_pad_nd.default(x.unflatten(-1, (heads, d)), [0, missing]).flatten(2) if missing else x
+
+
+def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
+    """Fused attention to the keys of all pictures, joined, with a mask of what a token does not see.
+
+    A token that sees nothing attends evenly to everything, as by the definition: it has a query of zeros and no mask.
+    """
+    kv_heads, x, d = keys[0].shape[1:]
+    hidden = mask < HIDDEN_BELOW  # [B, T, n * t]
+    sees = (~hidden).to(q.dtype).sum(-1, keepdim=True) > 0  # [B, T, 1]
+    q = q * sees.to(q.dtype)
+    out = _fused(
+        _heads_first(q, heads),
+        keys[0] if len(keys) == 1 else torch.cat(list(keys), dim=2),
+        values[0] if len(values) == 1 else torch.cat(list(values), dim=2),
+        heads,
+        d,
+        input_layout="BNSD",
+        num_key_value_heads=kv_heads,
+        atten_mask=_by_key(hidden & sees, x * len(keys)),
+    )
+    return _heads_last(out)
+
+
+def _by_key(hidden: Tensor, keys: int) -> Tensor:
+    """[B, T, tiles] -> [B, 1, T, keys]: what is said of a tile, said of each of its keys."""
+    b, t, tiles = hidden.shape
+    return hidden[..., None].expand(b, t, tiles, keys // tiles).reshape(b, 1, t, keys)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, heads: int, d: int, **arguments: Any) -> Tensor:
+    """torchair's form of the operator, whose lengths are tensors; the scale is that of the true head width `d`."""
+    return air.npu_fused_infer_attention_score.default(q, k, v, num_heads=heads, scale=d**-0.5, **arguments)[0]
+
+
+def _heads_first(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H*D] -> [B, H, T, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _heads_last(x: Tensor) -> Tensor:
+    """[B, H, T, D] -> [B, T, H*D]."""
+    return x.transpose(1, 2).flatten(2)
+
+
+LOWERINGS: tuple[Callable[..., Any], ...] = (
+    linear, linear_w8, rms_norm, layer_norm, silu_mul, gelu, quick_gelu, embed, merge_rows, take_token, mask_tiles,
+    tile_padding, pad_rows, rope, cached_attention, attention, padded_attention, cross_attention,
+)  # fmt: skip

@@ -1,0 +1,101 @@
+"""Products with 8-bit weights, and the quantisation of activations."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .matmul import exact_product
+from .reduce import wide
+from .registry import Run, UnsupportedError, ge_op, same_dtypes
+
+
+@ge_op("WeightQuantBatchMatmulV2", dtype=-1)
+def weight_quant_batch_matmul_v2(
+    x: Tensor,
+    weight: Tensor,
+    antiquant_scale: Tensor,
+    antiquant_offset: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    transpose_x: bool = False,
+    transpose_weight: bool = False,
+    antiquant_group_size: int = 0,
+    inner_precise: int,
+) -> Tensor:
+    """x [M, K] times (weight [K, N] + offset) * scale, plus bias [N]; weight in int8.
+
+    Scale and offset: [1] for all, [N] or [1, N] per column, [K / g, N] for groups of g rows (antiquant_group_size). The weight
+    is rounded to x's dtype before the product, since the cube unit takes nothing wider; inner_precise (0 or 1) is about speed.
+    """
+    if weight.dtype != torch.int8:
+        raise UnsupportedError(f"input weight is {weight.dtype}; only int8 is supported")
+    if inner_precise not in (0, 1):
+        raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 or 1")
+    same_dtypes(x=x, antiquant_scale=antiquant_scale)
+    left = x.T if transpose_x else x
+    right = weight.T if transpose_weight else weight
+    scale, offset = antiquant_scale, antiquant_offset
+    if transpose_weight:  # then scale and offset are transposed too
+        scale, offset = (each.T if each is not None and each.dim() == 2 else each for each in (scale, offset))
+    assert scale is not None
+    dense = wide(_per_row(scale, right, antiquant_group_size, "antiquant_scale"))
+    shift = 0 if offset is None else wide(_per_row(offset, right, antiquant_group_size, "antiquant_offset"))
+    product = wide(left) @ wide(((right.float() + shift) * dense).to(x.dtype))
+    return (product if bias is None else product + wide(bias)).to(x.dtype)
+
+
+def _per_row(values: Tensor, weight: Tensor, group: int, name: str) -> Tensor:
+    """Scales or offsets in a shape that broadcasts with weight [K, N]."""
+    rows, columns = weight.shape
+    if group == 0 and tuple(values.shape) in ((1,), (columns,), (1, columns)):
+        return values
+    if group > 0 and tuple(values.shape) == (-(-rows // group), columns):
+        return values.repeat_interleave(group, 0)[:rows]
+    expected = f"[{-(-rows // group)}, {columns}]" if group else f"[1], [{columns}] or [1, {columns}]"
+    raise UnsupportedError(f"input {name} has the shape {list(values.shape)}; expected {expected} for groups of {group}")
+
+
+@ge_op("QuantBatchMatmulV3")
+def quant_batch_matmul_v3(
+    x1: Tensor,
+    x2: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    pertoken_scale: Tensor | None = None,
+    *,
+    dtype: int,
+    transpose_x1: bool = False,
+    transpose_x2: bool = False,
+    run: Run,
+) -> Tensor:
+    """x1 [..., M, K] times x2 [..., K, N], both int8, times scale ([1] or [N]) and pertoken_scale [M], plus bias [N].
+
+    An int32 bias joins the integers, which add up exactly; any other is added after the scales. Scales are float32 or bfloat16:
+    those in 64 bits, which the device's float16 path packs, are refused.
+    """
+    if x1.dtype != torch.int8 or x2.dtype != torch.int8:
+        raise UnsupportedError(f"operands are {x1.dtype} and {x2.dtype}; only int8 is supported")
+    if scale.dtype not in (torch.float32, torch.bfloat16):
+        raise UnsupportedError(f"input scale is {scale.dtype}; only float32 and bfloat16 are supported")
+    total = exact_product(x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2)
+    if bias is not None and bias.dtype == torch.int32:
+        total, bias = total + bias, None
+    if run.dtype(dtype) == torch.int32:
+        return total.int()
+    y = total.float() * wide(scale)
+    y = y if pertoken_scale is None else y * pertoken_scale[..., None]
+    return (y if bias is None else y + wide(bias)).to(run.dtype(dtype))
+
+
+@ge_op("DynamicQuant")
+def dynamic_quant(x: Tensor, smooth_scales: Tensor | None = None, *, dst_type: int = 2, run: Run) -> tuple[Tensor, Tensor]:
+    """Each row of x in int8, and its scale max|x| / 127 in float32; smooth_scales multiply the columns first.
+
+    Rounds to the nearest, halves to even. A row of zeros has the scale 0.
+    """
+    if run.dtype(dst_type) != torch.int8:
+        raise UnsupportedError(f"attribute dst_type = {run.dtype(dst_type)} is not supported; only int8 is")
+    y = wide(x) if smooth_scales is None else wide(x) * wide(smooth_scales)
+    scale = y.abs().amax(-1) / 127
+    return (y / scale.where(scale > 0, 1)[..., None]).round().clamp(-128, 127).to(torch.int8), scale

@@ -1,0 +1,90 @@
+"""A torchair cache file of an artifact -> a function over tensors, without a trace and without the definition of the model.
+
+The file is a pickle with Python byte code in it, so it is opened only after its digest was found to be the one in the sealed
+manifest, and by a reader that knows three classes. torchair insists on a file that belongs to the user alone, which a copied
+artifact seldom is: the checked bytes are put into such a file for the moment of reading.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..artifact import ArtifactError, AscendFacts, FileSpec
+
+Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> the first output, None where it is in place
+_FILE = "compiled_module"
+
+
+def load_kernel(path: Path, spec: FileSpec, keep: Path | None = None) -> Kernel:
+    """The kernel in a cache file; its graph is loaded when it first runs. `keep`: where a device keeps what it compiles.
+
+    Raises ArtifactError for a file that is not what the manifest says, before anything of it is interpreted.
+    """
+    from torchair.inference._cache_compiler import CompiledModel  # pyright: ignore[reportMissingImports]
+
+    data = _checked(path, spec)
+    with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
+        private = Path(folder) / _FILE
+        with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+            file.write(data)
+        model = CompiledModel.load(str(private))
+    method = model.rebase(None, {}, cache_dir=str(keep) if keep else None)
+    return lambda tensors: method(None, *tensors)  # compiled from a method of an object that it makes no use of
+
+
+def load_program(path: Path, spec: FileSpec, device: str, dtype: Any) -> Kernel:
+    """The kernel of an eager graph: source of torch operators, checked like a cache file, run on `device` in `dtype`."""
+    import torch
+
+    scope = {"torch": torch, "device": torch.device(device), "half": dtype, "inf": float("inf"), "nan": float("nan")}
+    exec(compile(_checked(path, spec), str(path), "exec"), scope)
+    program: Any = scope["forward"]
+
+    def kernel(tensors: Sequence[Any]) -> Any:
+        # Weights are stored in 16 bits, also where the arithmetic is in float32; the cache is of its type already.
+        halves = (torch.float16, torch.bfloat16)
+        with torch.no_grad():
+            return program(None, *(x.to(dtype) if x.dtype in halves else x for x in tensors))
+
+    return kernel
+
+
+def _checked(path: Path, spec: FileSpec) -> bytes:
+    data = path.read_bytes()
+    if len(data) != spec.nbytes or hashlib.sha256(data).hexdigest() != spec.sha256:
+        raise ArtifactError(f"{path} is not the file that the manifest describes; compile or fetch the artifact again")
+    return data
+
+
+def ascend_facts(torch_npu: str, soc: str) -> AscendFacts:
+    """What a cache file made in this process depends on; torchair has to be importable."""
+    import torch
+    from torchair.inference._cache_compiler import CompiledModel  # pyright: ignore[reportMissingImports]
+
+    return AscendFacts(
+        python=".".join(platform.python_version_tuple()[:2]),
+        torch=torch.__version__.split("+")[0],
+        torch_npu=torch_npu,
+        cache_format=CompiledModel.VERSION,
+        soc=soc,
+    )
+
+
+def check_facts(folder: Path, recorded: AscendFacts, here: AscendFacts) -> None:
+    """Raise ArtifactError unless graphs that were compiled under `recorded` can be loaded here."""
+    differing = [
+        f"{name} {getattr(recorded, name)} (here {getattr(here, name)})"
+        for name in recorded.__struct_fields__
+        if getattr(recorded, name) != getattr(here, name)
+    ]
+    if differing:
+        raise ArtifactError(
+            f"{folder} was compiled for {', '.join(differing)}, and compiled graphs cannot be moved between them; compile it "
+            "again here with `staticvl compile CHECKPOINT --backend ascend`"
+        )

@@ -1,0 +1,190 @@
+"""Runs the GE graphs that torchair makes, with torch on a CPU: what an NPU would compute can be checked anywhere.
+
+The default mode keeps the graph's dtypes: a value is stored in its dtype after every operator, and an operator that adds up
+many products (matrix products, convolution, norms, softmax, attention, reductions) computes in float32 and rounds once at its
+end, as the cube and vector units do. With `wide` every float16 or bfloat16 is a float32 instead, so that what a graph computes
+can be told from how it rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ge_ops
+from .ge_graph import INPUT_TYPES, OUTPUT_TYPE, Constant, GeGraph, GeGraphError, Node, Source, parse
+from .ge_ops.registry import HALVES, Bound
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One node bound to its operator; `last` are the values that nobody reads after it."""
+
+    node: Node
+    call: Bound
+    last: tuple[Source, ...]
+
+
+class Simulator:
+    """One graph, ready to run; an executor for `torchair_host.TorchairHost.running_on`.
+
+    Raises GeGraphError for a graph with an operator, an input or an attribute that is not simulated, and for a graph in which
+    another node reads an input that is written in place, since nothing says which comes first.
+    """
+
+    def __init__(self, serialized: bytes, *, wide: bool = False) -> None:
+        self.graph = parse(serialized)
+        self.wide = wide
+        self._constants = {node.name: self._constant(node.attributes["value"]) for node in self.graph.nodes if _is_const(node)}
+        self._written = _written_inputs(self.graph)
+        self._steps = self._plan()
+
+    def __call__(self, inputs: Sequence[Tensor], assigned: Sequence[Tensor | None] = ()) -> list[Tensor]:
+        """Outputs, in order; the one at i is written into assigned[i], if that is a tensor, which is returned.
+
+        Inputs are checked for number, shape and dtype (with `wide`, a float16 or bfloat16 may come as a float32); operators
+        that write in place write into the caller's tensors. Raises GeGraphError, naming the input, output or node.
+        """
+        if assigned and len(assigned) != len(self.graph.outputs):
+            raise GeGraphError(f"{len(assigned)} tensors are assigned to {len(self.graph.outputs)} outputs")
+        self._check_inputs(inputs)
+        # What is written in place has to be widened before; weights are widened one by one, when an operator reads them.
+        held = [self._widened(x) if i in self._written else x for i, x in enumerate(inputs)]
+        values = {Source(node.name, 0): x for node, x in zip(self.graph.inputs, held, strict=True)}
+        values |= {Source(name, 0): value for name, value in self._constants.items()}
+        with torch.no_grad():
+            for step in self._steps:
+                self._run(step, values)
+            for index in self._written:  # a half input that was widened: what was written has to reach the caller's tensor
+                _written(inputs[index], held[index])
+            return self._deliver(values, inputs, assigned or [None] * len(self.graph.outputs))
+
+    def _constant(self, value: Constant) -> Tensor:
+        dtype = getattr(torch, value.dtype)
+        if not value.data:  # which frombuffer refuses
+            return self._widened(torch.empty(value.shape, dtype=dtype))
+        return self._widened(torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape))
+
+    def _widened(self, value: Tensor) -> Tensor:
+        return value.float() if self.wide and value.dtype in HALVES else value
+
+    def _plan(self) -> list[Step]:
+        last: dict[Source, Node] = {}
+        for node in self.graph.nodes:
+            last.update({source: node for source in node.inputs if source})
+        dropped: dict[str, list[Source]] = {}
+        for source, node in last.items():
+            dropped.setdefault(node.name, []).append(source)
+        nodes = [node for node in self.graph.nodes if node.type not in (*INPUT_TYPES, OUTPUT_TYPE, "Const")]
+        return [Step(node, _bound(node, self.wide), tuple(dropped.get(node.name, ()))) for node in nodes]
+
+    def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
+        if len(inputs) != len(self.graph.inputs):
+            raise GeGraphError(f"{len(inputs)} inputs were given to a graph of {len(self.graph.inputs)}")
+        for given, node in zip(inputs, self.graph.inputs, strict=True):
+            self._check_input(given, node)
+
+    def _check_input(self, given: Tensor, node: Node) -> None:
+        described = node.outputs[0]
+        name = f"input {node.attributes['index']} ({node.name})"
+        expected = getattr(torch, described.dtype or "float32")
+        allowed = (expected, torch.float32) if self.wide and expected in HALVES else (expected,)
+        if given.dtype not in allowed:
+            raise GeGraphError(f"{name} is {given.dtype}; expected {expected}")
+        if described.shape is not None and min(described.shape, default=0) >= 0 and tuple(given.shape) != described.shape:
+            raise GeGraphError(f"{name} has the shape {list(given.shape)}; expected {list(described.shape)}")
+
+    def _run(self, step: Step, values: dict[Source, Tensor]) -> None:
+        node = step.node
+        try:
+            outputs = step.call([None if source is None else self._widened(values[source]) for source in node.inputs])
+            self._check_outputs(node, outputs)
+        except GeGraphError as error:
+            raise GeGraphError(f"{node.type} {node.name}: {error}") from error
+        except (RuntimeError, IndexError, TypeError) as error:
+            error.add_note(f"in {node.type} {node.name}")
+            raise
+        values.update({Source(node.name, i): output for i, output in enumerate(outputs)})
+        for source in step.last:
+            values.pop(source, None)
+
+    def _check_outputs(self, node: Node, outputs: Sequence[Tensor]) -> None:
+        """What was computed has to be what torchair expected where it traced the program."""
+        if len(outputs) != len(node.outputs):
+            raise GeGraphError(f"{len(outputs)} outputs; the graph has {len(node.outputs)}")
+        for output, described in zip(outputs, node.outputs, strict=True):
+            # torchair notes the shape of a view on the operator whose output it is a view of, so sizes have to do.
+            if described.shape is not None and output.numel() != math.prod(described.shape):
+                raise GeGraphError(
+                    f"output {described.name} has the shape {list(output.shape)}; torchair traced {list(described.shape)}"
+                )
+            if described.dtype is not None and output.dtype != (expected := self._dtype(described.dtype)):
+                raise GeGraphError(f"output {described.name} is {output.dtype}; torchair traced {expected}")
+
+    def _dtype(self, name: str) -> torch.dtype:
+        dtype = getattr(torch, name)
+        return torch.float32 if self.wide and dtype in HALVES else dtype
+
+    def _deliver(
+        self, values: dict[Source, Tensor], inputs: Sequence[Tensor], assigned: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """Outputs of their own memory: none is a view of an input or a constant, none changes when another is written."""
+        owned = {each.untyped_storage().data_ptr() for each in (*inputs, *self._constants.values())}
+        outputs = []
+        for source, target in zip(self.graph.outputs, assigned, strict=True):
+            value = self._widened(values[source])
+            shared = value is not target and value.untyped_storage().data_ptr() in owned
+            outputs.append(value.clone() if shared else value)
+        return [
+            value.contiguous() if target is None else _written(target, value)
+            for value, target in zip(outputs, assigned, strict=True)
+        ]
+
+
+def _is_const(node: Node) -> bool:
+    return node.type == "Const"
+
+
+def _written(target: Tensor, value: Tensor) -> Tensor:
+    return target if value is target else target.copy_(value)
+
+
+def _bound(node: Node, wide: bool) -> Bound:
+    op = ge_ops.OPS.get(node.type)
+    if op is None:
+        raise GeGraphError(f"{node.type} {node.name}: operators of type {node.type} are not simulated")
+    try:
+        return op.bind(node, wide)
+    except GeGraphError as error:
+        raise GeGraphError(f"{node.type} {node.name}: {error}") from error
+
+
+def _written_inputs(graph: GeGraph) -> list[int]:
+    """Indices of the inputs that are written in place, each of which its writer alone may read."""
+    written: list[int] = []
+    for node in graph.nodes:
+        if node.type in ge_ops.IN_PLACE and node.inputs[0] is not None:
+            index = _input_index(graph, node, node.inputs[0])
+            written += [] if index is None else [index]
+    return written
+
+
+def _input_index(graph: GeGraph, writer: Node, target: Source) -> int | None:
+    """The graph input that an operator writes; None for a copy, which is its own."""
+    producer = graph.node(target.producer)
+    others = [node.name for node in graph.readers(target) if node is not writer]
+    if others:
+        raise GeGraphError(
+            f"{writer.type} {writer.name} writes {producer.name} in place, which {others[0]} reads too: their order is open"
+        )
+    if producer.type in INPUT_TYPES:
+        return producer.attributes["index"]
+    if producer.type not in ("TensorMove", *ge_ops.IN_PLACE):
+        raise GeGraphError(
+            f"{writer.type} {writer.name} writes in place what {producer.type} {producer.name} made; expected a graph input"
+        )
+    return None

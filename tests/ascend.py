@@ -1,0 +1,66 @@
+"""Artifacts of one checkpoint for both backends, for tests that compare what they say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from staticvl import runtime
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.runtime.artifact import ArtifactError
+from staticvl.runtime.ascend import torchair_host
+
+from .conftest import EMBEDDED
+
+ASSETS = EMBEDDED.parent
+CHECKPOINTS = {
+    "llava": ASSETS / "tiny_llava15",
+    "llava_next": ASSETS / "tiny_llava16",
+    "mllama": ASSETS / "tiny_mllama",
+    "qwen_vl": Path(__file__).parent / "golden" / "qwen_vl_tiny" / "checkpoint",
+}
+QUESTION = "What is in the picture?"
+
+
+def need_torchair() -> pytest.MarkDecorator:
+    """Skips where the wheel is not at hand, saying how to get it."""
+    try:
+        torchair_host.wheel_folder()
+    except ArtifactError as error:
+        return pytest.mark.skip(reason=str(error))
+    return pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The same checkpoint and buckets, compiled twice."""
+
+    onnx: Path
+    ascend: Path
+
+    def load(self, device: str = "sim") -> tuple[runtime.Model, runtime.Model]:
+        return runtime.load(self.onnx), runtime.load(self.ascend, device=device)
+
+
+def compile_pair(family: str, folder: Path, buckets: Buckets, dtype: str = "float16", **options) -> Pair:
+    """Both artifacts of a family's tiny checkpoint; `options` are the Ascend one's."""
+    checkpoint = CHECKPOINTS[family]
+    if family == "mllama":
+        buckets = replace(buckets, images=(2,))
+    pair = Pair(folder / "onnx", folder / "ascend")
+    build(Options(checkpoint=checkpoint, out=pair.onnx, buckets=buckets))
+    build(Options(checkpoint=checkpoint, out=pair.ascend, buckets=buckets, backend="ascend", dtype=dtype, **options))
+    return pair
+
+
+def check_alike(expected: runtime.Output, found: runtime.Output, rounding: float) -> None:
+    """The same tokens, and logits as far apart as `rounding` in length explains."""
+    assert found.token_ids == expected.token_ids
+    assert expected.logits is not None
+    assert found.logits is not None
+    distance = np.linalg.norm(found.logits - expected.logits) / np.linalg.norm(expected.logits)
+    assert distance <= rounding

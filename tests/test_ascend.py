@@ -1,0 +1,199 @@
+"""Ascend artifacts: the GE graphs of the real torchair say on the simulator what the ONNX graphs say, and nothing is taken on
+trust when they are loaded."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from staticvl import runtime
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.runtime.artifact import ArtifactError, FileSpec, Manifest, read_manifest, write_manifest
+from staticvl.runtime.ascend import torchair_host
+
+from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair, need_torchair
+from .parity import picture
+
+pytestmark = need_torchair()
+
+BUCKETS = Buckets(prefill=(16,), decode=(2,), context=448, slots=2)
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True, "return_logits": True}
+ROUNDING = 2e-2  # float16 keeps 11 bits
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pair]:
+    """Compiled when first asked for."""
+    return _Pairs(tmp_path_factory.mktemp("ascend"))
+
+
+class _Pairs(dict[str, Pair]):
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, family: str) -> Pair:
+        self[family] = compile_pair(family, self.folder / family, BUCKETS)
+        return self[family]
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_the_simulator_says_what_onnx_says(pairs: dict[str, Pair], family: str) -> None:
+    """Chunks of a picture prompt, a batch of rows of different lengths, and a later turn with a picture of its own."""
+    onnx, ascend = pairs[family].load()
+    prompts, images = [QUESTION, "Say one word."], [[picture((70, 50))], []]
+    for expected, found in zip(*(model.generate(prompts, images, **GREEDY) for model in (onnx, ascend)), strict=True):
+        check_alike(expected, found, ROUNDING)
+    chats = onnx.chat(), ascend.chat()
+    for text, pictures in (("What is it?", []), ("And here?", [picture((40, 64), seed=3)])):
+        check_alike(*(chat.send(text, pictures, **GREEDY) for chat in chats), ROUNDING)
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_certificates(pairs: dict[str, Pair], family: str) -> None:
+    """The graph is right to 1e-4 where nothing rounds, and rounding is told apart and is not nothing."""
+    manifest = read_manifest(pairs[family].ascend)
+    assert {graph.kind for graph in manifest.graphs} == {"vision", "prefill", "decode"}
+    for graph in manifest.graphs:
+        assert graph.certificate is not None
+        assert graph.certificate.passed
+        assert graph.certificate.worst <= 1e-4
+        assert graph.certificate.rounding is not None
+        assert 1e-6 < graph.certificate.rounding < 0.1
+    assert {spec.dtype for spec in manifest.weights.values()} == {"float16"}
+
+
+def test_loading_never_traces_and_needs_no_definitions(pairs: dict[str, Pair]) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['staticvl.compiler'] = sys.modules['staticvl.model_defs'] = None\n"
+        "from staticvl import runtime\n"
+        f"model = runtime.load({str(pairs['llava'].ascend)!r}, device='sim')\n"
+        "import torch\n"
+        "def traced(*_, **__): raise AssertionError('traced')\n"
+        "torch.compile = torch.export.export = traced\n"
+        "print(model.generate('Say one word.', max_new_tokens=3, ignore_eos=True).token_ids)\n"
+        "from torch._dynamo.utils import counters\n"
+        "assert not counters['stats'], counters\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("[")
+
+
+def test_an_unchanged_build_traces_nothing(pairs: dict[str, Pair]) -> None:
+    options = Options(
+        checkpoint=CHECKPOINTS["llava"], out=pairs["llava"].ascend, buckets=BUCKETS, backend="ascend", dtype="float16"
+    )
+    report = build(options)
+    assert not report.traced
+    assert not report.converted
+    assert report.manifest.ascend is not None
+
+
+@pytest.fixture
+def copy(pairs: dict[str, Pair], tmp_path: Path) -> Path:
+    """An artifact to damage."""
+    return shutil.copytree(pairs["llava"].ascend, tmp_path / "artifact")
+
+
+def change(folder: Path, **fields: Any) -> None:
+    write_manifest(folder, msgspec.structs.replace(read_manifest(folder), **fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("python", "3.9"), ("torch", "2.1.0"), ("torch_npu", "2.1.0"), ("cache_format", "0.1")]
+)
+def test_another_version_is_refused(copy: Path, field: str, value: str) -> None:
+    ascend = read_manifest(copy).ascend
+    assert ascend is not None
+    here = getattr(ascend, field)
+    change(copy, ascend=msgspec.structs.replace(ascend, **{field: value}))
+    with pytest.raises(ArtifactError, match=rf"compiled for {field} {value} \(here {here}\).*compile it again"):
+        runtime.load(copy, device="sim")
+
+
+def run(folder: Path) -> None:
+    runtime.load(folder, device="sim").generate("Say one word.", max_new_tokens=2)
+
+
+class Bomb:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def graph_file(manifest: Manifest) -> str:
+    return next(graph.file for graph in manifest.graphs if graph.kind == "prefill")
+
+
+def test_a_foreign_cache_file_is_not_unpickled(copy: Path, tmp_path: Path) -> None:
+    """Neither under a digest that is not its own, nor, should somebody have forged the manifest, as what it is."""
+    trap, manifest = tmp_path / "sprung", read_manifest(copy)
+    file = graph_file(manifest)
+    data = pickle.dumps(Bomb(trap))
+    (copy / file).write_bytes(data + b"\0" * (manifest.files[file].nbytes - len(data)))
+    with pytest.raises(ArtifactError, match="not the file that the manifest describes"):
+        run(copy)
+    (copy / file).write_bytes(data)
+    digest = hashlib.sha256(data).hexdigest()
+    change(copy, files={**manifest.files, file: FileSpec(nbytes=len(data), sha256=digest)})
+    with pytest.raises(pickle.UnpicklingError):
+        run(copy)
+    assert not trap.exists()
+
+
+def test_one_wrong_byte_is_refused(copy: Path) -> None:
+    path = copy / graph_file(read_manifest(copy))
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="not the file that the manifest describes"):
+        run(copy)
+
+
+def test_a_wrong_shape_is_refused(pairs: dict[str, Pair]) -> None:
+    """A feed of another shape, and weights of another one."""
+    model = runtime.load(pairs["llava"].ascend, device="sim")
+    backend, graph = model.engine.backend, model.engine.graphs["decode", 2, 0]
+    from staticvl.runtime.feeds import new_feed
+
+    feed = new_feed(graph)
+    with pytest.raises(ValueError, match=r"token_ids is int32 \(1, 1\); expected contiguous int32 \(2, 1\)"):
+        backend.run(graph, {**feed, "token_ids": feed["token_ids"][:1]})
+    backend._weight("text.norm.weight")  # type: ignore[attr-defined]
+    backend.weights["text.norm.weight"] = backend.weights["text.norm.weight"][:-1]  # type: ignore[attr-defined]
+    with pytest.raises(AssertionError, match="expected size"):
+        backend.run(graph, feed)
+
+
+def test_what_is_missing_is_named(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    artifact = pairs["llava"].ascend
+    with pytest.raises(ArtifactError, match="device npu needs torch_npu, which is not installed: pip install torch_npu=="):
+        runtime.load(artifact, device="npu")
+    with pytest.raises(ArtifactError, match="use device npu or sim, or compile it with --backend onnx"):
+        runtime.load(artifact, device="cpu")
+    monkeypatch.setenv(torchair_host.VARIABLE, str(tmp_path))
+    with pytest.raises(ArtifactError, match=r"torchair was not found in .*; run `make ascend-sim`"):
+        torchair_host.wheel_folder()
+
+
+def test_eager_graphs_answer_alike(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    kinds = ("vision", "prefill", "decode")
+    eager = compile_pair("llava", tmp_path, BUCKETS, eager=kinds).ascend
+    manifest = read_manifest(eager)
+    assert all(graph.eager and graph.file.endswith(".py") for graph in manifest.graphs)
+    expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [picture((70, 50))], **GREEDY)
+    check_alike(expected, runtime.load(eager, device="sim").generate(QUESTION, [picture((70, 50))], **GREEDY), ROUNDING)

@@ -1,0 +1,82 @@
+"""The table of Ascend operators by graph, made from configs alone."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from staticvl.runtime.artifact import ArtifactError
+from staticvl.runtime.ascend import torchair_host
+from staticvl.tools import ascend_coverage
+from staticvl.tools.ascend_coverage import Covered, definitions, main, markdown
+
+from .tiny_families import GOLDEN_QWEN
+
+try:
+    torchair_host.wheel_folder()
+except ArtifactError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+MLLAMA = Path(__file__).parent.parent / "tools" / "assets" / "tiny_mllama"
+
+
+def test_every_graph_of_a_config_becomes_a_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ascend_coverage, "PREFILL", (8,))
+    monkeypatch.setattr(ascend_coverage, "DECODE", (2,))
+    config = tmp_path / "only-a-config"
+    config.mkdir()
+    shutil.copy(GOLDEN_QWEN / "config.json", config)
+    assert main([str(config), "--markdown", str(tmp_path / "table.md")]) == 0
+    lines = (tmp_path / "table.md").read_text().splitlines()
+    assert lines[0].startswith(f"Made with torch_npu {torchair_host.VERSION}, float16")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
+    assert [row[:2] for row in rows] == [["only-a-config", name] for name in ("vision-1", "prefill-8", "decode-2")]
+    for _, name, nodes, types, _ in rows:
+        counts = {part.rpartition(" ")[0]: int(part.rpartition(" ")[2]) for part in types.split(", ")}
+        assert int(nodes) == sum(counts.values())
+        assert ("Scatter" in counts) == (name != "vision-1")
+        assert counts["FusedInferAttentionScore"] == (3 if name == "vision-1" else 2)
+        assert "Data" not in counts
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said] == ["vision-1", "prefill-8", "decode-2"]
+
+
+def test_the_graphs_of_a_model_with_cross_attention() -> None:
+    config = ascend_coverage._config(str(MLLAMA))
+    names = {graph.name for graph in definitions(config, "float16")}
+    text = {
+        f"{kind}{images}"
+        for kind in ("prefill-1", "prefill-64", "decode-1", "decode-4")
+        for images in ("", "-images-1", "-images-4")
+    }
+    assert names == {"vision-4", *text}
+
+
+def test_a_known_model_needs_no_folder() -> None:
+    assert ascend_coverage._config("llava-1.5-13b-hf").text.hidden_size == 5120
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and str(tmp_path) in error
+
+
+def test_a_graph_that_does_not_pass_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> None:
+        raise NotImplementedError("no converter")
+
+    monkeypatch.setattr(ascend_coverage, "emit", broken)
+    with pytest.raises(NotImplementedError) as caught:
+        main([str(GOLDEN_QWEN)])
+    assert caught.value.__notes__ == ["while compiling vision-1 of checkpoint"]
+
+
+def test_the_table() -> None:
+    row = Covered("m", "decode-1", {"MatMul": 3, "Add": 1}, 1.25)
+    assert row.nodes == 4
+    assert markdown([row], "bfloat16").splitlines()[-1] == "| m | decode-1 | 4 | MatMul 3, Add 1 | 1.2 |"

@@ -1,0 +1,408 @@
+"""Lowering to Ascend operators: every op by itself against its definition, and the graphs of the tiny models.
+
+Both run on the simulator: what torchair made is computed in float32, which has to give what the definition gives, and in
+the graph's own dtype, which may round.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from torch import Tensor
+
+from staticvl.compiler import lower_ascend
+from staticvl.compiler.emit_ascend import EmitError, Emitted, emit
+from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.plan import Buckets, Options, make_plan
+from staticvl.model_defs import ops
+from staticvl.model_defs.config import read_config
+from staticvl.runtime.artifact import CROSS_HIDDEN, ArtifactError, ImageFacts
+from staticvl.runtime.ascend import ge_graph, torchair_host
+from staticvl.runtime.ascend.weights import to_signed
+from staticvl.weights.quantize import quantize_w8
+
+from .conftest import EMBEDDED, REPO
+from .ge_graphs import lower
+from .tiny_families import GOLDEN_QWEN
+
+try:
+    torchair_host.wheel_folder()
+except ArtifactError as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+LLAVA, LLAVA_NEXT, MLLAMA = EMBEDDED, EMBEDDED.with_name("tiny_llava16"), EMBEDDED.with_name("tiny_mllama")
+EXACT, ROUNDED = 1e-5, 1e-2
+
+
+def relative(result: Tensor, expected: Tensor) -> float:
+    return float((result.double() - expected.double()).abs().max() / expected.double().abs().max().clamp(min=1e-9))
+
+
+# --- One op at a time ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """`call` gets an op, its definition or its lowering, and the tensors."""
+
+    op: str
+    tensors: tuple[Tensor, ...]
+    call: Callable[..., Any]
+
+
+def case(op: str, *tensors: Tensor, then: tuple[Any, ...] = ()) -> Case:
+    return Case(op, tensors, lambda f, *given: f(*given, *then))
+
+
+@functools.cache
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_generator()).half()
+
+
+def ints(*values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def cached(rows: int, tokens: int, *lengths: int, room: int = 12) -> Case:
+    """Rows behind the length are what an earlier sequence left."""
+    heads, kv_heads, d = 4, 2, 16
+    caches = [rand(rows, kv_heads, room, d) for _ in "kv"]
+    for row, length in enumerate(lengths):
+        for each in caches:
+            each[row, :, length:] = 100
+    q, k, v = rand(rows, tokens, heads * d), rand(rows, tokens, kv_heads * d), rand(rows, tokens, kv_heads * d)
+    return case("cached_attention", q, k, v, *caches, ints(*lengths), then=(heads,))
+
+
+def crossed(tokens: int, images: int) -> Case:
+    """Two tiles a picture of three keys each; the first token of a row sees nothing, the last everything."""
+    q, keys = rand(2, tokens, 64), [rand(2, 2, 6, 16) for _ in range(2 * images)]
+    mask = torch.where(torch.rand((2, tokens, 2 * images), generator=_generator()) < 0.5, 0.0, CROSS_HIDDEN)
+    mask[:, -1], mask[:, 0, 0] = 0, 0
+    mask[0, 0] = CROSS_HIDDEN
+
+    def call(op: Callable[..., Any], q: Tensor, mask: Tensor, *keys: Tensor) -> Tensor:
+        return op(q, list(keys[:images]), list(keys[images:]), mask, 4)
+
+    return Case("cross_attention", (q, mask, *keys), call)
+
+
+def quantised(columns: int, block: int, *, bias: bool) -> Case:
+    qweight, scales = quantize_w8(rand(6, columns).float(), block)
+    given = (rand(2, 3, columns), qweight, scales.half(), *([rand(6)] if bias else []))
+    return Case("linear_w8", given, lambda f, x, q, s, b=None: f(x, q, s, b))
+
+
+def rotary(b: int, t: int, d: int) -> tuple[Tensor, Tensor]:
+    cos, sin = rand(b, t, d // 2), rand(b, t, d // 2)
+    return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "linear": lambda: case("linear", rand(2, 3, 10), rand(6, 10), rand(6)),
+    "linear, no bias": lambda: case("linear", rand(4, 10), rand(6, 10), then=(None,)),
+    "linear_w8": lambda: quantised(64, 32, bias=True),
+    "linear_w8, one block": lambda: quantised(32, 32, bias=False),
+    "linear_w8, last block not full": lambda: quantised(40, 32, bias=False),
+    "rms_norm": lambda: case("rms_norm", rand(2, 3, 10), rand(10), then=(1e-5,)),
+    "rms_norm of heads": lambda: case("rms_norm", rand(2, 3, 4, 10), rand(10), then=(1e-2,)),
+    "layer_norm": lambda: case("layer_norm", rand(2, 3, 10), rand(10), rand(10), then=(1e-5,)),
+    "silu_mul": lambda: case("silu_mul", rand(2, 3, 10), rand(2, 3, 10)),
+    "gelu": lambda: case("gelu", 3 * rand(40, 10)),
+    "quick_gelu": lambda: case("quick_gelu", 3 * rand(40, 10)),
+    "embed": lambda: case("embed", ints([3, 0, 4]), rand(5, 8)),
+    "merge_rows": lambda: case("merge_rows", rand(1, 4, 8), rand(3, 8), ints([-1, 2, 0, -1])),
+    "take_token": lambda: case("take_token", rand(1, 4, 8), ints(2)),
+    "take_token of rows": lambda: case("take_token", rand(3, 4, 8), ints(2, 0, 3)),
+    "rope": lambda: case("rope", rand(2, 3, 4 * 16), *rotary(2, 3, 16)),
+    "cached_attention, decode": lambda: cached(3, 1, 0, 5, 11),
+    "cached_attention, prefill": lambda: cached(1, 4, 5),
+    "cached_attention, first chunk": lambda: cached(1, 4, 0),
+    "cached_attention, prefill of 1": lambda: cached(1, 1, 3),
+    "cached_attention, full": lambda: cached(1, 4, 8),
+    "attention": lambda: case("attention", rand(2, 5, 64), rand(2, 7, 64), rand(2, 7, 64), then=(4,)),
+    "attention, odd head": lambda: case("attention", rand(1, 5, 26), rand(1, 5, 26), rand(1, 5, 26), then=(2,)),
+    "padded_attention": lambda: case(
+        "padded_attention", rand(1, 6, 64), rand(1, 6, 64), rand(1, 6, 64), torch.tensor([[0.0, 0, 1, 0, 1, 1]]), then=(4,)
+    ),
+    "padded_attention, odd head": lambda: case(
+        "padded_attention", rand(1, 4, 20), rand(1, 4, 20), rand(1, 4, 20), torch.tensor([[0.0, 1, 1, 0]]), then=(2,)
+    ),
+    "cross_attention, 1 picture": lambda: crossed(3, 1),
+    "cross_attention, 2 pictures": lambda: crossed(3, 2),
+    "cross_attention, decode": lambda: crossed(1, 2),
+    "mask_tiles": lambda: case("mask_tiles", rand(4, 3, 2), ints(3)),
+    "tile_padding": lambda: case("tile_padding", ints(2), then=(4, 5, 8)),
+    "pad_rows": lambda: case("pad_rows", rand(2, 3, 4), then=(8,)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_lowering_computes_what_its_op_is_defined_as(name: str) -> None:
+    subject = CASES[name]()
+    given = [to_signed(each) if each.dtype == torch.uint8 else each for each in subject.tensors]
+    lowered = lower(lambda *tensors: subject.call(getattr(lower_ascend, subject.op), *tensors), *given)
+    wide = [each.float() if each.dtype == torch.float16 else each for each in subject.tensors]
+    expected = subject.call(getattr(ops, subject.op), *wide)
+    expected = expected if isinstance(expected, tuple) else (expected,)
+    for result, rounded, reference in zip(lowered.run(wide=True), lowered.run(), expected, strict=True):
+        assert result.shape == reference.shape
+        assert relative(result, reference) <= EXACT
+        assert relative(rounded, reference) <= ROUNDED
+
+
+def test_a_head_of_many_features_is_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lower_ascend, "MOST_W8_FEATURES", 4)
+    test_a_lowering_computes_what_its_op_is_defined_as("linear_w8")
+
+
+def test_every_op_has_a_lowering_and_every_lowering_an_op() -> None:
+    table = {str(op).removesuffix(".default").replace(".", "::") for op in lower_ascend.lowerings()}
+    vocabulary = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{ops.NAMESPACE}::")}
+    assert table == vocabulary
+    assert {subject().op for subject in CASES.values()} == {name.split("::")[1] for name in vocabulary}
+
+
+# --- Whole graphs ---------------------------------------------------------------------------------------------------------
+
+
+def definitions(checkpoint: Path, *, quant: str = "none", context: int = 64, slots: int = 2) -> Iterator[GraphDef]:
+    config = read_config(checkpoint)
+    images = (1,) if config.text.cross_layers else None
+    buckets = Buckets(prefill=(1, 8), decode=(2, slots) if slots > 2 else (2,), images=images, context=context, slots=slots)
+    options = Options(checkpoint=checkpoint, out=Path(), buckets=buckets)
+    plan = make_plan(config, options)
+    third = (0.3, 0.4, 0.5)
+    image = ImageFacts(mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=third, std=third)
+    for kind, bucket, variant in plan.graphs:
+        yield define_graph(config, image, plan.cache, quant, kind, bucket, variant)
+
+
+@functools.cache
+def definition(checkpoint: Path, name: str, **settings: Any) -> GraphDef:
+    return next(each for each in definitions(checkpoint, **settings) if each.name == name)
+
+
+@functools.cache
+def emitted(checkpoint: Path, name: str, **settings: Any) -> Emitted:
+    return emit(definition(checkpoint, name, **settings), "float16")
+
+
+GRAPHS = [
+    (LLAVA, "vision-1"),
+    (LLAVA, "decode-2"),
+    (MLLAMA, "vision-4"),
+    (MLLAMA, "prefill-8-images-1"),
+    (GOLDEN_QWEN, "vision-1"),
+    (GOLDEN_QWEN, "prefill-8"),
+    (GOLDEN_QWEN, "prefill-1"),
+]
+each_graph = pytest.mark.parametrize(
+    ("checkpoint", "name"), GRAPHS, ids=[f"{(c.parent if c == GOLDEN_QWEN else c).name} {n}" for c, n in GRAPHS]
+)
+
+
+def opened(data: bytes, folder: Path) -> Any:
+    """torchair's own view of a cache file."""
+    from torchair.inference._cache_compiler import CompiledModel
+
+    path = folder / "compiled_module"
+    path.write_bytes(data)
+    path.chmod(0o600)
+    return CompiledModel.load(str(path))
+
+
+def weights_of(graph: GraphDef) -> dict[str, Tensor]:
+    """Values for the parameters that are weights, of a size that keeps activations near 1."""
+    torch.manual_seed(2)
+    shapes = {name: each.shape for name, each in graph.module.named_parameters() if name not in graph.constants}
+    made = {name: torch.randn(shape) / max(1, shape[-1]) ** 0.5 for name, shape in shapes.items()}
+    return {name: (value + 1 if "norm.weight" in name else value).half() for name, value in made.items()}
+
+
+NUMBERS = {"token_ids": 7, "row_index": 0, "lengths": 5, "last_index": 0, "tile_count": 2, "aspect_id": 3}
+
+
+def feed_of(graph: GraphDef) -> dict[str, Tensor]:
+    """Values for the inputs, each in its range."""
+    torch.manual_seed(3)
+    feed = {}
+    for spec in graph.inputs:
+        if spec.dtype == "uint8":
+            feed[spec.name] = torch.randint(0, 256, spec.shape, dtype=torch.uint8)
+        elif spec.dtype == "int32":
+            feed[spec.name] = torch.full(spec.shape, NUMBERS[spec.name], dtype=torch.int32)
+        else:
+            feed[spec.name] = torch.randn(spec.shape).half().float()
+    if "cross_mask" in feed:
+        feed["cross_mask"] = torch.where(feed["cross_mask"] < 0, 0.0, CROSS_HIDDEN)
+    for name in {"rope_cos", "rope_sin"} & feed.keys():
+        half = feed[name].shape[-1] // 2
+        feed[name][..., half:] = feed[name][..., :half]
+    return feed
+
+
+def eagerly(graph: GraphDef, weights: Mapping[str, Tensor], feed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The definition's outputs by name, in float32. The module is left without values, as it was."""
+    state = {name: value.float() for name, value in weights.items()}
+    state |= {name: torch.from_numpy(value) for name, value in graph.constants.items()}
+    with torch.no_grad():
+        result = torch.func.functional_call(graph.module, state, tuple(feed.values()), strict=True)
+    result = result if isinstance(result, tuple) else (result,)
+    return dict(zip((spec.name for spec in graph.outputs), result, strict=True))
+
+
+RUNTIME = """
+import functools, sys
+sys.modules["staticvl.compiler"] = sys.modules["staticvl.model_defs"] = None
+import torch
+from staticvl.runtime.ascend import torchair_host
+from staticvl.runtime.ascend.simulator import Simulator
+host = torchair_host.load()
+from torchair.inference._cache_compiler import CompiledModel
+for path in sys.argv[1:]:
+    kernel = CompiledModel.load(path + "/compiled_module").rebase(None)
+    tensors = torch.load(path + "/tensors")
+    with host.running_on(functools.partial(Simulator, wide=True)):
+        result = kernel(None, *tensors)
+    torch.save((result, tensors), path + "/results")
+"""
+
+
+def test_graphs_run_without_the_definitions(tmp_path: Path) -> None:
+    folders = []
+    for number, (checkpoint, name) in enumerate(GRAPHS):
+        graph, compiled = definition(checkpoint, name), emitted(checkpoint, name)
+        folders.append(tmp_path / str(number))
+        folders[-1].mkdir()
+        opened(compiled.data, folders[-1])
+        weights, feed = weights_of(graph), feed_of(graph)
+        constants = [torch.from_numpy(graph.constants[each]) for each in compiled.constants]
+        places = [torch.zeros(spec.shape) for spec in graph.outputs if spec.name in compiled.outputs_in_place]
+        torch.save(
+            [*(weights[each] for each in compiled.weights), *constants, *feed.values(), *places], folders[-1] / "tensors"
+        )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", RUNTIME, *map(str, folders)], check=True, cwd=tmp_path)
+    for folder, (checkpoint, name) in zip(folders, GRAPHS, strict=True):
+        graph, compiled = definition(checkpoint, name), emitted(checkpoint, name)
+        expected = eagerly(graph, weights_of(graph), feed_of(graph))
+        result, tensors = torch.load(folder / "results")
+        names = [*compiled.weights, *compiled.constants, *(spec.name for spec in graph.inputs), *compiled.outputs_in_place]
+        after = dict(zip(names, tensors, strict=True))
+        for output, reference in expected.items():
+            found = after.get(output.removesuffix(".out"), result)
+            assert found is not None and found.dtype == torch.float32
+            assert relative(found, reference) <= EXACT, f"{graph.name}: {output}"
+
+
+@each_graph
+def test_kernels_take_weights_constants_and_inputs(checkpoint: Path, name: str, tmp_path: Path) -> None:
+    graph, compiled = definition(checkpoint, name), emitted(checkpoint, name)
+    parameters = [each for each, _ in graph.module.named_parameters()]
+    assert sorted([*compiled.weights, *compiled.constants]) == sorted(parameters)
+    assert set(compiled.constants) == graph.constants.keys()
+    model = opened(compiled.data, tmp_path)
+    assert compiled.name == name.replace("-", "_")
+    assert model.meta.name == f"{compiled.name}(*tensors)"
+    # Weights never move, anything else may.
+    options = dict(re.findall(r'local_compile_options\["(.+?)"\] = "(.*?)"', model.compiled_fx.py_code))
+    frozen = options["frozenInput"].split(",")
+    assert frozen.count("1") == len(compiled.weights)
+    assert frozen.count("0") == len(compiled.constants) + len(graph.inputs) + len(compiled.outputs_in_place)
+    assert (options["ge.tiling_schedule_optimize"], options["ge.topoSortingMode"]) == ("1", "3")
+    assert options["ge.graph_key"] == ge_graph.parse(compiled.graph).name
+    # Nothing tells where it was made.
+    for place in (REPO, Path.home(), Path("/tmp")):
+        assert str(place).encode() not in compiled.data
+
+
+@each_graph
+def test_graphs_hold_nothing_that_a_step_or_a_model_decides(checkpoint: Path, name: str) -> None:
+    graph, parsed = definition(checkpoint, name), ge_graph.parse(emitted(checkpoint, name).graph)
+    assert _placements(emitted(checkpoint, name).graph) == {"NPU"}
+    assert max(len(each.data) for each in parsed.constants().values()) <= 128
+    if graph.kind == "vision":
+        return
+    assert parsed.types()["Scatter"] == sum(spec.name.endswith(".out") for spec in graph.outputs)
+    assert not {"TensorMove", "Assign"} & parsed.types().keys()
+    # The causal mask is made once, whatever the number of layers.
+    assert parsed.types().get("Range", 0) == (1 if graph.bucket > 1 and graph.kind == "prefill" else 0)
+
+
+def _placements(serialized: bytes) -> set[str]:
+    from torchair._ge_concrete_graph.ge_ir_pb2 import ModelDef
+
+    model = ModelDef()
+    model.ParseFromString(serialized)
+    return {op.output_desc[0].device_type for op in model.graph[0].op if op.type == "Data"}
+
+
+@pytest.mark.parametrize("name", ["prefill-8", "decode-2"])
+def test_constants_do_not_depend_on_context_or_slots(name: str) -> None:
+    """Every length, position and slot lies within a cache, and graphs of different caches hold the same constants."""
+    found = [
+        ge_graph.parse(emitted(GOLDEN_QWEN, name, **settings).graph).constants()
+        for settings in ({}, {"context": 40, "slots": 3})
+    ]
+    assert found[0] == found[1]
+
+
+def test_the_same_definition_gives_the_same_bytes() -> None:
+    first = emitted(GOLDEN_QWEN, "decode-2")
+    again = emit(next(each for each in definitions(GOLDEN_QWEN) if each.name == "decode-2"), "float16")
+    assert again == first
+    other = emitted(GOLDEN_QWEN, "decode-2", context=40, slots=3)
+    assert ge_graph.parse(first.graph).name != ge_graph.parse(other.graph).name
+
+
+def test_weights_in_8_bits_are_taken_as_they_lie() -> None:
+    compiled = emitted(GOLDEN_QWEN, "decode-2", quant="w8a16")
+    parsed = ge_graph.parse(compiled.graph)
+    eights = [node for node in parsed.inputs if node.outputs[0].dtype == "int8"]
+    assert len(eights) == parsed.types()["WeightQuantBatchMatmulV2"] == sum(n.endswith(".qweight") for n in compiled.weights)
+    # Seen as a matrix, then transposed for an operator that reads it either way: no other node touches a weight.
+    for node in eights:
+        seen = node
+        for expected in ("Reshape", "Transpose", "WeightQuantBatchMatmulV2"):
+            (seen,) = parsed.readers(ge_graph.Source(seen.name, 0))
+            assert seen.type == expected
+
+
+def test_another_dtype_is_refused() -> None:
+    with pytest.raises(EmitError, match="dtype 'float32' cannot be compiled for Ascend; use one of float16, bfloat16"):
+        emit(definition(GOLDEN_QWEN, "decode-2"), "float32")
+
+
+def test_heads_that_attention_cannot_take_are_refused() -> None:
+    graph = definition(GOLDEN_QWEN, "decode-2")
+    caches = tuple(msgspec.structs.replace(spec, shape=(*spec.shape[:-1], 20)) for spec in graph.inputs[-2:])
+    with pytest.raises(EmitError, match=r"decode-2: a head of 20 elements cannot .* takes multiples of 16"):
+        emit(replace(graph, inputs=(*graph.inputs[:-2], *caches)), "float16")
+
+
+def test_bfloat16() -> None:
+    compiled = emit(definition(GOLDEN_QWEN, "decode-2"), "bfloat16")
+    dtypes = {node.outputs[0].dtype for node in ge_graph.parse(compiled.graph).inputs}
+    assert dtypes == {"bfloat16", "float32", "int32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("checkpoint", [LLAVA, LLAVA_NEXT, MLLAMA, GOLDEN_QWEN])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_every_graph_of_the_tiny_models(checkpoint: Path, dtype: str) -> None:
+    for graph in definitions(checkpoint):
+        assert emit(graph, dtype).graph
