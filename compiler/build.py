@@ -160,7 +160,7 @@ def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
     from ..runtime.ascend.kernel import ascend_facts
 
     torchair_host.load()
-    return ascend_facts(torchair_host.VERSION, torchair_host.SOC)
+    return ascend_facts(torchair_host.VERSION, job.options.soc)
 
 
 def _kept_options(job: _Job) -> dict[str, str]:

@@ -90,7 +90,7 @@ class GraphKeys:
         backend = options.backend
         versions = [importlib.metadata.version(name) for name in _PACKAGES[backend]]
         if backend == "ascend":
-            versions += [torchair_host.VERSION, torchair_host.SOC, *platform.python_version_tuple()[:2]]
+            versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
         code = _code((*_GRAPH_CODE, *_BACKEND_CODE[backend]))
         self.eager = options.eager
         self.common = (weights, asdict(config), options.quant, backend, versions, code)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from ..model_defs.config import ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
+from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
 from ..weights.shard import rank_shape
 from ..weights.stored import stored_parts, stored_targets
@@ -111,6 +112,7 @@ class Options:
     text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelFacts
     dtype: str = ""  # of weights, cache and arithmetic; "": the backend's default
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
+    soc: str = SOCS[0]  # Ascend: family of chips
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -124,6 +126,8 @@ class Options:
             raise PlanError(
                 f"dtype {self.dtype!r} is not available for {self.backend}; available: {', '.join(DTYPES[self.backend])}"
             )
+        if self.soc not in SOCS:
+            raise PlanError(f"soc {self.soc!r} is unknown; expected one of {', '.join(SOCS)}")
         if unknown := set(self.eager) - set(KINDS):
             raise PlanError(f"eager names {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
         if self.eager and self.quant != "none":

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ pytestmark = need_torchair()
 
 BUCKETS = Buckets(prefill=(16,), decode=(2,), context=448, slots=2)
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True, "return_logits": True}
+SHAPES = Path(__file__).parent.parent / "tools" / "assets" / "shapes.png"
 ROUNDING = 2e-2  # float16 keeps 11 bits
 
 
@@ -164,6 +166,15 @@ def test_one_wrong_byte_is_refused(copy: Path) -> None:
         run(copy)
 
 
+def test_other_weights_are_refused(copy: Path) -> None:
+    path = next((copy / "weights").iterdir())
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ArtifactError, match="not the file that the manifest describes"):
+        run(copy)
+
+
 def test_a_wrong_shape_is_refused(pairs: dict[str, Pair]) -> None:
     """A feed of another shape, and weights of another one."""
     model = runtime.load(pairs["llava"].ascend, device="sim")
@@ -188,6 +199,34 @@ def test_what_is_missing_is_named(pairs: dict[str, Pair], monkeypatch: pytest.Mo
     monkeypatch.setenv(torchair_host.VARIABLE, str(tmp_path))
     with pytest.raises(ArtifactError, match=r"torchair was not found in .*; run `make ascend-sim`"):
         torchair_host.wheel_folder()
+
+
+def test_which_part_of_a_card_is_missing(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """CANN: torch_npu does not find its libraries. Cards: it finds fewer than were asked for. Chip: of another family."""
+    artifact = pairs["llava"].ascend
+    (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ArtifactError, match=r"libhccl.so.*CANN was not found; install the CANN toolkit"):
+        runtime.load(artifact, device="npu")
+    npu = SimpleNamespace(device_count=lambda: 1, set_device=lambda _: None, get_device_name=lambda _: "Ascend310P3")
+    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=npu))
+    with pytest.raises(ArtifactError, match=r"device npu:1 was asked for, but 1 Ascend cards are visible"):
+        runtime.load(artifact, device="npu:1")
+    with pytest.raises(ArtifactError, match=r"compiled for soc Ascend910B \(here Ascend310P\)"):
+        runtime.load(artifact, device="npu")
+
+
+def test_quantised_weights(pairs: dict[str, Pair], tmp_path: Path) -> None:
+    """8 bits: the weights go in signed, and the certificate is as strict as for others."""
+    out = tmp_path / "artifact"
+    buckets = Buckets(prefill=(16,), decode=(1,), context=448, slots=1)
+    build(Options(checkpoint=CHECKPOINTS["llava"], out=out, buckets=buckets, backend="ascend", quant="w8a16"))
+    manifest = read_manifest(out)
+    assert {spec.dtype for spec in manifest.weights.values()} == {"float16", "uint8"}
+    assert all(graph.certificate and graph.certificate.worst <= 1e-4 for graph in manifest.graphs)
+    expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [SHAPES], max_new_tokens=24, temperature=0.0)
+    found = runtime.load(out, device="sim").generate(QUESTION, [SHAPES], max_new_tokens=24, temperature=0.0)
+    assert found.text == expected.text
 
 
 def test_eager_graphs_answer_alike(pairs: dict[str, Pair], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
+from staticvl.runtime.artifact import read_manifest
+from staticvl.tools import ascend_acceptance
 
 from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair, need_torchair
 from .parity import picture
@@ -57,3 +60,16 @@ def test_bfloat16(family: str, tmp_path: Path) -> None:
     shapes = Path(__file__).parent.parent / "tools" / "assets" / "shapes.png"
     settings = {**GREEDY, "max_new_tokens": 24, "ignore_eos": False}
     check_alike(*(model.generate(QUESTION, [shapes], **settings) for model in pair.load()), ROUNDING["bfloat16"])
+
+
+def test_acceptance(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
+    """The command for owners of a card, with the simulator for a card: it agrees with itself, and a bound that nothing meets
+    is an exit status."""
+    arguments = [str(pair.ascend), "--device", "sim", "--json"]
+    assert ascend_acceptance.main(arguments) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert [each["graph"] for each in told["graphs"]] == [graph.name for graph in read_manifest(pair.ascend).graphs]
+    assert all(each["distance"] == 0 and each["same_choice"] == 1 for each in told["graphs"])
+    assert told["device"]["token_ids"] == told["simulator"]["token_ids"]
+    assert told["device"]["ttft_ms"] > told["device"]["tpot_ms"] > 0
+    assert ascend_acceptance.main([*arguments, "--tolerance", "-1"]) == 1

@@ -206,9 +206,7 @@ def test_damaged_files_are_built_again(checkpoint: Path, artifact: Path, traces:
 def test_other_schema_version_is_refused(artifact: Path) -> None:
     manifest = json.loads((artifact / "manifest.json").read_text())
     (artifact / "manifest.json").write_text(json.dumps({**manifest, "schema_version": SCHEMA_VERSION + 1, "new": 1}))
-    with pytest.raises(
-        ArtifactError, match=f"version {SCHEMA_VERSION + 1}, .* reads version {SCHEMA_VERSION}; compile"
-    ):
+    with pytest.raises(ArtifactError, match=f"version {SCHEMA_VERSION + 1}, .* reads version {SCHEMA_VERSION}; compile"):
         runtime.load(artifact)
 
 

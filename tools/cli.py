@@ -85,6 +85,7 @@ def _add_compile(commands) -> None:
         help="of weights, cache and arithmetic; default: float32 for onnx, float16 for ascend",
     )
     parser.add_argument("--eager", metavar="KINDS", help="ascend: graph kinds to run op by op, e.g. prefill or vision,prefill")
+    parser.add_argument("--soc", choices=("Ascend910B", "Ascend310P"), help="ascend: family of chips; default: Ascend910B")
     parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks; default: 1")
     parser.add_argument("--context", type=int, metavar="N", help="tokens that a prompt and its answer may take together")
     parser.add_argument("--slots", type=int, metavar="N", help="sequences that the cache holds at once")

@@ -22,6 +22,7 @@ CONFIG_KEYS = (
     "quant",
     "dtype",
     "eager",
+    "soc",
     "tp",
     "context",
     "slots",
@@ -64,7 +65,7 @@ def read_options(args: argparse.Namespace) -> Options:
         buckets=_buckets(given),
         ignore_config_keys=tuple(keys.split(",") if isinstance(keys, str) else keys),
     )
-    simple = {name: given[name] for name in ("backend", "quant", "dtype", "tp", "text_before_image") if name in given}
+    simple = {name: given[name] for name in ("backend", "quant", "dtype", "soc", "tp", "text_before_image") if name in given}
     if "eager" in given:
         kinds = given["eager"]
         simple["eager"] = tuple(kinds.split(",") if isinstance(kinds, str) else kinds)

@@ -28,12 +28,17 @@ from ..artifact import ArtifactError
 
 VERSION = "2.13.0"  # of torch_npu; it has to be that of torch
 VARIABLE = "STATICVL_TORCH_NPU"
-SOC = "Ascend910B"
+SOCS = ("Ascend910B", "Ascend310P")  # families of chips; the first is the default
 _EXTENSION = "torchair.core._torchair"
 
 # (inputs, tensors that outputs are to be written into or None) -> outputs
 Execute = Callable[[Sequence[Any], Sequence[Any]], list[Any]]
 Executor = Callable[[bytes], Execute]  # a serialised GE ModelDef -> what runs it
+
+
+def family(name: str) -> str:
+    """The family of a chip by its full name, e.g. Ascend910B of Ascend910B2; the name itself where it is none of SOCS."""
+    return next((each for each in SOCS if name.startswith(each)), name)
 
 
 def default_folder() -> Path:
@@ -212,7 +217,7 @@ class _Graph:
 
 def _extension() -> types.ModuleType:
     """A stand-in for torchair's C++ extension."""
-    module = _module(_EXTENSION, TorchNpuGraphBase=_Graph, GetSocName=lambda: SOC)
+    module = _module(_EXTENSION, TorchNpuGraphBase=_Graph, GetSocName=lambda: SOCS[0])
     for name in ("InitializeGraphEngine", "FinalizeGraphEngine", "InitDeviceStdoutChannel", "SetDebugLogPath"):
         setattr(module, name, _nothing)
     module.__dict__["check_cann_compat"] = lambda *_, **__: ""  # everything is supported

@@ -8,6 +8,7 @@ float32. Weights are read once, when the first graph that needs them is opened.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import tempfile
 from collections.abc import Callable, Mapping
@@ -21,11 +22,13 @@ from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, 
 from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
 from ..ascend.weights import map_weight, to_signed
+from ..files import sha256_file
 from .base import cache_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+log = logging.getLogger(__name__)
 Context = Callable[[], contextlib.AbstractContextManager[None]]
 
 
@@ -182,8 +185,19 @@ def open_ascend(folder: Path, manifest: Manifest, device: str) -> AscendBackend:
     else:
         where, soc = _card(device)
     check_facts(folder, manifest.ascend, ascend_facts(torchair_host.VERSION, soc))
+    _check_weights(folder, manifest)
     keep = None if device == "sim" else _keep(folder, soc)
     return AscendBackend(folder, manifest.cache, manifest.weights, manifest.files, where, keep)
+
+
+def _check_weights(folder: Path, manifest: Manifest) -> None:
+    """Every weight file against its digest: a card reads them whole anyway, and nothing in a graph would tell."""
+    for name in sorted({weight.file for weight in manifest.weights.values()}):
+        log.info("checking %s", name)
+        if sha256_file(folder / name) != manifest.files[name].sha256:
+            raise ArtifactError(
+                f"{folder / name} is not the file that the manifest describes; compile or fetch the artifact again"
+            )
 
 
 def _card(device: str) -> tuple[Device, str]:
@@ -210,7 +224,7 @@ def _card(device: str) -> tuple[Device, str]:
         )
     torch.set_default_device("cpu")
     npu.set_device(index)
-    return Device(f"npu:{index}"), npu.get_device_name(index)
+    return Device(f"npu:{index}"), torchair_host.family(npu.get_device_name(index))
 
 
 def _keep(folder: Path, soc: str) -> Path:
