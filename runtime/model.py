@@ -26,8 +26,9 @@ Images = SequenceOf[ImageSource] | ImageSource | None
 def load(artifact: str | Path, *, device: str = "cpu", tp: int | None = None, threads: int | None = None) -> Model:
     """Open an artifact for use.
 
-    device: "cpu" for ONNX artifacts. tp: the number of ranks, which must be what the artifact was compiled for (default).
-    threads: cores to compute with; default every core that this process may use.
+    device: "cpu" for ONNX artifacts; for Ascend ones "npu", "npu:1" (the second card), or "sim", which runs their graphs with
+    torch on a CPU. tp: the number of ranks, which must be what the artifact was compiled for (default).
+    threads: cores that ONNX Runtime computes with; default every core that this process may use.
     Raises ArtifactError for a missing, damaged or unsuitable artifact.
     """
     opened = open_artifact(artifact)
