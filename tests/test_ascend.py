@@ -20,6 +20,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, FileSpec, Manifest, read_manifest, write_manifest
 from staticvl.runtime.ascend import torchair_host
+from staticvl.tools.cli import main
 
 from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair, need_torchair
 from .parity import picture
@@ -229,10 +230,14 @@ def test_quantised_weights(pairs: dict[str, Pair], tmp_path: Path) -> None:
     assert found.text == expected.text
 
 
-def test_eager_graphs_answer_alike(pairs: dict[str, Pair], tmp_path: Path) -> None:
+def test_eager_graphs_answer_alike(pairs: dict[str, Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ("vision", "prefill", "decode")
     eager = compile_pair("llava", tmp_path, BUCKETS, eager=kinds).ascend
     manifest = read_manifest(eager)
     assert all(graph.eager and graph.file.endswith(".py") for graph in manifest.graphs)
+    main(["show", str(eager)])
+    shown = capsys.readouterr().out
+    assert shown.count("(eager)") == len(kinds)
+    assert f"Ascend910B, torch_npu {torchair_host.VERSION}, Python 3." in " ".join(shown.split())
     expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [picture((70, 50))], **GREEDY)
     check_alike(expected, runtime.load(eager, device="sim").generate(QUESTION, [picture((70, 50))], **GREEDY), ROUNDING)

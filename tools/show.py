@@ -32,6 +32,7 @@ def _facts(manifest: Manifest) -> Table:
         "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
         f"{cache.head_dim}, {cache.dtype}, {cache.nbytes / 1e6:.1f} MB",
         **_cross(manifest),
+        **_ascend(manifest),
         "made by": f"staticvl {manifest.build.staticvl}, torch {manifest.build.torch}, schema {manifest.schema_version}",
         "digest": manifest.digest[:16],
     }
@@ -65,6 +66,13 @@ def _cross(manifest: Manifest) -> dict[str, str]:
     }
 
 
+def _ascend(manifest: Manifest) -> dict[str, str]:
+    """What graphs for Ascend were made by and for."""
+    if (facts := manifest.ascend) is None:
+        return {}
+    return {"made for": f"{facts.soc}, torch_npu {facts.torch_npu}, Python {facts.python}, torchair cache {facts.cache_format}"}
+
+
 def _graphs(manifest: Manifest) -> Table:
     crossed = manifest.cache.cross is not None
     table = Table(title="graphs")
@@ -82,7 +90,13 @@ def _graphs(manifest: Manifest) -> Table:
         table.add_column(column, justify="left" if column == "kind" else "right")
     for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
         images = ("-" if graph.kind == "vision" else str(graph.images),) if crossed else ()
-        table.add_row(graph.kind, str(graph.bucket), *images, f"{graph.cost_ms:.2f}", *_checks(graph.certificate))
+        table.add_row(
+            graph.kind + (" (eager)" if graph.eager else ""),
+            str(graph.bucket),
+            *images,
+            f"{graph.cost_ms:.2f}",
+            *_checks(graph.certificate),
+        )
     return table
 
 
