@@ -203,7 +203,6 @@ def _check_weights(folder: Path, manifest: Manifest) -> None:
 def _card(device: str) -> tuple[Device, str]:
     """A card and the family of its chip."""
     try:
-        import torch
         import torch_npu  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         if "torch_npu" in str(error):
@@ -222,7 +221,6 @@ def _card(device: str) -> tuple[Device, str]:
             f"device {device} was asked for, but {count} Ascend cards are visible (ASCEND_RT_VISIBLE_DEVICES is {visible}); "
             "see `npu-smi info`"
         )
-    torch.set_default_device("cpu")
     npu.set_device(index)
     return Device(f"npu:{index}"), torchair_host.family(npu.get_device_name(index))
 
