@@ -3,9 +3,11 @@ PYTHON ?= $(shell command -v python3.11 || echo python3)
 VENV := .venv
 BIN := $(VENV)/bin
 
-# The real torchair comes out of this wheel; it is unpacked beside the environment, since torch would load it on import.
+# The real torchair comes out of this wheel: its Python files, whatever this machine is. It is unpacked beside the environment,
+# since torch would load it on import.
 TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
+export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
 .PHONY: demo demo-sim test test-slow ascend-sim lint types bench clean
 
@@ -24,7 +26,8 @@ test-slow: $(VENV)/.test ascend-sim
 ascend-sim: $(ASCEND_SIM)/torch_npu
 
 $(ASCEND_SIM)/torch_npu: | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --no-deps --target $(ASCEND_SIM) torch_npu==$(TORCH_NPU)
+	$(BIN)/pip install --quiet --no-deps --only-binary=:all: --platform manylinux_2_28_x86_64 --python-version 3.11 \
+		--target $(ASCEND_SIM) torch_npu==$(TORCH_NPU)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
