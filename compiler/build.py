@@ -164,12 +164,17 @@ def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
 
 
 def _kept_options(job: _Job) -> dict[str, str]:
-    cache = job.plan.cache
-    options = {"context": str(cache.context), "slots": str(cache.slots)}
-    if job.options.dtype:
-        options["dtype"] = job.options.dtype
+    """What a command that compiles the same again has to say; folders lie elsewhere on another machine."""
+    asked, cache = job.options, job.plan.cache
+    defaults = Options(checkpoint=asked.checkpoint, out=asked.out)
+    names = ("backend", "quant", "dtype", "soc", "tp")
+    options = {name: str(getattr(asked, name)) for name in names if getattr(asked, name) != getattr(defaults, name)}
+    if asked.eager:
+        options["eager"] = ",".join(asked.eager)
+    options |= {name: "FOLDER" for name in ("lora", "vision_tower") if getattr(asked, name)}
+    options |= {"context": str(cache.context), "slots": str(cache.slots)}
     if cross := cache.cross:
-        options |= {"images": str(cross.images), "text_before_image": job.options.text_before_image}
+        options |= {"images": str(cross.images), "text_before_image": asked.text_before_image}
     return options
 
 

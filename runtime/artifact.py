@@ -279,7 +279,7 @@ class BuildFacts(Record, frozen=True, kw_only=True):
 
     staticvl: str
     torch: str
-    options: dict[str, str]  # the command-line options that a recompilation needs
+    options: dict[str, str]  # command-line options that were given or derived; folders by the word for them
     key: str  # digest of everything that the weights and the settings were made from
     source: dict[str, SourceFile]
 
@@ -314,6 +314,13 @@ class Manifest(Record, frozen=True, kw_only=True):
     def buckets(self, kind: Kind) -> tuple[int, ...]:
         """Bucket sizes of one graph kind, ascending."""
         return tuple(sorted({graph.bucket for graph in self.graphs if graph.kind == kind}))
+
+    def recompilation(self, **changed: object) -> str:
+        """The command that compiles this artifact with some options changed; bucket lists are those of the default."""
+        options = {**self.build.options, **changed}
+        return " ".join(
+            ["staticvl compile CHECKPOINT --out ARTIFACT", *(f"--{k.replace('_', '-')} {v}" for k, v in options.items())]
+        )
 
     def graph(self, kind: Kind, bucket: int, images: int = 0) -> GraphSpec:
         return next(g for g in self.graphs if (g.kind, g.bucket, g.images) == (kind, bucket, images))

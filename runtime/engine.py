@@ -160,7 +160,7 @@ class Engine:
         if cross and len(prompt.frames) > cross.images:
             raise ContextError(
                 f"the prompt has {len(prompt.frames)} pictures, but the artifact holds {cross.images} for each sequence; give "
-                f"fewer, or compile a larger one: staticvl compile CHECKPOINT --out ARTIFACT --images {len(prompt.frames)}"
+                f"fewer, or compile a larger one: {self.manifest.recompilation(images=len(prompt.frames))}"
             )
         context = self.manifest.cache.context
         needed = prompt.length + max_new_tokens
@@ -168,8 +168,7 @@ class Engine:
             raise ContextError(
                 f"the prompt has {prompt.text_tokens} text tokens and {prompt.image_tokens} image tokens, and max_new_tokens "
                 f"is {max_new_tokens}: {needed} in all, but the artifact holds {context}; ask for less, or compile a larger "
-                "one: "
-                f"staticvl compile CHECKPOINT --out ARTIFACT --context {needed}"
+                f"one: {self.manifest.recompilation(context=needed)}"
             )
 
     def _costs(self) -> Costs:

@@ -224,6 +224,8 @@ def test_quantised_weights(pairs: dict[str, Pair], tmp_path: Path) -> None:
     build(Options(checkpoint=CHECKPOINTS["llava"], out=out, buckets=buckets, backend="ascend", quant="w8a16"))
     manifest = read_manifest(out)
     assert {spec.dtype for spec in manifest.weights.values()} == {"float16", "uint8"}
+    command = "staticvl compile CHECKPOINT --out ARTIFACT --backend ascend --quant w8a16 --context 900 --slots 1"
+    assert manifest.recompilation(context=900) == command
     assert all(graph.certificate and graph.certificate.worst <= 1e-4 for graph in manifest.graphs)
     expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [SHAPES], max_new_tokens=24, temperature=0.0)
     found = runtime.load(out, device="sim").generate(QUESTION, [SHAPES], max_new_tokens=24, temperature=0.0)

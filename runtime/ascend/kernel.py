@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..artifact import ArtifactError, AscendFacts, FileSpec
+from ..artifact import ArtifactError, AscendFacts, FileSpec, Manifest
 
 Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> the first output, None where it is in place
 _FILE = "compiled_module"
@@ -76,15 +76,16 @@ def ascend_facts(torch_npu: str, soc: str) -> AscendFacts:
     )
 
 
-def check_facts(folder: Path, recorded: AscendFacts, here: AscendFacts) -> None:
-    """Raise ArtifactError unless graphs that were compiled under `recorded` can be loaded here."""
+def check_facts(folder: Path, manifest: Manifest, here: AscendFacts) -> None:
+    """Raise ArtifactError unless graphs that were compiled under the manifest's facts can be loaded here."""
+    recorded = manifest.ascend
     differing = [
         f"{name} {getattr(recorded, name)} (here {getattr(here, name)})"
-        for name in recorded.__struct_fields__
+        for name in here.__struct_fields__
         if getattr(recorded, name) != getattr(here, name)
     ]
     if differing:
         raise ArtifactError(
             f"{folder} was compiled for {', '.join(differing)}, and compiled graphs cannot be moved between them; compile it "
-            "again here with `staticvl compile CHECKPOINT --backend ascend`"
+            f"again here: {manifest.recompilation()}"
         )

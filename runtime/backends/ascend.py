@@ -184,7 +184,7 @@ def open_ascend(folder: Path, manifest: Manifest, device: str) -> AscendBackend:
         where, soc = simulated(), manifest.ascend.soc
     else:
         where, soc = _card(device)
-    check_facts(folder, manifest.ascend, ascend_facts(torchair_host.VERSION, soc))
+    check_facts(folder, manifest, ascend_facts(torchair_host.VERSION, soc))
     _check_weights(folder, manifest)
     keep = None if device == "sim" else _keep(folder, soc)
     return AscendBackend(folder, manifest.cache, manifest.weights, manifest.files, where, keep)
