@@ -43,16 +43,27 @@ class GraphDef:
 
 
 def define_graph(
-    config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int
+    config: ModelConfig,
+    image: ImageFacts,
+    cache: CacheSpec,
+    quant: str,
+    kind: Kind,
+    bucket: int,
+    images: int,
+    ranks: int = 1,
 ) -> GraphDef:
-    """The definition of one graph, on the meta device."""
+    """The definition of one graph, on the meta device.
+
+    With several `ranks` it is what each of them runs, `cache` being the cache of one.
+    """
+    assert cache.kv_heads == config.text.rank_kv_heads(ranks), (cache.kv_heads, ranks)
     with torch.device("meta"):
         if kind == "vision":
-            return _vision(config, image, cache, bucket)
-        return _text(config, cache, quant, kind, bucket, images)
+            return _vision(config, image, cache, bucket, ranks)
+        return _text(config, cache, quant, kind, bucket, images, ranks)
 
 
-def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int) -> GraphDef:
+def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int, ranks: int) -> GraphDef:
     inputs = [TensorSpec(name="pixels", dtype="uint8", shape=(tiles, image.size, image.size, 3))]
     if cross := cache.cross:
         inputs += [_ints("tile_count", 1), _ints("aspect_id", 1)]
@@ -66,7 +77,7 @@ def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int
         kind="vision",
         bucket=tiles,
         images=0,
-        module=VISION_GRAPHS[config.family](config),
+        module=VISION_GRAPHS[config.family](config, ranks),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         constants={
@@ -76,7 +87,7 @@ def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int
     )
 
 
-def _text(config: ModelConfig, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int) -> GraphDef:
+def _text(config: ModelConfig, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int, ranks: int) -> GraphDef:
     text = config.text
     b, t = (1, bucket) if kind == "prefill" else (bucket, 1)
     inputs = [_ints("token_ids", b, t)]
@@ -99,7 +110,7 @@ def _text(config: ModelConfig, cache: CacheSpec, quant: str, kind: Kind, bucket:
         kind=kind,
         bucket=bucket,
         images=images,
-        module=TextGraph(text, quant, [spec.name for spec in inputs], images),
+        module=TextGraph(text, quant, [spec.name for spec in inputs], images, ranks),
         inputs=tuple(inputs),
         outputs=(_floats("logits", b, text.vocab_size), *map(_updated, caches)),
     )

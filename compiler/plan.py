@@ -12,8 +12,8 @@ from ..model_defs.config import ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
-from ..weights.shard import rank_shape
-from ..weights.stored import stored_parts, stored_targets
+from ..weights.shard import check_tp, rank_targets
+from ..weights.stored import stored_targets
 
 BACKENDS = ("onnx", "ascend")
 QUANTS = ("none", "w8a8", "w8a16", "w4a16")
@@ -155,7 +155,11 @@ class Plan:
 
 
 def make_plan(config: ModelConfig, options: Options) -> Plan:
-    """Graphs and cache for a model; raises PlanError where they do not fit each other."""
+    """Graphs and cache for a model, the cache being that of one rank.
+
+    Raises PlanError where they do not fit each other, and WeightsError where the model cannot be cut among `options.tp` ranks.
+    """
+    check_tp(config, options.tp)
     wanted = options.buckets
     text = config.text
     context = wanted.context or _default_context(config)
@@ -175,7 +179,7 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
     images = _image_buckets(config, wanted)
     cache = CacheSpec(
         layers=text.self_layers,
-        kv_heads=text.kv_heads,
+        kv_heads=text.rank_kv_heads(options.tp),
         head_dim=text.head_dim,
         slots=slots,
         context=context,
@@ -238,15 +242,13 @@ def forecast(config: ModelConfig, plan: Plan, options: Options) -> dict[str, int
     """
     quant, tp, dtype = options.quant, options.tp, options.stored_dtype
     whole = targets(config)
-    on_rank = {name: rank_shape(config, name, shape, tp) for name, shape in whole.items()}
-    stored = [part for name, shape in on_rank.items() for part in stored_parts(name, shape, quant, dtype).values()]
-    heads = max(1, plan.cache.kv_heads // tp)
+    on_rank = rank_targets(config, tp)
     return {
         "parameters": sum(map(math.prod, whole.values())),
         "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, dtype).values()),
-        "cache_bytes": plan.cache.nbytes,
+        "cache_bytes": plan.cache.nbytes // plan.cache.kv_heads * config.text.kv_heads,
         "rank_parameters": sum(map(math.prod, on_rank.values())),
-        "rank_weight_bytes": sum(tensor.nbytes for tensor in stored),
+        "rank_weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, dtype, tp).values()),
         "rank_bfloat16_bytes": 2 * sum(map(math.prod, on_rank.values())),
-        "rank_cache_bytes": plan.cache.nbytes // plan.cache.kv_heads * heads,
+        "rank_cache_bytes": plan.cache.nbytes,
     }

@@ -16,7 +16,7 @@ from .vit import Block, PatchEmbed
 class ClipTower(nn.Module):
     """Normalised pixels [N, size, size, 3] -> hidden states of the selected layer [N, P (+1), C]."""
 
-    def __init__(self, config: ClipConfig) -> None:
+    def __init__(self, config: ClipConfig, ranks: int = 1) -> None:
         super().__init__()
         width = config.hidden_size
         self.keep_class_token = config.keep_class_token
@@ -25,7 +25,14 @@ class ClipTower(nn.Module):
         self.positions = Table(config.patches + 1, width)
         self.pre_norm = LayerNorm(width, config.layer_norm_eps)
         self.layers = nn.ModuleList(
-            Block(width, config.heads, config.intermediate_size, eps=config.layer_norm_eps, activation=config.activation)
+            Block(
+                width,
+                config.heads,
+                config.intermediate_size,
+                eps=config.layer_norm_eps,
+                activation=config.activation,
+                ranks=ranks,
+            )
             for _ in range(config.used_layers)
         )
 

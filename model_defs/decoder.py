@@ -2,7 +2,7 @@
 a family has some, and the graph around it.
 
 B rows, T tokens, C hidden size, S cache rows, H query heads, K kv heads, D head dim, V vocabulary, X keys of a picture,
-n pictures of t tiles.
+n pictures of t tiles. Where the model is cut among ranks, H, K and the MLP are those of one rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import TextConfig
-from .layers import Linear, RMSNorm, Table, empty_parameter
+from .layers import GatheredLinear, Linear, RMSNorm, RowLinear, Table, empty_parameter, share
 
 Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
 
@@ -21,14 +21,14 @@ Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
 class Attention(nn.Module):
     """Causal attention with grouped kv heads, over tokens seen before (in the cache) and now."""
 
-    def __init__(self, config: TextConfig, quant: str) -> None:
+    def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
-        c, d, bias = config.hidden_size, config.head_dim, config.qkv_bias
-        self.heads = config.heads
-        self.q = Linear(c, config.heads * d, bias=bias, quant=quant)
-        self.k = Linear(c, config.kv_heads * d, bias=bias, quant=quant)
-        self.v = Linear(c, config.kv_heads * d, bias=bias, quant=quant)
-        self.o = Linear(config.heads * d, c, bias=False, quant=quant)
+        c, d, bias, kv_heads = config.hidden_size, config.head_dim, config.qkv_bias, config.rank_kv_heads(ranks)
+        self.heads = share(config.heads, ranks)
+        self.q = Linear(c, self.heads * d, bias=bias, quant=quant)
+        self.k = Linear(c, kv_heads * d, bias=bias, quant=quant)
+        self.v = Linear(c, kv_heads * d, bias=bias, quant=quant)
+        self.o = RowLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         rope = feed["rope_cos"], feed["rope_sin"]
@@ -43,13 +43,13 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention to the pictures that a token sees. No rotary embedding; the keys come normalised from the vision graph."""
 
-    def __init__(self, config: TextConfig, quant: str) -> None:
+    def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
         c, d = config.hidden_size, config.head_dim
-        self.heads, self.head_dim = config.heads, d
-        self.q = Linear(c, config.heads * d, bias=False, quant=quant)
+        self.heads, self.head_dim = share(config.heads, ranks), d
+        self.q = Linear(c, self.heads * d, bias=False, quant=quant)
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
-        self.o = Linear(config.heads * d, c, bias=False, quant=quant)
+        self.o = RowLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor) -> Tensor:
         q = self.q(x)
@@ -60,12 +60,12 @@ class CrossAttention(nn.Module):
 class Mlp(nn.Module):
     """down(silu(gate(x)) * up(x))."""
 
-    def __init__(self, config: TextConfig, quant: str) -> None:
+    def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
         c, i = config.hidden_size, config.intermediate_size
-        self.gate = Linear(c, i, bias=False, quant=quant)
-        self.up = Linear(c, i, bias=False, quant=quant)
-        self.down = Linear(i, c, bias=False, quant=quant)
+        self.gate = Linear(c, share(i, ranks), bias=False, quant=quant)
+        self.up = Linear(c, share(i, ranks), bias=False, quant=quant)
+        self.down = RowLinear(i, c, bias=False, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(ops.silu_mul(self.gate(x), self.up(x)))
@@ -74,12 +74,12 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """One decoder layer, pre-norm."""
 
-    def __init__(self, config: TextConfig, quant: str) -> None:
+    def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = Attention(config, quant)
+        self.attn = Attention(config, quant, ranks)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config, quant)
+        self.mlp = Mlp(config, quant, ranks)
 
     def forward(self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         out, cache = self.attn(self.attn_norm(x), feed, cache)
@@ -91,13 +91,13 @@ class CrossBlock(nn.Module):
     """One layer that attends to pictures. `cross_gate` switches it off for tokens that see none; the learned gates are
     stored as the numbers that they multiply with (tanh taken)."""
 
-    def __init__(self, config: TextConfig, quant: str) -> None:
+    def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attn = CrossAttention(config, quant)
+        self.attn = CrossAttention(config, quant, ranks)
         self.attn_gate = empty_parameter(1)
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = Mlp(config, quant)
+        self.mlp = Mlp(config, quant, ranks)
         self.mlp_gate = empty_parameter(1)
 
     def forward(self, x: Tensor, feed: Feed, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
@@ -110,19 +110,19 @@ class CrossBlock(nn.Module):
 class Decoder(nn.Module):
     """Embedding, blocks, final norm and head. With `images` = 0 there are no cross-attention layers."""
 
-    def __init__(self, config: TextConfig, quant: str, images: int) -> None:
+    def __init__(self, config: TextConfig, quant: str, images: int, ranks: int = 1) -> None:
         super().__init__()
         self.images = images
-        self.embed = Table(config.all_embed_rows, config.hidden_size)
+        self.embed = Table(config.all_embed_rows, config.hidden_size, ranks=ranks)
         # A dictionary, so that a layer keeps its number where others are left out.
         self.layers = nn.ModuleDict()
         for i in range(config.layers):
             if i not in config.cross_layers:
-                self.layers[str(i)] = Block(config, quant)
+                self.layers[str(i)] = Block(config, quant, ranks)
             elif images:
-                self.layers[str(i)] = CrossBlock(config, quant)
+                self.layers[str(i)] = CrossBlock(config, quant, ranks)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False, quant=quant)
+        self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, bias=False, quant=quant, ranks=ranks)
 
     def blocks(self, x: Tensor, feed: Feed) -> tuple[Tensor, list[Tensor]]:
         """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...)."""
@@ -148,16 +148,17 @@ class TextGraph(nn.Module):
     """Tokens in, logits [B, V] and updated caches out: a chunk of one sequence (prefill), or one token of each of B (decode).
 
     `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see runtime/artifact.py).
+    Of a model cut among `ranks` it is the graph of one rank, the same for all: caches of its kv heads, logits of all rows.
     """
 
-    def __init__(self, config: TextConfig, quant: str, inputs: Sequence[str], images: int) -> None:
+    def __init__(self, config: TextConfig, quant: str, inputs: Sequence[str], images: int, ranks: int = 1) -> None:
         super().__init__()
         self.inputs = tuple(inputs)
-        self.text = Decoder(config, quant, images)
+        self.text = Decoder(config, quant, images, ranks)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         feed = dict(zip(self.inputs, tensors, strict=True))
-        x = ops.embed(feed["token_ids"], self.text.embed.weight)
+        x = self.text.embed(feed["token_ids"])
         if "row_index" in feed:
             x = ops.merge_rows(x, feed["image_rows"], feed["row_index"])
         x, updated = self.text.blocks(x, feed)

@@ -1,4 +1,9 @@
-"""The few layers that every family is made of. A module's parameter names are the names in the artifact's weight table."""
+"""The few layers that every family is made of. A module's parameter names are the names in the artifact's weight table.
+
+A model may be cut among ranks (tensor parallelism, Shoeybi et al. 2019; weights/shard.py says how). Every module then holds
+what one rank holds. A `Linear` cut by output features is one with fewer of them; the layers whose results meet those of
+other ranks are `RowLinear`, `GatheredLinear` and `Table`. The same module serves every rank.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,12 @@ from .config import quant_block
 def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
     """A weight to be filled from the artifact; never trained."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
+
+
+def share(size: int, ranks: int) -> int:
+    """What one of `ranks` holds of `size`, which divides: weights are checked before anything is cut (weights/shard.py)."""
+    assert size % ranks == 0, (size, ranks)
+    return size // ranks
 
 
 class Linear(nn.Module):
@@ -30,9 +41,40 @@ class Linear(nn.Module):
         self.bias = empty_parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.quant == "none":
-            return ops.linear(x, self.weight, self.bias)
-        return ops.linear_w8(x, self.qweight, self.scales, self.bias)
+            return ops.linear(x, self.weight, bias)
+        return ops.linear_w8(x, self.qweight, self.scales, bias)
+
+
+class RowLinear(Linear):
+    """x [..., C / ranks] -> [..., N], cut by input features: each rank's product is a part of a sum.
+
+    The bias is whole on every rank and added once, to the sum.
+    """
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, quant: str = "none", ranks: int) -> None:
+        super().__init__(share(in_features, ranks), out_features, bias=bias, quant=quant)
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.ranks == 1:
+            return self.product(x, self.bias)
+        x = ops.all_reduce(self.product(x, None), self.ranks)
+        return x if self.bias is None else x + self.bias
+
+
+class GatheredLinear(Linear):
+    """x [..., C] -> [..., N], cut by output features, which are joined behind it."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool, quant: str = "none", ranks: int) -> None:
+        super().__init__(in_features, share(out_features, ranks), bias=bias, quant=quant)
+        self.ranks = ranks
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _gathered(super().forward(x), self.ranks)
 
 
 class RMSNorm(nn.Module):
@@ -58,8 +100,18 @@ class LayerNorm(nn.Module):
 
 
 class Table(nn.Module):
-    """A lookup table [rows, C], e.g. token embeddings or learned positions."""
+    """A lookup table [rows, C], e.g. token embeddings or learned positions; ids [B, T] -> [B, T, C].
 
-    def __init__(self, rows: int, width: int) -> None:
+    Cut by columns, since each rank can look up its own part of any row.
+    """
+
+    def __init__(self, rows: int, width: int, *, ranks: int = 1) -> None:
         super().__init__()
-        self.weight = empty_parameter(rows, width)
+        self.weight, self.ranks = empty_parameter(rows, share(width, ranks)), ranks
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return _gathered(ops.embed(ids, self.weight), self.ranks)
+
+
+def _gathered(x: Tensor, ranks: int) -> Tensor:
+    return x if ranks == 1 else ops.all_gather(x, ranks)

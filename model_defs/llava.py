@@ -10,32 +10,32 @@ from torch import Tensor, nn
 from . import ops
 from .clip import ClipTower
 from .config import ClipConfig, ModelConfig
-from .layers import Linear
+from .layers import Linear, RowLinear, share
 from .vit import Pixels
 
 
 class Projector(nn.Module):
     """down(gelu(up(x))), from the vision tower's width to the language model's."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: int) -> None:
         super().__init__()
         width = config.text.hidden_size
-        self.up = Linear(config.vision.hidden_size, width, bias=config.projector_bias)
-        self.down = Linear(width, width, bias=config.projector_bias)
+        self.up = Linear(config.vision.hidden_size, share(width, ranks), bias=config.projector_bias)
+        self.down = RowLinear(width, width, bias=config.projector_bias, ranks=ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(ops.gelu(self.up(x)))
 
 
 class VisionGraph(nn.Module):
-    """pixels [tiles, size, size, 3] uint8 -> image_rows [tiles, P, C]."""
+    """pixels [tiles, size, size, 3] uint8 -> image_rows [tiles, P, C], the graph of one of `ranks`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: int = 1) -> None:
         super().__init__()
         assert isinstance(config.vision, ClipConfig)
         self.pixels = Pixels()
-        self.vision = ClipTower(config.vision)
-        self.projector = Projector(config)
+        self.vision = ClipTower(config.vision, ranks)
+        self.projector = Projector(config, ranks)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.projector(self.vision(self.pixels(pixels)))

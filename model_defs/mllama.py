@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ModelConfig, TiledConfig
-from .layers import LayerNorm, Linear, RMSNorm, Table, empty_parameter
+from .layers import GatheredLinear, LayerNorm, Linear, RMSNorm, Table, empty_parameter
 from .vit import Block, PatchEmbed, Pixels
 
 
@@ -22,7 +22,7 @@ class Tower(nn.Module):
     The tables hold what the checkpoint's gates leave of them; row `aspect_id` belongs to the picture's shape.
     """
 
-    def __init__(self, config: TiledConfig) -> None:
+    def __init__(self, config: TiledConfig, ranks: int = 1) -> None:
         super().__init__()
         self.config = config
         width, eps, t = config.hidden_size, config.norm_eps, config.tiles
@@ -30,17 +30,17 @@ class Tower(nn.Module):
         self.class_embedding = empty_parameter(width)
         self.patch = PatchEmbed(width, config.patch_size)
         self.pre_tile = Table(shapes, t * width)
-        self.positions = Table(shapes, t * config.rows_per_tile * width)
+        self.positions = Table(shapes, t * config.rows_per_tile * width, ranks=ranks)
         self.pre_norm = LayerNorm(width, eps)
-        self.layers = nn.ModuleList(self._block(config, gated=False) for _ in range(config.layers))
+        self.layers = nn.ModuleList(self._block(config, ranks, gated=False) for _ in range(config.layers))
         self.post_norm = LayerNorm(width, eps)
         self.post_tile = Table(shapes, t * width)
-        self.global_layers = nn.ModuleList(self._block(config, gated=True) for _ in range(config.global_layers))
+        self.global_layers = nn.ModuleList(self._block(config, ranks, gated=True) for _ in range(config.global_layers))
 
     @staticmethod
-    def _block(config: TiledConfig, *, gated: bool) -> Block:
+    def _block(config: TiledConfig, ranks: int, *, gated: bool) -> Block:
         sizes = (config.hidden_size, config.heads, config.intermediate_size)
-        return Block(*sizes, eps=config.norm_eps, attn_bias=False, gated=gated)
+        return Block(*sizes, eps=config.norm_eps, attn_bias=False, gated=gated, ranks=ranks)
 
     def forward(self, pixels: Tensor, tile_count: Tensor, aspect_id: Tensor) -> Tensor:
         config = self.config
@@ -52,7 +52,7 @@ class Tower(nn.Module):
             x = layer(x, padding)
             if i in config.taps:
                 tapped.append(x)
-        post_tile = ops.embed(aspect_id, self.post_tile.weight).reshape(t, 1, width)
+        post_tile = self.post_tile(aspect_id).reshape(t, 1, width)
         x = (self.post_norm(x).reshape(t, m, width) + post_tile).reshape(1, t * m, width)
         for layer in self.global_layers:
             x = layer(x, padding)
@@ -63,19 +63,19 @@ class Tower(nn.Module):
         t, n, width = config.tiles, config.rows_per_tile, config.hidden_size
         # An empty tile is zero in the space of normalised pixels, and the patches have no bias: zero it behind them.
         x = ops.mask_tiles(self.patch(pixels), tile_count)
-        x = x + ops.embed(aspect_id, self.pre_tile.weight).reshape(t, 1, width)
+        x = x + self.pre_tile(aspect_id).reshape(t, 1, width)
         x = torch.cat((self.class_embedding.expand(t, 1, width), x), dim=1)
-        x = self.pre_norm(x + ops.embed(aspect_id, self.positions.weight).reshape(t, n, width))
+        x = self.pre_norm(x + self.positions(aspect_id).reshape(t, n, width))
         return ops.pad_rows(x, config.padded_rows).reshape(1, t * config.padded_rows, width)
 
 
 class CrossKeys(nn.Module):
-    """Features of a picture [1, X, C] -> keys and values of one cross-attention layer [1, K, X, D]."""
+    """Features of a picture [1, X, C] -> keys and values of one cross-attention layer [1, K, X, D], of the rank's heads."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: int) -> None:
         super().__init__()
         text = config.text
-        self.heads, self.head_dim = text.kv_heads, text.head_dim
+        self.heads, self.head_dim = text.rank_kv_heads(ranks), text.head_dim
         self.k = Linear(text.hidden_size, self.heads * self.head_dim, bias=False)
         self.v = Linear(text.hidden_size, self.heads * self.head_dim, bias=False)
         self.k_norm = RMSNorm(self.head_dim, text.rms_norm_eps)
@@ -87,16 +87,17 @@ class CrossKeys(nn.Module):
 
 
 class VisionGraph(nn.Module):
-    """pixels [t, size, size, 3] uint8, tile_count [1], aspect_id [1] -> cross_k and cross_v of each cross layer in turn."""
+    """pixels [t, size, size, 3] uint8, tile_count [1], aspect_id [1] -> cross_k and cross_v of each cross layer in turn,
+    the graph of one of `ranks`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: int = 1) -> None:
         super().__init__()
         vision, text = config.vision, config.text
         assert isinstance(vision, TiledConfig)
         self.pixels = Pixels()
-        self.vision = Tower(vision)
-        self.projector = Linear(vision.feature_size, text.hidden_size, bias=True)
-        self.cross = nn.ModuleList(CrossKeys(config) for _ in text.cross_layers)
+        self.vision = Tower(vision, ranks)
+        self.projector = GatheredLinear(vision.feature_size, text.hidden_size, bias=True, ranks=ranks)
+        self.cross = nn.ModuleList(CrossKeys(config, ranks) for _ in text.cross_layers)
 
     def forward(self, pixels: Tensor, tile_count: Tensor, aspect_id: Tensor) -> tuple[Tensor, ...]:
         x = self.projector(self.vision(self.pixels(pixels), tile_count, aspect_id))  # [t, N, C]

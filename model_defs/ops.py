@@ -2,7 +2,8 @@
 
 Each op is registered with torch under `staticvl::` and written here once in plain PyTorch; that is its definition and the
 numerical reference. A backend lowers the op by name and never sees how it is defined. Ops are functional: the cached
-attention returns the updated caches, and a backend is free to write them in place.
+attention returns the updated caches, and a backend is free to write them in place. Two ops, the collectives, are where the
+ranks of a model that is cut meet; a model that is whole has none of them.
 
 Shapes: B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size, N out features.
 """
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .group import group_of
+
 NAMESPACE = "staticvl"
+COLLECTIVES = ("all_reduce", "all_gather")
 ROWS_AT_ONCE = 256
 
 
@@ -283,6 +287,28 @@ def pad_rows(x: Tensor, rows: int) -> Tensor:
 @pad_rows.register_fake
 def _(x: Tensor, rows: int) -> Tensor:
     return x.new_empty((x.shape[0], rows, x.shape[2]))
+
+
+@_op("all_reduce")
+def all_reduce(x: Tensor, ranks: int) -> Tensor:
+    """The sum of the x [..., C] of all ranks, on every rank. Raises ValueError in a group of another size (see group.py)."""
+    return group_of(ranks).all_reduce(x)
+
+
+@all_reduce.register_fake
+def _(x: Tensor, ranks: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@_op("all_gather")
+def all_gather(x: Tensor, ranks: int) -> Tensor:
+    """The x [..., C] of all ranks joined along the last axis, rank 0 first: [..., ranks * C]. Raises as `all_reduce`."""
+    return group_of(ranks).all_gather(x)
+
+
+@all_gather.register_fake
+def _(x: Tensor, ranks: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], ranks * x.shape[-1]))
 
 
 def _split_heads(x: Tensor, heads: int) -> Tensor:

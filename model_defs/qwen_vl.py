@@ -9,20 +9,22 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ModelConfig, ResampledConfig
-from .layers import LayerNorm, Linear, Table, empty_parameter
+from .layers import GatheredLinear, LayerNorm, Linear, RowLinear, Table, empty_parameter, share
 from .vit import Block, PatchEmbed, Pixels
 
 
 class Tower(nn.Module):
     """Normalised pixels [N, size, size, 3] -> [N, P, W]. No class token, no norm behind the last layer."""
 
-    def __init__(self, config: ResampledConfig) -> None:
+    def __init__(self, config: ResampledConfig, ranks: int = 1) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.patch = PatchEmbed(width, config.patch_size)
         self.positions = Table(config.patches, width)
         self.pre_norm = LayerNorm(width, eps)
-        self.layers = nn.ModuleList(Block(width, config.heads, config.intermediate_size, eps=eps) for _ in range(config.layers))
+        self.layers = nn.ModuleList(
+            Block(width, config.heads, config.intermediate_size, eps=eps, ranks=ranks) for _ in range(config.layers)
+        )
 
     def forward(self, pixels: Tensor) -> Tensor:
         x = self.pre_norm(self.patch(pixels) + self.positions.weight)
@@ -34,10 +36,11 @@ class Tower(nn.Module):
 class PoolAttention(nn.Module):
     """The queries attend to the patches; positions are added to queries and keys, not to values."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, ranks: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (Linear(width, width, bias=True) for _ in range(4))
+        self.heads = share(heads, ranks)
+        self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=True) for _ in range(3))
+        self.o = RowLinear(width, width, bias=True, ranks=ranks)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return self.o(ops.attention(self.q(queries), self.k(keys), self.v(values), self.heads))
@@ -46,16 +49,17 @@ class PoolAttention(nn.Module):
 class Resampler(nn.Module):
     """[N, P, W] -> [N, Q, C]."""
 
-    def __init__(self, config: ResampledConfig) -> None:
+    def __init__(self, config: ResampledConfig, ranks: int = 1) -> None:
         super().__init__()
         width, eps = config.output_size, config.layer_norm_eps
-        self.kv = Linear(config.hidden_size, width, bias=False) if config.hidden_size != width else None
+        apart = config.hidden_size != width
+        self.kv = GatheredLinear(config.hidden_size, width, bias=False, ranks=ranks) if apart else None
         self.kv_norm = LayerNorm(width, eps)
         self.query = empty_parameter(config.queries, width)
         self.query_norm = LayerNorm(width, eps)
         self.positions = Table(config.queries, width)
         self.key_positions = Table(config.patches, width)
-        self.attn = PoolAttention(width, width // config.resampler_head_dim)
+        self.attn = PoolAttention(width, config.resampler_heads, ranks)
         self.norm = LayerNorm(width, eps)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,16 +70,16 @@ class Resampler(nn.Module):
 
 
 class VisionGraph(nn.Module):
-    """pixels [pictures, size, size, 3] uint8 -> image_rows [pictures, Q, C]."""
+    """pixels [pictures, size, size, 3] uint8 -> image_rows [pictures, Q, C], the graph of one of `ranks`."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: int = 1) -> None:
         super().__init__()
         assert isinstance(config.vision, ResampledConfig)
         width = config.vision.output_size
         self.pixels = Pixels()
-        self.vision = Tower(config.vision)
-        self.pool = Resampler(config.vision)
-        self.projector = Linear(width, width, bias=False)
+        self.vision = Tower(config.vision, ranks)
+        self.pool = Resampler(config.vision, ranks)
+        self.projector = GatheredLinear(width, width, bias=False, ranks=ranks)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.projector(self.pool(self.vision(self.pixels(pixels))))

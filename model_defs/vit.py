@@ -1,11 +1,14 @@
-"""The parts that every vision transformer here is made of. N pictures or tiles, T tokens, C hidden size, p patch side."""
+"""The parts that every vision transformer here is made of. N pictures or tiles, T tokens, C hidden size, p patch side.
+
+Where a model is cut, a rank holds its share of the heads and of the MLP.
+"""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 from . import ops
-from .layers import LayerNorm, Linear, empty_parameter
+from .layers import LayerNorm, Linear, RowLinear, empty_parameter, share
 
 ACTIVATIONS = {"quick_gelu": ops.quick_gelu, "gelu": ops.gelu}
 
@@ -42,10 +45,11 @@ class Pixels(nn.Module):
 class Attention(nn.Module):
     """Every token attends to every token; with `padding` [N, T], padding and padding do not attend to each other."""
 
-    def __init__(self, width: int, heads: int, *, bias: bool) -> None:
+    def __init__(self, width: int, heads: int, *, bias: bool, ranks: int) -> None:
         super().__init__()
-        self.heads = heads
-        self.q, self.k, self.v, self.o = (Linear(width, width, bias=bias) for _ in range(4))
+        self.heads = share(heads, ranks)
+        self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=bias) for _ in range(3))
+        self.o = RowLinear(width, width, bias=bias, ranks=ranks)
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -57,10 +61,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, width: int, inner: int, activation: str) -> None:
+    def __init__(self, width: int, inner: int, activation: str, ranks: int) -> None:
         super().__init__()
-        self.up = Linear(width, inner, bias=True)
-        self.down = Linear(inner, width, bias=True)
+        self.up = Linear(width, share(inner, ranks), bias=True)
+        self.down = RowLinear(inner, width, bias=True, ranks=ranks)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,12 +84,13 @@ class Block(nn.Module):
         activation: str = "gelu",
         attn_bias: bool = True,
         gated: bool = False,
+        ranks: int = 1,
     ) -> None:
         super().__init__()
         self.attn_norm = LayerNorm(width, eps)
-        self.attn = Attention(width, heads, bias=attn_bias)
+        self.attn = Attention(width, heads, bias=attn_bias, ranks=ranks)
         self.mlp_norm = LayerNorm(width, eps)
-        self.mlp = Mlp(width, inner, activation)
+        self.mlp = Mlp(width, inner, activation, ranks)
         self.attn_gate = empty_parameter(1) if gated else None
         self.mlp_gate = empty_parameter(1) if gated else None
 

@@ -1,4 +1,11 @@
-"""From a checkpoint to the weight files of an artifact: streamed, resumable, every tensor accounted for."""
+"""From a checkpoint to the weight files of an artifact: streamed, resumable, every tensor accounted for.
+
+Weights of a model that is cut among ranks lie in a folder of each rank, in files of the same names with the same tensors at
+the same offsets, so that one graph can refer to any rank's:
+
+    weights/PREFIX-00001.safetensors           the whole model
+    weights/rank-0/PREFIX-00001.safetensors    rank 0 of several
+"""
 
 from __future__ import annotations
 
@@ -16,8 +23,11 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig, quant_block
 from ..runtime.artifact import FileSpec, WeightSpec
 from ..runtime.files import write_atomically
+from .cut import Span, read_span
+from .names.rule import Shape
 from .quantize import quantize_w8
-from .rules import Plan, match, targets
+from .rules import Plan, Recipe, match, targets
+from .shard import rank_span, rank_targets, shard_axis
 from .source import Source
 from .stored import is_quantised, stored_parts, stored_targets
 from .tensors import SourceTensor, StoredTensor, WeightsError
@@ -44,16 +54,29 @@ class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-def plan_shards(
-    config: ModelConfig, quant: str, prefix: str, shard_bytes: int = 2 << 30, dtype: str = "float32"
-) -> tuple[Shard, ...]:
-    """The files that `convert` writes, known without any weights: weights/PREFIX-00001.safetensors and so on.
+def rank_folder(tp: int, rank: int) -> str:
+    """Where the weight files of `rank` of `tp` lie, within the output folder."""
+    assert 0 <= rank < tp, (rank, tp)
+    return FOLDER if tp == 1 else f"{FOLDER}/rank-{rank}"
 
-    A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself.
+
+def plan_shards(
+    config: ModelConfig,
+    quant: str,
+    prefix: str,
+    shard_bytes: int = 2 << 30,
+    dtype: str = "float32",
+    *,
+    tp: int = 1,
+    rank: int = 0,
+) -> tuple[Shard, ...]:
+    """The files that `convert` writes, known without any weights: PREFIX-00001.safetensors and so on.
+
+    A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself. Raises WeightsError as `check_tp`.
     """
     shards: list[Shard] = []
-    for tensors in _groups(config, quant, shard_bytes, dtype):
-        shards.append(lay_out(f"{FOLDER}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
+    for tensors in _groups(config, quant, shard_bytes, dtype, tp):
+        shards.append(lay_out(f"{rank_folder(tp, rank)}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
     return tuple(shards)
 
 
@@ -66,21 +89,27 @@ def convert(
     prefix: str,
     dtype: str = "float32",
     shard_bytes: int = 2 << 30,
+    tp: int = 1,
+    rank: int = 0,
     progress: Callable[[int], object] | None = None,
 ) -> Converted:
-    """Write every parameter of `config` from `source` into `out`/weights, one tensor in memory at a time.
+    """Write what `rank` of `tp` holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
 
     `quant`: "none" stores every tensor in `dtype`; "w8a16" stores the decoder's linear layers in 8 bits (see quantize).
-    `prefix` has to name source, config, quant and dtype: files of the same prefix that a broken-off run has finished are
-    kept, as its journal `out`/weights/PREFIX.journal tells. The journal stays until `forget_journal`. `progress` is told the
+    `prefix` has to name source, config, quant, dtype and tp: files of the same prefix that a broken-off run has finished are
+    kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
     bytes of each step; they add up to the sizes of `plan_shards`.
-    Raises WeightsError as `match` and `Source.read` do, for values that are not finite, and for want of disk space.
+    A tensor that is taken as it is is never whole in memory where it is cut; one that is made of others is made whole and then
+    cut. 8-bit weights are cut first.
+    Raises WeightsError as `check_tp`, `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
-    shards = plan_shards(config, quant, prefix, shard_bytes, dtype)
-    parts = _Parts(source, match(config, source.tensors), config, quant, dtype)
-    (out / FOLDER).mkdir(parents=True, exist_ok=True)
-    _remove_partials(out, prefix)
-    finished = _read_journal(out, prefix, shards)
+    shards = plan_shards(config, quant, prefix, shard_bytes, dtype, tp=tp, rank=rank)
+    parts = _Parts(source, match(config, source.tensors), config, quant, dtype, tp, rank)
+    folder = out / rank_folder(tp, rank)
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_partials(folder, prefix)
+    journal = folder / f"{prefix}.journal"
+    finished = _read_journal(out, journal, shards)
     check_space(out, sum(shard.nbytes for shard in shards if shard.file not in finished))
     for shard in shards:
         if shard.file in finished:
@@ -91,7 +120,7 @@ def convert(
             with one_thread():
                 spec = write_shard(out, shard, parts.take, progress)
             finished[shard.file] = _Finished(shard.file, _digest(shard), spec.nbytes, spec.sha256)
-            _write_journal(out, prefix, finished)
+            _write_journal(journal, finished)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
@@ -104,24 +133,26 @@ def convert(
     for shard in shards:
         assert not weights.keys() & shard.tensors.keys()
         weights |= shard.tensors
-    assert weights.keys() == stored_targets(config, quant, dtype).keys()
+    assert weights.keys() == stored_targets(config, quant, dtype, tp).keys()
     files = {shard.file: FileSpec(nbytes=shard.nbytes, sha256=finished[shard.file].sha256) for shard in shards}
     return Converted(weights, files)
 
 
-def forget_journal(out: Path, prefix: str) -> None:
+def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> None:
     """Remove what only a resumed conversion needs."""
-    (out / FOLDER / f"{prefix}.journal").unlink(missing_ok=True)
-    _remove_partials(out, prefix)
+    folder = out / rank_folder(tp, rank)
+    (folder / f"{prefix}.journal").unlink(missing_ok=True)
+    _remove_partials(folder, prefix)
 
 
 class _Parts:
-    """Makes each of our parameters once and hands out what is stored of it."""
+    """Makes what one rank holds of each of our parameters once and hands out what is stored of it."""
 
-    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str, dtype: str) -> None:
+    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str, dtype: str, tp: int, rank: int) -> None:
         self.source, self.plan, self.quant = source, plan, quant
         self.dtype = dtype
         self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
+        self.spans = {name: _span(config, name, shape, tp, rank) for name, shape in targets(config).items()}
         self.waiting: dict[str, Tensor] = {}  # parts of a tensor already read that come later in the file
         self.read: set[str] = set()
 
@@ -133,16 +164,24 @@ class _Parts:
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
-        recipe = self.plan.recipes[name]
-        sources = [self._read(tensor, ref.rows) for tensor, ref in zip(recipe.tensors, recipe.rule.sources, strict=True)]
-        tensor = recipe.rule.make(sources) if recipe.rule.make else sources[0]
-        del sources
+        tensor = self._made(self.plan.recipes[name], self.spans[name])
         if not is_quantised(name, self.quant):
             self._check_range(name, tensor)
             return {name: tensor}
         q, scales = quantize_w8(tensor, quant_block(tensor.shape[1]))
         stem = name.removesuffix(".weight")
         return {f"{stem}.qweight": q, f"{stem}.scales": scales}
+
+    def _made(self, recipe: Recipe, span: Span | None) -> Tensor:
+        rule, pairs = recipe.rule, list(zip(recipe.tensors, recipe.rule.sources, strict=True))
+        if rule.make is None and span is not None:
+            ((tensor, ref),) = pairs
+            start = ref.rows[0] if ref.rows else 0
+            return read_span(lambda rows: self._read(tensor, (start + rows[0], start + rows[1])), rule.shape, span)
+        sources = [self._read(tensor, ref.rows) for tensor, ref in pairs]
+        whole = rule.make(sources) if rule.make else sources[0]
+        del sources
+        return span.of(whole) if span else whole
 
     def _check_range(self, name: str, tensor: Tensor) -> None:
         """float16 ends at 65504; the others hold whatever a checkpoint can."""
@@ -161,6 +200,12 @@ class _Parts:
         return read
 
 
+def _span(config: ModelConfig, name: str, shape: Shape, tp: int, rank: int) -> Span | None:
+    """What a rank holds of a parameter; None: all of it."""
+    axis = shard_axis(config, name)
+    return None if tp == 1 or axis is None else Span(axis, *rank_span(config, name, shape, tp, rank))
+
+
 def _range(tensor: Tensor) -> tuple[float, float]:
     """Smallest and largest value; nan where there is one."""
     if tensor.numel() == 0:
@@ -170,11 +215,11 @@ def _range(tensor: Tensor) -> tuple[float, float]:
     return float(torch.stack([r.min for r in ranges]).min()), float(torch.stack([r.max for r in ranges]).max())
 
 
-def _groups(config: ModelConfig, quant: str, shard_bytes: int, dtype: str) -> Iterator[dict[str, StoredTensor]]:
+def _groups(config: ModelConfig, quant: str, shard_bytes: int, dtype: str, tp: int) -> Iterator[dict[str, StoredTensor]]:
     """Stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
     group: dict[str, StoredTensor] = {}
     size = 0
-    for name, shape in targets(config).items():
+    for name, shape in rank_targets(config, tp).items():
         parts = stored_parts(name, shape, quant, dtype)
         nbytes = sum(part.nbytes for part in parts.values())
         if group and size + nbytes > shard_bytes:
@@ -189,9 +234,8 @@ def _digest(shard: Shard) -> str:
     return hashlib.sha256(shard.header).hexdigest()
 
 
-def _read_journal(out: Path, prefix: str, shards: tuple[Shard, ...]) -> dict[str, _Finished]:
+def _read_journal(out: Path, path: Path, shards: tuple[Shard, ...]) -> dict[str, _Finished]:
     """The planned files that are there whole; a damaged line, another layout or another size means: not finished."""
-    path = out / FOLDER / f"{prefix}.journal"
     planned = {shard.file: shard for shard in shards}
     finished: dict[str, _Finished] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
@@ -207,12 +251,12 @@ def _read_journal(out: Path, prefix: str, shards: tuple[Shard, ...]) -> dict[str
     return finished
 
 
-def _write_journal(out: Path, prefix: str, finished: dict[str, _Finished]) -> None:
+def _write_journal(path: Path, finished: dict[str, _Finished]) -> None:
     lines = b"".join(msgspec.json.encode(entry) + b"\n" for entry in finished.values())
-    write_atomically(out / FOLDER / f"{prefix}.journal", lines)
+    write_atomically(path, lines)
 
 
-def _remove_partials(out: Path, prefix: str) -> None:
-    for path in (out / FOLDER).iterdir():
+def _remove_partials(folder: Path, prefix: str) -> None:
+    for path in folder.iterdir():
         if path.name.startswith(f"{prefix}-") and path.name.endswith(".partial"):
             path.unlink()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ..model_defs.config import ModelConfig, quant_block
-from .rules import targets
+from .shard import rank_targets
 from .tensors import StoredTensor
 
 QUANTS = ("none", "w8a16")
@@ -30,7 +30,11 @@ def stored_parts(name: str, shape: tuple[int, ...], quant: str, dtype: str = "fl
     }
 
 
-def stored_targets(config: ModelConfig, quant: str, dtype: str = "float32") -> dict[str, StoredTensor]:
-    """Every tensor that the weight files hold, by name, in the order of `targets`."""
+def stored_targets(config: ModelConfig, quant: str, dtype: str = "float32", tp: int = 1) -> dict[str, StoredTensor]:
+    """Every tensor that the weight files of one rank of `tp` hold, by name, in the order of `targets`.
+
+    Raises WeightsError as `check_tp`.
+    """
     assert quant in QUANTS, quant
-    return {k: v for name, shape in targets(config).items() for k, v in stored_parts(name, shape, quant, dtype).items()}
+    shapes = rank_targets(config, tp)
+    return {k: v for name, shape in shapes.items() for k, v in stored_parts(name, shape, quant, dtype).items()}

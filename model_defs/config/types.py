@@ -61,6 +61,10 @@ class TextConfig:
         """Layers that attend to the text."""
         return self.layers - len(self.cross_layers)
 
+    def rank_kv_heads(self, ranks: int) -> int:
+        """Key-value heads that one of `ranks` holds: its share, or one that it has in common with its neighbours."""
+        return max(1, self.kv_heads // ranks)
+
     @property
     def all_embed_rows(self) -> int:
         return self.embed_rows + int(self.newline)
@@ -181,6 +185,10 @@ class ResampledConfig:
     @property
     def rows_per_tile(self) -> int:
         return self.queries
+
+    @property
+    def resampler_heads(self) -> int:
+        return self.output_size // self.resampler_head_dim
 
 
 VisionConfig = ClipConfig | TiledConfig | ResampledConfig

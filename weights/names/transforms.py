@@ -33,9 +33,11 @@ def gated_table(sources: Sequence[Tensor]) -> Tensor:
 
 def mixed_positions(sources: Sequence[Tensor]) -> Tensor:
     """gate [1], positions [N, C], tile table [A, t * N * C] -> [A, t * N * C] float32: both tables, weighed by the gate."""
+    import torch
+
     gate, positions, tiles = sources
     factor = gate.float().tanh()
-    mixed = tiles.float() * factor
+    mixed = tiles.to(torch.float32, copy=True).mul_(factor)  # the largest tensor that is made: no third copy of it
     mixed.view(len(tiles), -1, positions.numel()).add_((positions.float() * (1 - factor)).flatten())
     return mixed
 

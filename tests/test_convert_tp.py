@@ -1,0 +1,198 @@
+"""Conversion for one rank of several: its part of every tensor, read sparingly, in files laid out alike on all ranks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from staticvl.model_defs.config import ModelConfig, quant_block
+from staticvl.runtime.artifact import FileSpec
+from staticvl.runtime.files import sha256_file
+from staticvl.weights import cut
+from staticvl.weights.convert import Converted, convert, forget_journal, plan_shards
+from staticvl.weights.cut import Span, read_span
+from staticvl.weights.quantize import quantize_w8
+from staticvl.weights.rules import match
+from staticvl.weights.shard import rank_span, shard_axis
+from staticvl.weights.source import Source, open_source
+from staticvl.weights.stored import QUANTS, is_quantised, stored_targets
+from staticvl.weights.tensors import WeightsError
+
+from .test_convert import StopError, stop_after
+from .wide_models import CONFIGS, wide_config, write_random
+
+SHARD_BYTES = 50_000
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
+def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Path]:
+    config = wide_config(request.param, 8 if request.param == "qwen_vl" else 2)
+    return config, write_random(config, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.fixture(scope="module")
+def mllama(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Path]:
+    config = wide_config("mllama", 2)
+    return config, write_random(config, tmp_path_factory.mktemp("mllama"))
+
+
+def run(checkpoint: tuple[ModelConfig, Path], out: Path, **options: Any) -> Converted:
+    config, folder = checkpoint
+    return convert(open_source(folder), config, out, **{"quant": "none", "prefix": "k", "shard_bytes": SHARD_BYTES} | options)
+
+
+def load(out: Path, converted: Converted) -> dict[str, Tensor]:
+    return {name: tensor for file in converted.files for name, tensor in load_file(out / file).items()}
+
+
+def part(config: ModelConfig, name: str, whole: Tensor, tp: int, rank: int) -> Tensor:
+    axis = shard_axis(config, name)
+    if axis is None:
+        return whole
+    first, stop = rank_span(config, name, tuple(whole.shape), tp, rank)
+    return whole.narrow(axis, first, stop - first)
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("tp", [2, 8])
+def test_a_rank_has_its_part_of_every_tensor(
+    checkpoint: tuple[ModelConfig, Path], tmp_path: Path, tp: int, quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And weights in 8 bits are those of its part, with blocks of its own."""
+    monkeypatch.setattr(cut, "_PIECE", 1000)  # several pieces of the larger tensors
+    config, whole = checkpoint[0], load(tmp_path, run(checkpoint, tmp_path))
+    for rank in range(tp):
+        got = load(tmp_path, run(checkpoint, tmp_path, tp=tp, rank=rank, quant=quant))
+        assert got.keys() == stored_targets(config, quant, tp=tp).keys()
+        for name, tensor in whole.items():
+            expected = part(config, name, tensor, tp, rank)
+            if is_quantised(name, quant):
+                q, scales = quantize_w8(expected, quant_block(expected.shape[1]))
+                stem = name.removesuffix(".weight")
+                assert torch.equal(got[f"{stem}.qweight"], q) and torch.equal(got[f"{stem}.scales"], scales), name
+            else:
+                assert torch.equal(got[name], expected), name
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_files_of_all_ranks_are_laid_out_alike(checkpoint: tuple[ModelConfig, Path], tmp_path: Path, quant: str) -> None:
+    config, _ = checkpoint
+    places = []
+    for rank in range(4):
+        converted = run(checkpoint, tmp_path, tp=4, rank=rank, quant=quant)
+        planned = plan_shards(config, quant, "k", SHARD_BYTES, tp=4, rank=rank)
+        folder = f"weights/rank-{rank}/"
+        assert list(converted.files) == [shard.file for shard in planned] and len(planned) > 2
+        assert all(file.startswith(folder) and (tmp_path / file).is_file() for file in converted.files)
+        places.append({
+            name: (spec.file.removeprefix(folder), spec.offset, spec.nbytes, spec.shape, spec.dtype)
+            for name, spec in converted.weights.items()
+        })  # fmt: skip
+    assert all(place == places[0] for place in places)
+    digests = [{spec.sha256 for spec in converted_files(tmp_path, rank)} for rank in range(4)]
+    assert len(set.union(*digests)) > len(digests[0]), "ranks hold different numbers"
+
+
+def converted_files(out: Path, rank: int) -> list[FileSpec]:
+    files = sorted((out / "weights" / f"rank-{rank}").glob("*.safetensors"))
+    return [FileSpec(nbytes=file.stat().st_size, sha256=sha256_file(file)) for file in files]
+
+
+def test_no_more_is_read_than_has_to_be(
+    checkpoint: tuple[ModelConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of rows that are taken as they are, the rank's; columns some rows at a time; all else once."""
+    config, folder = checkpoint
+    monkeypatch.setattr(cut, "_PIECE", 1000)
+    elements: Counter[str] = Counter()
+    largest: Counter[str] = Counter()
+    plain = Source.read
+
+    def counted(self: Source, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        tensor = plain(self, name, rows)
+        elements[name] += tensor.numel()
+        largest[name] = max(largest[name], tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(Source, "read", counted)
+    run(checkpoint, tmp_path, tp=8, rank=5)
+    expected: Counter[str] = Counter()
+    for name, recipe in match(config, open_source(folder).tensors).recipes.items():
+        sizes = [
+            torch.Size((ref.rows[1] - ref.rows[0], *ref.shape[1:]) if ref.rows else ref.shape).numel()
+            for ref in recipe.rule.sources
+        ]
+        axis = shard_axis(config, name)
+        if axis == 0 and recipe.rule.make is None:
+            first, stop = rank_span(config, name, recipe.rule.shape, 8, 5)
+            sizes = [sizes[0] // recipe.rule.shape[0] * (stop - first)]
+        for tensor, size in zip(recipe.tensors, sizes, strict=True):
+            expected[tensor.name] += size
+        if axis == 1 and recipe.rule.make is None:
+            assert largest[recipe.tensors[0].name] <= 1000
+    assert elements == expected
+
+
+def test_a_tensor_is_read_in_pieces_of_rows() -> None:
+    whole, asked = torch.randn(7, 6), []
+
+    def read(rows: tuple[int, int]) -> Tensor:
+        asked.append(rows)
+        return whole[slice(*rows)]
+
+    before, cut._PIECE = cut._PIECE, 18
+    try:
+        assert torch.equal(read_span(read, (7, 6), Span(1, 2, 5)), whole[:, 2:5])
+        assert asked == [(0, 3), (3, 6), (6, 7)]
+        assert torch.equal(read_span(read, (7, 6), Span(0, 2, 5)), whole[2:5]) and asked[-1] == (2, 5)
+    finally:
+        cut._PIECE = before
+
+
+def test_a_resumed_rank_ends_like_an_uninterrupted_one(
+    mllama: tuple[ModelConfig, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for rank in range(2):
+        run(mllama, tmp_path / "whole", tp=2, rank=rank)
+    with monkeypatch.context() as patch:
+        run(mllama, tmp_path / "broken", tp=2, rank=0)
+        stop_after(2, patch)
+        with pytest.raises(StopError):
+            run(mllama, tmp_path / "broken", tp=2, rank=1)
+    folders = [tmp_path / "broken" / "weights" / f"rank-{rank}" for rank in range(2)]
+    assert sorted(p.name for p in folders[1].iterdir()) == ["k-00001.safetensors", "k-00002.safetensors", "k.journal"]
+    with monkeypatch.context() as patch:
+        begun = stop_after(99, patch)
+        files = [list(run(mllama, tmp_path / "broken", tp=2, rank=rank).files) for rank in range(2)]
+    assert begun == files[1][2:], "finished files are not written again"
+    for rank in range(2):
+        assert converted_files(tmp_path / "broken", rank) == converted_files(tmp_path / "whole", rank)
+        forget_journal(tmp_path / "broken", "k", tp=2, rank=rank)
+        assert not (folders[rank] / "k.journal").exists()
+
+
+def test_values_that_are_not_finite_are_found_by_the_rank_that_holds_them(tmp_path: Path) -> None:
+    config = wide_config("llava", 2)
+    folder = write_random(config, tmp_path / "checkpoint")
+    tensors = load_file(folder / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight") and "vision" not in name)
+    tensors[name][-1, -1] = float("nan")
+    save_file(tensors, folder / "model.safetensors")
+    for rank in range(3):
+        run((config, folder), tmp_path, tp=4, rank=rank)
+    with pytest.raises(WeightsError, match=rf"tensor {name} holds values that are not finite"):
+        run((config, folder), tmp_path, tp=4, rank=3)
+
+
+def test_a_number_of_ranks_that_does_not_divide_is_said_before_writing(
+    mllama: tuple[ModelConfig, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(WeightsError, match=r"8 attention heads do not divide among 3 ranks; .* numbers of ranks: 1, 2, 4, 8"):
+        run(mllama, tmp_path, tp=3, rank=0)
+    assert not (tmp_path / "weights").exists()

@@ -1,0 +1,347 @@
+"""Ranks together compute what the whole model computes: weights cut by the converter, definitions of one rank, in lockstep."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from staticvl.compiler.check import relative_error
+from staticvl.compiler.eager import EagerBackend
+from staticvl.compiler.graphs import GraphDef, define_graph, trace
+from staticvl.compiler.plan import Buckets, Options, make_plan
+from staticvl.model_defs import ops
+from staticvl.model_defs.config import ModelConfig, TiledConfig
+from staticvl.model_defs.group import member_of
+from staticvl.model_defs.layers import RowLinear
+from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec
+from staticvl.weights import convert as convert_module
+from staticvl.weights.convert import Converted, convert
+from staticvl.weights.shard import rank_span, rank_targets
+from staticvl.weights.source import open_source
+from staticvl.weights.stored import stored_targets
+
+from .lockstep import Meeting, Member, run_ranks
+from .wide_models import wide_config, write_random
+
+TP = (1, 2, 4, 8)
+MODELS = [
+    ("llava", 8),
+    ("llava", 2),
+    ("llava", 1),
+    ("llava_next", 2),
+    ("mllama", 8),
+    ("mllama", 2),
+    ("mllama", 1),
+    ("qwen_vl", 8),
+]
+CHUNK, ROWS = 5, 2
+TOLERANCE = 1e-5
+
+
+@dataclass(frozen=True)
+class Model:
+    config: ModelConfig
+    folder: Path  # of the checkpoint
+    out: Path  # of what is converted
+    kinds: tuple[tuple[Kind, int, int], ...]
+    quant: str = "none"
+
+    def cache(self, tp: int) -> CacheSpec:
+        return make_plan(self.config, self.options(tp)).cache
+
+    def options(self, tp: int) -> Options:
+        images = (1,) if self.config.text.cross_layers else None
+        buckets = Buckets(prefill=(CHUNK,), decode=(ROWS,), images=images, context=16, slots=ROWS)
+        return Options(checkpoint=self.folder, out=self.out, tp=tp, buckets=buckets)
+
+    def define(self, tp: int) -> dict[Kind, GraphDef]:
+        vision = self.config.vision
+        third = (0.3, 0.4, 0.5)
+        image = ImageFacts(mode="stretch", size=vision.image_size, rows=vision.rows_per_tile, mean=third, std=third)
+        cache = self.cache(tp)
+        return {
+            kind: define_graph(self.config, image, cache, self.quant, kind, n, images, tp) for kind, n, images in self.kinds
+        }
+
+    def converted(self, tp: int, rank: int) -> Converted:
+        return convert(open_source(self.folder), self.config, self.out, quant=self.quant, prefix=f"tp{tp}", tp=tp, rank=rank)
+
+
+def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:
+    """Without a folder: to be looked at, not run."""
+    config = wide_config(family, kv_heads)
+    tiles, images = (config.vision.tiles, 1) if isinstance(config.vision, TiledConfig) else (2, 0)
+    return Model(config, folder, folder, (("vision", tiles, 0), ("prefill", CHUNK, images), ("decode", ROWS, images)))
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=lambda param: f"{param[0]}-{param[1]}")
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
+    family, kv_heads = request.param
+    model = model_of(family, kv_heads, tmp_path_factory.mktemp("tp"))
+    write_random(model.config, model.folder)
+    return model
+
+
+# --- What is run -----------------------------------------------------------------------------------------------------------
+
+
+def steps(model: Model, backend: EagerBackend, graphs: dict[Kind, GraphDef]) -> list[np.ndarray]:
+    """A picture for each of two sequences, two chunks of one and one of the other, a token of both: every first output, then
+    the caches."""
+    rng = np.random.default_rng(1)
+    specs = {kind: spec_of(graph) for kind, graph in graphs.items()}
+    found = [backend.run(specs["vision"], feed(specs["vision"], rng, [0]), slot).copy() for slot in range(ROWS)]
+    pictures = np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+    for slot, past in ((0, 0), (0, CHUNK), (1, 0)):
+        fed = feed(specs["prefill"], rng, [past])
+        if "image_rows" in fed:
+            fed["image_rows"] = pictures[slot * CHUNK : (slot + 1) * CHUNK].copy()
+        found.append(backend.run(specs["prefill"], fed, slot).copy())
+    found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).copy())
+    return [*found, *(backend.read_cache(name, ROWS) for name in backend.caches)]
+
+
+def spec_of(graph: GraphDef) -> GraphSpec:
+    return GraphSpec(
+        kind=graph.kind, bucket=graph.bucket, images=graph.images, file="", key="", inputs=graph.inputs, outputs=graph.outputs,
+        cost_ms=0.0,
+    )  # fmt: skip
+
+
+def feed(graph: GraphSpec, rng: np.random.Generator, lengths: list[int]) -> dict[str, np.ndarray]:
+    """Every input but caches; the same for every rank, since draws do not depend on what a rank holds."""
+    return {spec.name: DRAWS[spec.name](rng, spec.shape, lengths) for spec in graph.inputs if not cached(spec)}
+
+
+def cached(spec: TensorSpec) -> bool:
+    return "_cache." in spec.name or spec.name.startswith(("cross_k.", "cross_v."))
+
+
+def halves(rng: np.random.Generator, shape: tuple[int, ...], _: list[int]) -> np.ndarray:
+    half = rng.standard_normal((*shape[:2], shape[2] // 2), np.float32)
+    return np.concatenate((half, half), axis=-1)
+
+
+def every_other(_: np.random.Generator, shape: tuple[int, ...], __: list[int]) -> np.ndarray:
+    """Every other token is a row of a picture."""
+    place = np.arange(shape[1])
+    return np.where(place % 2, place, -1)[None].astype(np.int32)
+
+
+DRAWS: dict[str, Callable[[np.random.Generator, tuple[int, ...], list[int]], np.ndarray]] = {
+    "pixels": lambda rng, shape, _: rng.integers(0, 256, shape).astype(np.uint8),
+    "tile_count": lambda *_: np.array([2], np.int32),
+    "aspect_id": lambda *_: np.array([2], np.int32),
+    "token_ids": lambda rng, shape, _: rng.integers(0, 80, shape).astype(np.int32),
+    "row_index": every_other,
+    "image_rows": lambda _, shape, __: np.zeros(shape, np.float32),  # replaced by what the vision graph made
+    "lengths": lambda _, __, lengths: np.array(lengths, np.int32),
+    "last_index": lambda *_: np.array([CHUNK - 1], np.int32),
+    "rope_cos": halves,
+    "rope_sin": halves,
+    "query_scale": lambda rng, shape, _: rng.uniform(1, 1.5, shape).astype(np.float32),
+    "cross_mask": lambda _, shape, __: np.where(np.indices(shape)[2] < 2, 0, CROSS_HIDDEN).astype(np.float32),
+    "cross_gate": lambda _, shape, __: np.ones(shape, np.float32),
+}
+
+
+def results(model: Model, tp: int) -> list[list[np.ndarray]]:
+    """What every rank has found."""
+    stored = [model.converted(tp, rank) for rank in range(tp)]
+
+    def work(rank: int) -> list[np.ndarray]:
+        graphs = model.define(tp)
+        backend = EagerBackend(model.out, stored[rank].weights, model.cache(tp), lambda kind, *_: graphs[kind])
+        return steps(model, backend, graphs)
+
+    return run_ranks(tp, work)[0]
+
+
+def errors(model: Model, tp: int, whole: list[np.ndarray]) -> list[float]:
+    """The worst error of any rank in each result; keys and values [., K, ., D] are compared with those of its heads."""
+    kv_heads = model.config.text.kv_heads
+    worst = [0.0] * len(whole)
+    for rank, found in enumerate(results(model, tp)):
+        first = rank * kv_heads // tp
+        held = slice(first, first + max(1, kv_heads // tp))
+        expected = [each[:, held] if each.ndim == 4 else each for each in whole]
+        worst = [max(e, relative_error(*pair)) for e, *pair in zip(worst, found, expected, strict=True)]
+    return worst
+
+
+@pytest.fixture(scope="module")
+def whole(model: Model) -> list[np.ndarray]:
+    return alone(model)
+
+
+def alone(model: Model) -> list[np.ndarray]:
+    """What the model finds that is not cut."""
+    graphs = model.define(1)
+    backend = EagerBackend(model.out, model.converted(1, 0).weights, model.cache(1), lambda kind, *_: graphs[kind])
+    found = steps(model, backend, graphs)
+    assert all(np.isfinite(each).all() and each.std() > 0 for each in found)
+    return found
+
+
+@pytest.mark.parametrize("tp", TP)
+def test_ranks_compute_what_the_whole_model_computes(model: Model, whole: list[np.ndarray], tp: int) -> None:
+    found = errors(model, tp, whole)
+    assert len(found) == len(whole) and max(found) <= TOLERANCE, found
+
+
+@pytest.mark.parametrize("family", ["llava", "mllama", "qwen_vl"])
+def test_in_8_bits_where_cuts_fall_between_blocks(family: str, tmp_path: Path) -> None:
+    """Elsewhere ranks have blocks of their own, and so other roundings than the whole."""
+    model = model_of(family, 8, tmp_path)
+    model = replace(model, config=replace(model.config, text=replace(model.config.text, intermediate_size=64)), quant="w8a16")
+    write_random(model.config, tmp_path)
+    assert max(errors(model, 2, alone(model))) <= TOLERANCE
+
+
+# --- What would be seen ----------------------------------------------------------------------------------------------------
+
+
+def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Member.all_gather
+    monkeypatch.setattr(Member, "all_gather", lambda self, x: torch.cat(right(self, x).chunk(self.size, -1)[::-1], dim=-1))
+
+
+def bias_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RowLinear, "forward", lambda self, x: ops.all_reduce(self.product(x, self.bias), self.ranks))
+
+
+def shifted_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last rank of all gets rows of its neighbour in one layer."""
+
+    def shifted(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, rank: int) -> tuple[int, int]:
+        first, stop = rank_span(config, name, shape, tp, rank)
+        return (first - 1, stop - 1) if rank == tp - 1 and name == "text.layers.1.mlp.up.weight" else (first, stop)
+
+    monkeypatch.setattr(convert_module, "rank_span", shifted)
+
+
+def neighbours_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each rank gets the keys of the rank before it."""
+
+    def shifted(config: ModelConfig, name: str, shape: tuple[int, ...], tp: int, rank: int) -> tuple[int, int]:
+        return rank_span(config, name, shape, tp, (rank - 1) % tp if name.endswith("attn.k.weight") else rank)
+
+    monkeypatch.setattr(convert_module, "rank_span", shifted)
+
+
+@pytest.mark.parametrize("model", [("mllama", 2), ("qwen_vl", 8)], indirect=True, ids=["mllama", "qwen_vl"])
+@pytest.mark.parametrize("fault", [reversed_gather, bias_on_every_rank, shifted_rows, neighbours_head])
+def test_a_fault_is_seen(
+    model: Model, whole: list[np.ndarray], monkeypatch: pytest.MonkeyPatch, fault: Callable[..., None], tmp_path: Path
+) -> None:
+    fault(monkeypatch)
+    assert max(errors(replace(model, out=tmp_path), 4, whole)) > 100 * TOLERANCE
+
+
+# --- What a graph is made of ----------------------------------------------------------------------------------------------
+
+FAMILIES = [("llava", 2), ("llava_next", 8), ("mllama", 2), ("qwen_vl", 8)]
+
+
+@pytest.fixture(scope="module", params=FAMILIES, ids=lambda param: param[0])
+def sizes(request: pytest.FixtureRequest) -> Model:
+    return model_of(*request.param)
+
+
+def collectives(graph: GraphDef) -> Counter[str]:
+    names = (str(node.target).removesuffix(".default") for node in trace(graph).graph.nodes if node.op == "call_function")
+    return Counter(name.removeprefix(f"{ops.NAMESPACE}.") for name in names if name.endswith(ops.COLLECTIVES))
+
+
+def test_a_whole_model_never_meets_anyone(sizes: Model) -> None:
+    assert not any(collectives(graph) for graph in sizes.define(1).values())
+
+
+# Twice in each layer of a tower; then a summed projector, or one that is joined behind a looked-up table or a joined input.
+VISION_MEETS = {
+    "llava": {"all_reduce": 2 * 2 + 1},
+    "llava_next": {"all_reduce": 2 * 2 + 1},
+    "mllama": {"all_reduce": 2 * (3 + 2), "all_gather": 2},
+    "qwen_vl": {"all_reduce": 2 * 2 + 1, "all_gather": 2},
+}
+
+
+def test_where_ranks_meet(sizes: Model) -> None:
+    graphs, config = sizes.define(2), sizes.config
+    for kind in ("prefill", "decode"):  # the embedding and the logits are joined
+        assert collectives(graphs[kind]) == {"all_reduce": 2 * config.text.layers, "all_gather": 2}
+    assert collectives(graphs["vision"]) == VISION_MEETS[config.family]
+
+
+@pytest.mark.parametrize("tp", TP)
+@pytest.mark.parametrize("quant", ["none", "w8a16"])
+def test_modules_hold_what_a_rank_is_given(sizes: Model, tp: int, quant: str) -> None:
+    found: dict[str, tuple[int, ...]] = {}
+    for graph in replace(sizes, quant=quant).define(tp).values():
+        found |= {name: tuple(p.shape) for name, p in graph.module.named_parameters() if name not in graph.constants}
+    assert found == {name: stored.shape for name, stored in stored_targets(sizes.config, quant, tp=tp).items()}
+    if quant == "none":
+        assert found == rank_targets(sizes.config, tp)
+
+
+@pytest.mark.parametrize("kv_heads", [8, 2, 1])
+def test_caches_of_all_ranks_are_the_cache(kv_heads: int) -> None:
+    """Or as many copies of a head as there are ranks that share it."""
+    sizes = model_of("mllama", kv_heads)
+    for tp in TP:
+        assert sizes.cache(tp).kv_heads == max(1, kv_heads // tp)
+        assert tp * sizes.cache(tp).nbytes == max(1, tp // kv_heads) * sizes.cache(1).nbytes
+
+
+# --- Groups -----------------------------------------------------------------------------------------------------------------
+
+
+def test_joined_and_summed() -> None:
+    def work(rank: int) -> Any:
+        x = torch.arange(6.0).view(2, 3) + 10 * rank
+        return ops.all_reduce(x, 4), ops.all_gather(x, 4)
+
+    found, calls = run_ranks(4, work)
+    base = torch.arange(6.0).view(2, 3)
+    for total, joined in found:
+        assert torch.equal(total, 4 * base + 60)
+        assert torch.equal(joined, torch.cat([base + 10 * rank for rank in range(4)], dim=1))
+    assert calls == ["all_reduce", "all_gather"]
+
+
+def test_alone_both_are_the_identity() -> None:
+    x = torch.randn(2, 3)
+    for op in (ops.all_reduce, ops.all_gather):
+        assert torch.equal(op(x, 1), x) and op(x, 1).data_ptr() != x.data_ptr()
+
+
+def test_a_part_of_a_model_does_not_run_by_itself() -> None:
+    x = torch.randn(2, 3)
+    for op in (ops.all_reduce, ops.all_gather):
+        with pytest.raises(ValueError, match="one rank's of 2, but runs in a group of 1; run all ranks together"):
+            op(x, 2)
+        with member_of(Member(Meeting(4), 0)), pytest.raises(ValueError, match="of 2, but runs in a group of 4"):
+            op(x, 2)
+
+
+def test_what_a_rank_raises_reaches_the_test() -> None:
+    def work(rank: int) -> None:
+        if rank == 1:
+            raise KeyError("broken")
+        ops.all_reduce(torch.ones(2), 2)
+
+    with pytest.raises(KeyError, match="broken"):
+        run_ranks(2, work)
+
+
+def test_shapes_of_collectives_are_known_without_running() -> None:
+    for op in (ops.all_reduce, ops.all_gather):
+        torch.library.opcheck(op, (torch.randn(2, 3), 1))
+    assert ops.all_gather(torch.empty(2, 3, device="meta"), 4).shape == (2, 12)
