@@ -14,8 +14,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnx
 import torch
@@ -23,8 +26,9 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.fx import Node
 
 from ..model_defs.ops import NAMESPACE
-from ..runtime.artifact import TensorSpec, WeightSpec
+from ..runtime.artifact import Collective, Segment, Step, TensorSpec, WeightSpec
 from .graphs import GraphDef, trace
+from .segments import Part, cut
 
 OPSET = 23
 IR_VERSION = 10
@@ -37,9 +41,6 @@ _DTYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": Te
 PADDING_FLAG = 1024.0
 
 ZERO_POINT = helper.make_tensor("zero_point", TensorProto.UINT8, [1], [128])
-
-# What torch.export inserts to check dtypes while tracing; it computes nothing.
-TRACE_CHECKS = frozenset({"aten._assert_tensor_metadata.default"})
 
 
 class UnsupportedOpError(NotImplementedError):
@@ -371,27 +372,83 @@ def emit(graph: GraphDef, weights: Mapping[str, WeightSpec], *, exact: bool = Fa
     exact: the slow twin of a graph whose kernels round activations, for checking everything else about it.
     """
     program = trace(graph)
+    steps = cut(graph, program).steps
+    assert len(steps) == 1, f"{graph.name} is cut; see emit_steps"
+    (part,) = steps
+    assert isinstance(part, Part)
+    return _emit_part(graph, program, part, graph.name, weights, exact=exact)
+
+
+@dataclass(frozen=True, slots=True)
+class EmittedSteps:
+    """One rank's graph as GraphSpec has it in `steps` and `buffers`; `files` are those of the segments."""
+
+    steps: tuple[Step, ...]
+    buffers: tuple[TensorSpec, ...]
+    files: dict[str, bytes]
+
+
+def emit_steps(graph: GraphDef, weights: Mapping[str, WeightSpec], file: str, *, exact: bool = False) -> EmittedSteps:
+    """As `emit`, one file FILE.000.onnx, FILE.001.onnx ... for each segment between collectives.
+
+    `weights` may be those of any rank: segments name a weight file without its folder, so that they are the same for all.
+    """
+    program = trace(graph)
+    plan = cut(graph, program)
+    beside = {name: msgspec.structs.replace(spec, file=PurePath(spec.file).name) for name, spec in weights.items()}
+    steps: list[Step] = []
+    files: dict[str, bytes] = {}
+    for step in plan.steps:
+        if isinstance(step, Collective):
+            steps.append(step)
+            continue
+        number = f"{len(files):03d}"
+        segment = Segment(
+            file=f"{file}.{number}.onnx",
+            inputs=tuple(spec.name for spec in step.inputs),
+            outputs=tuple(spec.name for spec in step.outputs),
+        )
+        files[segment.file] = _emit_part(graph, program, step, f"{graph.name}.{number}", beside, exact=exact)
+        steps.append(segment)
+    return EmittedSteps(tuple(steps), plan.buffers, files)
+
+
+def _emit_part(
+    graph: GraphDef,
+    program: torch.export.ExportedProgram,
+    part: Part,
+    name: str,
+    weights: Mapping[str, WeightSpec],
+    *,
+    exact: bool,
+) -> bytes:
     emitter = Emitter(weights, graph.constants, exact=exact)
-    outputs = _lower_all(emitter, program, graph)
+    emitter.names |= _parameters(program) | part.entering
+    for node in part.nodes:
+        emitter.names[node] = _lower(emitter, node)
+    outputs = _own_names(emitter, part)
     if exact:
         # onnxruntime orders what depends on nothing by its place in this list, the first as late as it can: elsewhere, all
         # weights would be expanded before the first layer runs.
         emitter.nodes.sort(key=lambda node: node.op_type not in ("ConstantOfShape", "DequantizeLinear"))
-    return _model(emitter, graph, outputs).SerializeToString()
+    return _model(emitter, name, part, outputs).SerializeToString()
 
 
-def _lower_all(e: Emitter, program: torch.export.ExportedProgram, graph: GraphDef) -> list[str]:
+def _parameters(program: torch.export.ExportedProgram) -> dict[Node, str]:
     signature = program.graph_signature
-    parameters = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    user_inputs = dict(zip(signature.user_inputs, (spec.name for spec in graph.inputs), strict=True))
-    for node in program.graph.nodes:
-        if node.op == "placeholder":
-            e.names[node] = user_inputs[node.name] if node.name in user_inputs else parameters[node.name]
-        elif node.op == "call_function" and str(node.target) not in TRACE_CHECKS:
-            e.names[node] = _lower(e, node)
-        elif node.op == "output":
-            return [e[value] for value in node.args[0]]
-    raise AssertionError("a traced graph ends with its output")
+    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names}
+
+
+def _own_names(e: Emitter, part: Part) -> list[str]:
+    """The values that leave a part; one that is also something else's, since its op does nothing, is copied."""
+    taken = {*part.entering.values(), *e.initializers}
+    names: list[str] = []
+    for node in part.leaving:
+        value = e[node]
+        names.append(e.node("Identity", [value]) if value in taken else value)
+        taken.add(names[-1])
+    return names
 
 
 def _lower(e: Emitter, node: Node) -> Any:
@@ -420,20 +477,20 @@ def _is_parameter(e: Emitter, node: Any) -> bool:
     return isinstance(node, Node) and node.op == "placeholder" and (e[node] in e.weights or e[node] in e.constants)
 
 
-def _model(e: Emitter, graph: GraphDef, outputs: Sequence[str]) -> onnx.ModelProto:
+def _model(e: Emitter, name: str, part: Part, outputs: Sequence[str]) -> onnx.ModelProto:
     def info(spec: TensorSpec) -> onnx.ValueInfoProto:
         return helper.make_tensor_value_info(spec.name, _DTYPES[spec.dtype], spec.shape)
 
-    renames = dict(zip(outputs, (spec.name for spec in graph.outputs), strict=True))
+    renames = dict(zip(outputs, (spec.name for spec in part.outputs), strict=True))
     for node in e.nodes:
-        for names in (node.input, node.output):
-            for i, name in enumerate(names):
-                names[i] = renames.get(name, name)
+        for values in (node.input, node.output):
+            for i, value in enumerate(values):
+                values[i] = renames.get(value, value)
     proto = helper.make_graph(
         e.nodes,
-        graph.name,
-        [*map(info, graph.inputs)],
-        [*map(info, graph.outputs)],
+        name,
+        [*map(info, part.inputs)],
+        [*map(info, part.outputs)],
         [*e.initializers.values()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]

@@ -4,7 +4,8 @@ An artifact is a folder that can be moved or copied; every path in it is relativ
 
     manifest.json            everything below, as JSON, sealed by its own digest
     *.onnx, *.torchair       one graph per bucket; weights are referred to, never contained
-    weights/*.safetensors    one copy of the weights, shared by every graph
+    weights/*.safetensors    one copy of the weights, shared by every graph; of a model that is cut among ranks, those of rank R
+                             lie in weights/rank-R/, in files of the same names with the same tensors at the same offsets
     tokenizer-*/             tokenizer files and the chat template, as the checkpoint gave them
 
 Names of graph inputs and outputs (B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size,
@@ -34,6 +35,11 @@ Integers are int32. On Ascend the weights and the cache are float16 or bfloat16 
 and the first output are as above, so that the host does the same on both backends. Padding is on the right: a prefill step
 writes T cache rows from `lengths` on, of which only the first last_index + 1 mean anything; the next step overwrites the
 others and no real token attends to them.
+
+A device without collectives runs a graph of one rank of several as steps: segments, each a file with named inputs and outputs,
+and collectives between them. Their tensors are inputs and outputs of the graph, or buffers that live between segments. The
+files are the same for all ranks; an ONNX segment names a weight file without its folder, and whoever opens the segment says
+whose folder that is.
 """
 
 from __future__ import annotations
@@ -45,11 +51,13 @@ from pathlib import Path
 from typing import Literal
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from .files import sha256_file, write_atomically
 
 SCHEMA_VERSION = 3
 MANIFEST = "manifest.json"
+WEIGHTS = "weights"
 Kind = Literal["vision", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")
 CROSS_HIDDEN = -1e30  # added to the score of a key that a token does not see; finite, so that a row may see nothing
@@ -97,13 +105,34 @@ class Certificate(Record, frozen=True, kw_only=True):
         return bool(self.cases) and self.worst <= self.tolerance
 
 
+class Segment(Record, frozen=True, kw_only=True, tag="segment"):
+    """A part of a graph that a device runs by itself; the file's inputs and outputs bear these names."""
+
+    file: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+
+
+class Collective(Record, frozen=True, kw_only=True, tag="collective"):
+    """Where ranks meet between two segments. all_reduce: the sum of all ranks' `reads`, in place where `writes` is the same;
+    all_gather: all ranks' `reads` joined along the last axis, rank 0 first."""
+
+    op: Literal["all_reduce", "all_gather"]
+    ranks: int
+    reads: str
+    writes: str
+
+
+Step = Segment | Collective
+
+
 class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
     kind: Kind
     bucket: int  # vision: tiles; prefill: new tokens; decode: rows
     images: int = 0  # pictures whose cross-attention keys a text graph reads
-    file: str
+    file: str  # of a graph in steps: what the names of their files begin with
     key: str  # digest of everything the graph was made from
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -115,10 +144,25 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     weights: tuple[str, ...] = ()
     constants: dict[str, tuple[float, ...]] = {}
     eager: bool = False  # Ascend: run op by op, not as a compiled graph
+    # Of a graph in steps. Left out of the manifest where unset, so that a graph of one file reads and is sealed as ever.
+    steps: tuple[Step, ...] | UnsetType = UNSET
+    buffers: tuple[TensorSpec, ...] | UnsetType = UNSET  # tensors between steps; one may hold several, one after another
 
     @property
     def name(self) -> str:
         return graph_name(self.kind, self.bucket, self.images)
+
+    @property
+    def plan(self) -> tuple[Step, ...]:
+        """What is run, in order; a graph of one file is a plan of one segment."""
+        whole = Segment(file=self.file, inputs=tuple(s.name for s in self.inputs), outputs=tuple(s.name for s in self.outputs))
+        return self.steps or (whole,)
+
+
+def rank_folder(tp: int, rank: int) -> str:
+    """Where the weight files of `rank` of `tp` lie, within the artifact."""
+    assert 0 <= rank < tp, (rank, tp)
+    return WEIGHTS if tp == 1 else f"{WEIGHTS}/rank-{rank}"
 
 
 def graph_name(kind: Kind, bucket: int, images: int) -> str:

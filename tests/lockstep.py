@@ -6,14 +6,16 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from staticvl.model_defs.group import member_of
 
 T = TypeVar("T")
+X = TypeVar("X", Tensor, np.ndarray)
 PATIENCE = 60.0  # seconds; only a broken test waits this long
 
 
@@ -22,13 +24,13 @@ class Meeting:
     """What the ranks of one group share."""
 
     size: int
-    parts: dict[int, tuple[str, Tensor]] = field(default_factory=dict)
+    parts: dict[int, tuple[str, Any]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)  # as rank 0 made them
 
     def __post_init__(self) -> None:
         self.barrier = threading.Barrier(self.size, timeout=PATIENCE)
 
-    def exchange(self, rank: int, call: str, x: Tensor) -> list[Tensor]:
+    def exchange(self, rank: int, call: str, x: X) -> list[X]:
         """What every rank has brought to this call, by rank."""
         self.parts[rank] = call, x
         self.barrier.wait()
@@ -60,6 +62,27 @@ class Member:
 
     def all_gather(self, x: Tensor) -> Tensor:
         return torch.cat(self.meeting.exchange(self.rank, "all_gather", x), dim=-1)
+
+
+@dataclass
+class ArrayMember:
+    """See runtime.backends.base.Group."""
+
+    meeting: Meeting
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return self.meeting.size
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        first, *others = self.meeting.exchange(self.rank, "all_reduce", array.copy())  # others may still read it
+        array[...] = first
+        for each in others:
+            array += each
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        np.concatenate(self.meeting.exchange(self.rank, "all_gather", array.copy()), axis=-1, out=out)
 
 
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:

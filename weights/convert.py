@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..model_defs.config import ModelConfig, quant_block
-from ..runtime.artifact import FileSpec, WeightSpec
+from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
 from .cut import Span, read_span
 from .names.rule import Shape
@@ -33,7 +33,6 @@ from .stored import is_quantised, stored_parts, stored_targets
 from .tensors import SourceTensor, StoredTensor, WeightsError
 from .writer import Shard, check_space, lay_out, one_thread, write_shard
 
-FOLDER = "weights"
 _CHUNK = 1 << 18  # elements checked at once
 
 
@@ -52,12 +51,6 @@ class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     header: str  # sha256
     nbytes: int
     sha256: str
-
-
-def rank_folder(tp: int, rank: int) -> str:
-    """Where the weight files of `rank` of `tp` lie, within the output folder."""
-    assert 0 <= rank < tp, (rank, tp)
-    return FOLDER if tp == 1 else f"{FOLDER}/rank-{rank}"
 
 
 def plan_shards(

@@ -43,6 +43,24 @@ class Backend(Protocol):
         ...
 
 
+class Group(Protocol):
+    """One rank's way to the others. All ranks make the same calls in the same order with arrays of one shape and dtype."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        """Replace `array` by the sum of all ranks' arrays, the same bits on every rank."""
+        ...
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        """Write array [..., C] of all ranks, joined along the last axis with rank 0 first, into out [..., size * C]."""
+        ...
+
+
 def cache_name(output: str, image: int) -> str | None:
     """The cache buffer that a graph output belongs into, if any."""
     if output.startswith(("cross_k.", "cross_v.")):

@@ -1,6 +1,9 @@
 """ONNX Runtime on CPU. Caches are numpy arrays bound by pointer as input and output of the same run, so they are updated in
 place; feeds are bound by pointer once and then only refilled.
 
+A graph in steps, one rank's of several, is run segment by segment; buffers between them are arrays bound by pointer too, and
+the group that the backend was given works on those very arrays.
+
 Memory: the sessions of all buckets share one copy of the weights (see host_cache) and one arena for intermediate values.
 """
 
@@ -11,18 +14,22 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import CacheSpec, GraphSpec, Manifest
-from .base import cache_name
+from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, TensorSpec, rank_folder
+from .base import Group, cache_name
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
 _PROVIDERS = ["CPUExecutionProvider"]
+# onnxruntime follows no path out of a model's folder, but for a model given as bytes it is told where the weights lie: so the
+# segment files are there once, whichever ranks run here, and neither copies nor links of them are needed.
+WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @functools.cache
@@ -63,29 +70,53 @@ def _cores() -> int:
 
 
 class _Bound:
-    """One session with everything bound for one slot: running it takes no further argument."""
+    """A graph with everything bound for one slot: running it takes no further argument."""
 
-    def __init__(self, session: ort.InferenceSession, graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:
-        self.feed = feed
-        self.arrays = dict(feed)
-        self.binding = session.io_binding()
-        for spec in graph.inputs:
-            if spec.name in feed:
-                array = feed[spec.name]
-                if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
-                    given = f"{array.dtype.name} {array.shape}"
-                    raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
-                self.bind_input(spec.name, array)
-
-    def bind_input(self, name: str, array: np.ndarray) -> None:
-        self.binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-
-    def bind_output(self, name: str, array: np.ndarray) -> None:
-        self.binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    def __init__(
+        self, feed: Mapping[str, np.ndarray], arrays: dict[str, np.ndarray], steps: list[Callable[[], object]]
+    ) -> None:
+        self.feed, self.fed, self.steps = feed, dict(feed), steps
+        self.arrays = arrays  # what the steps have pointers to
 
     def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
         """Whether the very arrays that are bound are passed again."""
-        return self.feed is feed or all(self.arrays.get(name) is array for name, array in feed.items())
+        return self.feed is feed or all(self.fed.get(name) is array for name, array in feed.items())
+
+    def run(self) -> None:
+        for step in self.steps:
+            step()
+
+
+def _checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """What was fed, if it can be bound."""
+    if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
+        given = f"{array.dtype.name} {array.shape}"
+        raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
+    return array
+
+
+def _segment(session: ort.InferenceSession, segment: Segment, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    """One segment, its inputs and outputs bound by pointer."""
+    binding = session.io_binding()
+    for bind, names in ((binding.bind_input, segment.inputs), (binding.bind_output, segment.outputs)):
+        for name in names:
+            array = arrays[name]
+            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    return partial(session.run_with_iobinding, binding)
+
+
+def _collective(group: Group, step: Collective, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    source, target = arrays[step.reads], arrays[step.writes]
+    if step.op == "all_gather":
+        return partial(group.all_gather, source, target)
+    if step.reads == step.writes:
+        return partial(group.all_reduce, target)
+
+    def sum_elsewhere() -> None:  # what is summed is read again later
+        np.copyto(target, source)
+        group.all_reduce(target)
+
+    return sum_elsewhere
 
 
 def _trim() -> None:
@@ -106,36 +137,66 @@ class OrtBackend:
         host: HostCache | None = None,
         pack: bool = True,
         shared: bool = True,
+        group: Group | None = None,
     ) -> None:
-        """`host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own.
+        """`group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
+
+        `host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own.
 
         `shared`: one arena for all graphs; without it, unloading a graph gives back what its intermediate values took.
         """
         _register_arena()
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.group = folder, threads, group
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
         self.pack, self.shared = pack, shared
         # Zeroed pages are only backed by memory once they are written.
         self.caches = {name: np.zeros(shape, cache.dtype) for name, shape in cache.buffers().items()}
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.outputs: dict[str, np.ndarray] = {}
+        self.buffers: dict[str, dict[str, np.ndarray]] = {}  # by graph: tensors between its steps
         self.bound: dict[tuple[str, int, int], _Bound] = {}
 
     def load(self, graph: GraphSpec) -> None:
-        if graph.file not in self.sessions:
-            packed = self.host.path(graph) if self.host else None
-            options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
-            self.sessions[graph.file] = ort.InferenceSession(packed or self.folder / graph.file, options, providers=_PROVIDERS)
-            _trim()
-            first = graph.outputs[0]
-            if cache_name(first.name, 0) is None:
-                self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
+        """Raises ArtifactError for a graph in steps without a group, or with one of another size."""
+        if graph.file in self.buffers:
+            return
+        if graph.steps:
+            self._check_group(graph)
+        for step in graph.plan:
+            if isinstance(step, Segment):
+                self.sessions[step.file] = self._open(graph, step)
+        _trim()
+        first = graph.outputs[0]
+        if cache_name(first.name, 0) is None:
+            self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
+        self.buffers[graph.file] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.buffers or ()}
+
+    def _check_group(self, graph: GraphSpec) -> None:
+        ranks = next(step.ranks for step in graph.plan if isinstance(step, Collective))
+        size = self.group.size if self.group else 1
+        if size != ranks:
+            raise ArtifactError(
+                f"{graph.name} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together"
+            )
+
+    def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
+        if self.group and graph.steps:
+            options = _options(pack=self.pack, threads=self.threads, shared=self.shared)
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / rank_folder(self.group.size, self.group.rank)))
+            model: bytes | Path = (self.folder / segment.file).read_bytes()
+            return ort.InferenceSession(model, options, providers=_PROVIDERS)
+        packed = self.host.path(graph) if self.host else None
+        options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
+        return ort.InferenceSession(packed or self.folder / segment.file, options, providers=_PROVIDERS)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:
             del self.bound[key]
-        self.sessions.pop(graph.file, None)
+        for step in graph.plan:
+            if isinstance(step, Segment):
+                self.sessions.pop(step.file, None)
         self.outputs.pop(graph.file, None)
+        self.buffers.pop(graph.file, None)
         _trim()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
@@ -143,23 +204,32 @@ class OrtBackend:
         bound = self.bound.get(key)
         if bound is None or not bound.holds(feed):
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
-        self.sessions[graph.file].run_with_iobinding(bound.binding)
+        bound.run()
         if graph.file in self.outputs:
             return self.outputs[graph.file]
         return self._rows(f"{graph.outputs[0].name}.{image}", slot, 1)
 
     def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _Bound:
         self.load(graph)
-        bound = _Bound(self.sessions[graph.file], graph, feed)
+        arrays = dict(self.buffers[graph.file])
         for spec in graph.inputs:
-            if spec.name in self.caches:
-                bound.bind_input(spec.name, self._rows(spec.name, slot, spec.shape[0]))
-            elif spec.name not in feed:
+            if spec.name in feed:
+                arrays[spec.name] = _checked(graph, spec, feed[spec.name])
+            elif spec.name in self.caches:
+                arrays[spec.name] = self._rows(spec.name, slot, spec.shape[0])
+            else:
                 raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
         for spec in graph.outputs:
             name = cache_name(spec.name, image)
-            bound.bind_output(spec.name, self._rows(name, slot, spec.shape[0]) if name else self.outputs[graph.file])
-        return bound
+            arrays[spec.name] = self._rows(name, slot, spec.shape[0]) if name else self.outputs[graph.file]
+        steps: list[Callable[[], object]] = []
+        for step in graph.plan:
+            if isinstance(step, Segment):
+                steps.append(_segment(self.sessions[step.file], step, arrays))
+            else:
+                assert self.group is not None, "checked by load"
+                steps.append(_collective(self.group, step, arrays))
+        return _Bound(feed, arrays, steps)
 
     def _rows(self, name: str, slot: int, count: int) -> np.ndarray:
         return self.caches[name][slot : slot + count]
@@ -175,6 +245,8 @@ def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: M
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False)
+    if manifest.tp > 1:  # each rank has weights of its own, and a graph no single file to pack
+        return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none")
     host = HostCache(folder, manifest.graphs, manifest.weights.values())
     if host.nbytes < WORTH_PACKING:
         host = None

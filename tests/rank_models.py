@@ -1,0 +1,129 @@
+"""A tiny model that is cut among ranks: its graphs, its weights, and what is run to compare ranks with the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from staticvl.compiler.check import relative_error
+from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.plan import Buckets, Options, make_plan
+from staticvl.model_defs.config import ModelConfig, TiledConfig
+from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec
+from staticvl.runtime.backends.base import Backend
+from staticvl.weights.convert import Converted, convert
+from staticvl.weights.source import open_source
+
+from .wide_models import wide_config
+
+CHUNK, ROWS = 5, 2
+
+
+@dataclass(frozen=True)
+class Model:
+    config: ModelConfig
+    folder: Path  # of the checkpoint
+    out: Path  # of what is converted
+    kinds: tuple[tuple[Kind, int, int], ...]
+    quant: str = "none"
+
+    def cache(self, tp: int) -> CacheSpec:
+        return make_plan(self.config, self.options(tp)).cache
+
+    def options(self, tp: int) -> Options:
+        images = (1,) if self.config.text.cross_layers else None
+        buckets = Buckets(prefill=(CHUNK,), decode=(ROWS,), images=images, context=16, slots=ROWS)
+        return Options(checkpoint=self.folder, out=self.out, tp=tp, buckets=buckets)
+
+    def define(self, tp: int) -> dict[Kind, GraphDef]:
+        vision = self.config.vision
+        third = (0.3, 0.4, 0.5)
+        image = ImageFacts(mode="stretch", size=vision.image_size, rows=vision.rows_per_tile, mean=third, std=third)
+        cache = self.cache(tp)
+        return {
+            kind: define_graph(self.config, image, cache, self.quant, kind, n, images, tp) for kind, n, images in self.kinds
+        }
+
+    def converted(self, tp: int, rank: int) -> Converted:
+        return convert(open_source(self.folder), self.config, self.out, quant=self.quant, prefix=f"tp{tp}", tp=tp, rank=rank)
+
+
+def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:
+    """Without a folder: to be looked at, not run."""
+    config = wide_config(family, kv_heads)
+    tiles, images = (config.vision.tiles, 1) if isinstance(config.vision, TiledConfig) else (2, 0)
+    return Model(config, folder, folder, (("vision", tiles, 0), ("prefill", CHUNK, images), ("decode", ROWS, images)))
+
+
+def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str]) -> list[np.ndarray]:
+    """A picture for each of two sequences, two chunks of one and one of the other, a token of both: every first output, then
+    the caches."""
+    rng = np.random.default_rng(1)
+    found = [backend.run(specs["vision"], feed(specs["vision"], rng, [0]), slot).copy() for slot in range(ROWS)]
+    pictures = np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+    for slot, past in ((0, 0), (0, CHUNK), (1, 0)):
+        fed = feed(specs["prefill"], rng, [past])
+        if "image_rows" in fed:
+            fed["image_rows"] = pictures[slot * CHUNK : (slot + 1) * CHUNK].copy()
+        found.append(backend.run(specs["prefill"], fed, slot).copy())
+    found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).copy())
+    return [*found, *(backend.read_cache(name, ROWS) for name in caches)]
+
+
+def spec_of(graph: GraphDef) -> GraphSpec:
+    return GraphSpec(
+        kind=graph.kind, bucket=graph.bucket, images=graph.images, file="", key="", inputs=graph.inputs, outputs=graph.outputs,
+        cost_ms=0.0,
+    )  # fmt: skip
+
+
+def feed(graph: GraphSpec, rng: np.random.Generator, lengths: list[int]) -> dict[str, np.ndarray]:
+    """Every input but caches; the same for every rank, since draws do not depend on what a rank holds."""
+    return {spec.name: DRAWS[spec.name](rng, spec.shape, lengths) for spec in graph.inputs if not cached(spec)}
+
+
+def cached(spec: TensorSpec) -> bool:
+    return "_cache." in spec.name or spec.name.startswith(("cross_k.", "cross_v."))
+
+
+def halves(rng: np.random.Generator, shape: tuple[int, ...], _: list[int]) -> np.ndarray:
+    half = rng.standard_normal((*shape[:2], shape[2] // 2), np.float32)
+    return np.concatenate((half, half), axis=-1)
+
+
+def every_other(_: np.random.Generator, shape: tuple[int, ...], __: list[int]) -> np.ndarray:
+    """Every other token is a row of a picture."""
+    place = np.arange(shape[1])
+    return np.where(place % 2, place, -1)[None].astype(np.int32)
+
+
+DRAWS: dict[str, Callable[[np.random.Generator, tuple[int, ...], list[int]], np.ndarray]] = {
+    "pixels": lambda rng, shape, _: rng.integers(0, 256, shape).astype(np.uint8),
+    "tile_count": lambda *_: np.array([2], np.int32),
+    "aspect_id": lambda *_: np.array([2], np.int32),
+    "token_ids": lambda rng, shape, _: rng.integers(0, 80, shape).astype(np.int32),
+    "row_index": every_other,
+    "image_rows": lambda _, shape, __: np.zeros(shape, np.float32),  # replaced by what the vision graph made
+    "lengths": lambda _, __, lengths: np.array(lengths, np.int32),
+    "last_index": lambda *_: np.array([CHUNK - 1], np.int32),
+    "rope_cos": halves,
+    "rope_sin": halves,
+    "query_scale": lambda rng, shape, _: rng.uniform(1, 1.5, shape).astype(np.float32),
+    "cross_mask": lambda _, shape, __: np.where(np.indices(shape)[2] < 2, 0, CROSS_HIDDEN).astype(np.float32),
+    "cross_gate": lambda _, shape, __: np.ones(shape, np.float32),
+}
+
+
+def worst_errors(model: Model, ranks: Sequence[list[np.ndarray]], whole: list[np.ndarray]) -> list[float]:
+    """The worst error of any rank in each result; keys and values [., K, ., D] are compared with those of its heads."""
+    kv_heads, tp = model.config.text.kv_heads, len(ranks)
+    worst = [0.0] * len(whole)
+    for rank, found in enumerate(ranks):
+        first = rank * kv_heads // tp
+        held = slice(first, first + max(1, kv_heads // tp))
+        expected = [each[:, held] if each.ndim == 4 else each for each in whole]
+        worst = [max(e, relative_error(*pair)) for e, *pair in zip(worst, found, expected, strict=True)]
+    return worst
