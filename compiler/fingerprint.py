@@ -33,7 +33,7 @@ _GRAPH_CODE = (
     *("runtime/feeds.py", "runtime/rope.py", "runtime/backends/base.py"),  # what a certificate was measured with
 )
 _BACKEND_CODE = {
-    "onnx": ("compiler/emit_onnx.py", "runtime/backends/ort.py"),
+    "onnx": ("compiler/emit_onnx.py", "compiler/segments.py", "runtime/backends/ort.py"),
     "ascend": (
         *("compiler/emit_ascend.py", "compiler/lower_ascend.py", "runtime/backends/ascend.py"),
         *("runtime/ascend", "runtime/ascend/ge_ops"),
