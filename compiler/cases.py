@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.artifact import CROSS_HIDDEN, GraphSpec, ModelFacts, TensorSpec
+from ..runtime.artifact import CROSS_HIDDEN, GraphSpec, ModelFacts, TensorSpec, is_cached
 from ..runtime.backends.base import Backend
 from ..runtime.feeds import Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
@@ -71,13 +71,10 @@ class CaseMaker:
         """
         starts = {}
         for spec in graph.inputs:
-            start = starts[spec.name] = int(self.rng.integers(NOISE))
-            if spec.name.startswith(("cross_k.", "cross_v.")):
-                value = self._noise(spec.shape, start)
-            elif "_cache." in spec.name:
-                value = self.past(spec, case, start)
-            else:
+            if not is_cached(spec.name):
                 continue
+            start = starts[spec.name] = int(self.rng.integers(NOISE))
+            value = self.past(spec, case, start) if "_cache." in spec.name else self._noise(spec.shape, start)
             for backend in backends:
                 backend.write_cache(spec.name, value)
         return starts

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ..model_defs.ops import NAMESPACE
+from ..runtime.artifact import is_cached
 from .graphs import GraphDef, trace
 
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
@@ -35,12 +36,8 @@ def graph_cost(graph: GraphDef, dtype: str) -> Cost:
     flops = sum(_FLOPS[name](node) for node in nodes if (name := str(node.target).removesuffix(".default")) in _FLOPS)
     width = _WIDTHS[dtype]
     weights = sum(p.numel() * (width if p.is_floating_point() else p.element_size()) for p in graph.module.parameters())
-    inputs = sum(math.prod(spec.shape) * (width if _cached(spec.name) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
+    inputs = sum(math.prod(spec.shape) * (width if is_cached(spec.name) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
     return Cost(flops=flops, nbytes=weights - _unread(graph, width) + inputs)
-
-
-def _cached(name: str) -> bool:
-    return "_cache." in name or name.startswith("cross_")
 
 
 def _unread(graph: GraphDef, width: int) -> int:

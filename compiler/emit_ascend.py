@@ -32,14 +32,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..runtime.artifact import TensorSpec
+from ..runtime.artifact import TensorSpec, is_cached
 from ..runtime.ascend import torchair_host
 from . import lower_ascend
 from .graphs import GraphDef, trace
 
 DTYPES = ("float16", "bfloat16")
 ADVICE = "Parameters data address remain the same"
-CACHED = ("k_cache.", "v_cache.", "cross_k.", "cross_v.")
 
 
 class EmitError(ValueError):
@@ -68,7 +67,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
     _check_heads(definition)
     host = torchair_host.load()
     kernel = make_kernel(definition, getattr(torch, dtype))
-    recorder = _Recorder([spec for spec in definition.outputs[:1] if not _cached(spec)])
+    recorder = _Recorder([spec for spec in definition.outputs[:1] if not is_cached(spec.name)])
     # What an earlier graph left behind must not be taken for a part of this one.
     torch._dynamo.reset()
     with (
@@ -100,7 +99,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
 
 def _check_heads(definition: GraphDef) -> None:
     """Heads of pictures are filled up where they are used; those of a cache would have to be so in the cache."""
-    widths = {spec.shape[-1] for spec in (*definition.inputs, *definition.outputs) if _cached(spec)}
+    widths = {spec.shape[-1] for spec in (*definition.inputs, *definition.outputs) if is_cached(spec.name)}
     for width in widths:
         if width % lower_ascend.HEAD_ALIGNMENT:
             raise EmitError(
@@ -164,10 +163,6 @@ def _only(found: Sequence[Any]) -> Any:
     return found[0]
 
 
-def _cached(spec: TensorSpec) -> bool:
-    return spec.name.startswith(CACHED)
-
-
 def _config(host: torchair_host.TorchairHost, kernel: Kernel) -> Any:
     config = host.torchair.CompilerConfig()
     # Weights stay where they are, so the device may lay them out once when it loads the graph.
@@ -227,7 +222,9 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
     weights = tuple(name for name in parameters if name not in definition.constants)
     constants = tuple(name for name in parameters if name in definition.constants)
     declared = {spec.name for spec in definition.inputs}
-    in_place = tuple(spec for spec in definition.outputs if _cached(spec) and spec.name.removesuffix(".out") not in declared)
+    in_place = tuple(
+        spec for spec in definition.outputs if is_cached(spec.name) and spec.name.removesuffix(".out") not in declared
+    )
     order = [*weights, *constants, *(spec.name for spec in (*definition.inputs, *in_place))]
     place = {name: i for i, name in enumerate(order)}
     name = kernel_name(definition)
@@ -235,10 +232,10 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
         name,
         program.graph_module,
         taken=[place[each] for each in (*parameters, *(spec.name for spec in definition.inputs))],
-        written=[(i, place[s.name.removesuffix(".out")]) for i, s in enumerate(definition.outputs) if _cached(s)],
+        written=[(i, place[s.name.removesuffix(".out")]) for i, s in enumerate(definition.outputs) if is_cached(s.name)],
         fixed=len(parameters),
         dtype=dtype,
-        returns=not _cached(definition.outputs[0]),
+        returns=not is_cached(definition.outputs[0].name),
     )
     shapes = dict(definition.module.named_parameters())
     arguments = (
@@ -259,7 +256,7 @@ def _frozen(parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
 
 
 def _like(spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    return torch.empty(spec.shape, dtype=dtype if _cached(spec) else getattr(torch, spec.dtype), device="meta")
+    return torch.empty(spec.shape, dtype=dtype if is_cached(spec.name) else getattr(torch, spec.dtype), device="meta")
 
 
 class _Traced(nn.Module):

@@ -159,6 +159,11 @@ class GraphSpec(Record, frozen=True, kw_only=True):
         return self.steps or (whole,)
 
 
+def is_cached(name: str) -> bool:
+    """Whether a graph input or output is a part of the cache."""
+    return name.startswith(("k_cache.", "v_cache.", "cross_k.", "cross_v."))
+
+
 def rank_folder(tp: int, rank: int) -> str:
     """Where the weight files of `rank` of `tp` lie, within the artifact."""
     assert 0 <= rank < tp, (rank, tp)

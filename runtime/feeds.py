@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .artifact import CROSS_HIDDEN, GraphSpec, Manifest
+from .artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
 from .cache import SlotCache
 from .request import Sequence
 from .rope import query_scales, rope_tables
@@ -108,5 +108,4 @@ class Feeds:
 
 def new_feed(graph: GraphSpec) -> Feed:
     """Zeroed arrays for every input of a graph but its caches."""
-    cached = ("k_cache.", "v_cache.", "cross_k.", "cross_v.")
-    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs if not spec.name.startswith(cached)}
+    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs if not is_cached(spec.name)}

@@ -6,13 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.runtime.artifact import ArtifactError
-from staticvl.runtime.ascend import torchair_host
 
 from .conftest import EMBEDDED
 
@@ -24,15 +21,6 @@ CHECKPOINTS = {
     "qwen_vl": Path(__file__).parent / "golden" / "qwen_vl_tiny" / "checkpoint",
 }
 QUESTION = "What is in the picture?"
-
-
-def need_torchair() -> pytest.MarkDecorator:
-    """Skips where the wheel is not at hand, saying how to get it."""
-    try:
-        torchair_host.wheel_folder()
-    except ArtifactError as error:
-        return pytest.mark.skip(reason=str(error))
-    return pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @dataclass(frozen=True, slots=True)

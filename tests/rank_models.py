@@ -12,7 +12,7 @@ from staticvl.compiler.check import relative_error
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import ModelConfig, TiledConfig
-from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec
+from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, is_cached
 from staticvl.runtime.backends.base import Backend
 from staticvl.weights.convert import Converted, convert
 from staticvl.weights.source import open_source
@@ -82,11 +82,7 @@ def spec_of(graph: GraphDef) -> GraphSpec:
 
 def feed(graph: GraphSpec, rng: np.random.Generator, lengths: list[int]) -> dict[str, np.ndarray]:
     """Every input but caches; the same for every rank, since draws do not depend on what a rank holds."""
-    return {spec.name: DRAWS[spec.name](rng, spec.shape, lengths) for spec in graph.inputs if not cached(spec)}
-
-
-def cached(spec: TensorSpec) -> bool:
-    return "_cache." in spec.name or spec.name.startswith(("cross_k.", "cross_v."))
+    return {spec.name: DRAWS[spec.name](rng, spec.shape, lengths) for spec in graph.inputs if not is_cached(spec.name)}
 
 
 def halves(rng: np.random.Generator, shape: tuple[int, ...], _: list[int]) -> np.ndarray:

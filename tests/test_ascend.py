@@ -22,10 +22,11 @@ from staticvl.runtime.artifact import ArtifactError, FileSpec, Manifest, read_ma
 from staticvl.runtime.ascend import torchair_host
 from staticvl.tools.cli import main
 
-from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair, need_torchair
+from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair
+from .need_torchair import skip_without_torchair
 from .parity import picture
 
-pytestmark = need_torchair()
+skip_without_torchair()
 
 BUCKETS = Buckets(prefill=(16,), decode=(2,), context=448, slots=2)
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True, "return_logits": True}

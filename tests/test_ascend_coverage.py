@@ -7,17 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from staticvl.runtime.artifact import ArtifactError
 from staticvl.runtime.ascend import torchair_host
 from staticvl.tools import ascend_coverage
 from staticvl.tools.ascend_coverage import Covered, definitions, main, markdown
 
+from .need_torchair import skip_without_torchair
 from .tiny_families import GOLDEN_QWEN
 
-try:
-    torchair_host.wheel_folder()
-except ArtifactError as error:
-    pytest.skip(str(error), allow_module_level=True)
+skip_without_torchair()
 
 MLLAMA = Path(__file__).parent.parent / "tools" / "assets" / "tiny_mllama"
 

@@ -13,10 +13,12 @@ from staticvl.compiler.plan import Buckets
 from staticvl.runtime.artifact import read_manifest
 from staticvl.tools import ascend_acceptance
 
-from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair, need_torchair
+from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair
+from .need_torchair import skip_without_torchair
 from .parity import picture
 
-pytestmark = [need_torchair(), pytest.mark.slow]
+skip_without_torchair()
+pytestmark = pytest.mark.slow
 
 BUCKETS = Buckets(prefill=(8, 32), decode=(1, 4), context=512, slots=4)
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True, "return_logits": True}

@@ -25,7 +25,7 @@ from staticvl.weights.stored import QUANTS, is_quantised, stored_targets
 from staticvl.weights.tensors import WeightsError
 
 from .test_convert import StopError, stop_after
-from .wide_models import CONFIGS, wide_config, write_random
+from .wide_models import CONFIGS, part, wide_config, write_random
 
 SHARD_BYTES = 50_000
 
@@ -49,14 +49,6 @@ def run(checkpoint: tuple[ModelConfig, Path], out: Path, **options: Any) -> Conv
 
 def load(out: Path, converted: Converted) -> dict[str, Tensor]:
     return {name: tensor for file in converted.files for name, tensor in load_file(out / file).items()}
-
-
-def part(config: ModelConfig, name: str, whole: Tensor, tp: int, rank: int) -> Tensor:
-    axis = shard_axis(config, name)
-    if axis is None:
-        return whole
-    first, stop = rank_span(config, name, tuple(whole.shape), tp, rank)
-    return whole.narrow(axis, first, stop - first)
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ from staticvl.compiler.facts import read_facts
 from staticvl.compiler.graphs import define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import Kind
-from staticvl.runtime.cards import CARDS, Card
+from staticvl.runtime.artifact import Kind, is_cached
+from staticvl.tools.cards import CARDS, Card
 
 from .conftest import EMBEDDED
 
@@ -63,3 +64,16 @@ def test_the_bound_is_the_larger_of_two() -> None:
     assert card.limit(50, 20) == "memory"
     # The published figure: 7B in float16 read once is about 118 tokens a second.
     assert 1e3 / CARDS["910B"].bound_ms(2 * 6_738_415_616, 2 * 6_738_415_616) == pytest.approx(118, abs=1)
+
+
+def test_what_a_step_brings_is_counted_as_it_comes() -> None:
+    """Weights, cache and pictures' keys halve with the dtype; masks and tables of a step stay float32."""
+    checkpoint = EMBEDDED.with_name("tiny_mllama")
+    config = read_config(checkpoint)
+    facts, _ = read_facts(checkpoint, config, vision_tower=None)
+    buckets = Buckets(prefill=(16,), decode=(2,), images=(1,), context=64, slots=2)
+    plan = make_plan(config, Options(checkpoint=checkpoint, out=Path("unused"), buckets=buckets))
+    graph = define_graph(config, facts.image, plan.cache, "none", "prefill", 16, 1)
+    brought = sum(4 * math.prod(spec.shape) for spec in graph.inputs if not is_cached(spec.name))
+    assert {"cross_mask", "cross_gate"} <= {spec.name for spec in graph.inputs}
+    assert 2 * graph_cost(graph, "float16").nbytes - graph_cost(graph, "float32").nbytes == brought

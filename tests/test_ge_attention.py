@@ -10,8 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from staticvl.runtime.artifact import ArtifactError
-from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.ascend.ge_graph import GeGraphError
 
 from .ge_formulas import (
@@ -24,11 +22,9 @@ from .ge_formulas import (
     rand,
 )
 from .ge_graphs import compute
+from .need_torchair import skip_without_torchair
 
-try:
-    torchair_host.wheel_folder()
-except ArtifactError as error:
-    pytest.skip(str(error), allow_module_level=True)
+skip_without_torchair()
 
 B, H, K, D = 2, 4, 2, 8
 

@@ -14,8 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from staticvl.runtime.artifact import ArtifactError
-from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.ascend.ge_graph import GeGraphError, parse
 from staticvl.runtime.ascend.ge_ops import OPS
 from staticvl.runtime.ascend.simulator import Simulator
@@ -32,11 +30,9 @@ from .ge_formulas import (
     turned,
 )
 from .ge_graphs import build, compute
+from .need_torchair import skip_without_torchair
 
-try:
-    torchair_host.wheel_folder()
-except ArtifactError as error:
-    pytest.skip(str(error), allow_module_level=True)
+skip_without_torchair()
 
 Case = tuple[Callable[..., Any], Callable[..., Any], tuple[Tensor, ...]]
 

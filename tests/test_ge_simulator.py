@@ -15,8 +15,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
-from staticvl.runtime.artifact import ArtifactError
-from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.ascend.ge_graph import GeGraphError, Source, parse
 from staticvl.runtime.ascend.simulator import Simulator
 
@@ -35,11 +33,9 @@ from .ge_formulas import (
     turned,
 )
 from .ge_graphs import build, compute, edited, lower, set_attribute
+from .need_torchair import skip_without_torchair
 
-try:
-    torchair_host.wheel_folder()
-except ArtifactError as error:
-    pytest.skip(str(error), allow_module_level=True)
+skip_without_torchair()
 
 H, K, D = 4, 2, 8  # heads, kv heads, head dim
 

@@ -26,19 +26,17 @@ from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import CROSS_HIDDEN, ArtifactError, ImageFacts
-from staticvl.runtime.ascend import ge_graph, torchair_host
+from staticvl.runtime.artifact import CROSS_HIDDEN, ImageFacts
+from staticvl.runtime.ascend import ge_graph
 from staticvl.runtime.ascend.weights import to_signed
 from staticvl.weights.quantize import quantize_w8
 
 from .conftest import EMBEDDED, REPO
 from .ge_graphs import lower
+from .need_torchair import skip_without_torchair
 from .tiny_families import GOLDEN_QWEN
 
-try:
-    torchair_host.wheel_folder()
-except ArtifactError as error:
-    pytest.skip(str(error), allow_module_level=True)
+skip_without_torchair()
 
 LLAVA, LLAVA_NEXT, MLLAMA = EMBEDDED, EMBEDDED.with_name("tiny_llava16"), EMBEDDED.with_name("tiny_mllama")
 EXACT, ROUNDED = 1e-5, 1e-2

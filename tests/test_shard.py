@@ -15,15 +15,7 @@ from staticvl.weights.rules import targets
 from staticvl.weights.shard import check_tp, possible_tp, rank_parameters, rank_shape, rank_span, rank_targets, shard_axis
 from staticvl.weights.tensors import WeightsError
 
-from .wide_models import CONFIGS, wide_config
-
-
-def part(config: ModelConfig, name: str, tensor: Tensor, tp: int, rank: int) -> Tensor:
-    axis = shard_axis(config, name)
-    if axis is None:
-        return tensor
-    first, stop = rank_span(config, name, tuple(tensor.shape), tp, rank)
-    return tensor.narrow(axis, first, stop - first)
+from .wide_models import CONFIGS, part, wide_config
 
 
 @pytest.mark.parametrize("family", CONFIGS)

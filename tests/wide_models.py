@@ -6,9 +6,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
 from staticvl.model_defs.config import ClipConfig, ModelConfig, ResampledConfig, TiledConfig, read_config
 from staticvl.tools.random_checkpoint import random_tensor
 from staticvl.weights.rules import source_names
+from staticvl.weights.shard import rank_span, shard_axis
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.writer import lay_out, write_shard
 
@@ -61,3 +64,12 @@ def write_random(config: ModelConfig, folder: Path, seed: int = 0) -> Path:
     draw = partial(random_tensor, seed=seed, scale=SCALE)
     write_shard(folder, lay_out("model.safetensors", tensors), lambda name: draw(name, tensors[name]))
     return folder
+
+
+def part(config: ModelConfig, name: str, whole: Tensor, tp: int, rank: int) -> Tensor:
+    """What a rank holds of one parameter."""
+    axis = shard_axis(config, name)
+    if axis is None:
+        return whole
+    first, stop = rank_span(config, name, tuple(whole.shape), tp, rank)
+    return whole.narrow(axis, first, stop - first)

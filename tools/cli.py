@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..runtime.cards import CARDS
+from .cards import CARDS
 
 Handler = Callable[[argparse.Namespace], int]
 

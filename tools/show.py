@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..runtime.artifact import Certificate, Manifest, ModelFacts, open_artifact
-from ..runtime.cards import CARDS, Card
+from .cards import CARDS, Card
 
 
 def run(args: argparse.Namespace) -> int:

@@ -23,7 +23,7 @@ from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
 from ..ascend.weights import map_weight, to_signed
 from ..files import sha256_file
-from .base import cache_name
+from .base import cache_name, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -115,11 +115,7 @@ class AscendBackend:
             if spec.name in self.caches:
                 inputs.append(self._rows(spec.name, slot, spec.shape[0]))
             elif spec.name in feed:
-                array = feed[spec.name]
-                if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
-                    given = f"{array.dtype.name} {array.shape}"
-                    raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
-                source = torch.from_numpy(array)
+                source = torch.from_numpy(checked(graph, spec, feed[spec.name]))
                 inputs.append(source.to(self.device.name))  # on the CPU this is the array itself
                 if inputs[-1] is not source:
                     sources.append((source, inputs[-1]))

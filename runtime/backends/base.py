@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest
+from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest, TensorSpec
 
 DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
 
@@ -59,6 +59,14 @@ class Group(Protocol):
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
         """Write array [..., C] of all ranks, joined along the last axis with rank 0 first, into out [..., size * C]."""
         ...
+
+
+def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
+    """What was fed for an input, if it can be bound as it is; raises ValueError otherwise."""
+    if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
+        given = f"{array.dtype.name} {array.shape}"
+        raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
+    return array
 
 
 def cache_name(output: str, image: int) -> str | None:

@@ -26,7 +26,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..artifact import CROSS_HIDDEN, GraphSpec, Manifest
+from ..artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
 from ..rope import rope_tables
 
 PICTURE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that pictures differ from tokens
@@ -151,7 +151,7 @@ class FakeBackend:
 def _check_feed(graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:
     """A real backend binds arrays as they are, so a wrong shape or dtype is an error and not a conversion."""
     for spec in graph.inputs:
-        if spec.name.startswith(("k_cache.", "v_cache.", "cross_k.", "cross_v.")):
+        if is_cached(spec.name):
             continue
         if spec.name not in feed:
             raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")

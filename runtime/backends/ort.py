@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, TensorSpec, rank_folder
-from .base import Group, cache_name
+from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, rank_folder
+from .base import Group, cache_name, checked
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -85,14 +85,6 @@ class _Bound:
     def run(self) -> None:
         for step in self.steps:
             step()
-
-
-def _checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-    """What was fed, if it can be bound."""
-    if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
-        given = f"{array.dtype.name} {array.shape}"
-        raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
-    return array
 
 
 def _segment(session: ort.InferenceSession, segment: Segment, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
@@ -214,7 +206,7 @@ class OrtBackend:
         arrays = dict(self.buffers[graph.file])
         for spec in graph.inputs:
             if spec.name in feed:
-                arrays[spec.name] = _checked(graph, spec, feed[spec.name])
+                arrays[spec.name] = checked(graph, spec, feed[spec.name])
             elif spec.name in self.caches:
                 arrays[spec.name] = self._rows(spec.name, slot, spec.shape[0])
             else:
