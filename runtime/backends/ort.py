@@ -233,12 +233,14 @@ class OrtBackend:
         self.caches[name][: len(value)] = value
 
 
-def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None) -> OrtBackend:
+def open_ort(
+    folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None, group: Group | None = None
+) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
-        return OrtBackend(folder, cache, threads=threads, pack=True, shared=False)
+        return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
     if manifest.tp > 1:  # each rank has weights of its own, and a graph no single file to pack
-        return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none")
+        return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none", group=group)
     host = HostCache(folder, manifest.graphs, manifest.weights.values())
     if host.nbytes < WORTH_PACKING:
         host = None
