@@ -45,9 +45,9 @@ whose folder that is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import msgspec
@@ -158,6 +158,11 @@ class GraphSpec(Record, frozen=True, kw_only=True):
         whole = Segment(file=self.file, inputs=tuple(s.name for s in self.inputs), outputs=tuple(s.name for s in self.outputs))
         return self.steps or (whole,)
 
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The parts of the plan that have files."""
+        return tuple(step for step in self.plan if isinstance(step, Segment))
+
 
 def is_cached(name: str) -> bool:
     """Whether a graph input or output is a part of the cache."""
@@ -222,6 +227,12 @@ class WeightSpec(Record, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+
+
+def rank_weights(weights: Mapping[str, WeightSpec], tp: int, rank: int) -> dict[str, WeightSpec]:
+    """Where `rank` of `tp` has its tensors, given where another rank has them."""
+    folder = rank_folder(tp, rank)
+    return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}
 
 
 class FileSpec(Record, frozen=True, kw_only=True):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from staticvl.model_defs.group import member_of
+from staticvl.model_defs.group import group_of, member_of
 
 T = TypeVar("T")
 X = TypeVar("X", Tensor, np.ndarray)
@@ -83,6 +83,13 @@ class ArrayMember:
 
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
         np.concatenate(self.meeting.exchange(self.rank, "all_gather", array.copy()), axis=-1, out=out)
+
+
+def member_in(tp: int) -> ArrayMember:
+    """This thread's rank, for arrays."""
+    member = group_of(tp)
+    assert isinstance(member, Member)
+    return ArrayMember(member.meeting, member.rank)
 
 
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:

@@ -84,10 +84,12 @@ def open_backend(
     device: str = "cpu",
     threads: int | None = None,
     manifest: Manifest | None = None,
+    group: Group | None = None,
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
 
     With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
+    `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
     """
     if device.partition(":")[0] not in DEVICES.get(name, ()):
         usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
@@ -96,8 +98,10 @@ def open_backend(
     if name == "onnx":
         from .ort import open_ort
 
-        return open_ort(folder, cache, threads=threads, manifest=manifest)
+        return open_ort(folder, cache, threads=threads, manifest=manifest, group=group)
     from .ascend import open_ascend
 
     assert manifest is not None, "the compiler opens Ascend backends itself"
-    return open_ascend(folder, manifest, device)
+    if group is None:
+        return open_ascend(folder, manifest, device)
+    return open_ascend(folder, manifest, device, group)  # pyright: ignore[reportCallIssue]

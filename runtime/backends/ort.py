@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, rank_folder
+from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, rank_folder, rank_weights
 from .base import Group, cache_name, checked
 from .host_cache import HostCache
 
@@ -172,14 +172,13 @@ class OrtBackend:
             )
 
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
-        if self.group and graph.steps:
-            options = _options(pack=self.pack, threads=self.threads, shared=self.shared)
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / rank_folder(self.group.size, self.group.rank)))
-            model: bytes | Path = (self.folder / segment.file).read_bytes()
-            return ort.InferenceSession(model, options, providers=_PROVIDERS)
-        packed = self.host.path(graph) if self.host else None
+        packed = self.host.path(segment.file) if self.host else None
         options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
-        return ort.InferenceSession(packed or self.folder / segment.file, options, providers=_PROVIDERS)
+        model: bytes | Path = packed or self.folder / segment.file
+        if self.group and graph.steps and packed is None:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / rank_folder(self.group.size, self.group.rank)))
+            model = (self.folder / segment.file).read_bytes()
+        return ort.InferenceSession(model, options, providers=_PROVIDERS)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:
@@ -233,14 +232,17 @@ class OrtBackend:
         self.caches[name][: len(value)] = value
 
 
-def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None) -> OrtBackend:
+def open_ort(
+    folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None, group: Group | None = None
+) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
-        return OrtBackend(folder, cache, threads=threads, pack=True, shared=False)
-    if manifest.tp > 1:  # each rank has weights of its own, and a graph no single file to pack
-        return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none")
-    host = HostCache(folder, manifest.graphs, manifest.weights.values())
-    if host.nbytes < WORTH_PACKING:
+        return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
+    rank, size = (group.rank, group.size) if group else (0, 1)
+    host = None
+    if size == manifest.tp:  # else no graph can be loaded, and there is nobody's cache to make
+        host = HostCache(folder, manifest.graphs, rank_weights(manifest.weights, size, rank).values(), tp=size, rank=rank)
+    if host and host.nbytes < WORTH_PACKING:
         host = None
     # Where packed weights cannot be shared, float kernels do well without; 8-bit kernels need them at any price.
-    return OrtBackend(folder, cache, threads=threads, host=host, pack=manifest.quant != "none")
+    return OrtBackend(folder, cache, threads=threads, host=host, pack=manifest.quant != "none", group=group)
