@@ -1,10 +1,13 @@
 """Memory and disk of an artifact with many buckets against one with one of each kind; the last line is one JSON object.
 
-    python benchmarks/memory_by_buckets.py [--hidden 1024] [--layers 8]
+    python benchmarks/memory_by_buckets.py [--hidden 1024] [--layers 8] [--tp 2]
 
 Both artifacts come from the same random checkpoint. Each is loaded in a process of its own, where every graph is opened
 and run; measured are USS (pages that belong to this process alone and are mapped once) and PSS (shared pages counted
 once). Files of the per-machine cache of packed weights are not counted as disk of the artifact.
+
+With `--tp` N the artifacts hold the first of N ranks alone, not certified. Its graphs run without the others: what they
+compute is meaningless, what they take is not.
 """
 
 from __future__ import annotations
@@ -14,24 +17,33 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
+from staticvl.runtime.artifact import BuildFacts, FileSpec, GraphSpec, Manifest, read_manifest, write_manifest
+from staticvl.runtime.backends.base import open_backend
 from staticvl.runtime.feeds import new_feed
+
+if TYPE_CHECKING:
+    from staticvl.compiler.plan import Options
 
 CHECKPOINT = Path(__file__).parent.parent / "tools" / "assets" / "tiny_llava15"
 FEW = Buckets(prefill=(128,), decode=(4,), vision=(1,), context=2048, slots=4)
-MANY = Buckets(prefill=(16, 32, 48, 64, 80, 96, 112, 128), decode=(1, 2, 3, 4), vision=(1,), context=2048, slots=4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024, help="width of the language model")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--prefill", type=int, default=8, help="prefill buckets of the larger artifact, of up to 128 tokens")
     parser.add_argument("--quant", default="none")
+    parser.add_argument("--tp", type=int, default=1, help="ranks among which the model is cut")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -51,14 +63,20 @@ def compare(folder: Path, args: argparse.Namespace) -> dict:
     write_config(folder / "config", args.hidden, args.layers)
     write_checkpoint(folder / "config", folder / "checkpoint")
     result = {}
-    for name, buckets in (("few", FEW), ("many", MANY)):
+    sizes = tuple(128 * i // args.prefill for i in range(1, args.prefill + 1))
+    for name, buckets in (("few", FEW), ("many", replace(FEW, prefill=sizes, decode=(1, 2, 3, 4)))):
         out = folder / name
-        build(Options(checkpoint=folder / "checkpoint", out=out, buckets=buckets, quant=args.quant), TerminalProgress())
+        options = Options(checkpoint=folder / "checkpoint", out=out, buckets=buckets, quant=args.quant, tp=args.tp)
+        if args.tp == 1:
+            build(options, TerminalProgress())
+        else:
+            write_rank(options)
         for _ in range(2):  # the first time packs the weights
             done = subprocess.run([sys.executable, __file__, "--measure", out], capture_output=True, text=True, check=True)
         result[name] = json.loads(done.stdout.splitlines()[-1])
     ratios = {f"{key}_ratio": round(result["many"][key] / result["few"][key], 3) for key in result["few"]}
-    return {**result, **ratios, "hidden": args.hidden, "layers": args.layers, "quant": args.quant}
+    settings = {name: getattr(args, name) for name in ("hidden", "layers", "prefill", "quant", "tp")}
+    return {**result, **ratios, **settings}
 
 
 def write_config(folder: Path, hidden: int, layers: int) -> None:
@@ -79,13 +97,67 @@ def write_config(folder: Path, hidden: int, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_rank(options: Options) -> None:
+    """The artifact of the first of several ranks, without the others' weights and without certificates."""
+    from staticvl.compiler.emit_onnx import emit_steps
+    from staticvl.compiler.facts import read_facts
+    from staticvl.compiler.graphs import define_graph
+    from staticvl.compiler.plan import make_plan
+    from staticvl.model_defs.config import read_config
+    from staticvl.weights.convert import convert
+    from staticvl.weights.source import open_source
+
+    config, out, tp = read_config(options.checkpoint), options.out, options.tp
+    plan, (facts, _) = make_plan(config, options), read_facts(options.checkpoint, config, vision_tower=None)
+    stored = convert(open_source(options.checkpoint), config, out, quant=options.quant, prefix="rank", tp=tp)
+    graphs, files = [], dict(stored.files)
+    for size in plan.graphs:
+        graph = define_graph(config, facts.image, plan.cache, options.quant, *size, tp)
+        emitted = emit_steps(graph, stored.weights, graph.name)
+        for name, data in emitted.files.items():
+            (out / name).write_bytes(data)
+            files[name] = FileSpec(nbytes=len(data), sha256="")
+        kind, bucket, images = size
+        graphs.append(
+            GraphSpec(
+                kind=kind, bucket=bucket, images=images, file=graph.name, key="", inputs=graph.inputs, outputs=graph.outputs,
+                cost_ms=0.0, steps=emitted.steps, buffers=emitted.buffers,
+            )
+        )  # fmt: skip
+    made_by = BuildFacts(staticvl="", torch="", options={}, key="", source={})
+    manifest = Manifest(
+        backend="onnx", quant=options.quant, tp=tp, model=facts, tokenizer="", cache=plan.cache, graphs=tuple(graphs),
+        weights=stored.weights, files=files, build=made_by,
+    )  # fmt: skip
+    write_manifest(out, manifest)
+
+
+@dataclass(frozen=True)
+class Silent:
+    """A group whose other members bring nothing; see runtime.backends.base.Group."""
+
+    size: int
+    rank: int = 0
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        pass
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        pass
+
+
 def measure(artifact: Path) -> dict[str, float]:
     """Open and run every graph; megabytes of memory and disk."""
-    engine = runtime.load(artifact).engine
-    for graph in engine.manifest.graphs:
-        engine.backend.run(graph, new_feed(graph))
+    manifest = read_manifest(artifact)
+    if manifest.tp == 1:
+        backend = runtime.load(artifact).engine.backend
+    else:
+        group = Silent(manifest.tp)
+        backend = open_backend(manifest.backend, artifact, manifest.cache, manifest=manifest, group=group)
+    for graph in manifest.graphs:
+        backend.run(graph, new_feed(graph))
     memory = psutil.Process().memory_full_info()
-    disk = sum(spec.nbytes for spec in engine.manifest.files.values()) + (artifact / "manifest.json").stat().st_size
+    disk = sum(spec.nbytes for spec in manifest.files.values()) + (artifact / "manifest.json").stat().st_size
     return {"uss_mb": memory.uss / 1e6, "pss_mb": memory.pss / 1e6, "disk_mb": disk / 1e6}
 
 

@@ -176,11 +176,25 @@ def test_weights_are_held_once(artifact: Path) -> None:
 # --- Ranks -------------------------------------------------------------------------------------------------------------------
 
 RANKS = 2
-MLP = ("gate", "up", "down")
-# A megabyte of one rank's part of each product of the MLP, less of the others'.
+PRODUCTS = ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.gate", "mlp.up", "mlp.down")
+# Half a megabyte of one rank's part of each product of attention, a whole one of the MLP's.
 WIDTHS = {
-    "none": {"hidden_size": 512, "head_dim": 64, "intermediate_size": 1152, "layers": 2},
-    "w8a16": {"hidden_size": 1024, "head_dim": 128, "intermediate_size": 2304, "layers": 1},
+    "none": {
+        "hidden_size": 512,
+        "head_dim": 64,
+        "intermediate_size": 1152,
+        "layers": 2,
+        "vocab_size": 1024,
+        "embed_rows": 1100,
+    },
+    "w8a16": {
+        "hidden_size": 1024,
+        "head_dim": 128,
+        "intermediate_size": 2304,
+        "layers": 1,
+        "vocab_size": 1024,
+        "embed_rows": 1100,
+    },
 }
 
 
@@ -274,7 +288,7 @@ def test_each_weight_of_a_rank_is_packed_once(ranks: Ranks) -> None:
                     places.setdefault(tensor.name, set()).add(tuple(sorted(entry.items())))
                     users.setdefault(tensor.name, set()).add(graph.kind)
     part = "qweight" if ranks.manifest.quant == "w8a16" else "weight"
-    products = {f"text.layers.{i}.mlp.{name}.{part}" for i in range(ranks.model.config.text.layers) for name in MLP}
+    products = {f"text.layers.{i}.{name}.{part}" for i in range(ranks.model.config.text.layers) for name in PRODUCTS}
     assert products <= places.keys()
     assert all(len(each) == 1 for each in places.values())
     assert all(users[name] == {"prefill", "decode"} for name in products)

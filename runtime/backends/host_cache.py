@@ -30,12 +30,15 @@ import msgspec
 import onnxruntime as ort
 
 from ..artifact import GraphSpec, WeightSpec
+from .packed_file import Entry, is_packed, lay_out
 
 log = logging.getLogger(__name__)
 
 # onnxruntime aligns tensors of this size and more in the file that it writes; kernels fault on packed weights that are
 # not aligned, so smaller ones are left to each session.
 ALIGNED_FROM = 1 << 20
+# A rank's parts of weights are often smaller, so its files are laid out again; below this, sharing saves nothing.
+LAID_OUT_FROM = 1 << 14
 
 FOLDER = ".host"
 SIZES = "sizes.json"  # of all files of one rank's cache
@@ -122,7 +125,7 @@ class HostCache:
         work = Path(tempfile.mkdtemp(prefix="making-", dir=self.home))
         try:
             self._link_weights(work)
-            packed: dict[str, dict[str, str]] = {}
+            packed: dict[str, Entry] = {}
             for graph in self._one_of_each():
                 for number, segment in enumerate(graph.segments):
                     name = f"{graph.kind}.{number:03d}" if graph.steps else graph.kind
@@ -155,7 +158,7 @@ class HostCache:
         smallest = {graph.kind: graph for graph in sorted(self.graphs, key=lambda g: (g.images, -g.bucket))}
         return [smallest[kind] for kind in ("vision", "prefill")]
 
-    def _pack(self, work: Path, file: str, name: str, options: ort.SessionOptions) -> dict[str, dict[str, str]]:
+    def _pack(self, work: Path, file: str, name: str, options: ort.SessionOptions) -> dict[str, Entry]:
         """Let onnxruntime write one graph or segment with packed weights, these into NAME.bin; where each initializer that it
         packed then lies."""
         import onnx
@@ -166,23 +169,23 @@ class HostCache:
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry(MAKE, "1")
         options.add_session_config_entry(FILE_NAME, f"{name}.bin")
-        options.add_session_config_entry(MIN_SIZE, str(ALIGNED_FROM))
+        options.add_session_config_entry(MIN_SIZE, str(ALIGNED_FROM if self.tp == 1 else LAID_OUT_FROM))
         ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         model = onnx.load(target, load_external_data=False)
         source.unlink()
         target.unlink()
         entries = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer}
-        packed = {name: entry for name, entry in entries.items() if any(key.startswith("prepacked") for key in entry)}
+        packed = {name: entry for name, entry in entries.items() if is_packed(entry)}
         if not packed:  # only copies of what is never packed, such as a table
             (work / f"{name}.bin").unlink(missing_ok=True)
-        return packed
+        return lay_out(work / f"{name}.bin", packed) if packed and self.tp > 1 else packed
 
 
 def _rank_name(rank: int) -> str:
     return f"rank-{rank}"
 
 
-def _refer(source: Path, target: Path, packed: dict[str, dict[str, str]]) -> None:
+def _refer(source: Path, target: Path, packed: dict[str, Entry]) -> None:
     """A copy of a graph that refers to packed weights where there are some."""
     import onnx
 
