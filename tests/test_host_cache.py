@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -16,7 +17,7 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.runtime.artifact import ArtifactError, Kind, Manifest, verify
+from staticvl.runtime.artifact import ArtifactError, GraphSpec, Kind, Manifest, verify
 from staticvl.runtime.backends import host_cache, ort
 from staticvl.runtime.backends.base import open_backend
 
@@ -214,7 +215,8 @@ class Ranks:
         """What every rank finds; all of them pack at the same time, where they do."""
 
         def work(rank: int) -> list[np.ndarray]:
-            cache, specs = self.manifest.cache, {graph.kind: graph for graph in self.manifest.graphs}
+            cache = self.manifest.cache
+            specs: dict[Kind, GraphSpec] = {graph.kind: graph for graph in self.manifest.graphs}
             backend = open_backend("onnx", self.model.out, cache, threads=1, manifest=self.manifest, group=member_in(RANKS))
             return steps(backend, specs, list(cache.buffers()))
 
@@ -257,7 +259,7 @@ def test_ranks_open_what_each_has_packed(ranks: Ranks, monkeypatch: pytest.Monke
     opened: list[Path] = []
     session = ort.ort.InferenceSession
 
-    def recorded(model: Path, *args: object, **named: object) -> object:
+    def recorded(model: Path, *args: Any, **named: Any) -> object:
         opened.append(Path(model))
         return session(model, *args, **named)
 
@@ -277,7 +279,7 @@ def test_each_weight_of_a_rank_is_packed_once(ranks: Ranks) -> None:
     import onnx
 
     ranks.answers()
-    places: dict[str, set[tuple[str, ...]]] = {}  # of each packed weight, in whatever segment
+    places: dict[str, set[tuple[tuple[str, str], ...]]] = {}  # of each packed weight, in whatever segment
     users: dict[str, set[Kind]] = {}
     for graph in ranks.manifest.graphs:
         for segment in graph.segments:
