@@ -79,7 +79,7 @@ class HostCache:
 
     def path(self, file: str) -> Path | None:
         """The packed copy of a graph's or a segment's file, or None where there is none."""
-        path = self.folder / file
+        path = self.folder / _copy_name(file)
         return path if path.is_file() else None
 
     def _complete(self) -> bool:
@@ -131,7 +131,7 @@ class HostCache:
                     name = f"{graph.kind}.{number:03d}" if graph.steps else graph.kind
                     packed |= self._pack(work, segment.file, name, options())
             for file in self.graph_files:
-                _refer(self.artifact / file, work / file, packed)
+                _refer(self.artifact / file, work / _copy_name(file), packed)
             if self.tp > 1:
                 sizes = {path.name: path.stat().st_size for path in work.iterdir()}
                 (work / SIZES).write_bytes(msgspec.json.encode(sizes))
@@ -183,6 +183,11 @@ class HostCache:
 
 def _rank_name(rank: int) -> str:
     return f"rank-{rank}"
+
+
+def _copy_name(file: str) -> str:
+    """Copies lie beside the weights that they refer to, whichever folder they are copied from."""
+    return file.replace("/", ".")
 
 
 def _refer(source: Path, target: Path, packed: dict[str, Entry]) -> None:
