@@ -115,6 +115,7 @@ def write_rank(options: Options) -> None:
         graph = define_graph(config, facts.image, plan.cache, options.quant, *size, tp)
         emitted = emit_steps(graph, stored.weights, graph.name)
         for name, data in emitted.files.items():
+            (out / name).parent.mkdir(exist_ok=True)
             (out / name).write_bytes(data)
             files[name] = FileSpec(nbytes=len(data), sha256="")
         kind, bucket, images = size

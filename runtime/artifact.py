@@ -159,9 +159,9 @@ class GraphSpec(Record, frozen=True, kw_only=True):
         return self.steps or (whole,)
 
     @property
-    def segments(self) -> tuple[Segment, ...]:
-        """The parts of the plan that have files."""
-        return tuple(step for step in self.plan if isinstance(step, Segment))
+    def files(self) -> tuple[str, ...]:
+        """Every file that the graph is in."""
+        return tuple(step.file for step in self.plan if isinstance(step, Segment))
 
 
 def is_cached(name: str) -> bool:
@@ -173,6 +173,12 @@ def rank_folder(tp: int, rank: int) -> str:
     """Where the weight files of `rank` of `tp` lie, within the artifact."""
     assert 0 <= rank < tp, (rank, tp)
     return WEIGHTS if tp == 1 else f"{WEIGHTS}/rank-{rank}"
+
+
+def rank_weights(weights: Mapping[str, WeightSpec], tp: int, rank: int) -> dict[str, WeightSpec]:
+    """Where the weights of `rank` lie, given those of any rank of `tp`: ranks' files are laid out alike."""
+    folder = rank_folder(tp, rank)
+    return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}
 
 
 def graph_name(kind: Kind, bucket: int, images: int) -> str:
@@ -227,12 +233,6 @@ class WeightSpec(Record, frozen=True, kw_only=True):
     shape: tuple[int, ...]
     offset: int
     nbytes: int
-
-
-def rank_weights(weights: Mapping[str, WeightSpec], tp: int, rank: int) -> dict[str, WeightSpec]:
-    """Where `rank` of `tp` has its tensors, given where another rank has them."""
-    folder = rank_folder(tp, rank)
-    return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}
 
 
 class FileSpec(Record, frozen=True, kw_only=True):

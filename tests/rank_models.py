@@ -82,6 +82,7 @@ def write_steps(model: Model, tp: int, weights: dict[str, WeightSpec], *, exact:
         file = f"{graph.name}-tp{tp}"
         emitted = emit_steps(graph, weights, file, exact=exact)
         for name, data in emitted.files.items():
+            (model.out / name).parent.mkdir(exist_ok=True)
             (model.out / name).write_bytes(data)
         specs[kind] = msgspec.structs.replace(spec_of(graph), file=file, steps=emitted.steps, buffers=emitted.buffers)
     return specs

@@ -268,10 +268,12 @@ def test_ranks_open_what_each_has_packed(ranks: Ranks, monkeypatch: pytest.Monke
     monkeypatch.setattr(ort.ort, "InferenceSession", recorded)
     ranks.check()
     assert files(ranks.model.out / host_cache.FOLDER) == made  # nothing was made again
-    segments = [segment.file for graph in ranks.manifest.graphs for segment in graph.segments]
+    segments = [file for graph in ranks.manifest.graphs for file in graph.files]
     for host in ranks.host:
         (key,) = (path for path in host.iterdir() if path.is_dir())
-        assert sorted(path for path in opened if key in path.parents) == sorted(key / file for file in segments)
+        assert sorted(path for path in opened if key in path.parents) == sorted(
+            key / file.replace("/", ".") for file in segments
+        )
     assert len(opened) == RANKS * len(segments)
 
 
@@ -282,8 +284,8 @@ def test_each_weight_of_a_rank_is_packed_once(ranks: Ranks) -> None:
     places: dict[str, set[tuple[tuple[str, str], ...]]] = {}  # of each packed weight, in whatever segment
     users: dict[str, set[Kind]] = {}
     for graph in ranks.manifest.graphs:
-        for segment in graph.segments:
-            (path,) = ranks.host[1].glob(f"*/{segment.file}")
+        for file in graph.files:
+            (path,) = ranks.host[1].glob(f"*/{file.replace('/', '.')}")
             for tensor in onnx.load(path, load_external_data=False).graph.initializer:
                 entry = {e.key: e.value for e in tensor.external_data}
                 if any(key.startswith("prepacked") for key in entry):

@@ -73,7 +73,7 @@ class HostCache:
         weights = tuple(weights)
         self.nbytes = sum(weight.nbytes for weight in weights)
         self.weight_files = sorted({weight.file for weight in weights})
-        self.graph_files = [segment.file for graph in self.graphs for segment in graph.segments]
+        self.graph_files = [file for graph in self.graphs for file in graph.files]
         self.home = folder / FOLDER if tp == 1 else folder / FOLDER / _rank_name(rank)
         self.folder = self.home / host_key(folder / name for name in (*self.weight_files, *self.graph_files))
 
@@ -127,9 +127,9 @@ class HostCache:
             self._link_weights(work)
             packed: dict[str, Entry] = {}
             for graph in self._one_of_each():
-                for number, segment in enumerate(graph.segments):
+                for number, file in enumerate(graph.files):
                     name = f"{graph.kind}.{number:03d}" if graph.steps else graph.kind
-                    packed |= self._pack(work, segment.file, name, options())
+                    packed |= self._pack(work, file, name, options())
             for file in self.graph_files:
                 _refer(self.artifact / file, work / _copy_name(file), packed)
             if self.tp > 1:
