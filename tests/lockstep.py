@@ -8,12 +8,19 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from staticvl.compiler.lockstep import ArrayMember, Meeting, Member, results_of
-from staticvl.model_defs.group import member_of
+from staticvl.model_defs.group import group_of, member_of
 
-__all__ = ["ArrayMember", "Meeting", "Member", "run_ranks"]
+__all__ = ["ArrayMember", "Meeting", "Member", "member_in", "run_ranks"]
 
 T = TypeVar("T")
 PATIENCE = 60.0
+
+
+def member_in(tp: int) -> ArrayMember:
+    """This thread's rank, for arrays."""
+    member = group_of(tp)
+    assert isinstance(member, Member)
+    return ArrayMember(member.meeting, member.rank)
 
 
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:

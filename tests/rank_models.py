@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from staticvl.compiler.check import relative_error
+from staticvl.compiler.emit_onnx import emit_steps
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import ModelConfig, TiledConfig
-from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, is_cached
+from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, WeightSpec, is_cached
 from staticvl.runtime.backends.base import Backend
 from staticvl.weights.convert import Converted, convert
 from staticvl.weights.source import open_source
@@ -71,6 +73,19 @@ def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str])
         found.append(backend.run(specs["prefill"], fed, slot).copy())
     found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).copy())
     return [*found, *(backend.read_cache(name, ROWS) for name in caches)]
+
+
+def write_steps(model: Model, tp: int, weights: dict[str, WeightSpec], *, exact: bool = False) -> dict[Kind, GraphSpec]:
+    """One rank's graphs into the folder of what is converted; `weights` may be those of any rank."""
+    specs = {}
+    for kind, graph in model.define(tp).items():
+        file = f"{graph.name}-tp{tp}"
+        emitted = emit_steps(graph, weights, file, exact=exact)
+        for name, data in emitted.files.items():
+            (model.out / name).parent.mkdir(exist_ok=True)
+            (model.out / name).write_bytes(data)
+        specs[kind] = msgspec.structs.replace(spec_of(graph), file=file, steps=emitted.steps, buffers=emitted.buffers)
+    return specs
 
 
 def spec_of(graph: GraphDef) -> GraphSpec:
