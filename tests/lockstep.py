@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TypeVar
+
+import numpy as np
 
 from staticvl.compiler.lockstep import ArrayMember, Meeting, Member, results_of
 from staticvl.model_defs.group import group_of, member_of
 
-__all__ = ["ArrayMember", "Meeting", "Member", "member_in", "run_ranks"]
+__all__ = ["ArrayMember", "Meeting", "Member", "StageMember", "member_in", "run_ranks", "world"]
 
 T = TypeVar("T")
 PATIENCE = 60.0
@@ -40,3 +45,24 @@ def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, rank) for rank in range(size)]
     return results_of(futures), meeting.calls
+
+
+@dataclass
+class StageMember(ArrayMember):
+    """A rank of one stage of a pipeline; `ways` are what all ranks of all stages share."""
+
+    ways: dict[tuple[int, int, int], SimpleQueue[np.ndarray]] = field(kw_only=True)  # from stage, to stage, rank
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        self.ways[self.stage, stage, self.rank].put(array.copy())
+
+    def receive(self, array: np.ndarray, stage: int) -> None:
+        array[...] = self.ways[stage, self.stage, self.rank].get(timeout=PATIENCE)
+
+
+def world(tp: int, pp: int) -> list[StageMember]:
+    """Every rank of a pipeline, by its number."""
+    places = itertools.product(range(pp), range(pp), range(tp))
+    ways: dict[tuple[int, int, int], SimpleQueue[np.ndarray]] = {place: SimpleQueue() for place in places}
+    meetings = [Meeting(tp, PATIENCE) for _ in range(pp)]
+    return [StageMember(meetings[stage], rank, stage, pp, ways=ways) for stage in range(pp) for rank in range(tp)]
