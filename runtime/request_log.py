@@ -1,7 +1,8 @@
 """A log of requests: one JSON object a line, with what is needed to see later what was asked and how long it took.
 
-It holds sizes and times, never a prompt or an answer. A line is written by one call to the system at the end of the file, so that
-several processes may share a log. A last line without its end was cut short by a crash and is left out when the log is read.
+It holds sizes and times, never a prompt or an answer. A line is written by one call to the system at the end of the file, so
+that several processes may share a log. A last line without its end was cut short by a crash and is left out when the log is
+read.
 """
 
 from __future__ import annotations

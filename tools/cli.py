@@ -216,7 +216,7 @@ def _bench(args: argparse.Namespace) -> int:
 def _add_tune_buckets(commands) -> None:
     example = (
         "staticvl tune-buckets trace.csv --artifact llava-7b --out buckets.yaml --report report.html\n"
-        "staticvl tune-buckets trace.csv --checkpoint llava-1.5-7b-hf --card 910B --max-graphs 14 --out buckets.yaml --explain\n"
+        "staticvl tune-buckets trace.csv --checkpoint llava-1.5-7b-hf --card 910B --max-graphs 14 --out b.yaml --explain\n"
         "staticvl tune-buckets requests.jsonl --artifact llava-7b --remeasure 5 --rate 0.5 --out buckets.yaml\n"
         "staticvl tune-buckets --prompts 20-400:3,1000-2000 --images 0:1,1:3 --generated 20-300 --rate 2 --out buckets.yaml"
     )
@@ -229,7 +229,10 @@ def _add_tune_buckets(commands) -> None:
     parser.add_argument("--explain", action="store_true", help="say of each bucket what it saves")
     group = parser.add_argument_group("model and costs")
     group.add_argument("--artifact", type=Path, metavar="DIR", help="take the costs measured when it was compiled")
-    group.add_argument("--remeasure", type=int, default=0, metavar="N", help="measure its graphs again, the best of N runs each")
+    group.add_argument(
+        "--remeasure", type=int, default=0, metavar="N", help="measure its graphs again, the best of N runs each"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="with --remeasure; default: every core")
     group.add_argument(
         "--checkpoint", metavar="DIR", help="count operations of its graphs instead; or a name; default: llava-1.5-7b-hf"
     )
@@ -259,6 +262,9 @@ def _add_tune_buckets(commands) -> None:
     group.add_argument("--max-slots", type=int, default=32, metavar="N", help="default: 32")
     group.add_argument("--granularity", type=int, default=16, metavar="N", help="of prefill buckets; default: 16")
     group.add_argument("--largest", type=int, default=2048, metavar="N", help="prefill bucket; default: 2048")
+    group.add_argument(
+        "--least-saving", type=float, default=0.1, metavar="PERCENT", help="of its kind's time, by one more graph; default: 0.1"
+    )
     group.add_argument("--candidates", metavar="A,B", help="the sizes to choose prefill buckets from")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +13,11 @@ from rich.console import Console
 from ..runtime.files import write_atomically
 from .cards import CARDS
 from .tuning.arrivals import rate_of, timed
-from .tuning.choose import Limits, Result, choose
+from .tuning.choose import Result, choose
 from .tuning.columns import Request, TraceError
 from .tuning.comparison import coverages, reasons, replayed_powers
 from .tuning.costs import CostError, parse_costs
+from .tuning.limits import Limits
 from .tuning.pictures import PictureCounter
 from .tuning.report import buckets_yaml, chosen_table, coverage_table, frontier_table, reason_table, replay_table, slots_table
 from .tuning.target import CPU, Target, from_artifact, from_checkpoint
@@ -68,7 +70,15 @@ def _check(args: argparse.Namespace) -> None:
         raise TraceError("--prompts needs --generated, the lengths of answers, and --rate, requests a second")
     if args.trace is not None and (args.generated is not None or args.images is not None):
         raise TraceError("--generated and --images describe requests without a trace; leave them out, the trace says it")
-    for name in ("max_prefill_graphs", "max_decode_graphs", "max_vision_graphs", "granularity", "largest", "max_slots", "replay"):
+    for name in (
+        "max_prefill_graphs",
+        "max_decode_graphs",
+        "max_vision_graphs",
+        "granularity",
+        "largest",
+        "max_slots",
+        "replay",
+    ):
         if getattr(args, name) < 1:
             raise TraceError(f"--{name.replace('_', '-')} is {getattr(args, name)}; expected at least 1")
     for name in ("max_graphs", "context", "slots", "rate", "max_compile_minutes", "max_memory_gb"):
@@ -88,7 +98,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def _target(args: argparse.Namespace) -> Target:
     if args.artifact:
-        target = from_artifact(args.artifact, args.card, args.overhead_ms, args.remeasure)
+        target = from_artifact(args.artifact, args.card, args.overhead_ms, args.remeasure, args.threads)
     elif args.costs and not args.checkpoint:
         target = Target(name=args.costs.name, costs=lambda context, slots: table)
     else:
@@ -97,8 +107,6 @@ def _target(args: argparse.Namespace) -> Target:
             checkpoint, card, args.overhead_ms, quant=args.quant, dtype=args.dtype, vision_tower=args.vision_tower
         )
     if args.costs:
-        import dataclasses
-
         table = parse_costs(_yaml(args.costs), str(args.costs))
         target = dataclasses.replace(target, costs=lambda context, slots: table)
     return target
@@ -140,7 +148,11 @@ def _size(text: str) -> tuple[int, int]:
 
 def _limits(args: argparse.Namespace) -> Limits:
     memory = args.max_memory_gb * 1e9 if args.max_memory_gb else None
-    if memory is None and not args.costs and (card := args.card or (None if args.artifact else DEFAULT_CARD)) not in (None, CPU):
+    if (
+        memory is None
+        and not args.costs
+        and (card := args.card or (None if args.artifact else DEFAULT_CARD)) not in (None, CPU)
+    ):
         memory = CARDS[card].memory
     return Limits(
         prefill=args.max_prefill_graphs,
@@ -155,6 +167,7 @@ def _limits(args: argparse.Namespace) -> Limits:
         granularity=args.granularity,
         largest=args.largest,
         candidates=_candidates(args.candidates),
+        least_saving=args.least_saving / 100,
     )
 
 
@@ -181,7 +194,7 @@ def _notes(args: argparse.Namespace, result: Result) -> list[str]:
     if result.replayed.load > _BUSY:
         rate = len(block) / result.replayed.span_s
         found.append(
-            f"more requests arrive than can be served: about {rate:.3g} a second can. Times grow with the length of the replay, "
-            f"and decode batches are as full as they can be; --rate {0.7 * rate:.2g} replays what this machine can take"
+            f"more requests arrive than can be served, which are about {rate:.3g} a second: times grow with the length of the "
+            f"replay, and decode batches are as full as they can be; --rate {0.7 * rate:.2g} replays what this machine can take"
         )
     return found

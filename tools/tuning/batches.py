@@ -1,11 +1,12 @@
 """The decode batches that make the expected cost of a step least: exact, by dynamic programming.
 
-A step of r rows runs in the smallest bucket that has them. With buckets b1 < b2 < ... < bK = slots, all steps with b(i-1) < r <= bi
-cost what bi costs, so the best buckets up to b are the best up to some smaller a, and b for the steps between:
+A step of r rows runs in the smallest bucket that has them. With buckets b1 < b2 < ... < bK = slots, all steps with b(i-1) < r
+<= bi cost what bi costs, so the best buckets up to b are the best up to some smaller a, and b for the steps between:
 
     F(k, b) = min over a < b of F(k - 1, a) + cost(b) * (number of steps with a < rows <= b),   F(0, 0) = 0.
 
-Variants of the graphs (which see so many pictures) share the buckets; each has costs and steps of its own, and they are added.
+Variants of the graphs (which see so many pictures) share the buckets; each has costs and steps of its own, and they are
+added.
 """
 
 from __future__ import annotations

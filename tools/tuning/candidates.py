@@ -14,7 +14,9 @@ def candidate_sizes(lengths: Mapping[int, float], granularity: int, largest: int
     sizes at which many prompts end, as they do where prompts are a picture and little text.
     """
     last = min(largest, _up(max(lengths), granularity))
-    grid = next(sizes for steps in (8, 6, 5, 4, 3, 2, 1) if len(sizes := _octaves(granularity, last, steps)) <= MOST or steps == 1)
+    grid = next(
+        sizes for steps in (8, 6, 5, 4, 3, 2, 1) if len(sizes := _octaves(granularity, last, steps)) <= MOST or steps == 1
+    )
     return sorted(set(grid) | set(_peaks(lengths, granularity, last)))
 
 
@@ -38,7 +40,9 @@ def _peaks(lengths: Mapping[int, float], granularity: int, last: int) -> list[in
     for length, count in lengths.items():
         mass[_up(length, granularity)] = mass.get(_up(length, granularity), 0.0) + count
     total = sum(mass.values())
-    peaks = sorted((size for size, count in mass.items() if count >= _PEAK * total and size <= last), key=lambda s: (-mass[s], s))
+    peaks = sorted(
+        (size for size, count in mass.items() if count >= _PEAK * total and size <= last), key=lambda s: (-mass[s], s)
+    )
     return peaks[:_PEAKS]
 
 

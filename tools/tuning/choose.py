@@ -1,15 +1,14 @@
 """A workload, costs and limits -> bucket sizes, context and slots.
 
-The expected machine time of a request is the sum of what its prefill, its vision runs and its share of the decode steps cost. The
-three kinds share nothing but the limits, so each is solved exactly for every number of graphs, and the numbers are then tried in
-every combination. How many rows decode steps have depends on everything: they are counted in a replay of the trace
+The expected machine time of a request is the sum of what its prefill, its vision runs and its share of the decode steps cost.
+The three kinds share nothing but the limits, so each is solved exactly for every number of graphs, and the numbers are then
+tried in every combination. How many rows decode steps have depends on everything: they are counted in a replay of the trace
 (replay.py), and replay and choice alternate until the choice stays.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +19,8 @@ from .candidates import candidate_sizes
 from .columns import TraceError
 from .costs import Costs
 from .curves import CostError
+from .frontiers import worth
+from .limits import Chosen, LimitError, Limits, compile_s
 from .replay import Replayed, Setup, replay
 from .search import Best, Problem, frontier, make_problem
 from .target import Target
@@ -27,49 +28,6 @@ from .workload import Workload
 
 ROUNDS = 4
 ENOUGH = 1.01  # a mean time of a request within this factor of the best is as good
-COMPILE_RUNS = 20  # of each graph when it is compiled: checks by two backends, and its cost
-COMPILE_S = 1.0  # to trace and to write a graph
-
-
-class LimitError(ValueError):
-    """Limits that nothing keeps; the message says which one to raise."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the choice must keep; None: no limit. Graphs are counted as `staticvl compile --plan-only` lists them."""
-
-    prefill: int = 6
-    decode: int = 6
-    vision: int = 4
-    graphs: int | None = None
-    compile_s: float | None = None
-    memory: float | None = None  # bytes of weights and cache
-    context: int | None = None
-    slots: int | None = None  # exactly so many
-    most_slots: int = 32
-    granularity: int = 16
-    largest: int = 2048
-    candidates: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Chosen:
-    """A set of buckets of each kind, ascending; `vision` is empty where the trace has no pictures."""
-
-    prefill: tuple[int, ...]
-    decode: tuple[int, ...]
-    vision: tuple[int, ...]
-    images: tuple[int, ...]  # variants besides the one without pictures
-    context: int
-    slots: int
-
-    def of(self, kind: Kind) -> tuple[int, ...]:
-        return getattr(self, kind)
-
-    @property
-    def graphs(self) -> int:
-        return len(self.vision) + (1 + len(self.images)) * (len(self.prefill) + len(self.decode))
 
 
 @dataclass(slots=True)
@@ -89,14 +47,10 @@ class Result:
     def variants(self) -> tuple[int, ...]:
         return (0, *self.chosen.images)
 
-    def setup(self, **changed: tuple[int, ...]) -> Setup:
-        """What a replay of the choice takes, with the buckets of some kinds changed."""
-        return setup_of(self.costs, {**{k: self.chosen.of(k) for k in ("prefill", "decode", "vision")}, **changed}, self.chosen)
-
     def compile_s(self) -> float:
         """An estimate of the time that compiling takes, on a machine where runs cost what they cost here."""
         return sum(
-            _compile_s(self.costs, kind, size, images)
+            compile_s(self.costs, kind, size, images)
             for kind in ("prefill", "decode", "vision")
             for size in self.chosen.of(kind)
             for images in ((0,) if kind == "vision" else self.variants)
@@ -110,7 +64,7 @@ def setup_of(costs: Costs, buckets: Mapping[str, tuple[int, ...]], chosen: Chose
         for images in (0, *chosen.images)
     }
     tables["vision", 0] = costs.table("vision", buckets["vision"]) if buckets["vision"] else {1: 1.0}  # never run
-    return Setup(tables, chosen.context, chosen.slots, chunks)  # type: ignore[arg-type]
+    return Setup(tables, chosen.context, chosen.slots, chunks, costs.past_ms)  # type: ignore[arg-type]
 
 
 def by_variant(counted: Mapping[int, Mapping[int, int]], variants: tuple[int, ...]) -> list[Counter[int]]:
@@ -148,19 +102,23 @@ class _Choice:
 
     def run(self) -> Result:
         slots, tried = self._best_slots()
-        first = self._provisional(slots)
-        replayed = self._replay(first)
+        before = self._provisional(slots)
+        replayed, steps, chosen = self._round(self._replay(before), slots)
         for _ in range(ROUNDS):
-            steps = by_variant(replayed.rows, self.variants)
-            tables = [self.costs.table("decode", range(1, slots + 1), images) for images in self.variants]
-            self.frontiers["decode"] = batch_frontier(tables, steps, slots, self.limits.decode)
-            chosen = self._allocate(slots)
-            replayed = self._replay(chosen)
-            if chosen == first:
+            if chosen == before:
                 break
-            first = chosen
+            before = chosen
+            replayed, steps, chosen = self._round(replayed, slots)
         problems: dict[Kind, Problem] = {"prefill": self.prefill, **({"vision": self.vision} if self.vision else {})}
         return Result(chosen, self.costs, self.workload, problems, self.frontiers, replayed, steps, tried)
+
+    def _round(self, replayed: Replayed, slots: int) -> tuple[Replayed, list[Counter[int]], Chosen]:
+        """Choose for the decode steps of a replay, and replay the choice."""
+        steps = by_variant(replayed.rows, self.variants)
+        tables = [self.costs.table("decode", range(1, slots + 1), images) for images in self.variants]
+        self.frontiers["decode"] = batch_frontier(tables, steps, slots, self.limits.decode)
+        chosen = self._allocate(slots)
+        return self._replay(chosen), steps, chosen
 
     # ---- the cache
 
@@ -219,9 +177,11 @@ class _Choice:
         every = self.workload.every_length
         sizes = limits.candidates or candidate_sizes(every, limits.granularity, min(limits.largest, self.context))
         if max(sizes) > self.context:
-            raise LimitError(f"candidate {max(sizes)} exceeds the context {self.context}; leave it out or give a larger --context")
+            raise LimitError(
+                f"candidate {max(sizes)} exceeds the context {self.context}; leave it out or give a larger --context"
+            )
         tables = [self.costs.table("prefill", sizes, images) for images in self.variants]
-        loads = {size: sum(_compile_s(self.costs, "prefill", size, images) for images in self.variants) for size in sizes}
+        loads = {size: sum(compile_s(self.costs, "prefill", size, images) for images in self.variants) for size in sizes}
         return make_problem(sizes, tables, lengths, loads)
 
     def _vision_problem(self) -> Problem | None:
@@ -255,8 +215,8 @@ class _Choice:
         if not best:
             least = 2 * len(self.variants) + len(self._vision_buckets(0))
             raise LimitError(
-                f"no choice keeps the limits; at least {least} graphs are needed, one of each kind and variant: raise --max-graphs "
-                "or --max-compile-minutes"
+                f"no choice keeps the limits; at least {least} graphs are needed, one of each kind and variant: raise "
+                "--max-graphs or --max-compile-minutes"
             )
         return best[2]
 
@@ -265,21 +225,20 @@ class _Choice:
         requests, block = self.workload.requests, len(self.workload.block)
         vision = self.frontiers.get("vision", [Best((), 0.0)])
         found = []
-        for (i, p), (j, d), (k, v) in itertools.product(
-            enumerate(self.frontiers["prefill"]), enumerate(self.frontiers["decode"]), enumerate(vision)
-        ):
+        kept = (worth(each, self.limits.least_saving) for each in (self.frontiers["prefill"], self.frontiers["decode"], vision))
+        for (i, p), (j, d), (k, v) in itertools.product(*(enumerate(each) for each in kept)):
             seen = len(self._vision_buckets(k))
             graphs = seen + len(self.variants) * (len(p.buckets) + len(d.buckets))
             found.append(((p.cost + v.cost) / requests + d.cost / block, graphs, (i, j, k)))
         return sorted(found)
 
     def _within_time(self, places: tuple[int, int, int], slots: int) -> tuple[float, Chosen] | None:
-        """A combination, its prefill buckets chosen again where it takes too long to compile; None where none is quick enough."""
+        """A combination, prefill chosen again where it takes too long to compile; None where nothing is quick enough."""
         (i, j, k), limits = places, self.limits
         prefill, decode, vision = self.frontiers["prefill"][i], self.frontiers["decode"][j], self._vision_buckets(k)
         if limits.compile_s is not None:
-            others = sum(_compile_s(self.costs, "vision", size, 0) for size in vision)
-            others += sum(_compile_s(self.costs, "decode", size, n) for size in decode.buckets for n in self.variants)
+            others = sum(compile_s(self.costs, "vision", size, 0) for size in vision)
+            others += sum(compile_s(self.costs, "decode", size, n) for size in decode.buckets for n in self.variants)
             loads = dict(zip(self.prefill.candidates, self.prefill.loads, strict=True))
             if sum(loads[b] for b in prefill.buckets) + others > limits.compile_s:
                 if others + min(loads.values()) > limits.compile_s:
@@ -290,20 +249,7 @@ class _Choice:
         return cost, Chosen(prefill.buckets, decode.buckets, vision, self.images, self.context, slots)
 
 
-def _compile_s(costs: Costs, kind: Kind, size: int, images: int) -> float:
-    return COMPILE_S + COMPILE_RUNS * costs.ms(kind, size, images) / 1e3
-
-
 def decode_cost(result: Result, buckets: tuple[int, ...]) -> float:
     """Milliseconds of all decode steps of the replay in other buckets."""
     tables = [result.costs.table("decode", buckets, images) for images in result.variants]
     return step_cost(buckets, tables, result.steps)
-
-
-def knee(costs: list[float]) -> int:
-    """The place on a falling frontier that lies farthest below the line from its first to its last point (Satopaa et al. 2011)."""
-    if len(costs) < 3 or math.isclose(costs[0], costs[-1]):
-        return len(costs) - 1 if len(costs) < 3 else 0
-    last = len(costs) - 1
-    below = [(1 - i / last) - (cost - costs[-1]) / (costs[0] - costs[-1]) for i, cost in enumerate(costs)]
-    return max(range(len(costs)), key=lambda i: (round(below[i], 12), -i))

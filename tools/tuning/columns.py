@@ -17,8 +17,8 @@ MOST_IMAGES = 1 << 10
 # Meaning -> the names under which it is known, the first that a trace has being taken. Each was met in a public trace or in the
 # interface of a serving system.
 NAMES: dict[str, str] = {
-    "prompt": "prompttokens contexttokens inputtokens texttokens prompttokencount inputtokencount numprompttokens numinputtokens "
-    "inputlength inputlen promptlength promptlen promptsize numprefilltokens prefilltokens requesttokens",
+    "prompt": "prompttokens contexttokens inputtokens texttokens prompttokencount inputtokencount numprompttokens "
+    "numinputtokens inputlength inputlen promptlength promptlen promptsize numprefilltokens prefilltokens requesttokens",
     "generated": "generated generatedtokens outputtokens completiontokens responsetokens generatedtokencount outputtokencount "
     "numgeneratedtokens numoutputtokens outputlength outputlen numdecodetokens decodetokens tokensize",
     "time": "timestamp time arrivaltime arrivedat arrival arrived arrivaltimestamp starttime timestampms arrivaltimems",
@@ -58,8 +58,8 @@ def find_columns(names: Iterable[str], where: str) -> dict[str, str]:
     for meaning, example in (("prompt", "ContextTokens or prompt_tokens"), ("generated", "GeneratedTokens or generated")):
         if found[meaning] is None:
             raise TraceError(
-                f"{where}: no column says how many tokens the {'prompts' if meaning == 'prompt' else 'answers'} have; there are "
-                f"{', '.join(map(str, plain.values())) or 'none'}; name one {example}"
+                f"{where}: no column says how many tokens the {'prompts' if meaning == 'prompt' else 'answers'} have; "
+                f"there are {', '.join(map(str, plain.values())) or 'none'}; name one {example}"
             )
     return {meaning: name for meaning, name in found.items() if name is not None}
 

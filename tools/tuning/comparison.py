@@ -5,6 +5,7 @@ Padding is the share of all tokens computed that belong to no prompt. Costs are 
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,16 +30,25 @@ class Coverage:
 
 
 def cover(
-    name: str, costs: Sequence[Mapping[int, float]], lengths: Sequence[Mapping[int, int]], *, chunks: bool = True
+    name: str,
+    costs: Sequence[Mapping[int, float]],
+    lengths: Sequence[Mapping[int, int]],
+    *,
+    chunks: bool = True,
+    past_ms: float = 0.0,
 ) -> Coverage:
-    """Every prompt in the chunks that the runtime's planner takes, or in one run; one table of costs for each variant."""
+    """Every prompt in the chunks that the runtime's planner takes, or in one run; one table of costs for each variant.
+
+    Later chunks attend to earlier ones, which costs `past_ms` (costs.py) for every token computed and every token before.
+    """
     real = computed = 0
     spent, runs = 0.0, Counter[int]()
     for table, counted in zip(costs, lengths, strict=True):
         planner = ChunkPlanner(table)
         for length, count in counted.items():
             split = planner.split(length) if chunks else [OneRun(table).next_bucket(length, 0)]
-            spent += count * sum(table[bucket] for bucket in split)
+            pairs = sum(bucket * past for bucket, past in zip(split, itertools.accumulate(split, initial=0), strict=False))
+            spent += count * (sum(table[bucket] for bucket in split) + past_ms * pairs)
             computed += count * sum(split)
             real += count * length
             for bucket in split:
@@ -58,11 +68,12 @@ def coverages(result: Result, granularity: int) -> list[Coverage]:
 
     few = [b for b in powers if b <= result.problems["prefill"].candidates[-1]] or powers[:1]
     best = frontier(make_problem(few, tables(few), lengths), len(result.chosen.prefill))[-1].buckets
+    past_ms = result.costs.past_ms
     return [
-        cover("chosen", tables(result.chosen.prefill), lengths),
-        cover("powers of two, one run for each prompt", tables(powers), lengths, chunks=False),
-        cover("powers of two, in chunks", tables(powers), lengths),
-        cover(f"the best {len(best)} powers of two, in chunks", tables(best), lengths),
+        cover("chosen", tables(result.chosen.prefill), lengths, past_ms=past_ms),
+        cover("powers of two, one run for each prompt", tables(powers), lengths, chunks=False, past_ms=past_ms),
+        cover("powers of two, in chunks", tables(powers), lengths, past_ms=past_ms),
+        cover(f"the best {len(best)} of them, in chunks: {', '.join(map(str, best))}", tables(best), lengths, past_ms=past_ms),
     ]
 
 
@@ -73,7 +84,9 @@ def replayed_powers(result: Result, granularity: int) -> Replayed:
     buckets = {
         "prefill": tuple(powers_of_two(granularity, max(workload.every_length))),
         "decode": tuple(b for b in decode if b <= chosen.slots),
-        "vision": chosen.vision and tuple(powers_of_two(1, max(workload.tiles))) if "vision" in result.problems else chosen.vision,
+        "vision": chosen.vision and tuple(powers_of_two(1, max(workload.tiles)))
+        if "vision" in result.problems
+        else chosen.vision,
     }
     return replay(workload.block, setup_of(result.costs, buckets, chosen, chunks=False))
 

@@ -37,23 +37,30 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Milliseconds of one run by kind, size and pictures seen; `source` says where they come from."""
+    """Milliseconds of one run by kind, size and pictures seen; `source` says where they come from.
+
+    `past_ms` is what a run takes more for each of its tokens and each token that is in the cache before it. It is 0 where a run
+    reads the whole cache whatever is in it, and where it was not measured. The runtime's planner knows nothing of it.
+    """
 
     source: str
     curves: Mapping[Key, Callable[[int], float]]
+    past_ms: float = 0.0
 
     def ms(self, kind: Kind, size: int, images: int = 0) -> float:
         """Raises CostError for a kind without costs."""
         variants = sorted(seen for known, seen in self.curves if known == kind)
         if not variants:
-            raise CostError(f"there are no costs of {kind} graphs; give them in the table, or give an artifact that has such graphs")
+            raise CostError(
+                f"there are no costs of {kind} graphs; give them in the table, or give an artifact that has such graphs"
+            )
         return self.curves[kind, next((v for v in variants if v >= images), variants[-1])](size)
 
     def table(self, kind: Kind, sizes: Iterable[int], images: int = 0) -> dict[int, float]:
         return {size: self.ms(kind, size, images) for size in sizes}
 
 
-def measured_costs(points: Mapping[Key, Mapping[int, float]], source: str) -> Costs:
+def measured_costs(points: Mapping[Key, Mapping[int, float]], source: str, past_ms: float = 0.0) -> Costs:
     """Costs from measured points. A prefill of one token is what a decode step of one row is, so where the smallest prefill
     measured is larger, the decode step stands in for it: it says what is fixed in a run.
     """
@@ -63,7 +70,7 @@ def measured_costs(points: Mapping[Key, Mapping[int, float]], source: str) -> Co
         if kind == "prefill" and single and single < min(measured.values()) and 1 not in measured:
             measured = {1: single, **measured}  # noqa: PLW2901
         curves[kind, images] = fit(measured)
-    return Costs(source, curves)
+    return Costs(source, curves, past_ms)
 
 
 def manifest_points(manifest: Manifest) -> dict[Key, dict[int, float]]:
@@ -78,42 +85,56 @@ def _points(costs: Iterable[tuple[GraphSpec, float]]) -> dict[Key, dict[int, flo
     return points
 
 
-def remeasure(folder: Path, passes: int) -> dict[Key, dict[int, float]]:
-    """Milliseconds of every graph of an artifact for this device, the best of several passes over all of them: what else the
-    machine does only ever adds, and seldom in the same place twice.
+def remeasure(folder: Path, passes: int, threads: int | None) -> tuple[dict[Key, dict[int, float]], float]:
+    """Milliseconds of every graph of an artifact on this machine with an empty cache, and past_ms. Each is the best of several
+    passes over all graphs: what else the machine does only ever adds, and seldom in the same place twice.
     """
     from ...runtime.backends.base import open_backend
     from ...runtime.feeds import new_feed
 
-    artifact = open_artifact(folder)
-    manifest = artifact.manifest
-    backend = open_backend(manifest.backend, folder, manifest.cache, device="cpu", threads=None, manifest=manifest)
-    best: dict[str, float] = {}
+    manifest = open_artifact(folder).manifest
+    backend = open_backend(manifest.backend, folder, manifest.cache, device="cpu", threads=threads, manifest=manifest)
+    best: dict[tuple[str, int], float] = {}
+    jobs = [(graph, past) for graph in manifest.graphs for past in dict.fromkeys((0, _past(graph, manifest)))]
     feeds = {graph.name: new_feed(graph) for graph in manifest.graphs}
     for graph in manifest.graphs:
         backend.run(graph, feeds[graph.name])  # opens it
-    with tqdm(total=passes * len(manifest.graphs), desc="measuring", unit="run", disable=None) as bar:
-        for _ in range(passes):
-            for graph in manifest.graphs:
-                started = time.perf_counter()
-                backend.run(graph, feeds[graph.name])
-                spent = 1e3 * (time.perf_counter() - started)
-                best[graph.name] = min(spent, best.get(graph.name, spent))
-                bar.update()
-    return _points((graph, best[graph.name]) for graph in manifest.graphs)
+    with tqdm(total=passes * len(jobs), desc="measuring", unit="run", disable=None) as bar:
+        for graph, past in jobs * passes:
+            if past:
+                feeds[graph.name]["lengths"][:] = past
+            started = time.perf_counter()
+            backend.run(graph, feeds[graph.name])
+            spent = 1e3 * (time.perf_counter() - started)
+            if past:
+                feeds[graph.name]["lengths"][:] = 0
+            best[graph.name, past] = min(spent, best.get((graph.name, past), spent))
+            bar.update()
+    more = sum(best[graph.name, past] - best[graph.name, 0] for graph, past in jobs if past)
+    pairs = sum(graph.bucket * past for graph, past in jobs if past)
+    return _points((graph, best[graph.name, 0]) for graph in manifest.graphs), max(0.0, more / pairs) if pairs else 0.0
+
+
+def _past(graph: GraphSpec, manifest: Manifest) -> int:
+    """The most tokens that may lie in the cache before a prefill; other graphs are measured with none."""
+    return manifest.cache.context - graph.bucket if graph.kind == "prefill" else 0
 
 
 def parse_costs(data: Any, where: str) -> Costs:
     """A table {prefill: {16: 4.1, ...}, decode: {...}, vision: {...}} of milliseconds; raises CostError."""
     if not isinstance(data, Mapping) or not data or not set(data) <= set(KINDS):
-        raise CostError(f"{where}: expected a mapping with some of the keys {', '.join(KINDS)}, each a mapping of size to milliseconds")
+        raise CostError(
+            f"{where}: expected a mapping with some of the keys {', '.join(KINDS)}, each a mapping of size to milliseconds"
+        )
     points: dict[Key, dict[int, float]] = {}
     for kind, table in data.items():
         sound = isinstance(table, Mapping) and all(
             type(size) is int and isinstance(cost, int | float) and not isinstance(cost, bool) for size, cost in table.items()
         )
         if not sound:
-            raise CostError(f"{where}: {kind} is {table!r}; expected a mapping of size to milliseconds, e.g. {{16: 4.1, 64: 9.5}}")
+            raise CostError(
+                f"{where}: {kind} is {table!r}; expected a mapping of size to milliseconds, e.g. {{16: 4.1, 64: 9.5}}"
+            )
         points[kind, 0] = {size: float(cost) for size, cost in table.items()}
         try:
             fit(points[kind, 0])
@@ -126,7 +147,7 @@ def parse_costs(data: Any, where: str) -> Costs:
 
 
 def manifest_lines(manifest: Manifest) -> dict[Key, Line]:
-    """Operations and bytes of an artifact's graphs. Of a kind with one bucket only, what is fixed is taken to be the weights."""
+    """Operations and bytes of an artifact's graphs; of a kind with one bucket, all bytes are taken to be fixed."""
     found: dict[Key, list[tuple[int, int, int]]] = {}
     for graph in manifest.graphs:
         found.setdefault((graph.kind, graph.images), []).append((graph.bucket, graph.flops, graph.nbytes))

@@ -1,9 +1,9 @@
 """The cost of a size that was not measured, from sizes that were.
 
-The measured costs are first made to rise with the size, since a larger bucket does at least the work of a smaller one and what
-falls is noise: neighbours that fall are replaced by their mean (pool adjacent violators, Ayer et al. 1955). Between measured sizes
-the cost is the straight line between them. Below the smallest it goes on along the first line, which meets size 0 at the fixed
-part of a run (at 0, should it come out below); above the largest it goes on along the last line.
+The measured costs are first made to rise with the size, since a larger bucket does at least the work of a smaller one and
+what falls is noise: neighbours that fall are replaced by their mean (pool adjacent violators, Ayer et al. 1955). Between
+measured sizes the cost is the straight line between them. Below the smallest it goes on along the first line, which meets
+size 0 at the fixed part of a run (at 0, should it come out below); above the largest it goes on along the last line.
 """
 
 from __future__ import annotations

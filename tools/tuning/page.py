@@ -6,13 +6,15 @@ from __future__ import annotations
 import html
 import io
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from .choose import Result, knee
+from .choose import Result
 from .comparison import Coverage
+from .frontiers import knee
 from .replay import Replayed
 from .report import PERCENTILES, percentile, times
 
@@ -20,7 +22,7 @@ _STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
     "pre{font:12px/1.3 monospace;overflow-x:auto}svg{max-width:100%;height:auto}"
 )
-_SETTINGS = {"svg.fonttype": "none", "svg.hashsalt": "staticvl", "font.size": 10, "figure.autolayout": True}
+_SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "staticvl", "font.size": 10, "figure.autolayout": True}
 
 
 def page(
@@ -33,7 +35,9 @@ def page(
         ("Time to first token and per token, replayed", None),
         ("Cost against the number of prefill graphs", lambda axes: _frontier(axes, result)),
     )
-    parts = [f"<h2>{html.escape(title)}</h2>\n{_drawn(plot) if plot else _times(before, result.replayed)}" for title, plot in plots]
+    parts = [
+        f"<h2>{html.escape(title)}</h2>\n{_drawn(plot) if plot else _times(before, result.replayed)}" for title, plot in plots
+    ]
     console = Console(width=150, file=io.StringIO(), record=True, highlight=False)
     for table in tables:
         console.print(table)
@@ -69,7 +73,9 @@ def _lengths(axes, result: Result) -> None:
     axes.set_xscale("log", base=2)
     for bucket in result.chosen.prefill:
         axes.axvline(bucket, color="#c33", linewidth=1)
-        axes.annotate(str(bucket), (bucket, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=8)
+        axes.annotate(
+            str(bucket), (bucket, 1), xycoords=("data", "axes fraction"), rotation=90, va="top", ha="right", fontsize=8
+        )
     axes.set_xlabel("tokens to compute")
     axes.set_ylabel("requests")
 

@@ -1,8 +1,8 @@
 """Requests as they arrived, through the runtime's own scheduler, with the time of each step taken from a table of costs.
 
-Only the clock is simulated: what runs next, which bucket it takes and who waits for a slot are decided by runtime/scheduler.py. A
-decode step that would be repeated unchanged is counted as often as it repeats: until a sequence ends, or until a request
-arrives for which a slot is free.
+Only the clock is simulated: what runs next, which bucket it takes and who waits for a slot are decided by
+runtime/scheduler.py. A decode step that would be repeated unchanged is counted as often as it repeats: until a sequence ends,
+or until a request arrives for which a slot is free.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Setup:
     context: int
     slots: int
     chunks: bool = True  # False: every prompt in one run
+    past_ms: float = 0.0  # as in costs.py; a decode step takes it for the tokens that are there, not for its padding
 
 
 def replay(arrivals: Sequence[Arrival], setup: Setup) -> Replayed:
@@ -93,7 +94,7 @@ class _Replay:
         self.cache = SlotCache(spec)
         self.scheduler = Scheduler(self.cache, setup.costs)
         if not setup.chunks:
-            self.scheduler.prefill = {
+            self.scheduler.prefill = {  # type: ignore[assignment]
                 images: OneRun(table) for (kind, images), table in setup.costs.items() if kind == "prefill"
             }
         self.left: dict[int, int] = {}  # id -> tokens still to be generated
@@ -109,10 +110,11 @@ class _Replay:
                 self.now = self._next_time()
                 continue
             step = self.scheduler.next_step()
-            cost = self.setup.costs[step.kind, step.images][step.bucket] / 1e3
-            times = self._repeats(cost) if step.kind == "decode" else 1
-            self.now += times * cost
-            self._count(step, times, cost)
+            first, more = self._seconds(step)
+            times = self._repeats(first, more) if step.kind == "decode" else 1
+            spent = times * first + more * times * (times - 1) / 2
+            self.now += spent
+            self._count(step, times, spent)
             self._commit(step, times)
         self.result.span_s = self.now - start
         return self.result
@@ -153,23 +155,37 @@ class _Replay:
             started=-math.inf,
         )
 
-    def _repeats(self, cost: float) -> int:
+    def _seconds(self, step: Step) -> tuple[float, float]:
+        """What a step takes, and how much more each repetition takes than the one before, since caches grow."""
+        past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.kind, step.images][step.bucket] / 1e3
+        if step.kind == "prefill":
+            return cost + past_s * step.bucket * step.sequences[0].computed, 0.0
+        if step.kind == "vision" or not past_s:
+            return cost, 0.0
+        held = sum(s.prompt.length + self.answers[s.id] - self.left[s.id] for s in step.sequences)
+        return cost + past_s * held, past_s * len(step.sequences)
+
+    def _repeats(self, first: float, more: float) -> int:
         """How often a decode step repeats unchanged."""
         shortest = min(self.left[sequence.id] for sequence in self.scheduler.running)
         if not self.cache.free or self._next_time() == math.inf:
             return shortest
-        return max(1, min(shortest, math.ceil((self._next_time() - self.now) / cost)))
+        gap = self._next_time() - self.now
+        # The least n with n * first + more * n * (n - 1) / 2 >= gap.
+        half = first - more / 2
+        times = (math.sqrt(half * half + 2 * more * gap) - half) / more if more else gap / first
+        return max(1, min(shortest, math.ceil(times)))
 
-    def _count(self, step: Step, times: int, cost: float) -> None:
+    def _count(self, step: Step, times: int, spent: float) -> None:
         result, kind = self.result, step.kind
-        result.busy_s[kind] += times * cost
+        result.busy_s[kind] += spent
         result.real[kind] += times * (len(step.sequences) if kind == "decode" else step.count)
         result.padded[kind] += times * step.bucket
         if kind == "decode":
             result.rows.setdefault(max(s.images for s in step.sequences), Counter())[step.count] += times
         for sequence in step.sequences:
             if sequence.started == -math.inf:
-                sequence.started = self.now - times * cost
+                sequence.started = self.now - spent
                 result.queue_s.append(sequence.started - sequence.arrived)
 
     def _commit(self, step: Step, times: int) -> None:

@@ -7,14 +7,15 @@ A length n is covered as the runtime does it (runtime/chunks.py): by the buckets
 and B is wanted, at most K of the candidates, that makes the sum of weight(n) * V(n) least.
 
 Why the answer is the optimum. A further bucket never raises any V(n), so the sum for a set of buckets is at least that for
-every larger set. Sets are built from the smallest bucket upwards. Whatever is still added to a beginning whose largest bucket is
-p lies above p, so no completion can be better than the beginning with every candidate above p. A beginning is dropped only when
-this bound is not below the best complete set known. All others are completed.
+every larger set. Sets are built from the smallest bucket upwards. Whatever is still added to a beginning whose largest bucket
+is p lies above p, so no completion can be better than the beginning with every candidate above p. A beginning is dropped only
+when this bound is not below the best complete set known. All others are completed.
 
 Several streams (variants of a graph with costs of their own) may share one set of buckets: V has a row for each.
 
-Legend: G candidates, S streams, N the longest length, R sets; V of several sets is float64 [N + 1, S, R]. Lengths and buckets are in units, the greatest common divisor of the
-candidates, which is exact because only sums of buckets are compared with a length.
+Legend: G candidates, S streams, N the longest length, R sets; V of several sets is float64 [N + 1, S, R]. Lengths and buckets
+are in units, the greatest common divisor of the candidates, which is exact because only sums of buckets are compared with a
+length.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def _evaluate(problem: Problem, members: Sequence[int]) -> float:
 
 @dataclass(slots=True)
 class _Open:
-    """A beginning that lacks two buckets: its places, V [N + 1, S, 1], and a bound for each next place (infinite: not possible)."""
+    """A beginning that lacks two buckets: its places, V [N + 1, S, 1], and a bound for each next place (infinite: none)."""
 
     prefix: tuple[int, ...]
     values: np.ndarray
@@ -173,7 +174,7 @@ class _Search:
         """Complete `prefix`. Set i of tables: the prefix and all candidates from start + i on; the last: the prefix."""
         problem, missing = self.problem, self.count - len(prefix)
         end = len(problem.candidates) - missing + 1
-        bounds = np.full(len(problem.candidates), math.inf)
+        bounds: np.ndarray = np.full(len(problem.candidates), math.inf)
         bounds[start:end] = _sums(problem, tables[..., : end - start])
         bounds[problem.loads > left] = math.inf
         if missing == 2:
@@ -181,11 +182,11 @@ class _Search:
             if len(self._waiting) == _TOGETHER:
                 self._complete()
             return
-        for place in np.argsort(bounds, kind="stable"):
-            if self._hopeless(bounds[place]):
+        for place in np.argsort(bounds, kind="stable").tolist():
+            if self._hopeless(float(bounds[place])):
                 break
             further = _extend(tables[..., place - start + 1 :], problem.sizes[place], problem.costs[place])
-            self._visit((*prefix, int(place)), int(place) + 1, further, left - problem.loads[place])
+            self._visit((*prefix, place), place + 1, further, left - float(problem.loads[place]))
 
     def _complete(self) -> None:
         """Try the last two buckets on all beginnings kept."""

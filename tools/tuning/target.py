@@ -12,7 +12,17 @@ from tqdm import tqdm
 
 from ...runtime.artifact import Kind, ModelFacts, open_artifact
 from ..cards import CARDS, Card
-from .costs import Costs, Key, line_through, manifest_lines, manifest_points, measured_costs, remeasure, roofline_costs, this_cpu
+from .costs import (
+    Costs,
+    Key,
+    line_through,
+    manifest_lines,
+    manifest_points,
+    measured_costs,
+    remeasure,
+    roofline_costs,
+    this_cpu,
+)
 
 CPU = "cpu"
 _SIZES: dict[Kind, tuple[int, int]] = {"vision": (1, 2), "prefill": (16, 256), "decode": (1, 8)}  # two points of each line
@@ -41,15 +51,21 @@ class Target:
         return self.weight_bytes + slots * ((context + smallest) * self.row_bytes + images * self.picture_bytes)
 
 
-def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: int) -> Target:
+def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: int, threads: int | None) -> Target:
     """The model of an artifact with its measured costs (`passes` > 0: measured again), or those of a card."""
     manifest = open_artifact(folder).manifest
     cache = manifest.cache
     if card:
         device = _card(card)
-        costs = roofline_costs(manifest_lines(manifest), device, overhead_ms, _roofline_source(folder.name, device, overhead_ms))
+        costs = roofline_costs(
+            manifest_lines(manifest), device, overhead_ms, _roofline_source(folder.name, device, overhead_ms)
+        )
     elif passes:
-        costs = measured_costs(remeasure(folder, passes), f"graphs of {folder.name}, measured now: the best of {passes}")
+        points, past_ms = remeasure(folder, passes, threads)
+        source = (
+            f"graphs of {folder.name}, measured now (best of {passes}); {1e6 * past_ms:.3g} ns for a token and one before it"
+        )
+        costs = measured_costs(points, source, past_ms)
     else:
         costs = measured_costs(manifest_points(manifest), f"graphs of {folder.name}, measured when it was compiled")
     bare = msgspec.structs.replace(cache, cross=None).nbytes
@@ -64,7 +80,9 @@ def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: in
     )
 
 
-def from_checkpoint(checkpoint: str, card: str, overhead_ms: float, *, quant: str, dtype: str, vision_tower: Path | None) -> Target:
+def from_checkpoint(
+    checkpoint: str, card: str, overhead_ms: float, *, quant: str, dtype: str, vision_tower: Path | None
+) -> Target:
     """A checkpoint's folder, of which only the small files are read, or a model known by name; at best on a card."""
     from ...compiler.facts import read_facts
     from ...compiler.plan import Buckets, Options, forecast, make_plan
@@ -94,7 +112,7 @@ def from_checkpoint(checkpoint: str, card: str, overhead_ms: float, *, quant: st
 
         cache = msgspec.structs.replace(plan.cache, context=context, rows=context + 16, slots=max(slots, _SIZES["decode"][1]))
         tiles = plan.cache.cross.tiles if plan.cache.cross else None
-        jobs = [
+        jobs: list[tuple[Kind, int, int]] = [
             (kind, size, images)
             for kind, sizes in _SIZES.items()
             for images in ((0,) if kind == "vision" or not tiles else (0, 1))

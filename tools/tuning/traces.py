@@ -71,7 +71,9 @@ def _csv_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str
     for line in lines:
         where, cells = f"{path}, line {line[0]}", _cells(line, delimiter, path)
         if len(cells) != len(names):
-            raise TraceError(f"{where}: the line has {len(cells)} columns, but the first has {len(names)}; correct or remove it")
+            raise TraceError(
+                f"{where}: the line has {len(cells)} columns, but the first has {len(names)}; correct or remove it"
+            )
         yield read_row(dict(zip(names, cells, strict=True)), columns, where)
 
 
@@ -98,7 +100,9 @@ def _json_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, st
         names = tuple(row)
         if names not in known:
             if len(known) == _MOST_KINDS:
-                raise TraceError(f"{where}: lines have more than {_MOST_KINDS} different sets of fields; expected requests alone")
+                raise TraceError(
+                    f"{where}: lines have more than {_MOST_KINDS} different sets of fields; expected requests alone"
+                )
             known[names] = find_columns(names, where)
         yield read_row(row, known[names], where)
 
@@ -118,7 +122,7 @@ class Distribution:
 
 
 def parse_distribution(text: str, option: str) -> Distribution:
-    """"100-500:3,1020:1": values from 100 to 500 alike, three times as often in all as 1020. Raises TraceError."""
+    """ "100-500:3,1020:1": values from 100 to 500 alike, three times as often in all as 1020. Raises TraceError."""
     values: list[np.ndarray] = []
     shares: list[np.ndarray] = []
     for part in text.split(","):
