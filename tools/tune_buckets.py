@@ -53,13 +53,17 @@ def run(args: argparse.Namespace) -> int:
     for table in tables if args.explain or not args.report else tables[:-1]:
         console.print(table)
     for note in notes:
-        console.print(note)
+        _say(console, note)
     write_atomically(args.out, buckets_yaml(result, notes).encode())
     if page_text is not None:
         write_atomically(args.report, page_text.encode())
-    console.print(f"wrote {args.out}" + (f" and {args.report}" if args.report else ""))
-    console.print(f"next: staticvl compile CHECKPOINT --out ARTIFACT --buckets {args.out} --plan-only")
+    _say(console, f"wrote {args.out}" + (f" and {args.report}" if args.report else ""))
+    _say(console, f"next: staticvl compile CHECKPOINT --out ARTIFACT --buckets {args.out} --plan-only")
     return 0
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def _check(args: argparse.Namespace) -> None:
