@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import open_artifact
 from staticvl.tools.cards import CARDS
 from staticvl.tools.tuning.candidates import MOST, candidate_sizes, powers_of_two
-from staticvl.tools.tuning.costs import line_through, manifest_lines, manifest_points, measured_costs, parse_costs
+from staticvl.tools.tuning.costs import (
+    Costs,
+    costs_yaml,
+    line_through,
+    manifest_lines,
+    manifest_points,
+    measured_costs,
+    parse_costs,
+)
 from staticvl.tools.tuning.curves import CostError, fit
 from staticvl.tools.tuning.target import from_artifact, from_checkpoint
 
@@ -47,7 +57,7 @@ def test_larger_sizes_never_cost_less(points: dict[int, float]) -> None:
     curve = fit(points)
     costs = [curve(size) for size in range(1, 400)]
     assert all(cost > 0 for cost in costs)
-    assert all(low <= high * (1 + 1e-9) for low, high in zip(costs, costs[1:], strict=False))
+    assert all(low <= high * (1 + 1e-9) for low, high in itertools.pairwise(costs))
     rising = [points[size] for size in sorted(points)]
     if rising == sorted(set(rising)):
         assert all(curve(size) == pytest.approx(cost) for size, cost in points.items())
@@ -78,6 +88,8 @@ def test_a_table() -> None:
         ([], "expected a mapping with some of the keys"),
         ({}, "expected a mapping with some of the keys"),
         ({"encode": {1: 2}}, "expected a mapping with some of the keys"),
+        ({"past_ms": 1.0}, "expected a mapping with some of the keys"),
+        ({"prefill": {1: 1.0}, "past_ms": -1}, "past_ms is -1; expected milliseconds"),
         ({"prefill": 5}, "prefill is 5; expected a mapping"),
         ({"prefill": {"a": 5}}, "expected a mapping of size"),
         ({"prefill": {1: "a"}}, "expected a mapping of size"),
@@ -91,6 +103,15 @@ def test_a_table() -> None:
 def test_what_is_no_table(data: object, message: str) -> None:
     with pytest.raises(CostError, match=message):
         parse_costs(data, "costs.yaml")
+
+
+def test_a_saved_table_is_read_again() -> None:
+    before = measured_costs({("prefill", 0): {16: 4.125, 64: 9.5}, ("decode", 0): {1: 2.0}}, "here", 1.5e-4)
+    after = parse_costs(yaml.safe_load(costs_yaml(before)), "costs.yaml")
+    assert after.past_ms == 1.5e-4
+    assert all(after.ms(kind, size) == before.ms(kind, size) for kind in ("prefill", "decode") for size in (1, 20, 64, 100))  # type: ignore[arg-type]
+    with pytest.raises(CostError, match="counted, not measured"):
+        costs_yaml(Costs("a bound", {("prefill", 0): float}))
 
 
 # --- From an artifact and from a checkpoint ------------------------------------------------------------------------------

@@ -173,7 +173,7 @@ def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
     path.write_bytes(whole + whole[:-10])
     assert list(read_request_log(path)) == [RECORD]
     path.write_bytes(whole[:-10] + b"\n" + whole)
-    with pytest.raises(RequestLogError, match="line 1: .*; expected a record"):
+    with pytest.raises(RequestLogError, match=r"line 1: .*; expected a record"):
         list(read_request_log(path))
 
 
@@ -203,7 +203,7 @@ def test_a_distribution() -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "5-3", "5:0", "5:-1", "5:x", "5,,6", "5-", "1e3", "12345678"])
 def test_what_is_no_distribution(text: str) -> None:
-    with pytest.raises(TraceError, match="--prompts holds .*; expected N, N-M, N:SHARE"):
+    with pytest.raises(TraceError, match=r"--prompts holds .*; expected N, N-M, N:SHARE"):
         parse_distribution(text, "--prompts")
 
 

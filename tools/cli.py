@@ -244,6 +244,7 @@ def _add_tune_buckets(commands) -> None:
     group.add_argument("--quant", choices=("none", "w8a16"), default="none", help="with --checkpoint; default: none")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="", help="with --checkpoint")
     group.add_argument("--costs", type=Path, metavar="FILE", help="YAML with milliseconds: {prefill: {16: 4.1, 64: 9.5}, ...}")
+    group.add_argument("--save-costs", type=Path, metavar="FILE", help="write the measured costs as such a table")
     group = parser.add_argument_group("requests")
     group.add_argument("--prompts", metavar="DIST", help="instead of a trace, lengths and shares: 100-500:3,1020:1")
     group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of answers")

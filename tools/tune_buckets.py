@@ -16,7 +16,8 @@ from .tuning.arrivals import rate_of, timed
 from .tuning.choose import Result, choose
 from .tuning.columns import Request, TraceError
 from .tuning.comparison import coverages, reasons, replayed_powers
-from .tuning.costs import CostError, parse_costs
+from .tuning.costs import costs_yaml, parse_costs
+from .tuning.curves import CostError
 from .tuning.limits import Limits
 from .tuning.pictures import PictureCounter
 from .tuning.report import buckets_yaml, chosen_table, coverage_table, frontier_table, reason_table, replay_table, slots_table
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     if args.explain or args.report:
         tables.append(reason_table(reasons(result), spent))
     notes = _notes(args, result)
+    saved = costs_yaml(result.costs) if args.save_costs else ""
     page_text = None
     if args.report:
         from .tuning.page import page
@@ -55,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
     for note in notes:
         _say(console, note)
     write_atomically(args.out, buckets_yaml(result, notes).encode())
+    if args.save_costs:
+        write_atomically(args.save_costs, saved.encode())
     if page_text is not None:
         write_atomically(args.report, page_text.encode())
     _say(console, f"wrote {args.out}" + (f" and {args.report}" if args.report else ""))
@@ -89,7 +93,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and not 0 < value < float("inf"):
             raise TraceError(f"--{name.replace('_', '-')} is {value}; expected a positive number")
-    for path in filter(None, (args.out, args.report)):
+    for path in filter(None, (args.out, args.report, args.save_costs)):
         if not path.parent.is_dir():
             raise TraceError(f"{path.parent} is not a folder; make it, or write {path.name} elsewhere")
         if path.is_dir():

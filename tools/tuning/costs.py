@@ -121,13 +121,18 @@ def _past(graph: GraphSpec, manifest: Manifest) -> int:
 
 
 def parse_costs(data: Any, where: str) -> Costs:
-    """A table {prefill: {16: 4.1, ...}, decode: {...}, vision: {...}} of milliseconds; raises CostError."""
-    if not isinstance(data, Mapping) or not data or not set(data) <= set(KINDS):
+    """A table {prefill: {16: 4.1, ...}, decode: {...}, vision: {...}} of milliseconds, perhaps with past_ms (Costs); raises
+    CostError.
+    """
+    if not isinstance(data, Mapping) or not set(data) & set(KINDS) or not set(data) <= {*KINDS, "past_ms"}:
         raise CostError(
             f"{where}: expected a mapping with some of the keys {', '.join(KINDS)}, each a mapping of size to milliseconds"
         )
+    past_ms = data.get("past_ms", 0.0)
+    if not isinstance(past_ms, int | float) or isinstance(past_ms, bool) or not 0 <= past_ms < float("inf"):
+        raise CostError(f"{where}: past_ms is {past_ms!r}; expected milliseconds of at least 0")
     points: dict[Key, dict[int, float]] = {}
-    for kind, table in data.items():
+    for kind, table in ((kind, data[kind]) for kind in KINDS if kind in data):
         sound = isinstance(table, Mapping) and all(
             type(size) is int and isinstance(cost, int | float) and not isinstance(cost, bool) for size, cost in table.items()
         )
@@ -140,7 +145,21 @@ def parse_costs(data: Any, where: str) -> Costs:
             fit(points[kind, 0])
         except CostError as error:
             raise CostError(f"{where}: {kind}: {error}") from None
-    return measured_costs(points, f"the table {where}")
+    return measured_costs(points, f"the table {where}", float(past_ms))
+
+
+def costs_yaml(costs: Costs) -> str:
+    """Measured costs as the table that parse_costs takes; without variants that see pictures, which it does not know. Raises
+    CostError where costs were not measured.
+    """
+    lines = [f"# {costs.source}"]
+    for (kind, images), curve in costs.curves.items():
+        if not isinstance(curve, Curve):
+            raise CostError("these costs were counted, not measured, so there is no table to save; leave --save-costs out")
+        if images == 0:
+            pairs = ", ".join(f"{size}: {cost:.6g}" for size, cost in zip(curve.sizes, curve.costs, strict=True))
+            lines.append(f"{kind}: {{{pairs}}}")
+    return "\n".join([*lines, f"past_ms: {costs.past_ms:.6g}"]) + "\n"
 
 
 # ---- the roofline
