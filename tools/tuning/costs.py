@@ -159,7 +159,7 @@ def costs_yaml(costs: Costs) -> str:
         if images == 0:
             pairs = ", ".join(f"{size}: {cost:.6g}" for size, cost in zip(curve.sizes, curve.costs, strict=True))
             lines.append(f"{kind}: {{{pairs}}}")
-    return "\n".join([*lines, f"past_ms: {costs.past_ms:.6g}"]) + "\n"
+    return "\n".join([*lines, f"past_ms: {costs.past_ms:.9f}"]) + "\n"
 
 
 # ---- the roofline
