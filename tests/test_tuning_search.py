@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from staticvl.runtime.chunks import ChunkPlanner
@@ -42,18 +42,43 @@ def test_the_cost_of_a_set_is_the_planners(costs: dict[int, float], lengths: dic
     assert set_cost(problem, sorted(buckets)) == planned([costs], [lengths], sorted(buckets))
 
 
-@settings(max_examples=60)
-@given(costs=TABLES, lengths=LENGTHS, most=st.integers(1, 5), together=st.sampled_from((1, 3, 512)))
-def test_no_set_is_better(costs: dict[int, float], lengths: dict[int, int], most: int, together: int) -> None:
-    """However many beginnings are completed together."""
-    search._TOGETHER, before = together, search._TOGETHER
+@settings(max_examples=40)
+@given(costs=TABLES, lengths=LENGTHS, most=st.integers(1, 5))
+def test_no_set_is_better(costs: dict[int, float], lengths: dict[int, int], most: int) -> None:
     found = frontier(make_problem(list(costs), [costs], [lengths]), most)
-    search._TOGETHER = before
     assert len(found) == min(most, len(costs))
     for count, best in enumerate(found, start=1):
         assert best.cost == min(planned([costs], [lengths], buckets) for buckets in sets(list(costs), count))
         assert best.cost == planned([costs], [lengths], best.buckets)
         assert len(best.buckets) <= count
+
+
+@settings(max_examples=60)
+@given(
+    costs=TABLES,
+    lengths=LENGTHS,
+    loads=st.lists(st.integers(1, 9), min_size=14, max_size=14),
+    count=st.integers(2, 5),
+    limit=st.sampled_from((12.0, 20.0, math.inf)),
+    together=st.sampled_from((1, 3, 512)),
+)
+def test_branch_and_bound_needs_no_good_start(
+    costs: dict[int, float], lengths: dict, loads: list[int], count: int, limit: float, together: int
+) -> None:
+    """Without a set to begin with, which would hide what the search overlooks; however many are completed together."""
+    assume(count <= len(costs))
+    load = {b: float(loads[b - 1]) for b in costs}
+    kept = [each for each in itertools.combinations(sorted(costs), count) if sum(load[b] for b in each) <= limit]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(search, "_TOGETHER", together)
+        tried = search._Search(make_problem(list(costs), [costs], [lengths], load), count, limit)
+        if not kept:
+            with pytest.raises(ValueError, match="keeps the limit"):
+                tried.run(None)
+            return
+        best = tried.run(None)
+    assert best.cost == min(planned([costs], [lengths], each) for each in kept)
+    assert best.buckets in kept and best.cost == planned([costs], [lengths], best.buckets)
 
 
 @settings(max_examples=30)
@@ -85,6 +110,8 @@ def test_a_larger_case_of_the_usual_kind() -> None:
     for count, best in enumerate(found, start=1):
         expected = min(planned([costs], [lengths], each) for each in itertools.combinations(candidates, count))
         assert math.isclose(best.cost, expected, rel_tol=1e-12)
+        again = search._Search(make_problem(candidates, [costs], [lengths]), count, math.inf).run(None)
+        assert math.isclose(again.cost, expected, rel_tol=1e-12)
     assert found == frontier(make_problem(candidates, [costs], [lengths]), 5)  # the same every time
     assert 0 < found[-1].explored < len(list(itertools.combinations(candidates, 5)))  # not by trying everything
 

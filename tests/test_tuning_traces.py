@@ -104,6 +104,7 @@ WRONG = [
     ("a,b\n1,2\n", r"line 1: no column says how many tokens the prompts have; there are a, b"),
     ("ContextTokens,x\n1,2\n", r"line 1: no column says how many tokens the answers have"),
     (HEAD + "1,5,5\n2,x,5\n", r"line 3: prompt tokens is 'x'; expected a whole number"),
+    (HEAD + "\n1,5,5\n\n\n2,x,5\n", r"line 6: prompt tokens is 'x'"),
     (HEAD + "1,5,5\n2,5.5,5\n", r"line 3: prompt tokens is '5\.5'"),
     (HEAD + "1,-5,5\n", r"line 2: prompt tokens is '-5'; expected a whole number of at least 0"),
     (HEAD + "1,inf,5\n", r"line 2: prompt tokens is 'inf'"),
@@ -233,7 +234,7 @@ def test_a_workload() -> None:
         Request(10, 5, time=3.0, images=1, sizes=((200, 50),), image_tokens=7),  # counted anew for this model
         Request(10, 5, time=4.0, images=1, image_tokens=7),
         Request(10, 0, time=5.0, reused=4),
-        Request(5000, 5, time=6.0),
+        Request(996, 5, time=6.0),  # one more than fits
     ]
     found = gather(requests, counter, crossed=False, context=1000, block=10)
     assert (found.requests, found.dropped, found.generated) == (5, 1, 20)
