@@ -243,6 +243,7 @@ WRONG = [
     (("{trace}", "--candidates", "16,x"), "--candidates is '16,x'; expected sizes"),
     (("{trace}", "--report", "nowhere/r.html"), "nowhere is not a folder; make it"),
     (("{trace}", "--remeasure", "3"), "--remeasure runs the graphs of an artifact"),
+    (("{trace}",), "nothing says how many tokens one takes; give --artifact or --checkpoint"),
     (("{empty}",), "empty.csv is empty"),
     (("{bad}",), "bad.csv, line 3: prompt tokens is 'x'"),
     (("{untimed}",), "does not say when requests arrived; give --rate"),

@@ -34,9 +34,9 @@ _BUSY = 0.98  # the share of time above which requests wait longer and longer
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     _check(args)
-    target = _target(args)
+    limits, target = _limits(args), _target(args)
     workload = _workload(args, target)
-    result = choose(workload, target, _limits(args))
+    result = choose(workload, target, limits)
     powers, found = replayed_powers(result, args.granularity), coverages(result, args.granularity)
     spent = {kind: 1e3 * seconds / len(workload.block) for kind, seconds in result.replayed.busy_s.items()}
     spent |= {"prefill": found[0].ms}

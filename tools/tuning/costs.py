@@ -132,7 +132,10 @@ def parse_costs(data: Any, where: str) -> Costs:
     if not isinstance(past_ms, int | float) or isinstance(past_ms, bool) or not 0 <= past_ms < float("inf"):
         raise CostError(f"{where}: past_ms is {past_ms!r}; expected milliseconds of at least 0")
     points: dict[Key, dict[int, float]] = {}
-    for kind, table in ((kind, data[kind]) for kind in KINDS if kind in data):
+    for kind in KINDS:
+        if kind not in data:
+            continue
+        table = data[kind]
         sound = isinstance(table, Mapping) and all(
             type(size) is int and isinstance(cost, int | float) and not isinstance(cost, bool) for size, cost in table.items()
         )

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .columns import Request
+from .columns import Request, TraceError
 from .pictures import PictureCounter
 
 _SEED = 20240
@@ -66,7 +66,7 @@ def gather(
     requests: Iterable[Request], pictures: PictureCounter | None, *, crossed: bool, context: int | None, block: int
 ) -> Workload:
     """Count requests. `crossed`: pictures enter by cross-attention. Those longer than `context` are counted as dropped, since
-    the runtime refuses them..
+    the runtime refuses them. Raises TraceError for pictures of which neither a counter nor the trace says what they take.
     """
     found, sample = Workload(), _Block(block)
     for request in requests:
@@ -91,6 +91,10 @@ def gather(
 
 def _pictures(request: Request, counter: PictureCounter | None) -> tuple[int, int]:
     """Tokens and tiles of all pictures of a request."""
+    if counter is None and request.images and request.image_tokens is None:
+        raise TraceError(
+            "the trace has images, and nothing says how many tokens one takes; give --artifact or --checkpoint beside --costs"
+        )
     if counter is None or not request.images:
         return request.image_tokens or 0, 0
     sizes = request.sizes or (counter.usual,) * request.images
