@@ -45,7 +45,7 @@ whose folder that is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -147,6 +147,9 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     # Of a graph in steps. Left out of the manifest where unset, so that a graph of one file reads and is sealed as ever.
     steps: tuple[Step, ...] | UnsetType = UNSET
     buffers: tuple[TensorSpec, ...] | UnsetType = UNSET  # tensors between steps; one may hold several, one after another
+    # Of a graph of one rank, left out likewise: how often it meets the others in a run, and the bytes that it brings to them.
+    collectives: int | UnsetType = UNSET
+    collective_bytes: int | UnsetType = UNSET
 
     @property
     def name(self) -> str:
@@ -168,6 +171,15 @@ def rank_folder(tp: int, rank: int) -> str:
     """Where the weight files of `rank` of `tp` lie, within the artifact."""
     assert 0 <= rank < tp, (rank, tp)
     return WEIGHTS if tp == 1 else f"{WEIGHTS}/rank-{rank}"
+
+
+def rank_weights(weights: Mapping[str, WeightSpec], tp: int, rank: int) -> dict[str, WeightSpec]:
+    """The weights of `rank` of `tp`, where a manifest lists those of rank 0: the same but for the folder."""
+    first, own = rank_folder(tp, 0), rank_folder(tp, rank)
+    return {
+        name: msgspec.structs.replace(spec, file=f"{own}/{spec.file.removeprefix(f'{first}/')}")
+        for name, spec in weights.items()
+    }
 
 
 def graph_name(kind: Kind, bucket: int, images: int) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from staticvl.model_defs.group import member_of
+from staticvl.model_defs.group import group_of, member_of
 
 T = TypeVar("T")
 X = TypeVar("X", Tensor, np.ndarray)
@@ -105,3 +105,10 @@ def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
     return [future.result() for future in futures], meeting.calls
+
+
+def member_in(size: int) -> ArrayMember:
+    """This thread's rank, for arrays."""
+    member = group_of(size)
+    assert isinstance(member, Member)
+    return ArrayMember(member.meeting, member.rank)

@@ -17,12 +17,11 @@ from staticvl.compiler.emit_onnx import Emitter, _lower, _model, _parameters, em
 from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.segments import Cut, Part, cut
 from staticvl.model_defs import ops
-from staticvl.model_defs.group import group_of
 from staticvl.model_defs.layers import Table, empty_parameter
 from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Segment, Step, TensorSpec, WeightSpec
 from staticvl.runtime.backends.ort import OrtBackend
 
-from .lockstep import ArrayMember, Member, run_ranks
+from .lockstep import ArrayMember, member_in, run_ranks
 from .rank_models import Model, model_of, spec_of, steps, worst_errors
 from .wide_models import write_random
 
@@ -164,13 +163,6 @@ def awkward(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
     total = summed(part) * part + summed(y) + summed(torch.ops.aten.slice.Tensor(x, 1, 0, 4))
     joined = ops.all_gather(total * w, 2)
     return summed(ops.gelu(joined)) + joined
-
-
-def member_in(tp: int) -> ArrayMember:
-    """This thread's rank, for arrays."""
-    member = group_of(tp)
-    assert isinstance(member, Member)
-    return ArrayMember(member.meeting, member.rank)
 
 
 def test_awkward_graphs_run(tmp_path: Path) -> None:

@@ -69,6 +69,14 @@ def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray
     return array
 
 
+def check_group(what: str, ranks: int, group: Group | None) -> Group | None:
+    """The group, if it is that of all `ranks` that a graph was cut for; raises ArtifactError otherwise."""
+    size = group.size if group else 1
+    if size != ranks:
+        raise ArtifactError(f"{what} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together")
+    return group
+
+
 def cache_name(output: str, image: int) -> str | None:
     """The cache buffer that a graph output belongs into, if any."""
     if output.startswith(("cross_k.", "cross_v.")):
@@ -84,9 +92,11 @@ def open_backend(
     device: str = "cpu",
     threads: int | None = None,
     manifest: Manifest | None = None,
+    group: Group | None = None,
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
 
+    `group`: the other ranks, where the graphs are those of one of several.
     With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
     """
     if device.partition(":")[0] not in DEVICES.get(name, ()):
@@ -96,8 +106,8 @@ def open_backend(
     if name == "onnx":
         from .ort import open_ort
 
-        return open_ort(folder, cache, threads=threads, manifest=manifest)
+        return open_ort(folder, cache, threads=threads, manifest=manifest, group=group)
     from .ascend import open_ascend
 
     assert manifest is not None, "the compiler opens Ascend backends itself"
-    return open_ascend(folder, manifest, device)
+    return open_ascend(folder, manifest, device, group)

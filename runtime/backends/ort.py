@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, rank_folder
-from .base import Group, cache_name, checked
+from ..artifact import CacheSpec, Collective, GraphSpec, Manifest, Segment, rank_folder
+from .base import Group, cache_name, check_group, checked
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -153,7 +153,8 @@ class OrtBackend:
         if graph.file in self.buffers:
             return
         if graph.steps:
-            self._check_group(graph)
+            ranks = next(step.ranks for step in graph.plan if isinstance(step, Collective))
+            check_group(graph.name, ranks, self.group)
         for step in graph.plan:
             if isinstance(step, Segment):
                 self.sessions[step.file] = self._open(graph, step)
@@ -162,14 +163,6 @@ class OrtBackend:
         if cache_name(first.name, 0) is None:
             self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
         self.buffers[graph.file] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.buffers or ()}
-
-    def _check_group(self, graph: GraphSpec) -> None:
-        ranks = next(step.ranks for step in graph.plan if isinstance(step, Collective))
-        size = self.group.size if self.group else 1
-        if size != ranks:
-            raise ArtifactError(
-                f"{graph.name} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together"
-            )
 
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
         if self.group and graph.steps:
@@ -233,12 +226,14 @@ class OrtBackend:
         self.caches[name][: len(value)] = value
 
 
-def open_ort(folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None) -> OrtBackend:
+def open_ort(
+    folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None, group: Group | None = None
+) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False)
     if manifest.tp > 1:  # each rank has weights of its own, and a graph no single file to pack
-        return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none")
+        return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none", group=group)
     host = HostCache(folder, manifest.graphs, manifest.weights.values())
     if host.nbytes < WORTH_PACKING:
         host = None
