@@ -366,6 +366,8 @@ class _GraphMaker:
             cost_ms=0.0,
             flops=cost.flops,
             nbytes=cost.nbytes,
+            collectives=cost.collectives or msgspec.UNSET,
+            collective_bytes=cost.collective_bytes or msgspec.UNSET,
         )
         if backend == "onnx":
             from .emit_onnx import emit

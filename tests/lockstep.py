@@ -85,6 +85,26 @@ class ArrayMember:
         np.concatenate(self.meeting.exchange(self.rank, "all_gather", array.copy()), axis=-1, out=out)
 
 
+@dataclass
+class Counting(ArrayMember):
+    """A member that notes how often it met the others, and the bytes that it brought."""
+
+    calls: int = 0
+    nbytes: int = 0
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        self._note(array)
+        super().all_reduce(array)
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        self._note(array)
+        super().all_gather(array, out)
+
+    def _note(self, array: np.ndarray) -> None:
+        self.calls += 1
+        self.nbytes += array.nbytes
+
+
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
     """`work` of every rank at once, and the collective calls that each made; raises what the first failing rank raised."""
     meeting = Meeting(size)
@@ -107,8 +127,11 @@ def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
     return [future.result() for future in futures], meeting.calls
 
 
-def member_in(size: int) -> ArrayMember:
+M = TypeVar("M", bound=ArrayMember)
+
+
+def member_in(size: int, kind: type[M] = ArrayMember) -> M:
     """This thread's rank, for arrays."""
     member = group_of(size)
     assert isinstance(member, Member)
-    return ArrayMember(member.meeting, member.rank)
+    return kind(member.meeting, member.rank)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from staticvl.compiler.check import relative_error
+from staticvl.compiler.cost import graph_cost
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import ModelConfig, TiledConfig
@@ -20,6 +21,7 @@ from staticvl.weights.source import open_source
 from .wide_models import wide_config
 
 CHUNK, ROWS = 5, 2
+RUNS: dict[Kind, int] = {"vision": ROWS, "prefill": 3, "decode": 1}  # of each graph, by `steps`
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,13 @@ def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str])
         found.append(backend.run(specs["prefill"], fed, slot).copy())
     found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).copy())
     return [*found, *(backend.read_cache(name, ROWS) for name in caches)]
+
+
+def communication(graphs: dict[Kind, GraphDef], dtype: str) -> tuple[int, int]:
+    """Collective calls of all `steps`, and the bytes that a rank brings to them, as counted from definitions."""
+    costs = {kind: graph_cost(graph, dtype) for kind, graph in graphs.items()}
+    runs = [(RUNS[kind], cost) for kind, cost in costs.items()]
+    return sum(n * cost.collectives for n, cost in runs), sum(n * cost.collective_bytes for n, cost in runs)
 
 
 def spec_of(graph: GraphDef) -> GraphSpec:

@@ -6,7 +6,7 @@ import hashlib
 import shutil
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,12 +21,12 @@ from staticvl.compiler.eager import EagerBackend
 from staticvl.runtime.artifact import ArtifactError, FileSpec, GraphSpec, Kind, Manifest, WeightSpec, rank_weights
 from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.ascend.kernel import ascend_facts
-from staticvl.runtime.backends import ascend
 from staticvl.runtime.backends.ascend import AscendBackend, open_ascend, simulated
+from staticvl.runtime.backends.base import Group
 
-from .lockstep import ArrayMember, Meeting, member_in, run_ranks
+from .lockstep import ArrayMember, Counting, Meeting, member_in, run_ranks
 from .need_torchair import skip_without_torchair
-from .rank_models import Model, feed, held, model_of, spec_of, steps, worst_errors
+from .rank_models import Model, communication, feed, held, model_of, spec_of, steps, worst_errors
 from .wide_models import write_random
 
 skip_without_torchair()
@@ -64,9 +64,11 @@ def compiled(model: Model, tp: int, *, eager: bool = False) -> Graphs:
     return specs, files
 
 
-def run(model: Model, graphs: Graphs, tp: int, weights: Mapping[str, WeightSpec], *, wide: bool) -> list[np.ndarray]:
+def run(
+    model: Model, graphs: Graphs, tp: int, weights: Mapping[str, WeightSpec], *, wide: bool, group: Group | None = None
+) -> list[np.ndarray]:
     specs, files = graphs
-    group = member_in(tp) if tp > 1 else None
+    group = group or (member_in(tp) if tp > 1 else None)
     backend = AscendBackend(model.out, model.cache(tp), weights, files, simulated(wide=wide), group=group)
     return steps(backend, specs, list(backend.caches))
 
@@ -140,12 +142,28 @@ def test_in_16_bits(model: Model, whole: list[np.ndarray], graphs: Graphs) -> No
     check_same_logits(model, 2, ranks)
 
 
+def test_communication_is_what_was_counted(model: Model, graphs: Graphs) -> None:
+    """In 16 bits; between simulators it travels in 32."""
+    stored = [model.converted(2, rank) for rank in range(2)]
+
+    def work(rank: int) -> tuple[int, int]:
+        group = member_in(2, Counting)
+        run(model, graphs, 2, stored[rank].weights, wide=False, group=group)
+        return group.calls, group.nbytes // 2
+
+    assert run_ranks(2, work)[0] == [communication(model.define(2), "float16")] * 2
+
+
 ONE_FAMILY = pytest.mark.parametrize("model", [("mllama", 2)], indirect=True, ids=["mllama"])
 
 
+@pytest.fixture(scope="module")
+def eager(model: Model) -> Graphs:
+    return compiled(model, 2, eager=True)
+
+
 @ONE_FAMILY
-def test_eager_programs(model: Model, whole: list[np.ndarray]) -> None:
-    eager = compiled(model, 2, eager=True)
+def test_eager_programs(model: Model, whole: list[np.ndarray], eager: Graphs) -> None:
     assert max(worst_errors(model, results(model, 2, eager), whole)) <= WIDE
     ranks = results(model, 2, eager, wide=False)
     assert 1e-6 < distance(model, ranks, whole) <= ROUNDED
@@ -202,16 +220,6 @@ def test_a_file_names_ranks_and_nothing_of_a_process(model: Model, graphs: Graph
         assert b"_find_pg_by_ranks_and_tag(tag, rank_list)" in data
 
 
-def test_the_default_group_is_what_such_a_file_finds_on_a_card() -> None:
-    found = torch.distributed.distributed_c10d._find_pg_by_ranks_and_tag
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        assert found("", [0]) is torch.distributed.group.WORLD
-    finally:
-        torch.distributed.destroy_process_group()
-    assert found("", [0]) is None
-
-
 def manifest_of(model: Model, graphs: Graphs, tp: int) -> Manifest:
     """The fields that are read when an artifact is opened."""
     stored = [model.converted(tp, rank) for rank in range(tp)]
@@ -240,88 +248,20 @@ def test_an_artifact_of_two_ranks(model: Model, whole: list[np.ndarray], graphs:
     for path in (copy / "weights" / "rank-1").glob("*.safetensors"):
         path.write_bytes(b"0" + path.read_bytes()[1:])
     open_ascend(copy, manifest, "sim", ArrayMember(Meeting(2), 0))
-    with pytest.raises(ArtifactError, match="rank-1/.* is not the file that the manifest describes"):
+    with pytest.raises(ArtifactError, match=r"rank-1/.* is not the file that the manifest describes"):
         open_ascend(copy, manifest, "sim", ArrayMember(Meeting(2), 1))
 
 
 @ONE_FAMILY
-def test_a_rank_is_not_opened_alone(model: Model, graphs: Graphs) -> None:
+def test_a_rank_is_not_opened_alone(model: Model, graphs: Graphs, eager: Graphs) -> None:
     manifest = manifest_of(model, graphs, 2)
     for group, size in ((None, 1), (ArrayMember(Meeting(4), 0), 4)):
         with pytest.raises(ArtifactError, match=f"{model.out} is one rank's of 2, but runs in a group of {size}; open all 2"):
             open_ascend(model.out, manifest, "sim", group)
-    eager, files = compiled(model, 2, eager=True)
-    backend = AscendBackend(model.out, model.cache(2), model.converted(2, 0).weights, files, simulated())
-    with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 1"):
-        backend.run(eager["decode"], feed(eager["decode"], np.random.default_rng(0), [0, 0]))
-
-
-def test_weights_of_a_rank() -> None:
-    def spec(file: str) -> WeightSpec:
-        return WeightSpec(file=file, dtype="float16", shape=(2,), offset=64, nbytes=4)
-
-    assert rank_weights({"w": spec("weights/rank-0/a.safetensors")}, 4, 3) == {"w": spec("weights/rank-3/a.safetensors")}
-    assert rank_weights({"w": spec("weights/a.safetensors")}, 1, 0) == {"w": spec("weights/a.safetensors")}
-
-
-# --- On a card, with stand-ins ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Carded(ArrayMember):
-    """A member of a group with a store."""
-
-    store: Any = None
-
-
-@pytest.fixture
-def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
-    """torch_npu with two cards."""
-    npu = SimpleNamespace(
-        device_count=lambda: 2,
-        set_device=lambda index: setattr(npu, "index", index),
-        get_device_name=lambda _: "Ascend910B3",
-        utils=SimpleNamespace(get_cann_version=lambda: "8.5"),
-    )
-    monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=npu))
-    return npu
-
-
-def test_a_rank_takes_the_card_of_its_place_on_the_machine(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank_3 = ArrayMember(Meeting(4), 3)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert ascend._card(ascend._ranks_card("npu", rank_3)) == (ascend.Device("npu:1"), "Ascend910B") and card.index == 1
-    assert ascend._ranks_card("npu:0", rank_3) == "npu:0"
-    assert ascend._ranks_card("npu", None) == ascend._ranks_card("npu", ArrayMember(Meeting(1), 0)) == "npu"
-    monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(ArtifactError, match="device npu:3 was asked for, but 2 Ascend cards are visible"):
-        ascend._card(ascend._ranks_card("npu", rank_3))
-
-
-def test_what_a_card_compiles_is_kept_by_rank(card: SimpleNamespace, tmp_path: Path) -> None:
-    names = [ascend._keep(tmp_path, "Ascend910B", group).name for group in (None, ArrayMember(Meeting(2), 1))]
-    assert names == ["Ascend910B-8.5", "Ascend910B-8.5-rank-1-of-2"]
-
-
-def test_ranks_on_cards_agree_on_a_group_through_their_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, asked = Carded(Meeting(2), 1, torch.distributed.HashStore()), []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: asked.append((given, named)))
-    ascend._join(group)
-    ((given, named),) = asked
-    named.pop("store").set("place", "card")
-    assert group.store.get("hccl/place") == b"card"
-    assert (given, named) == (("hccl",), {"rank": 1, "world_size": 2})
-
-
-def test_another_default_group_is_in_the_way() -> None:
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        with pytest.raises(
-            ArtifactError, match=r"over gloo as rank 0 of 1, but .* over hccl as rank 1 of 2; run them in a pro"
-        ):
-            ascend._join(Carded(Meeting(2), 1, None))
-    finally:
-        torch.distributed.destroy_process_group()
+    for specs, files in (graphs, eager):
+        backend = AscendBackend(model.out, model.cache(2), model.converted(2, 0).weights, files, simulated())
+        with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 1"):
+            backend.run(specs["decode"], feed(specs["decode"], np.random.default_rng(0), [0, 0]))
 
 
 # --- Long proofs -------------------------------------------------------------------------------------------------------------
