@@ -19,8 +19,10 @@ import torch
 from staticvl.compiler import emit_ascend, emit_eager
 from staticvl.compiler.eager import EagerBackend
 from staticvl.runtime.artifact import ArtifactError, FileSpec, GraphSpec, Kind, Manifest, WeightSpec, rank_weights
-from staticvl.runtime.ascend import torchair_host
+from staticvl.runtime.ascend import process_groups, torchair_host
+from staticvl.runtime.ascend.ge_graph import parse
 from staticvl.runtime.ascend.kernel import ascend_facts
+from staticvl.runtime.backends import ascend
 from staticvl.runtime.backends.ascend import AscendBackend, open_ascend, simulated
 from staticvl.runtime.backends.base import Group
 
@@ -218,6 +220,30 @@ def test_a_file_names_ranks_and_nothing_of_a_process(model: Model, graphs: Graph
         data = (model.out / spec.file).read_bytes()
         assert data.count(b"used_process_group = {'tag=;rank_list=0,1': ([0, 1], '')}") == 1
         assert b"_find_pg_by_ranks_and_tag(tag, rank_list)" in data
+
+
+class LoadedError(Exception):
+    """Nothing is run."""
+
+
+@ONE_FAMILY
+def test_a_loaded_graph_calls_its_group_what_the_communicator_is_called(
+    model: Model, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which another process may have called otherwise."""
+    monkeypatch.setattr(process_groups._Group, "get_hccl_comm_name", lambda *_, init_comm: f"card {init_comm}")
+    loaded = []
+
+    def executor(data: bytes) -> Any:
+        loaded.append(parse(data))
+        raise LoadedError
+
+    device = ascend.Device("cpu", lambda _group: torchair_host.load().running_on(executor))
+    backend = AscendBackend(model.out, model.cache(2), model.converted(2, 0).weights, graphs[1], device)
+    with pytest.raises(LoadedError):
+        backend.run(graphs[0]["decode"], feed(graphs[0]["decode"], np.random.default_rng(0), [0, 0]))
+    meets = [node.attributes["group"] for node in loaded[0].nodes if node.type.startswith("Hcom")]
+    assert len(meets) > 2 and set(meets) == {"card True"}
 
 
 def manifest_of(model: Model, graphs: Graphs, tp: int) -> Manifest:
