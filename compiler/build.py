@@ -366,8 +366,8 @@ class _GraphMaker:
             cost_ms=0.0,
             flops=cost.flops,
             nbytes=cost.nbytes,
-            collectives=cost.collectives or msgspec.UNSET,
-            collective_bytes=cost.collective_bytes or msgspec.UNSET,
+            collectives=cost.collectives,
+            collective_bytes=cost.collective_bytes,
         )
         if backend == "onnx":
             from .emit_onnx import emit

@@ -47,7 +47,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import msgspec
@@ -147,9 +147,9 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     # Of a graph in steps. Left out of the manifest where unset, so that a graph of one file reads and is sealed as ever.
     steps: tuple[Step, ...] | UnsetType = UNSET
     buffers: tuple[TensorSpec, ...] | UnsetType = UNSET  # tensors between steps; one may hold several, one after another
-    # Of a graph of one rank, left out likewise: how often it meets the others in a run, and the bytes that it brings to them.
-    collectives: int | UnsetType = UNSET
-    collective_bytes: int | UnsetType = UNSET
+    # Of a graph of one rank: how often it meets the others in a run, and the bytes that it brings to them.
+    collectives: int = 0
+    collective_bytes: int = 0
 
     @property
     def name(self) -> str:
@@ -167,19 +167,16 @@ def is_cached(name: str) -> bool:
     return name.startswith(("k_cache.", "v_cache.", "cross_k.", "cross_v."))
 
 
-def rank_folder(tp: int, rank: int) -> str:
-    """Where the weight files of `rank` of `tp` lie, within the artifact."""
-    assert 0 <= rank < tp, (rank, tp)
-    return WEIGHTS if tp == 1 else f"{WEIGHTS}/rank-{rank}"
+def rank_folder(ranks: int, rank: int) -> str:
+    """Where the weight files of `rank` lie, within the artifact; `ranks` are all that the model is cut among."""
+    assert 0 <= rank < ranks, (rank, ranks)
+    return WEIGHTS if ranks == 1 else f"{WEIGHTS}/rank-{rank}"
 
 
-def rank_weights(weights: Mapping[str, WeightSpec], tp: int, rank: int) -> dict[str, WeightSpec]:
-    """The weights of `rank` of `tp`, where a manifest lists those of rank 0: the same but for the folder."""
-    first, own = rank_folder(tp, 0), rank_folder(tp, rank)
-    return {
-        name: msgspec.structs.replace(spec, file=f"{own}/{spec.file.removeprefix(f'{first}/')}")
-        for name, spec in weights.items()
-    }
+def rank_weights(weights: Mapping[str, WeightSpec], ranks: int, rank: int) -> dict[str, WeightSpec]:
+    """Where the weights of `rank` lie, given those of any rank of its stage, whose files are laid out alike."""
+    folder = rank_folder(ranks, rank)
+    return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}
 
 
 def graph_name(kind: Kind, bucket: int, images: int) -> str:
