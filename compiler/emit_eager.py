@@ -3,7 +3,8 @@ compiler cannot take.
 
 The program is the definition itself, op by op as model_defs/ops.py writes it, so it needs no fused operator and no torchair;
 it is slower, and it copies the cache at every step. It is stored as Python source that names nothing but torch operators,
-and takes and returns the same tensors as a compiled kernel (see emit_ascend.py).
+and takes and returns the same tensors as a compiled kernel (see emit_ascend.py). Where ranks meet it calls the group that it
+finds in its scope.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from ..model_defs import ops
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
 
-DEVICE, HALF = "device", "half"  # names that the program finds in its scope: where it runs, and what it computes in
+# Names that the program finds in its scope: where it runs, what it computes in, and the other ranks.
+DEVICE, HALF, GROUP = "device", "half", "group"
 
 
 def emit(definition: GraphDef, dtype: str) -> Emitted:
@@ -28,6 +30,8 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
     method = getattr(kernel.module, kernel.name)
     program = make_fx(method, decomposition_table=_definitions(), tracing_mode="fake")(*kernel.arguments)
     source = program.code.replace("device(type='meta')", DEVICE).replace(f"torch.{dtype}", HALF)
+    for op in ops.COLLECTIVES:
+        source = source.replace(f"torch.ops.{ops.NAMESPACE}.{op}.default(", f"{GROUP}.{op}(")
     return Emitted(
         name=kernel.name,
         data=source.strip().encode() + b"\n",
@@ -39,9 +43,11 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
 
 
 def _definitions() -> dict[Any, Callable[..., Any]]:
-    """Every op of the vocabulary -> the function that defines it, in the type of the weights."""
+    """Every op of the vocabulary -> the function that defines it, in the type of the weights; not those where ranks meet,
+    which only a run can do."""
     namespace = getattr(torch.ops, ops.NAMESPACE)
-    return {getattr(namespace, name).default: function for name, function in {**ops.DEFINITIONS, "linear": _linear}.items()}
+    functions = {name: function for name, function in ops.DEFINITIONS.items() if name not in ops.COLLECTIVES}
+    return {getattr(namespace, name).default: function for name, function in {**functions, "linear": _linear}.items()}
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
