@@ -72,7 +72,7 @@ def test_what_a_card_compiles_is_kept_by_rank(card: SimpleNamespace, tmp_path: P
 
 
 def test_ranks_on_cards_agree_on_a_group_through_their_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, asked = Carded(Meeting(2), 1, torch.distributed.HashStore()), []
+    group, asked = Carded(Meeting(2), 1, store=torch.distributed.HashStore()), []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: asked.append((given, named)))
     ascend._join(group)
     ((given, named),) = asked
@@ -87,6 +87,6 @@ def test_another_default_group_is_in_the_way() -> None:
         with pytest.raises(
             ArtifactError, match=r"over gloo as rank 0 of 1, but .* over hccl as rank 1 of 2; run them in a pro"
         ):
-            ascend._join(Carded(Meeting(2), 1, None))
+            ascend._join(Carded(Meeting(2), 1))
     finally:
         torch.distributed.destroy_process_group()
