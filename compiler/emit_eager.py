@@ -9,7 +9,7 @@ finds in its scope.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..model_defs import ops
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
+from .lower_ascend import HIDDEN_BELOW
 
+HIDDEN = -3e4  # added to a score of 16 bits that does not count
 # Names that the program finds in its scope: where it runs, what it computes in, and the other ranks.
 DEVICE, HALF, GROUP = "device", "half", "group"
 
@@ -47,7 +49,17 @@ def _definitions() -> dict[Any, Callable[..., Any]]:
     which only a run can do."""
     namespace = getattr(torch.ops, ops.NAMESPACE)
     functions = {name: function for name, function in ops.DEFINITIONS.items() if name not in ops.COLLECTIVES}
-    return {getattr(namespace, name).default: function for name, function in {**functions, "linear": _linear}.items()}
+    functions |= {"linear": _linear, "cross_attention": _cross_attention}
+    return {getattr(namespace, name).default: function for name, function in functions.items()}
+
+
+def _cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
+    """The definition hides by a number that 16 bits cannot hold. A token that sees nothing has a query of zeros and no mask:
+    it attends evenly to everything, as by the definition."""
+    hidden = mask < HIDDEN_BELOW  # [B, T, n * t]
+    sees = (~hidden).any(-1, keepdim=True)
+    mask = (hidden & sees).to(q.dtype) * HIDDEN
+    return ops.DEFINITIONS["cross_attention"](q * sees.to(q.dtype), keys, values, mask, heads)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
