@@ -253,6 +253,7 @@ def manifest_of(model: Model, graphs: Graphs, tp: int) -> Manifest:
     facts: Any = SimpleNamespace(
         ascend=ascend_facts(torchair_host.VERSION, torchair_host.SOCS[0]),
         tp=tp,
+        ranks=tp,
         cache=model.cache(tp),
         weights=stored[0].weights,
         files={**graphs[1], **files},
