@@ -15,17 +15,30 @@ import numpy as np
 from staticvl.compiler.lockstep import ArrayMember, Meeting, Member, results_of
 from staticvl.model_defs.group import group_of, member_of
 
-__all__ = ["ArrayMember", "Meeting", "Member", "StageMember", "member_in", "run_ranks", "world"]
+__all__ = ["ArrayMember", "Counting", "Meeting", "Member", "StageMember", "member_in", "run_ranks", "world"]
 
 T = TypeVar("T")
 PATIENCE = 60.0
 
 
-def member_in(tp: int) -> ArrayMember:
-    """This thread's rank, for arrays."""
-    member = group_of(tp)
-    assert isinstance(member, Member)
-    return ArrayMember(member.meeting, member.rank)
+@dataclass
+class Counting(ArrayMember):
+    """A member that notes how often it met the others, and the bytes that it brought."""
+
+    calls: int = 0
+    nbytes: int = 0
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        self._note(array)
+        super().all_reduce(array)
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        self._note(array)
+        super().all_gather(array, out)
+
+    def _note(self, array: np.ndarray) -> None:
+        self.calls += 1
+        self.nbytes += array.nbytes
 
 
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
@@ -66,3 +79,13 @@ def world(tp: int, pp: int) -> list[StageMember]:
     ways: dict[tuple[int, int, int], SimpleQueue[np.ndarray]] = {place: SimpleQueue() for place in places}
     meetings = [Meeting(tp, PATIENCE) for _ in range(pp)]
     return [StageMember(meetings[stage], rank, stage, pp, ways=ways) for stage in range(pp) for rank in range(tp)]
+
+
+M = TypeVar("M", bound=ArrayMember)
+
+
+def member_in(size: int, kind: type[M] = ArrayMember) -> M:
+    """This thread's rank, for arrays."""
+    member = group_of(size)
+    assert isinstance(member, Member)
+    return kind(member.meeting, member.rank)

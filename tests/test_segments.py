@@ -21,8 +21,8 @@ from staticvl.model_defs.layers import Table, empty_parameter
 from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Segment, Step, TensorSpec
 from staticvl.runtime.backends.ort import OrtBackend
 
-from .lockstep import ArrayMember, member_in, run_ranks
-from .rank_models import Model, model_of, spec_of, steps, worst_errors, write_steps
+from .lockstep import ArrayMember, Counting, member_in, run_ranks
+from .rank_models import Model, communication, model_of, spec_of, steps, worst_errors, write_steps
 from .wide_models import write_random
 
 MODELS = [("llava", 8), ("llava", 2), ("mllama", 2)]
@@ -245,6 +245,20 @@ def test_ranks_compute_what_the_whole_model_computes(model: Model, whole: list[n
     assert len(errors) == len(whole) and max(errors) <= TOLERANCE, errors
     logits = [found[-1 - len(model.cache(tp).buffers())] for found in ranks]
     assert all(np.array_equal(each, logits[0]) for each in logits), "every rank samples the same token"
+
+
+def test_communication_is_what_was_counted(model: Model) -> None:
+    specs = write_steps(model, 2, model.converted(2, 0).weights, exact=False)
+
+    def work(rank: int) -> tuple[int, int]:
+        group = member_in(2, Counting)
+        steps(OrtBackend(model.out, model.cache(2), threads=1, group=group), specs, [])
+        return group.calls, group.nbytes
+
+    for rank in (1, 0):
+        model.converted(2, rank)
+    assert run_ranks(2, work)[0] == [communication(model.define(2), "float32")] * 2
+    assert communication(model.define(1), "float32") == (0, 0)
 
 
 def test_in_8_bits_where_cuts_fall_between_blocks(tmp_path: Path) -> None:

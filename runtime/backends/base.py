@@ -95,6 +95,14 @@ def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray
     return array
 
 
+def check_group(what: str, ranks: int, group: Group | None) -> Group | None:
+    """The group, if it is that of all `ranks` that a graph was cut for; raises ArtifactError otherwise."""
+    size = group.size if group else 1
+    if size != ranks:
+        raise ArtifactError(f"{what} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together")
+    return group
+
+
 def cache_name(output: str, image: int) -> str | None:
     """The cache buffer that a graph output belongs into, if any."""
     if output.startswith(("cross_k.", "cross_v.")):
@@ -128,6 +136,4 @@ def open_backend(
     from .ascend import open_ascend
 
     assert manifest is not None, "the compiler opens Ascend backends itself"
-    if group is None:
-        return open_ascend(folder, manifest, device)
-    return open_ascend(folder, manifest, device, group)  # pyright: ignore[reportCallIssue]
+    return open_ascend(folder, manifest, device, group)

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
-from .base import Group, cache_name, checked, weights_folder, world_rank
+from ..artifact import CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
+from .base import Group, cache_name, check_group, checked, weights_folder, world_rank
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -156,7 +156,10 @@ class OrtBackend:
         if graph.file in self.buffers:
             return
         if graph.steps:
-            self._check_group(graph)
+            # A stage of a pipeline whose ranks are alone has no collectives.
+            alone = self.group.size if self.group else 1
+            ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), alone)
+            check_group(graph.name, ranks, self.group)
         for step in graph.plan:
             if isinstance(step, Segment):
                 self.sessions[step.file] = self._open(graph, step)
@@ -165,14 +168,6 @@ class OrtBackend:
         if cache_name(first.name, 0) is None:
             self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
         self.buffers[graph.file] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.buffers or ()}
-
-    def _check_group(self, graph: GraphSpec) -> None:
-        size = self.group.size if self.group else 1
-        ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), size)
-        if size != ranks:
-            raise ArtifactError(
-                f"{graph.name} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together"
-            )
 
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
         packed = self.host.path(segment.file) if self.host else None
