@@ -31,10 +31,10 @@ CHUNK, SLOTS = 5, 2
 TOLERANCE = 1e-5
 
 
-def compiled(family: str, out: Path, tp: int, pp: int, quant: str = "none") -> Path:
+def compiled(family: str, out: Path, tp: int, pp: int, backend: str = "onnx") -> Path:
     images = (1,) if family == "mllama" else None
     buckets = Buckets(prefill=(CHUNK,), decode=(SLOTS,), images=images, context=16, slots=SLOTS)
-    build(Options(checkpoint=CHECKPOINTS[family], out=out, tp=tp, pp=pp, quant=quant, buckets=buckets))
+    build(Options(checkpoint=CHECKPOINTS[family], out=out, tp=tp, pp=pp, backend=backend, buckets=buckets))
     return out
 
 
@@ -73,7 +73,8 @@ def run_world(folder: Path) -> list[np.ndarray]:
 
     def work(member: StageMember) -> list[np.ndarray]:
         own = manifest.of_stage(member.stage)
-        backend: Backend = open_backend("onnx", folder, own.cache, threads=1, manifest=own, group=member)
+        device = "cpu" if own.backend == "onnx" else "sim"
+        backend: Backend = open_backend(own.backend, folder, own.cache, device=device, threads=1, manifest=own, group=member)
         graphs = {graph.name: graph for graph in own.graphs}
         found = []
         for graph, made, slot in calls(manifest):
@@ -99,6 +100,14 @@ def test_stages_compute_what_the_whole_model_computes(family: str, tmp_path: Pat
     found, expected = run_world(folder), whole(family, tmp_path / "whole")
     errors = [relative_error(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
     assert len(errors) == 4 and max(errors) <= TOLERANCE, errors
+
+
+@pytest.mark.parametrize(("family", "tp", "pp"), [("llava", 1, 2), pytest.param("mllama", 2, 2, marks=pytest.mark.slow)])
+def test_on_the_simulator(family: str, tmp_path: Path, tp: int, pp: int) -> None:
+    found = run_world(compiled(family, tmp_path / "cut", tp, pp, "ascend"))
+    expected = whole(family, tmp_path / "whole")
+    distances = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
+    assert 0 < max(distances) <= 2e-2, distances  # float16
 
 
 def test_a_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, WeightSpec, rank_weights
+from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, Segment, Transfer, WeightSpec, rank_weights
 from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
 from ..ascend.weights import map_weight, to_signed
 from ..files import sha256_file
-from .base import Group, cache_name, check_group, checked
+from .base import Group, cache_name, check_group, checked, world_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,12 +52,19 @@ class _Bound:
     """Everything that one kernel takes, in order, for one slot; host arrays that are copied into it before a run."""
 
     tensors: list[Tensor]
-    sources: list[tuple[Tensor, Tensor]]  # (what the caller refills, what the kernel reads)
+    sources: list[tuple[Tensor, Tensor]]  # (what is refilled before each run, what the kernel reads)
     feed: Mapping[str, np.ndarray]
-    arrays: dict[str, np.ndarray]
+    arrays: dict[str, np.ndarray]  # the feed, and what other stages hand on
 
     def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
         return self.feed is feed or all(self.arrays.get(name) is array for name, array in feed.items())
+
+
+def _parts(graph: GraphSpec) -> tuple[list[Transfer], Segment, list[Transfer]]:
+    """What a stage takes from others, its one segment, and what follows it; collectives are in the segment."""
+    transfers = [step for step in graph.plan if isinstance(step, Transfer)]
+    at, segment = next((i, step) for i, step in enumerate(graph.plan) if isinstance(step, Segment))
+    return transfers[:at], segment, transfers[at:]
 
 
 class AscendBackend:
@@ -109,36 +116,54 @@ class AscendBackend:
         bound = self.bound.get(key)
         if bound is None or not bound.holds(feed):
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
+        before, segment, after = _parts(graph)
+        for step in before:
+            self._transfer(step, bound.arrays[step.name])
         for source, target in bound.sources:
             target.copy_(source)
         with self.device.context(self.group):
             output = self.kernels[graph.file](bound.tensors)
-        if name := cache_name(graph.outputs[0].name, image):
+        if name := cache_name(segment.outputs[0], image):
             return self._rows(name, slot, 1).float().cpu().numpy()
-        return output.cpu().numpy()
+        result = output.cpu().numpy()
+        for step in after:
+            result = result if step.op == "send" else bound.arrays[step.name]
+            self._transfer(step, result)
+        return result
+
+    def _transfer(self, step: Transfer, array: np.ndarray) -> None:
+        """To or from another stage, through the host."""
+        assert self.group is not None, "a stage runs in a group"
+        (self.group.send if step.op == "send" else self.group.receive)(array, step.stage)
 
     def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _Bound:
         import torch
 
         self.load(graph)
+        _, segment, _ = _parts(graph)
+        buffers = {spec.name: spec for spec in graph.buffers or ()}
+        specs = {spec.name: spec for spec in graph.inputs} | buffers
+        received = {step.name for step in graph.plan if isinstance(step, Transfer) and step.op == "receive"}
+        outputs = {spec.name: spec for spec in graph.outputs}
+        handed = {name: np.zeros(spec.shape, spec.dtype) for name, spec in (buffers | outputs).items() if name in received}
+        arrays = {**feed, **handed}
         inputs, sources = [], []
-        for spec in graph.inputs:
+        for spec in (specs[name] for name in segment.inputs):
             if spec.name in self.caches:
                 inputs.append(self._rows(spec.name, slot, spec.shape[0]))
-            elif spec.name in feed:
-                source = torch.from_numpy(checked(graph, spec, feed[spec.name]))
+            elif spec.name in arrays:
+                source = torch.from_numpy(checked(graph, spec, arrays[spec.name]))
                 inputs.append(source.to(self.device.name))  # on the CPU this is the array itself
                 if inputs[-1] is not source:
                     sources.append((source, inputs[-1]))
             else:
                 raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
         # Outputs that belong into the cache and are no inputs: a picture's keys.
-        names = {spec.name for spec in graph.inputs}
-        placed = [cache_name(spec.name, image) for spec in graph.outputs]
-        inputs += [self._rows(name, slot, 1) for name in placed if name and name not in names]
+        placed = [cache_name(name, image) for name in segment.outputs]
+        inputs += [self._rows(name, slot, 1) for name in placed if name and name not in segment.inputs]
         constants = [self._constant(name, values) for name, values in graph.constants.items()]
         tensors = [*map(self._weight, graph.weights), *constants, *inputs]
-        return _Bound(tensors, sources, feed, dict(feed))
+        return _Bound(tensors, sources, feed, arrays)
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
@@ -205,8 +230,7 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
     else:
         where, soc = _card(_ranks_card(device, group))
     check_facts(folder, manifest, ascend_facts(torchair_host.VERSION, soc))
-    place = group.stage * group.size + group.rank if group else 0
-    weights = rank_weights(manifest.weights, manifest.ranks, place)
+    weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
     _check_weights(folder, manifest, weights)
     if device != "sim" and group and group.size > 1:
         _join(cast(RankedGroup, group))
@@ -226,9 +250,9 @@ def _check_weights(folder: Path, manifest: Manifest, weights: Mapping[str, Weigh
 
 def _ranks_card(device: str, group: Group | None) -> str:
     """The card of a rank, where none was named."""
-    if group is None or group.size == 1 or ":" in device:
+    if group is None or group.stages * group.size == 1 or ":" in device:
         return device
-    return f"{device}:{os.environ.get('LOCAL_RANK', group.rank)}"
+    return f"{device}:{os.environ.get('LOCAL_RANK', world_rank(group))}"
 
 
 def _join(group: RankedGroup) -> None:
@@ -278,8 +302,8 @@ def _keep(folder: Path, soc: str, group: Group | None) -> Path:
     import torch_npu  # pyright: ignore[reportMissingImports]
 
     name = f"{soc}-{torch_npu.npu.utils.get_cann_version()}".replace(" ", "").replace("/", "-")
-    if group and group.size > 1:
-        name += f"-rank-{group.rank}-of-{group.size}"
+    if group:
+        name += f"-rank-{world_rank(group)}-of-{group.stages * group.size}"
     path = folder / ".host" / name
     try:
         path.mkdir(parents=True, exist_ok=True)
