@@ -51,6 +51,7 @@ enter by cross-attention; the last stage gives `logits` back to the first.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -83,6 +84,10 @@ class TensorSpec(Record, frozen=True, kw_only=True):
     name: str
     dtype: str  # numpy name
     shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * {"uint8": 1, "float16": 2, "bfloat16": 2}.get(self.dtype, 4)
 
 
 class CertificateCase(Record, frozen=True, kw_only=True):
@@ -174,6 +179,12 @@ class GraphSpec(Record, frozen=True, kw_only=True):
         """What is run, in order; a graph of one file is a plan of one segment."""
         whole = Segment(file=self.file, inputs=tuple(s.name for s in self.inputs), outputs=tuple(s.name for s in self.outputs))
         return self.steps or (whole,)
+
+    @property
+    def sent(self) -> tuple[TensorSpec, ...]:
+        """What a run hands on to other stages."""
+        specs = {spec.name: spec for spec in (*self.outputs, *(self.buffers or ()))}
+        return tuple(specs[step.name] for step in self.plan if isinstance(step, Transfer) and step.op == "send")
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -18,6 +18,8 @@ def run(args: argparse.Namespace) -> int:
     console.print(_facts(manifest))
     console.print(_graphs(manifest))
     console.print(_forecast(manifest, CARDS[args.card]))
+    if manifest.ranks > 1:
+        console.print(_communication(manifest))
     return 0
 
 
@@ -27,8 +29,9 @@ def _facts(manifest: Manifest) -> Table:
     rows = {
         "model": f"{model.family} ({model.layout} layout), hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         "picture": _picture(model),
-        "backend": f"{manifest.backend}, quantisation {manifest.quant}, tensor parallel {manifest.tp}",
-        "weights": f"{len(manifest.weights)} tensors, {weights / 1e6:.1f} MB",
+        "backend": f"{manifest.backend}, quantisation {manifest.quant}",
+        **_ranks(manifest),
+        "weights": f"{len(manifest.weights)} tensors, {weights / 1e6:.1f} MB" + (" on each rank" if manifest.ranks > 1 else ""),
         "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
         f"{cache.head_dim}, {cache.dtype}, {cache.nbytes / 1e6:.1f} MB",
         **_cross(manifest),
@@ -40,6 +43,14 @@ def _facts(manifest: Manifest) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _ranks(manifest: Manifest) -> dict[str, str]:
+    """Among how many processes a model is cut."""
+    if manifest.ranks == 1:
+        return {}
+    stages = f" in each of {manifest.pp} pipeline stages; below is the first" if manifest.pp > 1 else ""
+    return {"ranks": f"{manifest.ranks}: {manifest.tp} that share every layer{stages}"}
 
 
 def _picture(model: ModelFacts) -> str:
@@ -110,6 +121,22 @@ def _forecast(manifest: Manifest, card: Card) -> Table:
         rate = "-" if graph.kind == "vision" else f"{1e3 * graph.bucket / ms:.0f}"
         sizes = f"{graph.flops / 1e9:.3g}", f"{graph.nbytes / 1e6:.4g}"
         table.add_row(graph.name, *sizes, f"{ms:.3g}", card.limit(graph.flops, graph.nbytes), rate)
+    return table
+
+
+def _communication(manifest: Manifest) -> Table:
+    """What one rank of each stage brings to the others in one run, and for each token (or tile) of it."""
+    staged = manifest.pp > 1
+    table = Table(title="a rank brings to the others")
+    names = ("all-reduces, gathers", "KB", "KB a token")
+    for column in ("graph", *(("stage",) if staged else ()), *names, *(("to stages", "KB") if staged else ())):
+        table.add_column(column, justify="left" if column == "graph" else "right")
+    for stage in range(manifest.pp):
+        for graph in sorted(manifest.of_stage(stage).graphs, key=lambda g: (g.kind, g.images, g.bucket)):
+            nbytes, sent = graph.collective_bytes, graph.sent
+            row = [str(graph.collectives), f"{nbytes / 1e3:.1f}", f"{nbytes / graph.bucket / 1e3:.1f}"]
+            handed_on = [str(len(sent)), f"{sum(spec.nbytes for spec in sent) / 1e3:.1f}"]
+            table.add_row(graph.name, *([str(stage), *row, *handed_on] if staged else row))
     return table
 
 
