@@ -84,8 +84,11 @@ def open_backend(
     device: str = "cpu",
     threads: int | None = None,
     manifest: Manifest | None = None,
+    group: Group | None = None,
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
+
+    `group`: the other ranks, where the graphs are those of one of several.
 
     With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
     """
@@ -96,7 +99,7 @@ def open_backend(
     if name == "onnx":
         from .ort import open_ort
 
-        return open_ort(folder, cache, threads=threads, manifest=manifest)
+        return open_ort(folder, cache, threads=threads, manifest=manifest, group=group)
     from .ascend import open_ascend
 
     assert manifest is not None, "the compiler opens Ascend backends itself"

@@ -1,0 +1,110 @@
+"""Collectives between processes over gloo. The only file of this package that imports torch, and only when ranks are used.
+
+The process group is constructed directly: the caller's default group, if he has one, is his own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from .control import Store
+from .verdict import MeetingError, RankError
+from .world import LOOPBACK, Seat, World
+
+dist: Any = torch.distributed  # its type stubs leave out what is made in C++
+
+
+def host_store(seconds: float) -> tuple[Store, int]:
+    """A store for processes of this machine, and the port that it listens on."""
+    wait = timedelta(seconds=seconds)
+    store = dist.TCPStore(LOOPBACK, 0, None, is_master=True, timeout=wait, wait_for_workers=False)
+    return store, store.port
+
+
+def meet_store(world: World, seconds: float) -> Store:
+    """The store of processes that a launcher has started: torchrun's own, or that of rank 0 at MASTER_ADDR and MASTER_PORT.
+
+    Raises RankError when it cannot be opened.
+    """
+    where = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR (not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT not set)')}"
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error):
+            raise RankError(
+                f"rank 0 cannot listen at {where}, which another program uses; give another MASTER_PORT to all ranks, or "
+                "leave the choice to torchrun --standalone"
+            ) from error
+        told = str(error).splitlines()[0]
+        raise RankError(f"rank {world.rank} found no store at {where}: {told}; start the ranks with torchrun") from error
+    # torchrun's store outlives the processes of one attempt.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return dist.PrefixStore(f"staticvl/{attempt}", store)
+
+
+class GlooGroup:
+    """See backends.base.Group. The sum of a place is made on one rank and sent to all, so all get the same bits.
+
+    `meeting`: whether this rank is in a collective, for whoever looks for the one that is not.
+    """
+
+    def __init__(self, store: Store, seat: Seat, timeout: float, address: str) -> None:
+        """store: where the ranks of all groups find each other; the seat's group has its own part of it.
+
+        timeout: seconds that a collective waits. address: of the network interface by which the others are reached; where
+        GLOO_SOCKET_IFNAME names one, that is taken.
+        """
+        self.rank, self.size = seat.rank, seat.size
+        self.store = dist.PrefixStore(seat.group, store)
+        self.meeting = False
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout)
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        try:
+            self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), seat.rank, seat.size, options)
+        except RuntimeError as error:
+            raise MeetingError(f"no connection to the other ranks: {_told(error)}") from error
+        self._parts: dict[tuple[tuple[int, ...], str], np.ndarray] = {}
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        self._meet(lambda: self._group.allreduce([torch.from_numpy(array)]))
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        rows = array.size // array.shape[-1]
+        if rows == 1:  # one rank's part behind the other's is what is wanted
+            self._meet(lambda: self._group._allgather_base(torch.from_numpy(out), torch.from_numpy(array)))
+            return
+        parts = self._room(array)  # [ranks, rows, C]
+        self._meet(lambda: self._group._allgather_base(torch.from_numpy(parts), torch.from_numpy(array)))
+        out.reshape(rows, self.size, -1)[...] = parts.transpose(1, 0, 2)
+
+    def _room(self, array: np.ndarray) -> np.ndarray:
+        """Where the parts of all ranks arrive, kept for the next time."""
+        shape = (self.size, array.size // array.shape[-1], array.shape[-1])
+        key = (shape, array.dtype.name)
+        if key not in self._parts:
+            self._parts[key] = np.empty(shape, array.dtype)
+        return self._parts[key]
+
+    def _meet(self, begin: Callable[[], Any]) -> None:
+        self.meeting = True
+        try:
+            begin().wait()
+        except RuntimeError as error:
+            raise MeetingError(_told(error)) from error
+        finally:
+            self.meeting = False
+
+
+def _told(error: RuntimeError) -> str:
+    """Gloo's words without the place in its source."""
+    line = (str(error).splitlines() or ["no reason given"])[0]
+    return line.partition("] ")[2] if line.startswith("[") else line
