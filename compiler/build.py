@@ -13,21 +13,22 @@ import errno
 import fcntl
 import hashlib
 import importlib.metadata
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import msgspec
 
 from ..model_defs.config import ModelConfig, read_config
 from ..runtime.artifact import (
+    KINDS,
+    WEIGHTS,
     ArtifactError,
     AscendFacts,
     BuildFacts,
     FileSpec,
     GraphSpec,
-    Kind,
     Manifest,
     ModelFacts,
     Record,
@@ -35,21 +36,16 @@ from ..runtime.artifact import (
     read_manifest,
     write_manifest,
 )
-from ..runtime.backends.base import Backend, open_backend
 from ..runtime.files import write_atomically
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
-from .plan import Options, Plan, PlanError, forecast, make_plan
+from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan
 from .progress import Progress
-
-if TYPE_CHECKING:
-    from .graphs import GraphDef
 
 JOURNAL = ".build.jsonl"
 LOCK = ".build.lock"
-SMALL = 50_000_000  # parameters
-SUFFIXES = {"onnx": ".onnx", "ascend": ".torchair"}
-EAGER_SUFFIX = ".eager.py"
+HOST = ".host"  # what machines keep beside an artifact
+STEPS = re.compile(rf"({'|'.join(KINDS)})-.+(-[0-9a-f]{{12}}|\.twin\.partial)")  # folders of graphs in steps
 
 
 class BuildError(RuntimeError):
@@ -70,7 +66,7 @@ class JournalEntry(Record, frozen=True, kw_only=True):
     """A graph that an interrupted build had finished."""
 
     graph: GraphSpec
-    file: FileSpec
+    files: dict[str, FileSpec]
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,10 +105,6 @@ def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
 
 def build(options: Options, progress: Progress | None = None) -> Report:
     """Compile a checkpoint into the artifact folder `options.out`."""
-    if options.tp != 1:
-        raise PlanError(
-            f"tensor parallelism {options.tp} can be planned (--plan-only) but not compiled in this release; use --tp 1"
-        )
     job = prepare(options, progress or Progress())
     _check_target(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
@@ -122,7 +114,7 @@ def build(options: Options, progress: Progress | None = None) -> Report:
 
 def _build(job: _Job) -> Report:
     source = fingerprint(job.options, job.old.build.source if job.old else {}, job.progress)
-    key = weights_key(source, job.config, job.options.quant, job.options.stored_dtype)
+    key = weights_key(source, job.config, job.options)
     weights, weight_files, converted = _weights(job, key)
     report = Report(manifest=job.old, converted=converted)  # type: ignore[arg-type]
     graphs, graph_files = _graphs(job, key, weights, report)
@@ -193,7 +185,7 @@ def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise BuildError(f"--out {out} is a file; expected a folder, new or made by an earlier compile")
     if out.is_dir():
-        allowed = {"manifest.json", JOURNAL, LOCK, "weights"}
+        allowed = {"manifest.json", JOURNAL, LOCK, WEIGHTS}
         foreign = [p.name for p in out.iterdir() if p.name not in allowed and not _is_ours(p)]
         if foreign and not (out / "manifest.json").exists():
             raise BuildError(
@@ -202,7 +194,10 @@ def _check_target(out: Path) -> None:
 
 
 def _is_ours(path: Path) -> bool:
-    return path.name.endswith((".partial", EAGER_SUFFIX, *SUFFIXES.values())) or path.name.startswith(("tokenizer-", ".host"))
+    """Whether a build made this file or folder, by its name."""
+    if path.is_dir():
+        return path.name == HOST or path.name.startswith("tokenizer-") or STEPS.fullmatch(path.name) is not None
+    return path.name.endswith((".partial", EAGER_SUFFIX, *SUFFIXES.values()))
 
 
 @contextlib.contextmanager
@@ -236,7 +231,7 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
     old = job.old
     if old and old.build.key == key:
         files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
-        if all(intact(job.out / name, spec) for name, spec in files.items()):
+        if _all_intact(job.out, files):
             return old.weights, files, False
     from ..weights.convert import convert, plan_shards
     from ..weights.source import open_source
@@ -246,11 +241,15 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
         from ..weights.lora import open_adapter
 
         source = open_adapter(job.options.lora, job.config, source)
-    quant, dtype, prefix = job.options.quant, job.options.stored_dtype, key[:12]
-    total = sum(shard.nbytes for shard in plan_shards(job.config, quant, prefix, dtype=dtype))
+    options, prefix = job.options, key[:12]
+    quant, dtype, tp = options.quant, options.stored_dtype, options.tp
+    total = tp * sum(shard.nbytes for shard in plan_shards(job.config, quant, prefix, dtype=dtype, tp=tp))
     with job.progress.stage("converting weights", total, "B") as advance:
-        converted = convert(source, job.config, job.out, quant=quant, dtype=dtype, prefix=prefix, progress=advance)
-    return converted.weights, converted.files, True
+        ranks = [
+            convert(source, job.config, job.out, quant=quant, dtype=dtype, prefix=prefix, tp=tp, rank=rank, progress=advance)
+            for rank in range(tp)
+        ]
+    return ranks[0].weights, {name: spec for rank in ranks for name, spec in rank.files.items()}, True
 
 
 # ---- graphs
@@ -261,19 +260,33 @@ def _graphs(job: _Job, key: str, weights: dict[str, WeightSpec], report: Report)
     graph_keys = GraphKeys(job.options, job.config, job.facts, job.plan.cache, key)
     keys = {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
     reusable = {graph: known[of_graph] for graph, of_graph in keys.items() if of_graph in known}
-    found = {graph: entry for graph, entry in reusable.items() if intact(job.out / entry.graph.file, entry.file)}
+    found = {graph: entry for graph, entry in reusable.items() if _all_intact(job.out, entry.files)}
     missing = [graph for graph in job.plan.graphs if graph not in found]
     report.reused = [entry.graph.name for entry in found.values()]
     if missing:
-        maker = _GraphMaker(job, weights)
+        from .make import GraphMaker
+
+        maker = GraphMaker(job.options, job.config, job.facts, job.plan, weights)
         with job.progress.stage("compiling graphs", len(missing), "graph") as advance:
             for graph in missing:
-                found[graph] = maker.make(*graph, keys[graph])
+                found[graph] = _noted(job, *maker.make(*graph, keys[graph]))
                 report.traced.append(found[graph].graph.name)
                 job.progress.say(_describe(found[graph].graph))
                 advance(1)
     entries = [found[graph] for graph in job.plan.graphs]
-    return [entry.graph for entry in entries], {entry.graph.file: entry.file for entry in entries}
+    return [entry.graph for entry in entries], {name: spec for entry in entries for name, spec in entry.files.items()}
+
+
+def _noted(job: _Job, graph: GraphSpec, files: dict[str, FileSpec]) -> JournalEntry:
+    """A finished graph, which a broken-off build need not make again."""
+    entry = JournalEntry(graph=graph, files=files)
+    with (job.out / JOURNAL).open("ab") as journal:
+        journal.write(msgspec.json.encode(entry) + b"\n")
+    return entry
+
+
+def _all_intact(out: Path, files: Mapping[str, FileSpec]) -> bool:
+    return all(intact(out / name, spec) for name, spec in files.items())
 
 
 def _describe(graph: GraphSpec) -> str:
@@ -289,7 +302,7 @@ def _known_graphs(job: _Job) -> dict[str, JournalEntry]:
     known = {}
     if job.old:
         for graph in job.old.graphs:
-            known[graph.key] = JournalEntry(graph=graph, file=job.old.files[graph.file])
+            known[graph.key] = JournalEntry(graph=graph, files={name: job.old.files[name] for name in graph.files})
     journal = job.out / JOURNAL
     if journal.is_file():
         for line in journal.read_bytes().splitlines():
@@ -297,100 +310,6 @@ def _known_graphs(job: _Job) -> dict[str, JournalEntry]:
                 entry = msgspec.json.decode(line, type=JournalEntry)
                 known[entry.graph.key] = entry
     return known
-
-
-class _GraphMaker:
-    """Traces, emits and certifies one graph after another."""
-
-    def __init__(self, job: _Job, weights: dict[str, WeightSpec]) -> None:
-        from .check import Certifier
-        from .eager import EagerBackend
-
-        self.job, self.weights = job, weights
-        self.files: dict[str, FileSpec] = {}
-        sizes = forecast(job.config, job.plan, job.options)
-        # Below this, handing work to threads takes longer than the work.
-        threads = 1 if sizes["parameters"] < SMALL else None
-        # Weights in 8 bits are expanded in pieces too small to be worth handing over.
-        text_threads = None if job.options.quant == "none" else 1
-        reference = EagerBackend(job.out, weights, job.plan.cache, self._define, threads=threads, text_threads=text_threads)
-        candidate, exact = self._backends()
-        self.certifier = Certifier(reference, candidate, job.facts, vocab=job.config.text.all_embed_rows, exact=exact)
-
-    def _backends(self) -> tuple[Backend, Backend | None]:
-        """What graphs run on in use, and, where that rounds, what runs them without."""
-        job, cache = self.job, self.job.plan.cache
-        if job.options.backend == "onnx":
-            return open_backend("onnx", job.out, cache), None
-        from ..runtime.backends.ascend import AscendBackend, simulated
-
-        plain, wide = (AscendBackend(job.out, cache, self.weights, self.files, simulated(wide=w)) for w in (False, True))
-        return plain, wide
-
-    def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
-        from .graphs import define_graph
-
-        job = self.job
-        return define_graph(job.config, job.facts.image, job.plan.cache, job.options.quant, kind, bucket, images)
-
-    def make(self, kind: Kind, bucket: int, images: int, key: str) -> JournalEntry:
-        definition = self._define(kind, bucket, images)
-        spec, data = self._emit(definition, key)
-        write_atomically(self.job.out / spec.file, data)
-        self.files[spec.file] = FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        previous = max((b for b in self.job.plan.buckets(kind) if b < bucket), default=0)
-        with self._twin(definition, spec) as twin:
-            certificate, cost = self.certifier.certify(spec, previous, twin)
-        entry = JournalEntry(
-            graph=msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost), file=self.files[spec.file]
-        )
-        with (self.job.out / JOURNAL).open("ab") as journal:
-            journal.write(msgspec.json.encode(entry) + b"\n")
-        return entry
-
-    def _emit(self, definition: GraphDef, key: str) -> tuple[GraphSpec, bytes]:
-        """A graph and its file's content, not certified yet."""
-        from .cost import graph_cost
-
-        backend, dtype = self.job.options.backend, self.job.plan.cache.dtype
-        cost, eager = graph_cost(definition, dtype), definition.kind in self.job.options.eager
-        spec = GraphSpec(
-            kind=definition.kind,
-            bucket=definition.bucket,
-            images=definition.images,
-            eager=eager,
-            file=f"{definition.name}-{key[:12]}{EAGER_SUFFIX if eager else SUFFIXES[backend]}",
-            key=key,
-            inputs=definition.inputs,
-            outputs=definition.outputs,
-            cost_ms=0.0,
-            flops=cost.flops,
-            nbytes=cost.nbytes,
-        )
-        if backend == "onnx":
-            from .emit_onnx import emit
-
-            return spec, emit(definition, self.weights)
-        from . import emit_ascend, emit_eager
-
-        emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, dtype)
-        constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
-        return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), emitted.data
-
-    @contextlib.contextmanager
-    def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
-        """The exact twin of an ONNX graph with 8-bit weights, for as long as it is checked."""
-        if self.job.options.backend != "onnx" or self.job.options.quant == "none" or spec.kind == "vision":
-            yield None
-            return
-        from .emit_onnx import emit
-
-        twin = self.job.out / f"{spec.name}.twin.partial"
-        try:
-            twin.write_bytes(emit(definition, self.weights, exact=True))
-            yield msgspec.structs.replace(spec, file=twin.name)
-        finally:
-            twin.unlink(missing_ok=True)
 
 
 # ---- settings and the end
@@ -412,11 +331,13 @@ def _settings(job: _Job) -> tuple[str, dict[str, FileSpec]]:
 
 def _remove_unreferenced(out: Path, manifest: Manifest) -> None:
     """Remove what an earlier build or an interrupted one left and the manifest does not name."""
-    graphs = [path for suffix in (*SUFFIXES.values(), EAGER_SUFFIX) for path in out.glob(f"*{suffix}")]
-    ours = [*graphs, *out.glob("*.partial"), *out.glob("weights/*"), *out.glob("tokenizer-*/*"), out / JOURNAL]
-    for path in ours:
-        if str(path.relative_to(out)) not in manifest.files:
+    suffixes = (*SUFFIXES.values(), EAGER_SUFFIX, ".partial")
+    folders = [out / WEIGHTS, *(path for path in out.iterdir() if path.is_dir() and path.name != HOST and _is_ours(path))]
+    found = [path for folder in folders for path in folder.rglob("*")]
+    files = [out / JOURNAL, *(path for suffix in suffixes for path in out.glob(f"*{suffix}")), *found]
+    for path in files:
+        if not path.is_dir() and str(path.relative_to(out)) not in manifest.files:
             path.unlink(missing_ok=True)
-    for folder in out.glob("tokenizer-*"):
+    for path in sorted((path for path in (*folders, *found) if path.is_dir()), reverse=True):  # what lies inside comes first
         with contextlib.suppress(OSError):  # not empty: it is in use
-            folder.rmdir()
+            path.rmdir()

@@ -389,7 +389,7 @@ class EmittedSteps:
 
 
 def emit_steps(graph: GraphDef, weights: Mapping[str, WeightSpec], file: str, *, exact: bool = False) -> EmittedSteps:
-    """As `emit`, one file FILE.000.onnx, FILE.001.onnx ... for each segment between collectives.
+    """As `emit`, one file FILE/000.onnx, FILE/001.onnx ... for each segment between collectives.
 
     `weights` may be those of any rank: segments name a weight file without its folder, so that they are the same for all.
     """
@@ -404,7 +404,7 @@ def emit_steps(graph: GraphDef, weights: Mapping[str, WeightSpec], file: str, *,
             continue
         number = f"{len(files):03d}"
         segment = Segment(
-            file=f"{file}.{number}.onnx",
+            file=f"{file}/{number}.onnx",
             inputs=tuple(spec.name for spec in step.inputs),
             outputs=tuple(spec.name for spec in step.outputs),
         )

@@ -30,6 +30,7 @@ _WEIGHT_CODE = ("weights", "weights/names", "model_defs/config")
 _GRAPH_CODE = (
     *("model_defs", "model_defs/config"),
     *("compiler/graphs.py", "compiler/cases.py", "compiler/check.py", "compiler/cost.py", "compiler/eager.py"),
+    *("compiler/make.py", "compiler/lockstep.py"),
     *("runtime/feeds.py", "runtime/rope.py", "runtime/backends/base.py"),  # what a certificate was measured with
 )
 _BACKEND_CODE = {
@@ -76,10 +77,10 @@ def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
                     yield prefix + path.name, path
 
 
-def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, quant: str, dtype: str) -> str:
+def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: Options) -> str:
     """Digest of everything that the weight files are made from."""
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    return digest(contents, asdict(config), quant, dtype, _code(_WEIGHT_CODE))
+    return digest(contents, asdict(config), options.quant, options.stored_dtype, options.tp, _code(_WEIGHT_CODE))
 
 
 class GraphKeys:
@@ -93,7 +94,7 @@ class GraphKeys:
             versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
         code = _code((*_GRAPH_CODE, *_BACKEND_CODE[backend]))
         self.eager = options.eager
-        self.common = (weights, asdict(config), options.quant, backend, versions, code)
+        self.common = (weights, asdict(config), options.quant, options.tp, backend, versions, code)
 
     def key(self, kind: Kind, bucket: int, images: int) -> str:
         seen = dict(self.image if kind == "vision" else self.cache)

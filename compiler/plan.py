@@ -18,6 +18,8 @@ from ..weights.stored import stored_targets
 BACKENDS = ("onnx", "ascend")
 QUANTS = ("none", "w8a8", "w8a16", "w4a16")
 READY_QUANTS = {"onnx": ("none", "w8a16"), "ascend": ("none", "w8a16")}
+SUFFIXES = {"onnx": ".onnx", "ascend": ".torchair"}  # of graph files
+EAGER_SUFFIX = ".eager.py"
 DTYPES = {"onnx": ("float32",), "ascend": ("float16", "bfloat16")}  # the first is the default
 DEFAULT_CONTEXT = 2048
 DEFAULT_SLOTS = 4

@@ -3,7 +3,8 @@
 An artifact is a folder that can be moved or copied; every path in it is relative:
 
     manifest.json            everything below, as JSON, sealed by its own digest
-    *.onnx, *.torchair       one graph per bucket; weights are referred to, never contained
+    *.onnx, *.torchair       one graph per bucket; weights are referred to, never contained. Of a graph in steps (see below)
+                             a folder with a file for each
     weights/*.safetensors    one copy of the weights, shared by every graph; of a model that is cut among ranks, those of rank R
                              lie in weights/rank-R/, in files of the same names with the same tensors at the same offsets
     tokenizer-*/             tokenizer files and the chat template, as the checkpoint gave them
@@ -45,9 +46,9 @@ whose folder that is.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import msgspec
@@ -132,7 +133,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     kind: Kind
     bucket: int  # vision: tiles; prefill: new tokens; decode: rows
     images: int = 0  # pictures whose cross-attention keys a text graph reads
-    file: str  # of a graph in steps: what the names of their files begin with
+    file: str  # of a graph in steps: the folder of their files
     key: str  # digest of everything the graph was made from
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -158,6 +159,11 @@ class GraphSpec(Record, frozen=True, kw_only=True):
         whole = Segment(file=self.file, inputs=tuple(s.name for s in self.inputs), outputs=tuple(s.name for s in self.outputs))
         return self.steps or (whole,)
 
+    @property
+    def files(self) -> tuple[str, ...]:
+        """Every file that the graph is in."""
+        return tuple(step.file for step in self.plan if isinstance(step, Segment))
+
 
 def is_cached(name: str) -> bool:
     """Whether a graph input or output is a part of the cache."""
@@ -168,6 +174,12 @@ def rank_folder(tp: int, rank: int) -> str:
     """Where the weight files of `rank` of `tp` lie, within the artifact."""
     assert 0 <= rank < tp, (rank, tp)
     return WEIGHTS if tp == 1 else f"{WEIGHTS}/rank-{rank}"
+
+
+def rank_weights(weights: Mapping[str, WeightSpec], tp: int, rank: int) -> dict[str, WeightSpec]:
+    """Where the weights of `rank` lie, given those of any rank of `tp`: ranks' files are laid out alike."""
+    folder = rank_folder(tp, rank)
+    return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}
 
 
 def graph_name(kind: Kind, bucket: int, images: int) -> str:
@@ -354,7 +366,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     tokenizer: str  # folder of the tokenizer files and the chat template
     cache: CacheSpec
     graphs: tuple[GraphSpec, ...]
-    weights: dict[str, WeightSpec]
+    weights: dict[str, WeightSpec]  # of a model that is cut among ranks, rank 0's; see rank_weights
     files: dict[str, FileSpec]
     build: BuildFacts
     ascend: AscendFacts | None = None

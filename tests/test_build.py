@@ -17,6 +17,7 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler import build as build_module
 from staticvl.compiler import emit_onnx
+from staticvl.compiler import make as make_module
 from staticvl.compiler.build import BuildError, build
 from staticvl.compiler.check import CertificateError
 from staticvl.compiler.emit_onnx import UnsupportedOpError, emit
@@ -111,7 +112,7 @@ def test_a_copied_checkpoint_is_the_same(checkpoint: Path, artifact: Path, tmp_p
 def test_interrupted_build_resumes(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, traces: list[str]
 ) -> None:
-    make = build_module._GraphMaker.make
+    make = make_module.GraphMaker.make
 
     def interrupted(self, *args):
         if len(traces) == 2:
@@ -119,7 +120,7 @@ def test_interrupted_build_resumes(
         return make(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(build_module._GraphMaker, "make", interrupted)
+        patch.setattr(make_module.GraphMaker, "make", interrupted)
         with pytest.raises(KeyboardInterrupt):
             build(options(checkpoint, tmp_path / "a"))
     first = list(traces)
@@ -145,6 +146,7 @@ def test_full_disk_leaves_the_old_artifact(
 
     with monkeypatch.context() as patch:
         patch.setattr(build_module, "write_atomically", full)
+        patch.setattr(make_module, "write_atomically", full)
         with pytest.raises(BuildError, match=r"disk of .* is full; free some space"):
             build(options(checkpoint, artifact, **changes))
     assert verify(artifact).manifest.buckets("prefill") == (8, 16)
@@ -374,12 +376,6 @@ def test_plans_that_do_not_fit(checkpoint: Path, tmp_path: Path, changes: dict[s
 def test_options_of_later_releases(checkpoint: Path, tmp_path: Path, settings: dict[str, object], message: str) -> None:
     with pytest.raises(PlanError, match=message):
         Options(checkpoint=checkpoint, out=tmp_path, **settings)  # type: ignore[arg-type]
-
-
-def test_tensor_parallelism_is_planned_but_not_compiled(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(PlanError, match="tensor parallelism 2 can be planned"):
-        build(replace(options(checkpoint, tmp_path / "a"), tp=2))
-    assert not (tmp_path / "a").exists()
 
 
 def test_weights_in_8_bits(checkpoint: Path, pristine: Path, tmp_path: Path) -> None:

@@ -177,6 +177,7 @@ def test_awkward_graphs_run(tmp_path: Path) -> None:
     w = np.random.default_rng(0).standard_normal((2, 4), np.float32)
     graph = replace(graph_of(awkward, inputs=2, outputs=(floats("y", 2, 8),)), constants={"w": w})
     emitted = emit_steps(graph, {}, "awkward")
+    (tmp_path / "awkward").mkdir()
     for name, data in emitted.files.items():
         (tmp_path / name).write_bytes(data)
     spec = msgspec.structs.replace(spec_of(graph), file="awkward", steps=emitted.steps, buffers=emitted.buffers)
@@ -239,6 +240,7 @@ def write_steps(model: Model, tp: int, weights: dict[str, WeightSpec], *, exact:
         file = f"{graph.name}-tp{tp}"
         emitted = emit_steps(graph, weights, file, exact=exact)
         for name, data in emitted.files.items():
+            (model.out / name).parent.mkdir(exist_ok=True)
             (model.out / name).write_bytes(data)
         specs[kind] = msgspec.structs.replace(spec_of(graph), file=file, steps=emitted.steps, buffers=emitted.buffers)
     return specs

@@ -88,8 +88,7 @@ def open_backend(
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
 
-    `group`: the other ranks, where the graphs are those of one of several.
-
+    `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
     With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
     """
     if device.partition(":")[0] not in DEVICES.get(name, ()):

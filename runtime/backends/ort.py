@@ -230,7 +230,7 @@ def open_ort(
 ) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
-        return OrtBackend(folder, cache, threads=threads, pack=True, shared=False)
+        return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
     if manifest.tp > 1:  # each rank has weights of its own, and a graph no single file to pack
         return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none", group=group)
     host = HostCache(folder, manifest.graphs, manifest.weights.values())

@@ -1,0 +1,174 @@
+"""The ranks of a model as threads of one process that meet at each collective: how graphs of one rank are checked together.
+
+What one rank computes can only be judged with the others there. Sums are made in rank order, so all ranks see the same bits.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..model_defs.group import member_of
+from ..runtime.artifact import GraphSpec, TensorSpec, is_cached
+from ..runtime.backends.base import Backend, cache_name
+from .check import CertificateError
+
+T = TypeVar("T")
+X = TypeVar("X", Tensor, np.ndarray)
+
+
+@dataclass
+class Meeting:
+    """What the ranks of one group share. `patience`: seconds that a rank waits for the others; None: as long as it takes."""
+
+    size: int
+    patience: float | None = None
+    parts: dict[int, tuple[str, Any]] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)  # as rank 0 made them
+
+    def __post_init__(self) -> None:
+        self.barrier = threading.Barrier(self.size, timeout=self.patience)
+
+    def exchange(self, rank: int, call: str, x: X) -> list[X]:
+        """What every rank has brought to this call, by rank."""
+        self.parts[rank] = call, x
+        self.barrier.wait()
+        brought = [self.parts[i] for i in range(self.size)]
+        self.barrier.wait()
+        assert len({(call, part.shape, part.dtype) for call, part in brought}) == 1, brought
+        if rank == 0:
+            self.calls.append(call)
+        return [part for _, part in brought]
+
+
+@dataclass
+class Member:
+    """One rank's end of a meeting for definitions; see model_defs.group.Group."""
+
+    meeting: Meeting
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return self.meeting.size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        first, *others = self.meeting.exchange(self.rank, "all_reduce", x)
+        total = first.float().clone()
+        for each in others:
+            total += each
+        return total.to(x.dtype)
+
+    def all_gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self.meeting.exchange(self.rank, "all_gather", x), dim=-1)
+
+
+@dataclass
+class ArrayMember:
+    """One rank's end of a meeting for compiled graphs; see runtime.backends.base.Group."""
+
+    meeting: Meeting
+    rank: int
+
+    @property
+    def size(self) -> int:
+        return self.meeting.size
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        first, *others = self.meeting.exchange(self.rank, "all_reduce", array.copy())  # others may still read it
+        array[...] = first
+        for each in others:
+            array += each
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        np.concatenate(self.meeting.exchange(self.rank, "all_gather", array.copy()), axis=-1, out=out)
+
+
+def results_of(futures: Sequence[Future[T]]) -> list[T]:
+    """What every rank found; raises what the rank raised that did not merely lose the others."""
+    errors = [error for future in futures if (error := future.exception())]
+    for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]
+
+
+class LockstepBackend:
+    """All ranks of a model as one backend: see runtime.backends.base.Backend.
+
+    It takes `widened` graphs, whose caches hold the heads of all ranks one after another, and gives each rank its own.
+    """
+
+    def __init__(self, size: int, open_rank: Callable[[ArrayMember], Backend]) -> None:
+        """`open_rank` opens the backend of one rank in the group that it is given."""
+        self.meeting = Meeting(size)
+        self.members = [Member(self.meeting, rank) for rank in range(size)]
+        self.ranks = [open_rank(ArrayMember(self.meeting, rank)) for rank in range(size)]
+        self.pool = ThreadPoolExecutor(size)
+        self.narrow: dict[str, GraphSpec] = {}  # by file
+
+    def load(self, graph: GraphSpec) -> None:
+        for rank in self.ranks:
+            rank.load(self._of_rank(graph))
+
+    def unload(self, graph: GraphSpec) -> None:
+        for rank in self.ranks:
+            rank.unload(self._of_rank(graph))
+        self.narrow.pop(graph.file, None)
+
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+        """As of any backend; raises CertificateError where ranks do not agree on what they all compute."""
+        results = self._all(lambda rank: self.ranks[rank].run(self._of_rank(graph), feed, slot, image))
+        if cache_name(graph.outputs[0].name, image) is None:
+            for rank, result in enumerate(results):
+                if not np.array_equal(result, results[0], equal_nan=True):
+                    raise CertificateError(
+                        f"{graph.name}: rank {rank} does not find what rank 0 finds; this build must not be used"
+                    )
+        return results[0]
+
+    def _all(self, work: Callable[[int], T]) -> list[T]:
+        def run(rank: int) -> T:
+            try:
+                with member_of(self.members[rank]):
+                    return work(rank)
+            except BaseException:
+                self.meeting.barrier.abort()
+                raise
+
+        return results_of([self.pool.submit(run, rank) for rank in range(len(self.ranks))])
+
+    def read_cache(self, name: str, slots: int) -> np.ndarray:
+        return np.concatenate([rank.read_cache(name, slots) for rank in self.ranks], axis=1)
+
+    def write_cache(self, name: str, value: np.ndarray) -> None:
+        for rank, part in zip(self.ranks, np.split(value, len(self.ranks), axis=1), strict=True):
+            rank.write_cache(name, np.ascontiguousarray(part))
+
+    def _of_rank(self, graph: GraphSpec) -> GraphSpec:
+        if graph.file not in self.narrow:
+            self.narrow[graph.file] = _with_heads(graph, lambda heads: heads // len(self.ranks))
+        return self.narrow[graph.file]
+
+
+def widened(graph: GraphSpec, ranks: int) -> GraphSpec:
+    """A rank's graph as LockstepBackend takes it."""
+    return _with_heads(graph, lambda heads: heads * ranks)
+
+
+def _with_heads(graph: GraphSpec, change: Callable[[int], int]) -> GraphSpec:
+    def changed(spec: TensorSpec) -> TensorSpec:
+        if not is_cached(spec.name):
+            return spec
+        rows, heads, *others = spec.shape
+        return msgspec.structs.replace(spec, shape=(rows, change(heads), *others))
+
+    inputs, outputs = tuple(map(changed, graph.inputs)), tuple(map(changed, graph.outputs))
+    return msgspec.structs.replace(graph, inputs=inputs, outputs=outputs)

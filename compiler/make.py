@@ -1,0 +1,155 @@
+"""Traces, emits and certifies one graph after another.
+
+A model that is cut among ranks has one set of graphs, which its ranks run together: they are checked in lockstep, all ranks'
+compiled graphs against all ranks' definitions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+
+from ..model_defs.config import ModelConfig
+from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec, rank_weights
+from ..runtime.backends.base import Backend, Group, open_backend
+from ..runtime.files import write_atomically
+from .check import Certifier
+from .cost import graph_cost
+from .eager import EagerBackend
+from .graphs import GraphDef, define_graph
+from .lockstep import LockstepBackend, widened
+from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast
+
+SMALL = 50_000_000  # parameters
+
+
+class GraphMaker:
+    """Makes the graphs of one build."""
+
+    def __init__(
+        self, options: Options, config: ModelConfig, facts: ModelFacts, plan: Plan, weights: dict[str, WeightSpec]
+    ) -> None:
+        self.options, self.config, self.facts, self.plan = options, config, facts, plan
+        self.out, self.tp = options.out, options.tp
+        self.weights = [rank_weights(weights, options.tp, rank) for rank in range(options.tp)]
+        self.files: dict[str, FileSpec] = {}
+        reference, candidate = self._together(self._reference), self._together(self._candidate)
+        exact = self._together(self._exact) if options.backend == "ascend" else None
+        self.certifier = Certifier(reference, candidate, facts, vocab=config.text.all_embed_rows, exact=exact)
+
+    def make(self, kind: Kind, bucket: int, images: int, key: str) -> tuple[GraphSpec, dict[str, FileSpec]]:
+        """A certified graph, and the files that it was written into; raises CertificateError and UnsupportedOpError."""
+        definition = self._define(kind, bucket, images)
+        spec, files = self._emit(definition, key)
+        for name, data in files.items():
+            (self.out / name).parent.mkdir(exist_ok=True)
+            write_atomically(self.out / name, data)
+            self.files[name] = FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        previous = max((b for b in self.plan.buckets(kind) if b < bucket), default=0)
+        with self._twin(definition, spec) as twin:
+            certificate, cost = self.certifier.certify(widened(spec, self.tp), previous, twin and widened(twin, self.tp))
+        return msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost), {name: self.files[name] for name in files}
+
+    def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
+        cache, quant = self.plan.cache, self.options.quant
+        return define_graph(self.config, self.facts.image, cache, quant, kind, bucket, images, self.tp)
+
+    # ---- what graphs are checked on
+
+    def _together(self, open_rank: Callable[[Group | None, int], Backend]) -> Backend:
+        """One backend, of all ranks where there are several."""
+        if self.tp == 1:
+            return open_rank(None, 0)
+        return LockstepBackend(self.tp, lambda group: open_rank(group, group.rank))
+
+    def _reference(self, _group: Group | None, rank: int) -> Backend:
+        # Below SMALL, handing work to threads takes longer than the work.
+        cores = max(1, (os.cpu_count() or 1) // self.tp) if self.tp > 1 else None
+        small = forecast(self.config, self.plan, self.options)["parameters"] < SMALL
+        threads = 1 if small else cores
+        # Weights in 8 bits are expanded in pieces too small to be worth handing over.
+        text_threads = None if self.options.quant == "none" else 1
+        cache, weights = self.plan.cache, self.weights[rank]
+        return EagerBackend(self.out, weights, cache, self._define, threads=threads, text_threads=text_threads)
+
+    def _candidate(self, group: Group | None, rank: int) -> Backend:
+        """What graphs run on in use."""
+        if self.options.backend == "onnx":
+            threads = None if group is None else max(1, (os.cpu_count() or 1) // group.size)
+            return open_backend("onnx", self.out, self.plan.cache, threads=threads, group=group)
+        return self._simulator(group, rank, wide=False)
+
+    def _exact(self, group: Group | None, rank: int) -> Backend:
+        """What runs the same graphs without rounding."""
+        return self._simulator(group, rank, wide=True)
+
+    def _simulator(self, group: Group | None, rank: int, *, wide: bool) -> Backend:
+        from ..runtime.backends.ascend import AscendBackend, simulated
+
+        assert group is None
+        return AscendBackend(self.out, self.plan.cache, self.weights[rank], self.files, simulated(wide=wide))
+
+    # ---- what graphs are written as
+
+    def _emit(self, definition: GraphDef, key: str) -> tuple[GraphSpec, dict[str, bytes]]:
+        """A graph and its files' contents, not certified yet."""
+        backend, dtype = self.options.backend, self.plan.cache.dtype
+        cost, eager = graph_cost(definition, dtype), definition.kind in self.options.eager
+        stem = f"{definition.name}-{key[:12]}"
+        spec = GraphSpec(
+            kind=definition.kind,
+            bucket=definition.bucket,
+            images=definition.images,
+            eager=eager,
+            file=f"{stem}{EAGER_SUFFIX if eager else SUFFIXES[backend]}",
+            key=key,
+            inputs=definition.inputs,
+            outputs=definition.outputs,
+            cost_ms=0.0,
+            flops=cost.flops,
+            nbytes=cost.nbytes,
+        )
+        if backend == "onnx":
+            return self._emit_onnx(definition, spec if self.tp == 1 else msgspec.structs.replace(spec, file=stem))
+        from . import emit_ascend, emit_eager
+
+        emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, dtype)
+        constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
+        return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), {spec.file: emitted.data}
+
+    def _emit_onnx(self, definition: GraphDef, spec: GraphSpec, *, exact: bool = False) -> tuple[GraphSpec, dict[str, bytes]]:
+        from .emit_onnx import emit, emit_steps
+
+        if self.tp == 1:
+            return spec, {spec.file: emit(definition, self.weights[0], exact=exact)}
+        emitted = emit_steps(definition, self.weights[0], spec.file, exact=exact)
+        return msgspec.structs.replace(spec, steps=emitted.steps, buffers=emitted.buffers), emitted.files
+
+    @contextlib.contextmanager
+    def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
+        """The exact twin of an ONNX graph with 8-bit weights, for as long as it is checked."""
+        if self.options.backend != "onnx" or self.options.quant == "none" or spec.kind == "vision":
+            yield None
+            return
+        name = f"{spec.name}.twin.partial"
+        twin, files = self._emit_onnx(definition, msgspec.structs.replace(spec, file=name), exact=True)
+        try:
+            for file, data in files.items():
+                (self.out / file).parent.mkdir(exist_ok=True)
+                (self.out / file).write_bytes(data)
+            yield twin
+        finally:
+            _remove(self.out / name)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
