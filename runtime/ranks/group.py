@@ -25,7 +25,7 @@ def host_store(seconds: float) -> tuple[Store, int]:
     """A store for processes of this machine, and the port that it listens on."""
     wait = timedelta(seconds=seconds)
     store = dist.TCPStore(LOOPBACK, 0, None, is_master=True, timeout=wait, wait_for_workers=False)
-    return store, store.port
+    return _own_part(store), store.port
 
 
 def meet_store(world: World, seconds: float) -> Store:
@@ -44,9 +44,12 @@ def meet_store(world: World, seconds: float) -> Store:
             ) from error
         told = str(error).splitlines()[0]
         raise RankError(f"rank {world.rank} found no store at {where}: {told}; start the ranks with torchrun") from error
-    # torchrun's store outlives the processes of one attempt.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    return dist.PrefixStore(f"staticvl/{attempt}", store)
+    return _own_part(store)
+
+
+def _own_part(store: Store) -> Store:
+    """Apart from what others keep in the same store, and from earlier attempts: torchrun's store outlives them."""
+    return dist.PrefixStore(f"staticvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 class GlooGroup:
@@ -72,27 +75,26 @@ class GlooGroup:
             self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), seat.rank, seat.size, options)
         except RuntimeError as error:
             raise MeetingError(f"no connection to the other ranks: {_told(error)}") from error
-        self._parts: dict[tuple[tuple[int, ...], str], np.ndarray] = {}
+        self._parts: dict[tuple[tuple[int, int, int], str], np.ndarray] = {}
 
     def all_reduce(self, array: np.ndarray) -> None:
         self._meet(lambda: self._group.allreduce([torch.from_numpy(array)]))
 
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
-        rows = array.size // array.shape[-1]
-        if rows == 1:  # one rank's part behind the other's is what is wanted
-            self._meet(lambda: self._group._allgather_base(torch.from_numpy(out), torch.from_numpy(array)))
-            return
-        parts = self._room(array)  # [ranks, rows, C]
-        self._meet(lambda: self._group._allgather_base(torch.from_numpy(parts), torch.from_numpy(array)))
-        out.reshape(rows, self.size, -1)[...] = parts.transpose(1, 0, 2)
+        width = array.shape[-1]
+        rows = array.size // width
+        # One row: all parts behind each other are what is wanted. Else they arrive rank by rank and are put row by row.
+        parts = out.reshape(self.size, 1, width) if rows == 1 else self._room((self.size, rows, width), array.dtype)
+        arriving = list(torch.from_numpy(parts))
+        self._meet(lambda: self._group.allgather([arriving], [torch.from_numpy(array).view(rows, width)]))
+        if rows > 1:
+            out.reshape(rows, self.size, width)[...] = parts.transpose(1, 0, 2)
 
-    def _room(self, array: np.ndarray) -> np.ndarray:
-        """Where the parts of all ranks arrive, kept for the next time."""
-        shape = (self.size, array.size // array.shape[-1], array.shape[-1])
-        key = (shape, array.dtype.name)
-        if key not in self._parts:
-            self._parts[key] = np.empty(shape, array.dtype)
-        return self._parts[key]
+    def _room(self, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
+        """An array to gather in, kept for the next time."""
+        if (shape, dtype.name) not in self._parts:
+            self._parts[shape, dtype.name] = np.empty(shape, dtype)
+        return self._parts[shape, dtype.name]
 
     def _meet(self, begin: Callable[[], Any]) -> None:
         self.meeting = True
