@@ -173,8 +173,10 @@ class Crew:
                     accounts[key.data] = account
         if bell not in self.selector.get_map():
             self.selector.register(bell, selectors.EVENT_READ, self.me.rank)
-        silent = {rank: Account(peer, "silent") for rank, peer in self.peers.items() if rank not in accounts}
-        return {**accounts, **silent}
+        for rank in self.peers.keys() - accounts.keys():
+            accounts[rank] = Account(self.peers[rank], "silent")
+            self.selector.unregister(self.links[rank])  # nobody waits for it any more
+        return accounts
 
     def stop(self, told: str) -> RankError:
         """End every rank, because of what is told. The error to raise."""

@@ -109,4 +109,5 @@ class GlooGroup:
 def _told(error: RuntimeError) -> str:
     """Gloo's words without the place in its source."""
     line = (str(error).splitlines() or ["no reason given"])[0]
-    return line.partition("] ")[2] if line.startswith("[") else line
+    line = line.partition("] ")[2] if line.startswith("[") else line
+    return line.partition(". ")[0]

@@ -1,0 +1,75 @@
+"""A rank in which something happens on the way, as a process of its own.
+
+FAULT, e.g. "1 decode 3 SIGKILL": in rank 1, at the third sum of the first decode step, send this process that signal; "raise"
+instead of a signal raises an error, "sleep" takes a minute. By itself this file is a follower's entry; with --lead ARTIFACT it
+is rank 0's, which prints its tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from staticvl import runtime
+from staticvl.runtime.artifact import GraphSpec
+from staticvl.runtime.backends.ort import OrtBackend
+from staticvl.runtime.ranks import launch
+from staticvl.runtime.ranks.__main__ import main
+from staticvl.runtime.ranks.group import GlooGroup
+
+
+def arm(rank: int, fault: str) -> None:
+    """Wrap what this rank runs, if it is its turn."""
+    whose, kind, place, what = fault.split()
+    if int(whose) != rank:
+        return
+    sums, running = 0, ""
+    run, all_reduce = OrtBackend.run, GlooGroup.all_reduce
+
+    def watched_run(self: OrtBackend, graph: GraphSpec, feed: Mapping[str, np.ndarray], *where: int) -> np.ndarray:
+        nonlocal running
+        running = graph.kind
+        return run(self, graph, feed, *where)
+
+    def watched_sum(self: GlooGroup, array: np.ndarray) -> None:
+        nonlocal sums
+        sums += running == kind
+        if sums == int(place) and running == kind:
+            happen(what)
+        all_reduce(self, array)
+
+    changed: Any = (OrtBackend, "run", watched_run), (GlooGroup, "all_reduce", watched_sum)
+    for where, name, value in changed:
+        setattr(where, name, value)
+
+
+def happen(what: str) -> None:
+    if what == "raise":
+        raise OverflowError("a number is too large")
+    if what == "sleep":
+        time.sleep(60)
+    else:
+        os.kill(os.getpid(), signal.Signals[what])
+
+
+def lead(folder: str) -> int:
+    """Answer one prompt with all ranks, slowly enough to be interrupted."""
+    launch.ENTRY = (sys.executable, __file__)
+    with runtime.load(folder, timeout=20) as model:
+        print("ready", flush=True)
+        print(model.generate("What is in the picture?", max_new_tokens=400, ignore_eos=True).token_ids)
+    return 0
+
+
+if __name__ == "__main__":
+    if fault := os.environ.get("FAULT"):
+        arm(int(os.environ.get("RANK", "0")), fault)
+    status = lead(sys.argv[2]) if sys.argv[1] == "--lead" else main()
+    sys.stdout.flush()
+    os._exit(status)
