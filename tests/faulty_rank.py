@@ -2,7 +2,7 @@
 
 FAULT, e.g. "1 decode 3 SIGKILL": in rank 1, at the third sum of the first decode step, send this process that signal; "raise"
 instead of a signal raises an error, "sleep" takes a minute. By itself this file is a follower's entry; with --lead ARTIFACT it
-is rank 0's, which prints its tokens.
+is rank 0's.
 """
 
 from __future__ import annotations
@@ -59,11 +59,17 @@ def happen(what: str) -> None:
 
 
 def lead(folder: str) -> int:
-    """Answer one prompt with all ranks, slowly enough to be interrupted."""
+    """Answer one prompt with all ranks, for long enough to be interrupted; first print the processes of the others."""
     launch.ENTRY = (sys.executable, __file__)
-    with runtime.load(folder, timeout=20) as model:
-        print("ready", flush=True)
-        print(model.generate("What is in the picture?", max_new_tokens=400, ignore_eos=True).token_ids)
+    try:
+        with runtime.load(folder, timeout=20) as model:
+            print("ready")
+            backend: Any = model.engine.backend
+            print(*(peer.pid for peer in backend.crew.peers.values()), flush=True)
+            model.generate("What is in the picture?", max_new_tokens=480, ignore_eos=True)
+    except KeyboardInterrupt:
+        sys.stderr.write("interrupted\n")
+        return 130
     return 0
 
 

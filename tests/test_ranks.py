@@ -131,7 +131,7 @@ def test_the_cache_of_this_rank(pair: Pair) -> None:
 def test_a_feed_of_a_wrong_shape_is_refused_before_it_is_sent(pair: Pair) -> None:
     graph = pair.cut.artifact.manifest.graph("decode", 1)
     feed = {spec.name: np.zeros((3, 3), spec.dtype) for spec in graph.inputs}
-    with pytest.raises(ValueError, match="decode-1: token_ids is int32 .3, 3.; expected"):
+    with pytest.raises(ValueError, match=r"decode-1: token_ids is int32 \(3, 3\); expected"):
         backend_of(pair.cut).run(graph, feed)
     assert pair.cut.generate("Hello", max_new_tokens=2).token_ids
 
@@ -182,7 +182,7 @@ def test_a_rank_needs_no_other_ranks_weights(two_ranks: Path, tmp_path: Path) ->
     (tmp_path / "manifest.json").hardlink_to(two_ranks / "manifest.json")
     assert open_artifact(tmp_path, rank=0).manifest.tp == 2
     for rank in (1, None):
-        with pytest.raises(ArtifactError, match="rank-1/.* is missing; copy the whole artifact folder"):
+        with pytest.raises(ArtifactError, match=r"rank-1/.* is missing; copy the whole artifact folder"):
             open_artifact(tmp_path, rank=rank)
 
 

@@ -112,8 +112,10 @@ class Crew:
         try:
             return self.worker.finish()
         except BaseException as error:
-            doing = "lost" if isinstance(error, MeetingError) else "failed"
-            raise self.fail({}, Account(self.me, doing, describe(error))) from error
+            raise self.fail({}, self._account(error)) from error
+
+    def _account(self, error: BaseException) -> Account:
+        return Account(self.me, "lost" if isinstance(error, MeetingError) else "failed", describe(error))
 
     def _listen(self, seconds: float) -> list[int]:
         """Wait that long for anything; the ranks that were heard. Raises RankError for bad news."""
@@ -153,6 +155,12 @@ class Crew:
         return self.stop(blame([mine or self._mine(), *accounts.values()], self.timeout))
 
     def _mine(self) -> Account:
+        """What this rank is doing; an error of its own that nobody has seen yet is found."""
+        if self.worker.busy and self.worker.ended:
+            try:
+                self.worker.finish()
+            except BaseException as error:
+                return self._account(error)
         if not self.worker.busy:
             return Account(self.me, "idle")
         return Account(self.me, "meeting" if self.meeting() else "computing")

@@ -55,7 +55,7 @@ def _own_part(store: Store) -> Store:
 class GlooGroup:
     """See backends.base.Group. The sum of a place is made on one rank and sent to all, so all get the same bits.
 
-    `meeting`: whether this rank is in a collective, for whoever looks for the one that is not.
+    `meeting`: whether this rank is in a collective, or has left one with an error, for whoever looks for the one that is not.
     """
 
     def __init__(self, store: Store, seat: Seat, timeout: float, address: str) -> None:
@@ -102,8 +102,7 @@ class GlooGroup:
             begin().wait()
         except RuntimeError as error:
             raise MeetingError(_told(error)) from error
-        finally:
-            self.meeting = False
+        self.meeting = False
 
 
 def _told(error: RuntimeError) -> str:

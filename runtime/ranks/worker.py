@@ -7,6 +7,7 @@ may meet other ranks runs here, and whoever started it stays able to hear news, 
 from __future__ import annotations
 
 import queue
+import selectors
 import socket
 import threading
 from collections.abc import Callable
@@ -34,6 +35,13 @@ class Worker:
         assert not self.busy
         self.busy = True
         self._calls.put(call)
+
+    @property
+    def ended(self) -> bool:
+        """Whether the call that was begun has ended."""
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.bell, selectors.EVENT_READ)
+            return bool(selector.select(0))
 
     def finish(self) -> Any:
         """Wait for the call that was begun; its result, or what it raised."""
