@@ -219,7 +219,7 @@ def test_torchrun(two_ranks: Path, embedded_artifact: Path) -> None:
 def test_torchrun_with_another_number(two_ranks: Path) -> None:
     done = torchrun(two_ranks, 3)
     assert done.returncode == 1 and not done.stdout
-    told = [line for line in done.stderr.splitlines() if line.startswith("staticvl")]
+    told = [line for line in done.stderr.splitlines() if line.startswith("staticvl: ")]
     assert len(told) == 1
     assert "compiled for tp=2, but WORLD_SIZE says that 3 were started; start it with torchrun --nproc-per-node 2 -m" in told[0]
 
@@ -227,8 +227,8 @@ def test_torchrun_with_another_number(two_ranks: Path) -> None:
 # --- More ranks ------------------------------------------------------------------------------------------------------------
 
 SIZES = {
-    3: {"hidden": 96, "heads": 6, "kv_heads": 3, "intermediate": 96, "vision_hidden": 48, "vision_heads": 3},
-    8: {"hidden": 64, "heads": 8, "kv_heads": 8, "head_dim": 8, "vision_hidden": 64, "vision_heads": 8},
+    3: {"vocab": 408, "hidden": 96, "heads": 6, "kv_heads": 3, "intermediate": 96, "vision_hidden": 48, "vision_heads": 3},
+    8: {"vocab": 408, "hidden": 64, "heads": 8, "kv_heads": 8, "head_dim": 8, "vision_hidden": 64, "vision_heads": 8},
 }
 
 

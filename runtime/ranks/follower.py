@@ -44,6 +44,7 @@ class Follower:
         self.backend: Backend | None = None
         self.feeds: dict[int, tuple[Feed, list[memoryview]]] = {}  # by graph: arrays, and the bytes of them
         self.failed = ""  # why this rank cannot go on
+        self.at_fault = False  # and not because a collective failed, which is perhaps rank 0's doing
         self.patience: float | None = None  # until when it waits for the verdict
 
     def follow(self, open_backend: Callable[[Go], tuple[Watched, Backend]]) -> int:
@@ -59,22 +60,22 @@ class Follower:
                 ready = {key.fileobj for key, _ in events}
                 if self.worker.bell in ready:
                     self._finish()
-                if self.link in ready:
-                    try:
-                        status = self._obey(self.link.header(), open_backend)
-                    except FrameError as error:
-                        return self._stop(f"{self.leader} sent something else than a step: {error}")
-                    except GONE:
-                        return self._stop(
-                            f"{self.leader} died" if not self.failed else f"{self.failed}; {self.leader} died too"
-                        )
-                    if status is not None:
-                        return status
+                if self.link in ready and (status := self._hear(open_backend)) is not None:
+                    return status
 
     @property
     def stuck(self) -> bool:
         """Whether something still runs that may never end."""
         return self.worker.busy
+
+    def _hear(self, open_backend: Callable[[Go], tuple[Watched, Backend]]) -> int | None:
+        """Take one message of rank 0; an exit status when that is the end."""
+        try:
+            return self._obey(self.link.header(), open_backend)
+        except FrameError as error:
+            return self._stop(f"{self.leader} sent something else than a step: {error}")
+        except GONE:
+            return self._stop(f"{self.failed}; {self.leader} died" if self.at_fault else f"{self.leader} died")
 
     def _obey(self, header: Header, open_backend: Callable[[Go], tuple[Watched, Backend]]) -> int | None:
         """Do what rank 0 says; an exit status when that is the end."""
@@ -146,7 +147,8 @@ class Follower:
         except BaseException as error:
             log.debug("rank %d failed", self.rank, exc_info=True)
             self.failed, self.patience = describe(error), time.monotonic() + 5 * GRACE_S
-            self.link.offer(encode(Kind.FAILED, Failed(self.failed, isinstance(error, MeetingError))))
+            self.at_fault = not isinstance(error, MeetingError)
+            self.link.offer(encode(Kind.FAILED, Failed(self.failed, not self.at_fault)))
 
     def _doing(self) -> Literal["idle", "computing", "meeting"]:
         if not self.worker.busy:
