@@ -67,14 +67,18 @@ class RowLinear(Linear):
 
 
 class GatheredLinear(Linear):
-    """x [..., C] -> [..., N], cut by output features, which are joined behind it."""
+    """x [..., C] -> [..., N], cut by output features, which are joined behind it.
+
+    Where N does not divide, ranks have a few features more in all, which are left out of the result.
+    """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quant: str = "none", ranks: int) -> None:
-        super().__init__(in_features, share(out_features, ranks), bias=bias, quant=quant)
-        self.ranks = ranks
+        super().__init__(in_features, -(-out_features // ranks), bias=bias, quant=quant)
+        self.out_features, self.ranks = out_features, ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        return _gathered(super().forward(x), self.ranks)
+        x = _gathered(super().forward(x), self.ranks)
+        return x if self.out_features % self.ranks == 0 else x[..., : self.out_features]
 
 
 class RMSNorm(nn.Module):

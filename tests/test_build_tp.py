@@ -30,7 +30,7 @@ BUCKETS = Buckets(prefill=(8,), decode=(1, 2), vision=(1,), context=32, slots=2)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_llava(tmp_path_factory.mktemp("tp") / "checkpoint", vocab=392).folder
+    return tiny_llava(tmp_path_factory.mktemp("tp") / "checkpoint").folder
 
 
 @pytest.fixture(scope="module")

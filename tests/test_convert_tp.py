@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from staticvl.runtime.files import sha256_file
 from staticvl.weights import cut
 from staticvl.weights.convert import Converted, convert, forget_journal, plan_shards
 from staticvl.weights.cut import Span, read_span
-from staticvl.weights.quantize import quantize_w8
+from staticvl.weights.quantize import dequantize_w8, quantize_w8
 from staticvl.weights.rules import match
 from staticvl.weights.shard import rank_span, shard_axis
 from staticvl.weights.source import Source, open_source
@@ -188,3 +189,20 @@ def test_a_number_of_ranks_that_does_not_divide_is_said_before_writing(
     with pytest.raises(WeightsError, match=r"8 attention heads do not divide among 3 ranks; .* numbers of ranks: 1, 2, 4, 8"):
         run(mllama, tmp_path, tp=3, rank=0)
     assert not (tmp_path / "weights").exists()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_rows_of_no_token_are_zeros(quant: str, tmp_path: Path) -> None:
+    """9 tokens on 8 ranks are 2 rows on each: four ranks have 2 of their own, one has 1, three have none."""
+    config = wide_config("llava")
+    config = replace(config, text=replace(config.text, vocab_size=9, embed_rows=9))
+    folder = write_random(config, tmp_path / "checkpoint")
+    whole = load(tmp_path, run((config, folder), tmp_path, prefix="whole"))["text.lm_head.weight"]
+    ranks = [load(tmp_path, run((config, folder), tmp_path, quant=quant, tp=8, rank=rank)) for rank in range(8)]
+    if quant == "none":
+        rows = torch.cat([rank["text.lm_head.weight"] for rank in ranks])
+    else:
+        name = "text.lm_head."
+        rows = torch.cat([dequantize_w8(rank[f"{name}qweight"], rank[f"{name}scales"], whole.shape[1]) for rank in ranks])
+    assert rows.shape == (16, whole.shape[1]) and not rows[9:].any()
+    torch.testing.assert_close(rows[:9], whole, atol=0 if quant == "none" else float(whole.abs().max()) / 127, rtol=0)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from staticvl.model_defs.config import ClipConfig, ModelConfig, ResampledConfig, TiledConfig, read_config
@@ -41,7 +42,7 @@ def wide_config(family: str, kv_heads: int = 8) -> ModelConfig:
         kv_heads=kv_heads,
         head_dim=8,
         intermediate_size=104,
-        vocab_size=88,
+        vocab_size=83,  # divides among no ranks
         embed_rows=96,
     )
     return replace(config, text=text, vision=_wide(config.vision))
@@ -67,9 +68,11 @@ def write_random(config: ModelConfig, folder: Path, seed: int = 0) -> Path:
 
 
 def part(config: ModelConfig, name: str, whole: Tensor, tp: int, rank: int) -> Tensor:
-    """What a rank holds of one parameter."""
+    """What a rank holds of one parameter; rows of lm_head that stand for no token are zeros."""
     axis = shard_axis(config, name)
     if axis is None:
         return whole
     first, stop = rank_span(config, name, tuple(whole.shape), tp, rank)
-    return whole.narrow(axis, first, stop - first)
+    held = whole.narrow(axis, first, stop - first)
+    missing = -(-whole.shape[0] // tp) - len(held) if name == "text.lm_head.weight" else 0
+    return torch.cat((held, held.new_zeros(missing, *held.shape[1:]))) if missing else held

@@ -146,6 +146,7 @@ class _Parts:
         self.dtype = dtype
         self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
         self.spans = {name: _span(config, name, shape, tp, rank) for name, shape in targets(config).items()}
+        self.shapes = rank_targets(config, tp)
         self.waiting: dict[str, Tensor] = {}  # parts of a tensor already read that come later in the file
         self.read: set[str] = set()
 
@@ -157,7 +158,7 @@ class _Parts:
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
-        tensor = self._made(self.plan.recipes[name], self.spans[name])
+        tensor = _filled(self._made(self.plan.recipes[name], self.spans[name]), self.shapes[name])
         if not is_quantised(name, self.quant):
             self._check_range(name, tensor)
             return {name: tensor}
@@ -197,6 +198,12 @@ def _span(config: ModelConfig, name: str, shape: Shape, tp: int, rank: int) -> S
     """What a rank holds of a parameter; None: all of it."""
     axis = shard_axis(config, name)
     return None if tp == 1 or axis is None else Span(axis, *rank_span(config, name, shape, tp, rank))
+
+
+def _filled(tensor: Tensor, shape: Shape) -> Tensor:
+    """`tensor` with rows of zeros behind its own, up to `shape`."""
+    missing = shape[0] - len(tensor)
+    return torch.cat((tensor, tensor.new_zeros(missing, *shape[1:]))) if missing else tensor
 
 
 def _range(tensor: Tensor) -> tuple[float, float]:

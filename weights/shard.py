@@ -13,6 +13,8 @@
 Whole on every rank, and small (0.1 % of a published model at most): norms, gates, biases behind a sum, class embeddings, patch
 convolutions, the positions of CLIP, of Qwen's tower and of its resampler with its queries, and Llama's vectors of tiles.
 
+A vocabulary need not divide: ranks hold equal numbers of rows of lm_head, of which the last are zeros that stand for no token.
+
 Where there are fewer key-value heads than ranks, neighbouring ranks hold the same head. Every rank's shapes are the same, so
 one graph and one layout of weight files serve all.
 
@@ -39,6 +41,7 @@ _OUTPUT = re.compile(
 _INPUT = re.compile(
     r"(?:(?:text\.|vision\.|vision\.global_)layers\.\d+\.(?:attn\.o|mlp\.down)|pool\.attn\.o|projector\.down|text\.embed)\.weight"
 )
+_HEAD = "text.lm_head.weight"
 _POSITIONS = "vision.positions.weight"
 _KEYS_VALUES = re.compile(r"(?:text\.layers\.\d+\.attn|cross\.\d+)\.[kv]\.(?:weight|bias)")
 
@@ -68,16 +71,18 @@ def possible_tp(config: ModelConfig) -> tuple[int, ...]:
 def rank_span(config: ModelConfig, name: str, shape: Shape, tp: int, rank: int) -> tuple[int, int]:
     """What `rank` of `tp` holds of parameter `name` along its `shard_axis`: first row or column, and behind the last.
 
-    Raises WeightsError as `check_tp`; `name` has to be cut.
+    Of lm_head the last ranks may hold fewer rows than `rank_shape` says, or none. Raises WeightsError as `check_tp`; `name`
+    has to be cut.
     """
     check_tp(config, tp)
     axis = shard_axis(config, name)
     assert axis is not None and 0 <= rank < tp, (name, rank)
     parts = min(tp, config.text.kv_heads) if _KEYS_VALUES.fullmatch(name) else tp
-    assert shape[axis] % parts == 0, (name, shape, parts)
-    size = shape[axis] // parts
+    whole = shape[axis]
+    assert whole % parts == 0 or name == _HEAD, (name, shape, parts)
+    size = -(-whole // parts)
     first = rank // (tp // parts) * size
-    return first, first + size
+    return min(first, whole), min(first + size, whole)
 
 
 def rank_shape(config: ModelConfig, name: str, shape: Shape, tp: int) -> Shape:
@@ -115,7 +120,6 @@ def _sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
     text, vision = config.text, config.vision
     yield "attention heads", text.heads
     yield "rows of the MLP", text.intermediate_size
-    yield "rows of lm_head", text.vocab_size
     yield "columns of the embedding table", text.hidden_size
     yield "attention heads of the vision tower", vision.heads
     yield "rows of the vision tower's MLP", vision.intermediate_size

@@ -275,7 +275,7 @@ def _cut(tensor: SourceTensor, offset: int, rows: tuple[int, int] | None) -> tup
     if rows is None:
         return tensor, offset
     first, stop = rows
-    assert 0 <= first < stop <= tensor.shape[0], (tensor, rows)
+    assert 0 <= first <= stop <= tensor.shape[0], (tensor, rows)
     offset += first * tensor.stride[0] * _FLOATS[tensor.dtype].itemsize
     return replace(tensor, shape=(stop - first, *tensor.shape[1:])), offset
 
