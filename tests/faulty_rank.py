@@ -59,14 +59,14 @@ def happen(what: str) -> None:
 
 
 def lead(folder: str) -> int:
-    """Answer one prompt with all ranks, for long enough to be interrupted; first print the processes of the others."""
+    """Answer one prompt with all ranks, for long enough to be interrupted; first print the processes of the others. The
+    model is left to the end of the interpreter."""
     launch.ENTRY = (sys.executable, __file__)
+    model = runtime.load(folder, timeout=20)
+    backend: Any = model.engine.backend
+    print("ready", *(peer.pid for peer in backend.crew.peers.values()), flush=True)
     try:
-        with runtime.load(folder, timeout=20) as model:
-            print("ready")
-            backend: Any = model.engine.backend
-            print(*(peer.pid for peer in backend.crew.peers.values()), flush=True)
-            model.generate("What is in the picture?", max_new_tokens=480, ignore_eos=True)
+        model.generate("What is in the picture?", max_new_tokens=480, ignore_eos=True)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")
         return 130
@@ -76,6 +76,6 @@ def lead(folder: str) -> int:
 if __name__ == "__main__":
     if fault := os.environ.get("FAULT"):
         arm(int(os.environ.get("RANK", "0")), fault)
-    status = lead(sys.argv[2]) if sys.argv[1] == "--lead" else main()
-    sys.stdout.flush()
-    os._exit(status)
+    if sys.argv[1] == "--lead":
+        sys.exit(lead(sys.argv[2]))
+    os._exit(main())

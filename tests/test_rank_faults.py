@@ -75,6 +75,23 @@ def test_every_rank_is_fed_the_same(monkeypatch: pytest.MonkeyPatch, ranks: int,
     assert [other.result(PATIENCE) for other in others] == [(0, False)] * (ranks - 1)
 
 
+def test_what_is_loaded_and_freed_is_so_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends: list[MeetingBackend] = []
+
+    def make(rank: int, artifact: Artifact, group: Group) -> MeetingBackend:
+        backends.append(MeetingBackend(artifact, group))
+        return backends[-1]
+
+    with ranks_as_threads(monkeypatch, fake_artifact(), 3, make=make) as (engine, others):
+        graph = engine.manifest.graph("prefill", 4)
+        engine.backend.unload(graph)
+        engine.backend.load(graph)
+        engine.unload()
+    assert [other.result(PATIENCE) for other in others] == [(0, False)] * 2
+    assert len(backends) == 3 and not any(backend.outputs for backend in backends)
+    assert all(backend.loaded.count(graph.name) == 2 for backend in backends)
+
+
 class Failing(MeetingBackend):
     """Fails, or tarries, in the third step of one rank."""
 
@@ -299,10 +316,11 @@ def start_lead(folder: Path, fault: str = "") -> tuple[subprocess.Popen[str], li
     """Rank 0 as a process that has begun to answer, and the pids of the ranks that it has started."""
     command = [sys.executable, faulty_rank.__file__, "--lead", str(folder)]
     env = os.environ | {"FAULT": fault}
-    lead = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    lead = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True)
     assert lead.stdout is not None
-    assert lead.stdout.readline() == "ready\n", lead.communicate(timeout=PATIENCE)
-    return lead, [int(pid) for pid in lead.stdout.readline().split()]
+    word, *pids = lead.stdout.readline().split() or ["nothing"]
+    assert word == "ready", lead.communicate(timeout=PATIENCE)
+    return lead, [int(pid) for pid in pids]
 
 
 @pytest.mark.parametrize("fault", ["0 prefill 4 SIGKILL", pytest.param("0 decode 7 SIGKILL", marks=pytest.mark.slow)])
@@ -315,7 +333,7 @@ def test_rank_0_is_killed(two_ranks: Path, fault: str) -> None:
 
 def test_ctrl_c_leaves_no_process(two_ranks: Path) -> None:
     lead, pids = start_lead(two_ranks)
-    lead.send_signal(signal.SIGINT)
+    os.killpg(lead.pid, signal.SIGINT)  # as a terminal does
     out, err = lead.communicate(timeout=PATIENCE)
     assert not out and lead.returncode == 130 and pids and gone(pids)
     assert err == "interrupted\n", "the other ranks end without a word"

@@ -32,7 +32,7 @@ from staticvl.runtime.ranks.frames import (
     read_header,
 )
 from staticvl.runtime.ranks.group import GlooGroup
-from staticvl.runtime.ranks.start import read_timeout
+from staticvl.runtime.ranks.start import _is_loopback, _plain, read_timeout
 from staticvl.runtime.ranks.verdict import Account, Doing, MeetingError, Peer, RankError, blame
 from staticvl.runtime.ranks.worker import Worker
 from staticvl.runtime.ranks.world import LOOPBACK, Seat, World, seat_of, started_world
@@ -312,6 +312,11 @@ def test_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("STATICVL_TIMEOUT", "soon")
     with pytest.raises(ArtifactError, match="STATICVL_TIMEOUT is 'soon'; expected seconds"):
         read_timeout(None)
+
+
+def test_the_address_that_other_machines_see() -> None:
+    assert [_plain(address) for address in ("::ffff:10.0.0.7", "10.0.0.7", "fe80::1")] == ["10.0.0.7", "10.0.0.7", "fe80::1"]
+    assert [_is_loopback(address) for address in ("::ffff:127.0.0.1", "127.0.1.1", "::1", "10.0.0.7")] == [True] * 3 + [False]
 
 
 # --- Collectives -----------------------------------------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_graphs_that_are_freed_are_loaded_again_by_all(pair: Pair) -> None:
     backend, expected = backend_of(pair.cut), pair.whole.generate("Hello", max_new_tokens=6).token_ids
     for graph in pair.cut.artifact.manifest.graphs:
         backend.unload(graph)
-    backend.load(pair.cut.artifact.manifest.graph("prefill", 8))
+    backend.load(pair.cut.artifact.manifest.graph("prefill", 32))
     assert pair.cut.generate("Hello", max_new_tokens=6).token_ids == expected
 
 
