@@ -15,7 +15,7 @@ import hashlib
 import importlib.metadata
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import msgspec
@@ -29,9 +29,11 @@ from ..runtime.artifact import (
     BuildFacts,
     FileSpec,
     GraphSpec,
+    Kind,
     Manifest,
     ModelFacts,
     Record,
+    StageSpec,
     WeightSpec,
     read_manifest,
     write_manifest,
@@ -39,7 +41,7 @@ from ..runtime.artifact import (
 from ..runtime.files import write_atomically
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
-from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan
+from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan, stages
 from .progress import Progress
 
 JOURNAL = ".build.jsonl"
@@ -117,7 +119,7 @@ def _build(job: _Job) -> Report:
     key = weights_key(source, job.config, job.options)
     weights, weight_files, converted = _weights(job, key)
     report = Report(manifest=job.old, converted=converted)  # type: ignore[arg-type]
-    graphs, graph_files = _graphs(job, key, weights, report)
+    stages, graph_files = _graphs(job, key, weights, report)
     folder, setting_files = _settings(job)
     manifest = Manifest(
         backend=job.options.backend,  # type: ignore[arg-type]
@@ -125,9 +127,10 @@ def _build(job: _Job) -> Report:
         tp=job.options.tp,
         model=job.facts,
         tokenizer=folder,
-        cache=job.plan.cache,
-        graphs=tuple(graphs),
-        weights=weights,
+        cache=stages[0].cache,
+        graphs=stages[0].graphs,
+        weights=stages[0].weights,
+        stages=tuple(stages[1:]),
         files={**graph_files, **weight_files, **setting_files},
         ascend=_ascend_facts(job, report) if job.options.backend == "ascend" else None,
         build=BuildFacts(
@@ -159,7 +162,7 @@ def _kept_options(job: _Job) -> dict[str, str]:
     """What a command that compiles the same again has to say; folders lie elsewhere on another machine."""
     asked, cache = job.options, job.plan.cache
     defaults = Options(checkpoint=asked.checkpoint, out=asked.out)
-    names = ("backend", "quant", "dtype", "soc", "tp")
+    names = ("backend", "quant", "dtype", "soc", "tp", "pp")
     options = {name: str(getattr(asked, name)) for name in names if getattr(asked, name) != getattr(defaults, name)}
     if asked.eager:
         options["eager"] = ",".join(asked.eager)
@@ -227,12 +230,13 @@ def _disk_errors(out: Path) -> Iterator[None]:
 # ---- weights
 
 
-def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, FileSpec], bool]:
+def _weights(job: _Job, key: str) -> tuple[list[dict[str, WeightSpec]], dict[str, FileSpec], bool]:
+    """The weights of each stage's first rank, the files of all ranks, and whether they were converted now."""
     old = job.old
     if old and old.build.key == key:
         files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
         if _all_intact(job.out, files):
-            return old.weights, files, False
+            return [old.of_stage(stage).weights for stage in range(old.pp)], files, False
     from ..weights.convert import convert, plan_shards
     from ..weights.source import open_source
 
@@ -243,38 +247,54 @@ def _weights(job: _Job, key: str) -> tuple[dict[str, WeightSpec], dict[str, File
         source = open_adapter(job.options.lora, job.config, source)
     options, prefix = job.options, key[:12]
     quant, dtype, tp = options.quant, options.stored_dtype, options.tp
-    total = tp * sum(shard.nbytes for shard in plan_shards(job.config, quant, prefix, dtype=dtype, tp=tp))
-    with job.progress.stage("converting weights", total, "B") as advance:
+    parts = stages(job.config, options.pp)
+    shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, dtype=dtype, tp=tp))
+    with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
         ranks = [
-            convert(source, job.config, job.out, quant=quant, dtype=dtype, prefix=prefix, tp=tp, rank=rank, progress=advance)
+            convert(source, part, job.out, quant=quant, dtype=dtype, prefix=prefix, tp=tp, rank=rank, progress=advance)
+            for part in parts
             for rank in range(tp)
         ]
-    return ranks[0].weights, {name: spec for rank in ranks for name, spec in rank.files.items()}, True
+    return [rank.weights for rank in ranks[::tp]], {name: spec for rank in ranks for name, spec in rank.files.items()}, True
 
 
 # ---- graphs
 
 
-def _graphs(job: _Job, key: str, weights: dict[str, WeightSpec], report: Report) -> tuple[list[GraphSpec], dict[str, FileSpec]]:
+def _graphs(
+    job: _Job, key: str, weights: list[dict[str, WeightSpec]], report: Report
+) -> tuple[list[StageSpec], dict[str, FileSpec]]:
+    """Each stage with its graphs, and the files of them all."""
+    parts = [replace(job, config=part, plan=job.plan.of_stage(i)) for i, part in enumerate(stages(job.config, job.options.pp))]
+    keys = [_graph_keys(part, key) for part in parts]
     known = _known_graphs(job)
-    graph_keys = GraphKeys(job.options, job.config, job.facts, job.plan.cache, key)
-    keys = {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
-    reusable = {graph: known[of_graph] for graph, of_graph in keys.items() if of_graph in known}
-    found = {graph: entry for graph, entry in reusable.items() if _all_intact(job.out, entry.files)}
-    missing = [graph for graph in job.plan.graphs if graph not in found]
+    found = {each: known[each] for of_part in keys for each in of_part.values() if each in known}
+    found = {each: entry for each, entry in found.items() if _all_intact(job.out, entry.files)}
     report.reused = [entry.graph.name for entry in found.values()]
-    if missing:
+    missing = [[graph for graph, each in of_part.items() if each not in found] for of_part in keys]
+    if any(missing):
         from .make import GraphMaker
 
-        maker = GraphMaker(job.options, job.config, job.facts, job.plan, weights)
-        with job.progress.stage("compiling graphs", len(missing), "graph") as advance:
-            for graph in missing:
-                found[graph] = _noted(job, *maker.make(*graph, keys[graph]))
-                report.traced.append(found[graph].graph.name)
-                job.progress.say(_describe(found[graph].graph))
-                advance(1)
-    entries = [found[graph] for graph in job.plan.graphs]
-    return [entry.graph for entry in entries], {name: spec for entry in entries for name, spec in entry.files.items()}
+        with job.progress.stage("compiling graphs", sum(map(len, missing)), "graph") as advance:
+            for i, part in enumerate(parts):
+                maker = GraphMaker(job.options, part.config, job.facts, part.plan, weights[i]) if missing[i] else None
+                for graph in missing[i]:
+                    assert maker is not None
+                    entry = found[keys[i][graph]] = _noted(job, *maker.make(*graph, keys[i][graph]))
+                    report.traced.append(entry.graph.name)
+                    job.progress.say((f"stage {i}  " if len(parts) > 1 else "") + _describe(entry.graph))
+                    advance(1)
+    entries = [[found[of_part[graph]] for graph in part.plan.graphs] for part, of_part in zip(parts, keys, strict=True)]
+    specs = [
+        StageSpec(cache=part.plan.cache, graphs=tuple(entry.graph for entry in own), weights=held)
+        for part, own, held in zip(parts, entries, weights, strict=True)
+    ]
+    return specs, {name: spec for own in entries for entry in own for name, spec in entry.files.items()}
+
+
+def _graph_keys(job: _Job, key: str) -> dict[tuple[Kind, int, int], str]:
+    graph_keys = GraphKeys(job.options, job.config, job.facts, job.plan.cache, key)
+    return {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
 
 
 def _noted(job: _Job, graph: GraphSpec, files: dict[str, FileSpec]) -> JournalEntry:
@@ -301,7 +321,7 @@ def _known_graphs(job: _Job) -> dict[str, JournalEntry]:
     """Graphs of the old artifact and of an interrupted build, by key."""
     known = {}
     if job.old:
-        for graph in job.old.graphs:
+        for graph in (graph for stage in range(job.old.pp) for graph in job.old.of_stage(stage).graphs):
             known[graph.key] = JournalEntry(graph=graph, files={name: job.old.files[name] for name in graph.files})
     journal = job.out / JOURNAL
     if journal.is_file():

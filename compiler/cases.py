@@ -56,6 +56,9 @@ class CaseMaker:
     def _vision_feed(self, graph: GraphSpec, case: Case) -> Feed:
         feed, rng = new_feed(graph), self.rng
         tiles = int(case.count[0])
+        if "features" in feed:  # of a stage behind the first of a pipeline
+            feed["features"][...] = rng.standard_normal(feed["features"].shape, np.float32)
+            return feed
         feed["pixels"][:tiles] = rng.integers(0, 256, feed["pixels"][:tiles].shape)
         if "tile_count" in feed:
             # Garbage in unused tiles must not matter.
@@ -92,8 +95,12 @@ class CaseMaker:
 
     def _text_feed(self, graph: GraphSpec, case: Case) -> Feed:
         feed, rng = new_feed(graph), self.rng
-        b, t = feed["token_ids"].shape
-        feed["token_ids"][...] = rng.integers(0, self.vocab, (b, t))
+        b, t, _ = feed["rope_cos"].shape
+        count = int(case.count[0])
+        if "token_ids" in feed:
+            feed["token_ids"][...] = rng.integers(0, self.vocab, (b, t))
+        if "hidden" in feed:
+            feed["hidden"][...] = rng.standard_normal(feed["hidden"].shape, np.float32)
         feed["lengths"][...] = case.past
         positions = case.past[:, None] + np.arange(t)
         rope, rows = self.facts.rope, int(positions.max()) + 1
@@ -103,10 +110,12 @@ class CaseMaker:
             feed["query_scale"][..., 0] = query_scales(rope, rows)[positions]
         if "cross_mask" in feed:
             self._look(feed, rng)
-        count = int(case.count[0])
-        if graph.kind == "prefill":
+        if "last_index" in feed:
             feed["last_index"][0] = count - 1
-            feed["token_ids"][0, count:] = 0
+        if graph.kind == "prefill":
+            for name in ("token_ids", "hidden"):
+                if name in feed:
+                    feed[name][0, count:] = 0
         if "row_index" in feed:
             feed["image_rows"][...] = rng.standard_normal(feed["image_rows"].shape, np.float32)
             from_picture = rng.random(t) < 0.5

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_defs import llava, mllama, qwen_vl
-from ..model_defs.config import ModelConfig
+from ..model_defs.config import ModelConfig, TextConfig
 from ..model_defs.decoder import TextGraph
 from ..runtime.artifact import CacheSpec, ImageFacts, Kind, TensorSpec, graph_name
 
@@ -54,40 +54,23 @@ def define_graph(
 ) -> GraphDef:
     """The definition of one graph, on the meta device.
 
-    With several `ranks` it is what each of them runs, `cache` being the cache of one.
+    With several `ranks` it is what each of them runs, `cache` being the cache of one. Of a pipeline it is the graph of the
+    config's stage: what it takes from the stage before it is an input, and what it hands on its first output.
     """
     assert cache.kv_heads == config.text.rank_kv_heads(ranks), (cache.kv_heads, ranks)
     with torch.device("meta"):
         if kind == "vision":
             return _vision(config, image, cache, bucket, ranks)
-        return _text(config, cache, quant, kind, bucket, images, ranks)
+        return _text(config, image, cache, quant, kind, bucket, images, ranks)
 
 
-def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int, ranks: int) -> GraphDef:
-    inputs = [TensorSpec(name="pixels", dtype="uint8", shape=(tiles, image.size, image.size, 3))]
-    if cross := cache.cross:
-        inputs += [_ints("tile_count", 1), _ints("aspect_id", 1)]
-        shape = (1, cache.kv_heads, cross.rows, cache.head_dim)
-        names = [f"cross_{which}.{i}" for i in range(cross.layers) for which in "kv"]
-        outputs = [TensorSpec(name=name, dtype=cache.dtype, shape=shape) for name in names]
-    else:
-        outputs = [_floats("image_rows", tiles, image.rows, config.text.hidden_size)]
-    mean, std = np.array(image.mean), np.array(image.std)
-    return GraphDef(
-        kind="vision",
-        bucket=tiles,
-        images=0,
-        module=VISION_GRAPHS[config.family](config, ranks),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        constants={
-            "pixels.scale": (image.rescale / std).astype(np.float32),
-            "pixels.shift": (-mean / std).astype(np.float32),
-        },
-    )
-
-
-def _text(config: ModelConfig, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int, ranks: int) -> GraphDef:
+def fed_inputs(
+    config: ModelConfig, image: ImageFacts, cache: CacheSpec, kind: Kind, bucket: int, images: int
+) -> list[TensorSpec]:
+    """What a run is fed, whatever the stages of a pipeline take of it: every input but caches."""
+    if kind == "vision":
+        pixels = TensorSpec(name="pixels", dtype="uint8", shape=(bucket, image.size, image.size, 3))
+        return [pixels, _ints("tile_count", 1), _ints("aspect_id", 1)] if cache.cross else [pixels]
     text = config.text
     b, t = (1, bucket) if kind == "prefill" else (bucket, 1)
     inputs = [_ints("token_ids", b, t)]
@@ -100,32 +83,89 @@ def _text(config: ModelConfig, cache: CacheSpec, quant: str, kind: Kind, bucket:
     if text.rope.logn_positions:
         inputs.append(_floats("query_scale", b, t, 1))
     if images:
-        inputs += _cross_inputs(cache, b, t, images)
+        assert cache.cross is not None
+        inputs += [_floats("cross_mask", b, t, images * cache.cross.tiles), _floats("cross_gate", b, t, 2)]
+    return inputs
+
+
+def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int, ranks: int) -> GraphDef:
+    stage = config.text.stage
+    inputs = fed_inputs(config, image, cache, "vision", tiles, 0)
+    if cross := cache.cross:
+        features = 1, cross.rows, config.text.hidden_size
+        shape = (1, cache.kv_heads, cross.rows, cache.head_dim)
+        names = [f"cross_{which}.{i}" for i in range(cross.layers) for which in "kv"]
+        outputs = [TensorSpec(name=name, dtype=cache.dtype, shape=shape) for name in names]
+        inputs = inputs if stage.first else [_floats("features", *features)]
+        outputs = outputs if stage.last else [_floats("next_features", *features), *outputs]
+    else:
+        assert stage.first, "only cross-attention needs a picture behind the first stage"
+        outputs = [_floats("image_rows", tiles, image.rows, config.text.hidden_size)]
+    mean, std = np.array(image.mean), np.array(image.std)
+    constants = {
+        "pixels.scale": (image.rescale / std).astype(np.float32),
+        "pixels.shift": (-mean / std).astype(np.float32),
+    }
+    return GraphDef(
+        kind="vision",
+        bucket=tiles,
+        images=0,
+        module=VISION_GRAPHS[config.family](config, ranks),
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        constants=constants if stage.first else {},
+    )
+
+
+def _text(
+    config: ModelConfig,
+    image: ImageFacts,
+    cache: CacheSpec,
+    quant: str,
+    kind: Kind,
+    bucket: int,
+    images: int,
+    ranks: int,
+) -> GraphDef:
+    text, stage = config.text, config.text.stage
+    inputs = [spec for spec in fed_inputs(config, image, cache, kind, bucket, images) if _taken(text, spec.name)]
+    b, t, _ = next(spec.shape for spec in inputs if spec.name == "rope_cos")
+    if not stage.first:
+        inputs.insert(0, _floats("hidden", b, t, text.hidden_size))
+    if images:
+        inputs += _pictures(cache, b, images)
     shape = (b, cache.kv_heads, cache.rows, cache.head_dim)
     caches = [
         TensorSpec(name=f"{which}_cache.{i}", dtype=cache.dtype, shape=shape) for i in range(cache.layers) for which in "kv"
     ]
     inputs += caches
+    first = _floats("logits", b, text.vocab_size) if stage.last else _floats("next_hidden", b, t, text.hidden_size)
     return GraphDef(
         kind=kind,
         bucket=bucket,
         images=images,
         module=TextGraph(text, quant, [spec.name for spec in inputs], images, ranks),
         inputs=tuple(inputs),
-        outputs=(_floats("logits", b, text.vocab_size), *map(_updated, caches)),
+        outputs=(first, *map(_updated, caches)),
     )
 
 
-def _cross_inputs(cache: CacheSpec, b: int, t: int, images: int) -> list[TensorSpec]:
+def _taken(text: TextConfig, name: str) -> bool:
+    """Whether the stage has a use for what a text graph is fed."""
+    if name in ("token_ids", "row_index", "image_rows"):
+        return text.stage.first
+    if name.startswith("cross_"):
+        return bool(text.stage_cross)
+    return text.stage.last if name == "last_index" else True
+
+
+def _pictures(cache: CacheSpec, b: int, images: int) -> list[TensorSpec]:
+    """Keys and values of pictures, [B, K, X, D]."""
     cross = cache.cross
     assert cross is not None
     shape = (b, cache.kv_heads, cross.rows, cache.head_dim)
     names = [f"cross_{which}.{i}.{j}" for i in range(cross.layers) for which in "kv" for j in range(images)]
-    return [
-        _floats("cross_mask", b, t, images * cross.tiles),
-        _floats("cross_gate", b, t, 2),
-        *(TensorSpec(name=name, dtype=cache.dtype, shape=shape) for name in names),
-    ]
+    return [TensorSpec(name=name, dtype=cache.dtype, shape=shape) for name in names]
 
 
 def _ints(name: str, *shape: int) -> TensorSpec:

@@ -77,10 +77,17 @@ class ArrayMember:
 
     meeting: Meeting
     rank: int
+    stage: int = 0
+    stages: int = 1
 
     @property
     def size(self) -> int:
         return self.meeting.size
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        raise NotImplementedError("stages are checked one by one")
+
+    receive = send
 
     def all_reduce(self, array: np.ndarray) -> None:
         first, *others = self.meeting.exchange(self.rank, "all_reduce", array.copy())  # others may still read it
@@ -106,11 +113,11 @@ class LockstepBackend:
     It takes `widened` graphs, whose caches hold the heads of all ranks one after another, and gives each rank its own.
     """
 
-    def __init__(self, size: int, open_rank: Callable[[ArrayMember], Backend]) -> None:
+    def __init__(self, size: int, open_rank: Callable[[ArrayMember], Backend], stage: int = 0, stages: int = 1) -> None:
         """`open_rank` opens the backend of one rank in the group that it is given."""
         self.meeting = Meeting(size)
         self.members = [Member(self.meeting, rank) for rank in range(size)]
-        self.ranks = [open_rank(ArrayMember(self.meeting, rank)) for rank in range(size)]
+        self.ranks = [open_rank(ArrayMember(self.meeting, rank, stage, stages)) for rank in range(size)]
         self.pool = ThreadPoolExecutor(size)
         self.narrow: dict[str, GraphSpec] = {}  # by file
 

@@ -1,4 +1,4 @@
-"""Traces, emits and certifies one graph after another.
+"""Traces, emits and certifies one graph of a stage after another.
 
 A model that is cut among ranks has one set of graphs, which its ranks run together: they are checked in lockstep, all ranks'
 compiled graphs against all ranks' definitions.
@@ -22,22 +22,24 @@ from ..runtime.files import write_atomically
 from .check import Certifier
 from .cost import graph_cost
 from .eager import EagerBackend
-from .graphs import GraphDef, define_graph
+from .graphs import GraphDef, define_graph, fed_inputs
 from .lockstep import LockstepBackend, widened
+from .pipeline import joined
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast
 
 SMALL = 50_000_000  # parameters
 
 
 class GraphMaker:
-    """Makes the graphs of one build."""
+    """Makes the graphs of one stage of a build, that of `config`, `plan` and `weights`."""
 
     def __init__(
         self, options: Options, config: ModelConfig, facts: ModelFacts, plan: Plan, weights: dict[str, WeightSpec]
     ) -> None:
         self.options, self.config, self.facts, self.plan = options, config, facts, plan
-        self.out, self.tp = options.out, options.tp
-        self.weights = [rank_weights(weights, options.tp, rank) for rank in range(options.tp)]
+        self.out, self.tp, self.stage = options.out, options.tp, config.text.stage
+        first, ranks = self.stage.index * self.tp, self.stage.count * self.tp
+        self.weights = [rank_weights(weights, ranks, first + rank) for rank in range(self.tp)]
         self.files: dict[str, FileSpec] = {}
         reference, candidate = self._together(self._reference), self._together(self._candidate)
         exact = self._together(self._exact) if options.backend == "ascend" else None
@@ -54,7 +56,14 @@ class GraphMaker:
         previous = max((b for b in self.plan.buckets(kind) if b < bucket), default=0)
         with self._twin(definition, spec) as twin:
             certificate, cost = self.certifier.certify(widened(spec, self.tp), previous, twin and widened(twin, self.tp))
-        return msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost), {name: self.files[name] for name in files}
+        spec = msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost)
+        fed = fed_inputs(self.config, self.facts.image, self.plan.cache, kind, bucket, images)
+        return joined(spec, self.stage, fed, self.config.text.vocab_size), {name: self.files[name] for name in files}
+
+    @property
+    def _whole(self) -> bool:
+        """Whether one process runs the model."""
+        return self.tp * self.stage.count == 1
 
     def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
         cache, quant = self.plan.cache, self.options.quant
@@ -64,9 +73,9 @@ class GraphMaker:
 
     def _together(self, open_rank: Callable[[Group | None, int], Backend]) -> Backend:
         """One backend, of all ranks where there are several."""
-        if self.tp == 1:
+        if self._whole:
             return open_rank(None, 0)
-        return LockstepBackend(self.tp, lambda group: open_rank(group, group.rank))
+        return LockstepBackend(self.tp, lambda group: open_rank(group, group.rank), self.stage.index, self.stage.count)
 
     def _reference(self, _group: Group | None, rank: int) -> Backend:
         # Below SMALL, handing work to threads takes longer than the work.
@@ -116,7 +125,7 @@ class GraphMaker:
             nbytes=cost.nbytes,
         )
         if backend == "onnx":
-            return self._emit_onnx(definition, spec if self.tp == 1 else msgspec.structs.replace(spec, file=stem))
+            return self._emit_onnx(definition, spec if self._whole else msgspec.structs.replace(spec, file=stem))
         from . import emit_ascend, emit_eager
 
         emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, dtype)
@@ -126,7 +135,7 @@ class GraphMaker:
     def _emit_onnx(self, definition: GraphDef, spec: GraphSpec, *, exact: bool = False) -> tuple[GraphSpec, dict[str, bytes]]:
         from .emit_onnx import emit, emit_steps
 
-        if self.tp == 1:
+        if self._whole:
             return spec, {spec.file: emit(definition, self.weights[0], exact=exact)}
         emitted = emit_steps(definition, self.weights[0], spec.file, exact=exact)
         return msgspec.structs.replace(spec, steps=emitted.steps, buffers=emitted.buffers), emitted.files

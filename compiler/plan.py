@@ -107,6 +107,7 @@ class Options:
     backend: str = "onnx"
     quant: str = "none"
     tp: int = 1
+    pp: int = 1
     buckets: Buckets = field(default_factory=Buckets)
     vision_tower: Path | None = None
     lora: Path | None = None
@@ -147,10 +148,19 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """Everything that will be compiled."""
+    """Everything that will be compiled. Of a pipeline, `cache` and `graphs` are those of its first stage."""
 
     cache: CacheSpec
     graphs: tuple[tuple[Kind, int, int], ...]  # (kind, bucket, images), largest first within a kind
+    later: tuple[CacheSpec, ...] = ()  # caches of the stages behind the first
+
+    def of_stage(self, stage: int) -> Plan:
+        """The plan of one stage; pictures that become tokens are only seen by the first."""
+        if stage == 0:
+            return self
+        cache = self.later[stage - 1]
+        graphs = tuple(graph for graph in self.graphs if graph[0] != "vision" or cache.cross)
+        return Plan(cache=cache, graphs=graphs)
 
     def buckets(self, kind: Kind) -> list[int]:
         return sorted({bucket for k, bucket, _ in self.graphs if k == kind})
@@ -179,16 +189,20 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
             f"prefill bucket {max(prefill)} exceeds the context {context}; use smaller buckets or a larger --context"
         )
     images = _image_buckets(config, wanted)
-    cache = CacheSpec(
-        layers=text.self_layers,
-        kv_heads=text.rank_kv_heads(options.tp),
-        head_dim=text.head_dim,
-        slots=slots,
-        context=context,
-        # A last chunk writes its padding too, which the smallest bucket bounds.
-        rows=context + min(prefill),
-        dtype=options.stored_dtype,
-        cross=_cross(config, max(images)),
+    # A last chunk writes its padding too, which the smallest bucket bounds.
+    rows = context + min(prefill)
+    first, *later = (
+        CacheSpec(
+            layers=of_stage.text.self_layers,
+            kv_heads=text.rank_kv_heads(options.tp),
+            head_dim=text.head_dim,
+            slots=slots,
+            context=context,
+            rows=rows,
+            dtype=options.stored_dtype,
+            cross=_cross(of_stage, max(images)),
+        )
+        for of_stage in stages(config, options.pp)
     )
     sizes: dict[Kind, tuple[int, ...]] = {"vision": _vision_buckets(config, wanted), "prefill": prefill, "decode": decode}
     graphs: tuple[tuple[Kind, int, int], ...] = tuple(
@@ -197,7 +211,20 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         for variant in sorted((0,) if kind == "vision" else images, reverse=True)
         for bucket in sorted(buckets, reverse=True)
     )
-    return Plan(cache=cache, graphs=graphs)
+    return Plan(cache=first, graphs=graphs, later=tuple(later))
+
+
+def stages(config: ModelConfig, pp: int) -> tuple[ModelConfig, ...]:
+    """The parts of a model for a pipeline of `pp` stages; raises PlanError where one would have no cache of its own."""
+    if pp < 1:
+        raise PlanError(f"pipeline of {pp} stages; expected a number from 1 on")
+    found = tuple(config.of_stage(i, pp) for i in range(min(pp, config.text.layers)))
+    if len(found) < pp or not all(each.text.self_layers for each in found):
+        raise PlanError(
+            f"pipeline of {pp} stages; every stage needs a layer that attends to the text, and this model has "
+            f"{config.text.layers} layers: use fewer stages"
+        )
+    return found
 
 
 def _default_context(config: ModelConfig) -> int:
@@ -234,23 +261,24 @@ def _cross(config: ModelConfig, images: int) -> CrossSpec | None:
     if not isinstance(config.vision, TiledConfig):
         return None
     vision = config.vision
-    return CrossSpec(layers=len(config.text.cross_layers), images=images, rows=vision.rows_per_image, tiles=vision.tiles)
+    return CrossSpec(layers=len(config.text.stage_cross), images=images, rows=vision.rows_per_image, tiles=vision.tiles)
 
 
 def forecast(config: ModelConfig, plan: Plan, options: Options) -> dict[str, int]:
-    """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what each of the ranks holds.
+    """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what a rank holds (the most of any).
 
     `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them.
     """
     quant, tp, dtype = options.quant, options.tp, options.stored_dtype
-    whole = targets(config)
-    on_rank = rank_targets(config, tp)
+    parts, caches = stages(config, options.pp), (plan.cache, *plan.later)
+    parameters = max(sum(map(math.prod, rank_targets(part, tp).values())) for part in parts)
+    held = [stored_targets(part, quant, dtype, tp).values() for part in parts]
     return {
-        "parameters": sum(map(math.prod, whole.values())),
+        "parameters": sum(map(math.prod, targets(config).values())),
         "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, dtype).values()),
-        "cache_bytes": plan.cache.nbytes // plan.cache.kv_heads * config.text.kv_heads,
-        "rank_parameters": sum(map(math.prod, on_rank.values())),
-        "rank_weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, dtype, tp).values()),
-        "rank_bfloat16_bytes": 2 * sum(map(math.prod, on_rank.values())),
-        "rank_cache_bytes": plan.cache.nbytes,
+        "cache_bytes": sum(cache.nbytes for cache in caches) // plan.cache.kv_heads * config.text.kv_heads,
+        "rank_parameters": parameters,
+        "rank_weight_bytes": max(sum(tensor.nbytes for tensor in tensors) for tensors in held),
+        "rank_bfloat16_bytes": 2 * parameters,
+        "rank_cache_bytes": max(cache.nbytes for cache in caches),
     }

@@ -108,21 +108,24 @@ class CrossBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and head. With `images` = 0 there are no cross-attention layers."""
+    """Embedding, blocks, final norm and head, or what one stage holds of them. With `images` = 0 there are no cross-attention
+    layers."""
 
     def __init__(self, config: TextConfig, quant: str, images: int, ranks: int = 1) -> None:
         super().__init__()
-        self.images = images
-        self.embed = Table(config.all_embed_rows, config.hidden_size, ranks=ranks)
+        self.images, stage = images, config.stage
+        if stage.first:
+            self.embed = Table(config.all_embed_rows, config.hidden_size, ranks=ranks)
         # A dictionary, so that a layer keeps its number where others are left out.
         self.layers = nn.ModuleDict()
-        for i in range(config.layers):
+        for i in config.stage_layers:
             if i not in config.cross_layers:
                 self.layers[str(i)] = Block(config, quant, ranks)
             elif images:
                 self.layers[str(i)] = CrossBlock(config, quant, ranks)
-        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, bias=False, quant=quant, ranks=ranks)
+        if stage.last:
+            self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+            self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, bias=False, quant=quant, ranks=ranks)
 
     def blocks(self, x: Tensor, feed: Feed) -> tuple[Tensor, list[Tensor]]:
         """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...)."""
@@ -146,6 +149,7 @@ class Decoder(nn.Module):
 
 class TextGraph(nn.Module):
     """Tokens in, logits [B, V] and updated caches out: a chunk of one sequence (prefill), or one token of each of B (decode).
+    Of a pipeline, stages hand on what is between their layers, `hidden` [B, T, C].
 
     `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see runtime/artifact.py).
     Of a model cut among `ranks` it is the graph of one rank, the same for all: caches of its kv heads, logits of all rows.
@@ -153,14 +157,16 @@ class TextGraph(nn.Module):
 
     def __init__(self, config: TextConfig, quant: str, inputs: Sequence[str], images: int, ranks: int = 1) -> None:
         super().__init__()
-        self.inputs = tuple(inputs)
+        self.inputs, self.stage = tuple(inputs), config.stage
         self.text = Decoder(config, quant, images, ranks)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         feed = dict(zip(self.inputs, tensors, strict=True))
-        x = self.text.embed(feed["token_ids"])
+        x = self.text.embed(feed["token_ids"]) if self.stage.first else feed["hidden"]
         if "row_index" in feed:
             x = ops.merge_rows(x, feed["image_rows"], feed["row_index"])
         x, updated = self.text.blocks(x, feed)
+        if not self.stage.last:
+            return x, *updated
         x = ops.take_token(x, feed["last_index"]) if "last_index" in feed else x.flatten(0, 1)
         return self.text.logits(x), *updated

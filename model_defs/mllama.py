@@ -88,18 +88,29 @@ class CrossKeys(nn.Module):
 
 class VisionGraph(nn.Module):
     """pixels [t, size, size, 3] uint8, tile_count [1], aspect_id [1] -> cross_k and cross_v of each cross layer in turn,
-    the graph of one of `ranks`."""
+    the graph of one of `ranks`.
+
+    In a pipeline every stage makes those of its own layers: the first hands on the features [1, X, C] as its first output, and
+    the next take them as their only input, and hand them on.
+    """
 
     def __init__(self, config: ModelConfig, ranks: int = 1) -> None:
         super().__init__()
         vision, text = config.vision, config.text
         assert isinstance(vision, TiledConfig)
-        self.pixels = Pixels()
-        self.vision = Tower(vision, ranks)
-        self.projector = GatheredLinear(vision.feature_size, text.hidden_size, bias=True, ranks=ranks)
-        self.cross = nn.ModuleList(CrossKeys(config, ranks) for _ in text.cross_layers)
+        self.stage = text.stage
+        if self.stage.first:
+            self.pixels = Pixels()
+            self.vision = Tower(vision, ranks)
+            self.projector = GatheredLinear(vision.feature_size, text.hidden_size, bias=True, ranks=ranks)
+        # A dictionary, so that a layer keeps its number where others are left out.
+        self.cross = nn.ModuleDict({str(j): CrossKeys(config, ranks) for j in text.stage_cross})
 
-    def forward(self, pixels: Tensor, tile_count: Tensor, aspect_id: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        x = self._features(*inputs) if self.stage.first else inputs[0]
+        keys = [each for layer in self.cross.values() for each in layer(x)]
+        return tuple(keys) if self.stage.last else (x, *keys)
+
+    def _features(self, pixels: Tensor, tile_count: Tensor, aspect_id: Tensor) -> Tensor:
         x = self.projector(self.vision(self.pixels(pixels), tile_count, aspect_id))  # [t, N, C]
-        x = x.flatten(0, 1)[None]
-        return tuple(each for layer in self.cross for each in layer(x))
+        return x.flatten(0, 1)[None]

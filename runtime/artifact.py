@@ -41,6 +41,11 @@ A device without collectives runs a graph of one rank of several as steps: segme
 and collectives between them. Their tensors are inputs and outputs of the graph, or buffers that live between segments. The
 files are the same for all ranks; an ONNX segment names a weight file without its folder, and whoever opens the segment says
 whose folder that is.
+
+Of a pipeline each stage has a part of the layers, with graphs and a cache of its own (`Manifest.stages`); layers of caches are
+counted from 0 in each. Its ranks are numbered one stage after another. Graphs of one name make one run together: steps
+between stages hand on `next_hidden` [B, T, C], which is `hidden` to the next, and `next_features` [1, X, C] of pictures that
+enter by cross-attention; the last stage gives `logits` back to the first.
 """
 
 from __future__ import annotations
@@ -56,7 +61,7 @@ from msgspec import UNSET, UnsetType
 
 from .files import sha256_file, write_atomically
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 Kind = Literal["vision", "prefill", "decode"]
@@ -124,7 +129,15 @@ class Collective(Record, frozen=True, kw_only=True, tag="collective"):
     writes: str
 
 
-Step = Segment | Collective
+class Transfer(Record, frozen=True, kw_only=True, tag="transfer"):
+    """Where a stage of a pipeline hands a tensor to another, each rank to the one in its place there."""
+
+    op: Literal["send", "receive"]
+    stage: int  # the other
+    name: str
+
+
+Step = Segment | Collective | Transfer
 
 
 class GraphSpec(Record, frozen=True, kw_only=True):
@@ -170,15 +183,15 @@ def is_cached(name: str) -> bool:
     return name.startswith(("k_cache.", "v_cache.", "cross_k.", "cross_v."))
 
 
-def rank_folder(tp: int, rank: int) -> str:
-    """Where the weight files of `rank` of `tp` lie, within the artifact."""
-    assert 0 <= rank < tp, (rank, tp)
-    return WEIGHTS if tp == 1 else f"{WEIGHTS}/rank-{rank}"
+def rank_folder(ranks: int, rank: int) -> str:
+    """Where the weight files of `rank` lie, within the artifact; `ranks` are all that the model is cut among."""
+    assert 0 <= rank < ranks, (rank, ranks)
+    return WEIGHTS if ranks == 1 else f"{WEIGHTS}/rank-{rank}"
 
 
-def rank_weights(weights: Mapping[str, WeightSpec], tp: int, rank: int) -> dict[str, WeightSpec]:
-    """Where the weights of `rank` lie, given those of any rank of `tp`: ranks' files are laid out alike."""
-    folder = rank_folder(tp, rank)
+def rank_weights(weights: Mapping[str, WeightSpec], ranks: int, rank: int) -> dict[str, WeightSpec]:
+    """Where the weights of `rank` lie, given those of any rank of its stage, whose files are laid out alike."""
+    folder = rank_folder(ranks, rank)
     return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}
 
 
@@ -355,8 +368,16 @@ class AscendFacts(Record, frozen=True, kw_only=True):
     soc: str  # family of chips that graphs were lowered for, e.g. "Ascend910B"
 
 
+class StageSpec(Record, frozen=True, kw_only=True):
+    """What a stage of a pipeline has of its own; as in Manifest."""
+
+    cache: CacheSpec
+    graphs: tuple[GraphSpec, ...]
+    weights: dict[str, WeightSpec]
+
+
 class Manifest(Record, frozen=True, kw_only=True):
-    """The whole of manifest.json."""
+    """The whole of manifest.json. Of a pipeline, cache, graphs and weights are those of the first stage."""
 
     schema_version: int = SCHEMA_VERSION
     backend: Literal["onnx", "ascend"]
@@ -366,11 +387,29 @@ class Manifest(Record, frozen=True, kw_only=True):
     tokenizer: str  # folder of the tokenizer files and the chat template
     cache: CacheSpec
     graphs: tuple[GraphSpec, ...]
-    weights: dict[str, WeightSpec]  # of a model that is cut among ranks, rank 0's; see rank_weights
+    weights: dict[str, WeightSpec]  # of a model that is cut among ranks, those of the first; see rank_weights
+    stages: tuple[StageSpec, ...] = ()  # of a pipeline: those behind the first
     files: dict[str, FileSpec]
     build: BuildFacts
     ascend: AscendFacts | None = None
     digest: str = ""
+
+    @property
+    def pp(self) -> int:
+        """Stages of the pipeline; 1: there is none."""
+        return 1 + len(self.stages)
+
+    @property
+    def ranks(self) -> int:
+        """Processes that run the model together."""
+        return self.tp * self.pp
+
+    def of_stage(self, stage: int) -> Manifest:
+        """The manifest with cache, graphs and weights of one stage; weights are those of its first rank."""
+        if stage == 0:
+            return self
+        own = self.stages[stage - 1]
+        return msgspec.structs.replace(self, cache=own.cache, graphs=own.graphs, weights=own.weights)
 
     def buckets(self, kind: Kind) -> tuple[int, ...]:
         """Bucket sizes of one graph kind, ascending."""

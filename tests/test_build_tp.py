@@ -140,7 +140,7 @@ def gathered_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def one_rank_with_the_others_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staticvl.runtime.backends.ort.rank_folder", lambda tp, rank: "weights/rank-0")
+    monkeypatch.setattr("staticvl.runtime.backends.ort.weights_folder", lambda group: "weights/rank-0")
 
 
 def a_sum_left_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from staticvl.compiler import emit_onnx
-from staticvl.compiler.build import _GraphMaker, build, prepare
+from staticvl.compiler.build import build, prepare
 from staticvl.compiler.check import CertificateError
 from staticvl.compiler.emit_onnx import LOWERINGS, Emitter
+from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
 from staticvl.runtime.artifact import read_manifest
@@ -30,7 +31,8 @@ def maker(checkpoint: Path, folder: Path, buckets: Buckets) -> Maker:
     """Makes single graphs of a checkpoint that is compiled already, anew."""
     options = Options(checkpoint=checkpoint, out=folder / "artifact", buckets=buckets)
     build(options)
-    graphs = _GraphMaker(prepare(options, Progress()), read_manifest(options.out).weights)
+    job = prepare(options, Progress())
+    graphs = GraphMaker(options, job.config, job.facts, job.plan, read_manifest(options.out).weights)
     return lambda kind, bucket, images: graphs.make(kind, bucket, images, "again")  # type: ignore[arg-type]
 
 

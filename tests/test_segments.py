@@ -307,7 +307,7 @@ def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def weights_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staticvl.runtime.backends.ort.rank_folder", lambda tp, rank: "weights/rank-0")
+    monkeypatch.setattr("staticvl.runtime.backends.ort.weights_folder", lambda group: "weights/rank-0")
 
 
 def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,7 +86,10 @@ def _add_compile(commands) -> None:
     )
     parser.add_argument("--eager", metavar="KINDS", help="ascend: graph kinds to run op by op, e.g. prefill or vision,prefill")
     parser.add_argument("--soc", choices=("Ascend910B", "Ascend310P"), help="ascend: family of chips; default: Ascend910B")
-    parser.add_argument("--tp", type=int, metavar="N", help="tensor-parallel ranks; default: 1")
+    parser.add_argument("--tp", type=int, metavar="N", help="ranks that every layer is cut among; default: 1")
+    parser.add_argument(
+        "--pp", type=int, metavar="M", help="pipeline stages that share the layers, of N ranks each; default: 1"
+    )
     parser.add_argument("--context", type=int, metavar="N", help="tokens that a prompt and its answer may take together")
     parser.add_argument("--slots", type=int, metavar="N", help="sequences that the cache holds at once")
     parser.add_argument(

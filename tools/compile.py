@@ -24,6 +24,7 @@ CONFIG_KEYS = (
     "eager",
     "soc",
     "tp",
+    "pp",
     "context",
     "slots",
     "images",
@@ -65,7 +66,9 @@ def read_options(args: argparse.Namespace) -> Options:
         buckets=_buckets(given),
         ignore_config_keys=tuple(keys.split(",") if isinstance(keys, str) else keys),
     )
-    simple = {name: given[name] for name in ("backend", "quant", "dtype", "soc", "tp", "text_before_image") if name in given}
+    simple = {
+        name: given[name] for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "text_before_image") if name in given
+    }
     if "eager" in given:
         kinds = given["eager"]
         simple["eager"] = tuple(kinds.split(",") if isinstance(kinds, str) else kinds)
@@ -125,9 +128,9 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
     print(f"   cache  {cache.slots} slots of {cache.context} tokens{held}, {sizes['cache_bytes'] / 1e9:.3f} GB")
     weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({_form(options)})"
     print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {weights}")
-    if options.tp > 1:
+    if options.tp * options.pp > 1:
         weights, kept = sizes["rank_weight_bytes"] / 1e9, sizes["rank_cache_bytes"] / 1e9
-        print(f"  a rank  of {options.tp}: weights {weights:.3f} GB, cache {kept:.3f} GB")
+        print(f"  a rank  of {options.tp * options.pp}: weights {weights:.3f} GB, cache {kept:.3f} GB")
         half = sizes["rank_bfloat16_bytes"] / 1e9, kept / 2
         print(f"          in bfloat16: weights {half[0]:.3f} GB, cache {half[1]:.3f} GB")
 

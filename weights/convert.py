@@ -69,7 +69,7 @@ def plan_shards(
     """
     shards: list[Shard] = []
     for tensors in _groups(config, quant, shard_bytes, dtype, tp):
-        shards.append(lay_out(f"{rank_folder(tp, rank)}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
+        shards.append(lay_out(f"{_folder(config, tp, rank)}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
     return tuple(shards)
 
 
@@ -88,6 +88,8 @@ def convert(
 ) -> Converted:
     """Write what `rank` of `tp` holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
 
+    Of a pipeline, `config` is that of one stage, and `rank` one of those that hold this stage.
+
     `quant`: "none" stores every tensor in `dtype`; "w8a16" stores the decoder's linear layers in 8 bits (see quantize).
     `prefix` has to name source, config, quant, dtype and tp: files of the same prefix that a broken-off run has finished are
     kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
@@ -98,7 +100,7 @@ def convert(
     """
     shards = plan_shards(config, quant, prefix, shard_bytes, dtype, tp=tp, rank=rank)
     parts = _Parts(source, match(config, source.tensors), config, quant, dtype, tp, rank)
-    folder = out / rank_folder(tp, rank)
+    folder = out / _folder(config, tp, rank)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_partials(folder, prefix)
     journal = folder / f"{prefix}.journal"
@@ -136,6 +138,11 @@ def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> Non
     folder = out / rank_folder(tp, rank)
     (folder / f"{prefix}.journal").unlink(missing_ok=True)
     _remove_partials(folder, prefix)
+
+
+def _folder(config: ModelConfig, tp: int, rank: int) -> str:
+    stage = config.text.stage
+    return rank_folder(tp * stage.count, tp * stage.index + rank)
 
 
 class _Parts:

@@ -6,13 +6,16 @@ that a model of this config may have is known (see names/), as ours or as ignore
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
-from ..model_defs.config import ModelConfig
+from ..model_defs.config import ModelConfig, Stage
 from .names import name_table
 from .names.rule import Rule, Shape, SourceRef, Table
 from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
+
+_LAYER = re.compile(r"(text\.layers|cross)\.(\d+)\.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +35,21 @@ class Plan:
 
 
 def targets(config: ModelConfig) -> dict[str, Shape]:
-    """Our parameters and their shapes, in the order in which they are stored."""
-    return {rule.target: rule.shape for rule in name_table(config).rules if rule.target is not None}
+    """Our parameters of the config's stage and their shapes, in the order in which they are stored."""
+    shapes = {rule.target: rule.shape for rule in name_table(config).rules if rule.target is not None}
+    return {name: shape for name, shape in shapes.items() if _stage_of(config, name) == config.text.stage.index}
+
+
+def _stage_of(config: ModelConfig, name: str) -> int:
+    """The stage of a pipeline that holds a parameter: that of its layer; the first and the last what lies outside of layers."""
+    text, count = config.text, config.text.stage.count
+    if name.startswith(("text.norm.", "text.lm_head.")):
+        return count - 1
+    number = _LAYER.match(name)
+    if number is None:
+        return 0
+    layer = int(number[2]) if number[1] == "text.layers" else text.cross_layers[int(number[2])]
+    return next(i for i in range(count) if layer in Stage(i, count).layers(text.layers))
 
 
 def source_names(config: ModelConfig) -> dict[str, Shape]:

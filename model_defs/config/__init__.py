@@ -16,6 +16,7 @@ from .keys import Keys, load_config, read_json
 from .llava import read_llava
 from .mllama import read_mllama
 from .qwen_vl import read_qwen_vl
+from .stage import Stage
 from .types import (
     ClipConfig,
     ConfigError,
@@ -35,6 +36,7 @@ __all__ = [
     "ModelConfig",
     "ResampledConfig",
     "RopeConfig",
+    "Stage",
     "TextConfig",
     "TiledConfig",
     "quant_block",

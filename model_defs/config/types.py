@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+from .stage import WHOLE, Stage
 
 
 class ConfigError(ValueError):
@@ -47,6 +49,7 @@ class TextConfig:
     qkv_bias: bool = False
     cross_layers: tuple[int, ...] = ()  # layers that attend to pictures instead of to the text
     newline: bool = False  # one more embedding row, behind the others: the end of a row of picture features
+    stage: Stage = WHOLE  # the part of the depth that is meant: all of it, but in a pipeline
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -57,9 +60,19 @@ class TextConfig:
             raise ConfigError(f"cross_attention_layers {list(self.cross_layers)} name layers that are not among {self.layers}")
 
     @property
+    def stage_layers(self) -> range:
+        """The layers of this stage, by their numbers in the model."""
+        return self.stage.layers(self.layers)
+
+    @property
+    def stage_cross(self) -> tuple[int, ...]:
+        """Those of this stage that attend to pictures, by their numbers among such layers."""
+        return tuple(j for j, layer in enumerate(self.cross_layers) if layer in self.stage_layers)
+
+    @property
     def self_layers(self) -> int:
-        """Layers that attend to the text."""
-        return self.layers - len(self.cross_layers)
+        """How many layers of this stage attend to the text."""
+        return len(self.stage_layers) - len(self.stage_cross)
 
     def rank_kv_heads(self, ranks: int) -> int:
         """Key-value heads that one of `ranks` holds: its share, or one that it has in common with its neighbours."""
@@ -210,6 +223,10 @@ class ModelConfig:
     image_mode: str
     grids: tuple[tuple[int, int], ...] = ()  # anyres and tiles: (rows, columns) that a picture may be cut into, in order
     vision_tower: str | None = None  # name or path given by an original-layout config
+
+    def of_stage(self, index: int, count: int) -> ModelConfig:
+        """One of `count` parts of a pipeline."""
+        return replace(self, text=replace(self.text, stage=Stage(index, count)))
 
 
 def quant_block(columns: int) -> int:

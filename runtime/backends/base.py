@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest, TensorSpec
+from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest, TensorSpec, rank_folder
 
 DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
 
@@ -59,6 +59,27 @@ class Group(Protocol):
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
         """Write array [..., C] of all ranks, joined along the last axis with rank 0 first, into out [..., size * C]."""
         ...
+
+    # Of a pipeline: this group's stage, of how many, and the ways to the ranks in the same place of another stage.
+
+    @property
+    def stage(self) -> int: ...
+
+    @property
+    def stages(self) -> int: ...
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        """Give an array to the rank of this number in another stage."""
+        ...
+
+    def receive(self, array: np.ndarray, stage: int) -> None:
+        """Fill an array with what the rank of this number in another stage gives."""
+        ...
+
+
+def weights_folder(group: Group) -> str:
+    """Where this rank's weights lie within the artifact."""
+    return rank_folder(group.stages * group.size, group.stage * group.size + group.rank)
 
 
 def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray:

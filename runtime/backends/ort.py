@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, rank_folder
+from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer
 from ..cores import usable_cores
-from .base import Group, cache_name, checked
+from .base import Group, cache_name, checked, weights_folder
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -89,7 +89,10 @@ def _segment(session: ort.InferenceSession, segment: Segment, arrays: Mapping[st
     return partial(session.run_with_iobinding, binding)
 
 
-def _collective(group: Group, step: Collective, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
+def _meeting(group: Group, step: Collective | Transfer, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    """One step in which ranks meet."""
+    if isinstance(step, Transfer):
+        return partial(group.send if step.op == "send" else group.receive, arrays[step.name], step.stage)
     source, target = arrays[step.reads], arrays[step.writes]
     if step.op == "all_gather":
         return partial(group.all_gather, source, target)
@@ -156,8 +159,8 @@ class OrtBackend:
         self.buffers[graph.file] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.buffers or ()}
 
     def _check_group(self, graph: GraphSpec) -> None:
-        ranks = next(step.ranks for step in graph.plan if isinstance(step, Collective))
         size = self.group.size if self.group else 1
+        ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), size)
         if size != ranks:
             raise ArtifactError(
                 f"{graph.name} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together"
@@ -166,7 +169,7 @@ class OrtBackend:
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
         if self.group and graph.steps:
             options = _options(pack=self.pack, threads=self.threads, shared=self.shared)
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / rank_folder(self.group.size, self.group.rank)))
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / weights_folder(self.group)))
             model: bytes | Path = (self.folder / segment.file).read_bytes()
             return ort.InferenceSession(model, options, providers=_PROVIDERS)
         packed = self.host.path(graph) if self.host else None
@@ -210,9 +213,9 @@ class OrtBackend:
         for step in graph.plan:
             if isinstance(step, Segment):
                 steps.append(_segment(self.sessions[step.file], step, arrays))
-            else:
-                assert self.group is not None, "checked by load"
-                steps.append(_collective(self.group, step, arrays))
+                continue
+            assert self.group is not None, "checked by load"
+            steps.append(_meeting(self.group, step, arrays))
         return _Bound(feed, arrays, steps)
 
     def _rows(self, name: str, slot: int, count: int) -> np.ndarray:

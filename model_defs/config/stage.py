@@ -1,0 +1,31 @@
+"""A part of a model's depth, for pipelines: the layers are held by several groups of ranks one after another."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One of `count` parts; the first has the vision tower and the embedding too, the last the final norm and lm_head."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        assert 0 <= self.index < self.count, self
+
+    @property
+    def first(self) -> bool:
+        return self.index == 0
+
+    @property
+    def last(self) -> bool:
+        return self.index == self.count - 1
+
+    def layers(self, total: int) -> range:
+        """Which of `total` layers this part holds; parts differ by one layer at most."""
+        return range(total * self.index // self.count, total * (self.index + 1) // self.count)
+
+
+WHOLE = Stage()
