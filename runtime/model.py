@@ -11,7 +11,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from .artifact import Artifact, ArtifactError, open_artifact
+from .artifact import Artifact, ArtifactError, Manifest, open_artifact
 from .chat import Chat
 from .engine import Engine
 from .families import family
@@ -37,7 +37,7 @@ def load(
     """Open an artifact for use.
 
     device: "cpu" for ONNX artifacts; for Ascend ones "npu", "npu:1" (the second card), or "sim", which runs their graphs with
-    torch on a CPU. tp: the number of ranks, which must be what the artifact was compiled for (default).
+    torch on a CPU. tp: the ranks that each layer is cut among, which must be what the artifact was compiled for (default).
     threads: cores that ONNX Runtime computes with, in each rank; default every core that this process may use, split among
     the ranks of this machine. timeout: seconds that ranks wait for each other; default STATICVL_TIMEOUT, or 300.
 
@@ -52,14 +52,15 @@ def load(
     if world is not None and world.rank > 0:
         raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout))
     opened = open_artifact(artifact, rank=0)
-    ranks = opened.manifest.tp
-    if tp is not None and tp != ranks:
+    manifest = opened.manifest
+    if tp is not None and tp != manifest.tp:
         raise ArtifactError(
-            f"{artifact} was compiled for tp={ranks}, not tp={tp}; compile it again with --tp {tp} or load it with tp={ranks}"
+            f"{artifact} was compiled for tp={manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
+            f"tp={manifest.tp}"
         )
-    if world is not None and world.size != ranks:
-        raise ArtifactError(_wrong_number(artifact, ranks, world.size))
-    if ranks == 1:
+    if world is not None and world.size != manifest.ranks:
+        raise ArtifactError(_wrong_number(artifact, manifest, world.size))
+    if manifest.ranks == 1:
         return Model(opened, Engine(opened, device=device, threads=threads))
     settings: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
     backend = lead(opened, world, meet(world), **settings) if world else spawn(opened, **settings)
@@ -74,12 +75,13 @@ def _take_part(folder: Path, world: World, device: str, threads: int | None, tim
     return status
 
 
-def _wrong_number(artifact: str | Path, ranks: int, started: int) -> str:
-    right = f"torchrun --nproc-per-node {ranks} -m staticvl.tools.cli generate {artifact} ..." if ranks > 1 else "no launcher"
-    other = " (or, for a whole model in every process, with tp=1)" if ranks == 1 else ""
-    return (
-        f"{artifact} was compiled for tp={ranks}, but WORLD_SIZE says that {started} were started; start it with {right}{other}"
-    )
+def _wrong_number(artifact: str | Path, manifest: Manifest, started: int) -> str:
+    ranks = manifest.ranks
+    compiled = f"{ranks} rank{'s' * (ranks > 1)} (tp={manifest.tp}, pp={manifest.pp})"
+    right = f"torchrun --nproc-per-node {ranks} -m staticvl.tools.cli generate {artifact} ..."
+    if ranks == 1:
+        right = "no launcher, or load it with tp=1 for a whole model in every process"
+    return f"{artifact} was compiled for {compiled}, but WORLD_SIZE says that {started} were started; start it with {right}"
 
 
 class Model:

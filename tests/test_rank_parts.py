@@ -299,7 +299,12 @@ def test_a_world_that_makes_no_sense(env: dict[str, str], told: str) -> None:
 
 
 def test_seats_of_several_groups() -> None:
-    assert [seat_of(rank, 2) for rank in (0, 1, 2)] == [Seat("group-0", 0, 2), Seat("group-0", 1, 2), Seat("group-1", 0, 2)]
+    assert [seat_of(rank, 2, 2) for rank in range(4)] == [
+        Seat(0, 2, 0, 2),
+        Seat(1, 2, 0, 2),
+        Seat(0, 2, 1, 2),
+        Seat(1, 2, 1, 2),
+    ]
 
 
 def test_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,7 +334,7 @@ def members_of(seats: list[Seat], timeout: float) -> list[GlooGroup]:
 
 
 def test_sums_have_the_same_bits_everywhere_and_gathers_are_in_rank_order() -> None:
-    groups = members_of([Seat("a", rank, 3) for rank in range(3)], PATIENCE)
+    groups = members_of([Seat(rank, 3) for rank in range(3)], PATIENCE)
     assert [(group.rank, group.size, group.meeting) for group in groups] == [(rank, 3, False) for rank in range(3)]
 
     def work(group: GlooGroup) -> list[np.ndarray]:
@@ -356,17 +361,36 @@ def test_sums_have_the_same_bits_everywhere_and_gathers_are_in_rank_order() -> N
         np.testing.assert_allclose(total, sum(parts), atol=1e-5)
 
 
-def test_groups_of_one_store_do_not_meet() -> None:
-    """As the stages of a pipeline must not."""
-    groups = members_of([seat_of(rank, 2) for rank in range(4)], PATIENCE)
+def test_stages_do_not_sum_together_but_hand_on_by_place() -> None:
+    groups = members_of([seat_of(rank, 2, 2) for rank in range(4)], PATIENCE)
     arrays = [np.full(3, 10.0**rank, np.float32) for rank in range(4)]
+
+    def work(group: GlooGroup, array: np.ndarray) -> None:
+        group.all_reduce(array)
+        array += group.rank
+        for give, take in ((group.send, group.receive), (group.receive, group.send)):
+            (give if group.stage else take)(array, 1 - group.stage)
+            array += 5
+
     with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda group, array: group.all_reduce(array), groups, arrays))
-    assert [array[0] for array in arrays] == [11, 11, 1100, 1100]
+        list(pool.map(work, groups, arrays))
+    assert [array[0] for array in arrays] == [1110, 1111, 1110, 1111]
+
+
+def test_a_stage_of_one_rank() -> None:
+    first, second = members_of([seat_of(rank, 1, 2) for rank in range(2)], PATIENCE)
+    array = np.arange(4, dtype=np.float32)
+    first.all_reduce(array)
+    found = np.zeros_like(array)
+    with ThreadPoolExecutor(1) as pool:
+        giving = pool.submit(first.send, array, 1)
+        second.receive(found, 0)
+        giving.result()
+    assert np.array_equal(found, np.arange(4))
 
 
 def test_a_collective_waits_only_so_long() -> None:
-    groups = members_of([Seat("a", rank, 2) for rank in range(2)], 0.2)
+    groups = members_of([Seat(rank, 2) for rank in range(2)], 0.2)
     with pytest.raises(MeetingError, match=r"^Timed out waiting 200ms"):
         groups[0].all_reduce(np.zeros(4, np.float32))
     assert groups[0].meeting, "it is not the one for whom others wait"
@@ -378,7 +402,9 @@ def test_a_collective_waits_only_so_long() -> None:
 def test_a_launcher_that_started_another_number(embedded_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    told = r"was compiled for tp=1, but WORLD_SIZE says that 2 were started; start it with no launcher \(or, .* with tp=1\)"
+    told = (
+        r"was compiled for 1 rank \(tp=1, pp=1\), but WORLD_SIZE says that 2 were started; start it with no launcher, or load"
+    )
     with pytest.raises(ArtifactError, match=told):
         runtime.load(embedded_artifact)
     with runtime.load(embedded_artifact, tp=1) as model:

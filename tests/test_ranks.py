@@ -221,7 +221,8 @@ def test_torchrun_with_another_number(two_ranks: Path) -> None:
     assert done.returncode == 1 and not done.stdout
     told = [line for line in done.stderr.splitlines() if line.startswith("staticvl: ")]
     assert len(told) == 1
-    assert "compiled for tp=2, but WORLD_SIZE says that 3 were started; start it with torchrun --nproc-per-node 2 -m" in told[0]
+    assert "compiled for 2 ranks (tp=2, pp=1), but WORLD_SIZE says that 3 were started; start it with torchrun" in told[0]
+    assert "--nproc-per-node 2 -m staticvl.tools.cli generate" in told[0]
 
 
 # --- More ranks ------------------------------------------------------------------------------------------------------------

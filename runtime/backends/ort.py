@@ -234,7 +234,7 @@ def open_ort(
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
-    if manifest.tp > 1:  # each rank has weights of its own, and a graph no single file to pack
+    if manifest.ranks > 1:  # each rank has weights of its own, and a graph no single file to pack
         return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none", group=group)
     host = HostCache(folder, manifest.graphs, manifest.weights.values())
     if host.nbytes < WORTH_PACKING:

@@ -69,12 +69,12 @@ class Crew:
             raise
         return self._finish()
 
-    def send(self, header: Header, views: Sequence[memoryview] = ()) -> None:
-        """One frame to every rank; raises MeetingError where one does not take it."""
+    def send(self, ranks: Sequence[int], header: Header, views: Sequence[memoryview] = ()) -> None:
+        """One frame to each of these ranks; raises MeetingError where one does not take it."""
         head = header.packed()
-        for rank, link in self.links.items():
+        for rank in ranks:
             try:
-                link.send([head, *views])
+                self.links[rank].send([head, *views])
             except OSError as error:
                 raise MeetingError(f"{self.peers[rank]} did not take a message: {error}") from error
 

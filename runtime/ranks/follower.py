@@ -36,8 +36,11 @@ class Watched(Group, Protocol):
 class Follower:
     """One rank from the moment its artifact is open."""
 
-    def __init__(self, rank: int, leader: Peer, link: Link, graphs: tuple[GraphSpec, ...], timeout: float) -> None:
-        """timeout: seconds that this rank may need to end a step after rank 0 has."""
+    def __init__(self, rank: int, leader: Peer, link: Link, graphs: tuple[GraphSpec | None, ...], timeout: float) -> None:
+        """graphs: in the order of rank 0's, None where this rank has no part in one.
+
+        timeout: seconds that this rank may need to end a step after rank 0 has.
+        """
         self.rank, self.leader, self.link, self.graphs, self.timeout = rank, leader, link, graphs, timeout
         self.worker = Worker(f"rank {rank}")
         self.group: Watched | None = None
@@ -100,30 +103,30 @@ class Follower:
 
     def _open(self, open_backend: Callable[[], tuple[Watched, Backend]]) -> None:
         self.group, self.backend = open_backend()
-        for graph in self.graphs:
+        for graph in filter(None, self.graphs):
             self.backend.load(graph)
         self.link.send([encode(Kind.READY)])
 
     def _begin(self, header: Header) -> None:
         """Receive what a call takes, and start it."""
         graph, backend = self.graphs[header.graph], self.backend
-        assert backend is not None, "rank 0 waits until all are ready"
+        assert graph is not None and backend is not None, "rank 0 knows who runs what, and waits until all are ready"
         call: Callable[[], Any]
         if header.kind is Kind.RUN:
-            call = partial(backend.run, graph, self._receive(header), header.slot, header.image)
+            call = partial(backend.run, graph, self._receive(header, graph), header.slot, header.image)
         else:
             call = partial(backend.load if header.kind is Kind.LOAD else backend.unload, graph)
         if not self.failed:
             self.worker.start(call)
 
-    def _receive(self, header: Header) -> Feed:
+    def _receive(self, header: Header, graph: GraphSpec) -> Feed:
         """The feed of a step, in the arrays that the backend has bound."""
         if header.graph not in self.feeds:
-            feed = new_feed(self.graphs[header.graph])
+            feed = new_feed(graph)
             self.feeds[header.graph] = feed, [array.data.cast("B") for array in feed.values() if array.nbytes]
         feed, views = self.feeds[header.graph]
         if header.nbytes != (expected := sum(view.nbytes for view in views)):
-            raise FrameError(f"a step of {self.graphs[header.graph].name} has {header.nbytes} bytes; expected {expected}")
+            raise FrameError(f"a step of {graph.name} has {header.nbytes} bytes; expected {expected}")
         for view in views:
             self.link.receive(view)
         return feed

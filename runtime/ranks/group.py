@@ -18,6 +18,7 @@ from .control import Store
 from .verdict import MeetingError, RankError
 from .world import LOOPBACK, Seat, World
 
+TAG = 0  # what two ranks hand to each other comes in order
 dist: Any = torch.distributed  # its type stubs leave out what is made in C++
 
 
@@ -53,26 +54,30 @@ def _own_part(store: Store) -> Store:
 
 
 class GlooGroup:
-    """See backends.base.Group. The sum of a place is made on one rank and sent to all, so all get the same bits.
+    """See backends.base.Group: the ranks of this stage, and those in this one's place of the other stages.
+
+    The sum of each element is made on one rank and sent to all, so all get the same bits.
 
     `meeting`: whether this rank is in a collective, or has left one with an error, for whoever looks for the one that is not.
     """
 
     def __init__(self, store: Store, seat: Seat, timeout: float, address: str) -> None:
-        """store: where the ranks of all groups find each other; the seat's group has its own part of it.
+        """store: where all ranks find each other; `self.store` is the part of it that is this stage's alone.
 
-        timeout: seconds that a collective waits. address: of the network interface by which the others are reached; where
+        timeout: seconds that a rank waits for others. address: of the network interface by which the others are reached; where
         GLOO_SOCKET_IFNAME names one, that is taken.
         """
-        self.rank, self.size = seat.rank, seat.size
-        self.store = dist.PrefixStore(seat.group, store)
+        self.rank, self.size, self.stage, self.stages = seat.rank, seat.size, seat.stage, seat.stages
+        self.store = dist.PrefixStore(f"stage-{seat.stage}", store)
         self.meeting = False
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout)
         if "GLOO_SOCKET_IFNAME" not in os.environ:
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        place = dist.PrefixStore(f"place-{seat.rank}", store)
         try:
             self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), seat.rank, seat.size, options)
+            self._line: Any = dist.ProcessGroupGloo(place, seat.stage, seat.stages, options) if seat.stages > 1 else None
         except RuntimeError as error:
             raise MeetingError(f"no connection to the other ranks: {_told(error)}") from error
         self._parts: dict[tuple[tuple[int, int, int], str], np.ndarray] = {}
@@ -89,6 +94,12 @@ class GlooGroup:
         self._meet(lambda: self._group.allgather([arriving], [torch.from_numpy(array).view(rows, width)]))
         if rows > 1:
             out.reshape(rows, self.size, width)[...] = parts.transpose(1, 0, 2)
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        self._meet(lambda: self._line.send([torch.from_numpy(array)], stage, TAG))
+
+    def receive(self, array: np.ndarray, stage: int) -> None:
+        self._meet(lambda: self._line.recv([torch.from_numpy(array)], stage, TAG))
 
     def _room(self, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
         """An array to gather in, kept for the next time."""

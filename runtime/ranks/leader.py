@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 
-from ..artifact import GraphSpec, is_cached
+from ..artifact import GraphSpec, Manifest, is_cached
 from ..backends.base import Backend, checked
 from .crew import Crew
 from .frames import Header, Kind
@@ -34,9 +34,15 @@ class LeadingBackend:
     The cache that is read and written is this rank's part.
     """
 
-    def __init__(self, local: Backend, crew: Crew, graphs: Sequence[GraphSpec]) -> None:
+    def __init__(self, local: Backend, crew: Crew, manifest: Manifest) -> None:
         self.local, self.crew = local, crew
-        self.index = {graph.file: place for place, graph in enumerate(graphs)}
+        self.index = {graph.file: place for place, graph in enumerate(manifest.graphs)}
+        stages = [{graph.name for graph in manifest.of_stage(stage).graphs} for stage in range(manifest.pp)]
+        # Not every stage of a pipeline has a part in every graph.
+        self.takers = [
+            [rank for rank in range(1, manifest.ranks) if graph.name in stages[rank // manifest.tp]]
+            for graph in manifest.graphs
+        ]
         self.messages: dict[str, _Message] = {}
         self.step = 0
         # Also at the end of the interpreter: the other ranks are told to stop, not left to find out.
@@ -61,7 +67,7 @@ class LeadingBackend:
         crew = self.crew
 
         def work():
-            crew.send(header, views)
+            crew.send(self.takers[header.graph], header, views)
             return call()
 
         return crew.together(work)

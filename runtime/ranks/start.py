@@ -14,7 +14,7 @@ import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
 
-from ..artifact import Artifact, ArtifactError, open_artifact
+from ..artifact import Artifact, ArtifactError, GraphSpec, open_artifact
 from ..backends.base import Backend, open_backend
 from .control import Members, Store, join
 from .crew import Crew
@@ -45,7 +45,7 @@ def read_timeout(given: float | None) -> float:
 def spawn(artifact: Artifact, *, device: str, threads: int | None, timeout: float) -> LeadingBackend:
     """Start the other ranks of an artifact on this machine and lead them. Raises RankError when that fails."""
     store, port = _groups().host_store(JOIN_S)
-    size = artifact.manifest.tp
+    size = artifact.manifest.ranks
     children = LocalRanks(artifact.folder, size, port, device=device, threads=threads, timeout=timeout)
     try:
         return lead(
@@ -94,7 +94,7 @@ def lead(
 
         local = crew.together(open_all)
         crew.collect(Kind.READY, None)
-        return LeadingBackend(local, crew, artifact.manifest.graphs)
+        return LeadingBackend(local, crew, artifact.manifest)
     except BaseException:
         crew.close()
         raise
@@ -109,10 +109,8 @@ def follow(folder: Path, world: World, store: Store, *, device: str, threads: in
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     leader, link = join(store, world, timeout)
     opened = _opened(folder, world, link)
-    if isinstance(opened, str):
-        follower = Follower(world.rank, leader, link, (), timeout)
-    else:
-        follower = Follower(world.rank, leader, link, opened.manifest.graphs, timeout)
+    graphs = () if isinstance(opened, str) else _graphs(opened, world)
+    follower = Follower(world.rank, leader, link, graphs, timeout)
 
     def open_all(go: Go) -> tuple[Watched, Backend]:
         assert isinstance(opened, Artifact)
@@ -125,7 +123,7 @@ def follow(folder: Path, world: World, store: Store, *, device: str, threads: in
 def _opened(folder: Path, world: World, link: Link) -> Artifact | str:
     """This rank's artifact, or why there is none; rank 0 is told."""
     try:
-        opened = open_artifact(folder, rank=seat_of(world.rank, world.size).rank)
+        opened = open_artifact(folder, rank=world.rank)
         told = Opened(digest=opened.manifest.digest)
     except (ValueError, OSError) as error:
         opened, told = str(error), Opened(error=str(error)[:2000])
@@ -133,12 +131,21 @@ def _opened(folder: Path, world: World, link: Link) -> Artifact | str:
     return opened
 
 
+def _graphs(artifact: Artifact, world: World) -> tuple[GraphSpec | None, ...]:
+    """This rank's graphs in the order of rank 0's; None where its stage has no part in one."""
+    manifest = artifact.manifest
+    stage = min(world.rank // manifest.tp, manifest.pp - 1)  # rank 0 sees to it that the numbers fit
+    own = {graph.name: graph for graph in manifest.of_stage(stage).graphs}
+    return tuple(own.get(graph.name) for graph in manifest.graphs)
+
+
 def _open(
     artifact: Artifact, world: World, store: Store, address: str, timeout: float, device: str, threads: int | None
 ) -> tuple[Watched, Backend]:
     """This rank's way to the others, and its backend."""
-    manifest = artifact.manifest
-    group = _groups().GlooGroup(store, seat_of(world.rank, manifest.tp), timeout, address)
+    seat = seat_of(world.rank, artifact.manifest.tp, artifact.manifest.pp)
+    manifest = artifact.manifest.of_stage(seat.stage)
+    group = _groups().GlooGroup(store, seat, timeout, address)
     threads = threads_each(threads, world.local_size)
     backend = open_backend(
         manifest.backend, artifact.folder, manifest.cache, device=device, threads=threads, manifest=manifest, group=group

@@ -29,17 +29,19 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Seat:
-    """A rank's place in the group that computes one model, or one stage of it."""
+    """A rank's place among those that run one model: `rank` of the `size` that compute one of its `stages` together."""
 
-    group: str  # its name, the same for all its ranks and no other's
     rank: int
     size: int
+    stage: int = 0
+    stages: int = 1
 
 
-def seat_of(rank: int, tp: int) -> Seat:
-    """Ranks 0 .. tp - 1 of the world are the first group, the next tp the second."""
-    group, own = divmod(rank, tp)
-    return Seat(f"group-{group}", own, tp)
+def seat_of(rank: int, tp: int, pp: int) -> Seat:
+    """The seat of a rank of the world: the first tp are the first stage, the next tp the second."""
+    stage, own = divmod(rank, tp)
+    assert stage < pp, (rank, tp, pp)
+    return Seat(own, tp, stage, pp)
 
 
 def started_world(env: Mapping[str, str] = os.environ) -> World | None:
