@@ -64,8 +64,8 @@ def lead(folder: str) -> int:
     launch.ENTRY = (sys.executable, __file__)
     model = runtime.load(folder, timeout=20)
     backend: Any = model.engine.backend
-    print("ready", *(peer.pid for peer in backend.crew.peers.values()), flush=True)
     try:
+        print("ready", *(peer.pid for peer in backend.crew.peers.values()), flush=True)
         model.generate("What is in the picture?", max_new_tokens=480, ignore_eos=True)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -234,16 +234,17 @@ SIZES = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [3, 4, 8])
-def test_more_ranks(ranks: int, tmp_path: Path) -> None:
-    """Three sum in another way than two; with four, two hold the same keys and values."""
-    checkpoint = tiny_llava(tmp_path / "checkpoint", **SIZES[ranks]).folder if ranks in SIZES else EMBEDDED
+@pytest.mark.parametrize(("tp", "pp"), [(3, 1), (4, 1), (8, 1), (1, 2), (2, 2)])
+def test_more_ranks(tp: int, pp: int, tmp_path: Path) -> None:
+    """Three sum in another way than two; with four, two hold the same keys and values; two stages share no sums."""
+    checkpoint = tiny_llava(tmp_path / "checkpoint", **SIZES[tp]).folder if tp in SIZES else EMBEDDED
     buckets = Buckets(prefill=(8, 32), decode=(1, 2), vision=(1,), context=256, slots=2)
     said = []
-    for tp in (1, ranks):
-        build(Options(checkpoint=checkpoint, out=tmp_path / f"tp{tp}", tp=tp, buckets=buckets))
-        with runtime.load(tmp_path / f"tp{tp}", timeout=PATIENCE) as model:
-            assert not tp > 1 or len(pids(model)) == tp - 1
+    for cut in ((1, 1), (tp, pp)):
+        out = tmp_path / f"{cut[0]}x{cut[1]}"
+        build(Options(checkpoint=checkpoint, out=out, tp=cut[0], pp=cut[1], buckets=buckets))
+        with runtime.load(out, timeout=PATIENCE) as model:
+            assert cut == (1, 1) or len(pids(model)) == tp * pp - 1
             outs = model.generate([QUESTION, "Hello"], [SHAPES, None], max_new_tokens=16, ignore_eos=True)
             said.append([out.token_ids for out in outs])
     assert said[0] == said[1]
