@@ -77,5 +77,6 @@ if __name__ == "__main__":
     if fault := os.environ.get("FAULT"):
         arm(int(os.environ.get("RANK", "0")), fault)
     if sys.argv[1] == "--lead":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.exit(lead(sys.argv[2]))
     os._exit(main())

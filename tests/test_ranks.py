@@ -147,8 +147,12 @@ def test_an_interrupt_leaves_the_ranks_in_step(pair: Pair, monkeypatch: pytest.M
         return run(*args)
 
     monkeypatch.setattr(local, "run", interrupting)
-    with pytest.raises(KeyboardInterrupt):
-        pair.cut.generate(QUESTION, SHAPES, max_new_tokens=100, ignore_eos=True)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            pair.cut.generate(QUESTION, SHAPES, max_new_tokens=100, ignore_eos=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert 5 <= len(interrupted) < 100
     expected = pair.whole.generate(QUESTION, SHAPES, max_new_tokens=8).token_ids
     assert pair.cut.generate(QUESTION, SHAPES, max_new_tokens=8).token_ids == expected
