@@ -23,6 +23,8 @@ from staticvl.runtime.ranks import launch
 from staticvl.runtime.ranks.__main__ import main
 from staticvl.runtime.ranks.group import GlooGroup
 
+SAID = "what a follower prints is not printed by its starter"
+
 
 def arm(rank: int, fault: str) -> None:
     """Wrap what this rank runs, if it is its turn."""
@@ -79,4 +81,5 @@ if __name__ == "__main__":
     if sys.argv[1] == "--lead":
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
         sys.exit(lead(sys.argv[2]))
+    print(SAID, flush=True)
     os._exit(main())

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import gc
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -51,6 +53,18 @@ class MeetingBackend(FakeBackend):
 Make = Callable[[int, Artifact, Group], MeetingBackend]
 
 
+def _part(backend: LeadingBackend, backends: dict[int, MeetingBackend]) -> None:
+    """Let go of the groups: processes end, but threads that wait in a collective only notice that its others are gone."""
+    for each in backends.values():
+        del each.group
+    backend.crew.meeting = lambda: False
+    gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("rank "):
+            thread.join(PATIENCE)
+            assert not thread.is_alive(), thread.name
+
+
 @contextlib.contextmanager
 def ranks_as_threads(
     monkeypatch: pytest.MonkeyPatch,
@@ -80,3 +94,4 @@ def ranks_as_threads(
             yield Engine(cut, backend=backend), others
         finally:
             backend.close()
+            _part(backend, backends)

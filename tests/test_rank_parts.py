@@ -144,7 +144,7 @@ def test_a_worker_gives_results_and_errors_from_one_thread() -> None:
     worker.start(lambda: 7)
     assert worker.finish() == 7 and not worker.busy
     assert seen[0] == seen[1] != threading.get_ident()
-    worker.close()
+    worker.close(PATIENCE)
 
 
 # --- The door --------------------------------------------------------------------------------------------------------------

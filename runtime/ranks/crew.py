@@ -215,7 +215,8 @@ class Crew:
             for link in self.links.values():
                 link.close()
             self.selector.close()
-            self.worker.close()
+            # Libraries do not like the end of the interpreter in the middle of a collective, which ends when its ranks have.
+            self.worker.close(GRACE_S)
 
 
 def _worse(new: Account, old: Account | None) -> bool:

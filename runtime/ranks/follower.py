@@ -52,6 +52,12 @@ class Follower:
 
     def follow(self, open_backend: Callable[[Go], tuple[Watched, Backend]]) -> int:
         """Take part until the end; the exit status. `open_backend` is called when rank 0 has compared all ranks' artifacts."""
+        try:
+            return self._listen(open_backend)
+        finally:
+            self.worker.close(0)
+
+    def _listen(self, open_backend: Callable[[Go], tuple[Watched, Backend]]) -> int:
         with selectors.DefaultSelector() as selector:
             selector.register(self.link, selectors.EVENT_READ)
             selector.register(self.worker.bell, selectors.EVENT_READ)

@@ -53,9 +53,11 @@ class Worker:
             raise error
         return result
 
-    def close(self) -> None:
-        """Let the thread end after what it does now."""
+    def close(self, seconds: float) -> None:
+        """Let the thread end after what it does now, and wait that long for it."""
         self._calls.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join(seconds)
 
     def _work(self) -> None:
         while (call := self._calls.get()) is not None:
