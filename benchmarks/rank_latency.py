@@ -31,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     with runtime.load(args.artifact) as model:
         if model.artifact.manifest.tp == 1:
-            raise SystemExit(f"{args.artifact} was compiled for one rank; compile it with --tp 2 or more")
+            raise SystemExit(f"{args.artifact} was compiled for tp=1, where nothing is summed; compile it with --tp 2 or more")
         print(json.dumps(measure(model, args.tokens)))
 
 
