@@ -1,10 +1,13 @@
 """Memory and disk of an artifact with many buckets against one with one of each kind; the last line is one JSON object.
 
-    python benchmarks/memory_by_buckets.py [--hidden 1024] [--layers 8]
+    python benchmarks/memory_by_buckets.py [--hidden 1024] [--layers 8] [--tp 2]
 
 Both artifacts come from the same random checkpoint. Each is loaded in a process of its own, where every graph is opened
 and run; measured are USS (pages that belong to this process alone and are mapped once) and PSS (shared pages counted
 once). Files of the per-machine cache of packed weights are not counted as disk of the artifact.
+
+With `--tp` N the artifacts hold the first of N ranks alone, not certified. Its graphs run without the others: what they
+compute is meaningless, what they take is not.
 """
 
 from __future__ import annotations
@@ -14,24 +17,33 @@ import json
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import psutil
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
+from staticvl.runtime.artifact import read_manifest
+from staticvl.runtime.backends.base import open_backend
 from staticvl.runtime.feeds import new_feed
+
+if TYPE_CHECKING:
+    pass
 
 CHECKPOINT = Path(__file__).parent.parent / "tools" / "assets" / "tiny_llava15"
 FEW = Buckets(prefill=(128,), decode=(4,), vision=(1,), context=2048, slots=4)
-MANY = Buckets(prefill=(16, 32, 48, 64, 80, 96, 112, 128), decode=(1, 2, 3, 4), vision=(1,), context=2048, slots=4)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hidden", type=int, default=1024, help="width of the language model")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--prefill", type=int, default=8, help="prefill buckets of the larger artifact, of up to 128 tokens")
     parser.add_argument("--quant", default="none")
+    parser.add_argument("--tp", type=int, default=1, help="ranks among which the model is cut")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -51,14 +63,17 @@ def compare(folder: Path, args: argparse.Namespace) -> dict:
     write_config(folder / "config", args.hidden, args.layers)
     write_checkpoint(folder / "config", folder / "checkpoint")
     result = {}
-    for name, buckets in (("few", FEW), ("many", MANY)):
+    sizes = tuple(128 * i // args.prefill for i in range(1, args.prefill + 1))
+    for name, buckets in (("few", FEW), ("many", replace(FEW, prefill=sizes, decode=(1, 2, 3, 4)))):
         out = folder / name
-        build(Options(checkpoint=folder / "checkpoint", out=out, buckets=buckets, quant=args.quant), TerminalProgress())
+        options = Options(checkpoint=folder / "checkpoint", out=out, buckets=buckets, quant=args.quant, tp=args.tp)
+        build(options, TerminalProgress())
         for _ in range(2):  # the first time packs the weights
             done = subprocess.run([sys.executable, __file__, "--measure", out], capture_output=True, text=True, check=True)
         result[name] = json.loads(done.stdout.splitlines()[-1])
     ratios = {f"{key}_ratio": round(result["many"][key] / result["few"][key], 3) for key in result["few"]}
-    return {**result, **ratios, "hidden": args.hidden, "layers": args.layers, "quant": args.quant}
+    settings = {name: getattr(args, name) for name in ("hidden", "layers", "prefill", "quant", "tp")}
+    return {**result, **ratios, **settings}
 
 
 def write_config(folder: Path, hidden: int, layers: int) -> None:
@@ -79,13 +94,39 @@ def write_config(folder: Path, hidden: int, layers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
+@dataclass(frozen=True)
+class Silent:
+    """A group whose other members bring nothing; see runtime.backends.base.Group."""
+
+    size: int
+    rank: int = 0
+    stage: int = 0
+    stages: int = 1
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        raise NotImplementedError("a pipeline does not run without the others")
+
+    receive = send
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        pass
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        pass
+
+
 def measure(artifact: Path) -> dict[str, float]:
     """Open and run every graph; megabytes of memory and disk."""
-    engine = runtime.load(artifact).engine
-    for graph in engine.manifest.graphs:
-        engine.backend.run(graph, new_feed(graph))
+    manifest = read_manifest(artifact)
+    if manifest.tp == 1:
+        backend = runtime.load(artifact).engine.backend
+    else:
+        group = Silent(manifest.tp)
+        backend = open_backend(manifest.backend, artifact, manifest.cache, manifest=manifest, group=group)
+    for graph in manifest.graphs:
+        backend.run(graph, new_feed(graph))
     memory = psutil.Process().memory_full_info()
-    disk = sum(spec.nbytes for spec in engine.manifest.files.values()) + (artifact / "manifest.json").stat().st_size
+    disk = sum(spec.nbytes for spec in manifest.files.values()) + (artifact / "manifest.json").stat().st_size
     return {"uss_mb": memory.uss / 1e6, "pss_mb": memory.pss / 1e6, "disk_mb": disk / 1e6}
 
 

@@ -3,6 +3,9 @@
 Counted from the traced graph, op by op: products of matrices and attention are counted, the rest is small beside them. An
 attention step is counted over the whole cache, which is what a graph may have to read. Weights, caches and inputs are read
 once; values between ops stay where they are.
+
+A graph of one rank of several also meets the others, so often and with so many bytes of its own: what travels for that is up to
+the device.
 """
 
 from __future__ import annotations
@@ -15,10 +18,11 @@ from typing import Any
 from torch import Tensor
 from torch.fx import Node
 
-from ..model_defs.ops import NAMESPACE
+from ..model_defs.ops import COLLECTIVES, NAMESPACE
 from ..runtime.artifact import is_cached
 from .graphs import GraphDef, trace
 
+_COLLECTIVES = {f"{NAMESPACE}.{name}.default" for name in COLLECTIVES}
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
 
 
@@ -28,6 +32,8 @@ class Cost:
 
     flops: int
     nbytes: int
+    collectives: int = 0  # calls
+    collective_bytes: int = 0  # that the rank brings to them
 
 
 def graph_cost(graph: GraphDef, dtype: str) -> Cost:
@@ -37,7 +43,10 @@ def graph_cost(graph: GraphDef, dtype: str) -> Cost:
     width = _WIDTHS[dtype]
     weights = sum(p.numel() * (width if p.is_floating_point() else p.element_size()) for p in graph.module.parameters())
     inputs = sum(math.prod(spec.shape) * (width if is_cached(spec.name) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
-    return Cost(flops=flops, nbytes=weights - _unread(graph, width) + inputs)
+    brought = [math.prod(_shape(node.args[0])) * width for node in nodes if str(node.target) in _COLLECTIVES]
+    return Cost(
+        flops=flops, nbytes=weights - _unread(graph, width) + inputs, collectives=len(brought), collective_bytes=sum(brought)
+    )
 
 
 def _unread(graph: GraphDef, width: int) -> int:

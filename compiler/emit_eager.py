@@ -3,12 +3,13 @@ compiler cannot take.
 
 The program is the definition itself, op by op as model_defs/ops.py writes it, so it needs no fused operator and no torchair;
 it is slower, and it copies the cache at every step. It is stored as Python source that names nothing but torch operators,
-and takes and returns the same tensors as a compiled kernel (see emit_ascend.py).
+and takes and returns the same tensors as a compiled kernel (see emit_ascend.py). Where ranks meet it calls the group that it
+finds in its scope.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,8 +19,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..model_defs import ops
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
+from .lower_ascend import HIDDEN_BELOW
 
-DEVICE, HALF = "device", "half"  # names that the program finds in its scope: where it runs, and what it computes in
+HIDDEN = -3e4  # added to a score of 16 bits that does not count
+# Names that the program finds in its scope: where it runs, what it computes in, and the other ranks.
+DEVICE, HALF, GROUP = "device", "half", "group"
 
 
 def emit(definition: GraphDef, dtype: str) -> Emitted:
@@ -28,6 +32,8 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
     method = getattr(kernel.module, kernel.name)
     program = make_fx(method, decomposition_table=_definitions(), tracing_mode="fake")(*kernel.arguments)
     source = program.code.replace("device(type='meta')", DEVICE).replace(f"torch.{dtype}", HALF)
+    for op in ops.COLLECTIVES:
+        source = source.replace(f"torch.ops.{ops.NAMESPACE}.{op}.default(", f"{GROUP}.{op}(")
     return Emitted(
         name=kernel.name,
         data=source.strip().encode() + b"\n",
@@ -39,9 +45,21 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
 
 
 def _definitions() -> dict[Any, Callable[..., Any]]:
-    """Every op of the vocabulary -> the function that defines it, in the type of the weights."""
+    """Every op of the vocabulary -> the function that defines it, in the type of the weights; not those where ranks meet,
+    which only a run can do."""
     namespace = getattr(torch.ops, ops.NAMESPACE)
-    return {getattr(namespace, name).default: function for name, function in {**ops.DEFINITIONS, "linear": _linear}.items()}
+    functions = {name: function for name, function in ops.DEFINITIONS.items() if name not in ops.COLLECTIVES}
+    functions |= {"linear": _linear, "cross_attention": _cross_attention}
+    return {getattr(namespace, name).default: function for name, function in functions.items()}
+
+
+def _cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
+    """The definition hides by a number that 16 bits cannot hold. A token that sees nothing has a query of zeros and no mask:
+    it attends evenly to everything, as by the definition."""
+    hidden = mask < HIDDEN_BELOW  # [B, T, n * t]
+    sees = (~hidden).any(-1, keepdim=True)
+    mask = (hidden & sees).to(q.dtype) * HIDDEN
+    return ops.DEFINITIONS["cross_attention"](q * sees.to(q.dtype), keys, values, mask, heads)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -36,7 +36,7 @@ _GRAPH_CODE = (
 _BACKEND_CODE = {
     "onnx": ("compiler/emit_onnx.py", "compiler/segments.py", "runtime/backends/ort.py"),
     "ascend": (
-        *("compiler/emit_ascend.py", "compiler/lower_ascend.py", "runtime/backends/ascend.py"),
+        *("compiler/emit_ascend.py", "compiler/emit_eager.py", "compiler/lower_ascend.py", "runtime/backends/ascend.py"),
         *("runtime/ascend", "runtime/ascend/ge_ops"),
     ),
 }

@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 
 from ..model_defs.ops import NAMESPACE
 from ..runtime.ascend import torchair_host
+from ..runtime.ascend.process_groups import group_of_all
 
 # The fused attention takes heads whose width is a multiple of this, in 16-bit types (CANN, FusedInferAttentionScore).
 HEAD_ALIGNMENT = 16
@@ -30,7 +31,7 @@ HIDDEN_BELOW = -1e4
 # So many out features are the most that CANN's WeightQuantBatchMatmulV2 takes.
 MOST_W8_FEATURES = 65535
 
-npu, air, aten = torch.ops.npu, torch.ops.air, torch.ops.aten
+npu, air, aten, c10d = torch.ops.npu, torch.ops.air, torch.ops.aten, torch.ops._c10d_functional
 
 
 def lowerings() -> dict[OpOverload, Callable[..., Any]]:
@@ -271,7 +272,28 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
+# ---- where ranks meet
+
+
+def all_reduce(x: Tensor, ranks: int) -> Tensor:
+    """HcomAllReduce."""
+    return c10d.wait_tensor.default(c10d.all_reduce.default(x, "sum", group_of_all(ranks)))
+
+
+def all_gather(x: Tensor, ranks: int) -> Tensor:
+    """HcomAllGather, which joins along the first axis: parts of a row are brought together by one transposition behind it.
+
+    A single row needs none.
+    """
+    rows = x.reshape(-1, x.shape[-1])  # [M, C]
+    joined = c10d.wait_tensor.default(c10d.all_gather_into_tensor.default(rows, ranks, group_of_all(ranks)))  # [ranks * M, C]
+    if len(rows) > 1:
+        joined = joined.unflatten(0, (ranks, -1)).transpose(0, 1)  # [M, ranks, C]
+    return joined.reshape(*x.shape[:-1], ranks * x.shape[-1])
+
+
 LOWERINGS: tuple[Callable[..., Any], ...] = (
     linear, linear_w8, rms_norm, layer_norm, silu_mul, gelu, quick_gelu, embed, merge_rows, take_token, mask_tiles,
-    tile_padding, pad_rows, rope, cached_attention, attention, padded_attention, cross_attention,
+    tile_padding, pad_rows, rope, cached_attention, attention, padded_attention, cross_attention, all_reduce,
+    all_gather,
 )  # fmt: skip

@@ -101,8 +101,8 @@ class GraphMaker:
     def _simulator(self, group: Group | None, rank: int, *, wide: bool) -> Backend:
         from ..runtime.backends.ascend import AscendBackend, simulated
 
-        assert group is None
-        return AscendBackend(self.out, self.plan.cache, self.weights[rank], self.files, simulated(wide=wide))
+        cache, weights, device = self.plan.cache, self.weights[rank], simulated(wide=wide)
+        return AscendBackend(self.out, cache, weights, self.files, device, group=group)
 
     # ---- what graphs are written as
 
@@ -123,6 +123,8 @@ class GraphMaker:
             cost_ms=0.0,
             flops=cost.flops,
             nbytes=cost.nbytes,
+            collectives=cost.collectives,
+            collective_bytes=cost.collective_bytes,
         )
         if backend == "onnx":
             return self._emit_onnx(definition, spec if self._whole else msgspec.structs.replace(spec, file=stem))

@@ -161,6 +161,9 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     # Of a graph in steps. Left out of the manifest where unset, so that a graph of one file reads and is sealed as ever.
     steps: tuple[Step, ...] | UnsetType = UNSET
     buffers: tuple[TensorSpec, ...] | UnsetType = UNSET  # tensors between steps; one may hold several, one after another
+    # Of a graph of one rank: how often it meets the others in a run, and the bytes that it brings to them.
+    collectives: int = 0
+    collective_bytes: int = 0
 
     @property
     def name(self) -> str:

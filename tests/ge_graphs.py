@@ -11,6 +11,7 @@ from torch import Tensor
 
 from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.ascend.simulator import Simulator
+from staticvl.runtime.backends.base import Group
 
 
 @dataclass(frozen=True)
@@ -28,13 +29,13 @@ class Lowered:
         return Simulator(self.data, wide=wide)(inputs, assigned)
 
 
-def lower(function: Callable[..., Any], *inputs: Tensor) -> Lowered:
+def lower(function: Callable[..., Any], *inputs: Tensor, group: Group | None = None) -> Lowered:
     """A torch function through torch.compile and torchair, run on the simulator."""
     host = torchair_host.load()
     seen: dict[str, Any] = {}
 
     def executor(data: bytes) -> Callable[..., list[Tensor]]:
-        simulator = Simulator(data)
+        simulator = Simulator(data, group=group)
 
         def execute(given: Sequence[Tensor], assigned: Sequence[Tensor | None] = ()) -> list[Tensor]:
             places = [next((i for i, each in enumerate(given) if each is target), None) for target in assigned]

@@ -2,18 +2,43 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import TypeVar
 
-from staticvl.compiler.lockstep import ArrayMember, Meeting, Member, results_of
-from staticvl.model_defs.group import member_of
+import numpy as np
 
-__all__ = ["ArrayMember", "Meeting", "Member", "run_ranks"]
+from staticvl.compiler.lockstep import ArrayMember, Meeting, Member, results_of
+from staticvl.model_defs.group import group_of, member_of
+
+__all__ = ["ArrayMember", "Counting", "Meeting", "Member", "StageMember", "member_in", "run_ranks", "world"]
 
 T = TypeVar("T")
 PATIENCE = 60.0
+
+
+@dataclass
+class Counting(ArrayMember):
+    """A member that notes how often it met the others, and the bytes that it brought."""
+
+    calls: int = 0
+    nbytes: int = 0
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        self._note(array)
+        super().all_reduce(array)
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        self._note(array)
+        super().all_gather(array, out)
+
+    def _note(self, array: np.ndarray) -> None:
+        self.calls += 1
+        self.nbytes += array.nbytes
 
 
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
@@ -33,3 +58,34 @@ def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
     with ThreadPoolExecutor(size) as pool:
         futures = [pool.submit(run, rank) for rank in range(size)]
     return results_of(futures), meeting.calls
+
+
+@dataclass
+class StageMember(ArrayMember):
+    """A rank of one stage of a pipeline; `ways` are what all ranks of all stages share."""
+
+    ways: dict[tuple[int, int, int], SimpleQueue[np.ndarray]] = field(kw_only=True)  # from stage, to stage, rank
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        self.ways[self.stage, stage, self.rank].put(array.copy())
+
+    def receive(self, array: np.ndarray, stage: int) -> None:
+        array[...] = self.ways[stage, self.stage, self.rank].get(timeout=PATIENCE)
+
+
+def world(tp: int, pp: int) -> list[StageMember]:
+    """Every rank of a pipeline, by its number."""
+    places = itertools.product(range(pp), range(pp), range(tp))
+    ways: dict[tuple[int, int, int], SimpleQueue[np.ndarray]] = {place: SimpleQueue() for place in places}
+    meetings = [Meeting(tp, PATIENCE) for _ in range(pp)]
+    return [StageMember(meetings[stage], rank, stage, pp, ways=ways) for stage in range(pp) for rank in range(tp)]
+
+
+M = TypeVar("M", bound=ArrayMember)
+
+
+def member_in(size: int, kind: type[M] = ArrayMember) -> M:
+    """This thread's rank, for arrays."""
+    member = group_of(size)
+    assert isinstance(member, Member)
+    return kind(member.meeting, member.rank)

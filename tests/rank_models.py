@@ -6,13 +6,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from staticvl.compiler.check import relative_error
+from staticvl.compiler.cost import graph_cost
+from staticvl.compiler.emit_onnx import emit_steps
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import ModelConfig, TiledConfig
-from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, is_cached
+from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, WeightSpec, is_cached
 from staticvl.runtime.backends.base import Backend
 from staticvl.weights.convert import Converted, convert
 from staticvl.weights.source import open_source
@@ -20,6 +23,7 @@ from staticvl.weights.source import open_source
 from .wide_models import wide_config
 
 CHUNK, ROWS = 5, 2
+RUNS: dict[Kind, int] = {"vision": ROWS, "prefill": 3, "decode": 1}  # of each graph, by `steps`
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Model:
     out: Path  # of what is converted
     kinds: tuple[tuple[Kind, int, int], ...]
     quant: str = "none"
+    backend: str = "onnx"  # whose default dtype the model is stored in
 
     def cache(self, tp: int) -> CacheSpec:
         return make_plan(self.config, self.options(tp)).cache
@@ -36,7 +41,7 @@ class Model:
     def options(self, tp: int) -> Options:
         images = (1,) if self.config.text.cross_layers else None
         buckets = Buckets(prefill=(CHUNK,), decode=(ROWS,), images=images, context=16, slots=ROWS)
-        return Options(checkpoint=self.folder, out=self.out, tp=tp, buckets=buckets)
+        return Options(checkpoint=self.folder, out=self.out, tp=tp, buckets=buckets, backend=self.backend)
 
     def define(self, tp: int) -> dict[Kind, GraphDef]:
         vision = self.config.vision
@@ -48,7 +53,9 @@ class Model:
         }
 
     def converted(self, tp: int, rank: int) -> Converted:
-        return convert(open_source(self.folder), self.config, self.out, quant=self.quant, prefix=f"tp{tp}", tp=tp, rank=rank)
+        dtype = self.options(tp).stored_dtype
+        source = open_source(self.folder)
+        return convert(source, self.config, self.out, quant=self.quant, prefix=f"tp{tp}", dtype=dtype, tp=tp, rank=rank)
 
 
 def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:
@@ -71,6 +78,26 @@ def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str])
         found.append(backend.run(specs["prefill"], fed, slot).copy())
     found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).copy())
     return [*found, *(backend.read_cache(name, ROWS) for name in caches)]
+
+
+def write_steps(model: Model, tp: int, weights: dict[str, WeightSpec], *, exact: bool = False) -> dict[Kind, GraphSpec]:
+    """One rank's graphs into the folder of what is converted; `weights` may be those of any rank."""
+    specs = {}
+    for kind, graph in model.define(tp).items():
+        file = f"{graph.name}-tp{tp}"
+        emitted = emit_steps(graph, weights, file, exact=exact)
+        for name, data in emitted.files.items():
+            (model.out / name).parent.mkdir(exist_ok=True)
+            (model.out / name).write_bytes(data)
+        specs[kind] = msgspec.structs.replace(spec_of(graph), file=file, steps=emitted.steps, buffers=emitted.buffers)
+    return specs
+
+
+def communication(graphs: dict[Kind, GraphDef], dtype: str) -> tuple[int, int]:
+    """Collective calls of all `steps`, and the bytes that a rank brings to them, as counted from definitions."""
+    costs = {kind: graph_cost(graph, dtype) for kind, graph in graphs.items()}
+    runs = [(RUNS[kind], cost) for kind, cost in costs.items()]
+    return sum(n * cost.collectives for n, cost in runs), sum(n * cost.collective_bytes for n, cost in runs)
 
 
 def spec_of(graph: GraphDef) -> GraphSpec:
@@ -113,13 +140,18 @@ DRAWS: dict[str, Callable[[np.random.Generator, tuple[int, ...], list[int]], np.
 }
 
 
+def held(model: Model, whole: list[np.ndarray], rank: int, tp: int) -> list[np.ndarray]:
+    """What a rank should find: of keys and values [., K, ., D] those of its heads."""
+    kv_heads = model.config.text.kv_heads
+    first = rank * kv_heads // tp
+    heads = slice(first, first + max(1, kv_heads // tp))
+    return [each[:, heads] if each.ndim == 4 else each for each in whole]
+
+
 def worst_errors(model: Model, ranks: Sequence[list[np.ndarray]], whole: list[np.ndarray]) -> list[float]:
-    """The worst error of any rank in each result; keys and values [., K, ., D] are compared with those of its heads."""
-    kv_heads, tp = model.config.text.kv_heads, len(ranks)
+    """The worst error of any rank in each result."""
     worst = [0.0] * len(whole)
     for rank, found in enumerate(ranks):
-        first = rank * kv_heads // tp
-        held = slice(first, first + max(1, kv_heads // tp))
-        expected = [each[:, held] if each.ndim == 4 else each for each in whole]
+        expected = held(model, whole, rank, len(ranks))
         worst = [max(e, relative_error(*pair)) for e, *pair in zip(worst, found, expected, strict=True)]
     return worst

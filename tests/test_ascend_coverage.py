@@ -42,6 +42,17 @@ def test_every_graph_of_a_config_becomes_a_row(
     assert [line.split()[1] for line in said] == ["vision-1", "prefill-8", "decode-2"]
 
 
+def test_graphs_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "table.md"
+    assert main([str(MLLAMA), "--tp", "2", "--graphs", "decode-4", "--markdown", str(table)]) == 0
+    (row,) = table.read_text().splitlines()[4:]
+    assert row.startswith("| tiny_mllama, one of 2 | decode-4 |")
+    layers = ascend_coverage._config(str(MLLAMA)).text.self_layers
+    assert f"HcomAllReduce {2 * layers}," in row and "HcomAllGather 2," in row
+    assert main([str(MLLAMA), "--tp", "64"]) == 1
+    assert "error: " in capsys.readouterr().err
+
+
 def test_the_graphs_of_a_model_with_cross_attention() -> None:
     config = ascend_coverage._config(str(MLLAMA))
     names = {graph.name for graph in definitions(config, "float16")}

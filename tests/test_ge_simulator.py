@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional
 
@@ -377,45 +373,3 @@ def test_a_vision_layer() -> None:
             torch.float16: 0.02,
             torch.bfloat16: 0.2,
         }[dtype]
-
-
-SECOND_RANK = """
-import sys, torch, torch.distributed as dist
-from staticvl.runtime.ascend.ge_ops.collective import hcom_all_reduce
-dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=1, world_size=2)
-x = torch.tensor([2048.0, 3.0, 5.0]).half()
-for reduction, first in (("sum", 2048.0), ("max", 2048.0)):
-    assert hcom_all_reduce(x, reduction=reduction, group="tag=;rank_list=0,1", fusion=0)[0] == first
-dist.destroy_process_group()
-"""
-
-
-def test_all_reduce_between_two_ranks(tmp_path: Path) -> None:
-    from torch.distributed._functional_collectives import all_reduce
-
-    with subprocess.Popen([sys.executable, "-c", SECOND_RANK, str(tmp_path / "meet")]) as second:
-        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=2)
-        try:
-            x = torch.tensor([1.0, 2.0, 7.0]).half()
-            lowered = lower(lambda x: all_reduce(x, "sum", dist.group.WORLD) * 2, x)
-            assert lowered.result.tolist() == [4098 - 2, 10, 24]  # 2049 lies between two float16, and goes to the even one
-            largest = edited(lowered.data, lambda graph: set_attribute(graph, "HcomAllReduce", "reduction", "max"))
-            assert Simulator(largest)([x])[0].tolist() == [4096, 6, 14]
-            assert second.wait(60) == 0
-        finally:
-            dist.destroy_process_group()
-
-
-def reduced(ge: Any, x: Any, reduction: str = "sum", group: str = "tag=;rank_list=3") -> Any:
-    return ge.HcomAllReduce(x, reduction=reduction, group=group)
-
-
-def test_all_reduce_alone_and_what_it_refuses() -> None:
-    x = rand(3)
-    assert torch.equal(compute(reduced, x)[0], x)
-    with pytest.raises(GeGraphError, match=r"HcomAllReduce.*reduction = 'mean' is not supported"):
-        compute(lambda ge, x: reduced(ge, x, "mean"), x)
-    with pytest.raises(GeGraphError, match="group = 'hccl_world' names no ranks"):
-        compute(lambda ge, x: reduced(ge, x, group="hccl_world"), x)
-    with pytest.raises(GeGraphError, match="only the group of all ranks"):
-        compute(lambda ge, x: reduced(ge, x, group="tag=;rank_list=0,1"), x)

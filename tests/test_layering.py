@@ -46,6 +46,7 @@ HOMES = {
     "jinja2": ("runtime/chat_template.py",),
     "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
     "rich": ("tools",),
+    "matplotlib": ("tools/tuning/page.py",),
     "tqdm": ("tools",),
 }
 

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from staticvl.compiler import lower_ascend
+from staticvl.compiler import emit_eager, lower_ascend
 from staticvl.compiler.emit_ascend import EmitError, Emitted, emit
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
@@ -163,18 +163,27 @@ def test_a_lowering_computes_what_its_op_is_defined_as(name: str) -> None:
         assert relative(rounded, reference) <= ROUNDED
 
 
+def test_eager_programs_hide_pictures_in_16_bits() -> None:
+    """Where -1e30 is infinite, and a token that sees nothing would attend to not a number."""
+    q, mask, *keys = crossed(3, 2).tensors
+    expected = ops.cross_attention(q.float(), [k.float() for k in keys[:2]], [v.float() for v in keys[2:]], mask.float(), 4)
+    for dtype, allowed in ((torch.float32, EXACT), (torch.float16, ROUNDED)):
+        k, v = ([each.to(dtype) for each in half] for half in (keys[:2], keys[2:]))
+        assert relative(emit_eager._cross_attention(q.to(dtype), k, v, mask.to(dtype), 4), expected) <= allowed
+
+
 def test_a_head_of_many_features_is_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lower_ascend, "MOST_W8_FEATURES", 4)
     test_a_lowering_computes_what_its_op_is_defined_as("linear_w8")
 
 
 def test_every_op_has_a_lowering_and_every_lowering_an_op() -> None:
-    """But for those where ranks meet."""
     table = {str(op).removesuffix(".default").replace(".", "::") for op in lower_ascend.lowerings()}
     vocabulary = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith(f"{ops.NAMESPACE}::")}
-    vocabulary -= {f"{ops.NAMESPACE}::{name}" for name in ops.COLLECTIVES}
     assert table == vocabulary
-    assert {subject().op for subject in CASES.values()} == {name.split("::")[1] for name in vocabulary}
+    # Where ranks meet is tested with ranks (test_ge_collectives.py).
+    tested = {subject().op for subject in CASES.values()} | set(ops.COLLECTIVES)
+    assert tested == {name.split("::")[1] for name in vocabulary}
 
 
 # --- Whole graphs ---------------------------------------------------------------------------------------------------------

@@ -17,13 +17,12 @@ from staticvl.compiler.emit_onnx import Emitter, _lower, _model, _parameters, em
 from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.segments import Cut, Part, cut
 from staticvl.model_defs import ops
-from staticvl.model_defs.group import group_of
 from staticvl.model_defs.layers import Table, empty_parameter
-from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Segment, Step, TensorSpec, WeightSpec
+from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Segment, Step, TensorSpec
 from staticvl.runtime.backends.ort import OrtBackend
 
-from .lockstep import ArrayMember, Member, run_ranks
-from .rank_models import Model, model_of, spec_of, steps, worst_errors
+from .lockstep import ArrayMember, Counting, member_in, run_ranks
+from .rank_models import Model, communication, model_of, spec_of, steps, worst_errors, write_steps
 from .wide_models import write_random
 
 MODELS = [("llava", 8), ("llava", 2), ("mllama", 2)]
@@ -166,13 +165,6 @@ def awkward(w: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return summed(ops.gelu(joined)) + joined
 
 
-def member_in(tp: int) -> ArrayMember:
-    """This thread's rank, for arrays."""
-    member = group_of(tp)
-    assert isinstance(member, Member)
-    return ArrayMember(member.meeting, member.rank)
-
-
 def test_awkward_graphs_run(tmp_path: Path) -> None:
     w = np.random.default_rng(0).standard_normal((2, 4), np.float32)
     graph = replace(graph_of(awkward, inputs=2, outputs=(floats("y", 2, 8),)), constants={"w": w})
@@ -234,18 +226,6 @@ def alone(model: Model, *, exact: bool = False) -> list[np.ndarray]:
     return found
 
 
-def write_steps(model: Model, tp: int, weights: dict[str, WeightSpec], *, exact: bool) -> dict[str, GraphSpec]:
-    specs = {}
-    for kind, graph in model.define(tp).items():
-        file = f"{graph.name}-tp{tp}"
-        emitted = emit_steps(graph, weights, file, exact=exact)
-        for name, data in emitted.files.items():
-            (model.out / name).parent.mkdir(exist_ok=True)
-            (model.out / name).write_bytes(data)
-        specs[kind] = msgspec.structs.replace(spec_of(graph), file=file, steps=emitted.steps, buffers=emitted.buffers)
-    return specs
-
-
 def results(model: Model, tp: int, *, exact: bool = False) -> list[list[np.ndarray]]:
     """What every rank finds. Files are emitted once, with the weights of the last rank."""
     stored = [model.converted(tp, rank) for rank in range(tp)]
@@ -265,6 +245,20 @@ def test_ranks_compute_what_the_whole_model_computes(model: Model, whole: list[n
     assert len(errors) == len(whole) and max(errors) <= TOLERANCE, errors
     logits = [found[-1 - len(model.cache(tp).buffers())] for found in ranks]
     assert all(np.array_equal(each, logits[0]) for each in logits), "every rank samples the same token"
+
+
+def test_communication_is_what_was_counted(model: Model) -> None:
+    specs = write_steps(model, 2, model.converted(2, 0).weights, exact=False)
+
+    def work(rank: int) -> tuple[int, int]:
+        group = member_in(2, Counting)
+        steps(OrtBackend(model.out, model.cache(2), threads=1, group=group), specs, [])
+        return group.calls, group.nbytes
+
+    for rank in (1, 0):
+        model.converted(2, rank)
+    assert run_ranks(2, work)[0] == [communication(model.define(2), "float32")] * 2
+    assert communication(model.define(1), "float32") == (0, 0)
 
 
 def test_in_8_bits_where_cuts_fall_between_blocks(tmp_path: Path) -> None:

@@ -1,7 +1,8 @@
 """Every graph of a model at full size through torchair: `python -m staticvl.tools.ascend_coverage CONFIG_FOLDER...`.
 
 Configs are enough: nothing of a graph depends on weights, and tensors without data take no memory. A folder may also be the
-name of a known model. Prints what Ascend operators each graph became, and with --markdown writes it as a table.
+name of a known model. Prints what Ascend operators each graph became, and with --markdown writes it as a table. With --tp N
+the graphs are those of one rank of N.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ..compiler.plan import Buckets, Options, PlanError, make_plan
 from ..model_defs.config import ConfigError, ModelConfig, read_config
 from ..runtime.artifact import ArtifactError, ImageFacts
 from ..runtime.ascend import ge_graph, torchair_host
+from ..weights.tensors import WeightsError
 from .known_models import MODELS, write_known_model
 
 PREFILL, DECODE, IMAGES = (1, 64), (1, 4), (1, 4)
@@ -50,8 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         torchair_host.load()
         models = {Path(name).name: _config(name) for name in arguments.configs}
-        graphs = [(name, graph) for name, config in models.items() for graph in definitions(config, arguments.dtype)]
-    except (ArtifactError, ConfigError, PlanError) as error:
+        graphs = [
+            (name if arguments.tp == 1 else f"{name}, one of {arguments.tp}", graph)
+            for name, config in models.items()
+            for graph in definitions(config, arguments.dtype, arguments.tp)
+            if not arguments.graphs or graph.name in arguments.graphs
+        ]
+    except (ArtifactError, ConfigError, PlanError, WeightsError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     rows = []
@@ -69,6 +76,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="staticvl.tools.ascend_coverage", description="Every graph of a model at full size through torchair."
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG_FOLDER", help=f"a folder, or one of {', '.join(MODELS)}")
+    parser.add_argument("--tp", type=int, default=1, metavar="N", help="graphs of one rank of N (default: %(default)s)")
+    parser.add_argument("--graphs", nargs="+", metavar="NAME", help="only these, e.g. decode-4 (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here")
     return parser
@@ -82,8 +91,9 @@ def _config(name: str) -> ModelConfig:
         return read_config(Path(folder))
 
 
-def definitions(config: ModelConfig, dtype: str) -> Iterator[GraphDef]:
-    """Every kind of graph of a model, at buckets that show what differs: one token and several, one row and several."""
+def definitions(config: ModelConfig, dtype: str, tp: int = 1) -> Iterator[GraphDef]:
+    """Every kind of graph of one rank of a model, at buckets that show what differs: one token and several, one row and
+    several. Raises PlanError, and WeightsError for a model that cannot be cut so."""
     buckets = Buckets(
         prefill=PREFILL,
         decode=DECODE,
@@ -91,9 +101,10 @@ def definitions(config: ModelConfig, dtype: str) -> Iterator[GraphDef]:
         context=min(CONTEXT, config.text.max_positions),
         slots=max(DECODE),
     )
-    plan = make_plan(config, Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=dtype, buckets=buckets))
+    options = Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=dtype, tp=tp, buckets=buckets)
+    plan = make_plan(config, options)
     for kind, bucket, images in plan.graphs:
-        yield define_graph(config, _any_picture(config), plan.cache, "none", kind, bucket, images)
+        yield define_graph(config, _any_picture(config), plan.cache, "none", kind, bucket, images, tp)
 
 
 def _any_picture(config: ModelConfig) -> ImageFacts:

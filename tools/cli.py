@@ -25,7 +25,8 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if args.traceback:
             raise
-        print(f"staticvl: this command needs the package {error.name}; pip install 'staticvl[compile]'", file=sys.stderr)
+        extra = "tune" if (error.name or "").split(".")[0] == "matplotlib" else "compile"
+        print(f"staticvl: this command needs the package {error.name}; pip install 'staticvl[{extra}]'", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
         if args.traceback:
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_show(commands)
     _add_verify(commands)
     _add_bench(commands)
+    _add_tune_buckets(commands)
     _add_demo(commands)
     return parser
 
@@ -210,6 +212,68 @@ def _add_bench(commands) -> None:
 
 def _bench(args: argparse.Namespace) -> int:
     from .bench import run
+
+    return run(args)
+
+
+def _add_tune_buckets(commands) -> None:
+    example = (
+        "staticvl tune-buckets trace.csv --artifact llava-7b --out buckets.yaml --report report.html\n"
+        "staticvl tune-buckets trace.csv --checkpoint llava-1.5-7b-hf --card 910B --max-graphs 14 --out b.yaml --explain\n"
+        "staticvl tune-buckets requests.jsonl --artifact llava-7b --remeasure 5 --rate 0.5 --out buckets.yaml\n"
+        "staticvl tune-buckets --prompts 20-400:3,1000-2000 --images 0:1,1:3 --generated 20-300 --rate 2 --out buckets.yaml"
+    )
+    parser = _command(commands, "tune-buckets", "choose bucket sizes for the traffic of a trace", example, _tune_buckets)
+    parser.add_argument(
+        "trace", nargs="?", type=Path, help="CSV or JSON lines: prompt tokens, generated tokens, times, images or their sizes"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="YAML to write, for staticvl compile --buckets")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="one HTML file with the figures and plots")
+    parser.add_argument("--explain", action="store_true", help="say of each bucket what it saves")
+    group = parser.add_argument_group("model and costs")
+    group.add_argument("--artifact", type=Path, metavar="DIR", help="take the costs measured when it was compiled")
+    group.add_argument(
+        "--remeasure", type=int, default=0, metavar="N", help="measure its graphs again, the best of N runs each"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="with --remeasure; default: every core")
+    group.add_argument(
+        "--checkpoint", metavar="DIR", help="count operations of its graphs instead; or a name; default: llava-1.5-7b-hf"
+    )
+    group.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
+    group.add_argument(
+        "--card", choices=[*sorted(CARDS), "cpu"], help="at best on this device; default without an artifact: 910B"
+    )
+    group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="of every run on a card; default: 0")
+    group.add_argument("--quant", choices=("none", "w8a16"), default="none", help="with --checkpoint; default: none")
+    group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="", help="with --checkpoint")
+    group.add_argument("--costs", type=Path, metavar="FILE", help="YAML with milliseconds: {prefill: {16: 4.1, 64: 9.5}, ...}")
+    group.add_argument("--save-costs", type=Path, metavar="FILE", help="write the measured costs as such a table")
+    group = parser.add_argument_group("requests")
+    group.add_argument("--prompts", metavar="DIST", help="instead of a trace, lengths and shares: 100-500:3,1020:1")
+    group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of answers")
+    group.add_argument("--images", metavar="DIST", help="with --prompts: pictures of a request; default: none")
+    group.add_argument("--image-size", default="1024x768", metavar="WxH", help="where no sizes are given; default: 1024x768")
+    group.add_argument("--rate", type=float, metavar="R", help="requests a second in the replay; default: as in the trace")
+    group.add_argument("--replay", type=int, default=4000, metavar="N", help="requests that are replayed; default: 4000")
+    group = parser.add_argument_group("limits")
+    group.add_argument("--max-graphs", type=int, metavar="N", help="of all kinds together")
+    for kind, default in (("prefill", 6), ("decode", 6), ("vision", 4)):
+        group.add_argument(f"--max-{kind}-graphs", type=int, default=default, metavar="N", help=f"default: {default}")
+    group.add_argument("--max-compile-minutes", type=float, metavar="M", help="estimated from measured costs")
+    group.add_argument("--max-memory-gb", type=float, metavar="GB", help="weights and cache; default: the card's")
+    group.add_argument("--context", type=int, metavar="N", help="default: what the longest request takes")
+    group.add_argument("--slots", type=int, metavar="N", help="default: chosen in the replay")
+    group.add_argument("--max-slots", type=int, default=32, metavar="N", help="default: 32")
+    group.add_argument("--granularity", type=int, default=16, metavar="N", help="of prefill buckets; default: 16")
+    group.add_argument("--largest", type=int, default=2048, metavar="N", help="prefill bucket; default: 2048")
+    group.add_argument(
+        "--least-saving", type=float, default=0.1, metavar="PERCENT", help="of its kind's time, by one more graph; default: 0.1"
+    )
+    group.add_argument("--candidates", metavar="A,B", help="the sizes to choose prefill buckets from")
+
+
+def _tune_buckets(args: argparse.Namespace) -> int:
+    from .tune_buckets import run
 
     return run(args)
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import ArtifactError, AscendFacts, FileSpec, Manifest
+from ..backends.base import Group
 
 Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> the first output, None where it is in place
 _FILE = "compiled_module"
@@ -38,11 +39,18 @@ def load_kernel(path: Path, spec: FileSpec, keep: Path | None = None) -> Kernel:
     return lambda tensors: method(None, *tensors)  # compiled from a method of an object that it makes no use of
 
 
-def load_program(path: Path, spec: FileSpec, device: str, dtype: Any) -> Kernel:
-    """The kernel of an eager graph: source of torch operators, checked like a cache file, run on `device` in `dtype`."""
+def load_program(path: Path, spec: FileSpec, device: str, dtype: Any, group: Group | None = None) -> Kernel:
+    """The kernel of an eager graph: source of torch operators, checked like a cache file, run on `device` in `dtype`.
+
+    A program of one rank of several meets the others through `group`, on whatever device; without them it raises ArtifactError
+    when it runs.
+    """
     import torch
 
-    scope = {"torch": torch, "device": torch.device(device), "half": dtype, "inf": float("inf"), "nan": float("nan")}
+    from .exchange import EagerGroup
+
+    scope = {"group": EagerGroup(group)}
+    scope |= {"torch": torch, "device": torch.device(device), "half": dtype, "inf": float("inf"), "nan": float("nan")}
     exec(compile(_checked(path, spec), str(path), "exec"), scope)
     program: Any = scope["forward"]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..backends.base import Group
 from . import ge_ops
 from .ge_graph import INPUT_TYPES, OUTPUT_TYPE, Constant, GeGraph, GeGraphError, Node, Source, parse
 from .ge_ops.registry import HALVES, Bound
@@ -33,12 +34,13 @@ class Simulator:
     """One graph, ready to run; an executor for `torchair_host.TorchairHost.running_on`.
 
     Raises GeGraphError for a graph with an operator, an input or an attribute that is not simulated, and for a graph in which
-    another node reads an input that is written in place, since nothing says which comes first.
+    another node reads an input that is written in place, since nothing says which comes first. A graph of one rank of several
+    meets the others through `group`, and raises ArtifactError when it runs without them.
     """
 
-    def __init__(self, serialized: bytes, *, wide: bool = False) -> None:
+    def __init__(self, serialized: bytes, *, wide: bool = False, group: Group | None = None) -> None:
         self.graph = parse(serialized)
-        self.wide = wide
+        self.wide, self.group = wide, group
         self._constants = {node.name: self._constant(node.attributes["value"]) for node in self.graph.nodes if _is_const(node)}
         self._written = _written_inputs(self.graph)
         self._steps = self._plan()
@@ -80,7 +82,7 @@ class Simulator:
         for source, node in last.items():
             dropped.setdefault(node.name, []).append(source)
         nodes = [node for node in self.graph.nodes if node.type not in (*INPUT_TYPES, OUTPUT_TYPE, "Const")]
-        return [Step(node, _bound(node, self.wide), tuple(dropped.get(node.name, ()))) for node in nodes]
+        return [Step(node, _bound(node, self.wide, self.group), tuple(dropped.get(node.name, ()))) for node in nodes]
 
     def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
         if len(inputs) != len(self.graph.inputs):
@@ -153,12 +155,12 @@ def _written(target: Tensor, value: Tensor) -> Tensor:
     return target if value is target else target.copy_(value)
 
 
-def _bound(node: Node, wide: bool) -> Bound:
+def _bound(node: Node, wide: bool, group: Group | None) -> Bound:
     op = ge_ops.OPS.get(node.type)
     if op is None:
         raise GeGraphError(f"{node.type} {node.name}: operators of type {node.type} are not simulated")
     try:
-        return op.bind(node, wide)
+        return op.bind(node, wide, group)
     except GeGraphError as error:
         raise GeGraphError(f"{node.type} {node.name}: {error}") from error
 

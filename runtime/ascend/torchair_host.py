@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ..artifact import ArtifactError
+from . import process_groups
 
 VERSION = "2.13.0"  # of torch_npu; it has to be that of torch
 VARIABLE = "STATICVL_TORCH_NPU"
@@ -83,15 +84,21 @@ class TorchairHost:
 
 
 _current = threading.local()
+_loading = threading.Lock()
 
 
-@functools.cache
 def load() -> TorchairHost:
     """The real torchair with stand-ins for the device; once per process.
 
     Raises ArtifactError where the wheel is missing, of another version, or where torch_npu itself is imported (the stand-ins
     and the device cannot be used in one process).
     """
+    with _loading:  # ranks may be threads of one process
+        return _load()
+
+
+@functools.cache
+def _load() -> TorchairHost:
     if "torch_npu" in sys.modules:
         raise ArtifactError(
             "torch_npu is imported in this process, so graphs run on the device and cannot be simulated; set "
@@ -189,6 +196,7 @@ def _import_torchair(folder: Path) -> types.ModuleType:
         if threading.current_thread() is threading.main_thread():
             for each, handler in handlers.items():
                 signal.signal(each, handler)
+    process_groups.install(sys.modules)
     return torchair
 
 

@@ -14,22 +14,28 @@ import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, WeightSpec
+from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, WeightSpec, rank_weights
 from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
 from ..ascend.weights import map_weight, to_signed
 from ..files import sha256_file
-from .base import cache_name, checked
+from .base import Group, cache_name, check_group, checked
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-Context = Callable[[], contextlib.AbstractContextManager[None]]
+# The other ranks, if any -> what has to hold while a kernel runs.
+Context = Callable[[Group | None], contextlib.AbstractContextManager[None]]
+
+
+def _nothing(_group: Group | None) -> contextlib.AbstractContextManager[None]:
+    """A card's kernels find their group by themselves."""
+    return contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +43,7 @@ class Device:
     """Where tensors live and what has to hold while a kernel runs."""
 
     name: str  # torch's
-    context: Context = contextlib.nullcontext
+    context: Context = _nothing
     wide: bool = False  # compute in float32 whatever the graph says: tells mistakes from rounding
 
 
@@ -65,11 +71,16 @@ class AscendBackend:
         files: Mapping[str, FileSpec],
         device: Device,
         keep: Path | None = None,
+        group: Group | None = None,
     ) -> None:
-        """`files`: sizes and digests of the graph files. `keep`: see load_kernel."""
+        """`group`: the other ranks, where graphs are those of one of several; `cache` and `weights` are then this rank's.
+
+        `files`: sizes and digests of the graph files. `keep`: see load_kernel.
+        """
         import torch
 
         self.folder, self.specs, self.files, self.device, self.keep = folder, weights, files, device, keep
+        self.group = group
         self.dtype = torch.float32 if device.wide else getattr(torch, cache.dtype)
         self.caches = {
             name: torch.zeros(shape, dtype=self.dtype, device=device.name) for name, shape in cache.buffers().items()
@@ -84,7 +95,7 @@ class AscendBackend:
             return
         path, spec = self.folder / graph.file, self.files[graph.file]
         if graph.eager:
-            self.kernels[graph.file] = load_program(path, spec, self.device.name, self.dtype)
+            self.kernels[graph.file] = load_program(path, spec, self.device.name, self.dtype, self.group)
         else:
             self.kernels[graph.file] = load_kernel(path, spec, self.keep)
 
@@ -100,7 +111,7 @@ class AscendBackend:
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
         for source, target in bound.sources:
             target.copy_(source)
-        with self.device.context():
+        with self.device.context(self.group):
             output = self.kernels[graph.file](bound.tensors)
         if name := cache_name(graph.outputs[0].name, image):
             return self._rows(name, slot, 1).float().cpu().numpy()
@@ -163,37 +174,77 @@ def simulated(*, wide: bool = False) -> Device:
     from ..ascend.simulator import Simulator
 
     host = torchair_host.load()
-    return Device("cpu", lambda: host.running_on(functools.partial(Simulator, wide=wide)), wide)
+    return Device("cpu", lambda group: host.running_on(functools.partial(Simulator, wide=wide, group=group)), wide)
 
 
-def open_ascend(folder: Path, manifest: Manifest, device: str) -> AscendBackend:
-    """The backend of an Ascend artifact on "npu", "npu:1" or "sim".
+class RankedGroup(Group, Protocol):
+    """A group whose members can also agree on another one: a card's own."""
 
-    Raises ArtifactError where something is missing, saying what, or where the graphs were compiled for something else.
+    @property
+    def store(self) -> Any:
+        """A torch.distributed Store that all ranks share."""
+        ...
+
+
+def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | None = None) -> AscendBackend:
+    """The backend of an Ascend artifact on "npu", "npu:1" or "sim"; of one rank where the artifact is cut among several.
+
+    A rank on "npu" takes the card of its LOCAL_RANK, as torchrun sets it, or of its rank, and joins the others over HCCL
+    through the `store` of its group (RankedGroup); on "sim" it meets them through the group itself.
+    Raises ArtifactError where something is missing, saying what, and where the graphs were compiled for something else or for
+    another number of ranks.
     """
     assert manifest.ascend is not None, "a manifest of an Ascend artifact says what it was compiled for"
     try:
         import torch  # noqa: F401
     except ImportError:
         raise ArtifactError("Ascend artifacts need torch; install it with: pip install 'staticvl[compile]'") from None
+    check_group(str(folder), manifest.tp, group)
     if device == "sim":
         where, soc = simulated(), manifest.ascend.soc
     else:
-        where, soc = _card(device)
+        where, soc = _card(_ranks_card(device, group))
     check_facts(folder, manifest, ascend_facts(torchair_host.VERSION, soc))
-    _check_weights(folder, manifest)
-    keep = None if device == "sim" else _keep(folder, soc)
-    return AscendBackend(folder, manifest.cache, manifest.weights, manifest.files, where, keep)
+    place = group.stage * group.size + group.rank if group else 0
+    weights = rank_weights(manifest.weights, manifest.ranks, place)
+    _check_weights(folder, manifest, weights)
+    if device != "sim" and group and group.size > 1:
+        _join(cast(RankedGroup, group))
+    keep = None if device == "sim" else _keep(folder, soc, group)
+    return AscendBackend(folder, manifest.cache, weights, manifest.files, where, keep, group)
 
 
-def _check_weights(folder: Path, manifest: Manifest) -> None:
-    """Every weight file against its digest: a card reads them whole anyway, and nothing in a graph would tell."""
-    for name in sorted({weight.file for weight in manifest.weights.values()}):
+def _check_weights(folder: Path, manifest: Manifest, weights: Mapping[str, WeightSpec]) -> None:
+    """Every weight file of the rank against its digest: a card reads them whole anyway, and nothing in a graph would tell."""
+    for name in sorted({weight.file for weight in weights.values()}):
         log.info("checking %s", name)
         if sha256_file(folder / name) != manifest.files[name].sha256:
             raise ArtifactError(
                 f"{folder / name} is not the file that the manifest describes; compile or fetch the artifact again"
             )
+
+
+def _ranks_card(device: str, group: Group | None) -> str:
+    """The card of a rank, where none was named."""
+    if group is None or group.size == 1 or ":" in device:
+        return device
+    return f"{device}:{os.environ.get('LOCAL_RANK', group.rank)}"
+
+
+def _join(group: RankedGroup) -> None:
+    """Make the ranks' own group the default one of this process, over HCCL: graphs look for it when they are loaded."""
+    import torch
+
+    dist: Any = torch.distributed
+
+    wanted = ("hccl", group.rank, group.size)
+    if not dist.is_initialized():
+        dist.init_process_group("hccl", store=dist.PrefixStore("hccl", group.store), rank=group.rank, world_size=group.size)
+    elif (found := (dist.get_backend(), dist.get_rank(), dist.get_world_size())) != wanted:
+        raise ArtifactError(
+            "this process has a default process group already, over {} as rank {} of {}, but the graphs need one over {} as "
+            "rank {} of {}; run them in a process of their own".format(*found, *wanted)
+        )
 
 
 def _card(device: str) -> tuple[Device, str]:
@@ -221,12 +272,14 @@ def _card(device: str) -> tuple[Device, str]:
     return Device(f"npu:{index}"), torchair_host.family(npu.get_device_name(index))
 
 
-def _keep(folder: Path, soc: str) -> Path:
-    """Where the device's compiler keeps its results: beside the artifact, by chip and CANN version; if that cannot be
-    written, in a folder for this process."""
+def _keep(folder: Path, soc: str, group: Group | None) -> Path:
+    """Where the device's compiler keeps its results: beside the artifact, by chip, CANN version and rank, so that no two
+    processes write one file; if that cannot be written, in a folder for this process."""
     import torch_npu  # pyright: ignore[reportMissingImports]
 
     name = f"{soc}-{torch_npu.npu.utils.get_cann_version()}".replace(" ", "").replace("/", "-")
+    if group and group.size > 1:
+        name += f"-rank-{group.rank}-of-{group.size}"
     path = folder / ".host" / name
     try:
         path.mkdir(parents=True, exist_ok=True)

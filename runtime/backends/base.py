@@ -77,9 +77,14 @@ class Group(Protocol):
         ...
 
 
+def world_rank(group: Group | None) -> int:
+    """The number of a rank among all that run the model; whoever has no group runs it alone."""
+    return group.stage * group.size + group.rank if group else 0
+
+
 def weights_folder(group: Group) -> str:
     """Where this rank's weights lie within the artifact."""
-    return rank_folder(group.stages * group.size, group.stage * group.size + group.rank)
+    return rank_folder(group.stages * group.size, world_rank(group))
 
 
 def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
@@ -88,6 +93,14 @@ def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray
         given = f"{array.dtype.name} {array.shape}"
         raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
     return array
+
+
+def check_group(what: str, ranks: int, group: Group | None) -> Group | None:
+    """The group, if it is that of all `ranks` that a graph was cut for; raises ArtifactError otherwise."""
+    size = group.size if group else 1
+    if size != ranks:
+        raise ArtifactError(f"{what} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together")
+    return group
 
 
 def cache_name(output: str, image: int) -> str | None:
@@ -109,8 +122,8 @@ def open_backend(
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
 
-    `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
-    With a `manifest` the graphs share what can be shared; without one (while an artifact is being built) each stands alone.
+    With a `manifest` (that of the rank's stage) the graphs share what can be shared; without one, while an artifact is being
+    built, each stands alone. `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
     """
     if device.partition(":")[0] not in DEVICES.get(name, ()):
         usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
@@ -123,4 +136,4 @@ def open_backend(
     from .ascend import open_ascend
 
     assert manifest is not None, "the compiler opens Ascend backends itself"
-    return open_ascend(folder, manifest, device)
+    return open_ascend(folder, manifest, device, group)

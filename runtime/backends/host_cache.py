@@ -4,11 +4,14 @@ onnxruntime packs weights into the layout of its kernels. Left alone, every sess
 the number of buckets, and seconds at every start; without packing, some kernels are slow (8-bit ones by two orders of
 magnitude). onnxruntime can write a model together with its packed weights, and maps them when it opens such a model. So
 here one graph of each set of weights is packed and written, and copies of all graphs are made that refer to the packed
-weights by the same initializer names: all sessions then map the same pages.
+weights by the same initializer names: all sessions then map the same pages. A graph in steps is packed and copied segment by
+segment.
 
 The layout depends on the processor and on onnxruntime, so this is a cache beside the artifact and no part of it: the
 folder .host/KEY, where KEY covers both and the very files that were packed, so that a file which was damaged when it was
-packed and then mended is packed again. The folder can be deleted at any time.
+packed and then mended is packed again. Ranks that a model is cut among have one each, .host/rank-R/KEY, and know nothing of
+each other's: they pack at the same time, on machines that may hold no other rank's weights. The folder can be deleted at any
+time.
 """
 
 from __future__ import annotations
@@ -21,19 +24,24 @@ import platform
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from pathlib import Path, PurePath
 
+import msgspec
 import onnxruntime as ort
 
 from ..artifact import GraphSpec, WeightSpec
+from .packed_file import Entry, is_packed, lay_out
 
 log = logging.getLogger(__name__)
 
 # onnxruntime aligns tensors of this size and more in the file that it writes; kernels fault on packed weights that are
 # not aligned, so smaller ones are left to each session.
 ALIGNED_FROM = 1 << 20
+# A rank's parts of weights are often smaller, so its files are laid out again; below this, sharing saves nothing.
+LAID_OUT_FROM = 1 << 14
 
 FOLDER = ".host"
+SIZES = "sizes.json"  # of all files of one rank's cache
 MAKE = "session.save_external_prepacked_constant_initializers"
 FILE_NAME = "session.optimized_model_external_initializers_file_name"
 MIN_SIZE = "session.optimized_model_external_initializers_min_size_in_bytes"
@@ -56,32 +64,43 @@ def _cpu() -> str:
 
 
 class HostCache:
-    """Packed copies of an artifact's graphs; `folder` is the artifact."""
+    """Packed copies of an artifact's graphs; `folder` is the artifact, `weights` are those of `rank` of all `ranks`."""
 
-    def __init__(self, folder: Path, graphs: Iterable[GraphSpec], weights: Iterable[WeightSpec]) -> None:
-        self.artifact, self.graphs = folder, tuple(graphs)
+    def __init__(
+        self, folder: Path, graphs: Iterable[GraphSpec], weights: Iterable[WeightSpec], *, ranks: int = 1, rank: int = 0
+    ) -> None:
+        self.artifact, self.graphs, self.ranks = folder, tuple(graphs), ranks
         weights = tuple(weights)
         self.nbytes = sum(weight.nbytes for weight in weights)
         self.weight_files = sorted({weight.file for weight in weights})
-        names = [*self.weight_files, *(graph.file for graph in self.graphs)]
-        self.folder = folder / FOLDER / host_key(folder / name for name in names)
+        self.graph_files = [file for graph in self.graphs for file in graph.files]
+        self.home = folder / FOLDER if ranks == 1 else folder / FOLDER / _rank_name(rank)
+        self.folder = self.home / host_key(folder / name for name in (*self.weight_files, *self.graph_files))
 
-    def path(self, graph: GraphSpec) -> Path | None:
-        """The packed copy of a graph, or None where there is none."""
-        path = self.folder / graph.file
+    def path(self, file: str) -> Path | None:
+        """The packed copy of a graph's or a segment's file, or None where there is none."""
+        path = self.folder / _copy_name(file)
         return path if path.is_file() else None
+
+    def _complete(self) -> bool:
+        """Whether everything is there; a rank has hundreds of files, of which one may be lost unnoticed."""
+        if self.ranks == 1:
+            return all(self.path(file) for file in self.graph_files)
+        with contextlib.suppress(OSError, msgspec.MsgspecError):
+            sizes = msgspec.json.decode((self.folder / SIZES).read_bytes(), type=dict[str, int])
+            return all((self.folder / name).stat().st_size == size for name, size in sizes.items())
+        return False
 
     def ensure(self, options: Callable[[], ort.SessionOptions]) -> bool:
         """Make what is missing; False, with a logged reason, where that is not possible. `options` are for packing."""
-        missing = [graph for graph in self.graphs if self.path(graph) is None]
-        if not missing:
+        if self._complete():
             return True
         if reason := self._obstacle():
             log.warning("weights are not packed for this machine: %s", reason)
             return False
         try:
-            with _Lock(self.artifact / FOLDER):
-                if any(self.path(graph) is None for graph in self.graphs):  # no other process has made it meanwhile
+            with _Lock(self.home):
+                if not self._complete():  # no other process has made it meanwhile
                     self._make(options)
         except OSError as error:  # a full disk, a file system without hard links: the artifact runs without
             log.warning("weights are not packed for this machine: %s", error)
@@ -102,49 +121,77 @@ class HostCache:
 
     def _make(self, options: Callable[[], ort.SessionOptions]) -> None:
         log.info("packing weights for this machine into %s", self.folder)
-        for old in self.folder.parent.iterdir():  # of another onnxruntime, processor or build
-            if old.is_dir():
-                shutil.rmtree(old)
-        work = Path(tempfile.mkdtemp(prefix="making-", dir=self.folder.parent))
+        self._remove_old()
+        work = Path(tempfile.mkdtemp(prefix="making-", dir=self.home))
         try:
-            packed: dict[str, dict[str, str]] = {}
-            for graph in self._one_of_each():
-                packed |= self._pack(work, graph, options())
             self._link_weights(work)
-            for graph in self.graphs:
-                _refer(self.artifact / graph.file, work / graph.file, packed)
+            packed: dict[str, Entry] = {}
+            for graph in self._one_of_each():
+                for number, file in enumerate(graph.files):
+                    name = f"{graph.kind}.{number:03d}" if graph.steps else graph.kind
+                    packed |= self._pack(work, file, name, options())
+            for file in self.graph_files:
+                _refer(self.artifact / file, work / _copy_name(file), packed)
+            if self.ranks > 1:
+                sizes = {path.name: path.stat().st_size for path in work.iterdir()}
+                (work / SIZES).write_bytes(msgspec.json.encode(sizes))
             work.replace(self.folder)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
+    def _remove_old(self) -> None:
+        """What another onnxruntime, processor or build has left; other ranks of this build have theirs in use."""
+        ranks = {_rank_name(rank) for rank in range(self.ranks)} if self.ranks > 1 else set()
+        for old in {*(self.artifact / FOLDER).iterdir(), *self.home.iterdir()}:
+            if old.is_dir() and old.name not in ranks:
+                shutil.rmtree(old, ignore_errors=True)  # another rank may be removing it too
+
     def _link_weights(self, work: Path) -> None:
-        """The artifact's weight files under the same relative names: onnxruntime follows no path out of a model's folder."""
+        """The weight files by the names that graphs have for them: onnxruntime follows no path out of a model's folder."""
         for name in self.weight_files:
-            (work / name).parent.mkdir(exist_ok=True)
-            os.link(self.artifact / name, work / name)
+            link = work / (name if self.ranks == 1 else PurePath(name).name)
+            link.parent.mkdir(exist_ok=True)
+            os.link(self.artifact / name, link)
 
     def _one_of_each(self) -> list[GraphSpec]:
-        """Graphs that together hold all weights: decode graphs have those of prefill, and those for pictures all layers."""
+        """Graphs that together hold all weights: decode graphs have those of prefill, and those for pictures all layers. A
+        stage behind the first of a pipeline may have no vision graph."""
         smallest = {graph.kind: graph for graph in sorted(self.graphs, key=lambda g: (g.images, -g.bucket))}
-        return [smallest[kind] for kind in ("vision", "prefill")]
+        return [smallest[kind] for kind in ("vision", "prefill") if kind in smallest]
 
-    def _pack(self, work: Path, graph: GraphSpec, options: ort.SessionOptions) -> dict[str, dict[str, str]]:
-        """Let onnxruntime write one graph with packed weights; where each initializer that it packed then lies."""
+    def _pack(self, work: Path, file: str, name: str, options: ort.SessionOptions) -> dict[str, Entry]:
+        """Let onnxruntime write one graph or segment with packed weights, these into NAME.bin; where each initializer that it
+        packed then lies."""
         import onnx
 
+        source, target = work / f"{name}.plain.onnx", work / f"{name}.packed.onnx"
+        shutil.copyfile(self.artifact / file, source)  # beside the links to this rank's weights
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # initializers keep their names
-        options.optimized_model_filepath = str(work / f"{graph.kind}.packed.onnx")
+        options.optimized_model_filepath = str(target)
         options.add_session_config_entry(MAKE, "1")
-        options.add_session_config_entry(FILE_NAME, f"{graph.kind}.bin")
-        options.add_session_config_entry(MIN_SIZE, str(ALIGNED_FROM))
-        ort.InferenceSession(self.artifact / graph.file, options, providers=["CPUExecutionProvider"])
-        model = onnx.load(work / f"{graph.kind}.packed.onnx", load_external_data=False)
-        (work / f"{graph.kind}.packed.onnx").unlink()
+        options.add_session_config_entry(FILE_NAME, f"{name}.bin")
+        options.add_session_config_entry(MIN_SIZE, str(ALIGNED_FROM if self.ranks == 1 else LAID_OUT_FROM))
+        ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        model = onnx.load(target, load_external_data=False)
+        source.unlink()
+        target.unlink()
         entries = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer}
-        return {name: entry for name, entry in entries.items() if any(key.startswith("prepacked") for key in entry)}
+        packed = {name: entry for name, entry in entries.items() if is_packed(entry)}
+        if not packed:  # only copies of what is never packed, such as a table
+            (work / f"{name}.bin").unlink(missing_ok=True)
+        return lay_out(work / f"{name}.bin", packed) if packed and self.ranks > 1 else packed
 
 
-def _refer(source: Path, target: Path, packed: dict[str, dict[str, str]]) -> None:
+def _rank_name(rank: int) -> str:
+    return f"rank-{rank}"
+
+
+def _copy_name(file: str) -> str:
+    """Copies lie beside the weights that they refer to, whichever folder they are copied from."""
+    return file.replace("/", ".")
+
+
+def _refer(source: Path, target: Path, packed: dict[str, Entry]) -> None:
     """A copy of a graph that refers to packed weights where there are some."""
     import onnx
 
@@ -161,7 +208,7 @@ class _Lock:
     """One process packs, others wait."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "lock"
 
     def __enter__(self) -> None:

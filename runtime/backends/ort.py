@@ -20,9 +20,9 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer
+from ..artifact import CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
 from ..cores import usable_cores
-from .base import Group, cache_name, checked, weights_folder
+from .base import Group, cache_name, check_group, checked, weights_folder, world_rank
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,10 @@ class OrtBackend:
         if graph.file in self.buffers:
             return
         if graph.steps:
-            self._check_group(graph)
+            # A stage of a pipeline whose ranks are alone has no collectives.
+            alone = self.group.size if self.group else 1
+            ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), alone)
+            check_group(graph.name, ranks, self.group)
         for step in graph.plan:
             if isinstance(step, Segment):
                 self.sessions[step.file] = self._open(graph, step)
@@ -158,23 +161,14 @@ class OrtBackend:
             self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
         self.buffers[graph.file] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.buffers or ()}
 
-    def _check_group(self, graph: GraphSpec) -> None:
-        size = self.group.size if self.group else 1
-        ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), size)
-        if size != ranks:
-            raise ArtifactError(
-                f"{graph.name} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together"
-            )
-
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
-        if self.group and graph.steps:
-            options = _options(pack=self.pack, threads=self.threads, shared=self.shared)
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / weights_folder(self.group)))
-            model: bytes | Path = (self.folder / segment.file).read_bytes()
-            return ort.InferenceSession(model, options, providers=_PROVIDERS)
-        packed = self.host.path(graph) if self.host else None
+        packed = self.host.path(segment.file) if self.host else None
         options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
-        return ort.InferenceSession(packed or self.folder / segment.file, options, providers=_PROVIDERS)
+        model: bytes | Path = packed or self.folder / segment.file
+        if self.group and graph.steps and packed is None:
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / weights_folder(self.group)))
+            model = (self.folder / segment.file).read_bytes()
+        return ort.InferenceSession(model, options, providers=_PROVIDERS)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:
@@ -234,10 +228,11 @@ def open_ort(
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
-    if manifest.ranks > 1:  # each rank has weights of its own, and a graph no single file to pack
-        return OrtBackend(folder, cache, threads=threads, pack=manifest.quant != "none", group=group)
-    host = HostCache(folder, manifest.graphs, manifest.weights.values())
-    if host.nbytes < WORTH_PACKING:
+    host = None
+    if (group.stages * group.size if group else 1) == manifest.ranks:  # else no graph can be loaded
+        weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
+        host = HostCache(folder, manifest.graphs, weights.values(), ranks=manifest.ranks, rank=world_rank(group))
+    if host and host.nbytes < WORTH_PACKING:
         host = None
     # Where packed weights cannot be shared, float kernels do well without; 8-bit kernels need them at any price.
-    return OrtBackend(folder, cache, threads=threads, host=host, pack=manifest.quant != "none")
+    return OrtBackend(folder, cache, threads=threads, host=host, pack=manifest.quant != "none", group=group)

@@ -1,43 +1,49 @@
-"""Operators between the ranks of a group, over torch.distributed (gloo)."""
+"""Operators between the ranks of a group, through the `Group` that the simulator was given.
+
+A group goes by its ranks, `tag=T;rank_list=0,1,...`, and has to be that of all ranks (see process_groups.py). `fusion` says
+whether a device may join several collectives, and changes no value.
+"""
 
 from __future__ import annotations
 
-import re
-
-import torch.distributed as dist
+import torch
 from torch import Tensor
 
-from .reduce import wide
-from .registry import UnsupportedError, ge_op
+from ...backends.base import Group, check_group
+from ..exchange import joined, summed
+from ..process_groups import ranks_of
+from .registry import Run, UnsupportedError, ge_op
 
-_REDUCTIONS = {"sum": "SUM", "min": "MIN", "max": "MAX", "prod": "PRODUCT"}
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
 @ge_op("HcomAllReduce", fusion_id=-1)
-def hcom_all_reduce(x: Tensor, *, reduction: str, group: str, fusion: int = 1) -> Tensor:
-    """x reduced over the ranks of a group (of one: x itself), a half in float32 and rounded once.
+def hcom_all_reduce(x: Tensor, *, reduction: str, group: str, run: Run, fusion: int = 1) -> Tensor:
+    """The sum of x over the ranks of a group."""
+    if reduction != "sum":
+        raise UnsupportedError(f"attribute reduction = {reduction!r} is not supported; only 'sum' is")
+    return summed(x, _members(x, group, fusion, run))
 
-    torchair writes a group of CPU ranks as `tag=T;rank_list=0,1,...`; it has to be that of all ranks. `fusion` says whether a
-    device may join several reductions, and changes no value.
-    """
-    if reduction not in _REDUCTIONS:
-        raise UnsupportedError(
-            f"attribute reduction = {reduction!r} is not supported; expected one of {', '.join(_REDUCTIONS)}"
-        )
+
+@ge_op("HcomAllGather", fusion_id=-1)
+def hcom_all_gather(x: Tensor, *, rank_size: int, group: str, run: Run, fusion: int = 0) -> Tensor:
+    """The x [M, ...] of all ranks joined along the first axis, rank 0 first: [rank_size * M, ...]."""
+    members = _members(x, group, fusion, run)
+    if rank_size != (size := members.size if members else 1):
+        raise UnsupportedError(f"attribute rank_size = {rank_size} is not supported; group = {group!r} has {size} ranks")
+    # Joined along the only axis: the order of memory.
+    return joined(x.flatten(), members).reshape(rank_size * x.shape[0], *x.shape[1:])
+
+
+def _members(x: Tensor, group: str, fusion: int, run: Run) -> Group | None:
+    """The group that x is brought to; None where that is one rank alone."""
+    if x.dtype not in _FLOATS:
+        raise UnsupportedError(f"input x is {x.dtype}; only float32, float16 and bfloat16 are exchanged")
     if fusion not in (0, 1, 2):
         raise UnsupportedError(f"attribute fusion = {fusion} is not supported; expected 0, 1 or 2")
-    ranks = _ranks(group)
-    if len(ranks) == 1:
-        return x
-    if not dist.is_initialized() or ranks != list(range(dist.get_world_size())):
-        raise UnsupportedError(f"attribute group = {group!r}: only the group of all ranks is supported, with torch.distributed")
-    total = wide(x).clone()
-    dist.all_reduce(total, getattr(dist.ReduceOp, _REDUCTIONS[reduction]))
-    return total.to(x.dtype)
-
-
-def _ranks(group: str) -> list[int]:
-    found = re.search(r"(?:^|;)rank_list=(\d+(?:,\d+)*)$", group)
-    if found is None:
+    ranks = ranks_of(group)
+    if ranks is None:
         raise UnsupportedError(f"attribute group = {group!r} names no ranks; expected tag=...;rank_list=0,1,...")
-    return [int(rank) for rank in found[1].split(",")]
+    if ranks != list(range(len(ranks))):
+        raise UnsupportedError(f"attribute group = {group!r} is not supported; only the group of all ranks is, from 0 on")
+    return check_group("the graph", len(ranks), run.group) if len(ranks) > 1 else None

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...backends.base import Group
 from ..ge_graph import ATTRIBUTE_DTYPES, GeGraphError, Node
 
 HALVES = (torch.float16, torch.bfloat16)
@@ -34,10 +35,12 @@ class UnsupportedError(GeGraphError):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What an operator may want to know of its node: `wide` stands for float32 in place of every narrower float."""
+    """What an operator may want to know of its node: `wide` stands for float32 in place of every narrower float, `group` are
+    the ranks that the graph meets."""
 
     node: Node
     wide: bool
+    group: Group | None = None
 
     def dtype(self, value: int | str) -> torch.dtype:
         """The torch dtype of an attribute that names one."""
@@ -67,12 +70,12 @@ class Op:
     call: Callable[..., Tensor | list[Tensor] | tuple[Tensor, ...]]
     neutral: Mapping[str, Any] = field(default_factory=dict)
 
-    def bind(self, node: Node, wide: bool) -> Bound:
+    def bind(self, node: Node, wide: bool, group: Group | None = None) -> Bound:
         """Check everything that does not depend on the values; raises UnsupportedError, naming what is not supported."""
         parameters = inspect.signature(self.call).parameters
         attributes = self._attributes(node, parameters)
         if "run" in parameters:
-            attributes["run"] = Run(node, wide)
+            attributes["run"] = Run(node, wide, group)
         return Bound(self, self._inputs(node, parameters), attributes)
 
     def _inputs(self, node: Node, parameters: Mapping[str, inspect.Parameter]) -> dict[str, int | list[int]]:

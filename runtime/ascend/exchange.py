@@ -1,0 +1,53 @@
+"""Tensors between the ranks of a group. Values go through the host's memory and travel in float32, so a sum of halves is
+rounded once and is the same on every rank."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..backends.base import Group, check_group
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def summed(x: Tensor, group: Group | None) -> Tensor:
+    """The sum of the x of all ranks, in fresh memory; alone, a copy of x."""
+    total = _brought(x)
+    if group:
+        group.all_reduce(total.numpy())
+    return total.to(x.device, x.dtype)
+
+
+def joined(x: Tensor, group: Group | None) -> Tensor:
+    """The x [..., C] of all ranks joined along the last axis, rank 0 first, in fresh memory; alone, a copy of x."""
+    part = _brought(x)
+    if group is None:
+        return part.to(x.device, x.dtype)
+    whole = part.new_empty((*x.shape[:-1], group.size * x.shape[-1]))
+    group.all_gather(part.numpy(), whole.numpy())
+    return whole.to(x.device, x.dtype)
+
+
+def _brought(x: Tensor) -> Tensor:
+    """A copy in the host's memory, in float32."""
+    import torch
+
+    return x.detach().to("cpu", torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True, slots=True)
+class EagerGroup:
+    """What an eager program calls where ranks meet, on whatever device it runs.
+
+    Both raise ArtifactError where the ranks are not those that the program was made for.
+    """
+
+    group: Group | None
+
+    def all_reduce(self, x: Tensor, ranks: int) -> Tensor:
+        return summed(x, check_group("the graph", ranks, self.group))
+
+    def all_gather(self, x: Tensor, ranks: int) -> Tensor:
+        return joined(x, check_group("the graph", ranks, self.group))

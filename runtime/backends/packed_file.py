@@ -1,0 +1,62 @@
+"""The file in which onnxruntime leaves packed weights, laid out again so that everything in it is aligned.
+
+Kernels fault on packed weights that are not aligned, and onnxruntime aligns only tensors of a megabyte and more. It writes a
+tensor as it is, then what kernels have packed of it, and says where in the tensor's entry: as for any external data, and
+
+    prepacked_0: KERNEL+HASH|OFFSET;LENGTH;CHECKSUM     (|OFFSET;LENGTH;CHECKSUM and so on, where there are several)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import BinaryIO
+
+Entry = dict[str, str]  # the external data of one initializer
+
+ALIGNMENT = 64  # bytes: what onnxruntime's own allocator gives to kernels
+PREPACKED = "prepacked"
+_BLOCK = 1 << 22
+
+
+def is_packed(entry: Mapping[str, str]) -> bool:
+    return any(key.startswith(PREPACKED) for key in entry)
+
+
+def lay_out(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Rewrite `path` with what `entries` refer to and nothing else, each part aligned; returns the entries for the new file.
+
+    Raises OSError for entries of another form.
+    """
+    beside = path.with_name(path.name + ".partial")
+    with path.open("rb") as source, beside.open("wb") as target:
+        laid_out = {
+            name: _moved(entry, lambda at, length: _copy(source, target, at, length)) for name, entry in entries.items()
+        }
+    beside.replace(path)
+    return laid_out
+
+
+def _moved(entry: Entry, move: Callable[[int, int], int]) -> Entry:
+    try:
+        moved = {**entry, "offset": str(move(int(entry["offset"]), int(entry["length"])))}
+        for key in (key for key in entry if key.startswith(PREPACKED)):
+            kernel, *blobs = entry[key].split("|")
+            parts = (blob.split(";") for blob in blobs)
+            moved[key] = "|".join([kernel, *(f"{move(int(at), int(size))};{size};{check}" for at, size, check in parts)])
+    except (KeyError, ValueError) as error:
+        raise OSError(f"this release of onnxruntime describes packed weights in a form that is not known: {entry}") from error
+    return moved
+
+
+def _copy(source: BinaryIO, target: BinaryIO, at: int, length: int) -> int:
+    """Append bytes of `source` to `target`, aligned; where they begin."""
+    begin = -(-target.tell() // ALIGNMENT) * ALIGNMENT
+    target.seek(begin)
+    source.seek(at)
+    while length and (block := source.read(min(length, _BLOCK))):
+        target.write(block)
+        length -= len(block)
+    if length:
+        raise OSError(f"{source.name} ends {length} bytes too early")
+    return begin

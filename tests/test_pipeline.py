@@ -1,0 +1,172 @@
+"""Pipelines: stages together compute what the whole model computes, and what each of them holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from staticvl.compiler.build import build
+from staticvl.compiler.check import relative_error
+from staticvl.compiler.lockstep import results_of
+from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
+from staticvl.model_defs.config import Stage, read_config
+from staticvl.runtime.artifact import GraphSpec, Manifest, Transfer, is_cached, open_artifact, verify
+from staticvl.runtime.backends.base import Backend, open_backend
+from staticvl.runtime.feeds import Feed
+from staticvl.weights.rules import targets
+
+from .conftest import EMBEDDED
+from .lockstep import StageMember, world
+from .rank_models import feed
+from .tiny_families import GOLDEN_QWEN
+from .wide_models import wide_config
+
+CHECKPOINTS = {"llava": EMBEDDED, "mllama": EMBEDDED.with_name("tiny_mllama"), "qwen_vl": GOLDEN_QWEN}
+CHUNK, SLOTS = 5, 2
+TOLERANCE = 1e-5
+
+
+def compiled(family: str, out: Path, tp: int, pp: int, quant: str = "none") -> Path:
+    images = (1,) if family == "mllama" else None
+    buckets = Buckets(prefill=(CHUNK,), decode=(SLOTS,), images=images, context=16, slots=SLOTS)
+    build(Options(checkpoint=CHECKPOINTS[family], out=out, tp=tp, pp=pp, quant=quant, buckets=buckets))
+    return out
+
+
+def whole(family: str, folder: Path) -> list[np.ndarray]:
+    """What the model finds that is not cut."""
+    compiled(family, folder, 1, 1)
+    manifest = open_artifact(folder).manifest
+    backend = open_backend("onnx", folder, manifest.cache, threads=1, manifest=manifest)
+    found = [backend.run(*call).copy() for call in calls(manifest)]
+    return [each for each, (graph, *_) in zip(found, calls(manifest), strict=True) if graph.kind != "vision"]
+
+
+def calls(manifest: Manifest) -> list[tuple[GraphSpec, Feed, int]]:
+    """A picture, two chunks of one sequence and one of another, and a token of both: graphs, feeds and slots."""
+    rng, cross = np.random.default_rng(1), manifest.cache.cross
+    images = 1 if cross else 0
+    pictures = manifest.graph("vision", manifest.buckets("vision")[0])
+    prefill, decode = manifest.graph("prefill", CHUNK, images), manifest.graph("decode", SLOTS, images)
+    made: list[tuple[GraphSpec, Feed, int]] = [(pictures, fed(pictures, rng, [0]), slot) for slot in range(SLOTS)]
+    for slot, past in ((0, 0), (0, CHUNK), (1, 0)):
+        made.append((prefill, fed(prefill, rng, [past]), slot))
+    return [*made, (decode, fed(decode, rng, [2 * CHUNK, CHUNK]), 0)]
+
+
+def fed(graph: GraphSpec, rng: np.random.Generator, lengths: list[int]) -> Feed:
+    made = feed(graph, rng, lengths)
+    if "image_rows" in made:
+        made["image_rows"][...] = np.random.default_rng(2).standard_normal(made["image_rows"].shape)
+    return made
+
+
+def run_world(folder: Path) -> list[np.ndarray]:
+    """What rank 0 finds when all ranks of all stages run the same calls."""
+    manifest = open_artifact(folder).manifest
+    members = world(manifest.tp, manifest.pp)
+
+    def work(member: StageMember) -> list[np.ndarray]:
+        own = manifest.of_stage(member.stage)
+        backend: Backend = open_backend("onnx", folder, own.cache, threads=1, manifest=own, group=member)
+        graphs = {graph.name: graph for graph in own.graphs}
+        found = []
+        for graph, made, slot in calls(manifest):
+            if graph.name in graphs:
+                found.append(backend.run(graphs[graph.name], made, slot).copy())
+        return found
+
+    with ThreadPoolExecutor(len(members)) as pool:
+        first = results_of([pool.submit(work, member) for member in members])[0]
+    return first[SLOTS:]
+
+
+SLOW = [("llava", 1, 2), ("llava", 2, 2), ("mllama", 1, 4), ("mllama", 1, 2), ("qwen_vl", 2, 2)]
+
+
+@pytest.mark.parametrize(
+    ("family", "tp", "pp"),
+    [("llava", 1, 4), ("mllama", 2, 2), ("qwen_vl", 1, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in SLOW)],
+)
+def test_stages_compute_what_the_whole_model_computes(family: str, tmp_path: Path, tp: int, pp: int) -> None:
+    folder = compiled(family, tmp_path / "cut", tp, pp)
+    verify(folder)
+    found, expected = run_world(folder), whole(family, tmp_path / "whole")
+    errors = [relative_error(mine, theirs) for mine, theirs in zip(found, expected, strict=True)]
+    assert len(errors) == 4 and max(errors) <= TOLERANCE, errors
+
+
+def test_a_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that gets something else than what was handed on."""
+    right = StageMember.receive
+
+    def wrong(self: StageMember, array: np.ndarray, stage: int) -> None:
+        right(self, array, stage)
+        if array.ndim == 3:
+            array[...] = np.roll(array, 1, axis=-1)
+
+    expected = run_world(compiled("llava", tmp_path, 1, 2))
+    monkeypatch.setattr(StageMember, "receive", wrong)
+    found = run_world(tmp_path)
+    assert min(relative_error(*pair) for pair in zip(found, expected, strict=True)) > 100 * TOLERANCE
+
+
+# --- What a stage holds ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "mllama", "qwen_vl"])
+@pytest.mark.parametrize("pp", [1, 2])
+def test_every_parameter_is_in_one_stage(family: str, pp: int) -> None:
+    config = wide_config(family)
+    held = [targets(config.of_stage(i, pp)) for i in range(pp)]
+    names = Counter(name for each in held for name in each)
+    assert set(names.values()) == {1} and {k: v for each in held for k, v in each.items()} == targets(config)
+    assert all(name.startswith(("text.layers.", "cross.", "text.norm.", "text.lm_head.")) for name in held[-1] if pp > 1)
+    assert "text.embed.weight" in held[0] and "text.lm_head.weight" in held[-1]
+
+
+def test_cross_layers_go_with_what_makes_their_keys() -> None:
+    """wide_config's layers 1 and 3 of four attend to pictures."""
+    for stage, layer in ((0, 1), (1, 3)):
+        names = targets(wide_config("mllama").of_stage(stage, 2))
+        assert {name.split(".")[2] for name in names if ".attn.q_norm" in name} == {str(layer)}
+        assert {name.split(".")[1] for name in names if name.startswith("cross.")} == {str(stage)}
+
+
+def test_layers_are_shared_evenly() -> None:
+    for count in (1, 2, 3, 7):
+        ranges = [Stage(i, count).layers(40) for i in range(count)]
+        assert [layer for each in ranges for layer in each] == list(range(40))
+        assert max(map(len, ranges)) - min(map(len, ranges)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("pp", "cross_layers", "message"),
+    [
+        (0, (), "pipeline of 0 stages; expected a number from 1 on"),
+        (5, (), "pipeline of 5 stages; every stage needs a layer that attends to the text, and this model has 4 layers"),
+        (4, (1, 3), "pipeline of 4 stages; every stage needs a layer that attends to the text"),
+    ],
+)
+def test_too_many_stages(pp: int, cross_layers: tuple[int, ...], message: str) -> None:
+    config = read_config(EMBEDDED)
+    config = replace(config, text=replace(config.text, cross_layers=cross_layers))
+    with pytest.raises(PlanError, match=message):
+        make_plan(config, Options(checkpoint=EMBEDDED, out=EMBEDDED, pp=pp))
+
+
+def test_a_stage_is_fed_what_the_first_is(tmp_path: Path) -> None:
+    """So that one message serves all, whatever a stage has a use for."""
+    manifest = open_artifact(compiled("mllama", tmp_path, 1, 2)).manifest
+    first, second = (manifest.of_stage(stage) for stage in range(2))
+    for mine, theirs in zip(first.graphs, second.graphs, strict=True):
+        assert mine.name == theirs.name
+        assert [s for s in mine.inputs if not is_cached(s.name)] == [s for s in theirs.inputs if not is_cached(s.name)]
+        sent, received = ([s for s in g.plan if isinstance(s, Transfer)] for g in (mine, theirs))
+        assert len(sent) == len(received) == (1 if mine.kind == "vision" else 2)
+    assert manifest.ranks == 2 and first.cache.layers == second.cache.layers == 2

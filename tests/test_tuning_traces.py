@@ -1,0 +1,267 @@
+"""Traces as people have them, what they come to, and what is wrong with others."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from staticvl.compiler.facts import read_facts
+from staticvl.model_defs.config import read_config
+from staticvl.runtime.families import family
+from staticvl.runtime.request import Output, Timings
+from staticvl.runtime.request_log import RequestLog, RequestLogError, RequestRecord, read_request_log, record_of
+from staticvl.runtime.tokenizer import load_tokenizer
+from staticvl.tools.tuning import workload as workload_module
+from staticvl.tools.tuning.columns import Request, TraceError
+from staticvl.tools.tuning.pictures import PictureCounter, image_tokens, tiles
+from staticvl.tools.tuning.traces import drawn_requests, parse_distribution, read_trace
+from staticvl.tools.tuning.workload import gather
+
+from .conftest import EMBEDDED, REPO
+
+ASSETS = EMBEDDED.parent
+GOLDEN_QWEN = REPO / "tests" / "golden" / "qwen_vl_tiny" / "checkpoint"
+HEAD = "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+
+
+@pytest.fixture
+def trace(tmp_path: Path):
+    def write(text: str | bytes, name: str = "trace.csv") -> Path:
+        path = tmp_path / name
+        path.write_bytes(text if isinstance(text, bytes) else text.encode())
+        return path
+
+    return write
+
+
+# --- What is understood --------------------------------------------------------------------------------------------------
+
+
+def test_the_published_form(trace) -> None:
+    """Times have seven digits behind the point."""
+    text = HEAD + "2023-11-16 18:15:46.6805900,374,44\n\n2023-11-16 18:15:50.9951690,396,109\n"
+    first, second = read_trace(trace(text))
+    assert (first.prompt, first.generated, second.prompt, second.generated) == (374, 44, 396, 109)
+    assert first.time is not None and second.time is not None
+    assert second.time - first.time == pytest.approx(4.314579)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        "prompt_tokens,completion_tokens,arrival_time",
+        "Input Length;Output Length;Timestamp",
+        "num_prefill_tokens\tnum_decode_tokens\tarrived_at",
+    ],
+)
+def test_names_of_other_traces(trace, head: str) -> None:
+    row = "7,3,1.5".replace(",", max(",;\t", key=head.count))
+    assert list(read_trace(trace(f"\ufeff{head}\r\n{row}\r\n"))) == [Request(prompt=7, generated=3, time=1.5)]
+
+
+@pytest.mark.parametrize(("time", "seconds"), [("12.5", 12.5), ("1700000000000", 1.7e9), ("2023-11-14T22:13:20+00:00", 1.7e9)])
+def test_forms_of_time(trace, time: str, seconds: float) -> None:
+    assert [each.time for each in read_trace(trace(HEAD + f"{time},7,3\n"))] == [seconds]
+    assert [each.time for each in read_trace(trace("timestamp_ms,input_tokens,output_tokens\n250,7,3\n"))] == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("cell", "count", "sizes"),
+    [
+        ("", 0, ()),
+        ("2", 2, ()),
+        ("640x480", 1, ((640, 480),)),
+        ("640x480;800X600", None, None),
+        ('"[[640, 480], [800, 600]]"', 2, ((640, 480), (800, 600))),
+    ],
+)
+def test_forms_of_pictures(trace, cell: str, count: int | None, sizes: tuple | None) -> None:
+    path = trace(f"images,prompt_tokens,generated\n{cell},7,3\n")
+    if count is None:
+        with pytest.raises(TraceError, match=r"line 2: the size of an image is '800X600'"):
+            list(read_trace(path))
+    else:
+        assert [(each.images, each.sizes) for each in read_trace(path)] == [(count, sizes)]
+
+
+def test_json_lines_whose_fields_differ(trace) -> None:
+    lines = [{"prompt_tokens": 5, "generated": 2}, {"prompt_tokens": 6, "generated": 1, "image_sizes": [[30, 20]], "time": 2}]
+    found = list(read_trace(trace("\n".join(map(json.dumps, lines)), "t.jsonl")))
+    assert found == [Request(5, 2), Request(6, 1, time=2.0, images=1, sizes=((30, 20),))]
+
+
+# --- What is wrong -------------------------------------------------------------------------------------------------------
+
+WRONG = [
+    ("", "is empty"),
+    ("\n \n", "is empty"),
+    (HEAD, "holds no request"),
+    ("a,b\n1,2\n", r"line 1: no column says how many tokens the prompts have; there are a, b"),
+    ("ContextTokens,x\n1,2\n", r"line 1: no column says how many tokens the answers have"),
+    (HEAD + "1,5,5\n2,x,5\n", r"line 3: prompt tokens is 'x'; expected a whole number"),
+    (HEAD + "\n1,5,5\n\n\n2,x,5\n", r"line 6: prompt tokens is 'x'"),
+    (HEAD + "1,5,5\n2,5.5,5\n", r"line 3: prompt tokens is '5\.5'"),
+    (HEAD + "1,-5,5\n", r"line 2: prompt tokens is '-5'; expected a whole number of at least 0"),
+    (HEAD + "1,inf,5\n", r"line 2: prompt tokens is 'inf'"),
+    (HEAD + "1,nan,5\n", r"line 2: prompt tokens is 'nan'"),
+    (HEAD + "1,0,5\n", r"line 2: the request has no prompt tokens"),
+    (HEAD + "1,99999999,5\n", r"line 2: prompt tokens is '99999999', more than 1048576"),
+    (HEAD + "soon,5,5\n", r"line 2: the time is 'soon'"),
+    (HEAD + "nan,5,5\n", r"line 2: the time is 'nan'"),
+    (HEAD + "1,5\n", r"line 2: the line has 2 columns, but the first has 3"),
+    (HEAD + '1,"5,5\n', r"line 2: .*; expected one request as CSV"),
+    ("ContextTokens,ContextTokens,GeneratedTokens\n1,2,3\n", "the column ContextTokens is there twice"),
+    (HEAD.encode() + b"1,\xff,5\n", r"line 2: the line is not UTF-8"),
+    (HEAD.encode() + b"1,5\0,5\n", r"line 2: the line holds a zero byte"),
+    (HEAD + "1," + "5" * (1 << 20) + ",5\n", r"line 2: the line has more than"),
+    ('{"prompt_tokens": 5, "generated": 2}\n{"prompt_tokens": 5,\n', r"line 2: .*; expected one JSON object"),
+    ('{"prompt_tokens": 5, "generated": 2}\n[5]\n', r"line 2: .*; expected one JSON object"),
+    ('{"prompt_tokens": 5, "generated": 2}\n{"x": 1}\n', r"line 2: no column says"),
+    ('{"prompt_tokens": true, "generated": 2}\n', r"line 1: prompt tokens is True"),
+    ('{"prompt_tokens": [[5]], "generated": 2}\n', r"line 1: prompt tokens is \[\[5\]\]"),
+    ('{"prompt_tokens": 5, "generated": 2, "images": [[0, 5]]}\n', r"line 1: an edge of an image is 0"),
+    ('{"prompt_tokens": 5, "generated": 2, "images": "[[5"}\n', r"line 1: images are"),
+]
+
+
+@pytest.mark.parametrize(("text", "message"), WRONG, ids=range(len(WRONG)))
+def test_errors_name_the_line(trace, text: str | bytes, message: str) -> None:
+    with pytest.raises(TraceError, match=message) as caught:
+        list(read_trace(trace(text)))
+    assert len(str(caught.value)) < 400
+
+
+def test_many_kinds_of_lines(trace) -> None:
+    lines = [json.dumps({"prompt_tokens": 5, "generated": 2, f"x{i}": 0}) for i in range(1002)]
+    with pytest.raises(TraceError, match="line 1001: lines have more than 1000 different sets of fields"):
+        list(read_trace(trace("\n".join(lines))))
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(TraceError, match="is not a file; expected a trace"):
+        list(read_trace(tmp_path))
+
+
+# --- The log of the runtime ----------------------------------------------------------------------------------------------
+
+RECORD = RequestRecord(
+    time=1.7e9, prompt_tokens=20, image_sizes=((640, 480),), image_tokens=576, reused_tokens=100, generated=8,
+    finish_reason="stop", queue_s=0.1, vision_s=0.2, prefill_s=0.3, first_token_s=0.6, per_token_s=0.05, total_s=1.0,
+)  # fmt: skip
+
+
+def test_a_log_is_a_trace(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    with RequestLog(path) as log:
+        log.write(RECORD)
+    with RequestLog(path) as log:  # goes on where it was
+        log.write(RECORD)
+    assert list(read_request_log(path)) == [RECORD, RECORD]
+    expected = Request(prompt=20, generated=8, time=1.7e9, images=1, sizes=((640, 480),), image_tokens=576, reused=100)
+    assert list(read_trace(path)) == [expected, expected]
+
+
+def test_a_line_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "requests.jsonl"
+    with RequestLog(path) as log:
+        log.write(RECORD)
+    whole = path.read_bytes()
+    path.write_bytes(whole + whole[:-10])
+    assert list(read_request_log(path)) == [RECORD]
+    path.write_bytes(whole[:-10] + b"\n" + whole)
+    with pytest.raises(RequestLogError, match=r"line 1: .*; expected a record"):
+        list(read_request_log(path))
+
+
+def test_the_record_of_an_answer() -> None:
+    timings = Timings(queue_s=0.1, vision_s=0.2, prefill_s=0.3, first_token_s=0.6, per_token_s=0.05, total_s=1.0)
+    output = Output(
+        text="x", token_ids=[1] * 8, finish_reason="stop", boxes=[], prompt_tokens=596, image_tokens=576, timings=timings
+    )
+    assert record_of(output, 1.7e9, ((640, 480),), 100) == RECORD
+
+
+# --- Distributions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_distribution() -> None:
+    found = parse_distribution("10-12:3, 20:1", "--prompts")
+    assert found.values.tolist() == [10, 11, 12, 20]
+    assert found.shares.tolist() == [0.25] * 4
+    draw = [drawn_requests(found, parse_distribution("5", "--generated"), None, 2.0, 4000) for _ in range(2)]
+    first, second = map(list, draw)
+    assert first == second
+    counted = Counter(each.prompt for each in first)
+    assert set(counted) == {10, 11, 12, 20} and all(abs(count - 1000) < 120 for count in counted.values())
+    times = [each.time for each in first]
+    assert times == sorted(times, key=float) and times[-1] == pytest.approx(2000, rel=0.1)
+
+
+@pytest.mark.parametrize("text", ["", "x", "5-3", "5:0", "5:-1", "5:x", "5,,6", "5-", "1e3", "12345678"])
+def test_what_is_no_distribution(text: str) -> None:
+    with pytest.raises(TraceError, match=r"--prompts holds .*; expected N, N-M, N:SHARE"):
+        parse_distribution(text, "--prompts")
+
+
+# --- Counting ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", [ASSETS / "tiny_llava15", ASSETS / "tiny_llava16", ASSETS / "tiny_mllama", GOLDEN_QWEN])
+def test_pictures_take_what_the_runtime_gives_them(folder: Path) -> None:
+    """Tokens and tiles, for sizes that are cut in every way."""
+    facts, _ = read_facts(folder, read_config(folder), vision_tower=None)
+    tokenizer, mark = load_tokenizer(folder, facts.tokenizer), facts.image.mark
+    for size in ((30, 20), (200, 50), (50, 200), (64, 64), (300, 300), (7, 90)):
+        prompt = family(facts.family).raw_prompt(
+            "<img></img>" if facts.family == "qwen_vl" else mark, [Image.new("RGB", size)], facts, tokenizer
+        )
+        assert (image_tokens(size, facts), tiles(size, facts.image)) == (prompt.image_tokens, len(prompt.pixels))
+
+
+def test_a_workload() -> None:
+    folder = ASSETS / "tiny_llava16"
+    facts, _ = read_facts(folder, read_config(folder), vision_tower=None)
+    counter = PictureCounter(facts, usual=(30, 20))
+    usual, wide = (counter.count(size) for size in ((30, 20), (200, 50)))
+    requests = [
+        Request(10, 5, time=1.0),
+        Request(10, 5, time=2.0, images=2),  # of sizes that are not known
+        Request(10, 5, time=3.0, images=1, sizes=((200, 50),), image_tokens=7),  # counted anew for this model
+        Request(10, 5, time=4.0, images=1, image_tokens=7),
+        Request(10, 0, time=5.0, reused=4),
+        Request(996, 5, time=6.0),  # one more than fits
+    ]
+    found = gather(requests, counter, crossed=False, context=1000, block=10)
+    assert (found.requests, found.dropped, found.generated) == (5, 1, 20)
+    lengths = [10, 10 + 2 * usual[0], 10 + wide[0], 17, 6]
+    assert found.lengths == {0: Counter(lengths)} and found.every_length == Counter(lengths)
+    assert found.tiles == Counter([2 * usual[1], wide[1], usual[1]])
+    assert found.images == Counter({0: 2, 1: 2, 2: 1})
+    assert max(found.totals) == max(lengths) + 5
+    assert [each.time for each in found.block] == [1.0, 2.0, 3.0, 4.0, 5.0]
+    assert [each.generated for each in found.block] == [5, 5, 5, 5, 1]  # a prompt always gives one token
+    crossed = gather(requests, counter, crossed=True, context=None, block=10)
+    assert set(crossed.lengths) == {0, 1, 2} and [each.images for each in crossed.block] == [0, 2, 1, 1, 0, 0]
+
+
+def test_a_block_of_a_long_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests that followed one another, the same ones each time, each block as likely as the others; no more are kept."""
+
+    def begin() -> int:
+        found = gather((Request(1, 1, time=float(i)) for i in range(1005)), None, crossed=False, context=None, block=100)
+        times = [each.time for each in found.block]
+        assert found.requests == 1005 and len(times) == 100
+        assert times == [times[0] + i for i in range(100)]  # type: ignore[operator]
+        return int(times[0] or 0) // 100
+
+    assert begin() == begin()
+    firsts = []
+    for seed in range(200):
+        monkeypatch.setattr(workload_module, "_SEED", seed)
+        firsts.append(begin())
+    assert set(firsts) == set(range(10)) and np.bincount(firsts).max() < 40

@@ -1,0 +1,1 @@
+"""Bucket sizes from traffic: what `staticvl tune-buckets` is made of."""

@@ -1,0 +1,255 @@
+"""A workload, costs and limits -> bucket sizes, context and slots.
+
+The expected machine time of a request is the sum of what its prefill, its vision runs and its share of the decode steps cost.
+The three kinds share nothing but the limits, so each is solved exactly for every number of graphs, and the numbers are then
+tried in every combination. How many rows decode steps have depends on everything: they are counted in a replay of the trace
+(replay.py), and replay and choice alternate until the choice stays.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ...runtime.artifact import Kind
+from .batches import batch_frontier, step_cost
+from .candidates import candidate_sizes
+from .columns import TraceError
+from .costs import Costs
+from .curves import CostError
+from .frontiers import worth
+from .limits import Chosen, LimitError, Limits, compile_s
+from .replay import Replayed, Setup, replay
+from .search import Best, Problem, frontier, make_problem
+from .target import Target
+from .workload import Workload
+
+ROUNDS = 4
+ENOUGH = 1.01  # a mean time of a request within this factor of the best is as good
+
+
+@dataclass(slots=True)
+class Result:
+    """The choice, and everything that a report tells about it. Costs are milliseconds of all requests together."""
+
+    chosen: Chosen
+    costs: Costs
+    workload: Workload
+    problems: dict[Kind, Problem]
+    frontiers: dict[Kind, list[Best]]
+    replayed: Replayed
+    steps: list[Counter[int]]
+    slots_tried: dict[int, float] = field(default_factory=dict)  # slots -> mean seconds of a request
+
+    @property
+    def variants(self) -> tuple[int, ...]:
+        return (0, *self.chosen.images)
+
+    def compile_s(self) -> float:
+        """An estimate of the time that compiling takes, on a machine where runs cost what they cost here."""
+        return sum(
+            compile_s(self.costs, kind, size, images)
+            for kind in ("prefill", "decode", "vision")
+            for size in self.chosen.of(kind)
+            for images in ((0,) if kind == "vision" else self.variants)
+        )
+
+
+def setup_of(costs: Costs, buckets: Mapping[str, tuple[int, ...]], chosen: Chosen, *, chunks: bool = True) -> Setup:
+    tables = {
+        (kind, images): costs.table(kind, buckets[kind], images)
+        for kind in ("prefill", "decode")
+        for images in (0, *chosen.images)
+    }
+    tables["vision", 0] = costs.table("vision", buckets["vision"]) if buckets["vision"] else {1: 1.0}  # never run
+    return Setup(tables, chosen.context, chosen.slots, chunks, costs.past_ms)  # type: ignore[arg-type]
+
+
+def by_variant(counted: Mapping[int, Mapping[int, int]], variants: tuple[int, ...]) -> list[Counter[int]]:
+    """Counts by pictures seen -> counts by the variant that runs: the smallest that sees as many."""
+    found = [Counter[int]() for _ in variants]
+    for seen, counts in counted.items():
+        found[next(i for i, variant in enumerate(variants) if variant >= seen)].update(counts)
+    return found
+
+
+def choose(workload: Workload, target: Target, limits: Limits) -> Result:
+    """Raises LimitError, TraceError, CostError."""
+    if not workload.requests:
+        raise TraceError(f"all {workload.dropped} requests are longer than the context allows; give a larger --context")
+    return _Choice(workload, target, limits).run()
+
+
+class _Choice:
+    def __init__(self, workload: Workload, target: Target, limits: Limits) -> None:
+        self.workload, self.target, self.limits = workload, target, limits
+        most = max(workload.images)
+        self.images: tuple[int, ...] = ((1,) if most == 1 else (1, most)) if target.crossed and most else ()
+        self.variants = (0, *self.images)
+        self.context = self._context()
+        slots = self._slots()
+        self.costs = target.costs(self.context, slots[-1])
+        if limits.compile_s is not None and "bound" in self.costs.source:
+            raise CostError("the time of compiling can only be estimated from measured costs; leave --max-compile-minutes out")
+        self.prefill = self._prefill_problem()
+        self.vision = self._vision_problem()
+        self.frontiers: dict[Kind, list[Best]] = {"prefill": frontier(self.prefill, limits.prefill)}
+        if self.vision:
+            self.frontiers["vision"] = frontier(self.vision, limits.vision)
+        self.slots_candidates = slots
+
+    def run(self) -> Result:
+        slots, tried = self._best_slots()
+        before = self._provisional(slots)
+        replayed, steps, chosen = self._round(self._replay(before), slots)
+        for _ in range(ROUNDS):
+            if chosen == before:
+                break
+            before = chosen
+            replayed, steps, chosen = self._round(replayed, slots)
+        problems: dict[Kind, Problem] = {"prefill": self.prefill, **({"vision": self.vision} if self.vision else {})}
+        return Result(chosen, self.costs, self.workload, problems, self.frontiers, replayed, steps, tried)
+
+    def _round(self, replayed: Replayed, slots: int) -> tuple[Replayed, list[Counter[int]], Chosen]:
+        """Choose for the decode steps of a replay, and replay the choice."""
+        steps = by_variant(replayed.rows, self.variants)
+        tables = [self.costs.table("decode", range(1, slots + 1), images) for images in self.variants]
+        self.frontiers["decode"] = batch_frontier(tables, steps, slots, self.limits.decode)
+        chosen = self._allocate(slots)
+        return self._replay(chosen), steps, chosen
+
+    # ---- the cache
+
+    def _context(self) -> int:
+        """What the longest request takes, rounded up; or as asked."""
+        if self.limits.context:
+            return self.limits.context
+        longest = max(self.workload.totals)
+        context = -(-longest // 64) * 64
+        return min(context, self.target.max_positions or context)
+
+    def _slots(self) -> list[int]:
+        """Numbers of slots that fit in memory, ascending."""
+        wanted = [self.limits.slots] if self.limits.slots else [1 << i for i in range(self.limits.most_slots.bit_length())]
+        images = max(self.images, default=0)
+        sizes = {s: self.target.nbytes(self.context, s, self.limits.granularity, images) for s in wanted}
+        fitting = [s for s in wanted if self.limits.memory is None or sizes[s] <= self.limits.memory]
+        if not fitting:
+            raise LimitError(
+                f"{wanted[0]} slots of {self.context} tokens and the weights take {sizes[wanted[0]] / 1e9:.1f} GB, but "
+                f"{(self.limits.memory or 0) / 1e9:.1f} GB are allowed; give a smaller --context, fewer --slots or more memory"
+            )
+        return fitting
+
+    def _best_slots(self) -> tuple[int, dict[int, float]]:
+        """The fewest slots with which a request takes hardly longer than with the best number."""
+        tried: dict[int, float] = {}
+        if len(self.slots_candidates) == 1:
+            return self.slots_candidates[0], tried
+        for slots in self.slots_candidates:
+            times = self._replay(self._provisional(slots)).total_s
+            tried[slots] = sum(times) / len(times)
+        best = min(tried.values())
+        return next(slots for slots, mean in tried.items() if mean <= ENOUGH * best), tried
+
+    def _provisional(self, slots: int) -> Chosen:
+        """The best buckets of the other kinds, and powers of two for decode."""
+        decode = tuple(sorted({1 << i for i in range(slots.bit_length())} | {slots}))
+        return Chosen(
+            prefill=self.frontiers["prefill"][-1].buckets,
+            decode=tuple(b for b in decode if b <= slots),
+            vision=self._vision_buckets(-1),
+            images=self.images,
+            context=self.context,
+            slots=slots,
+        )
+
+    def _replay(self, chosen: Chosen) -> Replayed:
+        buckets = {"prefill": chosen.prefill, "decode": chosen.decode, "vision": chosen.vision}
+        return replay(self.workload.block, setup_of(self.costs, buckets, chosen))
+
+    # ---- the exact problems
+
+    def _prefill_problem(self) -> Problem:
+        limits, lengths = self.limits, by_variant(self.workload.lengths, self.variants)
+        every = self.workload.every_length
+        sizes = limits.candidates or candidate_sizes(every, limits.granularity, min(limits.largest, self.context))
+        if max(sizes) > self.context:
+            raise LimitError(
+                f"candidate {max(sizes)} exceeds the context {self.context}; leave it out or give a larger --context"
+            )
+        tables = [self.costs.table("prefill", sizes, images) for images in self.variants]
+        loads = {size: sum(compile_s(self.costs, "prefill", size, images) for images in self.variants) for size in sizes}
+        return make_problem(sizes, tables, lengths, loads)
+
+    def _vision_problem(self) -> Problem | None:
+        if not self.workload.tiles or self.target.crossed:
+            return None
+        sizes = candidate_sizes(self.workload.tiles, 1, max(self.workload.tiles))
+        return make_problem(sizes, [self.costs.table("vision", sizes)], [self.workload.tiles])
+
+    def _vision_buckets(self, place: int) -> tuple[int, ...]:
+        if self.target.tiles and self.workload.tiles:
+            return (self.target.tiles,)
+        return self.frontiers["vision"][place].buckets if self.vision else ()
+
+    # ---- graphs among the kinds
+
+    def _allocate(self, slots: int) -> Chosen:
+        """The cheapest combination of the frontiers that keeps the limits; of equals the one with fewest graphs.
+
+        Combinations are taken by what they cost without the limit on compile time, which only raises it; so the search
+        ends at the first that cannot be better than the best found.
+        """
+        best: tuple[float, int, Chosen] | None = None
+        for bound, graphs, places in self._combinations():
+            if best and bound >= best[0] * (1 - 1e-12):
+                break
+            if self.limits.graphs is not None and graphs > self.limits.graphs:
+                continue
+            found = self._within_time(places, slots)
+            if found and (not best or found[0] < best[0] * (1 - 1e-12)):
+                best = (found[0], graphs, found[1])
+        if not best:
+            least = 2 * len(self.variants) + len(self._vision_buckets(0))
+            raise LimitError(
+                f"no choice keeps the limits; at least {least} graphs are needed, one of each kind and variant: raise "
+                "--max-graphs or --max-compile-minutes"
+            )
+        return best[2]
+
+    def _combinations(self) -> list[tuple[float, int, tuple[int, int, int]]]:
+        """(milliseconds of a request, graphs, places in the frontiers of prefill, decode and vision), cheapest first."""
+        requests, block = self.workload.requests, len(self.workload.block)
+        vision = self.frontiers.get("vision", [Best((), 0.0)])
+        found = []
+        kept = (worth(each, self.limits.least_saving) for each in (self.frontiers["prefill"], self.frontiers["decode"], vision))
+        for (i, p), (j, d), (k, v) in itertools.product(*(enumerate(each) for each in kept)):
+            seen = len(self._vision_buckets(k))
+            graphs = seen + len(self.variants) * (len(p.buckets) + len(d.buckets))
+            found.append(((p.cost + v.cost) / requests + d.cost / block, graphs, (i, j, k)))
+        return sorted(found)
+
+    def _within_time(self, places: tuple[int, int, int], slots: int) -> tuple[float, Chosen] | None:
+        """A combination, prefill chosen again where it takes too long to compile; None where nothing is quick enough."""
+        (i, j, k), limits = places, self.limits
+        prefill, decode, vision = self.frontiers["prefill"][i], self.frontiers["decode"][j], self._vision_buckets(k)
+        if limits.compile_s is not None:
+            others = sum(compile_s(self.costs, "vision", size, 0) for size in vision)
+            others += sum(compile_s(self.costs, "decode", size, n) for size in decode.buckets for n in self.variants)
+            loads = dict(zip(self.prefill.candidates, self.prefill.loads, strict=True))
+            if sum(loads[b] for b in prefill.buckets) + others > limits.compile_s:
+                if others + min(loads.values()) > limits.compile_s:
+                    return None
+                prefill = frontier(self.prefill, len(prefill.buckets), limits.compile_s - others)[-1]
+        seen = self.frontiers["vision"][k].cost if self.vision else 0.0
+        cost = (prefill.cost + seen) / self.workload.requests + decode.cost / len(self.workload.block)
+        return cost, Chosen(prefill.buckets, decode.buckets, vision, self.images, self.context, slots)
+
+
+def decode_cost(result: Result, buckets: tuple[int, ...]) -> float:
+    """Milliseconds of all decode steps of the replay in other buckets."""
+    tables = [result.costs.table("decode", buckets, images) for images in result.variants]
+    return step_cost(buckets, tables, result.steps)

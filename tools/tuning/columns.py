@@ -1,0 +1,155 @@
+"""One row of a trace -> a request, whatever its columns are called.
+
+Names are compared without case and punctuation, so ContextTokens, context_tokens and "context tokens" are one name.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+MOST_TOKENS = 1 << 20  # of one request; more is taken for an error in the trace
+MOST_IMAGES = 1 << 10
+# Meaning -> the names under which it is known, the first that a trace has being taken. Each was met in a public trace or in the
+# interface of a serving system.
+NAMES: dict[str, str] = {
+    "prompt": "prompttokens contexttokens inputtokens texttokens prompttokencount inputtokencount numprompttokens "
+    "numinputtokens inputlength inputlen promptlength promptlen promptsize numprefilltokens prefilltokens requesttokens",
+    "generated": "generated generatedtokens outputtokens completiontokens responsetokens generatedtokencount outputtokencount "
+    "numgeneratedtokens numoutputtokens outputlength outputlen numdecodetokens decodetokens tokensize",
+    "time": "timestamp time arrivaltime arrivedat arrival arrived arrivaltimestamp starttime timestampms arrivaltimems",
+    "images": "imagesizes imageresolutions imagedimensions numimages imagecount imagenum images",
+    "image_tokens": "imagetokens numimagetokens visiontokens",
+    "reused": "reusedtokens cachedtokens",
+}
+_SIZE = re.compile(r"\s*(\d+)\s*[x*×]\s*(\d+)\s*")
+_MILLISECONDS = 1e11  # a number of this size is no time in seconds since 1970
+
+
+class TraceError(ValueError):
+    """A trace that cannot be used; the message names the line and what is wrong with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a trace says of one request.
+
+    `prompt` are tokens of text, `sizes` those pictures whose (width, height) is known, `images` all of them; `image_tokens` is
+    what they took there, None where the trace does not say. `time` is in seconds, from any origin, None where not known.
+    """
+
+    prompt: int
+    generated: int
+    time: float | None = None
+    images: int = 0
+    sizes: tuple[tuple[int, int], ...] = ()
+    image_tokens: int | None = None
+    reused: int = 0
+
+
+def find_columns(names: Iterable[str], where: str) -> dict[str, str]:
+    """Meaning -> the name of its column; raises TraceError where there is none for prompts or for answers."""
+    plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in names if isinstance(name, str)}
+    found = {meaning: next((plain[n] for n in known.split() if n in plain), None) for meaning, known in NAMES.items()}
+    for meaning, example in (("prompt", "ContextTokens or prompt_tokens"), ("generated", "GeneratedTokens or generated")):
+        if found[meaning] is None:
+            raise TraceError(
+                f"{where}: no column says how many tokens the {'prompts' if meaning == 'prompt' else 'answers'} have; "
+                f"there are {', '.join(map(str, plain.values())) or 'none'}; name one {example}"
+            )
+    return {meaning: name for meaning, name in found.items() if name is not None}
+
+
+def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Request:
+    """A request from a row; raises TraceError."""
+    value = {meaning: row.get(name) for meaning, name in columns.items()}
+    images, sizes = _images(value.get("images"), where)
+    prompt = _count(value["prompt"], "prompt tokens", where, least=0)
+    given = value.get("image_tokens")
+    if prompt == 0 and not images and not given:
+        raise TraceError(f"{where}: the request has no prompt tokens and no images; expected at least one token")
+    return Request(
+        prompt=prompt,
+        generated=_count(value["generated"], "generated tokens", where, least=0),
+        time=None if value.get("time") in (None, "") else _time(value["time"], columns["time"], where),
+        images=images,
+        sizes=sizes,
+        image_tokens=None if given in (None, "") else _count(given, "image tokens", where, least=0),
+        reused=_count(value.get("reused") or 0, "reused tokens", where, least=0),
+    )
+
+
+def _count(value: Any, what: str, where: str, *, least: int, most: int = MOST_TOKENS) -> int:
+    try:
+        number = float(value) if isinstance(value, str) else value
+        whole = int(number)
+    except (TypeError, ValueError, OverflowError):
+        raise TraceError(f"{where}: {what} is {_short(value)}; expected a whole number") from None
+    if isinstance(value, bool) or whole != number or whole < least:
+        raise TraceError(f"{where}: {what} is {_short(value)}; expected a whole number of at least {least}")
+    if whole > most:
+        raise TraceError(f"{where}: {what} is {_short(value)}, more than {most}; correct the trace or take the line out")
+    return whole
+
+
+def _time(value: Any, column: str, where: str) -> float:
+    """Seconds; numbers in a column whose name ends in ms, and numbers too large for seconds since 1970, are milliseconds."""
+    try:
+        seconds = float(value)
+    except (TypeError, ValueError):
+        seconds = _moment(value, where)
+    else:
+        if abs(seconds) >= _MILLISECONDS or column.lower().endswith("ms"):
+            seconds /= 1e3
+    if not abs(seconds) < _MILLISECONDS:
+        raise TraceError(f"{where}: the time is {_short(value)}; expected seconds, milliseconds or a date with a time")
+    return seconds
+
+
+def _moment(value: Any, where: str) -> float:
+    try:
+        moment = datetime.fromisoformat(str(value).strip())
+    except ValueError:
+        raise TraceError(
+            f"{where}: the time is {_short(value)}; expected seconds or a date with a time such as 2023-11-16 18:15:46.68"
+        ) from None
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def _images(value: Any, where: str) -> tuple[int, tuple[tuple[int, int], ...]]:
+    """How many pictures, and their sizes where they are given: 2, "640x480;800x600", [[640, 480], [800, 600]]."""
+    if value in (None, "", []) or value == ():
+        return 0, ()
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except ValueError:
+            raise TraceError(f"{where}: images are {_short(value)}; expected a list of sizes such as [[640, 480]]") from None
+    if isinstance(value, str) and _SIZE.match(value):
+        value = re.split(r"[;,|\s]+", value.strip())
+    if isinstance(value, list | tuple):
+        if len(value) > MOST_IMAGES:
+            raise TraceError(f"{where}: there are {len(value)} images, more than {MOST_IMAGES}; correct the trace")
+        sizes = tuple(_size(each, where) for each in value)
+        return len(sizes), sizes
+    return _count(value, "the number of images", where, least=0, most=MOST_IMAGES), ()
+
+
+def _size(value: Any, where: str) -> tuple[int, int]:
+    if isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        value = [int(match[1]), int(match[2])]
+    if isinstance(value, Mapping):
+        value = [value.get("width"), value.get("height")]
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise TraceError(f"{where}: the size of an image is {_short(value)}; expected its width and height, e.g. 640x480")
+    width, height = (_count(each, "an edge of an image", where, least=1) for each in value)
+    return width, height
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,142 @@
+"""The choice beside what is done without it: buckets that are powers of two.
+
+Padding is the share of all tokens computed that belong to no prompt. Costs are milliseconds of the prefill of a request.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from ...runtime.chunks import ChunkPlanner
+from .candidates import powers_of_two
+from .choose import Result, by_variant, decode_cost, setup_of
+from .replay import OneRun, Replayed, replay
+from .search import Problem, frontier, make_problem, set_cost
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """How buckets cover the prompts of a workload."""
+
+    name: str
+    buckets: tuple[int, ...]
+    ms: float  # of a request
+    padding: float
+    runs: float  # of a request
+    by_bucket: Mapping[int, int]  # runs of each bucket, all requests together
+
+
+def cover(
+    name: str,
+    costs: Sequence[Mapping[int, float]],
+    lengths: Sequence[Mapping[int, int]],
+    *,
+    chunks: bool = True,
+    past_ms: float = 0.0,
+) -> Coverage:
+    """Every prompt in the chunks that the runtime's planner takes, or in one run; one table of costs for each variant.
+
+    Later chunks attend to earlier ones, which costs `past_ms` (costs.py) for every token computed and every token before.
+    """
+    real = computed = 0
+    spent, runs = 0.0, Counter[int]()
+    for table, counted in zip(costs, lengths, strict=True):
+        planner = ChunkPlanner(table)
+        for length, count in counted.items():
+            split = planner.split(length) if chunks else [OneRun(table).next_bucket(length, 0)]
+            pairs = sum(bucket * past for bucket, past in zip(split, itertools.accumulate(split, initial=0), strict=False))
+            spent += count * (sum(table[bucket] for bucket in split) + past_ms * pairs)
+            computed += count * sum(split)
+            real += count * length
+            for bucket in split:
+                runs[bucket] += count
+    requests = sum(sum(counted.values()) for counted in lengths)
+    buckets = tuple(sorted(costs[0]))
+    return Coverage(name, buckets, spent / requests, 1 - real / computed, sum(runs.values()) / requests, runs)
+
+
+def coverages(result: Result, granularity: int) -> list[Coverage]:
+    """The choice first; then powers of two: one run each, in chunks, and in chunks with as many graphs as the choice has."""
+    lengths = by_variant(result.workload.lengths, result.variants)
+    powers = powers_of_two(granularity, max(result.workload.every_length))
+
+    def tables(buckets: Sequence[int]) -> list[dict[int, float]]:
+        return [result.costs.table("prefill", buckets, images) for images in result.variants]
+
+    few = [b for b in powers if b <= result.problems["prefill"].candidates[-1]] or powers[:1]
+    best = frontier(make_problem(few, tables(few), lengths), len(result.chosen.prefill))[-1].buckets
+    past_ms = result.costs.past_ms
+    return [
+        cover("chosen", tables(result.chosen.prefill), lengths, past_ms=past_ms),
+        cover("powers of two, one run for each prompt", tables(powers), lengths, chunks=False, past_ms=past_ms),
+        cover("powers of two, in chunks", tables(powers), lengths, past_ms=past_ms),
+        cover(f"the best {len(best)} of them, in chunks: {', '.join(map(str, best))}", tables(best), lengths, past_ms=past_ms),
+    ]
+
+
+def replayed_powers(result: Result, granularity: int) -> Replayed:
+    """The replay with powers of two everywhere and every prompt in one run; pictures too."""
+    chosen, workload = result.chosen, result.workload
+    decode = tuple(sorted({1 << i for i in range(chosen.slots.bit_length())} | {chosen.slots}))
+    buckets = {
+        "prefill": tuple(powers_of_two(granularity, max(workload.every_length))),
+        "decode": tuple(b for b in decode if b <= chosen.slots),
+        "vision": chosen.vision and tuple(powers_of_two(1, max(workload.tiles)))
+        if "vision" in result.problems
+        else chosen.vision,
+    }
+    return replay(workload.block, setup_of(result.costs, buckets, chosen, chunks=False))
+
+
+@dataclass(frozen=True, slots=True)
+class Reason:
+    """Why a bucket exists: what a request would cost more without it. None: it cannot be left out."""
+
+    kind: str
+    bucket: int
+    saves_ms: float | None
+    share: float  # of the runs of its kind
+
+
+def reasons(result: Result) -> list[Reason]:
+    """Every bucket of the choice."""
+    chosen, requests = result.chosen, result.workload.requests
+    found: list[Reason] = []
+    for kind in ("prefill", "vision"):
+        if problem := result.problems.get(kind):
+            found += _removals(kind, problem, chosen.of(kind), requests, _runs(result, kind))
+    if chosen.vision and "vision" not in result.problems:
+        found += [Reason("vision", bucket, None, 1.0) for bucket in chosen.vision]
+    block = len(result.workload.block)
+    rows = sum(result.steps, Counter())
+    now = decode_cost(result, chosen.decode)
+    for bucket, below in zip(chosen.decode, (0, *chosen.decode), strict=False):
+        others = tuple(b for b in chosen.decode if b != bucket)
+        used = sum(count for row, count in rows.items() if below < row <= bucket) / max(1, sum(rows.values()))
+        saves = None if bucket == chosen.slots else (decode_cost(result, others) - now) / block
+        found.append(Reason("decode", bucket, saves, used))
+    return found
+
+
+def _removals(kind: str, problem: Problem, buckets: tuple[int, ...], requests: int, runs: Mapping[int, int]) -> list[Reason]:
+    now, total = set_cost(problem, buckets), max(1, sum(runs.values()))
+    return [
+        Reason(
+            kind,
+            bucket,
+            (set_cost(problem, [b for b in buckets if b != bucket]) - now) / requests if len(buckets) > 1 else None,
+            runs.get(bucket, 0) / total,
+        )
+        for bucket in buckets
+    ]
+
+
+def _runs(result: Result, kind: str) -> Mapping[int, int]:
+    if kind == "vision":
+        return cover("", [result.costs.table("vision", result.chosen.vision)], [result.workload.tiles]).by_bucket
+    lengths = by_variant(result.workload.lengths, result.variants)
+    tables = [result.costs.table("prefill", result.chosen.prefill, images) for images in result.variants]
+    return cover("", tables, lengths).by_bucket

@@ -1,0 +1,215 @@
+"""Requests as they arrived, through the runtime's own scheduler, with the time of each step taken from a table of costs.
+
+Only the clock is simulated: what runs next, which bucket it takes and who waits for a slot are decided by
+runtime/scheduler.py. A decode step that would be repeated unchanged is counted as often as it repeats: until a sequence ends,
+or until a request arrives for which a slot is free.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ...runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
+from ...runtime.cache import SlotCache
+from ...runtime.chunks import ChunkPlanner
+from ...runtime.images import Frame
+from ...runtime.prompt import Prompt, Sight
+from ...runtime.request import ResolvedSampling, SamplingParams
+from ...runtime.request import Sequence as Running
+from ...runtime.scheduler import Scheduler, Step
+from .workload import Arrival
+
+_PARAMS = SamplingParams()
+_SAMPLING = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+
+
+class OneRun(ChunkPlanner):
+    """Every length in one run of the smallest bucket that holds it: what a runtime without chunks does."""
+
+    def next_bucket(self, length: int, room: int) -> int:
+        return next(bucket for bucket in self.costs if bucket >= length)
+
+
+@dataclass(slots=True)
+class Replayed:
+    """What happened: seconds of every request, and what ran."""
+
+    first_token_s: list[float] = field(default_factory=list)
+    per_token_s: list[float] = field(default_factory=list)
+    total_s: list[float] = field(default_factory=list)
+    queue_s: list[float] = field(default_factory=list)
+    busy_s: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    rows: dict[int, Counter[int]] = field(default_factory=dict)  # pictures seen -> rows that a decode step reached -> steps
+    span_s: float = 0.0  # from the first arrival to the last token
+
+    @property
+    def load(self) -> float:
+        """The share of the time in which something ran."""
+        return sum(self.busy_s.values()) / self.span_s if self.span_s else 0.0
+
+    def padding(self, kind: Kind) -> float:
+        """The share of what a kind computed that was padding."""
+        return 1 - self.real[kind] / self.padded[kind] if self.padded[kind] else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What is replayed: milliseconds by (kind, pictures) and bucket, and the cache."""
+
+    costs: Mapping[tuple[Kind, int], Mapping[int, float]]
+    context: int
+    slots: int
+    chunks: bool = True  # False: every prompt in one run
+    past_ms: float = 0.0  # as in costs.py; a decode step takes it for the tokens that are there, not for its padding
+
+
+def replay(arrivals: Sequence[Arrival], setup: Setup) -> Replayed:
+    """Run requests, given in the order of their times, all of which are known."""
+    return _Replay(arrivals, setup).run()
+
+
+class _Replay:
+    def __init__(self, arrivals: Sequence[Arrival], setup: Setup) -> None:
+        self.setup, self.arrivals = setup, arrivals
+        text = {bucket for (kind, _), table in setup.costs.items() if kind == "prefill" for bucket in table}
+        seen = max(images for _, images in setup.costs)
+        cross = CrossSpec(layers=1, images=seen, rows=1, tiles=1) if seen else None
+        spec = CacheSpec(
+            layers=1,
+            kv_heads=1,
+            head_dim=1,
+            slots=setup.slots,
+            context=setup.context,
+            rows=setup.context + min(text),
+            dtype="float32",
+            cross=cross,
+        )
+        self.cache = SlotCache(spec)
+        self.scheduler = Scheduler(self.cache, setup.costs)
+        if not setup.chunks:
+            self.scheduler.prefill = {  # type: ignore[assignment]
+                images: OneRun(table) for (kind, images), table in setup.costs.items() if kind == "prefill"
+            }
+        self.left: dict[int, int] = {}  # id -> tokens still to be generated
+        self.result, self.now, self.next = Replayed(), 0.0, 0
+        self.late: deque[Running] = deque()  # arrived, not handed over yet
+        self.answers = [arrival.generated for arrival in arrivals]
+
+    def run(self) -> Replayed:
+        start = self.now = self.arrivals[0].time or 0.0
+        while self.next < len(self.arrivals) or self.late or not self.scheduler.idle:
+            self._arrive()
+            if self.scheduler.idle:
+                self.now = self._next_time()
+                continue
+            step = self.scheduler.next_step()
+            first, more = self._seconds(step)
+            times = self._repeats(first, more) if step.kind == "decode" else 1
+            spent = times * first + more * times * (times - 1) / 2
+            self.now += spent
+            self._count(step, times, spent)
+            self._commit(step, times)
+        self.result.span_s = self.now - start
+        return self.result
+
+    def _next_time(self) -> float:
+        return (self.arrivals[self.next].time or 0.0) if self.next < len(self.arrivals) else math.inf
+
+    def _arrive(self) -> None:
+        """Hand over who has arrived, no more of them than there are slots free: the others would only stand in the line."""
+        while self._next_time() <= self.now:
+            self.late.append(self._sequence(self.next))
+            self.next += 1
+        while self.late and len(self.scheduler.waiting) < self.cache.free:
+            self.scheduler.add(self.late.popleft())
+
+    def _sequence(self, place: int) -> Running:
+        arrival = self.arrivals[place]
+        ids = np.broadcast_to(np.int32(0), (arrival.prompt,))  # sizes without memory
+        frame = Frame(left=0, top=0, width=1, height=1, image_width=1, image_height=1)
+        sight = Sight(visible=np.empty((0, 0), bool), gates=np.empty((0, 2), np.float32)) if arrival.images else None
+        prompt = Prompt(
+            token_ids=ids,
+            rows=ids,
+            pixels=np.broadcast_to(np.uint8(0), (arrival.tiles, 1, 1, 3)),
+            frames=(frame,) * arrival.images,
+            image_tokens=0,
+            sight=sight,
+            state=ids,
+        )
+        self.left[place] = arrival.generated
+        return Running(
+            id=place,
+            prompt=prompt,
+            params=_PARAMS,
+            sampling=_SAMPLING,
+            features=np.empty((0, 0), np.float32),
+            arrived=arrival.time or 0.0,
+            started=-math.inf,
+        )
+
+    def _seconds(self, step: Step) -> tuple[float, float]:
+        """What a step takes, and how much more each repetition takes than the one before, since caches grow."""
+        past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.kind, step.images][step.bucket] / 1e3
+        if step.kind == "prefill":
+            return cost + past_s * step.bucket * step.sequences[0].computed, 0.0
+        if step.kind == "vision" or not past_s:
+            return cost, 0.0
+        held = sum(s.prompt.length + self.answers[s.id] - self.left[s.id] for s in step.sequences)
+        return cost + past_s * held, past_s * len(step.sequences)
+
+    def _repeats(self, first: float, more: float) -> int:
+        """How often a decode step repeats unchanged."""
+        shortest = min(self.left[sequence.id] for sequence in self.scheduler.running)
+        if not self.cache.free or self._next_time() == math.inf:
+            return shortest
+        gap = self._next_time() - self.now
+        # The least n with n * first + more * n * (n - 1) / 2 >= gap.
+        half = first - more / 2
+        times = (math.sqrt(half * half + 2 * more * gap) - half) / more if more else gap / first
+        return max(1, min(shortest, math.ceil(times)))
+
+    def _count(self, step: Step, times: int, spent: float) -> None:
+        result, kind = self.result, step.kind
+        result.busy_s[kind] += spent
+        result.real[kind] += times * (len(step.sequences) if kind == "decode" else step.count)
+        result.padded[kind] += times * step.bucket
+        if kind == "decode":
+            result.rows.setdefault(max(s.images for s in step.sequences), Counter())[step.count] += times
+        for sequence in step.sequences:
+            if sequence.started == -math.inf:
+                sequence.started = self.now - spent
+                result.queue_s.append(sequence.started - sequence.arrived)
+
+    def _commit(self, step: Step, times: int) -> None:
+        if step.kind == "vision":
+            step.sequences[0].tiles_done += step.count
+            return
+        if step.kind == "prefill":
+            sequence = step.sequences[0]
+            sequence.computed += step.count
+            if not sequence.prefilling:
+                sequence.first_token = self.now
+                self._generate(sequence, 1)
+            return
+        for sequence in step.sequences:
+            self._generate(sequence, times)
+
+    def _generate(self, sequence: Running, tokens: int) -> None:
+        self.left[sequence.id] -= tokens
+        if self.left[sequence.id]:
+            return
+        self.scheduler.finish(sequence)
+        del self.left[sequence.id]
+        result, answer = self.result, self.answers[sequence.id]
+        result.first_token_s.append(sequence.first_token - sequence.arrived)
+        result.total_s.append(self.now - sequence.arrived)
+        if answer > 1:
+            result.per_token_s.append((self.now - sequence.first_token) / (answer - 1))

@@ -1,0 +1,164 @@
+"""What the buckets are for: a model and its costs on a device, from an artifact, a checkpoint or a table of costs."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+from tqdm import tqdm
+
+from ...runtime.artifact import Kind, ModelFacts, open_artifact
+from ..cards import CARDS, Card
+from .costs import (
+    Costs,
+    Key,
+    line_through,
+    manifest_lines,
+    manifest_points,
+    measured_costs,
+    remeasure,
+    roofline_costs,
+    this_cpu,
+)
+
+CPU = "cpu"
+_SIZES: dict[Kind, tuple[int, int]] = {"vision": (1, 2), "prefill": (16, 256), "decode": (1, 8)}  # two points of each line
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A model to be compiled. `costs` is given the context and the slots of its cache."""
+
+    name: str
+    costs: Callable[[int, int], Costs]
+    facts: ModelFacts | None = None
+    tiles: int | None = None  # the one vision bucket of a model whose pictures enter by cross-attention
+    weight_bytes: int = 0
+    row_bytes: int = 0  # of the cache: one token of one slot
+    picture_bytes: int = 0  # of the cache: one picture of one slot
+    max_positions: int | None = None  # an artifact does not say; compiling checks the context against it
+
+    @property
+    def crossed(self) -> bool:
+        """Whether pictures enter by cross-attention."""
+        return self.tiles is not None
+
+    def nbytes(self, context: int, slots: int, smallest: int, images: int) -> int:
+        """Weights and cache, whose rows are those of compiler/plan.py."""
+        return self.weight_bytes + slots * ((context + smallest) * self.row_bytes + images * self.picture_bytes)
+
+
+def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: int, threads: int | None) -> Target:
+    """The model of an artifact with its measured costs (`passes` > 0: measured again), or those of a card."""
+    manifest = open_artifact(folder).manifest
+    cache = manifest.cache
+    if card:
+        device = _card(card)
+        costs = roofline_costs(
+            manifest_lines(manifest), device, overhead_ms, _roofline_source(folder.name, device, overhead_ms)
+        )
+    elif passes:
+        points, past_ms = remeasure(folder, passes, threads)
+        source = (
+            f"graphs of {folder.name}, measured now (best of {passes}); {1e6 * past_ms:.3g} ns for a token and one before it"
+        )
+        costs = measured_costs(points, source, past_ms)
+    else:
+        costs = measured_costs(manifest_points(manifest), f"graphs of {folder.name}, measured when it was compiled")
+    bare = msgspec.structs.replace(cache, cross=None).nbytes
+    return Target(
+        name=folder.name,
+        costs=lambda context, slots: costs,
+        facts=manifest.model,
+        tiles=cache.cross.tiles if cache.cross else None,
+        weight_bytes=sum(weight.nbytes for weight in manifest.weights.values()) * manifest.tp,
+        row_bytes=bare // (cache.slots * cache.rows),
+        picture_bytes=(cache.nbytes - bare) // (cache.slots * cache.cross.images) if cache.cross else 0,
+    )
+
+
+def from_checkpoint(
+    checkpoint: str, card: str, overhead_ms: float, *, quant: str, dtype: str, vision_tower: Path | None
+) -> Target:
+    """A checkpoint's folder, of which only the small files are read, or a model known by name; at best on a card."""
+    from ...compiler.facts import read_facts
+    from ...compiler.plan import Buckets, Options, forecast, make_plan
+    from ...model_defs.config import TiledConfig, read_config
+
+    device = _card(card)
+    dtype = dtype or ("float32" if card == CPU else "float16")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = _settings(checkpoint, Path(scratch))
+        config = read_config(folder, vision_tower=vision_tower)
+        facts, _ = read_facts(folder, config, vision_tower=vision_tower)
+    crossed = isinstance(config.vision, TiledConfig)
+    options = Options(
+        checkpoint=folder,
+        out=folder,
+        backend="onnx" if dtype == "float32" else "ascend",
+        dtype=dtype,
+        quant=quant,
+        buckets=Buckets(context=config.text.max_positions, slots=1, images=(1,) if crossed else None),
+    )
+    plan = make_plan(config, options)
+    bare = msgspec.structs.replace(plan.cache, cross=None).nbytes
+
+    def costs(context: int, slots: int) -> Costs:
+        from ...compiler.cost import graph_cost
+        from ...compiler.graphs import define_graph
+
+        cache = msgspec.structs.replace(plan.cache, context=context, rows=context + 16, slots=max(slots, _SIZES["decode"][1]))
+        tiles = plan.cache.cross.tiles if plan.cache.cross else None
+        jobs: list[tuple[Kind, int, int]] = [
+            (kind, size, images)
+            for kind, sizes in _SIZES.items()
+            for images in ((0,) if kind == "vision" or not tiles else (0, 1))
+            for size in ((tiles,) if kind == "vision" and tiles else sizes)
+        ]
+        points: dict[Key, list[tuple[int, int, int]]] = {}
+        for kind, size, images in tqdm(jobs, desc="counting operations", disable=None):
+            counted = graph_cost(define_graph(config, facts.image, cache, quant, kind, size, images), dtype)
+            points.setdefault((kind, images), []).append((size, counted.flops, counted.nbytes))
+        lines = {key: line_through(sorted(found)) for key, found in points.items()}
+        return roofline_costs(lines, device, overhead_ms, _roofline_source(Path(checkpoint).name, device, overhead_ms))
+
+    return Target(
+        name=Path(checkpoint).name,
+        costs=costs,
+        facts=facts,
+        tiles=config.vision.tiles if isinstance(config.vision, TiledConfig) else None,
+        weight_bytes=forecast(config, plan, options)["weight_bytes"],
+        row_bytes=bare // plan.cache.rows,
+        picture_bytes=plan.cache.nbytes - bare,
+        max_positions=config.text.max_positions,
+    )
+
+
+def _settings(checkpoint: str, scratch: Path) -> Path:
+    """The folder with a checkpoint's small files; those of a model known by name are written into `scratch`."""
+    from ...model_defs.config import ConfigError, read_config
+    from ..known_models import MODELS, write_known_model
+    from ..random_tokenizers import write_tokenizer
+
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    if checkpoint not in MODELS:
+        raise ConfigError(f"{checkpoint} is not a folder; expected a checkpoint's, or one of the names {', '.join(MODELS)}")
+    write_known_model(checkpoint, scratch)
+    write_tokenizer(read_config(scratch), scratch)
+    return scratch
+
+
+def _card(name: str) -> Card:
+    return this_cpu() if name == CPU else CARDS[name]
+
+
+def _roofline_source(model: str, card: Card, overhead_ms: float) -> str:
+    more = f" and {overhead_ms:g} ms for every run" if overhead_ms else ""
+    return (
+        f"{model} at best on {card.name}: {card.flops / 1e12:.3g} TFLOP/s, {card.bandwidth / 1e9:.4g} GB/s{more}; "
+        "a bound, not a measurement"
+    )
