@@ -18,6 +18,7 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
+from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.ranks.launch import threads_each
 from staticvl.runtime.ranks.leader import LeadingBackend
 
@@ -251,4 +252,20 @@ def test_more_ranks(tp: int, pp: int, tmp_path: Path) -> None:
             assert cut == (1, 1) or len(pids(model)) == tp * pp - 1
             outs = model.generate([QUESTION, "Hello"], [SHAPES, None], max_new_tokens=16, ignore_eos=True)
             said.append([out.token_ids for out in outs])
+    assert said[0] == said[1]
+
+
+@pytest.mark.slow
+def test_the_simulator_in_two_ranks(tmp_path: Path) -> None:
+    """Collectives are in the graph there, and go through the same group."""
+    try:
+        torchair_host.wheel_folder()
+    except ArtifactError as error:
+        pytest.skip(str(error))
+    buckets = Buckets(prefill=(32,), decode=(1,), vision=(1,), context=128, slots=1)
+    said = []
+    for tp in (1, 2):
+        build(Options(checkpoint=EMBEDDED, out=tmp_path / f"{tp}", tp=tp, buckets=buckets, backend="ascend", dtype="float16"))
+        with runtime.load(tmp_path / f"{tp}", device="sim", timeout=PATIENCE) as model:
+            said.append(model.generate(QUESTION, SHAPES, max_new_tokens=10).token_ids)
     assert said[0] == said[1]
