@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from .model import Model, load
+from .ranks.verdict import RankError
 from .request import Output, SamplingParams
 
-__all__ = ["Model", "Output", "SamplingParams", "generate", "load"]
+__all__ = ["Model", "Output", "RankError", "SamplingParams", "generate", "load"]
 
 
 def generate(
@@ -19,7 +20,9 @@ def generate(
     device: str = "cpu",
     tp: int | None = None,
     threads: int | None = None,
+    timeout: float | None = None,
     **settings: Any,
 ) -> Any:
     """Load an artifact, answer, forget it again; see `load` and Model.generate for the arguments and results."""
-    return load(artifact, device=device, tp=tp, threads=threads).generate(prompts, images, **settings)
+    with load(artifact, device=device, tp=tp, threads=threads, timeout=timeout) as model:
+        return model.generate(prompts, images, **settings)

@@ -494,15 +494,23 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def open_artifact(folder: str | Path) -> Artifact:
-    """Read the manifest and check that every file is there with its size; file contents are checked by `verify`."""
+def open_artifact(folder: str | Path, rank: int | None = None) -> Artifact:
+    """Read the manifest and check that every file is there with its size; file contents are checked by `verify`.
+
+    `rank`, of all that the model is cut among: leave out the weights of others, which need not be on this machine.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{folder} is not a folder; expected an artifact made by `staticvl compile`")
     manifest = read_manifest(folder)
     for name, spec in manifest.files.items():
-        _check_size(folder, name, spec)
+        if rank is None or not _belongs_to_another(name, manifest.ranks, rank):
+            _check_size(folder, name, spec)
     return Artifact(folder, manifest)
+
+
+def _belongs_to_another(name: str, ranks: int, rank: int) -> bool:
+    return name.startswith(f"{WEIGHTS}/rank-") and not name.startswith(f"{rank_folder(ranks, rank)}/")
 
 
 def _check_size(folder: Path, name: str, spec: FileSpec) -> None:

@@ -155,6 +155,11 @@ class Engine:
                 self._finish(sequence, "stop")
             sequence.finish_reason = "stop"
 
+    def unload(self) -> None:
+        """Free what graphs take; a graph that is run again is loaded again."""
+        for graph in self.manifest.graphs:
+            self.backend.unload(graph)
+
     def _check_fit(self, prompt: Prompt, max_new_tokens: int) -> None:
         cross = self.manifest.cache.cross
         if cross and len(prompt.frames) > cross.images:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Generator
+import os
+from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
-from .artifact import Artifact, ArtifactError, open_artifact
+from .artifact import Artifact, ArtifactError, Manifest, open_artifact
 from .chat import Chat
 from .engine import Engine
 from .families import family
 from .images import ImageSource
 from .prompt import Message, Prompt, PromptError
+from .ranks.start import follow, lead, meet, read_timeout, spawn
+from .ranks.world import World, started_world
 from .request import Output, SamplingParams, Sequence
 from .text import AnswerText
 from .tokenizer import load_tokenizer
@@ -23,34 +26,89 @@ from .tokenizer import load_tokenizer
 Images = SequenceOf[ImageSource] | ImageSource | None
 
 
-def load(artifact: str | Path, *, device: str = "cpu", tp: int | None = None, threads: int | None = None) -> Model:
+def load(
+    artifact: str | Path,
+    *,
+    device: str = "cpu",
+    tp: int | None = None,
+    threads: int | None = None,
+    timeout: float | None = None,
+) -> Model:
     """Open an artifact for use.
 
     device: "cpu" for ONNX artifacts; for Ascend ones "npu", "npu:1" (the second card), or "sim", which runs their graphs with
-    torch on a CPU. tp: the number of ranks, which must be what the artifact was compiled for (default).
-    threads: cores that ONNX Runtime computes with; default every core that this process may use.
-    Raises ArtifactError for a missing, damaged or unsuitable artifact.
+    torch on a CPU. tp: the ranks that each layer is cut among, which must be what the artifact was compiled for (default).
+    threads: cores that ONNX Runtime computes with, in each rank; default every core that this process may use, split among
+    the ranks of this machine. timeout: seconds that ranks wait for each other; default STATICVL_TIMEOUT, or 300.
+
+    An artifact of several ranks runs as so many processes. Called by itself, `load` starts the others on this machine; they
+    end with the model. Called in processes that torchrun has started, one for each rank, it returns the model in rank 0; in
+    all others it takes part until rank 0's model is closed or gone, and then raises SystemExit, with status 1 if a rank failed.
+    A whole model can be loaded in every process of such a run with tp=1.
+
+    Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
-    opened = open_artifact(artifact)
-    if tp is not None and tp != opened.manifest.tp:
+    world = started_world() if tp != 1 else None
+    if world is not None and world.rank > 0:
+        raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout))
+    opened = open_artifact(artifact, rank=0)
+    manifest = opened.manifest
+    if tp is not None and tp != manifest.tp:
         raise ArtifactError(
-            f"{artifact} was compiled for tp={opened.manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load "
-            f"it with tp={opened.manifest.tp}"
+            f"{artifact} was compiled for tp={manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
+            f"tp={manifest.tp}"
         )
-    return Model(opened, Engine(opened, device=device, threads=threads))
+    if world is not None and world.size != manifest.ranks:
+        raise ArtifactError(_wrong_number(artifact, manifest, world.size))
+    if manifest.ranks == 1:
+        return Model(opened, Engine(opened, device=device, threads=threads))
+    settings: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
+    backend = lead(opened, world, meet(world), **settings) if world else spawn(opened, **settings)
+    return Model(opened, Engine(opened, backend=backend), backend.close)
+
+
+def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None) -> int:
+    """Run as a rank that a launcher has started, to the end; the exit status."""
+    status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=read_timeout(timeout))
+    if stuck:  # in a collective that does not end, and that the interpreter would wait for
+        os._exit(status)
+    return status
+
+
+def _wrong_number(artifact: str | Path, manifest: Manifest, started: int) -> str:
+    ranks = manifest.ranks
+    compiled = f"{ranks} rank{'s' * (ranks > 1)} (tp={manifest.tp}, pp={manifest.pp})"
+    right = f"torchrun --nproc-per-node {ranks} -m staticvl.tools.cli generate {artifact} ..."
+    if ranks == 1:
+        right = "no launcher, or load it with tp=1 for a whole model in every process"
+    return f"{artifact} was compiled for {compiled}, but WORLD_SIZE says that {started} were started; start it with {right}"
 
 
 class Model:
-    """A loaded artifact. Not for use from several threads at once."""
+    """A loaded artifact; a context manager that closes it. Not for use from several threads at once."""
 
-    def __init__(self, artifact: Artifact, engine: Engine) -> None:
+    def __init__(self, artifact: Artifact, engine: Engine, on_close: Callable[[], object] | None = None) -> None:
+        """on_close: what `close` does besides; default: free the graphs."""
         self.artifact, self.engine = artifact, engine
+        self._on_close, self.closed = on_close or engine.unload, False
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
         self.facts = artifact.manifest.model
         self.family = family(self.facts.family)
         folder = artifact.path(artifact.manifest.tokenizer)
         self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
         self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+
+    def close(self) -> None:
+        """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more."""
+        if not self.closed:
+            self.closed = True
+            self._on_close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @overload
     def generate(
@@ -161,6 +219,8 @@ class Model:
 
     def _start(self, sequence: Sequence) -> AnswerText:
         """Queue a sequence; its text grows with every step, whoever takes it."""
+        if self.closed:
+            raise RuntimeError("the model was closed; load the artifact again")
         text = self.texts[sequence.id] = AnswerText(self.tokenizer, self.stops(sequence))
         self.engine.scheduler.add(sequence)
         return text

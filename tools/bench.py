@@ -47,9 +47,10 @@ class Point:
 
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, highlight=False)
-    bench = Bench(runtime.load(args.artifact, device=args.device, threads=args.threads), args.new_tokens, args.repeats)
-    points = bench.points()
-    result = bench.summary(args.artifact, points)
+    with runtime.load(args.artifact, device=args.device, threads=args.threads) as model:
+        bench = Bench(model, args.new_tokens, args.repeats)
+        points = bench.points()
+        result = bench.summary(args.artifact, points)
     if not args.json:
         console.print(table(points))
         waste = ", ".join(f"{kind} {share:.1%}" for kind, share in result["padding_waste"].items())

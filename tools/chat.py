@@ -12,11 +12,10 @@ HELP = "type a message; /image PATH_OR_URL adds a picture to the next one, /quit
 
 
 def run(args: argparse.Namespace) -> int:
-    model = runtime.load(args.artifact, device=args.device, threads=args.threads)
     sampling = read_sampling(args)
     pictures = list(args.image)
     print(HELP)
-    with model.chat() as chat:
+    with runtime.load(args.artifact, device=args.device, threads=args.threads) as model, model.chat() as chat:
         while (line := _read()) is not None:
             if line.startswith("/image "):
                 pictures.append(line.removeprefix("/image ").strip())

@@ -13,8 +13,8 @@ from .draw import draw
 
 
 def run(args: argparse.Namespace) -> int:
-    model = runtime.load(args.artifact, device=args.device, threads=args.threads)
-    out = model.generate(args.prompt, args.image, sampling=read_sampling(args), raw=args.raw)
+    with runtime.load(args.artifact, device=args.device, threads=args.threads) as model:
+        out = model.generate(args.prompt, args.image, sampling=read_sampling(args), raw=args.raw)
     print(json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out))
     if args.draw is not None:
         draw(args.image, out.boxes, args.draw)

@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import functools
 import logging
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact import CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
+from ..cores import usable_cores
 from .base import Group, cache_name, check_group, checked, weights_folder, world_rank
 from .host_cache import HostCache
 
@@ -49,7 +49,7 @@ WORTH_PACKING = 64 << 20
 def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.SessionOptions:
     """`shared`: intermediate values lie in the arena of all sessions, else in one that is freed with the session."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads or _cores()
+    options.intra_op_num_threads = threads or usable_cores()
     # Workers that wait in a loop take the cores from other sessions, other buckets' too, and from everything else: on a
     # busy machine that costs far more than waking a sleeping one. A pool shared by all sessions cannot be told not to,
     # and would be forced upon every other session of the process.
@@ -59,14 +59,6 @@ def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.Ses
     options.add_session_config_entry("session.use_env_allocators", "1" if shared else "0")
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
     return options
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        return os.cpu_count() or 1
 
 
 class _Bound:

@@ -1,0 +1,197 @@
+"""What travels between rank 0 and another rank: frames, each a header of fixed size and a payload whose size the header tells.
+
+A step's header says which graph runs, and so into which arrays the payload is received: those that the backend has bound.
+Nothing is padded and nothing is copied on the way; reading a header first costs a system call. All other payloads are
+small JSON records. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import enum
+import selectors
+import socket
+import struct
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+import msgspec
+
+MAGIC = b"SVR1"  # changes with the layout of any frame
+HEADER = struct.Struct("<4sHHiiQQ")  # magic, kind, graph, slot, image, step, bytes of payload
+LARGEST_RECORD = 1 << 16
+R = TypeVar("R", bound="Record")
+
+
+class Kind(enum.IntEnum):
+    HELLO = 1  # rank -> 0: Hello
+    OPENED = 2  # rank -> 0: Opened
+    GO = 3  # 0 -> rank: Go
+    READY = 4  # rank -> 0: every graph is loaded
+    RUN = 5  # 0 -> rank: run a graph; the payload is its feed
+    LOAD = 6  # 0 -> rank: load a graph
+    UNLOAD = 7  # 0 -> rank: unload a graph
+    PING = 8  # 0 -> rank: say what you are doing
+    STATE = 9  # rank -> 0: State
+    FAILED = 10  # rank -> 0: Failed
+    VERDICT = 11  # 0 -> rank: Verdict; stop
+    STOP = 12  # 0 -> rank: stop, all is well
+
+
+class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Base of payloads that are not feeds."""
+
+
+class Hello(Record, frozen=True):
+    token: str
+    rank: int
+    pid: int
+    host: str
+
+
+class Opened(Record, frozen=True):
+    """What a rank found: the digest of its manifest, or why it could not open the artifact."""
+
+    digest: str = ""
+    error: str = ""
+
+
+class Go(Record, frozen=True):
+    """address: of rank 0 as others see it, for ranks on its machine; timeout: seconds that a collective may wait."""
+
+    address: str
+    timeout: float
+
+
+class State(Record, frozen=True):
+    doing: Literal["idle", "computing", "meeting"]
+
+
+class Failed(Record, frozen=True):
+    text: str
+    meeting: bool  # in a collective: perhaps because of another rank
+
+
+class Verdict(Record, frozen=True):
+    text: str
+
+
+class FrameError(ConnectionError):
+    """What came is not a frame of this protocol."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    kind: Kind
+    graph: int = 0  # index in manifest.graphs
+    slot: int = 0
+    image: int = 0
+    step: int = 0  # counts runs
+    nbytes: int = 0  # of payload
+
+    def packed(self) -> bytes:
+        return HEADER.pack(MAGIC, self.kind, self.graph, self.slot, self.image, self.step, self.nbytes)
+
+
+def read_header(data: bytes | bytearray) -> Header:
+    """Raises FrameError for bytes that no rank of this release sends."""
+    magic, kind, *rest = HEADER.unpack(data)
+    if magic != MAGIC or kind not in Kind.__members__.values():
+        raise FrameError("what came is no message of a rank of this release of staticvl; use one release on all machines")
+    return Header(Kind(kind), *rest)
+
+
+def encode(kind: Kind, record: Record | None = None) -> bytes:
+    """A whole frame that holds a record, or nothing."""
+    data = msgspec.json.encode(record) if record else b""
+    return Header(kind, nbytes=len(data)).packed() + data
+
+
+def decode(data: bytes | bytearray, record: type[R]) -> R:
+    try:
+        return msgspec.json.decode(data, type=record)
+    except msgspec.MsgspecError as error:
+        raise FrameError(f"a message cannot be read: {error}") from error
+
+
+class Link:
+    """One end of a connection between two ranks, for a thread that receives and a thread that sends.
+
+    `limit`: seconds for which a frame that was begun may stand still. Idle links are watched in selectors, without limit.
+    """
+
+    def __init__(self, sock: socket.socket, limit: float) -> None:
+        self.socket = sock
+        self._sending = threading.Lock()
+        sock.settimeout(limit)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        # A machine that vanishes sends no end of file: ask after 30 s of silence, six times.
+        for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
+            if option := getattr(socket, name, None):
+                sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+    def fileno(self) -> int:
+        return self.socket.fileno()
+
+    def send(self, buffers: Sequence[bytes | memoryview]) -> None:
+        """Send buffers of bytes one after another, as one frame; raises OSError where the peer is gone or stands still."""
+        with self._sending:
+            while buffers:
+                sent = self.socket.sendmsg(buffers)
+                buffers = _unsent(buffers, sent)
+
+    def offer(self, frame: bytes) -> bool:
+        """Send a small frame if that needs no waiting; whether it was sent. For peers that may be stuck or gone."""
+        if not self._sending.acquire(timeout=0.1):
+            return False
+        try:
+            if not _writable(self.socket):
+                return False
+            self.socket.sendall(frame)
+            return True
+        except OSError:
+            return False
+        finally:
+            self._sending.release()
+
+    def header(self) -> Header:
+        """The next header; raises EOFError at the end, OSError where the peer is gone or stands still."""
+        data = bytearray(HEADER.size)
+        self.receive(memoryview(data))
+        return read_header(data)
+
+    def receive(self, view: memoryview) -> None:
+        """Fill a view of bytes."""
+        while view:
+            count = self.socket.recv_into(view)
+            if not count:
+                raise EOFError("the connection was closed")
+            view = view[count:]
+
+    def record(self, header: Header, record: type[R]) -> R:
+        """The payload of a frame that holds a record."""
+        if header.nbytes > LARGEST_RECORD:
+            raise FrameError(f"a message announces {header.nbytes} bytes; expected at most {LARGEST_RECORD}")
+        data = bytearray(header.nbytes)
+        self.receive(memoryview(data))
+        return decode(data, record)
+
+    def close(self) -> None:
+        self.socket.close()
+
+
+def _unsent(buffers: Sequence[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
+    """What is left of buffers of which the first `sent` bytes are gone."""
+    for place, buffer in enumerate(buffers):
+        if sent < len(buffer):
+            return [memoryview(buffer)[sent:], *buffers[place + 1 :]]
+        sent -= len(buffer)
+    return []
+
+
+def _writable(sock: socket.socket) -> bool:
+    with selectors.DefaultSelector() as selector:
+        selector.register(sock, selectors.EVENT_WRITE)
+        return bool(selector.select(0))

@@ -1,0 +1,123 @@
+"""Collectives between processes over gloo. The only file of this package that imports torch, and only when ranks are used.
+
+The process group is constructed directly: the caller's default group, if he has one, is his own.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed
+
+from .control import Store
+from .verdict import MeetingError, RankError
+from .world import LOOPBACK, Seat, World
+
+TAG = 0  # what two ranks hand to each other comes in order
+dist: Any = torch.distributed  # its type stubs leave out what is made in C++
+
+
+def host_store(seconds: float) -> tuple[Store, int]:
+    """A store for processes of this machine, and the port that it listens on."""
+    wait = timedelta(seconds=seconds)
+    store = dist.TCPStore(LOOPBACK, 0, None, is_master=True, timeout=wait, wait_for_workers=False)
+    return _own_part(store), store.port
+
+
+def meet_store(world: World, seconds: float) -> Store:
+    """The store of processes that a launcher has started: torchrun's own, or that of rank 0 at MASTER_ADDR and MASTER_PORT.
+
+    Raises RankError when it cannot be opened.
+    """
+    where = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR (not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT not set)')}"
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
+    except (dist.DistError, ValueError, RuntimeError) as error:
+        if "EADDRINUSE" in str(error):
+            raise RankError(
+                f"rank 0 cannot listen at {where}, which another program uses; give another MASTER_PORT to all ranks, or "
+                "leave the choice to torchrun --standalone"
+            ) from error
+        told = str(error).splitlines()[0]
+        raise RankError(f"rank {world.rank} found no store at {where}: {told}; start the ranks with torchrun") from error
+    return _own_part(store)
+
+
+def _own_part(store: Store) -> Store:
+    """Apart from what others keep in the same store, and from earlier attempts: torchrun's store outlives them."""
+    return dist.PrefixStore(f"staticvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+class GlooGroup:
+    """See backends.base.Group: the ranks of this stage, and those in this one's place of the other stages.
+
+    The sum of each element is made on one rank and sent to all, so all get the same bits.
+
+    `meeting`: whether this rank is in a collective, or has left one with an error, for whoever looks for the one that is not.
+    """
+
+    def __init__(self, store: Store, seat: Seat, timeout: float, address: str) -> None:
+        """store: where all ranks find each other; `self.store` is the part of it that is this stage's alone.
+
+        timeout: seconds that a rank waits for others. address: of the network interface by which the others are reached; where
+        GLOO_SOCKET_IFNAME names one, that is taken.
+        """
+        self.rank, self.size, self.stage, self.stages = seat.rank, seat.size, seat.stage, seat.stages
+        self.store = dist.PrefixStore(f"stage-{seat.stage}", store)
+        self.meeting = False
+        options = dist.ProcessGroupGloo._Options()
+        options._timeout = timedelta(seconds=timeout)
+        if "GLOO_SOCKET_IFNAME" not in os.environ:
+            options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
+        place = dist.PrefixStore(f"place-{seat.rank}", store)
+        try:
+            self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), seat.rank, seat.size, options)
+            self._line: Any = dist.ProcessGroupGloo(place, seat.stage, seat.stages, options) if seat.stages > 1 else None
+        except RuntimeError as error:
+            raise MeetingError(f"no connection to the other ranks: {_told(error)}") from error
+        self._parts: dict[tuple[tuple[int, int, int], str], np.ndarray] = {}
+
+    def all_reduce(self, array: np.ndarray) -> None:
+        self._meet(lambda: self._group.allreduce([torch.from_numpy(array)]))
+
+    def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
+        width = array.shape[-1]
+        rows = array.size // width
+        # One row: all parts behind each other are what is wanted. Else they arrive rank by rank and are put row by row.
+        parts = out.reshape(self.size, 1, width) if rows == 1 else self._room((self.size, rows, width), array.dtype)
+        arriving = list(torch.from_numpy(parts))
+        self._meet(lambda: self._group.allgather([arriving], [torch.from_numpy(array).view(rows, width)]))
+        if rows > 1:
+            out.reshape(rows, self.size, width)[...] = parts.transpose(1, 0, 2)
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        self._meet(lambda: self._line.send([torch.from_numpy(array)], stage, TAG))
+
+    def receive(self, array: np.ndarray, stage: int) -> None:
+        self._meet(lambda: self._line.recv([torch.from_numpy(array)], stage, TAG))
+
+    def _room(self, shape: tuple[int, int, int], dtype: np.dtype) -> np.ndarray:
+        """An array to gather in, kept for the next time."""
+        if (shape, dtype.name) not in self._parts:
+            self._parts[shape, dtype.name] = np.empty(shape, dtype)
+        return self._parts[shape, dtype.name]
+
+    def _meet(self, begin: Callable[[], Any]) -> None:
+        self.meeting = True
+        try:
+            begin().wait()
+        except RuntimeError as error:
+            raise MeetingError(_told(error)) from error
+        self.meeting = False
+
+
+def _told(error: RuntimeError) -> str:
+    """Gloo's words without the place in its source."""
+    line = (str(error).splitlines() or ["no reason given"])[0]
+    line = line.partition("] ")[2] if line.startswith("[") else line
+    return line.partition(". ")[0]

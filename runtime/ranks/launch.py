@@ -1,0 +1,96 @@
+"""The other ranks as processes of this machine, started by the one that wants them.
+
+They sit in sessions of their own, so that a terminal's Ctrl-C reaches their starter alone. They end when it tells them, when
+their connection to it ends, and, before there is one, when their standard input does: so never later than their starter,
+however that ends.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+from ..cores import usable_cores
+from .crew import GRACE_S
+from .verdict import RankError
+from .world import LOOPBACK
+
+ENTRY = (sys.executable, "-m", "staticvl.runtime.ranks")
+FAREWELL_S = 0.5  # for the system to say how a process ended
+
+
+def threads_each(threads: int | None, local_size: int) -> int:
+    """What was asked for, or else this machine's cores split among its ranks."""
+    return threads or max(1, usable_cores() // local_size)
+
+
+class LocalRanks:
+    """Ranks 1 .. size - 1, as processes."""
+
+    def __init__(self, folder: Path, size: int, port: int, *, device: str, threads: int | None, timeout: float) -> None:
+        """port: of the store at which they meet rank 0."""
+        arguments = [str(folder.resolve()), "--device", device, "--timeout", str(timeout)]
+        if threads:
+            arguments += ["--threads", str(threads)]
+        self.processes: dict[int, subprocess.Popen[bytes]] = {}
+        try:
+            for rank in range(1, size):
+                self.processes[rank] = subprocess.Popen(
+                    [*ENTRY, *arguments],
+                    env=_environment(os.environ, rank, size, port, threads_each(threads, size)),
+                    stdin=subprocess.PIPE,
+                    stdout=2,  # standard output is rank 0's alone
+                    start_new_session=True,
+                )
+        except BaseException:
+            self.end()
+            raise
+
+    def check(self, ranks: Collection[int]) -> None:
+        """Raises RankError when one of these ranks has ended."""
+        for rank in ranks:
+            if (status := self.processes[rank].poll()) is not None:
+                pid = self.processes[rank].pid
+                raise RankError(f"rank {rank} (pid {pid}) ended before it was ready ({_ended(status)}); see its own message")
+
+    def ending(self, rank: int) -> str:
+        """See crew.Children."""
+        try:
+            return _ended(self.processes[rank].wait(FAREWELL_S))
+        except subprocess.TimeoutExpired:
+            return ""
+
+    def end(self) -> None:
+        """Give those that are leaving a moment, and kill the others."""
+        deadline = time.monotonic() + GRACE_S / 2
+        for process in self.processes.values():
+            if process.stdin:
+                process.stdin.close()
+        for process in self.processes.values():
+            try:
+                process.wait(max(deadline - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()  # a stopped process hears nothing else
+        for process in self.processes.values():
+            process.wait()
+
+
+def _environment(env: Mapping[str, str], rank: int, size: int, port: int, threads: int) -> dict[str, str]:
+    """What torchrun would set."""
+    world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    settings = {"OMP_NUM_THREADS": str(threads)} | dict(env) | {name: str(value) for name, value in world.items()}
+    return settings | {"MASTER_ADDR": LOOPBACK}
+
+
+def _ended(status: int) -> str:
+    if status >= 0:
+        return f"exit status {status}"
+    try:
+        return f"killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"killed by signal {-status}"

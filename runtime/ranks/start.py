@@ -1,0 +1,197 @@
+"""How ranks come together: rank 0 and the others meet, compare what they opened, and load their parts.
+
+Every rank first connects to rank 0 and only then opens its artifact, so that whatever it finds there reaches the one who
+tells the user.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+from ..artifact import Artifact, ArtifactError, GraphSpec, open_artifact
+from ..backends.base import Backend, open_backend
+from .control import Members, Store, join
+from .crew import Crew
+from .follower import Follower, Watched
+from .frames import Go, Kind, Link, Opened, encode
+from .launch import LocalRanks, threads_each
+from .leader import LeadingBackend
+from .verdict import Peer
+from .world import LOOPBACK, World, seat_of
+
+JOIN_S = 60.0  # for all ranks to come
+TIMEOUT_S = 300.0  # for a rank to come to a collective
+
+
+def read_timeout(given: float | None) -> float:
+    """Seconds that ranks wait for each other: as given, as STATICVL_TIMEOUT says, or 300."""
+    value = given if given is not None else os.environ.get("STATICVL_TIMEOUT", TIMEOUT_S)
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds < float("inf"):
+        name = "timeout" if given is not None else "STATICVL_TIMEOUT"
+        raise ArtifactError(f"{name} is {value!r}; expected seconds above 0 that ranks wait for each other")
+    return seconds
+
+
+def spawn(artifact: Artifact, *, device: str, threads: int | None, timeout: float) -> LeadingBackend:
+    """Start the other ranks of an artifact on this machine and lead them. Raises RankError when that fails."""
+    store, port = _groups().host_store(JOIN_S)
+    size = artifact.manifest.ranks
+    children = LocalRanks(artifact.folder, size, port, device=device, threads=threads, timeout=timeout)
+    try:
+        return lead(
+            artifact, World(0, size, size, LOOPBACK), store, device=device, threads=threads, timeout=timeout, children=children
+        )
+    except BaseException:
+        children.end()
+        raise
+
+
+def meet(world: World) -> Store:
+    """The store of ranks that a launcher has started."""
+    return _groups().meet_store(world, JOIN_S)
+
+
+def lead(
+    artifact: Artifact,
+    world: World,
+    store: Store,
+    *,
+    device: str,
+    threads: int | None,
+    timeout: float,
+    children: LocalRanks | None = None,
+) -> LeadingBackend:
+    """Rank 0: wait for the others, compare, and load; raises RankError, which names the rank that is at fault."""
+    members = Members(world, timeout)
+    try:
+        members.publish(store)
+        members.wait(JOIN_S, children.check if children else _nothing)
+    finally:
+        members.close()
+    crew = Crew(Peer(0, os.getpid(), socket.gethostname()), members.joined, timeout, children)
+    try:
+        _compare(crew, artifact)
+        go = Go(_address(crew.links.values()), timeout)
+        for link in crew.links.values():
+            link.send([encode(Kind.GO, go)])
+
+        def open_all() -> Backend:
+            group, backend = _open(artifact, world, store, go.address, timeout, device, threads)
+            crew.meeting = lambda: group.meeting
+            for graph in artifact.manifest.graphs:
+                backend.load(graph)
+            return backend
+
+        local = crew.together(open_all)
+        crew.collect(Kind.READY, None)
+        return LeadingBackend(local, crew, artifact.manifest)
+    except BaseException:
+        crew.close()
+        raise
+
+
+def follow(folder: Path, world: World, store: Store, *, device: str, threads: int | None, timeout: float) -> tuple[int, bool]:
+    """Any other rank: take part until the end. The exit status, and whether a thread is left that may never end.
+
+    An interrupt is ignored: rank 0 gets it too, and decides. Raises RankError when there is no rank 0.
+    """
+    with contextlib.suppress(ValueError):  # not the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    leader, link = join(store, world, timeout)
+    opened = _opened(folder, world, link)
+    graphs = () if isinstance(opened, str) else _graphs(opened, world)
+    follower = Follower(world.rank, leader, link, graphs, timeout)
+
+    def open_all(go: Go) -> tuple[Watched, Backend]:
+        assert isinstance(opened, Artifact)
+        own = link.socket.getsockname()[0]
+        return _open(opened, world, store, go.address if _is_loopback(own) else _plain(own), go.timeout, device, threads)
+
+    return follower.follow(open_all), follower.stuck
+
+
+def _opened(folder: Path, world: World, link: Link) -> Artifact | str:
+    """This rank's artifact, or why there is none; rank 0 is told."""
+    try:
+        opened = open_artifact(folder, rank=world.rank)
+        told = Opened(digest=opened.manifest.digest)
+    except (ValueError, OSError) as error:
+        opened, told = str(error), Opened(error=str(error)[:2000])
+    link.send([encode(Kind.OPENED, told)])
+    return opened
+
+
+def _graphs(artifact: Artifact, world: World) -> tuple[GraphSpec | None, ...]:
+    """This rank's graphs in the order of rank 0's; None where its stage has no part in one."""
+    manifest = artifact.manifest
+    stage = min(world.rank // manifest.tp, manifest.pp - 1)  # rank 0 sees to it that the numbers fit
+    own = {graph.name: graph for graph in manifest.of_stage(stage).graphs}
+    return tuple(own.get(graph.name) for graph in manifest.graphs)
+
+
+def _open(
+    artifact: Artifact, world: World, store: Store, address: str, timeout: float, device: str, threads: int | None
+) -> tuple[Watched, Backend]:
+    """This rank's way to the others, and its backend."""
+    seat = seat_of(world.rank, artifact.manifest.tp, artifact.manifest.pp)
+    manifest = artifact.manifest.of_stage(seat.stage)
+    group = _groups().GlooGroup(store, seat, timeout, address)
+    threads = threads_each(threads, world.local_size)
+    backend = open_backend(
+        manifest.backend, artifact.folder, manifest.cache, device=device, threads=threads, manifest=manifest, group=group
+    )
+    return group, backend
+
+
+def _compare(crew: Crew, artifact: Artifact) -> None:
+    """Every rank must have opened what rank 0 has."""
+    told = []
+    mine = artifact.manifest.digest
+    for rank, opened in crew.collect(Kind.OPENED, JOIN_S).items():
+        if opened.error:
+            told.append(f"{crew.peers[rank]}: {opened.error}")
+        elif opened.digest != mine:
+            told.append(
+                f"{crew.peers[rank]} has another artifact: digest {opened.digest[:12]} instead of {mine[:12]}; copy "
+                f"{artifact.folder} of {crew.me.host} to {crew.peers[rank].host}, or compile it again"
+            )
+    if told:
+        raise crew.stop("; ".join(told))
+
+
+def _address(links: Iterable[Link]) -> str:
+    """Rank 0's address on the network by which ranks of other machines have reached it."""
+    found = [link.socket.getsockname()[0] for link in links]
+    return next((_plain(address) for address in found if not _is_loopback(address)), LOOPBACK)
+
+
+def _is_loopback(address: str) -> bool:
+    return ipaddress.ip_address(_plain(address)).is_loopback
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address that came in IPv6's clothes as itself."""
+    return address.removeprefix("::ffff:")
+
+
+def _nothing(_: Collection[int]) -> None:
+    pass
+
+
+def _groups():
+    """The file that imports torch, which only ranks need."""
+    try:
+        from . import group
+    except ImportError as error:
+        raise ArtifactError(f"artifacts of several ranks need torch ({error}); pip install 'staticvl[compile]'") from error
+    return group

@@ -1,0 +1,65 @@
+"""Which processes take part and where this one sits: the variables that torchrun and other launchers set."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..artifact import ArtifactError
+
+LOOPBACK = "127.0.0.1"
+HERE = (LOOPBACK, "localhost", "::1")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """All processes of one run. `rank` counts through the world; a model's own rank is Seat.rank."""
+
+    rank: int
+    size: int
+    local_size: int  # ranks on this machine
+    address: str  # of the machine that rank 0 runs on
+
+    @property
+    def together(self) -> bool:
+        """Whether all ranks run on this machine."""
+        return self.local_size == self.size
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """A rank's place among those that run one model: `rank` of the `size` that compute one of its `stages` together."""
+
+    rank: int
+    size: int
+    stage: int = 0
+    stages: int = 1
+
+
+def seat_of(rank: int, tp: int, pp: int) -> Seat:
+    """The seat of a rank of the world: the first tp are the first stage, the next tp the second."""
+    stage, own = divmod(rank, tp)
+    assert stage < pp, (rank, tp, pp)
+    return Seat(own, tp, stage, pp)
+
+
+def started_world(env: Mapping[str, str] = os.environ) -> World | None:
+    """The world that a launcher has started this process in, if any.
+
+    Raises ArtifactError for variables that make no sense.
+    """
+    if "RANK" not in env or "WORLD_SIZE" not in env:
+        return None
+    rank, size = _number(env, "RANK"), _number(env, "WORLD_SIZE")
+    if not 0 <= rank < size:
+        raise ArtifactError(f"RANK is {rank} and WORLD_SIZE is {size}; expected a rank from 0 to WORLD_SIZE - 1")
+    address = env.get("MASTER_ADDR", LOOPBACK)
+    local = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else size if address in HERE else 1
+    return World(rank, size, local, address)
+
+
+def _number(env: Mapping[str, str], name: str) -> int:
+    if not env[name].isdecimal():
+        raise ArtifactError(f"the environment variable {name} is {env[name]!r}; expected a number, as torchrun sets it")
+    return int(env[name])
