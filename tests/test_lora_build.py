@@ -7,14 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
+from staticvl.model_defs.config import read_config
+from staticvl.runtime.artifact import rank_folder
 from staticvl.tools.cli import main
 
 from .checkpoints import tiny_llava
 from .test_lora import adapt
+from .wide_models import part
 
 BUCKETS = Buckets(prefill=(16,), decode=(1,), vision=(1,), context=64, slots=1)
 
@@ -35,6 +39,24 @@ def test_an_adapted_artifact_is_the_merged_model(tmp_path: Path) -> None:
     assert np.abs(out.logits[0] - expected).max() <= 1e-4 * np.abs(expected).max()
     assert np.abs(out.logits[0] - base).max() > 1e-2 * np.abs(base).max()
     assert not build(adapted).converted  # nothing changed
+
+
+def test_ranks_hold_their_parts_of_the_merged_weights(tmp_path: Path) -> None:
+    tiny = tiny_llava(tmp_path / "base")
+    adapt(tiny.model, tmp_path / "adapter")
+    config = read_config(tiny.folder)
+    held: list[dict[str, torch.Tensor]] = []
+    for tp in (1, 2):
+        out = tmp_path / f"tp{tp}"
+        options = Options(checkpoint=tiny.folder, out=out, buckets=BUCKETS, lora=tmp_path / "adapter", tp=tp)
+        files = build(options).manifest.files
+        for rank in range(tp):
+            names = [name for name in files if name.startswith(f"{rank_folder(tp, rank)}/")]
+            held.append({key: tensor for name in names for key, tensor in load_file(out / name).items()})
+    whole, *ranks = held
+    for rank, tensors in enumerate(ranks):
+        assert tensors.keys() == whole.keys()
+        assert all(torch.equal(tensors[name], part(config, name, whole[name], 2, rank)) for name in whole)
 
 
 def test_an_adapter_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,104 @@
+"""A vision tower cut among ranks, or whole on each of them with the tiles shared out: which is faster on this machine.
+
+    python benchmarks/vision_among_ranks.py [--tiles 5] [--tp 2] [--runs 7]
+
+CLIP-L/336 with random weights before a small decoder, ONNX Runtime on CPU, one core for each rank. "cut" is what staticvl does:
+the ranks' own vision graph over all tiles. "shared out" is what a rank with the most tiles would need for its part, while the
+others compute theirs; joining the features is left out, in its favour. Runs of both alternate; medians are printed as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from staticvl import runtime
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.runtime.feeds import new_feed
+from staticvl.tools.progress import TerminalProgress
+from staticvl.tools.random_checkpoint import write_checkpoint
+
+CHECKPOINT = Path(__file__).parents[1] / "tools" / "assets" / "tiny_llava16"
+CLIP_L = {
+    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
+    "patch_size": 14, "projection_dim": 768,
+}  # fmt: skip
+
+
+def main() -> None:
+    args = parse()
+    os.environ["OMP_NUM_THREADS"] = "1"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        share = -(-args.tiles // args.tp)
+        write_checkpoint(CHECKPOINT, folder / "checkpoint", overrides={f"vision_config.{k}": v for k, v in CLIP_L.items()})
+        for out, tp, tiles in (("cut", args.tp, args.tiles), ("whole", 1, share)):
+            buckets = Buckets(prefill=(16,), decode=(1,), vision=(tiles,), context=64, slots=1)
+            build(Options(checkpoint=folder / "checkpoint", out=folder / out, tp=tp, buckets=buckets), TerminalProgress())
+        others = [
+            subprocess.Popen([sys.executable, __file__, "--serve", folder / "whole"], stdin=-1, stdout=-1)
+            for _ in range(args.tp - 1)
+        ]
+        cut, whole = runtime.load(folder / "cut", threads=1), runtime.load(folder / "whole", threads=1)
+        times: dict[str, list[float]] = {"cut": [], "shared out": []}
+        for _ in range(args.runs):
+            times["cut"].append(timed(cut))
+            for other in others:
+                tell(other)
+            times["shared out"].append(timed(whole))
+            for other in others:
+                assert other.stdout is not None
+                other.stdout.readline()
+        for other in others:
+            other.kill()
+        cut.close()
+    found = {name: round(statistics.median(each), 3) for name, each in times.items()}
+    print(
+        json.dumps(
+            {**found, "cut / shared out": round(found["cut"] / found["shared out"], 3), "tiles": args.tiles, "tp": args.tp}
+        )
+    )
+
+
+def timed(model: runtime.Model) -> float:
+    """Seconds of one run of the vision graph."""
+    graph = next(graph for graph in model.artifact.manifest.graphs if graph.kind == "vision")
+    started = time.perf_counter()
+    model.engine.backend.run(graph, new_feed(graph))
+    return time.perf_counter() - started
+
+
+def tell(other: subprocess.Popen[bytes]) -> None:
+    assert other.stdin is not None
+    other.stdin.write(b"go\n")
+    other.stdin.flush()
+
+
+def serve(artifact: Path) -> None:
+    """Run the vision graph whenever a line comes."""
+    model = runtime.load(artifact, threads=1)
+    for _ in sys.stdin:
+        timed(model)
+        print("done", flush=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiles", type=int, default=5)
+    parser.add_argument("--tp", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments = parse()
+    serve(arguments.serve) if arguments.serve else main()
