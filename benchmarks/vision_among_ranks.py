@@ -26,10 +26,9 @@ from staticvl.runtime.feeds import new_feed
 from staticvl.tools.progress import TerminalProgress
 from staticvl.tools.random_checkpoint import write_checkpoint
 
-CHECKPOINT = Path(__file__).parents[1] / "tools" / "assets" / "tiny_llava16"
-CLIP_L = {
-    "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16, "image_size": 336,
-    "patch_size": 14, "projection_dim": 768,
+# LLaVA-1.5's tower before a decoder that is no work.
+SMALL = {
+    "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 8, "num_key_value_heads": 8,
 }  # fmt: skip
 
 
@@ -39,7 +38,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         share = -(-args.tiles // args.tp)
-        write_checkpoint(CHECKPOINT, folder / "checkpoint", overrides={f"vision_config.{k}": v for k, v in CLIP_L.items()})
+        overrides = {f"text_config.{name}": value for name, value in SMALL.items()}
+        write_checkpoint(Path("llava-1.5-7b-hf"), folder / "checkpoint", overrides=overrides)
         for out, tp, tiles in (("cut", args.tp, args.tiles), ("whole", 1, share)):
             buckets = Buckets(prefill=(16,), decode=(1,), vision=(tiles,), context=64, slots=1)
             build(Options(checkpoint=folder / "checkpoint", out=folder / out, tp=tp, buckets=buckets), TerminalProgress())
