@@ -37,7 +37,8 @@ def load(
     """Open an artifact for use.
 
     device: "cpu" for ONNX artifacts; for Ascend ones "npu", "npu:1" (the second card), or "sim", which runs their graphs with
-    torch on a CPU. tp: the ranks that each layer is cut among, which must be what the artifact was compiled for (default).
+    torch on a CPU ("sim:float32": without rounding to 16 bits). tp: the number of ranks that each layer is cut among, which
+    must be what the artifact was compiled for (default).
     threads: cores that ONNX Runtime computes with, in each rank; default every core that this process may use, split among
     the ranks of this machine. timeout: seconds that ranks wait for each other; default STATICVL_TIMEOUT, or 300.
 

@@ -17,6 +17,7 @@ import pytest
 
 from staticvl import runtime
 from staticvl.compiler.build import build
+from staticvl.compiler.check import relative_error
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, FileSpec, Manifest, read_manifest, write_manifest
 from staticvl.runtime.ascend import torchair_host
@@ -59,6 +60,19 @@ def test_the_simulator_says_what_onnx_says(pairs: dict[str, Pair], family: str) 
     chats = onnx.chat(), ascend.chat()
     for text, pictures in (("What is it?", []), ("And here?", [picture((40, 64), seed=3)])):
         check_alike(*(chat.send(text, pictures, **GREEDY) for chat in chats), ROUNDING)
+
+
+def test_without_rounding_the_simulator_says_it_exactly(pairs: dict[str, Pair]) -> None:
+    """The embedded model's weights are of 16 bits already."""
+    pair = pairs["llava"]
+    expected, found = (
+        model.generate(QUESTION, [picture((70, 50))], max_new_tokens=4, return_logits=True)
+        for model in pair.load("sim:float32")
+    )
+    assert expected.logits is not None and found.logits is not None
+    assert relative_error(found.logits, expected.logits) <= 1e-4
+    with pytest.raises(ArtifactError, match="device 'sim:bfloat16' is unknown; expected sim, or sim:float32"):
+        runtime.load(pair.ascend, device="sim:bfloat16")
 
 
 @pytest.mark.parametrize("family", CHECKPOINTS)

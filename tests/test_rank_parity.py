@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from staticvl import runtime
 from staticvl.compiler.build import build
+from staticvl.compiler.check import relative_error
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.tools.random_checkpoint import write_checkpoint
 
@@ -52,8 +52,9 @@ REQUESTS = (
     ("Which of the two is larger?", [(64, 64), (30, 90)]),
     (LONG, [(120, 40)]),
 )
-# Of the largest magnitude in float32; in length in float16.
-ALLOWED = {"onnx": 1e-4, "ascend": 2e-2}
+# float32 everywhere: in 16 bits a sum of parts is rounded elsewhere, and random weights decide few tokens by more than that.
+DEVICES = {"onnx": "cpu", "ascend": "sim:float32"}
+ALLOWED = 1e-4  # of the largest magnitude
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     return request.param, out
 
 
-@pytest.fixture(scope="module", params=ALLOWED)
+@pytest.fixture(scope="module", params=DEVICES)
 def whole(
     request: pytest.FixtureRequest, checkpoint: tuple[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Answers]]:
@@ -84,7 +85,7 @@ def answers(checkpoint: tuple[str, Path], out: Path, backend: str, tp: int) -> A
     images = (2,) if family == "mllama" else None
     buckets = Buckets(prefill=(8, 32), decode=(1, 4), images=images, context=400, slots=4)
     build(Options(checkpoint=folder, out=out / "artifact", backend=backend, tp=tp, buckets=buckets))
-    with runtime.load(out / "artifact", device="cpu" if backend == "onnx" else "sim", tp=tp) as model:
+    with runtime.load(out / "artifact", device=DEVICES[backend], tp=tp) as model:
         pictures = [[picture(size, seed) for seed, size in enumerate(sizes)] for _, sizes in REQUESTS]
         batch = model.generate([text for text, _ in REQUESTS], pictures, **GREEDY)
         with model.chat() as chat:
@@ -92,16 +93,9 @@ def answers(checkpoint: tuple[str, Path], out: Path, backend: str, tp: int) -> A
     return Answers(batch, turns)
 
 
-def error(found: np.ndarray, expected: np.ndarray, backend: str) -> float:
-    difference = found - expected
-    if backend == "onnx":
-        return float(np.abs(difference).max() / np.abs(expected).max())
-    return float(np.linalg.norm(difference) / np.linalg.norm(expected))
-
-
 @pytest.mark.parametrize("tp", [2, 4, 8])
 def test_ranks_say_what_the_whole_model_says(
-    checkpoint: tuple[str, Path], whole: tuple[str, Answers], tmp_path: Path, tp: int, record_property: Any
+    checkpoint: tuple[str, Path], whole: tuple[str, Answers], tmp_path: Path, tp: int
 ) -> None:
     backend, expected = whole
     found = answers(checkpoint, tmp_path, backend, tp)
@@ -109,8 +103,7 @@ def test_ranks_say_what_the_whole_model_says(
     for mine, theirs in zip(found.batch + found.chat, expected.batch + expected.chat, strict=True):
         assert mine.token_ids == theirs.token_ids and len(mine.token_ids) == 64
         assert mine.logits is not None and theirs.logits is not None
-        errors.append(error(mine.logits, theirs.logits, backend))
-    record_property("worst_error", max(errors))
+        errors.append(relative_error(mine.logits, theirs.logits))
     print(f"{checkpoint[0]} {backend} tp={tp}: worst error {max(errors):.1e}")
-    assert max(errors) <= ALLOWED[backend]
+    assert max(errors) <= ALLOWED
     assert len({tuple(out.token_ids) for out in found.batch}) == len(REQUESTS)

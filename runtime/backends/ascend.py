@@ -212,7 +212,7 @@ class RankedGroup(Group, Protocol):
 
 
 def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | None = None) -> AscendBackend:
-    """The backend of an Ascend artifact on "npu", "npu:1" or "sim"; of one rank where the artifact is cut among several.
+    """The backend of an Ascend artifact on "npu", "npu:1", "sim" or "sim:float32"; of one rank where there are several.
 
     A rank on "npu" takes the card of its LOCAL_RANK, as torchrun sets it, or of its rank, and joins the others over HCCL
     through the `store` of its group (RankedGroup); on "sim" it meets them through the group itself.
@@ -225,17 +225,25 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
     except ImportError:
         raise ArtifactError("Ascend artifacts need torch; install it with: pip install 'staticvl[compile]'") from None
     check_group(str(folder), manifest.tp, group)
-    if device == "sim":
-        where, soc = simulated(), manifest.ascend.soc
+    simulating = device.startswith("sim")
+    if simulating:
+        where, soc = simulated(wide=_is_wide(device)), manifest.ascend.soc
     else:
         where, soc = _card(_ranks_card(device, group))
     check_facts(folder, manifest, ascend_facts(torchair_host.VERSION, soc))
     weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
     _check_weights(folder, manifest, weights)
-    if device != "sim" and group and group.size > 1:
+    if not simulating and group and group.size > 1:
         _join(cast(RankedGroup, group))
-    keep = None if device == "sim" else _keep(folder, soc, group)
+    keep = None if simulating else _keep(folder, soc, group)
     return AscendBackend(folder, manifest.cache, weights, manifest.files, where, keep, group)
+
+
+def _is_wide(device: str) -> bool:
+    """Whether the simulator is to compute in float32, whatever the graphs say: then what remains is no rounding."""
+    if device not in ("sim", "sim:float32"):
+        raise ArtifactError(f"device {device!r} is unknown; expected sim, or sim:float32, which does not round to 16 bits")
+    return device == "sim:float32"
 
 
 def _check_weights(folder: Path, manifest: Manifest, weights: Mapping[str, WeightSpec]) -> None:
