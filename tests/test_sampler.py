@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from staticvl.runtime import sampler
 from staticvl.runtime.artifact import SamplingDefaults
-from staticvl.runtime.request import ResolvedSampling, SamplingParams
 from staticvl.runtime.sampler import sample, uniform
+from staticvl.runtime.sampling import ResolvedSampling, SamplingParams
 
 GRID = 500
 

@@ -69,7 +69,7 @@ def test_a_freed_slot_is_taken_at_the_next_step() -> None:
 
 def test_decode_bucket_reaches_the_highest_slot_in_use() -> None:
     """Slot 0 ends first: the sequence in slot 2 still needs a batch of three or more."""
-    engine = fake_engine(slots=4, prefill={4: 1.0}, decode={1: 1.0, 2: 1.0, 4: 1.0})
+    engine = fake_engine(slots=4, prefill={4: 1.0, 16: 3.0}, decode={1: 1.0, 2: 1.0, 4: 1.0})
     for count in (2, 2, 4):
         add(engine, text_prompt(7), count)
     steps = [told(step) for step in run_all(engine) if step.kind == "decode"]
@@ -97,7 +97,7 @@ def test_each_prompt_runs_where_just_its_pictures_can_be_seen() -> None:
 
 def test_a_batch_decodes_where_the_most_pictures_can_be_seen() -> None:
     """And goes back to fewer when that sequence has ended."""
-    engine = fake_engine(slots=3, prefill={16: 1.0}, images=(1, 3))
+    engine = fake_engine(slots=3, prefill={16: 1.0, 64: 9.0}, images=(1, 3))
     for pictures, count in ((0, 5), (2, 3), (1, 4)):
         add(engine, looking(pictures), count)
     steps = [(step.images, told(step)[3]) for step in run_all(engine) if step.kind == "decode"]

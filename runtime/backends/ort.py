@@ -22,7 +22,7 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
-from .base import Group, cache_name, checked, weights_folder, world_rank
+from .base import Group, cache_name, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -233,6 +233,11 @@ class OrtBackend:
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
         self.caches[name][: len(value)] = value
+
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        for name, cache in self.caches.items():
+            count = rows_to_copy(name, rows, images)
+            cache[target, :, :count] = cache[source, :, :count]
 
 
 def open_ort(
