@@ -31,7 +31,7 @@ class Chat:
         self.slot: int | None = None
         self.turn: Sequence | None = None  # the turn that runs
         self.features = np.empty((0, model.facts.hidden_size), np.float32)  # [tiles * P, C] of the pictures so far
-        self.encoded = 0  # tiles whose features these are; with cross-attention there are none
+        self.tiles: tuple[bytes, ...] = ()  # digests of the tiles whose features these are
 
     def send(
         self,
@@ -66,11 +66,21 @@ class Chat:
         finally:
             self._end(sequence)
 
+    def rewind(self, turns: int = 1) -> None:
+        """Take the last turns back, with their pictures; what was before them stays in the cache."""
+        said = [place for place, message in enumerate(self.messages) if message.role == "user"]
+        if not 0 <= turns <= len(said):
+            raise ValueError(f"{turns} turns were to be taken back; the conversation has {len(said)}")
+        keep = said[len(said) - turns] if turns else len(self.messages)
+        taken = sum(message.images for message in self.messages[keep:])
+        self.images = self.images[: len(self.images) - taken]
+        self.messages = self.messages[:keep]
+
     def fork(self) -> Chat:
         """Another chat that has heard the same so far. Its first turn copies what this one's slot holds of it."""
         other = Chat(self.model)
         other.messages, other.images = list(self.messages), list(self.images)
-        other.features, other.encoded = self.features, self.encoded
+        other.features, other.tiles = self.features, self.tiles
         return other
 
     def close(self) -> None:
@@ -114,8 +124,12 @@ class Chat:
         if self.slot is None and engine.cache.free:
             self.slot = engine.cache.acquire()
         sequence.slot, sequence.keep_slot = self.slot, self.slot is not None
-        sequence.features[: len(self.features)] = self.features
-        sequence.tiles_done = self.encoded
+        # Pictures may have been taken back since.
+        wanted = sequence.content.pictures
+        same = next((n for n, pair in enumerate(zip(self.tiles, wanted, strict=False)) if pair[0] != pair[1]), None)
+        sequence.tiles_done = min(len(self.tiles), len(wanted)) if same is None else same
+        rows = sequence.tiles_done * self.model.facts.image.rows
+        sequence.features[:rows] = self.features[:rows]
 
     def _keep(self, message: Message, new: list[Any], sequence: Sequence, answer: str) -> None:
         if self.turn is not sequence:  # forgotten while its pieces were given out
@@ -124,4 +138,4 @@ class Chat:
         self.messages += [message, Message("assistant", answer)]
         self.images += new
         if not sequence.cross_tiles:
-            self.features, self.encoded = sequence.features, sequence.tiles_done
+            self.features, self.tiles = sequence.features, sequence.content.pictures

@@ -144,31 +144,31 @@ class Model:
         """Run sequences to their ends; on any error none of them keeps a slot."""
         try:
             for sequence in sequences:
-                self._start(sequence)
+                self.start(sequence)
             while not all(sequence.finish_reason for sequence in sequences):
-                self._advance()
-            return [self._output(sequence) for sequence in sequences]
+                self.advance()
+            return [self.output(sequence) for sequence in sequences]
         finally:
             for sequence in sequences:
-                self._end(sequence)
+                self.end(sequence)
 
     def stream_sequence(self, sequence: Sequence) -> Generator[str, None, None]:
         """Run one sequence, giving out text; a caller that stops listening cancels it.
 
         Between two pieces other requests may be made of the model: what they let this sequence gain is given out later.
         """
-        text, given = self._start(sequence), 0
+        text, given = self.start(sequence), 0
         try:
             while given < len(text.pieces) or not sequence.finish_reason:
                 if given == len(text.pieces):
-                    self._advance()
+                    self.advance()
                 else:
                     given += 1
                     yield text.pieces[given - 1]
             if last := text.finish():
                 yield last
         finally:
-            self._end(sequence)
+            self.end(sequence)
 
     def new_sequence(self, prompt: Prompt, params: SamplingParams, return_logits: bool = False, index: int = 0) -> Sequence:
         """Answer `index` of n to a prompt, checked and not queued; raises ContextError or ConstraintError."""
@@ -198,22 +198,23 @@ class Model:
             return self.family.raw_prompt(text, images, self.facts, self.tokenizer)
         return self.prepare_messages([Message("user", text, len(images))], images)
 
-    def _start(self, sequence: Sequence) -> AnswerText:
+    def start(self, sequence: Sequence) -> AnswerText:
         """Queue a sequence; its text grows with every step, whoever takes it."""
         stops = self.stops(sequence)
         text = self.texts[sequence.id] = AnswerText(self.tokenizer, stops, from_token=sequence.params.min_new_tokens)
         self.engine.add(sequence)
         return text
 
-    def _end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence) -> None:
+        """Forget a sequence that was started; one that has not finished is cancelled."""
         self.engine.cancel(sequence)
         if self.request_log and sequence.id in self.texts:
             sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
             arrived = time.time() - (self.engine.clock() - sequence.arrived)
-            self.request_log.write(record_of(self._output(sequence), arrived, sizes, sequence.reused))
+            self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
         self.texts.pop(sequence.id, None)
 
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """One engine step, and the new text of each sequence that gained a token; without one, where deadlines ended all."""
         self.engine.expire()
         if self.engine.scheduler.idle:
@@ -226,7 +227,8 @@ class Model:
             if text.stopped:
                 self.engine.stop(sequence)
 
-    def _output(self, sequence: Sequence) -> Output:
+    def output(self, sequence: Sequence) -> Output:
+        """The answer of a sequence that has finished and is not forgotten."""
         text = self.texts[sequence.id]
         text.finish()
         if text.stopped:  # perhaps only by what was held back

@@ -25,7 +25,7 @@ class SamplingParams:
     by token id.
 
     An answer ends before a text of `stop` (one text or several), at a token of `stop_token_ids`, after max_new_tokens, or
-    `deadline_s` seconds after it was asked for; none of the first two before min_new_tokens. It never holds a text of bad_words.
+    `deadline_s` seconds after it was asked for; none of the first two before min_new_tokens. No text of bad_words is in it.
     At most one of `json_schema`, `regex` and `choice` says what the whole answer must be.
 
     logprobs k asks for the logarithm of each token's probability, before anything above, and for the k likeliest tokens.

@@ -340,7 +340,15 @@ def loaded_with_fake(folder: Path, *, reuse: bool = False) -> runtime.Model:
     return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=reuse))
 
 
-def fake_model(checkpoint: Path, folder: Path, buckets: Buckets, *, reuse: bool = False, **changes: Any) -> runtime.Model:
+def fake_model(
+    checkpoint: Path,
+    folder: Path,
+    buckets: Buckets,
+    *,
+    reuse: bool = False,
+    prefill_budget: int | None = None,
+    **changes: Any,
+) -> runtime.Model:
     """A checkpoint's tokenizer, template, settings and plan over a fake backend; nothing is compiled, no weights are read.
 
     `changes` are fields of its ModelFacts.
@@ -366,4 +374,5 @@ def fake_model(checkpoint: Path, folder: Path, buckets: Buckets, *, reuse: bool 
         for graph in definitions
     )
     artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(facts, **changes), plan.cache, graphs))
-    return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=reuse))
+    backend = FakeBackend(artifact.manifest)
+    return runtime.Model(artifact, Engine(artifact, backend=backend, reuse=reuse, prefill_budget=prefill_budget))

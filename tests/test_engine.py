@@ -61,26 +61,38 @@ class Plan:
     dropped: int | None
 
 
+# Some requests begin alike, so that there is something to take over.
+COMMON = [7, picture(44), *range(60, 72), picture(700), 8]
+CROSS_COMMON = [7, ((1, 2), 3), *range(60, 70), ((2, 1), 4), 8]
+
+
 @st.composite
 def plans(draw: st.DrawFn, context: int, ntks: tuple[float, ...] = ()) -> Plan:
     """A request that fits the context, up to the last position."""
-    parts: list[int | np.ndarray] = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
+    own: list[int | np.ndarray] = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
     for number in draw(st.lists(st.integers(0, 3000), max_size=3)):
-        parts.insert(draw(st.integers(0, len(parts))), picture(number))
+        own.insert(draw(st.integers(0, len(own))), picture(number))
+    parts = [*COMMON[: draw(st.sampled_from((0, len(COMMON))) | st.integers(0, len(COMMON)))], *own]
     prompt = picture_prompt(*parts)
     while prompt.length >= context:
         parts.pop()
         prompt = picture_prompt(*parts)
-    return draw(requests_for(dataclasses.replace(prompt, ntk=draw(st.sampled_from((1.0, *ntks)))), context))
+    ntk = draw(st.sampled_from((1.0, *ntks)))
+    return draw(requests_for(dataclasses.replace(prompt, ntk=ntk, state=np.full_like(prompt.state, ntk)), context))
 
 
 @st.composite
 def cross_plans(draw: st.DrawFn, context: int, images: int) -> Plan:
     """As `plans`, where pictures take one position and are seen by cross-attention."""
-    parts: list = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
-    for picture_ in draw(st.lists(st.tuples(st.sampled_from(GRIDS), st.integers(0, 9)), max_size=images)):
-        parts.insert(draw(st.integers(0, len(parts))), picture_)
-    return draw(requests_for(cross_prompt(*parts[: context - 1], seed=draw(st.integers(0, 99))), context))
+    own: list = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
+    common = CROSS_COMMON[: draw(st.sampled_from((0, 14)) | st.integers(0, 14))]
+    room = images - sum(isinstance(part, tuple) for part in common)
+    if room < 0:
+        common, room = [], images
+    for picture_ in draw(st.lists(st.tuples(st.sampled_from(GRIDS), st.integers(0, 9)), max_size=room)):
+        own.insert(draw(st.integers(0, len(own))), picture_)
+    parts = [*common, *own]
+    return draw(requests_for(cross_prompt(*parts[: context - 1], seed=draw(st.integers(0, 99) | st.just(0))), context))
 
 
 @st.composite
