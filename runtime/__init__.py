@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .async_engine import AsyncEngine
 from .model import Model, load
 from .request import Output, SamplingParams
 
-__all__ = ["Model", "Output", "SamplingParams", "generate", "load"]
+__all__ = ["AsyncEngine", "Model", "Output", "SamplingParams", "generate", "load"]
 
 
 def generate(

@@ -102,15 +102,16 @@ class Engine:
             self.timed.append(sequence)
         self.scheduler.add(sequence)
 
-    def expire(self) -> None:
-        """End the sequences whose deadlines have passed."""
+    def expire(self) -> list[Sequence]:
+        """End the sequences whose deadlines have passed; which they are."""
         if not self.timed:
-            return
+            return []
         now = self.clock()
-        for sequence in self.timed:
-            if sequence.finish_reason is None and now - sequence.arrived >= (sequence.params.deadline_s or 0):
-                self._finish(sequence, "deadline")
         self.timed = [sequence for sequence in self.timed if sequence.finish_reason is None]
+        late = [sequence for sequence in self.timed if now - sequence.arrived >= (sequence.params.deadline_s or 0)]
+        for sequence in late:
+            self._finish(sequence, "deadline")
+        return late
 
     def step(self) -> Step:
         """Run one graph and hand its result to the sequences that took part."""

@@ -122,9 +122,9 @@ class Model:
         """
         params = merge_params(sampling, settings)
         if isinstance(prompts, str):
-            prepared = [self._prepare(prompts, as_list(images), raw)]
+            prepared = [self.prepare(prompts, as_list(images), raw)]
         else:
-            prepared = [self._prepare(text, as_list(some), raw) for text, some in pair_up(prompts, images)]
+            prepared = [self.prepare(text, as_list(some), raw) for text, some in pair_up(prompts, images)]
         sequences = [self.new_sequence(prompt, params, return_logits, i) for prompt in prepared for i in range(params.n)]
         outputs = grouped(self.run(sequences), params.n)
         return outputs[0] if isinstance(prompts, str) else outputs
@@ -134,7 +134,7 @@ class Model:
     ) -> Generator[str, None, None]:
         """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
         params = one_answer(merge_params(sampling, settings))
-        return self.stream_sequence(self.new_sequence(self._prepare(prompt, as_list(images), raw), params))
+        return self.stream_sequence(self.new_sequence(self.prepare(prompt, as_list(images), raw), params))
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that keeps its slot of the cache, so that each turn only computes what is new."""
@@ -192,7 +192,8 @@ class Model:
         """A chat's prompt, up to the place where the assistant answers."""
         return self.family.chat_prompt(messages, images, self.facts, self.tokenizer, self.template)
 
-    def _prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
+    def prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
+        """The prompt of one user turn, or of a text as it is."""
         check_text(text)
         if raw:
             return self.family.raw_prompt(text, images, self.facts, self.tokenizer)
@@ -214,18 +215,23 @@ class Model:
             self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
         self.texts.pop(sequence.id, None)
 
-    def advance(self) -> None:
-        """One engine step, and the new text of each sequence that gained a token; without one, where deadlines ended all."""
-        self.engine.expire()
+    def advance(self) -> SequenceOf[Sequence]:
+        """One engine step, and the new text of each sequence that gained a token; the sequences that have changed.
+
+        Does nothing but end them where all that is left has passed its deadline.
+        """
+        expired = self.engine.expire()
         if self.engine.scheduler.idle:
-            return
-        for sequence in self.engine.step().sequences:
+            return expired
+        step = self.engine.step()
+        for sequence in step.sequences:
             text = self.texts.get(sequence.id)
             if text is None or text.tokens == len(sequence.generated):
                 continue
             text.add(sequence.generated[-1])
             if text.stopped:
                 self.engine.stop(sequence)
+        return (*expired, *step.sequences)
 
     def output(self, sequence: Sequence) -> Output:
         """The answer of a sequence that has finished and is not forgotten."""

@@ -47,7 +47,9 @@ class Point:
 
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, highlight=False)
-    bench = Bench(runtime.load(args.artifact, device=args.device, threads=args.threads), args.new_tokens, args.repeats)
+    bench = Bench(
+        runtime.load(args.artifact, device=args.device, threads=args.threads, reuse=False), args.new_tokens, args.repeats
+    )
     points = bench.points()
     result = bench.summary(args.artifact, points)
     if not args.json:
