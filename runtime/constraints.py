@@ -82,7 +82,7 @@ def _grammar(params: SamplingParams) -> tuple[str, str]:
     if params.choice:
         return "choice", 'start: " "? body\nbody: ' + " | ".join(json.dumps(text) for text in params.choice)
     if params.regex is not None:
-        return "regex", LLMatcher.grammar_from_regex(params.regex).replace("start:", 'start: " "? body\nbody:', 1)
+        return "regex", LLMatcher.grammar_from_regex(f" ?({params.regex})")
     schema: Any = params.json_schema
     try:
         schema = json.loads(schema) if isinstance(schema, str) else schema

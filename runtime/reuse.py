@@ -65,20 +65,27 @@ class SharedPrefixes:
         """
         cache, keys = self.cache, sequence.content.keys
         shared, _, slot = max((cache.common(slot, keys), -cache.touched[slot], slot) for slot in free)
-        self._move_away(slot, shared)
+        if (oldest := self._place_for(slot, shared, keys)) is not None:
+            cache.clear(oldest)
+            self._copy(slot, oldest, int(cache.lengths[slot]), len(cache.pictures[slot]))
         return slot
 
-    def _move_away(self, slot: int, shared: int) -> None:
+    def _place_for(self, slot: int, shared: int, keys: np.ndarray) -> int | None:
+        """Where to move what a slot holds, of which a prompt with `keys` keeps `shared` rows; None: let it go.
+
+        That is a slot with an earlier state of the same, or else the oldest one that the prompt itself does not need.
+        """
         cache, held = self.cache, int(self.cache.lengths[slot])
-        others = [other for other in cache.free_slots if cache.touched[other] < cache.touched[slot]]
-        if not others or not self._worth_copying(held, shared):
-            return
-        keys = cache.keys[slot, :held]
-        if any(cache.common(other, keys) > held // 2 for other in range(cache.spec.slots) if other != slot):
-            return
-        oldest = min(others, key=cache.touched.__getitem__)
-        cache.clear(oldest)
-        self._copy(slot, oldest, held, len(cache.pictures[slot]))
+        older = [other for other in cache.free_slots if cache.touched[other] < cache.touched[slot]]
+        if shared > held // 2 or not older or not self._worth_copying(held, shared):
+            return None
+        own = cache.keys[slot, :held]
+        same = [other for other in range(cache.spec.slots) if other != slot and cache.common(other, own) > held // 2]
+        if same:
+            return same[0] if same[0] in older else None
+        needed = max(older, key=lambda other: cache.common(other, keys))
+        others = [other for other in older if other != needed or not cache.common(other, keys)]
+        return min(others, key=cache.touched.__getitem__, default=None)
 
     def prepare(self, sequence: Sequence) -> None:
         """Take over features, and the longest beginning that any slot holds if the sequence's own holds less."""

@@ -21,6 +21,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .. import runtime
+from ..runtime.images import ImageSource
 from ..runtime.prompt import Prompt
 from ..runtime.request import Output, SamplingParams, Sequence
 
@@ -91,7 +92,7 @@ def prepared(model: runtime.Model, asked: SequenceOf[Asked], folder: Path) -> li
     """Every prompt made ready beforehand, so that only the runtime is measured."""
     ready = []
     for each in tqdm(asked, desc="preparing", disable=None):
-        images = [image if ":" in image else str(folder / image) for image in each.images]
+        images: list[ImageSource] = [image if ":" in image else str(folder / image) for image in each.images]
         params = SamplingParams(max_new_tokens=each.max_new_tokens)
         ready.append((model.prepare(each.prompt, images, raw=False), params))
     return ready
@@ -110,6 +111,8 @@ class Replay:
     def run(self) -> dict[str, Any]:
         """Answer everything; the figures."""
         model, clock = self.model, self.model.engine.clock
+        for graph in model.artifact.manifest.graphs:
+            model.engine.backend.load(graph)
         order = sorted(range(len(self.times)), key=self.times.__getitem__)
         alive: dict[int, Sequence] = {}
         last: dict[int, float] = {}
