@@ -106,11 +106,12 @@ class Engine:
         """End the sequences whose deadlines have passed; which they are."""
         if not self.timed:
             return []
-        now = self.clock()
+        now, late = self.clock(), []
+        for sequence in self.timed:
+            if sequence.finish_reason is None and now - sequence.arrived >= (sequence.params.deadline_s or 0):
+                self._finish(sequence, "deadline")
+                late.append(sequence)
         self.timed = [sequence for sequence in self.timed if sequence.finish_reason is None]
-        late = [sequence for sequence in self.timed if now - sequence.arrived >= (sequence.params.deadline_s or 0)]
-        for sequence in late:
-            self._finish(sequence, "deadline")
         return late
 
     def step(self) -> Step:
