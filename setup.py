@@ -35,9 +35,11 @@ RUNTIME = [
 ]
 COMPILE = ["torch==2.13.0", "safetensors>=0.5,<1", "pyyaml>=6,<7"]
 ASCEND = [*COMPILE, "torch_npu==2.13.0"]  # on a machine with CANN; elsewhere torch cannot be imported beside it
+CONSTRAIN = ["llguidance>=1.3,<2"]  # answers by JSON schema, regular expression or choice
 TUNE = [*COMPILE, "matplotlib>=3.9,<4"]  # tune-buckets; matplotlib draws its report
 TEST = [
     *TUNE,
+    *CONSTRAIN,
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "transformers>=5.20,<5.24",
@@ -59,6 +61,6 @@ setup(
     package_dir=packages(),
     package_data={"staticvl.tools": ["assets/**/*"]},
     install_requires=RUNTIME,
-    extras_require={"compile": COMPILE, "ascend": ASCEND, "tune": TUNE, "test": TEST},
+    extras_require={"compile": COMPILE, "ascend": ASCEND, "constrain": CONSTRAIN, "tune": TUNE, "test": TEST},
     entry_points={"console_scripts": ["staticvl = staticvl.tools.cli:main"]},
 )

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
 from ..runtime.ascend.weights import map_weight
-from ..runtime.backends.base import cache_name
+from ..runtime.backends.base import cache_name, rows_to_copy
 from .graphs import GraphDef
 
 
@@ -96,3 +96,8 @@ class EagerBackend:
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
         self.caches[name][: len(value)].copy_(torch.from_numpy(value))
+
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        for name, cache in self.caches.items():
+            count = rows_to_copy(name, rows, images)
+            cache[target, :, :count].copy_(cache[source, :, :count])

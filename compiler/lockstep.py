@@ -159,6 +159,10 @@ class LockstepBackend:
         for rank, part in zip(self.ranks, np.split(value, len(self.ranks), axis=1), strict=True):
             rank.write_cache(name, np.ascontiguousarray(part))
 
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        for rank in self.ranks:
+            rank.copy_slot(source, target, rows, images)
+
     def _of_rank(self, graph: GraphSpec) -> GraphSpec:
         if graph.file not in self.narrow:
             self.narrow[graph.file] = _with_heads(graph, lambda heads: heads // len(self.ranks))

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .async_engine import AsyncEngine
 from .model import Model, load
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams
 
-__all__ = ["Model", "Output", "RankError", "SamplingParams", "generate", "load"]
+__all__ = ["AsyncEngine", "Model", "Output", "RankError", "SamplingParams", "generate", "load"]
 
 
 def generate(

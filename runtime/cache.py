@@ -1,31 +1,109 @@
-"""Who holds which row of the preallocated KV cache."""
+"""Who holds which row of the preallocated KV cache, and what the rows of each slot are of."""
 
 from __future__ import annotations
 
-import heapq
+import bisect
+from collections.abc import Sequence
 
 import numpy as np
 
 from .artifact import CacheSpec
+from .content import KEY
 
 
 class SlotCache:
-    """Slots are rows of the cache; a sequence holds one. `lengths[slot]` counts the tokens whose keys and values are valid."""
+    """Slots are rows of the cache; a sequence holds one. `lengths[slot]` counts the tokens whose keys and values are valid.
 
-    def __init__(self, spec: CacheSpec) -> None:
-        self.spec = spec
+    The ledger says what they are of: `keys[slot, :length]` (see content.py), and of a cross-attention cache `pictures[slot]`,
+    the digests of the pictures whose keys are there. With `keep` a released slot stays valid until somebody else takes it.
+    """
+
+    def __init__(self, spec: CacheSpec, *, keep: bool = False) -> None:
+        self.spec, self.keep = spec, keep
         self.lengths = np.zeros(spec.slots, np.int32)
-        self._free = list(range(spec.slots))
+        self.keys = np.zeros((spec.slots, spec.rows, KEY), np.int64)
+        self.pictures: list[tuple[bytes, ...]] = [()] * spec.slots
+        self.touched = [0] * spec.slots  # when each slot was last of use, as a count of events
+        self._free = list(range(spec.slots))  # ascending
+        self._events = 0
 
     @property
     def free(self) -> int:
         return len(self._free)
 
-    def acquire(self) -> int:
-        """The lowest free slot: low slots keep decode batches small."""
-        return heapq.heappop(self._free)
+    @property
+    def free_slots(self) -> Sequence[int]:
+        """Ascending."""
+        return self._free
+
+    def acquire(self, slot: int | None = None) -> int:
+        """A free slot, by default the lowest: low slots keep decode batches small."""
+        if slot is None:
+            return self._free.pop(0)
+        self._free.remove(slot)
+        return slot
 
     def release(self, slot: int) -> None:
         assert slot not in self._free, f"slot {slot} released twice"
-        self.lengths[slot] = 0
-        heapq.heappush(self._free, slot)
+        if not self.keep:
+            self.clear(slot)
+        self.touch(slot)
+        bisect.insort(self._free, slot)
+
+    def clear(self, slot: int) -> None:
+        """Forget what a slot holds."""
+        self.lengths[slot], self.pictures[slot] = 0, ()
+
+    def touch(self, slot: int) -> None:
+        self._events += 1
+        self.touched[slot] = self._events
+
+    # ---- the ledger
+
+    def common(self, slot: int, keys: np.ndarray) -> int:
+        """How many positions of a prompt with `keys` [L, KEY] the slot holds; never the last, whose logits are wanted."""
+        limit = min(int(self.lengths[slot]), len(keys) - 1)
+        if limit <= 0 or self.keys[slot, 0, 0] != keys[0, 0]:
+            return 0
+        differ = (self.keys[slot, :limit] != keys[:limit]).any(axis=1)
+        first = int(differ.argmax())
+        return first if differ[first] else limit
+
+    def common_pictures(self, slot: int, pictures: Sequence[bytes]) -> int:
+        """How many leading pictures the slot has keys of."""
+        count = 0
+        for held, wanted in zip(self.pictures[slot], pictures, strict=False):
+            if held != wanted:
+                break
+            count += 1
+        return count
+
+    def settle(self, slot: int, keys: np.ndarray, pictures: Sequence[bytes]) -> tuple[int, int]:
+        """Give the slot to a prompt: what agrees stays valid. Returns how many positions and pictures that is."""
+        length, count = self.common(slot, keys), self.common_pictures(slot, pictures)
+        self.lengths[slot], self.pictures[slot] = length, tuple(pictures[:count])
+        self.touch(slot)
+        return length, count
+
+    def extend(self, slot: int, keys: np.ndarray) -> None:
+        """Positions with these keys [n, KEY] were written behind what the slot holds."""
+        start = int(self.lengths[slot])
+        self.keys[slot, start : start + len(keys)] = keys
+        self.lengths[slot] = start + len(keys)
+
+    def append(self, slot: int, token: int, answer: np.ndarray) -> None:
+        """A token of an answer was written behind what the slot holds; `answer`: see Content."""
+        row = self.keys[slot, self.lengths[slot]]
+        row[:] = answer
+        row[0] = token
+        self.lengths[slot] += 1
+
+    def copied(self, source: int, target: int, length: int, pictures: int) -> None:
+        """The first `length` positions (0: none) and `pictures` of a slot were copied to another."""
+        if length:
+            self.keys[target, :length] = self.keys[source, :length]
+            self.lengths[target] = length
+        if pictures > len(self.pictures[target]):
+            self.pictures[target] = self.pictures[source][:pictures]
+        self.touch(source)
+        self.touch(target)

@@ -1,7 +1,8 @@
 """A conversation over a kept slot.
 
-Each turn renders the whole conversation anew and compares it with what the slot holds: the longest equal beginning is
-kept, only the rest is prefilled. So the tokens are those of a fresh prompt, whatever the template does with earlier turns.
+Each turn renders the whole conversation anew; the longest beginning that the slot holds is kept, only the rest is prefilled.
+So the tokens are those of a fresh prompt, whatever the template does with earlier turns, and a turn that is changed or taken
+back costs what comes after it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .images import ImageSource, load_image
-from .prompt import Message, Prompt
+from .prompt import Message
 from .request import Output, SamplingParams, Sequence
 
 if TYPE_CHECKING:
@@ -29,9 +30,8 @@ class Chat:
         self.images: list[ImageSource] = []
         self.slot: int | None = None
         self.turn: Sequence | None = None  # the turn that runs
-        self.held = np.empty((0, 3), np.int32)  # [tokens, (id, row, state)] whose keys and values the slot holds
         self.features = np.empty((0, model.facts.hidden_size), np.float32)  # [tiles * P, C] of the pictures so far
-        self.encoded = 0  # tiles whose features are kept above or, with cross-attention, whose keys are in the slot
+        self.tiles: tuple[bytes, ...] = ()  # digests of the tiles whose features these are
 
     def send(
         self,
@@ -66,14 +66,29 @@ class Chat:
         finally:
             self._end(sequence)
 
+    def rewind(self, turns: int = 1) -> None:
+        """Take the last turns back, with their pictures; what was before them stays in the cache."""
+        said = [place for place, message in enumerate(self.messages) if message.role == "user"]
+        if not 0 <= turns <= len(said):
+            raise ValueError(f"{turns} turns were to be taken back; the conversation has {len(said)}")
+        keep = said[len(said) - turns] if turns else len(self.messages)
+        taken = sum(message.images for message in self.messages[keep:])
+        self.images = self.images[: len(self.images) - taken]
+        self.messages = self.messages[:keep]
+
+    def fork(self) -> Chat:
+        """Another chat that has heard the same so far. Its first turn copies what this one's slot holds of it."""
+        other = Chat(self.model)
+        other.messages, other.images = list(self.messages), list(self.images)
+        other.features, other.tiles = self.features, self.tiles
+        return other
+
     def close(self) -> None:
         """Free the slot; the conversation can go on, at the cost of a fresh prefill."""
         self._end(self.turn)
         if self.slot is not None:
             self.model.engine.cache.release(self.slot)
             self.slot = None
-            self.held = self.held[:0]
-            self._forget_cross_keys()
 
     def __enter__(self) -> Chat:
         return self
@@ -85,13 +100,13 @@ class Chat:
         self.close()
 
     def _begin(self, text: str, images: Any, sampling: SamplingParams | None, return_logits: bool, settings: dict[str, Any]):
-        from .model import as_list, check_text, merge_params
+        from .model import as_list, check_text, merge_params, one_answer
 
         check_text(text)
         new = [load_image(image, alpha=self.model.facts.image.alpha) for image in as_list(images)]
         message = Message("user", text, len(new))
         prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
-        sequence = self.model.engine.new_sequence(prompt, merge_params(sampling, settings), return_logits=return_logits)
+        sequence = self.model.new_sequence(prompt, one_answer(merge_params(sampling, settings)), return_logits)
         self._end(self.turn)
         self._reuse(sequence)
         self.turn = sequence
@@ -101,22 +116,20 @@ class Chat:
         """Forget a turn that was not kept: it must not write into the slot any more."""
         if sequence is not None and sequence is self.turn:
             self.model.engine.cancel(sequence)
-            self.turn, self.held = None, self.held[:0]
+            self.turn = None
 
     def _reuse(self, sequence: Sequence) -> None:
-        """Give the sequence this chat's slot, what of the prompt it holds already, and the features of earlier pictures."""
+        """Give the sequence this chat's slot, and the features of earlier pictures."""
         engine = self.model.engine
         if self.slot is None and engine.cache.free:
             self.slot = engine.cache.acquire()
         sequence.slot, sequence.keep_slot = self.slot, self.slot is not None
-        sequence.features[: len(self.features)] = self.features
-        sequence.tiles_done = self.encoded
-        tokens = _tokens(sequence.prompt)
-        shared = min(len(self.held), len(tokens) - 1)  # the last token is always run: its logits are wanted
-        differ = np.flatnonzero((self.held[:shared] != tokens[:shared]).any(axis=1))
-        sequence.computed = int(differ[0]) if len(differ) else shared
-        if self.slot is not None:
-            engine.cache.lengths[self.slot] = sequence.computed
+        # Pictures may have been taken back since.
+        wanted = sequence.content.pictures
+        same = next((n for n, pair in enumerate(zip(self.tiles, wanted, strict=False)) if pair[0] != pair[1]), None)
+        sequence.tiles_done = min(len(self.tiles), len(wanted)) if same is None else same
+        rows = sequence.tiles_done * self.model.facts.image.rows
+        sequence.features[:rows] = self.features[:rows]
 
     def _keep(self, message: Message, new: list[Any], sequence: Sequence, answer: str) -> None:
         if self.turn is not sequence:  # forgotten while its pieces were given out
@@ -124,21 +137,5 @@ class Chat:
         self.turn = None
         self.messages += [message, Message("assistant", answer)]
         self.images += new
-        self.features, self.encoded = sequence.features, sequence.tiles_done
-        if self.slot is None:  # every slot was taken by other chats: nothing is held
-            self._forget_cross_keys()
-            return
-        # The last token was chosen but never run, so the cache does not hold it. An answer is like the prompt's last token.
-        state = sequence.prompt.state[-1]
-        answered = np.array([(token, -1, state) for token in sequence.generated[:-1]], np.int32).reshape(-1, 3)
-        self.held = np.concatenate((_tokens(sequence.prompt), answered))
-
-    def _forget_cross_keys(self) -> None:
-        """Keys of pictures live in the slot alone; features do not."""
-        if self.model.engine.manifest.cache.cross:
-            self.encoded = 0
-
-
-def _tokens(prompt: Prompt) -> np.ndarray:
-    """int32 [L, 3]: token id, feature row and state, which together say what a position holds."""
-    return np.stack((prompt.token_ids, prompt.rows, prompt.state), axis=1)
+        if not sequence.cross_tiles:
+            self.features, self.tiles = sequence.features, sequence.content.pictures

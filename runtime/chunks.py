@@ -47,6 +47,12 @@ class ChunkPlanner:
             units -= bucket // self.unit
         return sorted(chosen, reverse=True)
 
+    def cost(self, length: int) -> float:
+        """Of the cheapest buckets that cover `length`."""
+        units = -(-length // self.unit)
+        self._extend(units, False)
+        return self._total[False][units]
+
     def _extend(self, units: int, tight: bool) -> None:
         first, total = self._first[tight], self._total[tight]
         for n in range(len(first), units + 1):

@@ -8,16 +8,21 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 
 import numpy as np
 
-from .artifact import KINDS, Artifact, Kind, Manifest
+from .artifact import Artifact, Kind, Manifest
 from .backends.base import Backend, open_backend
 from .cache import SlotCache
+from .content import content_of
 from .feeds import Feed, Feeds
+from .logit_rules import Guide, rules_for
+from .metrics import Metrics
 from .prompt import Prompt
 from .request import SamplingParams, Sequence
-from .sampler import sample
+from .reuse import FeatureCache, SharedPrefixes
+from .sampler import logprob_of, sample
 from .scheduler import Costs, Scheduler, Step
 
 
@@ -25,60 +30,89 @@ class ContextError(ValueError):
     """A prompt and its answer do not fit the cache."""
 
 
-class Metrics:
-    """What the engine counted: runs, seconds inside the backend, and sizes real and padded, by graph kind."""
-
-    def __init__(self) -> None:
-        self.runs = dict.fromkeys(KINDS, 0)
-        self.seconds = dict.fromkeys(KINDS, 0.0)
-        self.real = dict.fromkeys(KINDS, 0)
-        self.padded = dict.fromkeys(KINDS, 0)
-
-    def count(self, step: Step, seconds: float) -> None:
-        self.runs[step.kind] += 1
-        self.seconds[step.kind] += seconds
-        self.real[step.kind] += len(step.sequences) if step.kind == "decode" else step.count
-        self.padded[step.kind] += step.bucket
-
-
 class Engine:
     """Runs the graphs of one artifact on one backend."""
 
     def __init__(
-        self, artifact: Artifact, backend: Backend | None = None, *, device: str = "cpu", threads: int | None = None
+        self,
+        artifact: Artifact,
+        backend: Backend | None = None,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        prefill_budget: int | None = None,
+        reuse: bool = True,
+        image_cache_mb: int = 256,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
+        """`prefill_budget`: see Scheduler. `reuse`: whether requests take over cache rows and features from each other, of
+        features at most `image_cache_mb` megabytes. `clock`: seconds."""
         self.manifest: Manifest = artifact.manifest
-        self.cache = SlotCache(self.manifest.cache)
+        self.clock = clock
+        self.metrics = Metrics()
+        self.cache = SlotCache(self.manifest.cache, keep=reuse)
         self.graphs = {(graph.kind, graph.bucket, graph.images): graph for graph in self.manifest.graphs}
-        self.scheduler = Scheduler(self.cache, self._costs())
         self.feeds = Feeds(self.manifest)
         self.backend = backend or open_backend(
             self.manifest.backend, artifact.folder, self.manifest.cache, device=device, threads=threads, manifest=self.manifest
         )
-        self.metrics = Metrics()
+        self.features = FeatureCache(image_cache_mb << 20 if reuse else 0)
+        prefixes = SharedPrefixes(self.manifest, self.cache, self.backend, self.metrics, self.features) if reuse else None
+        self.scheduler = Scheduler(self.cache, self._costs(), prefill_budget=prefill_budget, reuse=prefixes)
         self.eos = frozenset(self.manifest.model.eos_token_ids)
+        self.timed: list[Sequence] = []  # sequences with a deadline
         self._ids = itertools.count()
         self._commits = {"vision": self._commit_vision, "prefill": self._commit_prefill, "decode": self._commit_decode}
 
     def add_request(self, prompt: Prompt, params: SamplingParams, *, return_logits: bool = False) -> Sequence:
         """Queue a prompt; raises ContextError when it and max_new_tokens do not fit the cache."""
         sequence = self.new_sequence(prompt, params, return_logits=return_logits)
-        self.scheduler.add(sequence)
+        self.add(sequence)
         return sequence
 
-    def new_sequence(self, prompt: Prompt, params: SamplingParams, *, return_logits: bool = False) -> Sequence:
-        """A checked sequence that is not queued yet."""
+    def new_sequence(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        return_logits: bool = False,
+        index: int = 0,
+        guides: tuple[Guide, ...] = (),
+    ) -> Sequence:
+        """A checked sequence that is not queued yet: answer `index` of params.n."""
         self._check_fit(prompt, params.max_new_tokens)
-        image, width = self.manifest.model.image, self.manifest.model.hidden_size
-        rows = 0 if self.manifest.cache.cross else len(prompt.pixels) * image.rows
+        model, cross = self.manifest.model, self.manifest.cache.cross
+        rows = 0 if cross else len(prompt.pixels) * model.image.rows
         return Sequence(
             id=next(self._ids),
             prompt=prompt,
             params=params,
-            sampling=params.resolved(self.manifest.model.sampling),
-            features=np.empty((rows, width), np.float32),
+            sampling=params.resolved(model.sampling, index),
+            features=np.empty((rows, model.hidden_size), np.float32),
+            content=content_of(prompt, model.image.rows, cross=cross is not None),
+            cross_tiles=cross.tiles if cross else 0,
+            rules=rules_for(params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, guides),
             keep_logits=return_logits,
+            arrived=self.clock(),
         )
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence."""
+        if sequence.params.deadline_s is not None:
+            self.timed.append(sequence)
+        self.scheduler.add(sequence)
+
+    def expire(self) -> list[Sequence]:
+        """End the sequences whose deadlines have passed; which they are."""
+        if not self.timed:
+            return []
+        now, late = self.clock(), []
+        for sequence in self.timed:
+            if sequence.finish_reason is None and now - sequence.arrived >= (sequence.params.deadline_s or 0):
+                self._finish(sequence, "deadline")
+                late.append(sequence)
+        self.timed = [sequence for sequence in self.timed if sequence.finish_reason is None]
+        return late
 
     def step(self) -> Step:
         """Run one graph and hand its result to the sequences that took part."""
@@ -90,11 +124,11 @@ class Engine:
 
     def run_graph(self, step: Step, feed: Feed) -> np.ndarray:
         slot, image = self._place(step)
-        started = time.perf_counter()
+        started = self.clock()
         for sequence in step.sequences:
             sequence.started = sequence.started or started
         result = self.backend.run(self.graphs[step.kind, step.bucket, step.images], feed, slot, image)
-        self.metrics.count(step, time.perf_counter() - started)
+        self.metrics.count(step, self.clock() - started)
         return result
 
     def _place(self, step: Step) -> tuple[int, int]:
@@ -112,40 +146,59 @@ class Engine:
 
     def _commit_vision(self, step: Step, rows: np.ndarray) -> None:
         sequence = step.sequences[0]
-        if not self.manifest.cache.cross:
+        start, end = sequence.tiles_done, sequence.tiles_done + step.count
+        pictures = sequence.content.pictures
+        if sequence.cross_tiles:
+            assert sequence.slot is not None
+            self.cache.pictures[sequence.slot] += (pictures[start // sequence.cross_tiles],)
+        else:
             per_tile = rows.shape[1]
-            start = sequence.tiles_done * per_tile
-            sequence.features[start : start + step.count * per_tile] = rows[: step.count].reshape(-1, rows.shape[2])
-        sequence.tiles_done += step.count
-        sequence.vision_s = time.perf_counter() - sequence.started
+            sequence.features[start * per_tile : end * per_tile] = rows[: step.count].reshape(-1, rows.shape[2])
+            for tile, digest in enumerate(pictures[start:end]):
+                self.features.put(digest, rows[tile])
+        sequence.tiles_done = end
+        sequence.vision_s = self.clock() - sequence.started
 
     def _commit_prefill(self, step: Step, logits: np.ndarray) -> None:
         sequence = step.sequences[0]
-        sequence.computed += step.count
-        self.cache.lengths[sequence.slot] = sequence.computed
+        assert sequence.slot is not None
+        end = sequence.computed + step.count
+        self.cache.extend(sequence.slot, sequence.content.keys[sequence.computed : end])
+        sequence.computed = end
         if not sequence.prefilling:
-            sequence.first_token = time.perf_counter()
+            sequence.first_token = self.clock()
             sequence.prefill_s = sequence.first_token - sequence.started - sequence.vision_s
             self._choose(sequence, logits[0])
 
     def _commit_decode(self, step: Step, logits: np.ndarray) -> None:
         for sequence in step.sequences:
-            self.cache.lengths[sequence.slot] += 1
+            assert sequence.slot is not None
+            self.cache.append(sequence.slot, sequence.generated[-1], sequence.content.answer)
             self._choose(sequence, logits[sequence.slot])
 
     def _choose(self, sequence: Sequence, logits: np.ndarray) -> None:
+        params, rules = sequence.params, sequence.rules
+        row = rules.applied(logits) if rules else logits
+        if rules and row.max() == -np.inf:
+            self._finish(sequence, "dead_end")
+            return
         if sequence.keep_logits:
             sequence.logits.append(logits.copy())
-        token = sample(logits, sequence.sampling, len(sequence.generated), self.manifest.model.tokenizer.used)
+        token = sample(row, sequence.sampling, len(sequence.generated), self.manifest.model.tokenizer.used)
+        if params.logprobs is not None:
+            sequence.logprobs.append(logprob_of(logits, token, params.logprobs))
         sequence.generated.append(token)
-        if token in self.eos and not sequence.params.ignore_eos:
+        if rules:
+            rules.accept(token)
+        if (token in self.eos and not params.ignore_eos) or token in params.stop_token_ids or (rules and rules.done):
             self._finish(sequence, "stop")
-        elif len(sequence.generated) == sequence.params.max_new_tokens:
+        elif len(sequence.generated) == params.max_new_tokens:
             self._finish(sequence, "length")
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
-        sequence.finished = time.perf_counter()
+        sequence.finished = self.clock()
+        self.metrics.count_end(sequence)
         self.scheduler.finish(sequence)
 
     def stop(self, sequence: Sequence) -> None:
@@ -153,6 +206,8 @@ class Engine:
         if sequence.finish_reason in (None, "length"):
             if sequence.finish_reason is None:
                 self._finish(sequence, "stop")
+            else:
+                self.metrics.finished.update({"length": -1, "stop": 1})
             sequence.finish_reason = "stop"
 
     def unload(self) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
+import time
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -13,14 +15,19 @@ import numpy as np
 
 from .artifact import Artifact, ArtifactError, Manifest, open_artifact
 from .chat import Chat
+from .constraints import Constraints
 from .engine import Engine
 from .families import family
 from .images import ImageSource
+from .logit_rules import Guide
 from .prompt import Message, Prompt, PromptError
 from .ranks.start import follow, lead, meet, read_timeout, spawn
 from .ranks.world import World, started_world
 from .request import Output, SamplingParams, Sequence
+from .request_log import RequestLog, record_of
+from .sampling import SETTINGS
 from .text import AnswerText
+from .token_bytes import BadWords, TokenBytes
 from .tokenizer import load_tokenizer
 
 Images = SequenceOf[ImageSource] | ImageSource | None
@@ -33,6 +40,10 @@ def load(
     tp: int | None = None,
     threads: int | None = None,
     timeout: float | None = None,
+    prefill_budget: int | None = None,
+    reuse: bool = True,
+    image_cache_mb: int = 256,
+    request_log: str | Path | None = None,
 ) -> Model:
     """Open an artifact for use.
 
@@ -41,6 +52,10 @@ def load(
     must be what the artifact was compiled for (default).
     threads: cores that ONNX Runtime computes with, in each rank; default every core that this process may use, split among
     the ranks of this machine. timeout: seconds that ranks wait for each other; default STATICVL_TIMEOUT, or 300.
+    prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
+    reuse: take over from earlier requests what a new one shares with them: the beginning of its prompt as it lies in the
+    cache, and features of its pictures, of which image_cache_mb megabytes are kept.
+    request_log: a file to which the sizes and times of every request are appended (request_log.py).
 
     An artifact of several ranks runs as so many processes. Called by itself, `load` starts the others on this machine; they
     end with the model. Called in processes that torchrun has started, one for each rank, it returns the model in rank 0; in
@@ -61,11 +76,13 @@ def load(
         )
     if world is not None and world.size != manifest.ranks:
         raise ArtifactError(_wrong_number(artifact, manifest, world.size))
+    log = RequestLog(Path(request_log)) if request_log is not None else None
+    settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
     if manifest.ranks == 1:
-        return Model(opened, Engine(opened, device=device, threads=threads))
-    settings: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
-    backend = lead(opened, world, meet(world), **settings) if world else spawn(opened, **settings)
-    return Model(opened, Engine(opened, backend=backend), backend.close)
+        return Model(opened, Engine(opened, device=device, threads=threads, **settings), log)
+    start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
+    backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
+    return Model(opened, Engine(opened, backend=backend, **settings), log, backend.close)
 
 
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None) -> int:
@@ -88,9 +105,15 @@ def _wrong_number(artifact: str | Path, manifest: Manifest, started: int) -> str
 class Model:
     """A loaded artifact; a context manager that closes it. Not for use from several threads at once."""
 
-    def __init__(self, artifact: Artifact, engine: Engine, on_close: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        engine: Engine,
+        request_log: RequestLog | None = None,
+        on_close: Callable[[], object] | None = None,
+    ) -> None:
         """on_close: what `close` does besides; default: free the graphs."""
-        self.artifact, self.engine = artifact, engine
+        self.artifact, self.engine, self.request_log = artifact, engine, request_log
         self._on_close, self.closed = on_close or engine.unload, False
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
         self.facts = artifact.manifest.model
@@ -150,26 +173,27 @@ class Model:
         prompts: a text is one user turn, rendered through the checkpoint's chat template; with raw=True it is passed as it
         is, picture marks included. images: for one prompt a picture or a list of them (path, http(s) URL, data URL or PIL
         image); for a list of prompts one such entry, or None, for each. Pictures stand first unless the text holds marks.
-        settings: fields of SamplingParams (max_new_tokens, temperature, top_k, top_p, seed, stop, ignore_eos) over `sampling`.
+        settings: fields of SamplingParams (max_new_tokens, temperature, top_k, seed, stop, json_schema ...) over `sampling`.
+        Of n answers the first is the result and the others are its `others`.
         return_logits: keep the logits of every generated token, float32 [generated, V].
 
         Raises PromptError, ImageError, ContextError for input that cannot be answered; then nothing is generated at all.
         """
         params = merge_params(sampling, settings)
         if isinstance(prompts, str):
-            prepared = [self._prepare(prompts, as_list(images), raw)]
+            prepared = [self.prepare(prompts, as_list(images), raw)]
         else:
-            prepared = [self._prepare(text, as_list(some), raw) for text, some in pair_up(prompts, images)]
-        sequences = [self.engine.new_sequence(prompt, params, return_logits=return_logits) for prompt in prepared]
-        outputs = self.run(sequences)
+            prepared = [self.prepare(text, as_list(some), raw) for text, some in pair_up(prompts, images)]
+        sequences = [self.new_sequence(prompt, params, return_logits, i) for prompt in prepared for i in range(params.n)]
+        outputs = grouped(self.run(sequences), params.n)
         return outputs[0] if isinstance(prompts, str) else outputs
 
     def stream(
         self, prompt: str, images: Images = None, *, sampling: SamplingParams | None = None, raw: bool = False, **settings: Any
     ) -> Generator[str, None, None]:
         """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
-        sequence = self.engine.new_sequence(self._prepare(prompt, as_list(images), raw), merge_params(sampling, settings))
-        return self.stream_sequence(sequence)
+        params = one_answer(merge_params(sampling, settings))
+        return self.stream_sequence(self.new_sequence(self.prepare(prompt, as_list(images), raw), params))
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that keeps its slot of the cache, so that each turn only computes what is new."""
@@ -179,31 +203,46 @@ class Model:
         """Run sequences to their ends; on any error none of them keeps a slot."""
         try:
             for sequence in sequences:
-                self._start(sequence)
+                self.start(sequence)
             while not all(sequence.finish_reason for sequence in sequences):
-                self._advance()
-            return [self._output(sequence) for sequence in sequences]
+                self.advance()
+            return [self.output(sequence) for sequence in sequences]
         finally:
             for sequence in sequences:
-                self._end(sequence)
+                self.end(sequence)
 
     def stream_sequence(self, sequence: Sequence) -> Generator[str, None, None]:
         """Run one sequence, giving out text; a caller that stops listening cancels it.
 
         Between two pieces other requests may be made of the model: what they let this sequence gain is given out later.
         """
-        text, given = self._start(sequence), 0
+        text, given = self.start(sequence), 0
         try:
             while given < len(text.pieces) or not sequence.finish_reason:
                 if given == len(text.pieces):
-                    self._advance()
+                    self.advance()
                 else:
                     given += 1
                     yield text.pieces[given - 1]
             if last := text.finish():
                 yield last
         finally:
-            self._end(sequence)
+            self.end(sequence)
+
+    def new_sequence(self, prompt: Prompt, params: SamplingParams, return_logits: bool = False, index: int = 0) -> Sequence:
+        """Answer `index` of n to a prompt, checked and not queued; raises ContextError or ConstraintError."""
+        guides: list[Guide] = [BadWords(params.bad_words, self._token_bytes)] if params.bad_words else []
+        if params.constrained:
+            guides.append(self._constraints.make(params))
+        return self.engine.new_sequence(prompt, params, return_logits=return_logits, index=index, guides=tuple(guides))
+
+    @functools.cached_property
+    def _token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.tokenizer)
+
+    @functools.cached_property
+    def _constraints(self) -> Constraints:
+        return Constraints(self._token_bytes, self.facts.eos_token_ids)
 
     def stops(self, sequence: Sequence) -> tuple[str, ...]:
         return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.facts.stop_strings))
@@ -212,36 +251,51 @@ class Model:
         """A chat's prompt, up to the place where the assistant answers."""
         return self.family.chat_prompt(messages, images, self.facts, self.tokenizer, self.template)
 
-    def _prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
+    def prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
+        """The prompt of one user turn, or of a text as it is."""
         check_text(text)
         if raw:
             return self.family.raw_prompt(text, images, self.facts, self.tokenizer)
         return self.prepare_messages([Message("user", text, len(images))], images)
 
-    def _start(self, sequence: Sequence) -> AnswerText:
+    def start(self, sequence: Sequence) -> AnswerText:
         """Queue a sequence; its text grows with every step, whoever takes it."""
         if self.closed:
             raise RuntimeError("the model was closed; load the artifact again")
-        text = self.texts[sequence.id] = AnswerText(self.tokenizer, self.stops(sequence))
-        self.engine.scheduler.add(sequence)
+        stops = self.stops(sequence)
+        text = self.texts[sequence.id] = AnswerText(self.tokenizer, stops, from_token=sequence.params.min_new_tokens)
+        self.engine.add(sequence)
         return text
 
-    def _end(self, sequence: Sequence) -> None:
+    def end(self, sequence: Sequence) -> None:
+        """Forget a sequence that was started; one that has not finished is cancelled."""
         self.engine.cancel(sequence)
+        if self.request_log and sequence.id in self.texts:
+            sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
+            arrived = time.time() - (self.engine.clock() - sequence.arrived)
+            self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
         self.texts.pop(sequence.id, None)
 
-    def _advance(self) -> None:
-        """One engine step, and the new text of each sequence that gained a token."""
+    def advance(self) -> SequenceOf[Sequence]:
+        """One engine step, and the new text of each sequence that gained a token; the sequences that have changed.
+
+        Does nothing but end them where all that is left has passed its deadline.
+        """
+        expired = self.engine.expire()
+        if self.engine.scheduler.idle:
+            return expired
         step = self.engine.step()
         for sequence in step.sequences:
-            if step.kind == "vision" or sequence.prefilling or sequence.id not in self.texts:
+            text = self.texts.get(sequence.id)
+            if text is None or text.tokens == len(sequence.generated):
                 continue
-            text = self.texts[sequence.id]
             text.add(sequence.generated[-1])
             if text.stopped:
                 self.engine.stop(sequence)
+        return (*expired, *step.sequences)
 
-    def _output(self, sequence: Sequence) -> Output:
+    def output(self, sequence: Sequence) -> Output:
+        """The answer of a sequence that has finished and is not forgotten."""
         text = self.texts[sequence.id]
         text.finish()
         if text.stopped:  # perhaps only by what was held back
@@ -254,16 +308,30 @@ class Model:
             prompt_tokens=sequence.prompt.length,
             image_tokens=sequence.prompt.image_tokens,
             timings=sequence.timings(),
-            logits=np.stack(sequence.logits) if sequence.keep_logits else None,
+            logits=np.stack(sequence.logits) if sequence.logits else None,
+            logprobs=sequence.logprobs if sequence.params.logprobs is not None else None,
+            reused_tokens=sequence.reused,
         )
 
 
 def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
     """`sampling` with the settings given by name; an unknown one is an error."""
-    known = {field.name for field in dataclasses.fields(SamplingParams)}
-    if unknown := sorted(set(settings) - known):
-        raise TypeError(f"unknown settings {', '.join(unknown)}; expected {', '.join(sorted(known))}")
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise TypeError(f"unknown settings {', '.join(unknown)}; expected {', '.join(sorted(SETTINGS))}")
     return dataclasses.replace(sampling or SamplingParams(), **settings)
+
+
+def one_answer(params: SamplingParams) -> SamplingParams:
+    """The params of an answer that is streamed or kept in a conversation; raises ValueError where several are asked for."""
+    if params.n > 1:
+        raise ValueError(f"n is {params.n}; a stream or a chat's turn has one answer, so use generate for several")
+    return params
+
+
+def grouped(outputs: list[Output], n: int) -> list[Output]:
+    """The answers to each prompt as one: the first, which has the others."""
+    groups = (outputs[start : start + n] for start in range(0, len(outputs), n))
+    return [dataclasses.replace(first, others=tuple(others)) for first, *others in groups]
 
 
 def check_text(text: Any) -> None:

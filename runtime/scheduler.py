@@ -1,19 +1,24 @@
 """What runs next, as which graph kind and bucket. Pure Python: it sees sequences and slots, never arrays.
 
-Order: a waiting sequence is admitted as soon as a slot is free; a sequence is encoded and prefilled before the running
-ones decode, so that batches are as full as they can be.
+Requests join and leave between steps. A waiting one is admitted as soon as a slot is free. Prompts are encoded and prefilled
+in the order of admission, chunk by chunk; between chunks the sequences that answer go on: what runs between two of their
+tokens costs no more than one chunk.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import bisect
 from collections.abc import Iterable, Mapping
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Protocol
 
 from .artifact import Kind
 from .cache import SlotCache
 from .chunks import ChunkPlanner
 from .request import Sequence
+
+AGING = 16  # admissions after which a waiting request is worth one priority more
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +38,54 @@ class Step:
 Costs = Mapping[tuple[Kind, int], Mapping[int, float]]  # (kind, images) -> bucket -> cost of a run
 
 
-class Scheduler:
-    """First come, first served."""
+class Reuse(Protocol):
+    """Knows which slots hold something that a sequence could use."""
 
-    def __init__(self, cache: SlotCache, costs: Costs) -> None:
-        self.cache = cache
-        self.waiting: deque[Sequence] = deque()
+    def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
+        """Which of some free slots, none of which enlarges the batch, a sequence is to get."""
+        ...
+
+    def prepare(self, sequence: Sequence) -> None:
+        """The sequence's first run is next: fill in what is known already, and count it as done."""
+        ...
+
+
+class Scheduler:
+    """First come, first served; of requests of several priorities, see `add`."""
+
+    def __init__(
+        self, cache: SlotCache, costs: Costs, *, prefill_budget: int | None = None, reuse: Reuse | None = None
+    ) -> None:
+        """`prefill_budget`: while sequences answer, no chunk is larger than this many tokens (None: as large as is cheapest),
+        and what runs between two of their tokens costs no more than the costliest such chunk, or is a single run."""
+        self.cache, self.reuse = cache, reuse
+        self.waiting: list[Sequence] = []  # in the order of admission
         self.running: list[Sequence] = []
         self.vision = ChunkPlanner(costs["vision", 0])
         self.prefill = {images: ChunkPlanner(cost) for (kind, images), cost in costs.items() if kind == "prefill"}
+        self.bounded: dict[int, ChunkPlanner] = {}  # what runs while sequences answer, if that is less
+        if prefill_budget is not None:
+            self.bounded = {
+                images: ChunkPlanner(_within(prefill_budget, planner.costs)) for images, planner in self.prefill.items()
+            }
         self.decode = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "decode"}
+        self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
+        self._admitted = 0
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        """Queue a sequence; one that brings its slot does not wait.
+
+        A priority of p is worth as much as having come p * AGING admissions earlier, so nobody waits for ever.
+        """
+        if sequence.slot is not None:
+            self._enter(sequence)
+            return
+        sequence.due = self._admitted - AGING * sequence.params.priority
+        bisect.insort(self.waiting, sequence, key=lambda each: each.due)
 
     def next_step(self) -> Step:
         """The next step; call only when not idle."""
@@ -59,12 +95,19 @@ class Scheduler:
                 f"all {self.cache.spec.slots} slots are held by chats, so no request can start; close a chat, or compile "
                 f"with more: staticvl compile ... --slots {self.cache.spec.slots * 2}"
             )
-        for sequence in self.running:
-            if sequence.encoding:
-                return self._vision(sequence)
-            if sequence.prefilling:
-                return self._prefill(sequence)
-        return self._decode()
+        new = next((sequence for sequence in self.running if sequence.encoding or sequence.prefilling), None)
+        if new is None:
+            return self._decode(self.running)
+        if not new.prepared:
+            self._prepare(new)
+        answering = [sequence for sequence in self.running if not sequence.encoding and not sequence.prefilling]
+        step, cost, limit = self._vision(new) if new.encoding else self._prefill(new, bool(answering))
+        if not answering:
+            return step
+        if self.spent and self.spent + cost > limit:
+            return self._decode(answering)
+        self.spent += cost
+        return step
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its slot is freed unless a chat keeps it."""
@@ -77,33 +120,69 @@ class Scheduler:
             sequence.slot = None
 
     def _admit(self) -> None:
-        for sequence in list(self.waiting):
-            if sequence.slot is None:
-                if not self.cache.free:
-                    continue
-                sequence.slot = self.cache.acquire()
-            self.waiting.remove(sequence)
-            self.running.append(sequence)
+        while self.waiting and self.cache.free:
+            sequence = self.waiting.pop(0)
+            sequence.slot = self.cache.acquire(self.reuse.slot_for(sequence, self._near()) if self.reuse else None)
+            self._admitted += 1
+            self._enter(sequence)
 
-    def _vision(self, sequence: Sequence) -> Step:
+    def _near(self) -> SequenceOf[int]:
+        """The free slots that a batch reaches whichever of them is taken."""
+        free = self.cache.free_slots
+        rows = 1 + max([free[0], *(sequence.slot for sequence in self.running if sequence.slot is not None)])
+        reach = self._decode_bucket(rows, 0)
+        return free[: bisect.bisect_left(free, reach)]
+
+    def _enter(self, sequence: Sequence) -> None:
+        """The sequence has its slot: what that holds of its prompt need not be run."""
+        assert sequence.slot is not None
+        content, tiles = sequence.content, sequence.cross_tiles
+        sequence.computed, pictures = self.cache.settle(sequence.slot, content.keys, content.pictures if tiles else ())
+        sequence.tiles_done = max(sequence.tiles_done, pictures * tiles)
+        self.running.append(sequence)
+
+    def _prepare(self, sequence: Sequence) -> None:
+        """As late as can be: what ran before it may be of use."""
+        if self.reuse:
+            self.reuse.prepare(sequence)
+        sequence.prepared, sequence.reused, sequence.reused_tiles = True, sequence.computed, sequence.tiles_done
+
+    def _vision(self, sequence: Sequence) -> tuple[Step, float, float]:
+        """The step, its cost, and what may run together."""
         left = len(sequence.prompt.pixels) - sequence.tiles_done
         bucket = self.vision.split(left)[0]
-        return Step("vision", bucket, (sequence,), min(bucket, left))
+        limit = max(self._planner(sequence.images, True).costs.values())
+        return Step("vision", bucket, (sequence,), min(bucket, left)), self.vision.costs[bucket], limit
 
-    def _prefill(self, sequence: Sequence) -> Step:
+    def _prefill(self, sequence: Sequence, answering: bool) -> tuple[Step, float, float]:
+        """The step, its cost, and what may run together."""
         left = sequence.prompt.length - sequence.computed
         images = _enough(self.prefill, sequence.images)
-        bucket = self.prefill[images].next_bucket(left, self.cache.spec.rows - sequence.computed)
-        return Step("prefill", bucket, (sequence,), min(bucket, left), images)
+        planner = self._planner(images, answering)
+        bucket = planner.next_bucket(left, self.cache.spec.rows - sequence.computed)
+        step = Step("prefill", bucket, (sequence,), min(bucket, left), images)
+        return step, planner.costs[bucket], max(planner.costs.values())
 
-    def _decode(self) -> Step:
+    def _planner(self, images: int, answering: bool) -> ChunkPlanner:
+        planners = self.bounded if answering and self.bounded else self.prefill
+        return planners[_enough(planners, images)]
+
+    def _decode(self, sequences: SequenceOf[Sequence]) -> Step:
         # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
-        rows = 1 + max(sequence.slot for sequence in self.running if sequence.slot is not None)
-        images = _enough(self.decode, max(sequence.images for sequence in self.running))
-        bucket = next(b for b in self.decode[images] if b >= rows)
-        return Step("decode", bucket, tuple(self.running), rows, images)
+        rows = 1 + max(sequence.slot for sequence in sequences if sequence.slot is not None)
+        images = _enough(self.decode, max(sequence.images for sequence in sequences))
+        self.spent = 0.0
+        return Step("decode", self._decode_bucket(rows, images), tuple(sequences), rows, images)
+
+    def _decode_bucket(self, rows: int, images: int) -> int:
+        return next(bucket for bucket in self.decode[images] if bucket >= rows)
 
 
 def _enough(variants: Iterable[int], images: int) -> int:
     """The smallest variant of a graph that sees `images` pictures; 0 sees none and has no layers for them."""
     return min(variant for variant in variants if variant >= images)
+
+
+def _within(budget: int, costs: Mapping[int, float]) -> Mapping[int, float]:
+    """The buckets of at most `budget` tokens, or the smallest."""
+    return {bucket: cost for bucket, cost in costs.items() if bucket <= max(budget, min(costs))}

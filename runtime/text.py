@@ -13,7 +13,9 @@ class AnswerText:
     What may still turn out to be a stop string, or a blank at the end, is held back; the pieces together are the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], from_token: int = 0) -> None:
+        """`from_token`: how many tokens there must be before a stop string counts."""
+        self.tokens, self.from_token = 0, from_token
         self.detokenizer = Detokenizer(tokenizer)
         self.stops = tuple(stop for stop in stops if stop)
         self.pieces: list[str] = []
@@ -26,6 +28,7 @@ class AnswerText:
 
     def add(self, token_id: int) -> str:
         """The piece that this token sets free, perhaps empty."""
+        self.tokens += 1
         return "" if self.stopped else self._release(self.detokenizer.add(token_id))
 
     def finish(self) -> str:
@@ -35,9 +38,13 @@ class AnswerText:
         piece = self._release(self.detokenizer.finish())
         return piece if self.stopped else piece + self._give(self.held.rstrip())
 
+    @property
+    def _counting(self) -> tuple[str, ...]:
+        return self.stops if self.tokens >= self.from_token else ()
+
     def _release(self, new: str) -> str:
         self.held += new
-        found = [at for at in (self.held.find(stop) for stop in self.stops) if at >= 0]
+        found = [at for at in (self.held.find(stop) for stop in self._counting) if at >= 0]
         if found:
             self.stopped = True
             return self._give(self.held[: min(found)].rstrip())
@@ -46,7 +53,7 @@ class AnswerText:
     def _safe(self) -> int:
         """Characters held that cannot belong to a stop string any more."""
         for start in range(len(self.held)):
-            if any(stop.startswith(self.held[start:]) for stop in self.stops):
+            if any(stop.startswith(self.held[start:]) for stop in self._counting):
                 return start
         return len(self.held)
 

@@ -69,6 +69,9 @@ class TiktokenVocabulary:
         data = self._bytes.get(token_id)
         return None if data is None else data.decode("utf-8", errors="replace")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        return self._bytes[token_id]
+
     def token_id(self, token: str) -> int | None:
         """Of a special token, or of a text that is one token."""
         if token in self._special:

@@ -5,6 +5,7 @@ Special tokens written in a text ("</s>", "<image>") become those tokens whereve
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -41,6 +42,10 @@ class Vocabulary(Protocol):
 
     def token(self, token_id: int) -> str | None: ...
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a known token adds to a text that goes on."""
+        ...
+
     def token_id(self, token: str) -> int | None: ...
 
     def is_special(self, token_id: int) -> bool: ...
@@ -56,7 +61,10 @@ class TokenizersVocabulary:
             raise TokenizerError(f"{path} is not a usable tokenizer.json ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._special = {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {i for i, token in added.items() if token.special}
+        self._added = {i: token.content for i, token in added.items()}
+        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
         self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     @property
@@ -71,6 +79,12 @@ class TokenizersVocabulary:
 
     def token(self, token_id: int) -> str | None:
         return self._tokenizer.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self.token(token_id) or ""
+        return bytes(_BYTE_OF[letter] for letter in token) if self._byte_level else _piece_bytes(token)
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
@@ -129,6 +143,10 @@ class SentencePieceVocabulary:
             return self._added[token_id]
         return self._model.id_to_piece(token_id) if 0 <= token_id < self._model.get_piece_size() else None
 
+    def token_bytes(self, token_id: int) -> bytes:
+        added = self._added.get(token_id)
+        return _piece_bytes(self.token(token_id) or "") if added is None else added.encode()
+
     def token_id(self, token: str) -> int | None:
         if token in self._special:
             return self._special[token]
@@ -152,6 +170,22 @@ def _join_pieces(pieces: Iterable[str]) -> str:
             run.clear()
         parts.append(piece.replace(_BLANK, " "))
     return "".join(parts)
+
+
+def _piece_bytes(piece: str) -> bytes:
+    """Of a sentencepiece piece."""
+    byte = BYTE_PIECE.fullmatch(piece)
+    return bytes([int(byte[1], 16)]) if byte else piece.replace(_BLANK, " ").encode()
+
+
+def _letters() -> dict[str, int]:
+    """The letters by which byte-level vocabularies write bytes: printable ones of Latin-1 themselves, others from U+0100 on."""
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = (byte for byte in range(256) if byte not in printable)
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _letters()
 
 
 def _utf8(data: bytes) -> str:

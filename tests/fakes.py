@@ -176,10 +176,10 @@ def _text_graph(kind: Kind, bucket: int, images: int, cost_ms: float, spec: Cach
     )
 
 
-def fake_engine(**sizes: Any) -> Engine:
-    """An engine over `fake_artifact`."""
+def fake_engine(*, reuse: bool = False, prefill_budget: int | None = None, **sizes: Any) -> Engine:
+    """An engine over `fake_artifact`; without reuse, every step of every request is there to be counted."""
     artifact = fake_artifact(**sizes)
-    return Engine(artifact, backend=FakeBackend(artifact.manifest))
+    return Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=reuse, prefill_budget=prefill_budget)
 
 
 def text_prompt(*token_ids: int, ntk: float = 1.0) -> Prompt:
@@ -321,8 +321,8 @@ def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:
 
 @cache
 def loaded(folder: Path) -> runtime.Model:
-    """A compiled artifact, opened once for the whole suite."""
-    return runtime.load(folder)
+    """A compiled artifact, opened once for the whole suite; without reuse, so that a fresh prompt is computed afresh."""
+    return runtime.load(folder, reuse=False)
 
 
 def lent(folder: Path) -> Iterator[runtime.Model]:
@@ -334,13 +334,21 @@ def lent(folder: Path) -> Iterator[runtime.Model]:
     assert not model.texts
 
 
-def loaded_with_fake(folder: Path) -> runtime.Model:
+def loaded_with_fake(folder: Path, *, reuse: bool = False) -> runtime.Model:
     """The tokenizer, template and buckets of a compiled artifact over a fake backend: fast enough for random conversations."""
     artifact = open_artifact(folder)
-    return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest)))
+    return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=reuse))
 
 
-def fake_model(checkpoint: Path, folder: Path, buckets: Buckets, **changes: Any) -> runtime.Model:
+def fake_model(
+    checkpoint: Path,
+    folder: Path,
+    buckets: Buckets,
+    *,
+    reuse: bool = False,
+    prefill_budget: int | None = None,
+    **changes: Any,
+) -> runtime.Model:
     """A checkpoint's tokenizer, template, settings and plan over a fake backend; nothing is compiled, no weights are read.
 
     `changes` are fields of its ModelFacts.
@@ -366,4 +374,5 @@ def fake_model(checkpoint: Path, folder: Path, buckets: Buckets, **changes: Any)
         for graph in definitions
     )
     artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(facts, **changes), plan.cache, graphs))
-    return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest)))
+    backend = FakeBackend(artifact.manifest)
+    return runtime.Model(artifact, Engine(artifact, backend=backend, reuse=reuse, prefill_budget=prefill_budget))

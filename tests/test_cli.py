@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import sys
+import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from staticvl.runtime import load
+from staticvl.runtime.request_log import read_request_log
+from staticvl.tools.bench_requests import Asked, arrival_times
 from staticvl.tools.cli import main
+from staticvl.tools.tuning.traces import read_trace
 
 from .checkpoints import tiny_llava
 from .checkpoints_mllama import tiny_mllama
@@ -91,6 +99,79 @@ def test_bench_ends_with_json(capsys: pytest.CaptureFixture[str], artifact: Path
     assert {"uss_mb", "weights_mb", "cache_mb"} <= set(result["memory"])
     status, out, _ = run(capsys, "bench", artifact, "--new-tokens", 4, "--repeats", 1, "--json")
     assert len(out.splitlines()) == 1
+
+
+def test_a_log_of_requests_that_the_tuner_reads(capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path) -> None:
+    """Every request that ends is a line, whether it was generated, streamed, cancelled or a turn of a chat."""
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    log = tmp_path / "served.jsonl"
+    args = ("generate", artifact, "--prompt", "What?", "--image", tmp_path / "red.png", "--max-new-tokens", 5, "--ignore-eos")
+    assert run(capsys, *args, "--request-log", log)[0] == 0
+    model = load(artifact, request_log=log)
+    list(model.stream("Hello", max_new_tokens=3, ignore_eos=True))
+    next(stream := model.stream("Hello", max_new_tokens=20, ignore_eos=True))
+    stream.close()
+    with model.chat() as chat:
+        chat.send("Hello", max_new_tokens=2, ignore_eos=True)
+    records = list(read_request_log(log))
+    assert [record.finish_reason for record in records] == ["length", "length", "cancelled", "length"]
+    assert [record.generated for record in records][::3] == [5, 2]
+    assert [record.image_sizes for record in records] == [((50, 40),), (), (), ()]
+    assert [record.image_tokens for record in records] == [16, 0, 0, 0]
+    assert records[3].reused_tokens == records[3].prompt_tokens - 1
+    assert all(abs(record.time - time.time()) < 600 and record.total_s >= record.first_token_s > 0 for record in records)
+    assert [request.images for request in read_trace(log)] == [1, 0, 0, 0]
+
+
+def test_traffic_from_a_file(capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+    lines = [{"prompt": "Hello", "max_new_tokens": n} for n in (2, 3, 4)]
+    lines.append({"prompt": "What?", "images": ["red.png"], "max_new_tokens": 2})
+    requests, log = tmp_path / "requests.jsonl", tmp_path / "served.jsonl"
+    requests.write_text("\n\n".join(map(json.dumps, lines)))
+    status, out, _ = run(capsys, "bench", artifact, "--requests", requests, "--rate", 200, "--seed", 1, "--request-log", log)
+    assert status == 0
+    result = json.loads(out.splitlines()[-1])
+    assert result["requests"] == 4 == sum(result["finished"].values())
+    assert {"p50", "p90", "p99", "max"} == set(result["ttft_ms"]) == set(result["between_tokens_ms"])
+    assert result["prefix_hit_rate"] > 0 and result["runs"]["vision"] == 1
+    assert [record.image_tokens for record in read_request_log(log)].count(16) == 1
+    timed = tmp_path / "timed.jsonl"
+    timed.write_text("\n".join(json.dumps({**line, "time": 1e9 + n / 50}) for n, line in enumerate(lines)))
+    status, out, _ = run(capsys, "bench", artifact, "--requests", timed, "--json", "--no-reuse", "--prefill-budget", 16)
+    result = json.loads(out)
+    assert (status, result["prefix_hit_rate"], result["requests"]) == (0, 0.0, 4)
+    assert result["span_s"] >= 3 / 50
+
+
+def test_arrival_times() -> None:
+    times = arrival_times([Asked("x")] * 4000, 5.0, 1)
+    assert times == arrival_times([Asked("x")] * 4000, 5.0, 1) != arrival_times([Asked("x")] * 4000, 5.0, 2)
+    gaps = [after - before for before, after in pairwise(times)]
+    assert sum(gaps) / len(gaps) == pytest.approx(0.2, rel=0.1)
+    assert sum(gap > 0.2 for gap in gaps) / len(gaps) == pytest.approx(math.exp(-1), rel=0.1)
+    assert arrival_times([Asked("x", time=7.0), Asked("x", time=6.5)], None, 0) == [0.5, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no request; expected a line for each"),
+        ('{"prompt": "x", "time": 1}\n{"prompt": 5}', r"line 2: .*\$\.prompt.*; expected a JSON object with prompt"),
+        ('{"prompt": "x", "picture": 1}', "line 1: .*picture.*; expected a JSON object with prompt"),
+        ('{"prompt": "x"}', r"not every request says when it came \(time\); give --rate"),
+    ],
+)
+def test_unusable_traffic(capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "requests.jsonl"
+    path.write_text(text)
+    status, _, err = run(capsys, "bench", artifact, "--requests", path)
+    assert status == 1 and re.search(message, err)
+    path.write_text('{"prompt": "x"}')
+    assert (
+        "--rate is 0.0; expected a number of requests a second above 0"
+        in run(capsys, "bench", artifact, "--requests", path, "--rate", 0)[2]
+    )
 
 
 # --- Pictures by cross-attention, and in tiles ---------------------------------------------------------------------------

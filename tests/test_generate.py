@@ -293,8 +293,8 @@ def test_an_empty_raw_prompt(model: runtime.Model, monkeypatch: pytest.MonkeyPat
 
 
 def test_unknown_settings(model: runtime.Model) -> None:
-    with pytest.raises(TypeError, match="unknown settings beams, min_p; expected ignore_eos, max_new_tokens"):
-        model.generate(QUESTION, beams=3, min_p=0.1)
+    with pytest.raises(TypeError, match="unknown settings beams, typical_p; expected bad_words, choice,"):
+        model.generate(QUESTION, beams=3, typical_p=0.1)
     with pytest.raises(ValueError, match="max_new_tokens is 0; expected at least 1"):
         model.generate(QUESTION, max_new_tokens=0)
 

@@ -117,7 +117,7 @@ class Conversation:
 
 @contextmanager
 def talk(subject: Subject, settings: dict[str, Any]) -> Iterator[Conversation]:
-    model = runtime.load(subject.artifact)
+    model = runtime.load(subject.artifact, reuse=False)
     with model.chat() as chat:
         yield Conversation(chat, settings)
     assert model.engine.cache.free == BUCKETS.slots, "every slot was given back"

@@ -19,6 +19,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
 from staticvl.runtime.ascend import torchair_host
+from staticvl.runtime.engine import Engine
 from staticvl.runtime.ranks.launch import threads_each
 from staticvl.runtime.ranks.leader import LeadingBackend
 
@@ -109,6 +110,19 @@ def test_a_chat(pair: Pair) -> None:
             turns = chat.send(QUESTION, SHAPES, max_new_tokens=16), chat.send("Which colours?", max_new_tokens=16)
             said.append([turn.token_ids for turn in turns])
     assert said[0] == said[1]
+
+
+def test_rows_that_a_request_takes_over_are_copied_on_every_rank(pair: Pair) -> None:
+    settings = {"max_new_tokens": 6, "ignore_eos": True, "return_logits": True, "temperature": 0.0}
+    questions = [QUESTION, "Where is the circle?", "Which colours are there?"]
+    alone = runtime.Model(pair.whole.artifact, Engine(pair.whole.artifact, threads=1, reuse=False))
+    expected = [alone.generate(question, noise(7), **settings) for question in questions]
+    before = pair.cut.engine.metrics.copies
+    found = pair.cut.generate(questions, [noise(7)] * 3, **settings)
+    assert pair.cut.engine.metrics.copies > before and found[1].reused_tokens > 64
+    for mine, theirs in zip(found, expected, strict=True):
+        assert mine.token_ids == theirs.token_ids
+        np.testing.assert_allclose(mine.logits, theirs.logits, atol=1e-3)  # type: ignore[arg-type]
 
 
 def test_graphs_that_are_freed_are_loaded_again_by_all(pair: Pair) -> None:

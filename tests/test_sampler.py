@@ -11,23 +11,25 @@ from hypothesis import strategies as st
 
 from staticvl.runtime import sampler
 from staticvl.runtime.artifact import SamplingDefaults
-from staticvl.runtime.request import ResolvedSampling, SamplingParams
 from staticvl.runtime.sampler import sample, uniform
+from staticvl.runtime.sampling import ResolvedSampling, SamplingParams
 
 GRID = 500
 
 
-def settings(temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0) -> ResolvedSampling:
-    return ResolvedSampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+def settings(
+    temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 0, min_p: float = 0.0
+) -> ResolvedSampling:
+    return ResolvedSampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, min_p=min_p)
 
 
-def expected(logits: list[float], temperature: float, top_k: int, top_p: float, used: int) -> list[float]:
+def expected(logits: list[float], temperature: float, top_k: int, top_p: float, used: int, min_p: float = 0.0) -> list[float]:
     """The distribution by its definition, one token at a time."""
     weights = [np.exp(value / temperature) for value in logits[:used]]
     ranked = sorted(range(used), key=lambda i: (-weights[i], i))[: top_k or used]
     total, before, kept = sum(weights[i] for i in ranked), 0.0, []
     for i in ranked:
-        if before < top_p:
+        if before < top_p and weights[i] >= min_p * weights[ranked[0]]:
             kept.append(i)
         before += weights[i] / total
     mass = sum(weights[i] for i in kept)
@@ -54,6 +56,23 @@ def test_distribution(temperature: float, top_k: int, top_p: float) -> None:
     chosen = settings(temperature, top_k, top_p)
     wanted = expected(LOGITS, temperature, top_k, top_p, used)
     np.testing.assert_allclose(measured(LOGITS, chosen, used), wanted, atol=1.001 / GRID)
+
+
+@pytest.mark.parametrize("min_p", [1e-3, 0.1, 0.4, 1.0])
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (2.5, 0.9)])
+def test_distribution_with_min_p(min_p: float, temperature: float, top_p: float) -> None:
+    chosen = settings(temperature, top_p=top_p, min_p=min_p)
+    wanted = expected(LOGITS, temperature, 0, top_p, 6, min_p)
+    np.testing.assert_allclose(measured(LOGITS, chosen, 6), wanted, atol=1.001 / GRID)
+
+
+def test_what_is_forbidden_is_never_drawn() -> None:
+    """Not even by the largest random number, with the smallest temperature or the flattest."""
+    row = np.array([0.0, -np.inf, 1.0, -np.inf], np.float32)
+    for temperature in (1e-3, 1.0, 1e6):
+        for draw in (0.0, 0.5, 1 - 2**-53):
+            with mock.patch.object(sampler, "uniform", return_value=draw):
+                assert sample(row, settings(temperature, top_k=4), 0, 4) in (0, 2)
 
 
 def test_equal_logits_keep_the_lower_ids() -> None:
@@ -116,6 +135,8 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
     assert uniform(7, 3) == first
     assert uniform(7, 4) != first
     assert uniform(8, 3) != first
+    assert uniform(7, 3, 1) not in (first, uniform(7, 4), uniform(8, 3), uniform(7, 1))
+    assert uniform(7, 3, 0) == first
 
 
 @pytest.mark.parametrize(
@@ -135,6 +156,22 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
         ({"seed": -1}, "seed is -1; expected 0 to 2**64 - 1"),
         ({"seed": 2**64}, "seed is 18446744073709551616; expected 0 to 2**64 - 1"),
         ({"seed": 0.5}, "seed is 0.5; expected an integer"),
+        ({"min_new_tokens": -1}, "min_new_tokens is -1; expected at least 0"),
+        ({"min_new_tokens": 9, "max_new_tokens": 8}, "min_new_tokens is 9; expected at most max_new_tokens, which is 8"),
+        ({"n": 0}, "n is 0; expected at least 1"),
+        ({"logprobs": -1}, "logprobs is -1; expected at least 0"),
+        ({"min_p": 1.5}, "min_p is 1.5; expected a number from 0 to 1"),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; expected a number above 0; 1 changes nothing"),
+        ({"presence_penalty": float("inf")}, "presence_penalty is inf; expected a finite number"),
+        ({"frequency_penalty": "a"}, "frequency_penalty is a; expected a finite number"),
+        ({"deadline_s": 0}, "deadline_s is 0; expected a number of seconds above 0"),
+        ({"logit_bias": {5: float("nan")}}, "the logit_bias of token 5 is nan; expected a finite number"),
+        ({"logit_bias": {-1: 1.0}}, "a token id of stop_token_ids or logit_bias is -1; expected at least 0"),
+        ({"stop_token_ids": ("a",)}, "a token id of stop_token_ids or logit_bias is 'a'; expected an integer"),
+        ({"bad_words": ("",)}, "bad_words holds an empty text; expected texts of at least one character"),
+        ({"choice": ("a", "")}, "choice holds an empty text; expected texts of at least one character"),
+        ({"regex": "a", "choice": ("a",)}, "regex and choice were given; expected one of them at most"),
+        ({"regex": "a", "ignore_eos": True}, "regex was given with ignore_eos; an answer of a given form ends where that does"),
         ({"stop": (3,)}, "stop is (3,); expected text or a sequence of texts"),
     ],
 )

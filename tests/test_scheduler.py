@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
+from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine import Engine
 from staticvl.runtime.prompt import Prompt
 from staticvl.runtime.request import SamplingParams, Sequence
-from staticvl.runtime.scheduler import Step
+from staticvl.runtime.scheduler import AGING, Step
 
-from .fakes import check_slots, cross_prompt, fake_engine, picture, picture_prompt, run_all, text_prompt
+from .fakes import check_slots, cross_prompt, fake_artifact, fake_engine, picture, picture_prompt, run_all, text_prompt
 
 TEN = tuple(range(10, 20))
 
@@ -69,13 +70,118 @@ def test_a_freed_slot_is_taken_at_the_next_step() -> None:
 
 def test_decode_bucket_reaches_the_highest_slot_in_use() -> None:
     """Slot 0 ends first: the sequence in slot 2 still needs a batch of three or more."""
-    engine = fake_engine(slots=4, prefill={4: 1.0}, decode={1: 1.0, 2: 1.0, 4: 1.0})
+    engine = fake_engine(slots=4, prefill={4: 1.0, 16: 3.0}, decode={1: 1.0, 2: 1.0, 4: 1.0})
     for count in (2, 2, 4):
         add(engine, text_prompt(7), count)
     steps = [told(step) for step in run_all(engine) if step.kind == "decode"]
     assert steps == [("decode", 4, 3, (0, 1, 2)), ("decode", 4, 3, (2,)), ("decode", 4, 3, (2,))]
     add(engine, text_prompt(7), 2)
     assert [told(step)[1] for step in run_all(engine)] == [4, 1]
+
+
+# --- Prompts and answers take turns -------------------------------------------------------------------------------------
+
+FORTY = text_prompt(*[7] * 40)
+
+
+def beside_a_stream(prompt: Prompt, **sizes: object) -> list[tuple[str, int]]:
+    """What runs while one sequence answers and another one comes: kinds and buckets, until that has its first token."""
+    engine = fake_engine(slots=2, decode={2: 1.0}, **sizes)
+    add(engine, text_prompt(7), 60)
+    engine.step()
+    late = add(engine, prompt, 1)
+    steps = []
+    while not late.generated:
+        steps.append(told(engine.step())[:2])
+    return steps
+
+
+def test_a_stream_waits_for_one_chunk_at_most() -> None:
+    """Chunks of 16: each is followed by a token of the stream. Smaller ones run together while they cost no more."""
+    costs = {4: 3.0, 16: 8.0}
+    chunk, token = ("prefill", 16), ("decode", 2)
+    assert beside_a_stream(FORTY, prefill=costs) == [chunk, token, chunk, token, ("prefill", 4), ("prefill", 4)]
+    assert beside_a_stream(FORTY, prefill={**costs, 64: 23.0}) == [chunk, chunk, ("prefill", 4), ("prefill", 4)]
+    assert beside_a_stream(text_prompt(*[7] * 60), prefill={**costs, 64: 21.0}) == [("prefill", 64)]
+
+
+def test_the_budget_bounds_chunks_while_somebody_waits() -> None:
+    """No larger than the budget then, or of the smallest bucket; as large as is cheapest when nobody waits."""
+    costs, token = {4: 3.0, 16: 8.0, 64: 21.0}, ("decode", 2)
+    bounded = beside_a_stream(FORTY, prefill=costs, prefill_budget=20)
+    assert bounded == [("prefill", 16), token, ("prefill", 16), token, ("prefill", 4), ("prefill", 4)]
+    assert beside_a_stream(FORTY, prefill=costs, prefill_budget=1)[:4] == [("prefill", 4), token] * 2
+    engine = fake_engine(slots=2, prefill=costs, prefill_budget=20)
+    add(engine, text_prompt(*[7] * 60))
+    assert told(engine.step())[:2] == ("prefill", 64)
+
+
+def test_pictures_are_encoded_between_tokens_too() -> None:
+    pictures = picture_prompt(*(picture(n) for n in range(4)), 5)
+    steps = beside_a_stream(pictures, prefill={16: 4.0}, vision={1: 3.0, 2: 9.0})
+    assert steps == [*[("vision", 1), ("decode", 2)] * 4, ("prefill", 16)]
+
+
+def test_who_answers_goes_on_while_prompts_keep_coming() -> None:
+    """However many come, a stream gains a token after each of them."""
+    engine = fake_engine(slots=4, prefill={16: 4.0}, decode={4: 1.0})
+    stream = add(engine, text_prompt(7), 12)
+    engine.step()
+    while stream.finish_reason is None:
+        add(engine, text_prompt(*TEN), 1)
+        engine.step()
+        engine.step()
+    assert engine.metrics.runs == {"vision": 0, "prefill": 1 + 11, "decode": 11}
+
+
+# --- Who is next --------------------------------------------------------------------------------------------------------
+
+
+def test_priorities_go_first_and_nobody_waits_for_ever() -> None:
+    """A priority is worth AGING admissions: the plain request that came first goes before the later ones of that rank."""
+    engine = fake_engine(slots=1, prefill={16: 1.0})
+
+    def ask(priority: int) -> Sequence:
+        return engine.add_request(text_prompt(7), SamplingParams(max_new_tokens=1, priority=priority))
+
+    plain = [ask(0), ask(0)]
+    order = []
+    urgent = [ask(1)]
+    while any(sequence.finish_reason is None for sequence in plain):
+        order.append(engine.step().sequences[0])
+        urgent.append(ask(1))
+    assert order[0] is urgent[0]
+    assert order.index(plain[0]) == order.index(plain[1]) - 1 == AGING
+    assert order[:AGING] == urgent[:AGING]
+
+
+def test_equal_priorities_go_in_the_order_of_arrival() -> None:
+    engine = fake_engine(slots=1, prefill={16: 1.0})
+    ids = [engine.add_request(text_prompt(7), SamplingParams(max_new_tokens=1, priority=p)).id for p in (0, -1, 0, 1, 1, -1)]
+    assert [step.sequences[0].id for step in run_all(engine)] == [ids[place] for place in (3, 4, 0, 2, 1, 5)]
+
+
+def test_deadlines() -> None:
+    """Of one that waits, one that is prefilled and one that answers; those without go on."""
+    artifact, now = fake_artifact(slots=3, prefill={4: 1.0}), [0.0]
+    engine = Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=False, clock=lambda: now[0])
+
+    def ask(prompt: Prompt, deadline: float | None) -> Sequence:
+        return engine.add_request(prompt, SamplingParams(max_new_tokens=9, ignore_eos=True, deadline_s=deadline))
+
+    free, answers, prefilled, waits = ask(text_prompt(7), None), ask(text_prompt(7), 5.0), ask(FORTY, 5.0), ask(FORTY, 5.0)
+    for _ in range(7):
+        engine.step()
+    assert engine.expire() == []
+    now[0] = 4.9
+    assert engine.expire() == []
+    now[0] = 5.0
+    assert engine.expire() == [answers, prefilled, waits]
+    assert {sequence.finish_reason for sequence in (answers, prefilled, waits)} == {"deadline"}
+    assert answers.generated and 0 < prefilled.computed < 40 and waits.slot is None and waits.timings().total_s == 5.0
+    check_slots(engine)
+    run_all(engine)
+    assert (free.finish_reason, len(free.generated), engine.timed) == ("length", 9, [])
 
 
 def looking(pictures: int) -> Prompt:
@@ -97,7 +203,7 @@ def test_each_prompt_runs_where_just_its_pictures_can_be_seen() -> None:
 
 def test_a_batch_decodes_where_the_most_pictures_can_be_seen() -> None:
     """And goes back to fewer when that sequence has ended."""
-    engine = fake_engine(slots=3, prefill={16: 1.0}, images=(1, 3))
+    engine = fake_engine(slots=3, prefill={16: 1.0, 64: 9.0}, images=(1, 3))
     for pictures, count in ((0, 5), (2, 3), (1, 4)):
         add(engine, looking(pictures), count)
     steps = [(step.images, told(step)[3]) for step in run_all(engine) if step.kind == "decode"]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from staticvl.runtime.engine import Engine
 from staticvl.runtime.request import SamplingParams
+from staticvl.runtime.scheduler import Step
 from staticvl.tools.tuning.arrivals import rate_of, timed
 from staticvl.tools.tuning.columns import TraceError
 from staticvl.tools.tuning.replay import Replayed, Setup, _Replay, replay
@@ -32,7 +33,7 @@ ARRIVALS = st.lists(
 
 
 class OneStepAtATime(_Replay):
-    def _repeats(self, first: float, more: float) -> int:
+    def _repeats(self, step: Step, first: float, more: float) -> int:
         return 1
 
 

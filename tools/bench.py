@@ -47,7 +47,7 @@ class Point:
 
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, highlight=False)
-    with runtime.load(args.artifact, device=args.device, threads=args.threads) as model:
+    with runtime.load(args.artifact, device=args.device, threads=args.threads, reuse=False) as model:
         bench = Bench(model, args.new_tokens, args.repeats)
         points = bench.points()
         result = bench.summary(args.artifact, points)

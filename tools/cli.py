@@ -131,6 +131,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--raw", action="store_true", help="pass the text as it is, without the chat template")
+    parser.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of the request, a JSON line")
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the pictures with the answer's boxes on them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_run_options(parser)
@@ -152,6 +153,17 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
     parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
+    parser.add_argument(
+        "--min-p", type=float, default=0.0, metavar="P", help="least share of the likeliest token's probability"
+    )
+    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 changes nothing")
+    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
+    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
+    parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N")
+    parser.add_argument("--bad-word", action="append", default=[], metavar="TEXT", help="a text that must not be in the answer")
+    parser.add_argument("--json-schema", metavar="JSON", help="what the answer must be, as a JSON schema")
+    parser.add_argument("--regex", metavar="RE", help="what the answer must be, as a regular expression")
+    parser.add_argument("--choice", action="append", default=[], metavar="TEXT", help="one of the texts that the answer may be")
     parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
 
@@ -196,7 +208,10 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _add_bench(commands) -> None:
-    example = "staticvl bench llava-7b\nstaticvl bench llava-7b --json | tail -1"
+    example = (
+        "staticvl bench llava-7b\nstaticvl bench llava-7b --json | tail -1\n"
+        "staticvl bench llava-7b --requests requests.jsonl --rate 2 --request-log served.jsonl"
+    )
     parser = _command(
         commands, "bench", "measure an artifact on this machine; the last line is one JSON object", example, _bench
     )
@@ -206,12 +221,30 @@ def _add_bench(commands) -> None:
         "--new-tokens", type=int, default=32, metavar="N", help="tokens generated in each measurement; default: 32"
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each point; default: 3")
+    parser.add_argument(
+        "--requests",
+        type=Path,
+        metavar="FILE",
+        help="replay these instead: JSON lines with prompt, and perhaps images, max_new_tokens, time",
+    )
+    parser.add_argument(
+        "--rate", type=float, metavar="R", help="requests a second, at random times; default: the times in the file"
+    )
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random times; default: 0")
+    parser.add_argument("--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers")
+    parser.add_argument("--no-reuse", action="store_true", help="compute every request afresh")
+    parser.add_argument(
+        "--request-log", type=Path, metavar="FILE", help="append sizes and times of every request, a JSON line each"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
 
 
 def _bench(args: argparse.Namespace) -> int:
-    from .bench import run
+    if args.requests is not None:
+        from .bench_requests import run
+    else:
+        from .bench import run
 
     return run(args)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from typing import Any
 
 from .. import runtime
 from ..runtime.boxes import Box
@@ -13,7 +14,7 @@ from .draw import draw
 
 
 def run(args: argparse.Namespace) -> int:
-    with runtime.load(args.artifact, device=args.device, threads=args.threads) as model:
+    with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log) as model:
         out = model.generate(args.prompt, args.image, sampling=read_sampling(args), raw=args.raw)
     print(json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out))
     if args.draw is not None:
@@ -31,13 +32,25 @@ def read_sampling(args: argparse.Namespace) -> SamplingParams:
         seed=args.seed,
         stop=tuple(args.stop),
         ignore_eos=args.ignore_eos,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        min_new_tokens=args.min_new_tokens,
+        bad_words=tuple(args.bad_word),
+        json_schema=args.json_schema,
+        regex=args.regex,
+        choice=tuple(args.choice),
     )
 
 
 def as_json(out: Output) -> dict:
     """Everything but the logits."""
-    fields = {field.name: getattr(out, field.name) for field in dataclasses.fields(out) if field.name != "logits"}
-    return {**fields, "boxes": [dataclasses.asdict(box) for box in out.boxes], "timings": dataclasses.asdict(out.timings)}
+    return dataclasses.asdict(dataclasses.replace(out, logits=None), dict_factory=_without_logits)
+
+
+def _without_logits(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: value for name, value in pairs if name != "logits"}
 
 
 def answer_lines(out: Output) -> str:

@@ -23,7 +23,7 @@ from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
 from ..ascend.weights import map_weight, to_signed
 from ..files import sha256_file
-from .base import Group, cache_name, check_group, checked, world_rank
+from .base import Group, cache_name, check_group, checked, rows_to_copy, world_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,6 +190,11 @@ class AscendBackend:
         import torch
 
         self.caches[name][: len(value)].copy_(torch.from_numpy(value))
+
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        for name, cache in self.caches.items():
+            count = rows_to_copy(name, rows, images)
+            cache[target, :, :count].copy_(cache[source, :, :count])
 
 
 def simulated(*, wide: bool = False) -> Device:

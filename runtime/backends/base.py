@@ -42,6 +42,10 @@ class Backend(Protocol):
         """Overwrite the first slots of one cache buffer with a value [slots, K, S, D]."""
         ...
 
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        """Copy the first `rows` rows of one slot to another, and the keys of its first `images` pictures."""
+        ...
+
 
 class Group(Protocol):
     """One rank's way to the others. All ranks make the same calls in the same order with arrays of one shape and dtype."""
@@ -108,6 +112,13 @@ def cache_name(output: str, image: int) -> str | None:
     if output.startswith(("cross_k.", "cross_v.")):
         return f"{output}.{image}"
     return output.removesuffix(".out") if output.endswith(".out") else None
+
+
+def rows_to_copy(name: str, rows: int, images: int) -> int | None:
+    """How many rows of a cache buffer `copy_slot` copies; None: all."""
+    if not name.startswith("cross_"):
+        return rows
+    return None if int(name.rsplit(".", 1)[1]) < images else 0
 
 
 def open_backend(

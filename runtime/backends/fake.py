@@ -147,6 +147,10 @@ class FakeBackend:
             raise NotImplementedError("the fake backend's pictures come from vision graphs only")
         self.kept[: len(value)] = np.rint(value[:, 0, :, 0])
 
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        self.kept[target, :rows] = self.kept[source, :rows]
+        self.tiles[target, :images] = self.tiles[source, :images]
+
 
 def _check_feed(graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:
     """A real backend binds arrays as they are, so a wrong shape or dtype is an error and not a conversion."""

@@ -22,7 +22,7 @@ import onnxruntime as ort
 
 from ..artifact import CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
 from ..cores import usable_cores
-from .base import Group, cache_name, check_group, checked, weights_folder, world_rank
+from .base import Group, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -220,6 +220,11 @@ class OrtBackend:
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
         self.caches[name][: len(value)] = value
+
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        for name, cache in self.caches.items():
+            count = rows_to_copy(name, rows, images)
+            cache[target, :, :count] = cache[source, :, :count]
 
 
 def open_ort(

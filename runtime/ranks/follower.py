@@ -18,7 +18,7 @@ from ..artifact import GraphSpec
 from ..backends.base import Backend, Group
 from ..feeds import Feed, new_feed
 from .crew import GRACE_S, describe
-from .frames import Failed, FrameError, Go, Header, Kind, Link, State, Verdict, encode
+from .frames import Copy, Failed, FrameError, Go, Header, Kind, Link, State, Verdict, encode
 from .verdict import MeetingError, Peer
 from .worker import Worker
 
@@ -99,7 +99,7 @@ class Follower:
             case Kind.GO:
                 go = self.link.record(header, Go)
                 self.worker.start(partial(self._open, partial(open_backend, go)))
-            case Kind.RUN | Kind.LOAD | Kind.UNLOAD:
+            case Kind.RUN | Kind.LOAD | Kind.UNLOAD | Kind.COPY:
                 if not self._wait():
                     return self._stop(f"rank {self.rank}, this one, has not ended its last step for {self.timeout:g} s")
                 self._begin(header)
@@ -116,9 +116,14 @@ class Follower:
     def _begin(self, header: Header) -> None:
         """Receive what a call takes, and start it."""
         graph, backend = self.graphs[header.graph], self.backend
-        assert graph is not None and backend is not None, "rank 0 knows who runs what, and waits until all are ready"
+        assert backend is not None, "rank 0 waits until all are ready"
         call: Callable[[], Any]
-        if header.kind is Kind.RUN:
+        if header.kind is Kind.COPY:
+            copy = self.link.record(header, Copy)
+            call = partial(backend.copy_slot, copy.source, copy.target, copy.rows, copy.images)
+        elif graph is None:
+            raise FrameError(f"graph {header.graph} is none of this rank's")
+        elif header.kind is Kind.RUN:
             call = partial(backend.run, graph, self._receive(header, graph), header.slot, header.image)
         else:
             call = partial(backend.load if header.kind is Kind.LOAD else backend.unload, graph)

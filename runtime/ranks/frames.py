@@ -37,6 +37,7 @@ class Kind(enum.IntEnum):
     FAILED = 10  # rank -> 0: Failed
     VERDICT = 11  # 0 -> rank: Verdict; stop
     STOP = 12  # 0 -> rank: stop, all is well
+    COPY = 13  # 0 -> rank: Copy
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -71,6 +72,15 @@ class State(Record, frozen=True):
 class Failed(Record, frozen=True):
     text: str
     meeting: bool  # in a collective: perhaps because of another rank
+
+
+class Copy(Record, frozen=True):
+    """Arguments of Backend.copy_slot."""
+
+    source: int
+    target: int
+    rows: int
+    images: int
 
 
 class Verdict(Record, frozen=True):

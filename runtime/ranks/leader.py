@@ -6,12 +6,13 @@ import weakref
 from collections.abc import Mapping, Sequence
 from functools import partial
 
+import msgspec
 import numpy as np
 
 from ..artifact import GraphSpec, Manifest, is_cached
 from ..backends.base import Backend, checked
 from .crew import Crew
-from .frames import Header, Kind
+from .frames import Copy, Header, Kind
 
 
 class _Message:
@@ -63,11 +64,18 @@ class LeadingBackend:
         header = Header(Kind.RUN, self.index[graph.file], slot, image, self.step, message.nbytes)
         return self._all(header, partial(self.local.run, graph, feed, slot, image), message.views)
 
-    def _all(self, header: Header, call: partial, views: Sequence[memoryview] = ()):
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        data = msgspec.json.encode(Copy(source, target, rows, images))
+        header = Header(Kind.COPY, nbytes=len(data))
+        copy = partial(self.local.copy_slot, source, target, rows, images)
+        self._all(header, copy, [memoryview(data)], sorted(self.crew.links))
+
+    def _all(self, header: Header, call: partial, views: Sequence[memoryview] = (), takers: Sequence[int] | None = None):
+        """`takers`: the ranks that are told; default those that have a part in the header's graph."""
         crew = self.crew
 
         def work():
-            crew.send(self.takers[header.graph], header, views)
+            crew.send(self.takers[header.graph] if takers is None else takers, header, views)
             return call()
 
         return crew.together(work)

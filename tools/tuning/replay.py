@@ -19,8 +19,8 @@ from ...runtime.cache import SlotCache
 from ...runtime.chunks import ChunkPlanner
 from ...runtime.images import Frame
 from ...runtime.prompt import Prompt, Sight
-from ...runtime.request import ResolvedSampling, SamplingParams
 from ...runtime.request import Sequence as Running
+from ...runtime.sampling import ResolvedSampling, SamplingParams
 from ...runtime.scheduler import Scheduler, Step
 from .workload import Arrival
 
@@ -111,7 +111,7 @@ class _Replay:
                 continue
             step = self.scheduler.next_step()
             first, more = self._seconds(step)
-            times = self._repeats(first, more) if step.kind == "decode" else 1
+            times = self._repeats(step, first, more) if step.kind == "decode" else 1
             spent = times * first + more * times * (times - 1) / 2
             self.now += spent
             self._count(step, times, spent)
@@ -165,9 +165,11 @@ class _Replay:
         held = sum(s.prompt.length + self.answers[s.id] - self.left[s.id] for s in step.sequences)
         return cost + past_s * held, past_s * len(step.sequences)
 
-    def _repeats(self, first: float, more: float) -> int:
+    def _repeats(self, step: Step, first: float, more: float) -> int:
         """How often a decode step repeats unchanged."""
-        shortest = min(self.left[sequence.id] for sequence in self.scheduler.running)
+        if len(step.sequences) < len(self.scheduler.running):  # others run between
+            return 1
+        shortest = min(self.left[sequence.id] for sequence in step.sequences)
         if not self.cache.free or self._next_time() == math.inf:
             return shortest
         gap = self._next_time() - self.now

@@ -1,0 +1,84 @@
+"""What the runtime itself costs per decode step: the scheduler, the feeds, and the rest, at several batch sizes.
+
+    python -m benchmarks.step_overhead [--batches 1,8,32] [--steps 2000]
+
+The device is a stub that returns fixed logits at once. Figures are medians, in microseconds a step; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from staticvl.runtime.artifact import Artifact, GraphSpec
+from staticvl.runtime.engine import Engine
+from staticvl.runtime.request import SamplingParams
+from tests.fakes import fake_artifact, text_prompt
+
+CONTEXT = 4096
+ROOM = 64  # positions of prompts
+
+
+class Stub:
+    """A device that takes no time; see runtime.backends.base.Backend."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self.logits = {g.name: np.zeros(g.outputs[0].shape, np.float32) for g in artifact.manifest.graphs}
+
+    def run(self, graph: GraphSpec, feed: Any, slot: int = 0, image: int = 0) -> np.ndarray:
+        return self.logits[graph.name]
+
+    def load(self, graph: GraphSpec) -> None: ...
+
+    unload = read_cache = write_cache = copy_slot = load  # type: ignore[assignment]
+
+
+def timed(calls: list[float], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, its seconds noted."""
+
+    def call(*args: Any) -> Any:
+        started = time.perf_counter()
+        result = function(*args)
+        calls.append(time.perf_counter() - started)
+        return result
+
+    return call
+
+
+def measure(batch: int, steps: int) -> dict[str, float]:
+    artifact = fake_artifact(slots=batch, context=CONTEXT, prefill={16: 1.0, 64: 2.0}, decode={batch: 1.0})
+    engine = Engine(artifact, backend=Stub(artifact))  # type: ignore[arg-type]
+    parts: dict[str, list[float]] = {"scheduler": [], "feeds": [], "step": []}
+    params = SamplingParams(max_new_tokens=steps + 1, temperature=0.0, ignore_eos=True)
+    for row in range(batch):
+        engine.add_request(text_prompt(*range(row, row + ROOM)), params)
+    while any(sequence.prefilling for sequence in (*engine.scheduler.running, *engine.scheduler.waiting)):
+        engine.step()
+    engine.scheduler.next_step = timed(parts["scheduler"], engine.scheduler.next_step)  # type: ignore[method-assign]
+    engine.feeds = timed(parts["feeds"], engine.feeds)  # type: ignore[assignment]
+    step = timed(parts["step"], engine.step)
+    while not engine.scheduler.idle:
+        step()
+    return {name: round(statistics.median(calls) * 1e6, 1) for name, calls in parts.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--steps", type=int, default=2000)
+    args = parser.parse_args()
+    result = {}
+    for batch in map(int, args.batches.split(",")):
+        result[str(batch)] = found = measure(batch, args.steps)
+        print(f"batch {batch}: " + ", ".join(f"{name} {value} us" for name, value in found.items()))
+    print(json.dumps({"decode_step_us_by_batch": result}))
+
+
+if __name__ == "__main__":
+    main()

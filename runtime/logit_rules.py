@@ -1,0 +1,111 @@
+"""What changes one request's logits before a token is chosen: bias, penalties, and tokens that are forbidden just now.
+
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Protocol
+
+import numpy as np
+
+from .prompt import Prompt
+from .sampling import SamplingParams
+
+
+class Guide(Protocol):
+    """Decides from the tokens so far which may come next."""
+
+    def forbid(self, row: np.ndarray) -> None:
+        """Set the logits [V] of tokens that must not come next to -inf."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """This token was chosen."""
+        ...
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer is complete and nothing may follow."""
+        ...
+
+
+class LogitRules:
+    """The rules of one answer; they know its tokens so far."""
+
+    def __init__(
+        self, params: SamplingParams, prompt: Prompt, ends: Iterable[int], vocab: int, guides: tuple[Guide, ...]
+    ) -> None:
+        """`ends`: tokens that end the answer, which are forbidden before min_new_tokens."""
+        self.params, self.guides = params, guides
+        self.ends = np.array(sorted(ends), np.int64)
+        self.bias = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
+        self.counts = np.zeros(vocab, np.int32)  # of the tokens of the answer
+        self.seen = np.zeros(vocab, bool)  # tokens of the prompt or the answer
+        written = prompt.token_ids[prompt.rows < 0]
+        self.seen[written[written < vocab]] = True  # the mark of a picture may have no logit
+        self.generated = 0
+        self.changes = changes_asked(params, guides)
+
+    def applied(self, logits: np.ndarray) -> np.ndarray:
+        """A changed copy of logits [V]."""
+        row = logits.copy()
+        for change in self.changes:
+            change(self, row)
+        return row
+
+    def accept(self, token: int) -> None:
+        self.counts[token] += 1
+        self.seen[token] = True
+        self.generated += 1
+        for guide in self.guides:
+            guide.accept(token)
+
+    @property
+    def done(self) -> bool:
+        return any(guide.done for guide in self.guides)
+
+    def _add_bias(self, row: np.ndarray) -> None:
+        ids, values = self.bias
+        row[ids] += values
+
+    def _penalise_repetition(self, row: np.ndarray) -> None:
+        penalty = np.float32(self.params.repetition_penalty)
+        logits = row[self.seen]
+        row[self.seen] = np.where(logits > 0, logits / penalty, logits * penalty)
+
+    def _penalise_counts(self, row: np.ndarray) -> None:
+        row -= np.float32(self.params.frequency_penalty) * self.counts
+        row -= np.float32(self.params.presence_penalty) * (self.counts > 0)
+
+    def _forbid_ends(self, row: np.ndarray) -> None:
+        if self.generated < self.params.min_new_tokens:
+            row[self.ends] = -np.inf
+
+    def _forbid_by_guides(self, row: np.ndarray) -> None:
+        for guide in self.guides:
+            guide.forbid(row)
+
+
+_Change = Callable[[LogitRules, np.ndarray], None]
+# In the order in which they apply: whether a request asks for a change, and the change.
+_CHANGES: tuple[tuple[Callable[[SamplingParams], object], _Change], ...] = (
+    (lambda params: params.logit_bias, LogitRules._add_bias),
+    (lambda params: params.repetition_penalty != 1, LogitRules._penalise_repetition),
+    (lambda params: params.presence_penalty or params.frequency_penalty, LogitRules._penalise_counts),
+    (lambda params: params.min_new_tokens, LogitRules._forbid_ends),
+)
+
+
+def changes_asked(params: SamplingParams, guides: tuple[Guide, ...]) -> list[_Change]:
+    return [change for asked, change in _CHANGES if asked(params)] + [LogitRules._forbid_by_guides] * bool(guides)
+
+
+def rules_for(
+    params: SamplingParams, prompt: Prompt, ends: Iterable[int], vocab: int, guides: tuple[Guide, ...]
+) -> LogitRules | None:
+    """The rules that a request needs, or None; raises ValueError for a token id that the model does not have."""
+    if unknown := [token for token in (*params.logit_bias, *params.stop_token_ids) if token >= vocab]:
+        raise ValueError(f"token {unknown[0]} is named in logit_bias or stop_token_ids; the model has {vocab} tokens")
+    return LogitRules(params, prompt, ends, vocab, guides) if changes_asked(params, guides) else None

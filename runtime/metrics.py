@@ -1,0 +1,60 @@
+"""What the engine counts while it runs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from .artifact import KINDS, Kind, graph_name
+
+if TYPE_CHECKING:
+    from .request import Sequence
+    from .scheduler import Step
+
+
+@dataclass(slots=True)
+class Metrics:
+    """By graph kind: runs, seconds inside the backend, and sizes real and padded; what was reused; how requests ended."""
+
+    runs: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    seconds: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
+    real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    buckets: Counter[str] = field(default_factory=Counter)  # runs by the name of the graph
+    prompt_tokens: int = 0  # positions of prompts that were run or reused
+    reused_tokens: int = 0
+    tiles: int = 0  # of pictures whose features or keys were needed
+    reused_tiles: int = 0
+    copies: int = 0  # of cache rows from slot to slot
+    copied_tokens: int = 0
+    finished: Counter[str] = field(default_factory=Counter)  # requests by finish_reason
+
+    def count(self, step: Step, seconds: float) -> None:
+        self.runs[step.kind] += 1
+        self.seconds[step.kind] += seconds
+        self.real[step.kind] += len(step.sequences) if step.kind == "decode" else step.count
+        self.padded[step.kind] += step.bucket
+        self.buckets[graph_name(step.kind, step.bucket, step.images)] += 1
+
+    def count_end(self, sequence: Sequence) -> None:
+        """A request ended, at whatever point of its way."""
+        self.finished[sequence.finish_reason or ""] += 1
+        self.prompt_tokens += sequence.computed
+        self.reused_tokens += sequence.reused
+        self.tiles += sequence.tiles_done
+        self.reused_tiles += sequence.reused_tiles
+
+    def summary(self) -> dict[str, Any]:
+        """The figures as plain data; shares are of 1."""
+        return {
+            "runs": dict(self.runs),
+            "seconds": {kind: round(seconds, 6) for kind, seconds in self.seconds.items()},
+            "padding_waste": {kind: round(1 - self.real[kind] / n, 4) for kind, n in self.padded.items() if n},
+            "buckets": dict(self.buckets),
+            "prefix_hit_rate": round(self.reused_tokens / max(self.prompt_tokens, 1), 4),
+            "picture_hit_rate": round(self.reused_tiles / max(self.tiles, 1), 4),
+            "copies": self.copies,
+            "copied_tokens": self.copied_tokens,
+            "finished": dict(self.finished),
+        }

@@ -1,0 +1,138 @@
+"""What one request can take over from others: cache rows of equal beginnings, and features of equal pictures.
+
+Nothing here changes a result, it only saves runs. A beginning is taken over where it lies, when its slot is free, or copied
+from any slot, one that is in use as well: rows of a prompt do not change any more. It is copied where that costs less than
+running the tokens, by the times in the manifest: those of chunks, and of the decode graph, which reads the whole cache and so
+says how fast memory is.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+from .artifact import Manifest
+from .backends.base import Backend
+from .cache import SlotCache
+from .chunks import ChunkPlanner
+from .metrics import Metrics
+from .request import Sequence
+
+
+class FeatureCache:
+    """Features of tiles by digest, the latest used ones, at most `limit` bytes of them."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.nbytes = limit, 0
+        self._rows: OrderedDict[bytes, np.ndarray] = OrderedDict()
+
+    def get(self, digest: bytes) -> np.ndarray | None:
+        """float32 [P, C], to be read only."""
+        rows = self._rows.get(digest)
+        if rows is not None:
+            self._rows.move_to_end(digest)
+        return rows
+
+    def put(self, digest: bytes, rows: np.ndarray) -> None:
+        """Keep a copy."""
+        if digest in self._rows or rows.nbytes > self.limit:
+            return
+        self._rows[digest] = rows.copy()
+        self.nbytes += rows.nbytes
+        while self.nbytes > self.limit:
+            self.nbytes -= self._rows.popitem(last=False)[1].nbytes
+
+
+class SharedPrefixes:
+    """See scheduler.Reuse."""
+
+    def __init__(
+        self, manifest: Manifest, cache: SlotCache, backend: Backend, metrics: Metrics, features: FeatureCache
+    ) -> None:
+        self.cache, self.backend, self.metrics, self.features = cache, backend, metrics, features
+        self.rows_per_tile = manifest.model.image.rows
+        self.copy_ms = copy_ms_per_row(manifest)
+        # Copying is decided by text alone; a variant that sees pictures costs more, so what is copied would be all the more.
+        costs = {g.bucket: g.cost_ms for g in manifest.graphs if g.kind == "prefill" and not g.images}
+        self.prefill = ChunkPlanner(costs)
+
+    def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
+        """The free slot that holds most of the prompt, else the one that was of use the longest ago.
+
+        What it holds besides is moved to a slot that was of use still earlier, if there is one.
+        """
+        cache, keys = self.cache, sequence.content.keys
+        shared, _, slot = max((cache.common(slot, keys), -cache.touched[slot], slot) for slot in free)
+        if (oldest := self._place_for(slot, shared, keys)) is not None:
+            cache.clear(oldest)
+            self._copy(slot, oldest, int(cache.lengths[slot]), len(cache.pictures[slot]))
+        return slot
+
+    def _place_for(self, slot: int, shared: int, keys: np.ndarray) -> int | None:
+        """Where to move what a slot holds, of which a prompt with `keys` keeps `shared` rows; None: let it go.
+
+        That is a slot with an earlier state of the same, or else the oldest one that the prompt itself does not need.
+        """
+        cache, held = self.cache, int(self.cache.lengths[slot])
+        older = [other for other in cache.free_slots if cache.touched[other] < cache.touched[slot]]
+        if shared > held // 2 or not older or not self._worth_copying(held, shared):
+            return None
+        own = cache.keys[slot, :held]
+        same = [other for other in range(cache.spec.slots) if other != slot and cache.common(other, own) > held // 2]
+        if same:
+            return same[0] if same[0] in older else None
+        needed = max(older, key=lambda other: cache.common(other, keys))
+        others = [other for other in older if other != needed or not cache.common(other, keys)]
+        return min(others, key=cache.touched.__getitem__, default=None)
+
+    def prepare(self, sequence: Sequence) -> None:
+        """Take over features, and the longest beginning that any slot holds if the sequence's own holds less."""
+        self._take_features(sequence)
+        cache, content, own = self.cache, sequence.content, sequence.slot
+        assert own is not None
+        tiles = sequence.cross_tiles
+        found = [
+            (cache.common(slot, content.keys), cache.common_pictures(slot, content.pictures) if tiles else 0, slot)
+            for slot in range(cache.spec.slots)
+            if slot != own
+        ]
+        length, pictures, slot = max(found, key=lambda each: each[:2], default=(0, 0, own))
+        if length <= sequence.computed or not self._worth_copying(length, sequence.computed):
+            length = 0
+        if not length and pictures * tiles <= sequence.tiles_done:
+            return
+        self._copy(slot, own, length, pictures)
+        sequence.computed = length or sequence.computed
+        sequence.tiles_done = max(sequence.tiles_done, pictures * tiles)
+
+    def _take_features(self, sequence: Sequence) -> None:
+        per_tile = self.rows_per_tile
+        while sequence.encoding and not sequence.cross_tiles:
+            done = sequence.tiles_done
+            rows = self.features.get(sequence.content.pictures[done])
+            if rows is None:
+                return
+            sequence.features[done * per_tile : (done + 1) * per_tile] = rows
+            sequence.tiles_done += 1
+
+    def _copy(self, source: int, target: int, length: int, pictures: int) -> None:
+        self.backend.copy_slot(source, target, length, pictures)
+        self.cache.copied(source, target, length, pictures)
+        self.metrics.copies += 1
+        self.metrics.copied_tokens += length
+
+    def _worth_copying(self, length: int, held: int) -> bool:
+        """Whether copying `length` rows costs less than running those behind the first `held`."""
+        return length > held and length * self.copy_ms < self.prefill.cost(length - held)
+
+
+def copy_ms_per_row(manifest: Manifest) -> float:
+    """What it costs to copy one token's keys and values: read and written as fast as a decode step reads the model."""
+    spec = manifest.cache
+    fastest = min((g for g in manifest.graphs if g.kind == "decode"), key=lambda graph: graph.bucket)
+    if not fastest.nbytes:
+        return 0.0
+    row = 2 * spec.layers * spec.kv_heads * spec.head_dim * (4 if spec.dtype == "float32" else 2)
+    return 2 * row * fastest.cost_ms / fastest.nbytes

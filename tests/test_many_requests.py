@@ -1,0 +1,259 @@
+"""A thousand requests over the fake backend: whatever runs together, joins, leaves or is reused, every answer is the one that
+the request gets alone, and after every step the cache holds what its ledger says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from staticvl import runtime
+from staticvl.compiler.plan import Buckets
+from staticvl.runtime.backends.fake import PICTURE_NUMBERS, FakeBackend
+from staticvl.runtime.chat import Chat
+from staticvl.runtime.prompt import Message, Prompt
+from staticvl.runtime.request import Sequence
+from staticvl.runtime.scheduler import Step
+
+from .conftest import EMBEDDED
+from .fakes import check_slots, fake_model, noise, oracle
+
+CONTEXT = 512
+TEXTS = ("Hello!", "What is in the picture?", "日本 🙂", "a b c d e f g h i j k l m n", "Where is the circle? " * 3, "...")
+PICTURES = [noise(seed, (20, 20)) for seed in range(3)]
+
+
+class Watched:
+    """A model over the fake backend whose every step is checked against what must always hold."""
+
+    def __init__(self, model: runtime.Model) -> None:
+        self.model, self.engine = model, model.engine
+        self.sums: dict[bytes, int] = {}  # digest of a tile -> the sum of its pixels
+        self.chats: list[Chat] = []
+        self.steps = 0
+        self.spent: list[float] = []  # costs of the runs since a token was gained by those who wait for one
+        self.step, self.engine.step = self.engine.step, self.checked_step
+        self.make, self.engine.new_sequence = self.engine.new_sequence, self.noted_sequence
+
+    def noted_sequence(self, prompt: Prompt, *args: Any, **kwargs: Any) -> Sequence:
+        sequence = self.make(prompt, *args, **kwargs)
+        for digest, tile in zip(sequence.content.pictures, prompt.pixels, strict=True):
+            self.sums[digest] = int(tile.sum())
+        return sequence
+
+    def checked_step(self) -> Step:
+        answering = [s for s in self.engine.scheduler.running if not s.encoding and not s.prefilling]
+        step = self.step()
+        self.check_stall(step, bool(answering))
+        check_slots(self.engine, kept=sum(chat.slot is not None for chat in self.chats))
+        self.check_lengths()
+        self.steps += 1
+        turn = self.steps % self.engine.cache.spec.slots
+        for slot in {turn, *(sequence.slot for sequence in step.sequences)} - {None}:
+            self.check_ledger(slot)
+        return step
+
+    def check_stall(self, step: Step, answering: bool) -> None:
+        """Between two tokens of a stream runs one run, or several that cost no more than the largest chunk."""
+        if step.kind == "decode" or not answering:
+            self.spent = []
+            return
+        self.spent.append(self.engine.graphs[step.kind, step.bucket, step.images].cost_ms)
+        scheduler = self.engine.scheduler
+        planners = (scheduler.bounded or scheduler.prefill).values()
+        largest = max(cost for planner in planners for cost in planner.costs.values())
+        assert len(self.spent) == 1 or sum(self.spent) <= largest
+
+    def check_lengths(self) -> None:
+        for sequence in self.engine.scheduler.running:
+            ran = sequence.computed + max(len(sequence.generated) - 1, 0)
+            assert self.engine.cache.lengths[sequence.slot] == ran or not sequence.prepared
+        assert self.engine.cache.lengths.max() < CONTEXT
+
+    def check_ledger(self, slot: int) -> None:
+        """What the backend keeps is what the ledger says that it is of."""
+        backend, length = self.engine.backend, self.engine.cache.lengths[slot]
+        keys = self.engine.cache.keys[slot, :length]
+        values = keys[:, 0].copy()
+        shown = np.flatnonzero(values < 0)
+        sums = np.array([self.sums[keys[row, 2:].tobytes()] for row in shown], np.int64)
+        values[shown] = (sums - 1 - values[shown]) % PICTURE_NUMBERS
+        assert isinstance(backend, FakeBackend)
+        assert np.array_equal(backend.kept[slot, :length], (values + 1) * (np.arange(length) + 1))
+
+
+@dataclass
+class Asked:
+    """One request or turn, and what must come of it."""
+
+    wanted: runtime.Output
+    sequence: Sequence | None = None  # of a request
+    stream: Iterator[str] | None = None  # of a turn
+    chat: Chat | None = None
+    said: tuple[Message, list[Image.Image]] | None = None
+    pieces: list[str] = field(default_factory=list)
+    drop_after: int | None = None  # steps
+
+
+class Traffic:
+    """Random requests and turns, any number of them at once."""
+
+    def __init__(self, watched: Watched, alone: runtime.Model, rng: np.random.Generator) -> None:
+        self.watched, self.model, self.alone, self.rng = watched, watched.model, alone, rng
+        self.open: list[Asked] = []
+        self.ended = dict.fromkeys(("whole", "dropped", "turns", "forks"), 0)
+
+    def run(self, count: int) -> None:
+        begun = 0
+        while begun < count or self.open:
+            if begun < count and self.rng.random() < 0.4:
+                begun += 1
+                self.open.append(self.turn() if self.rng.random() < 0.3 else self.request())
+            self.advance()
+        for chat in self.watched.chats:
+            chat.close()
+        assert self.model.engine.cache.free == self.model.engine.cache.spec.slots
+        assert self.model.engine.scheduler.idle
+        assert not self.model.texts
+
+    def settings(self) -> dict[str, Any]:
+        rng = self.rng
+        chosen: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, 14)), "ignore_eos": bool(rng.random() < 0.5)}
+        chosen |= (
+            {"temperature": 0.0} if rng.random() < 0.5 else {"temperature": 0.3, "seed": int(rng.integers(9)), "top_k": 50}
+        )
+        if rng.random() < 0.3:
+            chosen["stop_token_ids"] = tuple(int(token) for token in rng.integers(3, 500, 40))
+        if rng.random() < 0.2:
+            chosen |= {"frequency_penalty": 0.7, "repetition_penalty": 1.4, "min_new_tokens": 1, "bad_words": ("e", "a")}
+        return chosen
+
+    def words(self) -> tuple[str, list[Image.Image]]:
+        pictures = [PICTURES[i] for i in self.rng.integers(0, len(PICTURES), self.rng.choice([0, 0, 1, 2]))]
+        return str(self.rng.choice(TEXTS)), pictures
+
+    def request(self) -> Asked:
+        text, pictures = self.words()
+        chosen = self.settings()
+        params = runtime.SamplingParams(**chosen)
+        message = Message("user", text, len(pictures))
+        prompt = self.model.prepare_messages([message], pictures)
+        wanted = self.expected([message], pictures, params)
+        if len(wanted.text) > 4 and self.rng.random() < 0.4:
+            at = int(self.rng.integers(0, len(wanted.text) - 2))
+            params = runtime.SamplingParams(**chosen, stop=(wanted.text[at : at + 3],))
+            wanted = self.expected([message], pictures, params)
+        asked = Asked(wanted, sequence=self.model.new_sequence(prompt, params))
+        asked.drop_after = int(self.rng.integers(0, 30)) if self.rng.random() < 0.2 else None
+        self.model.start(asked.sequence)  # type: ignore[arg-type]
+        return asked
+
+    def expected(self, messages: list[Message], pictures: list[Image.Image], params: runtime.SamplingParams) -> runtime.Output:
+        """Of the same request alone, with one slot, nothing reused; where nothing but tokens matters, also by plain sums."""
+        prompt = self.alone.prepare_messages(messages, pictures)
+        out = self.alone.run([self.alone.new_sequence(prompt, params)])[0]
+        if not (params.stop or params.stop_token_ids or params.bad_words):
+            assert out.token_ids == oracle(prompt, params, self.alone.facts)
+        return out
+
+    def turn(self) -> Asked:
+        """Of a chat: a new one, one that goes on, a fork, or one that takes its last turn back and asks something else."""
+        idle = [chat for chat in self.watched.chats if not any(asked.chat is chat for asked in self.open)]
+        way, room = self.rng.random(), self.model.engine.cache.spec.slots - 1 - len(self.watched.chats)
+        if not idle and not room:
+            return self.request()
+        if not idle or (room and way < 0.4):
+            chat = self.model.chat()
+            self.watched.chats.append(chat)
+        else:
+            chat = idle[self.rng.integers(len(idle))]
+            if way < 0.3:
+                chat.close()  # its place may go to its fork
+                chat, left = chat.fork(), chat
+                self.watched.chats[self.watched.chats.index(left)] = chat
+                self.ended["forks"] += 1
+            elif way < 0.5 and chat.messages:
+                chat.rewind()
+            if way > 0.9 or len(chat.messages) > 3 or len(chat.images) > 1:
+                chat.messages.clear()
+                chat.images.clear()
+        text, pictures = self.words()
+        message, settings_ = Message("user", text, len(pictures)), self.settings()
+        wanted = self.expected([*chat.messages, message], [*chat.images, *pictures], runtime.SamplingParams(**settings_))
+        stream = chat.stream(text, pictures, **settings_)
+        dropped = int(self.rng.integers(1, 6)) if self.rng.random() < 0.15 else None
+        return Asked(wanted, stream=stream, chat=chat, said=(message, pictures), drop_after=dropped)
+
+    def advance(self) -> None:
+        if not self.open:
+            return
+        asked = self.open[self.rng.integers(len(self.open))]
+        if asked.drop_after is not None:
+            asked.drop_after -= 1
+        if asked.sequence is not None:
+            self.advance_request(asked, asked.sequence)
+        else:
+            self.advance_turn(asked)
+
+    def advance_request(self, asked: Asked, sequence: Sequence) -> None:
+        if asked.drop_after is not None and asked.drop_after < 0 and not sequence.finish_reason:
+            self.model.end(sequence)
+            assert sequence.generated == asked.wanted.token_ids[: len(sequence.generated)]
+            self.ended["dropped"] += 1
+            self.open.remove(asked)
+        elif sequence.finish_reason:
+            out = self.model.output(sequence)
+            self.model.end(sequence)
+            wanted = asked.wanted
+            assert (out.token_ids, out.text, out.finish_reason) == (wanted.token_ids, wanted.text, wanted.finish_reason)
+            self.ended["whole"] += 1
+            self.open.remove(asked)
+        else:
+            self.model.advance()
+
+    def advance_turn(self, asked: Asked) -> None:
+        assert asked.stream is not None and asked.chat is not None and asked.said is not None
+        if asked.drop_after is not None and asked.drop_after < 0:
+            asked.stream.close()  # type: ignore[attr-defined]
+            assert asked.wanted.text.startswith("".join(asked.pieces))
+            self.open.remove(asked)
+            return
+        piece = next(asked.stream, None)
+        if piece is not None:
+            asked.pieces.append(piece)
+            return
+        assert "".join(asked.pieces) == asked.wanted.text
+        assert asked.chat.messages[-2:] == [asked.said[0], Message("assistant", asked.wanted.text)]
+        self.ended["turns"] += 1
+        self.open.remove(asked)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
+    """One slot, one request at a time, nothing reused."""
+    buckets = Buckets(prefill=(8, 32), decode=(1,), vision=(1,), context=CONTEXT, slots=1)
+    return fake_model(EMBEDDED, tmp_path_factory.mktemp("alone"), buckets)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given(
+    seed=st.integers(0, 2**32),
+    slots=st.sampled_from((3, 4, 7)),
+    budget=st.sampled_from((None, 8, 32)),
+    reuse=st.sampled_from((True, True, True, False)),
+)
+def test_a_thousand_requests(
+    alone: runtime.Model, tmp_path_factory: pytest.TempPathFactory, seed: int, slots: int, budget: int | None, reuse: bool
+) -> None:
+    buckets = Buckets(prefill=(4, 16, 64), decode=(1, 2, slots), vision=(1, 2), context=CONTEXT, slots=slots)
+    model = fake_model(EMBEDDED, tmp_path_factory.mktemp("many"), buckets, reuse=reuse, prefill_budget=budget)
+    traffic = Traffic(Watched(model), alone, np.random.default_rng(seed))
+    traffic.run(100)
+    assert traffic.ended["whole"] > 30 and traffic.ended["turns"] > 3
+    assert (model.engine.metrics.copies > 0) <= reuse

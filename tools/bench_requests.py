@@ -1,0 +1,176 @@
+"""`staticvl bench --requests`: traffic from a file through the runtime as fast as it comes in, and what became of it.
+
+Each line of the file is a JSON object: `prompt`, and perhaps `images` (paths, beside the file, or URLs), `max_new_tokens` and
+`time` of arrival in seconds. Times are milliseconds in the result unless a name says otherwise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tqdm import tqdm
+
+from .. import runtime
+from ..runtime.images import ImageSource
+from ..runtime.prompt import Prompt
+from ..runtime.request import Output, SamplingParams, Sequence
+
+
+class RequestsError(ValueError):
+    """A file of requests that cannot be replayed; the message names the line."""
+
+
+class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One line."""
+
+    prompt: str
+    images: tuple[str, ...] = ()
+    max_new_tokens: int = 128
+    time: float | None = None
+
+
+def run(args: argparse.Namespace) -> int:
+    console = Console(stderr=args.json, highlight=False)
+    asked = read_requests(args.requests)
+    times = arrival_times(asked, args.rate, args.seed)
+    model = runtime.load(
+        args.artifact,
+        device=args.device,
+        threads=args.threads,
+        prefill_budget=args.prefill_budget,
+        reuse=not args.no_reuse,
+        request_log=args.request_log,
+    )
+    replay = Replay(model, prepared(model, asked, args.requests.parent), times)
+    result = {"artifact": args.artifact.name, **replay.run()}
+    if not args.json:
+        console.print(table(result))
+    print(json.dumps(result))
+    return 0
+
+
+def read_requests(path: Path) -> list[Asked]:
+    """The requests of a file, in its order; raises RequestsError."""
+    decoder, found = msgspec.json.Decoder(Asked), []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(decoder.decode(line))
+        except msgspec.MsgspecError as error:
+            raise RequestsError(
+                f"{path}, line {number}: {error}; expected a JSON object with prompt, and perhaps images, max_new_tokens, time"
+            ) from None
+    if not found:
+        raise RequestsError(f"{path} holds no request; expected a line for each")
+    return found
+
+
+def arrival_times(asked: SequenceOf[Asked], rate: float | None, seed: int) -> list[float]:
+    """Seconds from the first arrival on, rising or not. With a rate, a Poisson process; raises RequestsError without either."""
+    if rate is not None:
+        if not rate > 0:
+            raise RequestsError(f"--rate is {rate}; expected a number of requests a second above 0")
+        return np.random.default_rng(seed).exponential(1 / rate, len(asked)).cumsum().tolist()
+    times = [each.time for each in asked if each.time is not None]
+    if len(times) < len(asked):
+        raise RequestsError("not every request says when it came (time); give --rate, how many come in a second")
+    return [each - min(times) for each in times]
+
+
+def prepared(model: runtime.Model, asked: SequenceOf[Asked], folder: Path) -> list[tuple[Prompt, SamplingParams]]:
+    """Every prompt made ready beforehand, so that only the runtime is measured."""
+    ready = []
+    for each in tqdm(asked, desc="preparing", disable=None):
+        images: list[ImageSource] = [image if ":" in image else str(folder / image) for image in each.images]
+        params = SamplingParams(max_new_tokens=each.max_new_tokens)
+        ready.append((model.prepare(each.prompt, images, raw=False), params))
+    return ready
+
+
+@dataclass(slots=True)
+class Replay:
+    """Requests handed over when their time has come."""
+
+    model: runtime.Model
+    requests: list[tuple[Prompt, SamplingParams]]
+    times: list[float]  # seconds from the start
+    outputs: list[Output] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)  # seconds between two tokens of one answer
+
+    def run(self) -> dict[str, Any]:
+        """Answer everything; the figures."""
+        model, clock = self.model, self.model.engine.clock
+        for graph in model.artifact.manifest.graphs:
+            model.engine.backend.load(graph)
+        order = sorted(range(len(self.times)), key=self.times.__getitem__)
+        alive: dict[int, Sequence] = {}
+        last: dict[int, float] = {}
+        start, begun = clock(), 0
+        with tqdm(total=len(order), desc="answering", disable=None) as bar:
+            while begun < len(order) or alive:
+                while begun < len(order) and start + self.times[order[begun]] <= clock():
+                    sequence = model.new_sequence(*self.requests[order[begun]])
+                    sequence.arrived = start + self.times[order[begun]]
+                    alive[sequence.id] = sequence
+                    model.start(sequence)
+                    begun += 1
+                if not alive:
+                    time.sleep(max(0.0, start + self.times[order[begun]] - clock()))
+                    continue
+                for sequence in model.advance():
+                    self._note(sequence, last, clock())
+                    if sequence.finish_reason:
+                        self.outputs.append(model.output(sequence))
+                        model.end(alive.pop(sequence.id))
+                        bar.update()
+        return self.summary(clock() - start)
+
+    def _note(self, sequence: Sequence, last: dict[int, float], now: float) -> None:
+        if sequence.generated and not sequence.prefilling:
+            if sequence.id in last:
+                self.gaps.append(now - last[sequence.id])
+            last[sequence.id] = now
+
+    def summary(self, span: float) -> dict[str, Any]:
+        timings = [out.timings for out in self.outputs]
+        tokens = sum(len(out.token_ids) for out in self.outputs)
+        return {
+            "requests": len(self.outputs),
+            "span_s": round(span, 3),
+            "requests_per_s": round(len(self.outputs) / span, 3),
+            "tokens_per_s": round(tokens / span, 1),
+            "queue_ms": shares([each.queue_s for each in timings]),
+            "ttft_ms": shares([each.first_token_s for each in timings]),
+            "tpot_ms": shares([each.per_token_s for each in timings]),
+            "between_tokens_ms": shares(self.gaps),
+            **self.model.engine.metrics.summary(),
+        }
+
+
+def shares(seconds: SequenceOf[float]) -> dict[str, float]:
+    """Milliseconds that half, nine tenths, 99 % and all of some times stay within."""
+    values = np.array(seconds if len(seconds) else [0.0]) * 1e3
+    return {
+        name: round(float(np.percentile(values, p)), 3) for name, p in (("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))
+    }
+
+
+def table(result: dict[str, Any]) -> Table:
+    """The times for people."""
+    shown = Table(title=f"{result['requests']} requests in {result['span_s']} s, {result['tokens_per_s']} tokens a second")
+    for column in ("milliseconds", "p50", "p90", "p99", "max"):
+        shown.add_column(column, justify="right")
+    for name in ("queue_ms", "ttft_ms", "tpot_ms", "between_tokens_ms"):
+        shown.add_row(name.removesuffix("_ms"), *(f"{value:.1f}" for value in result[name].values()))
+    return shown
