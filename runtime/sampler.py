@@ -33,7 +33,7 @@ def sample(logits: np.ndarray, sampling: ResolvedSampling, position: int, used: 
     candidates = logits[:used].astype(np.float64) / sampling.temperature
     order = np.argsort(-candidates, kind="stable")[: sampling.top_k or None]
     probabilities = np.exp(candidates[order] - candidates[order[0]])
-    kept = np.count_nonzero(probabilities)
+    kept = len(order)
     if sampling.top_p < 1:
         # A token stays while the probability before it is below top_p, so at least one stays.
         shares = np.cumsum(probabilities / probabilities.sum())

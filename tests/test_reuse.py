@@ -120,6 +120,13 @@ def test_what_a_slot_held_moves_out_of_the_way() -> None:
     assert {name for name in engine.metrics.buckets if name.startswith("decode")} == {"decode-1"}
 
 
+def test_what_moves_away_does_not_move_onto_what_is_needed() -> None:
+    """With three slots for three conversations one is lost, and it is not the one that goes on."""
+    engine = engine_of(slots=3, decode={1: 1.0, 3: 1.5})
+    said = [text_prompt(*range(start, start + 16), 7) for start in (10, 30, 50)]
+    assert [ask(engine, prompt).reused for prompt in (*said, said[0])] == [0, 0, 0, 16]
+
+
 def test_nothing_is_taken_over_without_reuse() -> None:
     engine = fake_engine(slots=1)
     for _ in range(2):
@@ -174,6 +181,25 @@ def test_pictures_of_cross_attention_are_copied_with_the_text() -> None:
     assert engine.metrics.runs["vision"] == 2
     third = cross_prompt(5, ((1, 2), 1), 6, ((2, 2), 3), *range(10, 20), seed=1)
     assert ask(engine, third).reused_tiles == 4, "the first picture is the same"
+
+
+def test_answers_about_pictures_are_beginnings_too() -> None:
+    """A next turn by cross-attention sees what the last token of the one before saw."""
+    engine = engine_of(images=(1,))
+    first = cross_prompt(5, ((1, 2), 1), *range(10, 20), seed=1)
+    assert first.sight is not None
+    first.sight.gates[-1] = 1
+    answer = ask(engine, first).generated
+    longer = (*first.token_ids, *answer, 60, 61)
+    more = len(longer) - first.length
+    sight = replace(
+        first.sight,
+        visible=np.concatenate((first.sight.visible, np.repeat(first.sight.visible[-1:], more, axis=0))),
+        gates=np.concatenate((first.sight.gates, np.repeat(first.sight.gates[-1:], more, axis=0))),
+    )
+    plain = text_prompt(*longer)
+    second = replace(first, token_ids=plain.token_ids, rows=plain.rows, state=plain.state, sight=sight)
+    assert ask(engine, second).reused == first.length + len(answer) - 1
 
 
 # --- What a position is of ---------------------------------------------------------------------------------------------
@@ -236,13 +262,14 @@ SPEC = CacheSpec(
 def test_every_backend_copies_the_same(tmp_path: Path) -> None:
     """The rows and pictures asked for and nothing else; as torch and onnxruntime hold their caches."""
     from staticvl.compiler.eager import EagerBackend
-    from staticvl.runtime.ascend import torchair_host  # noqa: F401
+    from staticvl.compiler.lockstep import LockstepBackend
     from staticvl.runtime.backends.ascend import AscendBackend, Device
 
     backends = [
         OrtBackend(tmp_path, SPEC, threads=1),
         EagerBackend(tmp_path, {}, SPEC, lambda *_: pytest.fail("nothing is run")),
         AscendBackend(tmp_path, SPEC, {}, {}, Device("cpu")),
+        LockstepBackend(2, lambda _: OrtBackend(tmp_path, msgspec.structs.replace(SPEC, kv_heads=1), threads=1)),
     ]
     rng = np.random.default_rng(0)
     values = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in SPEC.buffers().items()}
