@@ -133,15 +133,18 @@ class OrtBackend:
         pack: bool = True,
         shared: bool = True,
         group: Group | None = None,
+        models: Mapping[str, bytes] | None = None,
     ) -> None:
         """`group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
+
+        `models`: contents to open in place of those files of the folder.
 
         `host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own.
 
         `shared`: one arena for all graphs; without it, unloading a graph gives back what its intermediate values took.
         """
         _register_arena()
-        self.folder, self.threads, self.group = folder, threads, group
+        self.folder, self.threads, self.group, self.models = folder, threads, group, models or {}
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
         self.pack, self.shared = pack, shared
         # Zeroed pages are only backed by memory once they are written.
@@ -178,9 +181,11 @@ class OrtBackend:
         packed = self.host.path(segment.file) if self.host else None
         options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
         model: bytes | Path = packed or self.folder / segment.file
-        if self.group and graph.steps and packed is None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / weights_folder(self.group)))
-            model = (self.folder / segment.file).read_bytes()
+        ranked = self.group is not None and bool(graph.steps)
+        if packed is None and (ranked or segment.file in self.models):
+            weights = self.folder / weights_folder(self.group) if self.group and ranked else self.folder
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+            model = self.models.get(segment.file) or (self.folder / segment.file).read_bytes()
         return ort.InferenceSession(model, options, providers=_PROVIDERS)
 
     def unload(self, graph: GraphSpec) -> None:
