@@ -28,9 +28,15 @@ class Captured:
 
 
 def capture(
-    side: StaticSide, prompts: Sequence[Prepared], answers: Sequence[np.ndarray], route: dict[str, int] | None, most: int = 8
+    side: StaticSide,
+    prompts: Sequence[Prepared],
+    answers: Sequence[np.ndarray],
+    route: dict[str, int] | None,
+    *,
+    most: int | None = None,
+    caches: bool = True,
 ) -> list[Captured]:
-    """Every vision and prefill run and the first decode runs of a request, at most `most` of one graph."""
+    """The runs that a request takes, at most `most` of one graph, with what the `caches` held before."""
     found: list[Captured] = []
     counted: dict[str, int] = {}
     runs = 0
@@ -41,10 +47,11 @@ def capture(
         graph = side.engine.graphs[step.kind, step.bucket, step.images]
         runs += 1
         counted[graph.name] = counted.get(graph.name, 0) + 1
-        if counted[graph.name] > most:
+        if most is not None and counted[graph.name] > most:
             return
         feed = {name: array.copy() for name, array in ran.feed.items()}
-        found.append(Captured(graph, feed, _caches(side, graph, ran), ran.image, runs, dict(ran.past), step.count))
+        kept = _caches(side, graph, ran) if caches else {}
+        found.append(Captured(graph, feed, kept, ran.image, runs, dict(ran.past), step.count))
 
     side.engine.watch = watch
     try:

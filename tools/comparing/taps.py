@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -27,20 +29,36 @@ from .static_side import StaticSide
 from .walk import Find, OpError, Walk
 
 Errors = dict[Node, OpError]
+KEPT = 4  # graphs that are open at once
 
 
-def inspect(side: StaticSide, run: Captured, limit: float) -> tuple[OpError | None, list[Errors]]:
-    """The first wrong operator of a captured run, if any, and the errors of all, by rank."""
-    if side.artifact.manifest.backend == "ascend":
-        errors = _ascend(side, run)
-        return (matched_culprit(errors), [errors]) if errors else (None, [])
-    ranks = _onnx(side, run)
-    found = [(error, rank) for rank, errors in enumerate(ranks) if (error := named_culprit(errors, limit))]
-    if not found:
-        return None, ranks
-    order = [[*errors.values()] for errors in ranks]
-    first, rank = min(found, key=lambda each: _place(order[each[1]], each[0]))
-    return dataclasses.replace(first, rank=rank), ranks
+class Inspector:
+    """Looks into the graphs of one side; what it has opened it keeps, the last few graphs."""
+
+    def __init__(self, side: StaticSide, limit: float) -> None:
+        """`limit`: see Thresholds.operators."""
+        self.side, self.limit = side, limit
+        self.opened: dict[str, OnnxGraph] = {}
+
+    def inspect(self, run: Captured) -> tuple[OpError | None, list[Errors]]:
+        """The first wrong operator of a captured run, if any, and the errors of all, by rank."""
+        if self.side.artifact.manifest.backend == "ascend":
+            errors = _ascend(self.side, run)
+            return (matched_culprit(errors), [errors]) if errors else (None, [])
+        ranks = self._graph(run.graph).errors(run)
+        found = [(error, rank) for rank, errors in enumerate(ranks) if (error := named_culprit(errors, self.limit))]
+        if not found:
+            return None, ranks
+        order = [[*errors.values()] for errors in ranks]
+        first, rank = min(found, key=lambda each: _place(order[each[1]], each[0]))
+        return dataclasses.replace(first, rank=rank), ranks
+
+    def _graph(self, graph: GraphSpec) -> OnnxGraph:
+        if graph.name not in self.opened:
+            if len(self.opened) == KEPT:
+                del self.opened[next(iter(self.opened))]
+            self.opened[graph.name] = OnnxGraph(self.side, graph)
+        return self.opened[graph.name]
 
 
 def _place(order: list[OpError], error: OpError) -> int:
@@ -58,16 +76,16 @@ def definition(side: StaticSide, graph: GraphSpec) -> GraphDef:
     return definer(side.config, side.facts, cache, manifest.quant, manifest.tp)(graph.kind, graph.bucket, graph.images)
 
 
-def _parameters(side: StaticSide, weights: Mapping[str, WeightSpec], graph: GraphDef) -> dict[str, Tensor]:
+def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: GraphDef) -> dict[str, Tensor]:
     found = {name: torch.from_numpy(value) for name, value in graph.constants.items()}
-    for name, _ in graph.module.named_parameters():
+    for name, _ in graph.module.namedparameters_of():
         if name not in found:
             weight = map_weight(side.artifact.folder, weights[name])
             found[name] = weight.float() if weight.is_floating_point() else weight
     return found
 
 
-def _inputs(graph: GraphDef, run: Captured, rank: int, ranks: int) -> list[Tensor]:
+def inputs_of(graph: GraphDef, run: Captured, rank: int, ranks: int) -> list[Tensor]:
     """What the rank's graph takes, in order."""
     arrays = [
         run.feed[spec.name] if spec.name in run.feed else np.split(run.caches[spec.name], ranks, axis=1)[rank]
@@ -79,40 +97,64 @@ def _inputs(graph: GraphDef, run: Captured, rank: int, ranks: int) -> list[Tenso
 # ---- ONNX Runtime
 
 
-def _onnx(side: StaticSide, run: Captured) -> list[Errors]:
-    """The errors of every rank, run in lockstep."""
-    manifest, folder = side.artifact.manifest, side.artifact.folder
-    graph = definition(side, run.graph)
-    files = [(folder / name).read_bytes() for name in run.graph.files]
-    referred = side.rank_weights[0]
-    if run.graph.steps:  # segments name a weight file without its folder, which a tap does not mind
-        referred = {name: msgspec.structs.replace(spec, file=spec.file.split("/")[-1]) for name, spec in referred.items()}
-    tapped = tap(graph, referred, files)
-    spec = _with_taps(msgspec.structs.replace(run.graph, inputs=graph.inputs, outputs=graph.outputs), tapped)
-    models = {name: each.data for name, each in zip(run.graph.files, tapped, strict=True)}
-    cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp)) if side.config else manifest.cache
-    program = trace(graph)
-    meeting = Meeting(manifest.tp)
+class OnnxGraph:
+    """A compiled graph with taps, on every rank, and its definition."""
 
-    def work(rank: int) -> Errors:
-        group = ArrayMember(meeting, rank) if manifest.tp > 1 else None
+    def __init__(self, side: StaticSide, graph: GraphSpec) -> None:
+        manifest, folder = side.artifact.manifest, side.artifact.folder
+        self.ranks, self.definition = manifest.tp, definition(side, graph)
+        self.program = trace(self.definition)
+        referred = side.rank_weights[0]
+        if graph.steps:  # segments name a weight file without its folder; taps do not care
+            referred = {name: msgspec.structs.replace(spec, file=Path(spec.file).name) for name, spec in referred.items()}
+        self.tapped = tap(self.definition, referred, [(folder / name).read_bytes() for name in graph.files])
+        narrow = msgspec.structs.replace(graph, inputs=self.definition.inputs, outputs=self.definition.outputs)
+        self.spec = _with_taps(narrow, self.tapped)
+        models = {name: each.data for name, each in zip(graph.files, self.tapped, strict=True)}
+        assert side.config is not None
+        cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
+        self.meeting = Meeting(self.ranks)
+        groups = [ArrayMember(self.meeting, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
+        self.backends = [
+            OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups
+        ]
+        self.walks = [
+            Walk(self.program, parameters_of(side, side.rank_weights[rank], self.definition)) for rank in range(self.ranks)
+        ]
+
+    def errors(self, run: Captured) -> list[Errors]:
+        """Of every rank, in lockstep."""
+        with ThreadPoolExecutor(self.ranks) as pool:
+            return results_of([pool.submit(self._of_rank, run, rank) for rank in range(self.ranks)])
+
+    def _of_rank(self, run: Captured, rank: int) -> Errors:
+        backend, inputs = self.backends[rank], inputs_of(self.definition, run, rank, self.ranks)
         try:
-            backend = OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models)
-            inputs = _inputs(graph, run, rank, manifest.tp)
-            for each, value in zip(graph.inputs, inputs, strict=True):
+            for each, value in zip(self.definition.inputs, inputs, strict=True):
                 if each.name not in run.feed:
                     backend.write_cache(each.name, value.numpy())
-            backend.run(spec, run.feed, 0, run.image)
-            find = _by_name(backend, spec, tapped, graph, run.image)
-            parameters = _parameters(side, side.rank_weights[rank], graph)
-            with member_of(Member(meeting, rank)):
-                return Walk(program, parameters).run(inputs, find)
+            backend.run(self.spec, run.feed, 0, run.image)
+            find = self._by_name(backend, run.image)
+            with member_of(Member(self.meeting, rank)):
+                return self.walks[rank].run(inputs, find)
         except BaseException:
-            meeting.barrier.abort()
+            self.meeting.barrier.abort()
             raise
 
-    with ThreadPoolExecutor(manifest.tp) as pool:
-        return results_of([pool.submit(work, rank) for rank in range(manifest.tp)])
+    def _by_name(self, backend: OrtBackend, image: int) -> Find:
+        """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
+        buffers = backend.buffers[self.spec.file]
+        arrays = {node: buffers[each.name] for part in self.tapped for node, each in part.taps.items()}
+        results: Any = self.program.graph.output_node().args[0]
+        for node, output in zip(results, self.definition.outputs, strict=True):
+            name = cache_name(output.name, image)
+            arrays[node] = backend.read_cache(name, output.shape[0]) if name else backend.outputs[self.spec.file]
+
+        def find(node: Node, _: Tensor) -> Tensor | None:
+            array = arrays.get(node)
+            return None if array is None else torch.from_numpy(np.array(array))
+
+        return find
 
 
 def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
@@ -130,26 +172,6 @@ def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
     return msgspec.structs.replace(graph, steps=tuple(steps), buffers=tuple(buffers))
 
 
-def _by_name(
-    backend: OrtBackend, spec: GraphSpec, tapped: list[Tapped], graph: GraphDef, image: int
-) -> Callable[[Node, Tensor], Tensor | None]:
-    """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
-    arrays = {node: backend.buffers[spec.file][each.name] for part in tapped for node, each in part.taps.items()}
-    results = trace(graph).graph.output_node().args[0]
-    for node, output in zip(results, graph.outputs, strict=True):  # type: ignore[arg-type]
-        name = cache_name(output.name, image)
-        if name is None:
-            arrays[node] = backend.outputs[spec.file]
-        else:
-            arrays[node] = backend.read_cache(name, output.shape[0])  # type: ignore[index]
-
-    def find(node: Node, _: Tensor) -> Tensor | None:
-        array = arrays.get(node)
-        return None if array is None else torch.from_numpy(np.array(array))
-
-    return find
-
-
 # ---- Ascend
 
 
@@ -160,5 +182,5 @@ def _ascend(side: StaticSide, run: Captured) -> Errors:
     find: Find | None = matches(side, run)
     if find is None:
         return {}
-    parameters = _parameters(side, side.rank_weights[0], graph)
-    return Walk(trace(graph), parameters).run(_inputs(graph, run, 0, 1), find)
+    parameters = parameters_of(side, side.rank_weights[0], graph)
+    return Walk(trace(graph), parameters).run(inputs_of(graph, run, 0, 1), find)
