@@ -23,8 +23,14 @@ def named_culprit(found: Mapping[Node, OpError], limit: float) -> OpError | None
                 module=missing.module, op=missing.op, shape=missing.shape, error=error.error, drift=error.drift,
                 note="the compiled graph has no such operator", rank=error.rank,
             )  # fmt: skip
-        return error
+        return _told_by_cache(node, found) or error
     return None
+
+
+def _told_by_cache(node: Node, found: Mapping[Node, OpError]) -> OpError | None:
+    """What the rows written say of cached attention that went wrong: they may explain the rest."""
+    items = node.all_input_nodes[0].users if _is_item(node) else ()
+    return next((found[item] for item in items if item in found and found[item].note), None)
 
 
 def allowed(error: OpError, limit: float) -> float:

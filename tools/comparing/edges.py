@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...runtime.artifact import Kind, Manifest, ModelFacts, graph_name
+from ...runtime.tiles import grid_of
 from .samples import QUESTION, TEXTS, Sample, asked, picture
 
 FORCED = 3  # tokens behind a decode case's prompts
@@ -101,7 +102,7 @@ class _Maker:
         for bucket in self.manifest.buckets("vision"):
             for tiles, grids in sorted(served.items()):
                 if previous < tiles <= bucket:
-                    shown = tuple(picture(tiles + 11 * i, grid) for i, grid in enumerate(grids))
+                    shown = tuple(picture(tiles + 11 * i, grid, self.facts.image.size) for i, grid in enumerate(grids))
                     sample = asked(f"{tiles} tiles", QUESTION, shown)
                     yield self._edge("vision", bucket, 0, f"{tiles} tiles", [Ask(sample, None, self.ids)], 1, vision=bucket)
             previous = bucket
@@ -111,5 +112,7 @@ def _pictures(facts: ModelFacts, most: int) -> dict[int, list[tuple[int, int]]]:
     """Numbers of tiles that one run can be given -> grids (rows, columns) of pictures that have so many."""
     if facts.image.mode in ("anyres", "tiles"):
         whole = 1 if facts.image.mode == "anyres" else 0
+        side = facts.image.size  # a picture of exactly these tiles is cut into them
+        assert all(grid_of((c * side, r * side), facts.image) == (r, c) for r, c in facts.image.grids)
         return {whole + rows * columns: [(rows, columns)] for rows, columns in facts.image.grids}
     return {n: [(1, 1)] * n for n in range(1, min(most, 4) + 1)}

@@ -39,14 +39,14 @@ def asked(name: str, text: str, images: tuple[Any, ...] = (), **more: Any) -> Sa
     return Sample(name=name, messages=(Message("user", text, len(images)),), images=images, **more)
 
 
-def picture(seed: int, grid: tuple[int, int] = (1, 1)) -> Image.Image:
+def picture(seed: int, grid: tuple[int, int] = (1, 1), side: int = SIDE) -> Image.Image:
     """A drawing, repeated on a grid of (rows, columns) so that no two parts of a wide picture are alike."""
     rng = random.Random(seed)
     rows, columns = grid
-    sheet = Image.new("RGB", (columns * SIDE, rows * SIDE))
+    sheet = Image.new("RGB", (columns * side, rows * side))
     for row in range(rows):
         for column in range(columns):
-            sheet.paste(render(make_drawing(rng), SIDE), (column * SIDE, row * SIDE))
+            sheet.paste(render(make_drawing(rng), side), (column * side, row * side))
     return sheet
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from .findings import Finding
 from .result import EdgeResult
@@ -10,7 +10,9 @@ from .result import EdgeResult
 
 def scope(edges: Sequence[EdgeResult], findings: Sequence[Finding], ranks: int, quant: str) -> list[str]:
     """Sentences, each only where there was something else that could have been wrong too."""
-    told = _of_graphs(edges) + _of_columns(edges)
+    # A case of one graph runs others before it: what was looked into says which graphs are wrong by themselves.
+    graphs = {each.graph for each in findings if each.stage == "graph"} or {edge.graph for edge in edges if edge.broken}
+    told = _of_graphs(edges, graphs) + _of_columns(edges, graphs)
     of_ranks = {each.rank for each in findings if each.rank is not None}
     if ranks > 1 and len(of_ranks) == 1:
         told.append(f"only rank {of_ranks.pop()} of {ranks} is at fault")
@@ -20,9 +22,9 @@ def scope(edges: Sequence[EdgeResult], findings: Sequence[Finding], ranks: int, 
     return told
 
 
-def _of_graphs(edges: Sequence[EdgeResult]) -> list[str]:
+def _of_graphs(edges: Sequence[EdgeResult], graphs: Collection[str]) -> list[str]:
     every = list(dict.fromkeys(edge.graph for edge in edges))
-    wrong = [name for name in every if any(edge.broken for edge in edges if edge.graph == name)]
+    wrong = [name for name in every if name in graphs]
     if not wrong or len(wrong) == len(every):
         return ["every graph is at fault"] if wrong else []
     if len(wrong) == 1:
@@ -34,10 +36,10 @@ def _of_graphs(edges: Sequence[EdgeResult]) -> list[str]:
     return [f"{len(wrong)} of {len(every)} graphs are at fault: {', '.join(wrong)}"]
 
 
-def _of_columns(edges: Sequence[EdgeResult]) -> list[str]:
+def _of_columns(edges: Sequence[EdgeResult], graphs: Collection[str]) -> list[str]:
     """Cases of a graph of which some are right."""
     told = []
-    for graph in dict.fromkeys(edge.graph for edge in edges if edge.broken):
+    for graph in dict.fromkeys(edge.graph for edge in edges if edge.broken and edge.graph in graphs):
         cases = [edge for edge in edges if edge.graph == graph]
         wrong = [edge.column for edge in cases if edge.broken]
         if len(cases) > 1 and len(wrong) < len(cases):

@@ -78,7 +78,7 @@ def definition(side: StaticSide, graph: GraphSpec) -> GraphDef:
 
 def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: GraphDef) -> dict[str, Tensor]:
     found = {name: torch.from_numpy(value) for name, value in graph.constants.items()}
-    for name, _ in graph.module.namedparameters_of():
+    for name, _ in graph.module.named_parameters():
         if name not in found:
             weight = map_weight(side.artifact.folder, weights[name])
             found[name] = weight.float() if weight.is_floating_point() else weight

@@ -33,7 +33,7 @@ class Thresholds:
 
 DEFAULTS = {
     "float32": Thresholds(
-        relative=1e-3, kl=1e-4, agreement=1.0, perplexity=1e-3, weights=1e-6, inputs=1e-5, operators=2e-4
+        relative=3e-4, kl=1e-5, agreement=1.0, perplexity=1e-3, weights=1e-6, inputs=1e-5, operators=2e-4
     ),
     "float16": Thresholds(
         relative=5e-2, kl=2e-2, agreement=0.9, perplexity=0.05, weights=1e-3, inputs=1e-5, operators=2e-3
