@@ -450,9 +450,10 @@ class Values:
     outputs: dict[str, str]  # what leaves the file: name in `names` -> name in the file
 
 
-def emitted_values(graph: GraphDef, weights: Mapping[str, WeightSpec]) -> tuple[Values, ...]:
+def emitted_values(
+    graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec]
+) -> tuple[Values, ...]:
     """Which value of which file is which value of the definition, for whoever looks into a graph while it runs."""
-    program = trace(graph)
     found = []
     for part in cut(graph, program).parts:
         emitter, outputs = _lowered(graph, program, part, weights, exact=False)

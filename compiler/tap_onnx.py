@@ -7,14 +7,15 @@ graph, and one that is missing would shift every name behind it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
+import torch
 from onnx import helper
 from torch.fx import Node
 
-from ..runtime.artifact import TensorSpec, WeightSpec
+from ..runtime.artifact import WeightSpec
 from .emit_onnx import _DTYPES, emitted_values
 from .graphs import GraphDef
 
@@ -24,34 +25,36 @@ Place = tuple[str, str, int, int]  # module, operator, which of these, which out
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Tapped:
-    """One file with taps: outputs of their own, by the traced nodes whose values they are."""
+    """One file with taps: names of outputs of their own, by the traced nodes whose values they are."""
 
     data: bytes
-    taps: dict[Node, TensorSpec]
+    taps: dict[Node, str]
 
 
-def tap(graph: GraphDef, weights: dict[str, WeightSpec], files: Iterable[bytes]) -> list[Tapped]:
-    """The files of a compiled `graph`, in order, with a tap for every value of the definition that they hold.
+def tap(
+    graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec], files: Iterable[bytes]
+) -> list[Tapped]:
+    """The files of a compiled `graph`, in order, with a tap for every value of its trace `program` that they hold.
 
-    `weights` are those that the graph's files refer to. Values that leave a file under a name of the graph are not tapped.
+    `weights` are those that the graph's files refer to. A file made of another definition may have another value in a
+    place: its shape tells.
     """
     found = []
-    for values, data in zip(emitted_values(graph, weights), files, strict=True):
+    for values, data in zip(emitted_values(graph, program, weights), files, strict=True):
         model = onnx.load_from_string(data)
         expected, there = _places(values.nodes), _places(model.graph.node)
         by_place = {place: name for name, place in there.items()}
         given = {each.name for each in (*model.graph.input, *model.graph.output)}
-        taps: dict[Node, TensorSpec] = {}
-        prefix = f"{TAP}{len(found)}."
-        for node, name in values.names.items():
-            name = values.outputs.get(name, name)
+        taps: dict[Node, str] = {}
+        for node, emitted in values.names.items():
+            name = values.outputs.get(emitted, emitted)
             actual = name if name in given else by_place.get(expected[name]) if name in expected else None
             if actual is None:
                 continue
-            spec = _spec(node, f"{prefix}{len(taps)}")
-            model.graph.node.append(helper.make_node("Identity", [actual], [spec.name], name=spec.name))
-            model.graph.output.append(helper.make_tensor_value_info(spec.name, _DTYPES[spec.dtype], spec.shape))
-            taps[node] = spec
+            taps[node] = f"{TAP}{len(found)}.{len(taps)}"
+            model.graph.node.append(helper.make_node("Identity", [actual], [taps[node]], name=taps[node]))
+            dtype = _DTYPES[str(node.meta["val"].dtype).removeprefix("torch.")]
+            model.graph.output.append(helper.make_tensor_value_info(taps[node], dtype, None))
         found.append(Tapped(model.SerializeToString(), taps))
     return found
 
@@ -66,8 +69,3 @@ def _places(nodes: Iterable[onnx.NodeProto]) -> dict[str, Place]:
             places[output] = (*key, counted[key], i)
         counted[key] += 1
     return places
-
-
-def _spec(node: Node, name: str) -> TensorSpec:
-    value = node.meta["val"]
-    return TensorSpec(name=name, dtype=str(value.dtype).removeprefix("torch."), shape=tuple(value.shape))

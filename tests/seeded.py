@@ -1,4 +1,4 @@
-"""Artifacts that are wrong on purpose: copies with one graph, one weight or one setting changed, sound to whoever opens them."""
+"""Artifacts that are wrong on purpose: copies with one graph, weight or setting changed, sound to whoever opens them."""
 
 from __future__ import annotations
 

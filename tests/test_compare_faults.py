@@ -15,6 +15,7 @@ from staticvl.runtime import images
 from staticvl.runtime.artifact import ModelFacts, read_manifest
 from staticvl.runtime.feeds import Feeds
 from staticvl.runtime.rope import rope_tables
+from staticvl.tools.comparing import taps
 from staticvl.tools.comparing.findings import Finding
 from staticvl.tools.comparing.result import Result
 from staticvl.tools.comparing.sides import Side
@@ -46,6 +47,13 @@ def mllama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     yield from pair("qwen_vl", tmp_path_factory.mktemp("qwen"))
+
+
+@pytest.fixture(scope="module")
+def by_transformers(mllama: Pair) -> Iterator[Side]:
+    reference = reference_of("mllama", mllama[1], by="transformers")
+    yield reference
+    reference.close()
 
 
 def fault(result: Result) -> Finding:
@@ -92,7 +100,11 @@ def test_gate_and_up_swapped_in_a_graph(llava: Pair, tmp_path: Path) -> None:
 
     side = with_graphs(copied(artifact, tmp_path / "broken"), lambda name: name == "decode-2", edit)
     result = compared(reference, side, samples_of("llava"))
-    assert (fault(result).stage, fault(result).where, fault(result).graph) == ("graph", "text.layers.1.mlp.gate linear", "decode-2")
+    assert (fault(result).stage, fault(result).where, fault(result).graph) == (
+        "graph",
+        "text.layers.1.mlp.gate linear",
+        "decode-2",
+    )
     assert "only decode-2 is at fault, of 5 graphs" in result.scope
 
 
@@ -243,9 +255,8 @@ def test_wrong_rotary_base_of_the_model(llava: Pair, tmp_path: Path) -> None:
 # --- the host, and what only transformers can tell ---------------------------------------------------------------------
 
 
-def test_tiles_in_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    side = compiled("mllama", tmp_path / "artifact")
-    reference = reference_of("mllama", side, by="transformers")
+def test_tiles_in_the_wrong_order(mllama: Pair, by_transformers: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, side = mllama
     right = images._cut
 
     def by_columns(image, corner, grid, tile):
@@ -253,20 +264,25 @@ def test_tiles_in_the_wrong_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         return tiles.reshape(*grid, *tiles.shape[1:]).swapaxes(0, 1).reshape(tiles.shape)
 
     monkeypatch.setattr(images, "_cut", by_columns)
-    found = fault(compared(reference, side, samples_of("mllama"), with_edges=False))
+    found = fault(compared(by_transformers, side, samples_of("mllama"), with_edges=False))
     assert (found.stage, found.where) == ("inputs", "pixels")
     assert "the reference's tiles in the order 0, 2, 1, 3" in found.text
-    monkeypatch.undo()
+
+
+def test_norm_missing_in_the_definition(mllama: Pair, by_transformers: Side, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A certificate cannot tell: the graphs are what their definition says."""
 
     def forward(self: CrossAttention, x, keys, values, mask):
         return self.o(torch.ops.staticvl.cross_attention(self.q(x), list(keys), list(values), mask, self.heads))
 
-    # The definition itself lacks a norm, so the certificates of its graphs say that all is well.
     monkeypatch.setattr(CrossAttention, "forward", forward)
-    broken = compiled("mllama", tmp_path / "broken")
-    found = fault(compared(reference, broken, samples_of("mllama"), with_edges=False))
-    reference.close()
+    taps.traced.cache_clear()
+    candidate = reference_of("mllama", mllama[1])
+    found = fault(compared(by_transformers, candidate, samples_of("mllama")))
+    candidate.close()
+    taps.traced.cache_clear()
     assert (found.stage, found.where) == ("definition", "text.layers.1.attn.q_norm")
+    assert "transformers has it, the definition has not" in found.text
 
 
 def test_steps_fed_one_row_late(llava: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

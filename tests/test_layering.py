@@ -31,14 +31,14 @@ HOMES = {
     "torchair": ("runtime/ascend", "compiler/emit_ascend.py"),
     "transformers": ("tools",),
     "torch": ("model_defs", "weights", "compiler", "tools", "runtime/ascend", "runtime/backends/ascend.py"),
-    "onnx": ("compiler/emit_onnx.py", "runtime/backends"),
+    "onnx": ("compiler/emit_onnx.py", "compiler/tap_onnx.py", "runtime/backends"),
     "tokenizers": ("runtime/vocabularies.py", "tools"),
     "sentencepiece": ("runtime/vocabularies.py", "tools"),
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),
     "jinja2": ("runtime/chat_template.py",),
     "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
     "rich": ("tools",),
-    "matplotlib": ("tools/tuning/page.py",),
+    "matplotlib": ("tools/pages.py",),
     "tqdm": ("tools",),
 }
 

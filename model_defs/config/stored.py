@@ -35,9 +35,7 @@ def decode_config(data: bytes, where: str) -> ModelConfig:
         text, vision = fields.pop("text"), fields.pop("vision")
         rope = text.pop("rope")
         scaling = rope.pop("llama3")
-        decoder = TextConfig(
-            **text, rope=RopeConfig(**rope, llama3=Llama3Scaling(**scaling) if scaling else None), stage=WHOLE
-        )
+        decoder = TextConfig(**text, rope=RopeConfig(**rope, llama3=Llama3Scaling(**scaling) if scaling else None), stage=WHOLE)
         return ModelConfig(**fields, text=decoder, vision=VISIONS[fields["family"]](**vision))
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ConfigError(f"{where} is damaged ({error}); compile the checkpoint again or fetch the artifact again") from error

@@ -87,14 +87,28 @@ class _Bound:
             step()
 
 
-def _segment(session: ort.InferenceSession, segment: Segment, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    """One segment, its inputs and outputs bound by pointer."""
+def _segment(
+    session: ort.InferenceSession, segment: Segment, arrays: Mapping[str, np.ndarray], free: dict[str, np.ndarray]
+) -> Callable[[], object]:
+    """One segment, its inputs and outputs bound by pointer; outputs that have no array are put into `free` by every run."""
     binding = session.io_binding()
     for bind, names in ((binding.bind_input, segment.inputs), (binding.bind_output, segment.outputs)):
         for name in names:
-            array = arrays[name]
-            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    return partial(session.run_with_iobinding, binding)
+            if name in arrays:
+                array = arrays[name]
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            else:
+                binding.bind_output(name, "cpu")
+    run = partial(session.run_with_iobinding, binding)
+    if all(name in arrays for name in segment.outputs):
+        return run
+
+    def run_and_keep() -> None:
+        run()
+        values = zip(segment.outputs, binding.get_outputs(), strict=True)
+        free.update({name: value.numpy() for name, value in values if name not in arrays})
+
+    return run_and_keep
 
 
 def _meeting(group: Group, step: Collective | Transfer, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
@@ -137,7 +151,8 @@ class OrtBackend:
     ) -> None:
         """`group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
 
-        `models`: contents to open in place of those files of the folder.
+        `models`: contents to open in place of those files of the folder. They may have more outputs than the graph, which
+        `free` holds after a run.
 
         `host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own.
 
@@ -153,6 +168,7 @@ class OrtBackend:
         self.outputs: dict[str, np.ndarray] = {}
         self.buffers: dict[str, dict[str, np.ndarray]] = {}  # by graph: tensors between its steps
         self.bound: dict[tuple[str, int, int], _Bound] = {}
+        self.free: dict[str, np.ndarray] = {}  # outputs of segments that belong to nothing: see `models`
 
     def load(self, graph: GraphSpec) -> None:
         """Raises ArtifactError for a graph in steps without a group, or with one of another size."""
@@ -224,7 +240,7 @@ class OrtBackend:
         steps: list[Callable[[], object]] = []
         for step in graph.plan:
             if isinstance(step, Segment):
-                steps.append(_segment(self.sessions[step.file], step, arrays))
+                steps.append(_segment(self.sessions[step.file], step, arrays, self.free))
                 continue
             assert self.group is not None, "checked by load"
             steps.append(_meeting(self.group, step, arrays))

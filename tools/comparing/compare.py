@@ -59,9 +59,7 @@ class Comparison:
                 f"{self.candidate.facts.vocab_size}; compare two sides of one model"
             )
         kind = coarser(precision(self.reference.manifest), precision(self.candidate.manifest))
-        result = Result(
-            reference=self.reference.name, candidate=self.candidate.name, precision=kind, limits=self.limits[kind]
-        )
+        result = Result(reference=self.reference.name, candidate=self.candidate.name, precision=kind, limits=self.limits[kind])
         result.findings += compare_settings(self.reference.facts, self.candidate.facts)
         result.findings += self._weights(result)
         self._samples(result)
@@ -77,7 +75,7 @@ class Comparison:
     # ---- weights
 
     def _weights(self, result: Result) -> list[Finding]:
-        stores = [self._stores(side) for side in (self.reference, self.candidate)]
+        stores = self._stores(self.reference), self._stores(self.candidate)
         config = self.candidate.config or self.reference.config
         if config is None or self._same_checkpoint():
             return []
@@ -204,13 +202,16 @@ class Comparison:
             result.notes.append(f"{left_out} edge cases were left out: they do not fit the context")
 
     def _edge(self, case: Edge, limits: Thresholds, said: dict[tuple, np.ndarray]) -> EdgeResult:
-        pair = [tuple(self._asked(side, ask) for ask in case.asks) for side in (self.reference, self.candidate)]
-        expected = [self._expected(prompt, answer, ask, said) for prompt, answer, ask in zip(pair[0], case.answers, case.asks, strict=True)]
-        found = self.candidate.say(pair[1], case.answers, route=case.route)
+        mine = tuple(self._asked(self.reference, ask) for ask in case.asks)
+        theirs = tuple(self._asked(self.candidate, ask) for ask in case.asks)
+        expected = [
+            self._expected(prompt, answer, ask, said) for prompt, answer, ask in zip(mine, case.answers, case.asks, strict=True)
+        ]
+        found = self.candidate.say(theirs, case.answers, route=case.route)
         error = max(relative_error(a, b.logits) for a, b in zip(expected, found, strict=True))
         wrong = not error <= limits.relative
         if wrong or self.inspect == "always":
-            self.failing.append(Failing(case.name, case.graph, *pair, case.answers, case.route, error))
+            self.failing.append(Failing(case.name, case.graph, mine, theirs, case.answers, case.route, error))
         return EdgeResult(case.graph, case.column, error, wrong)
 
     def _expected(self, prompt: Prepared, answer: np.ndarray, ask: Ask, said: dict[tuple, np.ndarray]) -> np.ndarray:

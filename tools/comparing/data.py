@@ -4,8 +4,8 @@
     {"id": ..., "conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\\n..."}, {"from": "assistant", ...}]}
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}]}
 
-One object a line, or a JSON list of them. Of a conversation every turn of the assistant becomes a sample, forced behind the turns
-before it. Pictures stand first in their turn, where both formats' own training code puts them.
+One object a line, or a JSON list of them. Every turn of the assistant in a conversation becomes a sample, behind the
+turns before it. Pictures stand first in their turn, where both formats' own training code puts them.
 """
 
 from __future__ import annotations
@@ -32,11 +32,9 @@ def read_data(path: Path, image_folder: Path | None = None) -> list[Sample]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
     folder = image_folder or path.parent
-    samples = [
-        sample for line, record in _records(text, path) for sample in _samples(record, _Where(path, line), folder)
-    ]
+    samples = [sample for line, record in _records(text, path) for sample in _samples(record, _Where(path, line), folder)]
     if not samples:
-        raise DataError(f"{path} holds no samples; write one JSON object a line, e.g. {{\"prompt\": \"What is this?\"}}")
+        raise DataError(f'{path} holds no samples; write one JSON object a line, e.g. {{"prompt": "What is this?"}}')
     return samples
 
 
@@ -60,7 +58,9 @@ def _records(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise _Where(path, number).error(f"not JSON ({error.msg}, column {error.colno}); write one object a line") from None
+                raise _Where(path, number).error(
+                    f"not JSON ({error.msg}, column {error.colno}); write one object a line"
+                ) from None
 
 
 def _listed(text: str, path: Path) -> Iterator[tuple[int, Any]]:
@@ -85,7 +85,7 @@ def _past(text: str, at: int, characters: str) -> int:
 
 def _samples(record: Any, where: _Where, folder: Path) -> list[Sample]:
     if not isinstance(record, Mapping):
-        raise where.error(f"{_short(record)} is no object; expected {{\"prompt\": ...}} or {{\"conversations\": ...}}")
+        raise where.error(f'{_short(record)} is no object; expected {{"prompt": ...}} or {{"conversations": ...}}')
     if "conversations" in record:
         return _conversation(record, where, folder)
     if "prompt" in record:
@@ -153,9 +153,7 @@ def _check_order(messages: list[Message], role: str, number: int, where: _Where)
         raise where.error(f"turn {number} is the {role}'s behind {before or 'nothing'}; expected the {' or '.join(allowed)}'s")
 
 
-def _cut(
-    text: str, given: list[Path], marked: bool, number: int, where: _Where, folder: Path
-) -> tuple[str, list[Path]]:
+def _cut(text: str, given: list[Path], marked: bool, number: int, where: _Where, folder: Path) -> tuple[str, list[Path]]:
     """A turn's text without its pictures, and these."""
     if not marked and MARK not in text:
         pictures = [_file(name, where, folder) for name in QWEN_PICTURE.findall(text)]
@@ -197,7 +195,11 @@ def _boxes(value: Any, where: _Where) -> tuple[Box, ...]:
 def _is_box(value: Any) -> bool:
     number: Callable[[Any], bool] = lambda x: isinstance(x, int | float) and not isinstance(x, bool) and 0 <= x <= 1  # noqa: E731
     return (
-        isinstance(value, list) and len(value) == 4 and all(map(number, value)) and value[0] <= value[2] and value[1] <= value[3]
+        isinstance(value, list)
+        and len(value) == 4
+        and all(map(number, value))
+        and value[0] <= value[2]
+        and value[1] <= value[3]
     )
 
 

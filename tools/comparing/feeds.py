@@ -53,5 +53,6 @@ def _finding(run: Captured, name: str, given: np.ndarray, right: np.ndarray, don
     if given.size == 1:
         text = f"{run.graph.name} was fed {name} {given.item():.6g} {where}, where {right.item():.6g} is right"
     else:
-        text = f"{run.graph.name} was fed {name} {list(given.shape)} {where} that differs by {relative_error(right.astype(float), given.astype(float)):.2e}"
+        error = relative_error(right.astype(float), given.astype(float))
+        text = f"{run.graph.name} was fed {name} {list(given.shape)} {where} that differs by {error:.2e}"
     return Finding(stage="feeds", where=name, text=text, graph=run.graph.name, shape=given.shape)

@@ -35,7 +35,7 @@ class RecordingSimulator(Simulator):
 
 
 def matches(side: StaticSide, run: Captured) -> Find | None:
-    """Runs the graph again in float32; finds values by contents. None for a graph that runs op by op, which has no operators."""
+    """Runs the graph again in float32 and finds its values by contents; None for a program, which has no operators."""
     if run.graph.eager:
         return None
     manifest, store = side.artifact.manifest, []

@@ -58,7 +58,7 @@ class HfPrepared:
 class HfSide:
     """See sides.Side."""
 
-    manifest: Manifest | None = None
+    manifest: Manifest | None = None  # transformers compiles nothing
 
     def __init__(self, checkpoint: Checkpoint, name: str) -> None:
         import transformers

@@ -1,4 +1,4 @@
-"""What the host makes of a prompt before any graph runs: token ids, pixels of tiles in their order, rotary tables, what is seen.
+"""What the host makes of a prompt before any graph runs: token ids, tiles in their order, rotary tables, what is seen.
 
 Names that both sides have are compared. `token_ids` [L] (picture rows hidden), `row_index` [L], `rope_cos` and `rope_sin`
 [L, D], `query_scale` [L], `pixels` [tiles, S, S, 3] normalised, `aspect_id` [pictures], `tiles_seen` [L, pictures * tiles].

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from ...compiler.graphs import trace
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import GraphSpec
 from .capture import Captured, capture
@@ -20,7 +19,7 @@ from .checkpoint import definer
 from .findings import Finding
 from .hf_side import HfPrepared, HfSide
 from .static_side import StaticPrepared, StaticSide
-from .taps import inputs_of, parameters_of
+from .taps import definition, inputs_of, parameters_of
 from .walk import Walk, module_of
 
 SAME = 1e-3  # float32 in another order, over the depth of a model
@@ -177,9 +176,8 @@ def _join_rows(feed: dict[str, np.ndarray], runs: list[Captured], length: int) -
 def _values(eager: StaticSide, run: Captured) -> dict[str, Tensor]:
     """The last value of every module of a graph."""
     assert eager.config is not None
-    cache = eager.artifact.manifest.cache
-    graph = definer(eager.config, eager.facts, cache)(run.graph.kind, run.graph.bucket, run.graph.images)
-    walk = Walk(trace(graph), parameters_of(eager, eager.rank_weights[0], graph))
+    graph, program = definition(eager, run.graph)
+    walk = Walk(program, parameters_of(eager, eager.rank_weights[0], graph))
     return by_module(walk, inputs_of(graph, run, 0, 1))
 
 

@@ -64,9 +64,7 @@ class Localiser:
 
     # ---- graphs
 
-    def _graphs(
-        self, side: StaticSide, label: str, failing: Sequence[Failing], advance: Callable[[], object]
-    ) -> list[Finding]:
+    def _graphs(self, side: StaticSide, label: str, failing: Sequence[Failing], advance: Callable[[], object]) -> list[Finding]:
         if side.config is None:
             return []
         inspector = Inspector(side, self.limits.operators)

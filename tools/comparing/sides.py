@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -11,7 +11,6 @@ import numpy as np
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import Manifest, ModelFacts
 from ...runtime.boxes import Box
-from ...runtime.prompt import Message, Prompt
 from ...runtime.tokenizer import Tokenizer
 from .samples import Sample
 
@@ -52,13 +51,26 @@ class Side(Protocol):
     name: str
     facts: ModelFacts
     tokenizer: Tokenizer
-    config: ModelConfig | None
-    manifest: Manifest | None  # of a compiled artifact
+
+    @property
+    def config(self) -> ModelConfig | None:
+        """Sizes of the model; None for an artifact that does not hold them."""
+        ...
+
+    @property
+    def manifest(self) -> Manifest | None:
+        """Of a compiled artifact."""
+        ...
 
     def prepare(self, sample: Sample) -> Prepared: ...
 
     def say(
-        self, prompts: Sequence[Prepared], answers: Sequence[np.ndarray], *, route: dict[str, int] | None = None, caches: bool = False
+        self,
+        prompts: Sequence[Prepared],
+        answers: Sequence[np.ndarray],
+        *,
+        route: dict[str, int] | None = None,
+        caches: bool = False,
     ) -> list[Said]:
         """Teacher-forced: the logits before each token of the answers, all prompts running together.
 
@@ -79,10 +91,3 @@ class Side(Protocol):
 
 def answer_text(side: Side, tokens: np.ndarray) -> str:
     return side.tokenizer.decode([int(t) for t in tokens], skip_special=True).strip()
-
-
-def messages_of(sample: Sample) -> list[Message]:
-    return list(sample.messages)
-
-
-Make = Callable[[Sample], Prompt]

@@ -189,9 +189,7 @@ def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: 
     stored = artifact.path(manifest.tokenizer) / DEFINITION
     config = decode_config(stored.read_bytes(), str(stored)) if stored.is_file() else None
     if manifest.tp == 1:
-        backend = open_backend(
-            manifest.backend, folder, manifest.cache, device=device, threads=threads, manifest=manifest
-        )
+        backend = open_backend(manifest.backend, folder, manifest.cache, device=device, threads=threads, manifest=manifest)
         return StaticSide(name, artifact, backend, config, compiled=True)
     backend = LockstepBackend(manifest.tp, _opener(artifact, device, threads))
     return StaticSide(name, Artifact(folder, together(manifest)), backend, config, compiled=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,22 +15,23 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...compiler.graphs import GraphDef, trace
+from ...compiler.graphs import GraphDef, define_graph, trace
 from ...compiler.lockstep import ArrayMember, Meeting, Member, results_of
 from ...compiler.tap_onnx import Tapped, tap
+from ...model_defs.config import ModelConfig
 from ...model_defs.group import member_of
-from ...runtime.artifact import GraphSpec, Segment, WeightSpec
+from ...runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, Segment, Step, WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...runtime.backends.base import cache_name
 from ...runtime.backends.ort import OrtBackend
 from .capture import Captured
-from .checkpoint import definer, narrowed
+from .checkpoint import narrowed
 from .culprit import matched_culprit, named_culprit
 from .static_side import StaticSide
 from .walk import Find, OpError, Walk
 
 Errors = dict[Node, OpError]
-KEPT = 4  # graphs that are open at once
+KEPT = 8  # graphs that are open at once
 
 
 class Inspector:
@@ -68,12 +70,21 @@ def _place(order: list[OpError], error: OpError) -> int:
 # ---- the definition
 
 
-def definition(side: StaticSide, graph: GraphSpec) -> GraphDef:
-    """One rank's definition of a graph."""
+def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.export.ExportedProgram]:
+    """One rank's definition of a graph, and its trace."""
     assert side.config is not None
     manifest = side.artifact.manifest
     cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
-    return definer(side.config, side.facts, cache, manifest.quant, manifest.tp)(graph.kind, graph.bucket, graph.images)
+    return traced(side.config, side.facts.image, cache, manifest.quant, graph.kind, graph.bucket, graph.images, manifest.tp)
+
+
+@functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
+def traced(
+    config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int, ranks: int
+) -> tuple[GraphDef, torch.export.ExportedProgram]:
+    """The definition of a graph, and its trace."""
+    graph = define_graph(config, image, cache, quant, kind, bucket, images, ranks)
+    return graph, trace(graph)
 
 
 def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: GraphDef) -> dict[str, Tensor]:
@@ -102,12 +113,12 @@ class OnnxGraph:
 
     def __init__(self, side: StaticSide, graph: GraphSpec) -> None:
         manifest, folder = side.artifact.manifest, side.artifact.folder
-        self.ranks, self.definition = manifest.tp, definition(side, graph)
-        self.program = trace(self.definition)
+        self.ranks = manifest.tp
+        self.definition, self.program = definition(side, graph)
         referred = side.rank_weights[0]
         if graph.steps:  # segments name a weight file without its folder; taps do not care
             referred = {name: msgspec.structs.replace(spec, file=Path(spec.file).name) for name, spec in referred.items()}
-        self.tapped = tap(self.definition, referred, [(folder / name).read_bytes() for name in graph.files])
+        self.tapped = tap(self.definition, self.program, referred, [(folder / name).read_bytes() for name in graph.files])
         narrow = msgspec.structs.replace(graph, inputs=self.definition.inputs, outputs=self.definition.outputs)
         self.spec = _with_taps(narrow, self.tapped)
         models = {name: each.data for name, each in zip(graph.files, self.tapped, strict=True)}
@@ -115,9 +126,7 @@ class OnnxGraph:
         cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
         self.meeting = Meeting(self.ranks)
         groups = [ArrayMember(self.meeting, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
-        self.backends = [
-            OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups
-        ]
+        self.backends = [OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups]
         self.walks = [
             Walk(self.program, parameters_of(side, side.rank_weights[rank], self.definition)) for rank in range(self.ranks)
         ]
@@ -143,33 +152,27 @@ class OnnxGraph:
 
     def _by_name(self, backend: OrtBackend, image: int) -> Find:
         """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
-        buffers = backend.buffers[self.spec.file]
-        arrays = {node: buffers[each.name] for part in self.tapped for node, each in part.taps.items()}
+        arrays = {node: backend.free[name] for part in self.tapped for node, name in part.taps.items()}
         results: Any = self.program.graph.output_node().args[0]
         for node, output in zip(results, self.definition.outputs, strict=True):
             name = cache_name(output.name, image)
             arrays[node] = backend.read_cache(name, output.shape[0]) if name else backend.outputs[self.spec.file]
 
-        def find(node: Node, _: Tensor) -> Tensor | None:
+        def find(node: Node, expected: Tensor) -> Tensor | None:
             array = arrays.get(node)
-            return None if array is None else torch.from_numpy(np.array(array))
+            return None if array is None or array.shape != expected.shape else torch.from_numpy(np.array(array))
 
         return find
 
 
 def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
-    """The graph with a buffer for every tap; taps of different files get names of their own."""
-    steps, buffers, number = [], [*(graph.buffers or ())], 0
+    """The graph with every tap among the outputs of its segments."""
+    steps: list[Step] = []
+    left = [each.taps.values() for each in tapped]
     for step in graph.plan:
-        if isinstance(step, Segment):
-            taps = [*tapped[number].taps.values()]
-            step = msgspec.structs.replace(step, outputs=(*step.outputs, *(spec.name for spec in taps)))
-            known = {spec.name for spec in buffers}
-            assert not known & {spec.name for spec in taps}, "taps of one graph have different names"
-            buffers += taps
-            number += 1
-        steps.append(step)
-    return msgspec.structs.replace(graph, steps=tuple(steps), buffers=tuple(buffers))
+        taps = left.pop(0) if isinstance(step, Segment) else ()
+        steps.append(msgspec.structs.replace(step, outputs=(*step.outputs, *taps)) if isinstance(step, Segment) else step)
+    return msgspec.structs.replace(graph, steps=tuple(steps))
 
 
 # ---- Ascend
@@ -178,9 +181,9 @@ def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
 def _ascend(side: StaticSide, run: Captured) -> Errors:
     from .ge_taps import matches
 
-    graph = definition(side, run.graph)
+    graph, program = definition(side, run.graph)
     find: Find | None = matches(side, run)
     if find is None:
         return {}
     parameters = parameters_of(side, side.rank_weights[0], graph)
-    return Walk(trace(graph), parameters).run(inputs_of(graph, run, 0, 1), find)
+    return Walk(program, parameters).run(inputs_of(graph, run, 0, 1), find)
