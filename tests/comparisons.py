@@ -8,6 +8,7 @@ from typing import Any
 
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
+from staticvl.runtime.artifact import read_manifest
 from staticvl.tools.comparing.compare import Comparison
 from staticvl.tools.comparing.opening import open_side
 from staticvl.tools.comparing.result import Result
@@ -48,3 +49,12 @@ def compared(reference: Side, candidate: Path | Side, samples: Sequence[Sample],
     side = candidate if not isinstance(candidate, Path) else open_side(candidate, threads=1)
     settings = {"new_tokens": 4, "limits": read_thresholds(None), **settings}
     return Comparison(reference=reference, candidate=side, samples=samples, **settings).run()
+
+
+def check_healthy(reference: Side, artifact: Path, family: str) -> None:
+    """No alarm, with every graph run at its edges and every operator looked at."""
+    result = compared(reference, artifact, samples_of(family), inspect="always")
+    assert result.passed, (result.broken, result.findings)
+    assert {edge.graph for edge in result.edges} == {graph.name for graph in read_manifest(artifact).graphs}
+    assert 0 < max(own for own, _ in result.layers.values()) < 1e-4 and not result.scope
+    assert all(0 < max(each.layers) < 1e-4 for each in result.samples)

@@ -21,7 +21,7 @@ from staticvl.tools.comparing.result import Result
 from staticvl.tools.comparing.sides import Side
 
 from . import seeded
-from .comparisons import compared, compiled, reference_of, samples_of
+from .comparisons import check_healthy, compared, compiled, reference_of, samples_of
 from .seeded import Model, bypass, constant, copied, insert, made, nodes, weight, with_facts, with_graphs
 
 Pair = tuple[Side, Path]
@@ -64,6 +64,11 @@ def fault(result: Result) -> Finding:
 
 def is_prefill(name: str) -> bool:
     return name.startswith("prefill")
+
+
+@pytest.mark.parametrize("family", ["llava", "mllama", "qwen"])
+def test_healthy_artifacts_raise_no_alarm(family: str, request: pytest.FixtureRequest) -> None:
+    check_healthy(*request.getfixturevalue(family), {"qwen": "qwen_vl"}.get(family, family))
 
 
 # --- graphs ------------------------------------------------------------------------------------------------------------

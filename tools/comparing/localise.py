@@ -7,6 +7,7 @@ reference, in the definition itself.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,7 @@ from .walk import OpError
 
 MOST_CASES = 12  # that are looked into
 RUNS = 3  # of one graph in one case
+ENOUGH = 4  # runs of a graph that were right, in cases that were made for others
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,14 +71,16 @@ class Localiser:
             return []
         inspector = Inspector(side, self.limits.operators)
         found: dict[str, Finding] = {}
+        inspected: Counter[str] = Counter()
         for case in _spread(failing):
             advance()
             if case.graph in found:
                 continue
             prompts = case.candidate if label == "candidate" else case.reference
             for run in capture(side, prompts, case.answers, case.route, most=RUNS):
-                if run.graph.name in found:
+                if run.graph.name in found or (inspected[run.graph.name] >= ENOUGH and run.graph.name != case.graph):
                     continue
+                inspected[run.graph.name] += 1
                 culprit, errors = inspector.inspect(run)
                 if not self.looked_into or culprit:
                     self.layers, self.looked_into = layer_errors(errors[0]), f"{run.graph.name} in {case.name}"
