@@ -63,7 +63,7 @@ class Comparison:
         result.findings += compare_settings(self.reference.facts, self.candidate.facts)
         result.findings += self._weights(result)
         self._samples(result)
-        if self.with_edges and self.candidate.manifest is not None:
+        if self._has_edges:
             self._edges(result)
         if self.failing and self.inspect != "never":
             self._localise(result)
@@ -71,6 +71,10 @@ class Comparison:
         ranks, quant = (manifest.tp, manifest.quant) if manifest else (1, "none")
         result.scope = scope(result.edges, result.findings, ranks, quant)
         return result
+
+    @property
+    def _has_edges(self) -> bool:
+        return self.with_edges and self.candidate.manifest is not None
 
     # ---- weights
 
@@ -141,7 +145,7 @@ class Comparison:
         divergence = with_texts(figures.divergence, lambda token: tokenizer.token(token) or str(token))
         figures = dataclasses.replace(figures, divergence=divergence)
         clauses = tuple(broken(figures, limits))
-        if clauses or self.inspect == "always":
+        if clauses or (self.inspect == "always" and not self._has_edges):
             error = figures.relative
             self.failing.append(Failing(sample.name, "", (pair[0],), (pair[1],), (answer,), None, error))
         return SampleResult(
@@ -210,7 +214,7 @@ class Comparison:
         found = self.candidate.say(theirs, case.answers, route=case.route)
         error = max(relative_error(a, b.logits) for a, b in zip(expected, found, strict=True))
         wrong = not error <= limits.relative
-        if wrong or self.inspect == "always":
+        if wrong or (self.inspect == "always" and (case.column == "full" or "tiles" in case.column)):
             self.failing.append(Failing(case.name, case.graph, mine, theirs, case.answers, case.route, error))
         return EdgeResult(case.graph, case.column, error, wrong)
 
