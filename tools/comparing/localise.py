@@ -82,7 +82,7 @@ class Localiser:
                     continue
                 inspected[run.graph.name] += 1
                 culprit, errors = inspector.inspect(run)
-                if not self.looked_into or culprit:
+                if not self.looked_into or (culprit and not found):
                     self.layers, self.looked_into = layer_errors(errors[0]), f"{run.graph.name} in {case.name}"
                 if culprit:
                     found[run.graph.name] = self._found(side, label, run, culprit)

@@ -50,17 +50,18 @@ def _layers(axes, result: Result) -> None:
 
 
 def _timeline(axes, shown: list[SampleResult], result: Result) -> None:
-    """A row for each sample, a cell for each forced token; a red cross where the sides part."""
+    """A row for each sample, a cell for each forced token; a cross where the sides part."""
     longest = max(len(each.tokens) for each in shown)
     cells = np.full((len(shown), longest), np.nan)
     for row, each in enumerate(shown):
         cells[row, : len(each.tokens)] = np.log10([_drawable(error) for error in each.figures.row_errors])
         for column, token in enumerate(each.tokens[:24]):
-            axes.text(column, row, token[:8].replace("$", r"\$"), fontsize=6, ha="center", va="center")
+            colour = _ink(each.figures.row_errors[column])
+            axes.text(column, row, token[:6].replace("$", r"\$"), fontsize=5, ha="center", va="center", color=colour)
         if each.figures.divergence:
             at = each.figures.divergence.position
-            axes.plot([at], [row], marker="x", markersize=14, color="#c33")
-    image = axes.imshow(cells, aspect="auto", cmap="YlGnBu", vmin=-8, vmax=0)
+            axes.plot([at], [row], marker="x", markersize=14, color="#04a")
+    image = axes.imshow(cells, aspect="auto", cmap="YlOrRd", vmin=-8, vmax=0)
     axes.set_yticks(range(len(shown)), [each.name for each in shown])
     axes.set_xlabel("forced token")
     axes.figure.colorbar(image, ax=axes, label="log10 of the relative error")
@@ -76,10 +77,15 @@ def _heat(axes, result: Result) -> None:
         axes.text(
             column, row, f"{edge.error:.0e}", fontsize=7, ha="center", va="center", color="#c33" if edge.broken else "#222"
         )
-    image = axes.imshow(cells, aspect="auto", cmap="YlGnBu", vmin=-8, vmax=0)
+    image = axes.imshow(cells, aspect="auto", cmap="YlOrRd", vmin=-8, vmax=0)
     axes.set_yticks(range(len(graphs)), graphs)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")
     axes.figure.colorbar(image, ax=axes, label="log10 of the relative error")
+
+
+def _ink(error: float) -> str:
+    """Readable on the colour of a cell."""
+    return "#fff" if _drawable(error) > 1e-2 else "#222"
 
 
 def _drawable(error: float) -> float:
