@@ -20,8 +20,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..model_defs.config import ModelConfig, read_config
+from ..model_defs.config import ModelConfig, encode_config, read_config
 from ..runtime.artifact import (
+    DEFINITION,
     KINDS,
     WEIGHTS,
     ArtifactError,
@@ -95,6 +96,7 @@ def prepare(options: Options, progress: Progress) -> _Job:
         options.checkpoint, config, vision_tower=options.vision_tower, text_before_image=options.text_before_image
     )
     plan = make_plan(config, options)
+    settings[DEFINITION] = encode_config(config)
     return _Job(options, config, facts, settings, plan, _old_manifest(options.out), progress)
 
 

@@ -22,7 +22,7 @@ from .graphs import GraphDef
 
 
 @contextlib.contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def computing_with(count: int | None) -> Iterator[None]:
     """Compute with `count` threads (None: as torch is set), and set torch back afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
@@ -80,7 +80,7 @@ class EagerBackend:
             torch.from_numpy(feed[spec.name]) if spec.name in feed else self._rows(spec.name, slot, spec.shape[0])
             for spec in graph.inputs
         ]
-        with _threads(self.threads if graph.kind == "vision" else self.text_threads):
+        with computing_with(self.threads if graph.kind == "vision" else self.text_threads):
             result = self.modules[graph.name](*inputs)
         results = result if isinstance(result, tuple) else (result,)
         for spec, value in zip(graph.outputs, results, strict=True):

@@ -422,16 +422,45 @@ def _emit_part(
     *,
     exact: bool,
 ) -> bytes:
-    emitter = Emitter(weights, graph.constants, exact=exact)
-    emitter.names |= _parameters(program) | part.entering
-    for node in part.nodes:
-        emitter.names[node] = _lower(emitter, node)
-    outputs = _own_names(emitter, part)
+    emitter, outputs = _lowered(graph, program, part, weights, exact=exact)
     if exact:
         # onnxruntime orders what depends on nothing by its place in this list, the first as late as it can: elsewhere, all
         # weights would be expanded before the first layer runs.
         emitter.nodes.sort(key=lambda node: node.op_type not in ("ConstantOfShape", "DequantizeLinear"))
     return _model(emitter, name, part, outputs).SerializeToString()
+
+
+def _lowered(
+    graph: GraphDef, program: torch.export.ExportedProgram, part: Part, weights: Mapping[str, WeightSpec], *, exact: bool
+) -> tuple[Emitter, list[str]]:
+    """An emitter that holds the nodes of a part, and the names of what leaves it."""
+    emitter = Emitter(weights, graph.constants, exact=exact)
+    emitter.names |= _parameters(program) | part.entering
+    for node in part.nodes:
+        emitter.names[node] = _lower(emitter, node)
+    return emitter, _own_names(emitter, part)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Values:
+    """One emitted file: the traced nodes whose values it holds, by the names of the values, and its ONNX nodes in order."""
+
+    names: dict[Node, str]
+    nodes: tuple[onnx.NodeProto, ...]
+    outputs: dict[str, str]  # what leaves the file: name in `names` -> name in the file
+
+
+def emitted_values(
+    graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec]
+) -> tuple[Values, ...]:
+    """Which value of which file is which value of the definition, for whoever looks into a graph while it runs."""
+    found = []
+    for part in cut(graph, program).parts:
+        emitter, outputs = _lowered(graph, program, part, weights, exact=False)
+        names = {node: emitter.names[node] for node in (*part.entering, *part.nodes)}
+        left = dict(zip(outputs, (spec.name for spec in part.outputs), strict=True))
+        found.append(Values({k: v for k, v in names.items() if isinstance(v, str)}, tuple(emitter.nodes), left))
+    return tuple(found)
 
 
 def _parameters(program: torch.export.ExportedProgram) -> dict[Node, str]:

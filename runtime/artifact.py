@@ -7,7 +7,8 @@ An artifact is a folder that can be moved or copied; every path in it is relativ
                              a folder with a file for each
     weights/*.safetensors    one copy of the weights, shared by every graph; of a model that is cut among ranks, those of rank R
                              lie in weights/rank-R/, in files of the same names with the same tensors at the same offsets
-    tokenizer-*/             tokenizer files and the chat template, as the checkpoint gave them
+    tokenizer-*/             tokenizer files and the chat template, as the checkpoint gave them; definition.json, the sizes
+                             of the model, which tools that check an artifact trace its definition from
 
 Names of graph inputs and outputs (B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size,
 V vocabulary, P rows per tile):
@@ -65,6 +66,7 @@ from .files import sha256_file, write_atomically
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
+DEFINITION = "definition.json"
 Kind = Literal["vision", "prefill", "decode"]
 KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")
 CROSS_HIDDEN = -1e30  # added to the score of a key that a token does not see; finite, so that a row may see nothing

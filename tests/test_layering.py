@@ -39,7 +39,7 @@ HOMES = {
         "runtime/backends/ascend.py",
         "runtime/ranks/group.py",
     ),
-    "onnx": ("compiler/emit_onnx.py", "runtime/backends"),
+    "onnx": ("compiler/emit_onnx.py", "compiler/tap_onnx.py", "runtime/backends"),
     "tokenizers": ("runtime/vocabularies.py", "tools"),
     "sentencepiece": ("runtime/vocabularies.py", "tools"),
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),
@@ -47,7 +47,7 @@ HOMES = {
     "jinja2": ("runtime/chat_template.py",),
     "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
     "rich": ("tools",),
-    "matplotlib": ("tools/tuning/page.py",),
+    "matplotlib": ("tools/pages.py",),
     "tqdm": ("tools",),
 }
 

@@ -150,7 +150,7 @@ def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, facts: Mod
     """A prompt with random text behind it, `tokens` positions in all, that sees the pictures which its end sees."""
     more = tokens - prompt.length
     text = rng.integers(3, facts.tokenizer.used, more).astype(np.int32)
-    sight = prompt.sight and Sight(visible=_held(prompt.sight.visible, more), gates=_held(prompt.sight.gates, more))
+    sight = prompt.sight and Sight(visible=held(prompt.sight.visible, more), gates=held(prompt.sight.gates, more))
     return dataclasses.replace(
         prompt,
         token_ids=np.concatenate((prompt.token_ids, text)),
@@ -161,7 +161,7 @@ def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, facts: Mod
     )
 
 
-def _held(rows: np.ndarray, more: int) -> np.ndarray:
+def held(rows: np.ndarray, more: int) -> np.ndarray:
     """Rows with the last of them repeated behind."""
     return np.concatenate((rows, np.repeat(rows[-1:], more, axis=0)))
 

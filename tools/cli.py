@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cards import CARDS
+from .comparing.arguments import add_arguments
 
 Handler = Callable[[argparse.Namespace], int]
 
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_verify(commands)
     _add_bench(commands)
     _add_tune_buckets(commands)
+    _add_compare(commands)
     _add_demo(commands)
     return parser
 
@@ -307,6 +309,29 @@ def _add_tune_buckets(commands) -> None:
 
 def _tune_buckets(args: argparse.Namespace) -> int:
     from .tune_buckets import run
+
+    return run(args)
+
+
+def _add_compare(commands) -> None:
+    example = (
+        "staticvl compare llava-1.5-7b-hf llava-7b --report report.html\n"
+        "staticvl compare llava-1.5-7b-hf llava-7b-w8a16 --thresholds limits.yaml --json\n"
+        "staticvl compare llava-7b llava-7b-npu --device sim --data questions.jsonl\n"
+        "staticvl compare Qwen-VL-Chat qwen-vl --reference-by eager --data train.json --image-folder pictures"
+    )
+    parser = _command(
+        commands,
+        "compare",
+        "compare two sides number by number, and name what is wrong; exit status 1 where a limit is broken",
+        example,
+        _compare,
+    )
+    add_arguments(parser)
+
+
+def _compare(args: argparse.Namespace) -> int:
+    from .compare import run
 
     return run(args)
 

@@ -17,6 +17,7 @@ from .llava import read_llava
 from .mllama import read_mllama
 from .qwen_vl import read_qwen_vl
 from .stage import Stage
+from .stored import decode_config, encode_config
 from .types import (
     ClipConfig,
     ConfigError,
@@ -39,6 +40,8 @@ __all__ = [
     "Stage",
     "TextConfig",
     "TiledConfig",
+    "decode_config",
+    "encode_config",
     "quant_block",
     "read_config",
     "read_json",

@@ -79,14 +79,28 @@ class _Bound:
             step()
 
 
-def _segment(session: ort.InferenceSession, segment: Segment, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    """One segment, its inputs and outputs bound by pointer."""
+def _segment(
+    session: ort.InferenceSession, segment: Segment, arrays: Mapping[str, np.ndarray], free: dict[str, np.ndarray]
+) -> Callable[[], object]:
+    """One segment, its inputs and outputs bound by pointer; outputs that have no array are put into `free` by every run."""
     binding = session.io_binding()
     for bind, names in ((binding.bind_input, segment.inputs), (binding.bind_output, segment.outputs)):
         for name in names:
-            array = arrays[name]
-            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-    return partial(session.run_with_iobinding, binding)
+            if name in arrays:
+                array = arrays[name]
+                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+            else:
+                binding.bind_output(name, "cpu")
+    run = partial(session.run_with_iobinding, binding)
+    if all(name in arrays for name in segment.outputs):
+        return run
+
+    def run_and_keep() -> None:
+        run()
+        values = zip(segment.outputs, binding.get_outputs(), strict=True)
+        free.update({name: value.numpy() for name, value in values if name not in arrays})
+
+    return run_and_keep
 
 
 def _meeting(group: Group, step: Collective | Transfer, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
@@ -125,15 +139,19 @@ class OrtBackend:
         pack: bool = True,
         shared: bool = True,
         group: Group | None = None,
+        models: Mapping[str, bytes] | None = None,
     ) -> None:
         """`group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
+
+        `models`: contents to open in place of those files of the folder. They may have more outputs than the graph, which
+        `free` holds after a run.
 
         `host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own.
 
         `shared`: one arena for all graphs; without it, unloading a graph gives back what its intermediate values took.
         """
         _register_arena()
-        self.folder, self.threads, self.group = folder, threads, group
+        self.folder, self.threads, self.group, self.models = folder, threads, group, models or {}
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
         self.pack, self.shared = pack, shared
         # Zeroed pages are only backed by memory once they are written.
@@ -142,6 +160,7 @@ class OrtBackend:
         self.outputs: dict[str, np.ndarray] = {}
         self.buffers: dict[str, dict[str, np.ndarray]] = {}  # by graph: tensors between its steps
         self.bound: dict[tuple[str, int, int], _Bound] = {}
+        self.free: dict[str, np.ndarray] = {}  # outputs of segments that belong to nothing: see `models`
 
     def load(self, graph: GraphSpec) -> None:
         """Raises ArtifactError for a graph in steps without a group, or with one of another size."""
@@ -165,9 +184,11 @@ class OrtBackend:
         packed = self.host.path(segment.file) if self.host else None
         options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
         model: bytes | Path = packed or self.folder / segment.file
-        if self.group and graph.steps and packed is None:
-            options.add_session_config_entry(WEIGHTS_FOLDER, str(self.folder / weights_folder(self.group)))
-            model = (self.folder / segment.file).read_bytes()
+        ranked = self.group is not None and bool(graph.steps)
+        if packed is None and (ranked or segment.file in self.models):
+            weights = self.folder / weights_folder(self.group) if self.group and ranked else self.folder
+            options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
+            model = self.models.get(segment.file) or (self.folder / segment.file).read_bytes()
         return ort.InferenceSession(model, options, providers=_PROVIDERS)
 
     def unload(self, graph: GraphSpec) -> None:
@@ -206,7 +227,7 @@ class OrtBackend:
         steps: list[Callable[[], object]] = []
         for step in graph.plan:
             if isinstance(step, Segment):
-                steps.append(_segment(self.sessions[step.file], step, arrays))
+                steps.append(_segment(self.sessions[step.file], step, arrays, self.free))
                 continue
             assert self.group is not None, "checked by load"
             steps.append(_meeting(self.group, step, arrays))

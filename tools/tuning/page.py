@@ -1,28 +1,18 @@
-"""The report as one HTML file that needs nothing else: tables as text, plots as drawings inside it. matplotlib is imported here
-alone."""
+"""The report as one HTML file: what was chosen, against powers of two."""
 
 from __future__ import annotations
 
-import html
-import io
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
+from ..pages import document, drawn
 from .choose import Result
 from .comparison import Coverage
 from .frontiers import knee
 from .replay import Replayed
 from .report import PERCENTILES, percentile, times
-
-_STYLE = (
-    "body{font:15px/1.5 sans-serif;max-width:72em;margin:2em auto;padding:0 1em}"
-    "pre{font:12px/1.3 monospace;overflow-x:auto}svg{max-width:100%;height:auto}"
-)
-_SETTINGS: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": "staticvl", "font.size": 10, "figure.autolayout": True}
 
 
 def page(
@@ -35,35 +25,8 @@ def page(
         ("Time to first token and per token, replayed", None),
         ("Cost against the number of prefill graphs", lambda axes: _frontier(axes, result)),
     )
-    parts = [
-        f"<h2>{html.escape(title)}</h2>\n{_drawn(plot) if plot else _times(before, result.replayed)}" for title, plot in plots
-    ]
-    console = Console(width=150, file=io.StringIO(), record=True, highlight=False)
-    for table in tables:
-        console.print(table)
-        console.print()
-    text = html.escape(console.export_text())
-    paragraphs = "".join(f"<p>{html.escape(note)}</p>\n" for note in notes)
-    title = html.escape(f"Buckets for {name}")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>{_STYLE}</style></head>\n'
-        f"<body>\n<h1>{title}</h1>\n{paragraphs}{''.join(parts)}\n<h2>Figures</h2>\n<pre>{text}</pre>\n</body></html>\n"
-    )
-
-
-def _drawn(draw: Callable, columns: int = 1) -> str:
-    """An SVG element of a figure whose axes `draw` fills."""
-    import matplotlib as mpl
-    from matplotlib.figure import Figure
-
-    with mpl.rc_context(_SETTINGS):
-        figure = Figure(figsize=(9, 3.6))
-        axes = figure.subplots(1, columns)
-        draw(axes)
-        file = io.StringIO()
-        figure.savefig(file, format="svg", metadata={"Date": None})
-    text = file.getvalue()
-    return text[text.index("<svg") :]
+    drawings = [(title, drawn(plot) if plot else _times(before, result.replayed)) for title, plot in plots]
+    return document(f"Buckets for {name}", notes, drawings, tables)
 
 
 def _lengths(axes, result: Result) -> None:
@@ -102,7 +65,7 @@ def _times(before: Replayed, after: Replayed) -> str:
             axes.set_title(name)
             axes.legend()
 
-    return _drawn(draw, len(kept))
+    return drawn(draw, len(kept))
 
 
 def _frontier(axes, result: Result) -> None:

@@ -1,0 +1,71 @@
+"""Looking into an ONNX graph: a copy that also puts out every value which its definition names.
+
+Values are found by the module and the place within it, not by their names alone: the compiler numbers the operators of a whole
+graph, and one that is missing would shift every name behind it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import onnx
+import torch
+from onnx import helper
+from torch.fx import Node
+
+from ..runtime.artifact import WeightSpec
+from .emit_onnx import _DTYPES, emitted_values
+from .graphs import GraphDef
+
+TAP = "tap."  # and the number of the file, and of the tap
+Place = tuple[str, str, int, int]  # module, operator, which of these, which output
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tapped:
+    """One file with taps: names of outputs of their own, by the traced nodes whose values they are."""
+
+    data: bytes
+    taps: dict[Node, str]
+
+
+def tap(
+    graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec], files: Iterable[bytes]
+) -> list[Tapped]:
+    """The files of a compiled `graph`, in order, with a tap for every value of its trace `program` that they hold.
+
+    `weights` are those that the graph's files refer to. A file made of another definition may have another value in a
+    place: its shape tells.
+    """
+    found = []
+    for values, data in zip(emitted_values(graph, program, weights), files, strict=True):
+        model = onnx.load_from_string(data)
+        expected, there = _places(values.nodes), _places(model.graph.node)
+        by_place = {place: name for name, place in there.items()}
+        given = {each.name for each in (*model.graph.input, *model.graph.output)}
+        taps: dict[Node, str] = {}
+        for node, emitted in values.names.items():
+            name = values.outputs.get(emitted, emitted)
+            actual = name if name in given else by_place.get(expected[name]) if name in expected else None
+            if actual is None:
+                continue
+            taps[node] = f"{TAP}{len(found)}.{len(taps)}"
+            model.graph.node.append(helper.make_node("Identity", [actual], [taps[node]], name=taps[node]))
+            dtype = _DTYPES[str(node.meta["val"].dtype).removeprefix("torch.")]
+            model.graph.output.append(helper.make_tensor_value_info(taps[node], dtype, None))
+        found.append(Tapped(model.SerializeToString(), taps))
+    return found
+
+
+def _places(nodes: Iterable[onnx.NodeProto]) -> dict[str, Place]:
+    """Value -> where it is made. An emitted node is named MODULE/OPERATOR_NUMBER."""
+    counted: Counter[tuple[str, str]] = Counter()
+    places = {}
+    for node in nodes:
+        key = node.name.rpartition("/")[0], node.op_type
+        for i, output in enumerate(node.output):
+            places[output] = (*key, counted[key], i)
+        counted[key] += 1
+    return places

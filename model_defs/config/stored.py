@@ -1,0 +1,48 @@
+"""A model's sizes as JSON and back: artifacts keep them, so that whoever checks one can trace its definition again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+from .stage import WHOLE
+from .types import (
+    ClipConfig,
+    ConfigError,
+    Llama3Scaling,
+    ModelConfig,
+    ResampledConfig,
+    RopeConfig,
+    TextConfig,
+    TiledConfig,
+)
+
+VISIONS = {"llava": ClipConfig, "llava_next": ClipConfig, "mllama": TiledConfig, "qwen_vl": ResampledConfig}
+
+
+def encode_config(config: ModelConfig) -> bytes:
+    """The whole model's config, whatever stage is meant."""
+    data = asdict(config)
+    del data["text"]["stage"]
+    return json.dumps(data, indent=1).encode() + b"\n"
+
+
+def decode_config(data: bytes, where: str) -> ModelConfig:
+    """What `encode_config` wrote; raises ConfigError, naming `where`, for anything else."""
+    try:
+        fields = _frozen(json.loads(data))
+        text, vision = fields.pop("text"), fields.pop("vision")
+        rope = text.pop("rope")
+        scaling = rope.pop("llama3")
+        decoder = TextConfig(**text, rope=RopeConfig(**rope, llama3=Llama3Scaling(**scaling) if scaling else None), stage=WHOLE)
+        return ModelConfig(**fields, text=decoder, vision=VISIONS[fields["family"]](**vision))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ConfigError(f"{where} is damaged ({error}); compile the checkpoint again or fetch the artifact again") from error
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, which JSON has for tuples, as tuples."""
+    if isinstance(value, list):
+        return tuple(map(_frozen, value))
+    return {key: _frozen(each) for key, each in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,175 @@
+"""The comparison of healthy sides raises no alarm, and the command says what it found."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from staticvl.model_defs.config import ConfigError, decode_config, encode_config, read_config
+from staticvl.runtime.artifact import DEFINITION, read_manifest, write_manifest
+from staticvl.tools.cli import main
+from staticvl.tools.comparing.opening import open_side
+from staticvl.tools.comparing.result import Scores
+from staticvl.tools.comparing.samples import asked, built_in_samples
+from staticvl.tools.comparing.thresholds import DEFAULTS
+from staticvl.tools.drawings import parse_box
+
+from .ascend import CHECKPOINTS
+from .comparisons import check_healthy, compared, compiled, reference_of, samples_of
+from .seeded import copied, weight, with_facts
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return compiled("llava", tmp_path_factory.mktemp("llava") / "artifact")
+
+
+def test_a_healthy_artifact_of_llava_next_raises_no_alarm(tmp_path: Path) -> None:
+    artifact = compiled("llava_next", tmp_path / "artifact")
+    reference = reference_of("llava_next", artifact)
+    check_healthy(reference, artifact, "llava_next")
+    reference.close()
+
+
+def test_transformers_and_an_artifact_agree_on_everything(llava: Path, tmp_path: Path) -> None:
+    """Among other things on answers, boxes and how pictures are cut."""
+    reference = reference_of("llava", llava, by="transformers")
+    box = next(each for each in built_in_samples() if each.name == "picture, box")
+    right = parse_box(box.answer or "")
+    assert right is not None
+    known = asked("known", box.messages[0].text, box.images, expected=box.answer, boxes=(right,))
+    result = compared(reference, llava, [*samples_of("llava"), known], new_tokens=20)
+    reference.close()
+    assert result.passed, (result.broken, result.findings)
+    scores = result.samples[-1].scores
+    assert scores == Scores(reference_exact=True, candidate_exact=True, reference_iou=1.0, candidate_iou=1.0)
+
+
+def test_two_artifacts(llava: Path, tmp_path: Path) -> None:
+    """One against itself; against one with another weight; and an artifact from before sizes were kept."""
+    side = open_side(llava, threads=1)
+    assert compared(side, llava, samples_of("llava")[:1]).passed
+    other = copied(llava, tmp_path / "other")
+    down = weight(other, "text.layers.3.mlp.down.weight")
+    down *= 1.5
+    down.flush()
+    result = compared(side, other, samples_of("llava")[:1], with_edges=False)
+    assert [each.where for each in result.findings] == ["text.layers.3.mlp.down.weight"]
+    assert "it is 1.5 times the reference's" in result.findings[0].text
+
+
+def test_an_artifact_without_sizes_is_compared_as_far_as_it_goes(llava: Path, tmp_path: Path) -> None:
+    old = copied(llava, tmp_path / "old")
+    manifest = read_manifest(old)
+    (old / manifest.tokenizer / DEFINITION).unlink()
+    files = {name: spec for name, spec in manifest.files.items() if not name.endswith(DEFINITION)}
+    write_manifest(old, msgspec.structs.replace(manifest, files=files))
+    side = open_side(old, threads=1)
+    assert side.config is None
+    result = compared(side, open_side(old, threads=1), samples_of("llava")[:1], with_edges=False)
+    assert result.passed and result.samples[0].figures.relative == 0
+
+
+# --- sizes of the model ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", CHECKPOINTS)
+def test_sizes_are_kept_as_they_are(family: str) -> None:
+    config = read_config(CHECKPOINTS[family])
+    assert decode_config(encode_config(config), "x") == config
+    assert decode_config(encode_config(config.of_stage(1, 2)), "x") == config
+
+
+@pytest.mark.parametrize("data", [b"{", b"[]", b"{}", b'{"family": "llava", "text": {}, "vision": {}}'])
+def test_damaged_sizes(data: bytes) -> None:
+    with pytest.raises(ConfigError, match=r"place is damaged .*compile the checkpoint again"):
+        decode_config(data, "place")
+
+
+# --- the command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    path = tmp_path_factory.mktemp("data") / "data.jsonl"
+    path.write_text('{"prompt": "Name three colours.", "answer": "Red and blue."}\n')
+    yield path
+
+
+def test_the_command_passes(llava: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "report.html"
+    arguments = ["compare", str(CHECKPOINTS["llava"]), str(llava), "--reference-by", "eager", "--data", str(data)]
+    assert main([*arguments, "--report", str(report)]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"passed: 1 samples and \d+ edge cases within the limits", out) and f"wrote {report}" in out
+    page = report.read_text()
+    assert (
+        page.count("<svg") == 3
+        and "prefill-32" in page
+        and "http" not in page.replace("http://www.w3.org", "").split("<svg")[0]
+    )
+    assert main([*arguments, "--report", str(tmp_path / "again.html")]) == 0
+    assert (tmp_path / "again.html").read_text() == page, "the same for the same input"
+    capsys.readouterr()
+
+
+def test_the_command_fails_and_names_the_fault(
+    llava: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = copied(llava, tmp_path / "broken")
+    values = weight(broken, "text.norm.weight")
+    values *= 0.5
+    values.flush()
+    arguments = ["compare", str(llava), str(broken), "--data", str(data), "--no-edges"]
+    assert main([*arguments, "--json"]) == 1
+    told = json.loads(capsys.readouterr().out)
+    assert told["passed"] is False and told["fault"]["where"] == "text.norm.weight"
+    assert told["samples"][0]["tokens"] and told["limits"] == dataclasses.asdict(DEFAULTS["float32"])
+    limits = tmp_path / "limits.yaml"
+    limits.write_text("float32: {relative: 10, kl: 10, agreement: 0, perplexity: 10, weights: 1}\n")
+    assert main([*arguments, "--thresholds", str(limits)]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["nowhere"], "nowhere is not a folder; expected a checkpoint or an artifact"),
+        (["EMPTY"], "holds neither manifest.json nor config.json"),
+        (["--data", "DATA", "--samples", "0"], "--samples is 0; expected at least 1"),
+        (["--image-folder", "x"], "--image-folder says where pictures of --data lie"),
+        (["--candidate-by", "eager"], "is an artifact, which runs its own graphs; leave out the choice of eager"),
+        (["--report", "EMPTY"], "is a folder; expected a file to write"),
+        (["--device", "sim"], "device 'sim' cannot run"),
+        (["--reference-device", "npu", "--reference-by", "eager"], "is a checkpoint, which runs on the CPU"),
+        (["OTHER"], "compare two sides of one model"),
+        (["--data", "LONG"], "long.jsonl|line 1: the prompt has .* text tokens"),
+    ],
+)
+def test_bad_input_is_one_sentence(
+    llava: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: list[str], said: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "colour " * 400, "answer": "x"}) + "\n")
+    places = {"EMPTY": tmp_path / "empty", "DATA": data, "LONG": tmp_path / "long.jsonl"}
+    if change == ["OTHER"]:
+        other = copied(llava, tmp_path / "other")
+        with_facts(other, lambda facts: msgspec.structs.replace(facts, vocab_size=facts.vocab_size + 1))
+        sides = [str(llava), str(other)]
+    elif not change[0].startswith("--"):
+        sides = [str(CHECKPOINTS["llava"]), str(places.get(change[0], change[0]))]
+    else:
+        sides = [str(CHECKPOINTS["llava"]), str(llava)]
+    options = [str(places.get(each, each)) for each in change] if change[0].startswith("--") else []
+    by = [] if "--reference-by" in options or change == ["OTHER"] else ["--reference-by", "eager"]
+    assert main(["compare", *sides, *by, *options]) == 1
+    error = capsys.readouterr().err.strip()
+    assert re.search(said, error) and error.startswith("staticvl: ") and "\n" not in error
+    shutil.rmtree(tmp_path / "other", ignore_errors=True)

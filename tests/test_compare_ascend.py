@@ -1,0 +1,64 @@
+"""Faults in Ascend graphs, whose operators have no names of ours: found by the values that should be there and are not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from staticvl.compiler import check, lower_ascend
+from staticvl.tools.comparing.sides import Side
+
+from .comparisons import compared, compiled, reference_of, samples_of
+from .need_torchair import skip_without_torchair
+
+skip_without_torchair()
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Side, Path]]:
+    artifact = compiled("qwen_vl", tmp_path_factory.mktemp("ascend") / "artifact", backend="ascend")
+    side = reference_of("qwen_vl", artifact)
+    yield side, artifact
+    side.close()
+
+
+def test_a_healthy_artifact_raises_no_alarm(reference: tuple[Side, Path]) -> None:
+    result = compared(*reference, samples_of("qwen_vl"), inspect="always")
+    assert result.passed, (result.broken, result.findings)
+    assert result.precision == "float16" and max(own for own, _ in result.layers.values()) < 1e-4
+
+
+def test_keys_written_one_row_late(reference: tuple[Side, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, calls = lower_ascend._append, []
+
+    def late(cache, new, lengths):
+        calls.append(cache)
+        behind = (lengths + 1).clamp(max=cache.shape[2] - new.shape[1])
+        return right(cache, new, behind if len(calls) % 4 == 3 else lengths)  # the keys of layer 1
+
+    monkeypatch.setattr(lower_ascend, "_append", late)
+    monkeypatch.setattr(check, "_require", lambda *_: None)  # else the build would refuse it
+    side = compiled("qwen_vl", tmp_path / "broken", backend="ascend")
+    result = compared(reference[0], side, samples_of("qwen_vl"))
+    assert result.first is not None
+    assert (result.first.stage, result.first.where) == ("graph", "text.layers.1.attn cached_attention")
+
+
+def test_wrong_activation(reference: tuple[Side, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tanh form of gelu differs by little; in float32 it shows."""
+    lowerings = lower_ascend.lowerings
+
+    def changed():
+        found = lowerings()
+        gelu = next(op for op in found if "gelu" in str(op) and "quick" not in str(op))
+        return found | {gelu: lambda x: lower_ascend.npu.npu_gelu.default(x, approximate="tanh")}
+
+    monkeypatch.setattr(lower_ascend, "lowerings", changed)
+    monkeypatch.setattr(check, "_require", lambda *_: None)
+    side = compiled("qwen_vl", tmp_path / "broken", backend="ascend")
+    result = compared(reference[0], side, samples_of("qwen_vl"), inspect="always")
+    assert result.first is not None
+    assert (result.first.where, result.first.graph) == ("vision.layers.0.mlp gelu", "vision-1")

@@ -1,0 +1,107 @@
+"""A checkpoint as a side: its settings read, its weights converted into a temporary folder when somebody needs them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+
+from ...compiler.eager import EagerBackend
+from ...compiler.facts import read_facts
+from ...compiler.graphs import GraphDef, define_graph
+from ...compiler.plan import Buckets, Options, Plan, make_plan
+from ...model_defs.config import ModelConfig, read_config
+from ...runtime.artifact import Artifact, BuildFacts, CacheSpec, GraphSpec, Kind, Manifest, ModelFacts, WeightSpec
+from ...runtime.tokenizer import Tokenizer, load_tokenizer
+from ...weights.convert import convert
+from ...weights.source import open_source
+
+CHUNK = 128  # tokens of a prefill of the definitions
+
+
+class Checkpoint:
+    """A folder of a Hugging Face checkpoint; what is made of it lies in a folder of `work` and goes with `close`."""
+
+    def __init__(self, folder: Path, *, vision_tower: Path | None = None, work: Path | None = None) -> None:
+        """Raises ConfigError for a checkpoint that cannot be read."""
+        self.folder, self.vision_tower = folder, vision_tower
+        self.config: ModelConfig = read_config(folder, vision_tower=vision_tower)
+        facts, settings = read_facts(folder, self.config, vision_tower=vision_tower)
+        self.facts: ModelFacts = facts
+        self._temporary = tempfile.TemporaryDirectory(prefix="staticvl-compare-", dir=work)
+        self.out = Path(self._temporary.name)
+        self.tokenizer_folder = "tokenizer"
+        (self.out / self.tokenizer_folder).mkdir()
+        for name, data in settings.items():
+            (self.out / self.tokenizer_folder / Path(name).name).write_bytes(data)
+
+    def close(self) -> None:
+        self._temporary.cleanup()
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        return load_tokenizer(self.out / self.tokenizer_folder, self.facts.tokenizer)
+
+    @cached_property
+    def weights(self) -> dict[str, WeightSpec]:
+        """Every parameter in float32, converted once."""
+        source = open_source(self.folder, self.vision_tower)
+        return convert(source, self.config, self.out, quant="none", prefix="reference").weights
+
+    def plan(self, context: int | None, images: int | None) -> Plan:
+        """Few graphs: nobody measures them, and what a bucket does wrong has to differ from these."""
+        context = min(context or self.config.text.max_positions, self.config.text.max_positions)
+        buckets = Buckets(
+            prefill=(min(CHUNK, context),),
+            decode=(1,),
+            context=context,
+            slots=1,
+            images=(images,) if images and self.config.text.cross_layers else None,
+        )
+        return make_plan(self.config, Options(checkpoint=self.folder, out=self.out, buckets=buckets))
+
+    def eager(self, context: int | None = None, images: int | None = None) -> tuple[Artifact, EagerBackend]:
+        """The definitions as something that an engine can run."""
+        plan = self.plan(context, images)
+        define = definer(self.config, self.facts, plan.cache)
+        manifest = Manifest(
+            backend="onnx",
+            quant="none",
+            tp=1,
+            model=self.facts,
+            tokenizer=self.tokenizer_folder,
+            cache=plan.cache,
+            graphs=tuple(_spec(define(*graph)) for graph in plan.graphs),
+            weights=self.weights,
+            files={},
+            build=BuildFacts(staticvl="", torch="", options={}, key="", source={}),
+        )
+        return Artifact(self.out, manifest), EagerBackend(self.out, self.weights, plan.cache, define)
+
+
+def definer(
+    config: ModelConfig, facts: ModelFacts, cache: CacheSpec, quant: str = "none", ranks: int = 1
+) -> Callable[[Kind, int, int], GraphDef]:
+    """The definition of any graph over a cache, which is that of one rank."""
+    return lambda kind, bucket, images: define_graph(config, facts.image, cache, quant, kind, bucket, images, ranks)
+
+
+def _spec(graph: GraphDef) -> GraphSpec:
+    return GraphSpec(
+        kind=graph.kind,
+        bucket=graph.bucket,
+        images=graph.images,
+        file=graph.name,
+        key="",
+        inputs=graph.inputs,
+        outputs=graph.outputs,
+        cost_ms=float(graph.bucket),
+    )
+
+
+def narrowed(cache: CacheSpec, heads: int) -> CacheSpec:
+    """A cache with another number of heads."""
+    return msgspec.structs.replace(cache, kv_heads=heads)

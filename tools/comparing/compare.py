@@ -1,0 +1,253 @@
+"""The comparison from beginning to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from ...runtime.engine import ContextError
+from ...runtime.images import ImageError
+from ...runtime.prompt import PromptError
+from .checkpoint import Checkpoint
+from .edges import Ask, Edge, edges
+from .findings import Finding
+from .hf_side import HfSide
+from .inputs import compare_inputs
+from .localise import Failing, Localiser
+from .metrics import compare_logits, exact_match, matched_iou, relative_error, with_texts
+from .result import EdgeResult, Result, SampleResult, Scores
+from .samples import DataError, Sample
+from .scope import scope
+from .settings import compare_settings
+from .sides import Prepared, Side, SideError, answer_text
+from .static_side import StaticSide
+from .thresholds import Thresholds, broken, coarser, precision
+from .weights import Store, WeightComparison
+
+Stage = Callable[[str, int], Callable[[], object]]  # name and steps -> what is called at each step
+
+
+def quiet(_name: str, _steps: int) -> Callable[[], object]:
+    return lambda: None
+
+
+@dataclass(slots=True, kw_only=True)
+class Comparison:
+    """Two sides, what they are asked, and what may differ."""
+
+    reference: Side
+    candidate: Side
+    samples: Sequence[Sample]
+    limits: dict[str, Thresholds]
+    new_tokens: int = 16
+    with_edges: bool = True
+    inspect: str = "failed"  # always | failed | never
+    seed: int = 0
+    stage: Stage = quiet
+    failing: list[Failing] = field(default_factory=list)
+    _prepared: dict[tuple[int, str], tuple[Sample, Prepared]] = field(default_factory=dict)
+
+    def run(self) -> Result:
+        """Everything; raises DataError, ContextError or PromptError for a sample of a file that cannot be run."""
+        if self.reference.facts.vocab_size != self.candidate.facts.vocab_size:
+            raise SideError(
+                f"{self.reference.name} has {self.reference.facts.vocab_size} tokens and {self.candidate.name} "
+                f"{self.candidate.facts.vocab_size}; compare two sides of one model"
+            )
+        kind = coarser(precision(self.reference.manifest), precision(self.candidate.manifest))
+        result = Result(reference=self.reference.name, candidate=self.candidate.name, precision=kind, limits=self.limits[kind])
+        result.findings += compare_settings(self.reference.facts, self.candidate.facts)
+        result.findings += self._weights(result)
+        self._samples(result)
+        if self._has_edges:
+            self._edges(result)
+        if self.failing and self.inspect != "never":
+            self._localise(result)
+        manifest = self.candidate.manifest
+        ranks, quant = (manifest.tp, manifest.quant) if manifest else (1, "none")
+        result.scope = scope(result.edges, result.findings, ranks, quant)
+        return result
+
+    @property
+    def _has_edges(self) -> bool:
+        return self.with_edges and self.candidate.manifest is not None
+
+    # ---- weights
+
+    def _weights(self, result: Result) -> list[Finding]:
+        stores = self._stores(self.reference), self._stores(self.candidate)
+        config = self.candidate.config or self.reference.config
+        if config is None or self._same_checkpoint():
+            return []
+        comparison = WeightComparison(config, *stores, result.limits.weights)
+        if not comparison.possible:
+            result.notes.append("weights were not compared: both sides are cut, among different numbers of ranks")
+            return []
+        names, found = comparison.names(), comparison.extra()
+        advance = self.stage("comparing weights", len(names))
+        for name in names:
+            found += comparison.compare(name)
+            advance()
+        return found
+
+    def _same_checkpoint(self) -> bool:
+        """Whether both sides read the same files, so that there are no two sets of weights."""
+        folders = [
+            side.checkpoint.folder.resolve() for side in (self.reference, self.candidate)
+            if isinstance(side, StaticSide | HfSide) and side.checkpoint
+        ]  # fmt: skip
+        return len(folders) == 2 and folders[0] == folders[1]
+
+    @staticmethod
+    def _stores(side: Side) -> list[Store]:
+        if isinstance(side, StaticSide):
+            return [Store(side.artifact.folder, weights) for weights in side.rank_weights]
+        assert isinstance(side, HfSide)
+        checkpoint: Checkpoint = side.checkpoint
+        return [Store(checkpoint.out, checkpoint.weights)]
+
+    # ---- samples
+
+    def _samples(self, result: Result) -> None:
+        advance = self.stage("asking both sides", len(self.samples))
+        told: set[str] = set()
+        for sample in self.samples:
+            try:
+                found = self._sample(sample, result, told)
+            except (ContextError, PromptError, ImageError, DataError) as error:
+                if not sample.built_in:
+                    raise DataError(f"{sample.name}: {error}") from error
+                result.notes.append(f"the built-in sample {sample.name!r} was left out: {error}")
+            else:
+                result.samples.append(found)
+            advance()
+        if not result.samples:
+            raise DataError("no sample fits both sides; compile with a larger --context, or give shorter ones with --data")
+
+    def _sample(self, sample: Sample, result: Result, told: set[str]) -> SampleResult:
+        pair = [self._prepare(side, sample) for side in (self.reference, self.candidate)]
+        for finding in compare_inputs(pair[0].inputs, pair[1].inputs, result.limits.inputs):
+            if finding.where not in told:  # the first sample that shows it is enough
+                told.add(finding.where)
+                text = f"{finding.text} (sample {sample.name!r})"
+                result.findings.append(dataclasses.replace(finding, text=text))
+        answer = self._answer(sample, pair[0])
+        said = [
+            side.say([prompt], [answer], caches=True)[0]
+            for side, prompt in zip((self.reference, self.candidate), pair, strict=True)
+        ]
+        limits, tokenizer = result.limits, self.reference.tokenizer
+        figures = compare_logits(said[0].logits, said[1].logits, answer, tie=limits.relative)
+        divergence = with_texts(figures.divergence, lambda token: tokenizer.token(token) or str(token))
+        figures = dataclasses.replace(figures, divergence=divergence)
+        clauses = tuple(broken(figures, limits))
+        if clauses or (self.inspect == "always" and not self._has_edges):
+            error = figures.relative
+            self.failing.append(Failing(sample.name, "", (pair[0],), (pair[1],), (answer,), None, error))
+        return SampleResult(
+            name=sample.name,
+            positions=pair[0].length,
+            tokens=tuple(tokenizer.token(int(token)) or str(token) for token in answer),
+            figures=figures,
+            broken=clauses,
+            scores=self._scores(sample, pair),
+            layers=_by_layer(said[0].caches, said[1].caches),
+        )
+
+    def _prepare(self, side: Side, sample: Sample) -> Prepared:
+        key = id(side), sample.name
+        if key not in self._prepared or self._prepared[key][0] is not sample:
+            self._prepared[key] = sample, side.prepare(sample)
+        return self._prepared[key][1]
+
+    def _answer(self, sample: Sample, prompt: Prepared) -> np.ndarray:
+        """The tokens that both sides are made to say."""
+        if sample.answer is not None:
+            tokenizer = self.reference.tokenizer
+            ids = [*tokenizer.encode(sample.answer, add_bos=False), self.reference.facts.eos_token_ids[0]]
+            return np.array(ids, np.int64)
+        return np.asarray(self.reference.greedy(prompt, self.new_tokens), np.int64)
+
+    def _scores(self, sample: Sample, pair: Sequence[Prepared]) -> Scores | None:
+        """What each side says by itself, against what is right."""
+        if sample.expected is None and not sample.boxes:
+            return None
+        wanted = sample.expected or ""
+        count = max(self.new_tokens, 2 * len(self.reference.tokenizer.encode(wanted, add_bos=False)) + 8)
+        found: dict[str, Any] = {}
+        for label, side, prompt in zip(("reference", "candidate"), (self.reference, self.candidate), pair, strict=True):
+            text = answer_text(side, side.greedy(prompt, count))
+            if sample.expected is not None:
+                found[f"{label}_exact"] = exact_match(sample.expected, text)
+            if sample.boxes:
+                boxes = [box.normalised for box in side.boxes(text, prompt)]
+                found[f"{label}_iou"] = matched_iou(sample.boxes, boxes)
+        return Scores(**found)
+
+    # ---- graphs at their edges
+
+    def _edges(self, result: Result) -> None:
+        assert self.candidate.manifest is not None
+        cases = edges(self.candidate.manifest, self.seed)
+        advance = self.stage("running graphs at their edges", len(cases))
+        said: dict[tuple, np.ndarray] = {}
+        left_out = 0
+        for case in cases:
+            try:
+                result.edges.append(self._edge(case, result.limits, said))
+            except (ContextError, PromptError):
+                left_out += 1
+            advance()
+        if left_out:
+            result.notes.append(f"{left_out} edge cases were left out: they do not fit the context")
+
+    def _edge(self, case: Edge, limits: Thresholds, said: dict[tuple, np.ndarray]) -> EdgeResult:
+        mine = tuple(self._asked(self.reference, ask) for ask in case.asks)
+        theirs = tuple(self._asked(self.candidate, ask) for ask in case.asks)
+        expected = [
+            self._expected(prompt, answer, ask, said) for prompt, answer, ask in zip(mine, case.answers, case.asks, strict=True)
+        ]
+        found = self.candidate.say(theirs, case.answers, route=case.route)
+        error = max(relative_error(a, b.logits) for a, b in zip(expected, found, strict=True))
+        wrong = not error <= limits.relative
+        if wrong or (self.inspect == "always" and (case.column == "full" or "tiles" in case.column)):
+            self.failing.append(Failing(case.name, case.graph, mine, theirs, case.answers, case.route, error))
+        return EdgeResult(case.graph, case.column, error, wrong)
+
+    def _expected(self, prompt: Prepared, answer: np.ndarray, ask: Ask, said: dict[tuple, np.ndarray]) -> np.ndarray:
+        """The reference's logits, asked once."""
+        key = ask.sample.name, prompt.length, tuple(ask.ids[:8].tolist()), tuple(answer.tolist())
+        if key not in said:
+            said[key] = self.reference.say([prompt], [answer])[0].logits
+        return said[key]
+
+    def _asked(self, side: Side, ask: Ask) -> Prepared:
+        prompt = self._prepare(side, ask.sample)
+        if ask.length is None:
+            return prompt
+        if ask.sample.images:
+            return prompt.with_tokens(max(ask.length, prompt.length), ask.ids)
+        return prompt.with_tokens(1, ask.ids).with_tokens(ask.length, ask.ids)
+
+    # ---- causes
+
+    def _localise(self, result: Result) -> None:
+        localiser = Localiser(self.reference, self.candidate, result.limits)
+        failing = [case for case in self.failing if case.error > 0]
+        result.findings += localiser.localise(failing, self.stage("looking for the fault", len(failing)))
+        result.layers, result.looked_into = localiser.layers, localiser.looked_into
+
+
+def _by_layer(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[float, ...]:
+    """Errors of keys and values, by layer."""
+    if not a or a.keys() != b.keys():
+        return ()
+    layers = sorted({int(name.partition(".")[2]) for name in a})
+    rows = min(next(iter(a.values())).shape[1], next(iter(b.values())).shape[1])
+    return tuple(
+        max(relative_error(a[f"{w}_cache.{i}"][:, :rows], b[f"{w}_cache.{i}"][:, :rows]) for w in "kv") for i in layers
+    )

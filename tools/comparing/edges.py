@@ -1,0 +1,118 @@
+"""Requests that run every compiled graph at its edges: where silent errors of fixed shapes appear.
+
+prefill at 1 token, one more than the next smaller bucket, one less than the bucket and the bucket, and behind earlier tokens;
+decode with as many rows as the bucket and as few as it serves; vision with every number of tiles that a bucket serves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...runtime.artifact import Kind, Manifest, ModelFacts, graph_name
+from ...runtime.tiles import grid_of
+from .samples import QUESTION, TEXTS, Sample, asked, picture
+
+FORCED = 3  # tokens behind a decode case's prompts
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A sample of another length (None: as it is), in positions: text is `ids` behind its first token; behind pictures, which
+    stay whole, `ids` are what is longer."""
+
+    sample: Sample
+    length: int | None
+    ids: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Edge:
+    """One case of one graph: requests that run together, and the buckets that they may use."""
+
+    graph: str
+    column: str
+    asks: tuple[Ask, ...]
+    answers: tuple[np.ndarray, ...]
+    route: dict[str, int]
+
+    @property
+    def name(self) -> str:
+        return f"{self.graph}, {self.column}"
+
+
+def edges(manifest: Manifest, seed: int = 0) -> list[Edge]:
+    """Cases of every graph of an artifact."""
+    maker = _Maker(manifest, seed)
+    return [*maker.vision(), *maker.prefill(), *maker.decode()]
+
+
+class _Maker:
+    def __init__(self, manifest: Manifest, seed: int) -> None:
+        self.manifest, self.facts = manifest, manifest.model
+        rng = np.random.default_rng(seed)
+        # Not the first ids, among which special tokens are, nor the last.
+        self.ids = rng.integers(3, max(4, self.facts.tokenizer.used // 2), manifest.cache.context).astype(np.int64)
+        self.bases = {0: asked("text", TEXTS[0])}
+
+    def _edge(self, kind: Kind, bucket: int, images: int, column: str, asks: list[Ask], forced: int, **route: int) -> Edge:
+        answers = tuple(self.ids[i + 5 : i + 5 + forced] for i in range(len(asks)))
+        return Edge(graph_name(kind, bucket, images), column, tuple(asks), answers, route)
+
+    def _variants(self, kind: Kind) -> Iterator[tuple[int, int, int]]:
+        """(bucket, next smaller, images) of every graph of a kind."""
+        buckets = self.manifest.buckets(kind)
+        for graph in sorted((g for g in self.manifest.graphs if g.kind == kind), key=lambda g: (g.images, g.bucket)):
+            yield graph.bucket, max((b for b in buckets if b < graph.bucket), default=0), graph.images
+
+    def _base(self, images: int) -> Sample:
+        if images not in self.bases:
+            shown = tuple(picture(i) for i in range(images))
+            self.bases[images] = asked(f"text with {images} pictures", QUESTION, shown)
+        return self.bases[images]
+
+    def prefill(self) -> Iterator[Edge]:
+        rows = self.manifest.cache.rows
+        for bucket, previous, images in self._variants("prefill"):
+            lengths = {"1": 1, "least": previous + 1, "full - 1": bucket - 1, "full": bucket}
+            if 2 * bucket <= min(rows, self.manifest.cache.context - 1):
+                lengths["2 x full"] = 2 * bucket
+            seen: set[int] = set()
+            for column, length in lengths.items():
+                if 1 <= length < self.manifest.cache.context and length not in seen:
+                    seen.add(length)
+                    ask = Ask(self._base(images), length, self.ids)
+                    yield self._edge("prefill", bucket, images, column, [ask], 1, prefill=bucket)
+
+    def decode(self) -> Iterator[Edge]:
+        room = self.manifest.cache.context - FORCED
+        for bucket, previous, images in self._variants("decode"):
+            for column, rows in (("least", previous + 1), ("full", bucket)):
+                if column == "least" and rows == bucket:
+                    continue
+                lengths = [min(room, 5 + 3 * i) for i in range(rows)]
+                asks = [Ask(self._base(images), length, np.roll(self.ids, -7 * i)) for i, length in enumerate(lengths)]
+                yield self._edge("decode", bucket, images, column, asks, FORCED)
+
+    def vision(self) -> Iterator[Edge]:
+        served = _pictures(self.facts, max(self.manifest.buckets("vision")))
+        previous = 0
+        for bucket in self.manifest.buckets("vision"):
+            for tiles, grids in sorted(served.items()):
+                if previous < tiles <= bucket:
+                    shown = tuple(picture(tiles + 11 * i, grid, self.facts.image.size) for i, grid in enumerate(grids))
+                    sample = asked(f"{tiles} tiles", QUESTION, shown)
+                    yield self._edge("vision", bucket, 0, f"{tiles} tiles", [Ask(sample, None, self.ids)], 1, vision=bucket)
+            previous = bucket
+
+
+def _pictures(facts: ModelFacts, most: int) -> dict[int, list[tuple[int, int]]]:
+    """Numbers of tiles that one run can be given -> grids (rows, columns) of pictures that have so many."""
+    if facts.image.mode in ("anyres", "tiles"):
+        whole = 1 if facts.image.mode == "anyres" else 0
+        side = facts.image.size  # a picture of exactly these tiles is cut into them
+        assert all(grid_of((c * side, r * side), facts.image) == (r, c) for r, c in facts.image.grids)
+        return {whole + rows * columns: [(rows, columns)] for rows, columns in facts.image.grids}
+    return {n: [(1, 1)] * n for n in range(1, min(most, 4) + 1)}

@@ -1,0 +1,70 @@
+"""An engine that says what it is told, and shows what it runs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from ...runtime.chunks import ChunkPlanner
+from ...runtime.engine import Engine
+from ...runtime.feeds import Feed
+from ...runtime.request import Sequence
+from ...runtime.scheduler import Step
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """One run of a graph: what it was given, and which slot and picture it worked on."""
+
+    step: Step
+    feed: Feed
+    slot: int
+    image: int
+    past: dict[int, int]  # slot -> rows of the cache that were valid before
+
+
+class ForcedEngine(Engine):
+    """As Engine; a sequence in `forced` is given those tokens, whatever its logits say."""
+
+    forced: dict[int, np.ndarray]
+    slots: dict[int, int]  # of sequences that have answered
+    watch: Callable[[Ran], None] | None
+
+    def __init__(self, *args, **settings) -> None:
+        super().__init__(*args, **settings)
+        self.forced, self.slots, self.watch = {}, {}, None
+
+    def run_graph(self, step: Step, feed: Feed) -> np.ndarray:
+        if self.watch:
+            slot, image = self._place(step)
+            past = {each.slot: int(self.cache.lengths[each.slot]) for each in step.sequences if each.slot is not None}
+            self.watch(Ran(step, feed, slot, image, past))
+        return super().run_graph(step, feed)
+
+    def _choose(self, sequence: Sequence, logits: np.ndarray) -> None:
+        assert sequence.slot is not None
+        self.slots[sequence.id] = sequence.slot
+        if sequence.id not in self.forced:
+            super()._choose(sequence, logits)
+            return
+        sequence.logits.append(logits.copy())
+        sequence.generated.append(int(self.forced[sequence.id][len(sequence.generated)]))
+        if len(sequence.generated) == sequence.params.max_new_tokens:
+            self._finish(sequence, "length")
+
+    @contextlib.contextmanager
+    def only(self, route: Mapping[str, int] | None) -> Iterator[None]:
+        """Run nothing but these buckets of vision and prefill graphs, by kind."""
+        scheduler, route = self.scheduler, route or {}
+        before = scheduler.vision, scheduler.prefill
+        if "vision" in route:
+            scheduler.vision = ChunkPlanner({route["vision"]: 1.0})
+        if "prefill" in route:
+            scheduler.prefill = {images: ChunkPlanner({route["prefill"]: 1.0}) for images in scheduler.prefill}
+        try:
+            yield
+        finally:
+            scheduler.vision, scheduler.prefill = before

@@ -1,0 +1,72 @@
+"""Looking into a simulated Ascend graph. torchair numbers its operators as it likes, so values are found by their contents."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node as TracedNode
+
+from ...runtime.ascend import torchair_host
+from ...runtime.ascend.ge_graph import Node
+from ...runtime.ascend.simulator import Simulator
+from ...runtime.backends.ascend import AscendBackend, Device
+from .capture import Captured
+from .static_side import StaticSide
+from .walk import Find
+
+ALIKE = 2e-5  # of the largest magnitude: float32 sums in another order, never another operator
+
+
+class RecordingSimulator(Simulator):
+    """Keeps a copy of what every operator gave."""
+
+    def __init__(self, serialized: bytes, *, store: list[tuple[str, Tensor]]) -> None:
+        super().__init__(serialized, wide=True)
+        self.store = store
+
+    def _check_outputs(self, node: Node, outputs: Sequence[Tensor]) -> None:
+        super()._check_outputs(node, outputs)
+        # An operator that writes in place is followed by others that write there too.
+        self.store += [(f"{node.type} {node.name}", output.clone()) for output in outputs]
+
+
+def matches(side: StaticSide, run: Captured) -> Find | None:
+    """Runs the graph again in float32 and finds its values by contents; None for a program, which has no operators."""
+    if run.graph.eager:
+        return None
+    manifest, store = side.artifact.manifest, []
+    host = torchair_host.load()
+    record = functools.partial(RecordingSimulator, store=store)
+    device = Device("cpu", lambda: host.running_on(record), wide=True)
+    backend = AscendBackend(side.artifact.folder, manifest.cache, manifest.weights, manifest.files, device)
+    for name, value in run.caches.items():
+        backend.write_cache(name, value)
+    backend.run(run.graph, run.feed, 0, run.image)
+    return Contents(store).find
+
+
+class Contents:
+    """Values by their contents, whatever their layout."""
+
+    def __init__(self, store: Sequence[tuple[str, Tensor]]) -> None:
+        self.by_size: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # as it lies, and sorted
+        for _, value in store:
+            flat = value.detach().float().numpy().ravel()
+            self.by_size.setdefault(flat.size, []).append((flat, np.sort(flat)))
+
+    def find(self, node: TracedNode, expected: Tensor) -> Tensor | None:
+        """The value that holds the same numbers in the same order, or else in another."""
+        flat = expected.detach().float().numpy().ravel()
+        scale = max(float(np.abs(flat).max(initial=0.0)), 1e-30)
+        ordered = np.sort(flat)
+        for exact, by_size in self.by_size.get(flat.size, ()):
+            if np.abs(by_size - ordered).max(initial=0.0) > ALIKE * scale:
+                continue
+            if np.abs(exact - flat).max(initial=0.0) <= ALIKE * scale:
+                return torch.from_numpy(exact.reshape(expected.shape)).to(expected.dtype)
+            return expected
+        return None

@@ -1,0 +1,182 @@
+"""A side that transformers runs: a checkpoint in the hub's layout, its own processor, in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...model_defs.config import ModelConfig
+from ...runtime.artifact import Manifest
+from ...runtime.boxes import Box
+from ...runtime.families import family
+from ...runtime.image_files import load_image
+from ...runtime.images import Frame, frame_of
+from .checkpoint import Checkpoint
+from .samples import Sample
+from .sides import HIDDEN_TOKEN, Prepared, Said, SideError
+
+FAMILIES = ("llava", "llava_next", "mllama")
+
+
+@dataclass(frozen=True, slots=True)
+class HfPrepared:
+    """See sides.Prepared; `tensors` are what the model takes."""
+
+    side: HfSide
+    tensors: dict[str, Tensor]
+    frames: tuple[Frame, ...]
+
+    @property
+    def length(self) -> int:
+        return self.tensors["input_ids"].shape[1]
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        tensors, mllama = self.tensors, self.side.config.family == "mllama"
+        ids = tensors["input_ids"][0].numpy()
+        found = {"token_ids": ids if mllama else np.where(ids == self.side.image_token, HIDDEN_TOKEN, ids)}
+        found |= self.side.rope(self.length)
+        if "pixel_values" in tensors:
+            found["pixels"] = self.side.tiles(tensors).permute(0, 2, 3, 1).numpy()
+        if "aspect_ratio_ids" in tensors:
+            found["aspect_id"] = tensors["aspect_ratio_ids"][0].numpy()
+            mask = tensors["cross_attention_mask"][0].flatten(1)  # [L, N * t]
+            # A position that sees nothing is treated as one that sees everything, only behind this mask.
+            found["tiles_seen"] = torch.where(mask.any(1, keepdim=True), mask, 1).long().numpy()
+        return found
+
+    def with_tokens(self, length: int, ids: np.ndarray) -> HfPrepared:
+        more = torch.from_numpy(ids[: max(0, length - self.length)].astype(np.int64))[None]
+        return HfPrepared(self.side, lengthened(self.tensors, length, more), self.frames)
+
+
+class HfSide:
+    """See sides.Side."""
+
+    manifest: Manifest | None = None  # transformers compiles nothing
+
+    def __init__(self, checkpoint: Checkpoint, name: str) -> None:
+        import transformers
+
+        self.name, self.checkpoint = name, checkpoint
+        self.facts, self.config, self.tokenizer = checkpoint.facts, checkpoint.config, checkpoint.tokenizer
+        transformers.utils.logging.disable_progress_bar()
+        transformers.utils.logging.set_verbosity_error()
+        self.processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder)
+        kind: Any = transformers.AutoModelForImageTextToText
+        self.model: Any = kind.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
+        self.image_token: int = self.model.config.image_token_id
+
+    def close(self) -> None:
+        self.checkpoint.close()
+
+    def prepare(self, sample: Sample) -> HfPrepared:
+        messages = [
+            {
+                "role": message.role,
+                "content": [{"type": "image"}] * message.images + [{"type": "text", "text": message.text}],
+            }
+            for message in sample.messages
+        ]
+        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        bos = self.tokenizer.token(self.facts.tokenizer.bos_token_id)
+        images = [load_image(image, alpha=self.facts.image.alpha) for image in sample.images]
+        given = self.processor(
+            text=text, images=images or None, return_tensors="pt", add_special_tokens=not text.startswith(bos)
+        )
+        frames = tuple(frame_of(image.size, self.facts.image) for image in images)
+        return HfPrepared(self, dict(given), frames)
+
+    def say(
+        self,
+        prompts: Sequence[Prepared],
+        answers: Sequence[np.ndarray],
+        *,
+        route: dict[str, int] | None = None,
+        caches: bool = False,
+    ) -> list[Said]:
+        """One pass over prompt and answer; there are no buckets, so `route` means nothing here."""
+        found = []
+        for prompt, answer in zip(prompts, answers, strict=True):
+            assert isinstance(prompt, HfPrepared)
+            out = self.forward(prompt, answer, caches=caches)
+            logits = out.logits[0, prompt.length - 1 :].float().numpy()
+            found.append(Said(logits, self._caches(out.past_key_values) if caches else {}))
+        return found
+
+    def forward(self, prompt: HfPrepared, answer: np.ndarray, *, caches: bool = False) -> Any:
+        """All of the prompt and of the answer but its last token."""
+        more = torch.from_numpy(answer[:-1].astype(np.int64))[None]
+        with torch.no_grad():
+            return self.model(**lengthened(prompt.tensors, prompt.length + more.shape[1], more), use_cache=caches)
+
+    def _caches(self, kept: Any) -> dict[str, np.ndarray]:
+        layers = [i for i in range(self.config.text.layers) if i not in self.config.text.cross_layers]
+        found = {}
+        for place, layer in enumerate(layers):
+            found[f"k_cache.{place}"] = kept.layers[layer].keys[0].float().numpy()
+            found[f"v_cache.{place}"] = kept.layers[layer].values[0].float().numpy()
+        return found
+
+    def greedy(self, prompt: Prepared, count: int) -> np.ndarray:
+        assert isinstance(prompt, HfPrepared)
+        ends = list(self.facts.eos_token_ids)
+        out = self.model.generate(
+            **prompt.tensors, max_new_tokens=count, do_sample=False, temperature=None, top_p=None, top_k=None,
+            eos_token_id=ends, pad_token_id=ends[0],
+        )  # fmt: skip
+        return out[0, prompt.length :].numpy()
+
+    def boxes(self, text: str, prompt: Prepared) -> Sequence[Box]:
+        assert isinstance(prompt, HfPrepared)
+        return family(self.facts.family).parse_boxes(text, prompt.frames)
+
+    def rope(self, length: int) -> dict[str, np.ndarray]:
+        """Rotary tables [L, D] as the model computes them."""
+        places = torch.arange(length)[None]
+        with torch.no_grad():
+            cos, sin = self.model.model.language_model.rotary_emb(torch.zeros(1, 1, 1), places)
+        return {"rope_cos": cos[0].numpy(), "rope_sin": sin[0].numpy()}
+
+    def tiles(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Normalised pixels of the tiles that show something: [tiles, 3, S, S]."""
+        pixels = tensors["pixel_values"]
+        if self.config.family == "mllama":
+            return torch.cat([pixels[0, i, : int(mask.sum())] for i, mask in enumerate(tensors["aspect_ratio_mask"][0])])
+        if self.config.family == "llava_next":
+            from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+            config = self.model.config
+            grids, side = config.image_grid_pinpoints, config.vision_config.image_size
+            counts = [image_size_to_num_patches(size, grids, side) for size in tensors["image_sizes"].tolist()]
+            return torch.cat([each[:count] for each, count in zip(pixels, counts, strict=True)])
+        return pixels
+
+
+def lengthened(tensors: Mapping[str, Tensor], length: int, more: Tensor) -> dict[str, Tensor]:
+    """A model's inputs with `more` [1, n] ids behind them, cut to `length` positions."""
+    changed = dict(tensors)
+    changed["input_ids"] = torch.cat((tensors["input_ids"], more), dim=1)[:, :length]
+    changed["attention_mask"] = torch.ones_like(changed["input_ids"])
+    if "cross_attention_mask" in tensors:  # what the last token of the prompt sees, the answer sees
+        mask = tensors["cross_attention_mask"]
+        changed["cross_attention_mask"] = torch.cat((mask, mask[:, -1:].expand(-1, more.shape[1], -1, -1)), dim=1)[:, :length]
+    changed.pop("mm_token_type_ids", None)
+    changed.pop("token_type_ids", None)
+    return changed
+
+
+def open_hf_side(checkpoint: Checkpoint, name: str) -> HfSide:
+    """Raises SideError for a checkpoint that transformers does not know."""
+    config: ModelConfig = checkpoint.config
+    if config.family not in FAMILIES or config.layout != "hf":
+        raise SideError(
+            f"{checkpoint.folder} is {config.family} in the layout {config.layout}, which transformers cannot run; use the "
+            "definitions: --reference-by eager"
+        )
+    return HfSide(checkpoint, name)

@@ -1,0 +1,196 @@
+"""The definition of a model against transformers' own modules, for what no compiled graph can show: a wrong definition.
+
+Both run the same prompt over the same weights in float32. transformers' modules are hooked, ours traced, and the first module
+that gives something else is named. The table says which of ours is which of theirs.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from ...model_defs.config import ModelConfig
+from ...runtime.artifact import GraphSpec
+from .capture import Captured, capture
+from .checkpoint import definer
+from .findings import Finding
+from .hf_side import HfPrepared, HfSide
+from .static_side import StaticPrepared, StaticSide
+from .taps import definition, inputs_of, parameters_of
+from .walk import Walk, module_of
+
+SAME = 1e-3  # float32 in another order, over the depth of a model
+
+# transformers' path -> ours, tried in order.
+RENAMES = (
+    (r"(^|.*\.)language_model\.(model\.)?", "text."),
+    (r"^lm_head$", "text.lm_head"),
+    (r"(^|.*\.)multi_modal_projector", "projector"),
+    (r"(^|.*\.)(vision_tower|vision_model)\.(vision_model\.)?", "vision."),
+    (r"vision\.transformer\.layers", "vision.layers"),
+    (r"vision\.global_transformer\.layers", "vision.global_layers"),
+    (r"vision\.encoder\.layers", "vision.layers"),
+    (r"vision\.(layernorm_pre|pre_layrnorm)$", "vision.pre_norm"),
+    (r"vision\.layernorm_post$", "vision.post_norm"),
+    (r"^projector\.linear_1$", "projector.up"),
+    (r"^projector\.linear_2$", "projector.down"),
+    (r"\.(self_attn|cross_attn)", ".attn"),
+    (r"\.(input_layernorm|layer_norm1)$", ".attn_norm"),
+    (r"\.(post_attention_layernorm|layer_norm2)$", ".mlp_norm"),
+    (r"\.([qkvo])_proj$", r".\1"),
+    (r"\.out_proj$", ".o"),
+    (r"\.(gate|up|down)_proj$", r".\1"),
+    (r"(vision\..*)\.fc1$", r"\1.up"),
+    (r"(vision\..*)\.fc2$", r"\1.down"),
+    (r"text\.embed_tokens$", "text.embed"),
+)
+_MODULE = re.compile(
+    r"(text|vision)\.(global_)?layers\.\d+(\.(attn(\.([qkvo]|[qk]_norm))?|attn_norm|mlp_norm|mlp(\.(gate|up|down))?))?"
+    r"|text\.(embed|norm|lm_head)|vision\.(pre_norm|post_norm)|projector(\.(up|down))?|cross\.\d+\.(k|v|k_norm)"
+)
+
+
+def our_name(path: str, config: ModelConfig) -> str | None:
+    """Our name of a module of transformers, None where we have no such thing."""
+    for pattern, replacement in RENAMES:
+        path = re.sub(pattern, replacement, path)
+    of_cross = re.fullmatch(r"text\.layers\.(\d+)\.attn\.(k|v|k_norm)", path)
+    if of_cross and int(of_cross[1]) in config.text.cross_layers:  # ours belong to the vision graph
+        path = f"cross.{config.text.cross_layers.index(int(of_cross[1]))}.{of_cross[2]}"
+    return path if _MODULE.fullmatch(path) else None
+
+
+def compare_definition(
+    eager: StaticSide, hf: HfSide, ours: StaticPrepared, theirs: HfPrepared
+) -> tuple[list[Finding], dict[str, float]]:
+    """The first module whose output differs, and the error of every module in transformers' order."""
+    found = _our_modules(eager, ours)
+    errors: dict[str, float] = {}
+    missing: list[str] = []
+    for name, value in _their_modules(hf, theirs):
+        if name not in found:
+            if not name.startswith(("vision.", "projector", "cross.")) or any(key.startswith("vision.") for key in found):
+                missing.append(name)
+            continue
+        if found[name].numel() != value.numel():  # a run of padded tiles
+            continue
+        error = errors[name] = _error(value, found[name])
+        if error > SAME:
+            lacking = next((each for each in missing if each.rpartition(".")[0] == name.rpartition(".")[0]), None)
+            return [_finding(lacking or name, error, value, bool(lacking))], errors
+    return [], errors
+
+
+def _finding(name: str, error: float, value: Tensor, lacking: bool) -> Finding:
+    told = "transformers has it, the definition has not" if lacking else "the same weights give something else in transformers"
+    text = f"{name} {list(value.shape)}: {told} (relative error {error:.2e})"
+    return Finding(stage="definition", where=name, text=text, error=error, shape=tuple(value.shape))
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    """Of the numbers in order, or whatever their order is: layouts differ."""
+    x, y = a.detach().float().numpy().ravel(), b.detach().float().numpy().ravel()
+    scale = max(float(np.abs(x).max(initial=0)), 1e-30)
+    return min(float(np.abs(x - y).max(initial=0)), float(np.abs(np.sort(x) - np.sort(y)).max(initial=0))) / scale
+
+
+def _their_modules(hf: HfSide, prompt: HfPrepared) -> list[tuple[str, Tensor]]:
+    """What transformers' modules give, in the order in which they end."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str):
+        def keep(_module: Any, _inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
+            if isinstance(value, Tensor) and name not in found:
+                found[name] = value.detach().clone()
+
+        return keep
+
+    handles = []
+    for path, module in hf.model.named_modules():
+        if name := our_name(path, hf.config):
+            handles.append(module.register_forward_hook(hook(name)))
+    try:
+        hf.forward(prompt, np.zeros(1, np.int64))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [*found.items()]
+
+
+def _our_modules(eager: StaticSide, prompt: StaticPrepared) -> dict[str, Tensor]:
+    """What our modules give: of the vision graph's first run, and of one prefill as long as the prompt."""
+    found: dict[str, Tensor] = {}
+    assert eager.config is not None
+    answer = [np.zeros(1, np.int64)]
+    for run in capture(eager, [prompt], answer, None):
+        if run.graph.kind == "vision" and not any(name.startswith("vision.") for name in found):
+            found |= _values(eager, run)
+    found |= _values(eager, _whole_prefill(eager, prompt))
+    return found
+
+
+def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> Captured:
+    """The prompt as one chunk: the feeds of its chunks, joined."""
+    runs = [run for run in capture(eager, [prompt], [np.zeros(1, np.int64)], None) if run.graph.kind == "prefill"]
+    length, first = prompt.length, runs[0]
+    assert eager.config is not None
+    cache = eager.artifact.manifest.cache
+    graph = definer(eager.config, eager.facts, cache)("prefill", length, first.graph.images)
+    feed: dict[str, np.ndarray] = {}
+    for name in first.feed:
+        if name == "image_rows":
+            continue
+        parts, left = [], length
+        for run in runs:
+            parts.append(run.feed[name][:, : min(left, run.graph.bucket)] if run.feed[name].ndim > 1 else run.feed[name])
+            left -= run.graph.bucket
+        feed[name] = np.concatenate(parts, axis=1) if parts[0].ndim > 1 else parts[0]
+    if "image_rows" in first.feed:
+        _join_rows(feed, runs, length)
+    feed["last_index"] = np.array([length - 1], np.int32)
+    spec = GraphSpec(
+        kind="prefill", bucket=length, images=first.graph.images, file="", key="", inputs=graph.inputs,
+        outputs=graph.outputs, cost_ms=0.0,
+    )  # fmt: skip
+    return Captured(spec, feed, first.caches, 0, 1, {0: 0}, length)
+
+
+def _join_rows(feed: dict[str, np.ndarray], runs: list[Captured], length: int) -> None:
+    """Rows of pictures one chunk after another, and the index of each position among them."""
+    rows, index, left = [], [], length
+    for run in runs:
+        count = min(left, run.graph.bucket)
+        own = run.feed["row_index"][0, :count]
+        index.append(np.where(own >= 0, own + sum(map(len, rows)), -1))
+        rows.append(run.feed["image_rows"][: int(own.max(initial=-1)) + 1])
+        left -= count
+    joined = np.concatenate(rows)
+    feed["row_index"] = np.concatenate(index)[None].astype(np.int32)
+    feed["image_rows"] = np.concatenate((joined, np.zeros((length - len(joined), joined.shape[1]), np.float32)))
+
+
+def _values(eager: StaticSide, run: Captured) -> dict[str, Tensor]:
+    """The last value of every module of a graph."""
+    assert eager.config is not None
+    graph, program = definition(eager, run.graph)
+    walk = Walk(program, parameters_of(eager, eager.rank_weights[0], graph))
+    return by_module(walk, inputs_of(graph, run, 0, 1))
+
+
+def by_module(walk: Walk, inputs: list[Tensor]) -> dict[str, Tensor]:
+    kept: dict[Any, Tensor] = {}
+
+    def keep(node: Any, expected: Tensor) -> None:
+        kept[node] = expected
+
+    walk.run(inputs, keep)
+    found: dict[str, Tensor] = {}
+    for node, value in kept.items():
+        parts = module_of(node).split(".")
+        for i in range(1, len(parts) + 1):
+            found[".".join(parts[:i])] = value
+    return found

@@ -1,0 +1,111 @@
+"""The result for people: a verdict, the fault, and tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+
+from .result import EdgeResult, Result, SampleResult
+
+
+def verdict(result: Result) -> list[str]:
+    """What is to be known first, a line each."""
+    lines = [f"{result.candidate} against {result.reference}, limits of {result.precision}"]
+    if result.passed:
+        worst = max(each.figures.relative for each in result.samples)
+        cases = f"{len(result.samples)} samples" + (f" and {len(result.edges)} edge cases" if result.edges else "")
+        return [*lines, f"passed: {cases} within the limits; the largest relative error of logits is {worst:.1e}"]
+    lines.append(f"FAILED: {len(result.broken)} limits broken, {len(result.findings)} causes found")
+    if first := result.first:
+        lines.append(f"fault in {first.side}'s {NOUNS[first.stage]}: {first.text}")
+    else:
+        lines.append(
+            "no single cause was found: no operator is wrong by itself" if result.layers else "no cause was looked for"
+        )
+    lines += [f"also: {each.text}" for each in result.findings if each is not first][:MOST]
+    if len(result.findings) > MOST + 1:
+        lines.append(f"and {len(result.findings) - MOST - 1} more causes, in the JSON")
+    lines += result.scope
+    return lines
+
+
+MOST = 6
+NOUNS = {
+    "settings": "settings",
+    "weights": "weights",
+    "inputs": "inputs",
+    "feeds": "steps",
+    "graph": "graphs",
+    "definition": "definition",
+}
+
+
+def sample_table(samples: Sequence[SampleResult]) -> Table:
+    table = Table(title="Forced tokens: candidate against reference")
+    for name in ("sample", "positions", "tokens", "top 5", "top 50", "all", "KL", "cosine", "top-1", "perplexity", "parts at"):
+        table.add_column(name, justify="left" if name in ("sample", "parts at") else "right")
+    for each in samples:
+        f = each.figures
+        bands = {band.top: f"{band.relative:.1e}" for band in f.bands}
+        divergence = "-"
+        if d := f.divergence:
+            margins = f"{d.reference_margin:.3g} and {d.candidate_margin:.3g}"
+            divergence = f"{d.position}: {d.reference_text!r}, {d.candidate_text!r} by {margins}"
+        table.add_row(
+            each.name + (" *" if each.broken else ""), str(each.positions), str(len(each.tokens)), bands.get(5, "-"),
+            bands.get(50, "-"), bands[None], f"{f.kl:.1e}", f"{f.cosine:.6f}", f"{f.agreement:.1%}",
+            f"{f.reference_perplexity:.4g} / {f.candidate_perplexity:.4g}", divergence,
+        )  # fmt: skip
+    return table
+
+
+def score_table(samples: Sequence[SampleResult]) -> Table | None:
+    """Where the right answers are known."""
+    scored = [(each.name, each.scores) for each in samples if each.scores]
+    if not scored:
+        return None
+    table = Table(title="Against what is right: reference / candidate")
+    for name in ("sample", "exact match", "IoU of boxes"):
+        table.add_column(name)
+    for name, s in scored:
+        exact = "-" if s.reference_exact is None else f"{_yes(s.reference_exact)} / {_yes(s.candidate_exact)}"
+        iou = "-" if s.reference_iou is None else f"{s.reference_iou:.3f} / {s.candidate_iou:.3f}"
+        table.add_row(name, exact, iou)
+    return table
+
+
+def _yes(value: bool | None) -> str:
+    return "yes" if value else "no"
+
+
+def edge_table(edges: Sequence[EdgeResult]) -> Table | None:
+    """Every graph at its edges."""
+    if not edges:
+        return None
+    columns = list(dict.fromkeys(edge.column for edge in edges))
+    table = Table(title="Relative error of logits, every graph at its edges")
+    table.add_column("graph")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for graph in dict.fromkeys(edge.graph for edge in edges):
+        cells = {e.column: f"{e.error:.1e}" + (" *" if e.broken else "") for e in edges if e.graph == graph}
+        table.add_row(graph, *(cells.get(column, "") for column in columns))
+    return table
+
+
+def layer_table(result: Result) -> Table | None:
+    """The graph that was looked into, by layer."""
+    if not result.layers:
+        return None
+    table = Table(title=f"Errors by layer: {result.looked_into}")
+    for name in ("layer", "of its own operators", "carried to its end"):
+        table.add_column(name, justify="left" if name == "layer" else "right")
+    for layer, (own, drift) in result.layers.items():
+        table.add_row(layer, f"{own:.1e}", f"{drift:.1e}")
+    return table
+
+
+def tables(result: Result) -> list[Table]:
+    found = (sample_table(result.samples), score_table(result.samples), edge_table(result.edges), layer_table(result))
+    return [table for table in found if table is not None]

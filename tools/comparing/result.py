@@ -1,0 +1,107 @@
+"""Everything that a comparison found, as plain data."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from .findings import STAGES, Finding
+from .metrics import Figures
+from .thresholds import Thresholds
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Against what is right: whether the answer is, and the boxes' intersection over union."""
+
+    reference_exact: bool | None = None
+    candidate_exact: bool | None = None
+    reference_iou: float | None = None
+    candidate_iou: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SampleResult:
+    """One sample."""
+
+    name: str
+    positions: int
+    tokens: tuple[str, ...]  # forced
+    figures: Figures
+    broken: tuple[str, ...]
+    scores: Scores | None
+    layers: tuple[float, ...] = ()  # error of keys and values, by layer that attends to the text
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeResult:
+    """One case of one graph."""
+
+    graph: str
+    column: str
+    error: float
+    broken: bool
+
+
+@dataclass(slots=True, kw_only=True)
+class Result:
+    """The whole comparison."""
+
+    reference: str
+    candidate: str
+    precision: str
+    limits: Thresholds
+    samples: list[SampleResult] = field(default_factory=list)
+    edges: list[EdgeResult] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    scope: list[str] = field(default_factory=list)
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the graph looked into: own error, drift
+    looked_into: str = ""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def broken(self) -> list[str]:
+        """Limits that are broken."""
+        told = [f"{each.name}: {clause}" for each in self.samples for clause in each.broken]
+        return told + [f"{e.graph}, {e.column}: relative error {e.error:.3g}" for e in self.edges if e.broken]
+
+    @property
+    def passed(self) -> bool:
+        return not self.broken and not self.findings
+
+    @property
+    def first(self) -> Finding | None:
+        """What explains the rest."""
+        return min(self.findings, key=lambda each: STAGES.index(each.stage), default=None)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it."""
+        first = self.first
+        return _finite(
+            {
+                "reference": self.reference,
+                "candidate": self.candidate,
+                "passed": self.passed,
+                "precision": self.precision,
+                "limits": asdict(self.limits),
+                "broken": self.broken,
+                "fault": first.plain() if first else None,
+                "findings": [each.plain() for each in self.findings],
+                "scope": self.scope,
+                "samples": [asdict(each) for each in self.samples],
+                "edges": [asdict(each) for each in self.edges],
+                "layers": {name: {"own": own, "drift": drift} for name, (own, drift) in self.layers.items()},
+                "looked_into": self.looked_into,
+                "notes": self.notes,
+            }
+        )
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity: it is null."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

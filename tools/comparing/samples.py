@@ -1,0 +1,68 @@
+"""What both sides are asked. The built-in samples follow from a seed."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+from PIL import Image
+
+from ...runtime.prompt import Message
+from ..drawings import make_drawing, questions, render
+
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of the picture
+SIDE = 112  # pixels of a built-in picture
+QUESTION = "What is in the picture?"
+TEXTS = ("Say one word about each of these: a circle, a square, a triangle and a star.", "Name three colours.")
+
+
+class DataError(ValueError):
+    """A data file that cannot be used; the message names file and line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One question to both sides. `messages` end where the assistant answers."""
+
+    name: str
+    messages: tuple[Message, ...]
+    images: tuple[Any, ...] = ()  # paths or pictures, in order
+    answer: str | None = None  # what both sides are made to say; None: what the reference says by itself
+    expected: str | None = None  # the right answer, for exact match
+    boxes: tuple[Box, ...] = ()  # the right boxes, for intersection over union
+    built_in: bool = False
+
+
+def asked(name: str, text: str, images: tuple[Any, ...] = (), **more: Any) -> Sample:
+    """One turn of a user, pictures first."""
+    return Sample(name=name, messages=(Message("user", text, len(images)),), images=images, **more)
+
+
+def picture(seed: int, grid: tuple[int, int] = (1, 1), side: int = SIDE) -> Image.Image:
+    """A drawing, repeated on a grid of (rows, columns) so that no two parts of a wide picture are alike."""
+    rng = random.Random(seed)
+    rows, columns = grid
+    sheet = Image.new("RGB", (columns * side, rows * side))
+    for row in range(rows):
+        for column in range(columns):
+            sheet.paste(render(make_drawing(rng), side), (column * side, row * side))
+    return sheet
+
+
+def built_in_samples(seed: int = 0) -> list[Sample]:
+    """Text alone, pictures of several shapes, questions whose answers are known, two pictures, an earlier turn."""
+    rng = random.Random(seed)
+    drawing = make_drawing(rng, 3)
+    known = {kind: (question, answer) for question, answer, kind in questions(drawing, rng)}
+    shown = render(drawing, SIDE)
+    samples = [asked(f"text {i + 1}", text, built_in=True) for i, text in enumerate(TEXTS)]
+    for kind in ("describe", "box"):
+        question, answer = known[kind]
+        samples.append(asked(f"picture, {kind}", question, (shown,), built_in=True, answer=answer))
+    for name, grid in (("wide", (1, 2)), ("tall", (3, 1)), ("large", (2, 2))):
+        samples.append(asked(f"picture, {name}", QUESTION, (picture(seed + 7, grid),), built_in=True))
+    samples.append(asked("two pictures", "Which of the two is larger?", (shown, picture(seed + 9)), built_in=True))
+    turns = (Message("user", QUESTION, 1), Message("assistant", "A red circle."), Message("user", "Where is it?"))
+    samples.append(Sample(name="second turn", messages=turns, images=(shown,), built_in=True))
+    return samples

@@ -1,0 +1,45 @@
+"""What both sides know about the model beyond its numbers: rotary bases, means of pixels, token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from ...runtime.artifact import ModelFacts
+from .findings import Finding
+
+# How an answer is chosen, how files are called: nothing that forced tokens depend on.
+IGNORED = ("sampling", "tokenizer.file", "layout", "stop_strings", "text_before_image")
+
+
+def compare_settings(reference: ModelFacts, candidate: ModelFacts) -> list[Finding]:
+    """Every setting that differs."""
+    a, b = (dict(_flat(msgspec.to_builtins(facts))) for facts in (reference, candidate))
+    found = []
+    for name in sorted(a.keys() | b.keys()):
+        if name.startswith(IGNORED) or _alike(a.get(name), b.get(name)):
+            continue
+        text = f"{name} is {_short(b.get(name))}; the reference has {_short(a.get(name))}"
+        found.append(Finding(stage="settings", where=name, text=text))
+    return found
+
+
+def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _flat(each, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, value
+
+
+def _alike(a: Any, b: Any) -> bool:
+    if isinstance(a, float) and isinstance(b, float | int):
+        return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+    return a == b
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

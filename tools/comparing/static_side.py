@@ -1,0 +1,215 @@
+"""A side that staticvl runs: an artifact on its device, or the definitions over a checkpoint's weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ...compiler.lockstep import LockstepBackend, widened
+from ...model_defs.config import ModelConfig, decode_config
+from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelFacts, WeightSpec, open_artifact, rank_weights
+from ...runtime.backends.base import Backend, Group, open_backend
+from ...runtime.boxes import Box
+from ...runtime.model import Model
+from ...runtime.prompt import Prompt, Sight
+from ...runtime.request import SamplingParams
+from ...runtime.rope import query_scales, rope_tables
+from ..bench import held
+from .checkpoint import Checkpoint, narrowed
+from .forced import ForcedEngine
+from .samples import Sample
+from .sides import HIDDEN_TOKEN, Prepared, Said, SideError
+
+
+@dataclass(frozen=True, slots=True)
+class StaticPrepared:
+    """See sides.Prepared."""
+
+    prompt: Prompt
+    facts: ModelFacts
+    head_dim: int
+
+    @property
+    def length(self) -> int:
+        return self.prompt.length
+
+    @property
+    def inputs(self) -> dict[str, np.ndarray]:
+        prompt, image = self.prompt, self.facts.image
+        found = {"token_ids": np.where(self._shown, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
+        cos, sin = rope_tables(self.facts.rope, self.head_dim, self.length, prompt.ntk)
+        found |= {"rope_cos": cos, "rope_sin": sin}
+        if self.facts.rope.logn_positions:
+            found["query_scale"] = query_scales(self.facts.rope, self.length)
+        if len(prompt.pixels):
+            mean, std = np.array(image.mean), np.array(image.std)
+            used = prompt.pixels[self._used]
+            found["pixels"] = ((used * image.rescale - mean) / std).astype(np.float32)
+        if prompt.grids is not None and len(prompt.grids):
+            found["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
+        if prompt.sight:
+            found["tiles_seen"] = prompt.sight.visible.astype(np.int64)
+        return found
+
+    @property
+    def _shown(self) -> np.ndarray:
+        """Positions that are a picture's, newlines between its rows included."""
+        newline = self.facts.image.newline_id
+        return (self.prompt.rows >= 0) | (self.prompt.token_ids == (-2 if newline is None else newline))
+
+    @property
+    def _used(self) -> np.ndarray:
+        """Tiles that show something."""
+        tiles = np.arange(len(self.prompt.pixels))
+        if self.prompt.grids is None or not len(self.prompt.grids):
+            return tiles
+        each = len(tiles) // len(self.prompt.grids)
+        return tiles[tiles % each < np.repeat(self.prompt.grids.prod(axis=1), each)]
+
+    def with_tokens(self, length: int, ids: np.ndarray) -> StaticPrepared:
+        prompt, more = self.prompt, max(0, length - self.length)
+        sight = prompt.sight
+        if sight:
+            sight = Sight(visible=held(sight.visible, more)[:length], gates=held(sight.gates, more)[:length])
+        changed = dataclasses.replace(
+            prompt,
+            token_ids=np.concatenate((prompt.token_ids, ids[:more].astype(np.int32)))[:length],
+            rows=np.concatenate((prompt.rows, np.full(more, -1, np.int32)))[:length],
+            state=np.zeros(length, np.int32),
+            sight=sight,
+        )
+        return dataclasses.replace(self, prompt=changed)
+
+
+class StaticSide:
+    """See sides.Side."""
+
+    def __init__(
+        self,
+        name: str,
+        artifact: Artifact,
+        backend: Backend,
+        config: ModelConfig | None,
+        *,
+        compiled: bool,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
+        """`compiled`: the graphs of the artifact are what runs, not the definitions."""
+        self.name, self.artifact, self.config, self.checkpoint = name, artifact, config, checkpoint
+        self.facts = artifact.manifest.model
+        self.compiled = compiled
+        self.engine = ForcedEngine(artifact, backend)
+        self.model = Model(artifact, self.engine)
+        self.tokenizer = self.model.tokenizer
+
+    @property
+    def manifest(self) -> Manifest | None:
+        return self.artifact.manifest if self.compiled else None
+
+    def close(self) -> None:
+        if self.checkpoint:
+            self.checkpoint.close()
+
+    def prepare(self, sample: Sample) -> StaticPrepared:
+        prompt = self.model.prepare_messages(list(sample.messages), list(sample.images))
+        return StaticPrepared(prompt, self.facts, self.artifact.manifest.cache.head_dim)
+
+    def say(
+        self,
+        prompts: Sequence[Prepared],
+        answers: Sequence[np.ndarray],
+        *,
+        route: dict[str, int] | None = None,
+        caches: bool = False,
+    ) -> list[Said]:
+        engine, slots = self.engine, self.artifact.manifest.cache.slots
+        found: list[Said] = []
+        with engine.only(route):
+            together = 1 if caches else slots  # a slot is written again as soon as its sequence has ended
+            for start in range(0, len(prompts), together):
+                some = slice(start, start + together)
+                sequences = []
+                for prompt, answer in zip(prompts[some], answers[some], strict=True):
+                    assert isinstance(prompt, StaticPrepared)
+                    params = SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True)
+                    sequences.append(engine.new_sequence(prompt.prompt, params, return_logits=True))
+                engine.forced = {each.id: answer for each, answer in zip(sequences, answers[some], strict=True)}
+                try:
+                    outputs = self.model.run(sequences)
+                finally:
+                    engine.forced = {}
+                for sequence, out in zip(sequences, outputs, strict=True):
+                    assert out.logits is not None
+                    slot, positions = engine.slots.pop(sequence.id), sequence.prompt.length + len(out.token_ids) - 1
+                    kept = self._caches(slot, positions) if caches else {}
+                    found.append(Said(out.logits, kept))
+        return found
+
+    def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
+        names = [name for name in self.artifact.manifest.cache.buffers() if name[:2] in ("k_", "v_")]
+        found = {name: self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions] for name in names}
+        heads = self.config.text.kv_heads if self.config else 0
+        # Where there are more ranks than heads, neighbours hold the same one.
+        return {name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in found.items()}
+
+    def greedy(self, prompt: Prepared, count: int) -> np.ndarray:
+        assert isinstance(prompt, StaticPrepared)
+        params = SamplingParams(max_new_tokens=count, temperature=0.0)
+        (out,) = self.model.run([self.engine.new_sequence(prompt.prompt, params)])
+        return np.array(out.token_ids)
+
+    def boxes(self, text: str, prompt: Prepared) -> Sequence[Box]:
+        assert isinstance(prompt, StaticPrepared)
+        return self.model.family.parse_boxes(text, prompt.prompt.frames)
+
+    @cached_property
+    def rank_weights(self) -> list[dict[str, WeightSpec]]:
+        """What each rank holds."""
+        manifest = self.artifact.manifest
+        return [rank_weights(manifest.weights, manifest.tp, rank) if manifest.tp > 1 else manifest.weights
+                for rank in range(manifest.tp)]  # fmt: skip
+
+
+def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: str) -> StaticSide:
+    """An artifact on a device, all its ranks as threads of this process; raises ArtifactError or SideError."""
+    artifact = open_artifact(folder)
+    manifest = artifact.manifest
+    if manifest.pp > 1:
+        raise SideError(
+            f"{folder} is a pipeline of {manifest.pp} stages, which cannot be compared yet; compile it with --pp 1 to compare"
+        )
+    if device == "auto":
+        device = "cpu" if manifest.backend == "onnx" else "sim"
+    stored = artifact.path(manifest.tokenizer) / DEFINITION
+    config = decode_config(stored.read_bytes(), str(stored)) if stored.is_file() else None
+    if manifest.tp == 1:
+        backend = open_backend(manifest.backend, folder, manifest.cache, device=device, threads=threads, manifest=manifest)
+        return StaticSide(name, artifact, backend, config, compiled=True)
+    backend = LockstepBackend(manifest.tp, _opener(artifact, device, threads))
+    return StaticSide(name, Artifact(folder, together(manifest)), backend, config, compiled=True)
+
+
+def _opener(artifact: Artifact, device: str, threads: int | None) -> Callable[[Group], Backend]:
+    manifest = artifact.manifest
+    return lambda group: open_backend(
+        manifest.backend, artifact.folder, manifest.cache, device=device, threads=threads, manifest=manifest, group=group
+    )
+
+
+def together(manifest: Manifest) -> Manifest:
+    """The manifest with the cache and the graphs of all ranks, as LockstepBackend takes them."""
+    ranks = manifest.tp
+    cache = narrowed(manifest.cache, manifest.cache.kv_heads * ranks)
+    return msgspec.structs.replace(manifest, cache=cache, graphs=tuple(widened(graph, ranks) for graph in manifest.graphs))
+
+
+def open_eager_side(checkpoint: Checkpoint, *, context: int | None, images: int | None, name: str) -> StaticSide:
+    """The definitions over a checkpoint's weights."""
+    artifact, backend = checkpoint.eager(context, images)
+    return StaticSide(name, artifact, backend, checkpoint.config, compiled=False, checkpoint=checkpoint)

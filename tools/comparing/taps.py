@@ -1,0 +1,189 @@
+"""A captured run again, with every value in sight: the errors of all operators of a compiled graph."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from ...compiler.graphs import GraphDef, define_graph, trace
+from ...compiler.lockstep import ArrayMember, Meeting, Member, results_of
+from ...compiler.tap_onnx import Tapped, tap
+from ...model_defs.config import ModelConfig
+from ...model_defs.group import member_of
+from ...runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, Segment, Step, WeightSpec
+from ...runtime.ascend.weights import map_weight
+from ...runtime.backends.base import cache_name
+from ...runtime.backends.ort import OrtBackend
+from .capture import Captured
+from .checkpoint import narrowed
+from .culprit import matched_culprit, named_culprit
+from .static_side import StaticSide
+from .walk import Find, OpError, Walk
+
+Errors = dict[Node, OpError]
+KEPT = 8  # graphs that are open at once
+
+
+class Inspector:
+    """Looks into the graphs of one side; what it has opened it keeps, the last few graphs."""
+
+    def __init__(self, side: StaticSide, limit: float) -> None:
+        """`limit`: see Thresholds.operators."""
+        self.side, self.limit = side, limit
+        self.opened: dict[str, OnnxGraph] = {}
+
+    def inspect(self, run: Captured) -> tuple[OpError | None, list[Errors]]:
+        """The first wrong operator of a captured run, if any, and the errors of all, by rank."""
+        if self.side.artifact.manifest.backend == "ascend":
+            errors = _ascend(self.side, run)
+            return (matched_culprit(errors), [errors]) if errors else (None, [])
+        ranks = self._graph(run.graph).errors(run)
+        found = [(error, rank) for rank, errors in enumerate(ranks) if (error := named_culprit(errors, self.limit))]
+        if not found:
+            return None, ranks
+        order = [[*errors.values()] for errors in ranks]
+        first, rank = min(found, key=lambda each: _place(order[each[1]], each[0]))
+        return dataclasses.replace(first, rank=rank), ranks
+
+    def _graph(self, graph: GraphSpec) -> OnnxGraph:
+        if graph.name not in self.opened:
+            if len(self.opened) == KEPT:
+                del self.opened[next(iter(self.opened))]
+            self.opened[graph.name] = OnnxGraph(self.side, graph)
+        return self.opened[graph.name]
+
+
+def _place(order: list[OpError], error: OpError) -> int:
+    return next((i for i, each in enumerate(order) if each.name == error.name), len(order))
+
+
+# ---- the definition
+
+
+def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.export.ExportedProgram]:
+    """One rank's definition of a graph, and its trace."""
+    assert side.config is not None
+    manifest = side.artifact.manifest
+    cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
+    return traced(side.config, side.facts.image, cache, manifest.quant, graph.kind, graph.bucket, graph.images, manifest.tp)
+
+
+@functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
+def traced(
+    config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int, ranks: int
+) -> tuple[GraphDef, torch.export.ExportedProgram]:
+    """The definition of a graph, and its trace."""
+    graph = define_graph(config, image, cache, quant, kind, bucket, images, ranks)
+    return graph, trace(graph)
+
+
+def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: GraphDef) -> dict[str, Tensor]:
+    found = {name: torch.from_numpy(value) for name, value in graph.constants.items()}
+    for name, _ in graph.module.named_parameters():
+        if name not in found:
+            weight = map_weight(side.artifact.folder, weights[name])
+            found[name] = weight.float() if weight.is_floating_point() else weight
+    return found
+
+
+def inputs_of(graph: GraphDef, run: Captured, rank: int, ranks: int) -> list[Tensor]:
+    """What the rank's graph takes, in order."""
+    arrays = [
+        run.feed[spec.name] if spec.name in run.feed else np.split(run.caches[spec.name], ranks, axis=1)[rank]
+        for spec in graph.inputs
+    ]
+    return [torch.from_numpy(np.ascontiguousarray(array)).clone() for array in arrays]
+
+
+# ---- ONNX Runtime
+
+
+class OnnxGraph:
+    """A compiled graph with taps, on every rank, and its definition."""
+
+    def __init__(self, side: StaticSide, graph: GraphSpec) -> None:
+        manifest, folder = side.artifact.manifest, side.artifact.folder
+        self.ranks = manifest.tp
+        self.definition, self.program = definition(side, graph)
+        referred = side.rank_weights[0]
+        if graph.steps:  # segments name a weight file without its folder; taps do not care
+            referred = {name: msgspec.structs.replace(spec, file=Path(spec.file).name) for name, spec in referred.items()}
+        self.tapped = tap(self.definition, self.program, referred, [(folder / name).read_bytes() for name in graph.files])
+        narrow = msgspec.structs.replace(graph, inputs=self.definition.inputs, outputs=self.definition.outputs)
+        self.spec = _with_taps(narrow, self.tapped)
+        models = {name: each.data for name, each in zip(graph.files, self.tapped, strict=True)}
+        assert side.config is not None
+        cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
+        self.meeting = Meeting(self.ranks)
+        groups = [ArrayMember(self.meeting, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
+        self.backends = [OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups]
+        self.walks = [
+            Walk(self.program, parameters_of(side, side.rank_weights[rank], self.definition)) for rank in range(self.ranks)
+        ]
+
+    def errors(self, run: Captured) -> list[Errors]:
+        """Of every rank, in lockstep."""
+        with ThreadPoolExecutor(self.ranks) as pool:
+            return results_of([pool.submit(self._of_rank, run, rank) for rank in range(self.ranks)])
+
+    def _of_rank(self, run: Captured, rank: int) -> Errors:
+        backend, inputs = self.backends[rank], inputs_of(self.definition, run, rank, self.ranks)
+        try:
+            for each, value in zip(self.definition.inputs, inputs, strict=True):
+                if each.name not in run.feed:
+                    backend.write_cache(each.name, value.numpy())
+            backend.run(self.spec, run.feed, 0, run.image)
+            find = self._by_name(backend, run.image)
+            with member_of(Member(self.meeting, rank)):
+                return self.walks[rank].run(inputs, find)
+        except BaseException:
+            self.meeting.barrier.abort()
+            raise
+
+    def _by_name(self, backend: OrtBackend, image: int) -> Find:
+        """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
+        arrays = {node: backend.free[name] for part in self.tapped for node, name in part.taps.items()}
+        results: Any = self.program.graph.output_node().args[0]
+        for node, output in zip(results, self.definition.outputs, strict=True):
+            name = cache_name(output.name, image)
+            arrays[node] = backend.read_cache(name, output.shape[0]) if name else backend.outputs[self.spec.file]
+
+        def find(node: Node, expected: Tensor) -> Tensor | None:
+            array = arrays.get(node)
+            return None if array is None or array.shape != expected.shape else torch.from_numpy(np.array(array))
+
+        return find
+
+
+def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
+    """The graph with every tap among the outputs of its segments."""
+    steps: list[Step] = []
+    left = [each.taps.values() for each in tapped]
+    for step in graph.plan:
+        taps = left.pop(0) if isinstance(step, Segment) else ()
+        steps.append(msgspec.structs.replace(step, outputs=(*step.outputs, *taps)) if isinstance(step, Segment) else step)
+    return msgspec.structs.replace(graph, steps=tuple(steps))
+
+
+# ---- Ascend
+
+
+def _ascend(side: StaticSide, run: Captured) -> Errors:
+    from .ge_taps import matches
+
+    graph, program = definition(side, run.graph)
+    find: Find | None = matches(side, run)
+    if find is None:
+        return {}
+    parameters = parameters_of(side, side.rank_weights[0], graph)
+    return Walk(program, parameters).run(inputs_of(graph, run, 0, 1), find)

@@ -1,0 +1,173 @@
+"""Stored weights of both sides, tensor by tensor, whatever each is stored in and however it is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...model_defs.config import ModelConfig
+from ...runtime.artifact import WeightSpec
+from ...runtime.ascend.weights import map_weight
+from ...weights.cut import Span
+from ...weights.shard import rank_span, shard_axis
+from .findings import Finding
+
+CERTAIN = 1e-5  # a match of this quality is no chance
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """One rank's weights in a folder."""
+
+    folder: Path
+    weights: Mapping[str, WeightSpec]
+
+    def names(self) -> list[str]:
+        """Parameters, an 8-bit one by the name that it would have in float."""
+        found = dict.fromkeys(name for name in self.weights if not name.endswith((".qweight", ".scales")))
+        return [*found, *(f"{n.removesuffix('.qweight')}.weight" for n in self.weights if n.endswith(".qweight"))]
+
+    def quantised(self, name: str) -> bool:
+        return name not in self.weights
+
+    def read(self, name: str, columns: int) -> Tensor:
+        """A parameter in float32; `columns` cuts off what fills up a last block of 8-bit weights."""
+        if not self.quantised(name):
+            return map_weight(self.folder, self.weights[name]).float()
+        stem = name.removesuffix(".weight")
+        q, scales = (map_weight(self.folder, self.weights[f"{stem}.{part}"]).float() for part in ("qweight", "scales"))
+        return ((q - 128) * scales[..., None]).flatten(1)[:, :columns]
+
+
+class WeightComparison:
+    """A reference that holds everything, against the ranks of a candidate, or the other way round."""
+
+    def __init__(self, config: ModelConfig, reference: list[Store], candidate: list[Store], limit: float) -> None:
+        """Lists are by rank; one of the two has to be whole, unless both are cut alike."""
+        self.config, self.reference, self.candidate, self.limit = config, reference, candidate, limit
+
+    @property
+    def possible(self) -> bool:
+        return len({len(self.reference), len(self.candidate)} - {1}) <= 1 or len(self.reference) == len(self.candidate)
+
+    def names(self) -> list[str]:
+        return self.reference[0].names()
+
+    def compare(self, name: str) -> list[Finding]:
+        """What is wrong with one parameter, by rank."""
+        held = self.candidate[0].names()
+        if name not in held:
+            return [Finding(stage="weights", where=name, text=f"{name} is not among the candidate's weights")]
+        found = []
+        for rank in range(max(len(self.reference), len(self.candidate))):
+            a, b = self._part(self.reference, name, rank), self._part(self.candidate, name, rank)
+            if a.shape != b.shape:
+                text = f"{name} has the shape {list(b.shape)}; the reference has {list(a.shape)}"
+                found.append(Finding(stage="weights", where=name, text=text, rank=self._rank(rank)))
+            elif not (error := _error(a, b)) <= self.limit:
+                found.append(self._finding(name, rank, a, b, error))
+        return found
+
+    def extra(self) -> list[Finding]:
+        """Parameters of the candidate alone."""
+        more = set(self.candidate[0].names()) - set(self.names())
+        return [
+            Finding(stage="weights", where=name, text=f"{name} is among the candidate's weights alone") for name in sorted(more)
+        ]
+
+    def _rank(self, rank: int) -> int | None:
+        return rank if max(len(self.reference), len(self.candidate)) > 1 else None
+
+    def _finding(self, name: str, rank: int, a: Tensor, b: Tensor, error: float) -> Finding:
+        reason = next(self._reasons(name, rank, a, b), "")
+        text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude (allowed: {self.limit:.0e})"
+        quantised = self.candidate[0].quantised(name)
+        text += (" on rank " + str(rank) if self._rank(rank) is not None else "") + (", stored in 8 bits" if quantised else "")
+        return Finding(
+            stage="weights", where=name, text=text + (f": {reason}" if reason else ""), error=error, shape=tuple(b.shape),
+            rank=self._rank(rank),
+        )  # fmt: skip
+
+    def _part(self, stores: list[Store], name: str, rank: int) -> Tensor:
+        """What `rank` of as many as either side has holds of a parameter."""
+        ranks = max(len(self.reference), len(self.candidate))
+        store = stores[rank if len(stores) > 1 else 0]
+        axis = shard_axis(self.config, name) if ranks > 1 else None
+        columns = self._columns(name, len(stores))
+        whole = store.read(name, columns)
+        if len(stores) > 1 or axis is None:
+            return whole
+        first, stop = rank_span(self.config, name, tuple(whole.shape), ranks, rank)
+        part = Span(axis, first, stop).of(whole)
+        missing = -(-whole.shape[axis] // ranks) - part.shape[axis] if name == "text.lm_head.weight" else 0
+        return torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part
+
+    def _columns(self, name: str, ranks: int) -> int:
+        """Columns of a decoder's linear layer as `ranks` hold it, for what is stored in 8 bits."""
+        text = self.config.text
+        wide = text.intermediate_size if name.endswith("mlp.down.weight") else text.hidden_size
+        if name.endswith("attn.o.weight"):
+            wide = text.heads * text.head_dim
+        return wide // ranks if shard_axis(self.config, name) == 1 else wide
+
+    def _reasons(self, name: str, rank: int, a: Tensor, b: Tensor) -> Iterator[str]:
+        """What the wrong numbers are, where they are something else's."""
+        near = self.limit + CERTAIN
+        factor = float((a * b).sum() / a.square().sum().clamp_min(1e-30))
+        if abs(factor) > 1e-3 and _error(a * factor, b) <= near:
+            yield f"it is {factor:.4g} times the reference's"
+        if a.dim() == 2:
+            yield from self._elsewhere(name, rank, a, b, near)
+        for other in self.names():
+            if other == name or self._part_shape(other) != self._part_shape(name):
+                continue
+            value = self._part(self.reference, other, rank)
+            if value.shape == b.shape and _error(value, b) <= near:
+                yield f"it holds the reference's {other}"
+        rows = (a - b).abs().flatten(1).amax(1) if a.dim() > 1 else (a - b).abs()
+        wrong = torch.nonzero(rows > self.limit * a.abs().max()).flatten()
+        if len(wrong) < len(rows):
+            yield f"only {len(wrong)} of {len(rows)} rows, from row {int(wrong[0])} on"
+
+    def _part_shape(self, name: str) -> tuple[int, ...]:
+        """As stored by the first rank of the reference."""
+        store = self.reference[0]
+        key = name if not store.quantised(name) else f"{name.removesuffix('.weight')}.qweight"
+        return tuple(store.weights[key].shape)
+
+    def _elsewhere(self, name: str, rank: int, a: Tensor, b: Tensor, near: float) -> Iterator[str]:
+        """Whether the rows, or columns, are others of the same tensor."""
+        whole = self.reference[0].read(name, self._columns(name, len(self.reference))) if len(self.reference) == 1 else a
+        axis = shard_axis(self.config, name) if max(len(self.reference), len(self.candidate)) > 1 else 0
+        for direction, noun in ((0, "rows"), (1, "columns")):
+            if axis is not None and axis != direction and whole.shape != b.shape:
+                continue
+            source, found, right = (each if direction == 0 else each.T for each in (whole, b, a))
+            if source.shape[1] != found.shape[1]:
+                continue
+            middle = len(found) // 2
+            here, there = _row_at(source, found[middle], near), _row_at(source, right[middle], near)
+            if here is None or there is None or here == there:
+                continue
+            moved = torch.roll(source, there - here, 0)[there - middle :][: len(found)]
+            inside = slice(abs(here - there), len(found) - abs(here - there))
+            if moved.shape == found.shape and _error(moved[inside], found[inside]) <= near:
+                yield f"its {noun} lie {abs(here - there)} too {'early' if here > there else 'late'}"
+
+
+def _row_at(source: Tensor, row: Tensor, near: float) -> int | None:
+    distance = (source - row).abs().amax(1)
+    at = int(distance.argmin())
+    return at if float(distance[at]) <= near * float(source.abs().max()) and float(row.abs().max()) > 0 else None
+
+
+def _error(a: Tensor, b: Tensor) -> float:
+    if not a.numel():
+        return 0.0
+    if not torch.isfinite(b).all():
+        return float("inf")
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
