@@ -41,7 +41,7 @@ def matches(side: StaticSide, run: Captured) -> Find | None:
     manifest, store = side.artifact.manifest, []
     host = torchair_host.load()
     record = functools.partial(RecordingSimulator, store=store)
-    device = Device("cpu", lambda: host.running_on(record), wide=True)
+    device = Device("cpu", lambda _group: host.running_on(record), wide=True)
     backend = AscendBackend(side.artifact.folder, manifest.cache, manifest.weights, manifest.files, device)
     for name, value in run.caches.items():
         backend.write_cache(name, value)
