@@ -133,6 +133,8 @@ def test_the_command_fails_and_names_the_fault(
     assert told["passed"] is False and told["fault"]["where"] == "text.norm.weight"
     assert told["samples"][0]["tokens"] and told["limits"] == dataclasses.asdict(DEFAULTS["float32"])
     limits = tmp_path / "limits.yaml"
+    limits.write_text("float32: {relative: 10, kl: 10, agreement: 0, perplexity: 10}\n")
+    assert main([*arguments, "--thresholds", str(limits)]) == 1, "a wrong tensor is a fault whatever the logits say"
     limits.write_text("float32: {relative: 10, kl: 10, agreement: 0, perplexity: 10, weights: 1}\n")
     assert main([*arguments, "--thresholds", str(limits)]) == 0
     capsys.readouterr()
