@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,19 @@ def test_an_answer_comes_in_pieces(model: runtime.Model) -> None:
     assert len(pieces) > 5
 
 
+@pytest.fixture
+def slow(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device that takes its time, so that a long answer is not over before somebody leaves."""
+    device = model.engine.backend.run
+    monkeypatch.setattr(model.engine.backend, "run", lambda *args: (time.sleep(0.002), device(*args))[1])
+
+
+async def until_idle(model: runtime.Model) -> None:
+    while not model.engine.scheduler.idle:
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.usefixtures("slow")
 def test_a_stream_that_is_closed_cancels_its_request(model: runtime.Model) -> None:
     async def work() -> tuple[str, str]:
         async with AsyncEngine(model) as engine:
@@ -81,13 +95,16 @@ def test_a_stream_that_is_closed_cancels_its_request(model: runtime.Model) -> No
             other = engine.stream("Where is the circle?", **LONG)
             first = await anext(other)
             await stream.aclose()
-            return first, await joined(other)
+            rest = await joined(other)
+            await until_idle(model)
+            assert model.engine.metrics.finished["cancelled"] == 1
+            return first, rest
 
     expected = model.generate("Where is the circle?", **LONG).text
     assert "".join(run(work(), model)) == expected
-    assert model.engine.metrics.finished["cancelled"] == 1
 
 
+@pytest.mark.usefixtures("slow")
 def test_cancelling_a_task_cancels_its_request(model: runtime.Model) -> None:
     async def work() -> None:
         async with AsyncEngine(model) as engine:
@@ -97,9 +114,10 @@ def test_cancelling_a_task_cancels_its_request(model: runtime.Model) -> None:
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await task
+            await until_idle(model)
+            assert model.engine.metrics.finished["cancelled"] == 3
 
     run(work(), model)
-    assert model.engine.metrics.finished["cancelled"] == 3
 
 
 def test_several_answers(model: runtime.Model) -> None:
