@@ -125,7 +125,7 @@ def test_original_layout_equals_transformers(tmp_path: Path, fmt: str) -> None:
 
 def prepared(model: runtime.Model, tiny: Tiny, case: Case) -> dict[str, torch.Tensor]:
     """The runtime's own prompt in transformers' form."""
-    prompt = model._prepare(case.prompt, case.images, False)
+    prompt = model.prepare(case.prompt, case.images, False)
     ids = np.where(prompt.rows >= 0, tiny.image_token_id, prompt.token_ids)
     facts = model.facts.image
     pixels = (prompt.pixels / 255 - np.array(facts.mean)) / np.array(facts.std)

@@ -68,7 +68,7 @@ class Record:
         )  # fmt: skip
 
     def prompt(self, model: runtime.Model):
-        return model._prepare(self.question, list(self.images), not self.chat)
+        return model.prepare(self.question, list(self.images), not self.chat)
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +219,7 @@ def test_text_of_any_length_equals_a_naive_model(golden: runtime.Model, length: 
     weights = load_file(GOLDEN / "checkpoint" / "model.safetensors")
     text = _text_of(golden, length)
     out = ours(golden, Case(text, []), new_tokens=GREEDY)
-    ids = golden._prepare(text, [], True).token_ids.tolist()
+    ids = golden.prepare(text, [], True).token_ids.tolist()
     assert len(ids) == length
     expected = naive_logits(weights, [*ids, *out.token_ids[:-1]], length)[length - 1 :].astype(np.float32)
     check(out, Answer(expected.argmax(-1).tolist(), expected), f"{length} tokens")
@@ -228,7 +228,7 @@ def test_text_of_any_length_equals_a_naive_model(golden: runtime.Model, length: 
 def _text_of(model: runtime.Model, length: int) -> str:
     """Digits, each of which is a token."""
     text = "".join(str(i * 7 % 10) for i in range(length))
-    assert model._prepare(text, [], True).length == length
+    assert model.prepare(text, [], True).length == length
     return text
 
 
@@ -259,7 +259,7 @@ def test_pictures_fill_their_marks_in_order(golden: runtime.Model) -> None:
 def test_every_kind_of_file_is_dropped_to_rgb(golden: runtime.Model, tmp_path: Path) -> None:
     """As PIL's convert("RGB") does, which shows hidden colours of transparent parts."""
     for name, path in picture_files(tmp_path).items():
-        found = golden._prepare("<img>x</img>", [path], True).pixels
+        found = golden.prepare("<img>x</img>", [path], True).pixels
         side = golden.facts.image.size
         expected = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         assert (found[0] == np.asarray(expected)).all(), name

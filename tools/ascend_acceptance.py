@@ -100,7 +100,7 @@ def _child(args: argparse.Namespace) -> None:
     from .. import runtime
 
     try:
-        model = runtime.load(args.artifact, device=args.device)
+        model = runtime.load(args.artifact, device=args.device, reuse=False)  # what is timed is computed
     except ArtifactError as error:
         raise SystemExit(f"staticvl: {error}") from error
     np.savez(args.child, **_outputs(model, args.device))  # pyright: ignore[reportArgumentType]

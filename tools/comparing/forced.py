@@ -27,14 +27,14 @@ class Ran:
 
 
 class ForcedEngine(Engine):
-    """As Engine; a sequence in `forced` is given those tokens, whatever its logits say."""
+    """As Engine, but nothing is reused; a sequence in `forced` is given those tokens, whatever its logits say."""
 
     forced: dict[int, np.ndarray]
     slots: dict[int, int]  # of sequences that have answered
     watch: Callable[[Ran], None] | None
 
     def __init__(self, *args, **settings) -> None:
-        super().__init__(*args, **settings)
+        super().__init__(*args, **settings, reuse=False)
         self.forced, self.slots, self.watch = {}, {}, None
 
     def run_graph(self, step: Step, feed: Feed) -> np.ndarray:
