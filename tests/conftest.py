@@ -10,9 +10,15 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
+from hypothesis import HealthCheck
+from hypothesis import settings as hypothesis_settings
 
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
+
+# A busy machine is no failure.
+hypothesis_settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+hypothesis_settings.load_profile("patient")
 
 REPO = Path(__file__).parent.parent
 EMBEDDED = REPO / "tools" / "assets" / "tiny_llava15"
