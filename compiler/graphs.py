@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig
 from ..model_defs.decoder import TextGraph
-from ..runtime.artifact import CacheSpec, ImageFacts, Kind, TensorSpec, graph_name
+from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec, graph_name
 
 VISION_GRAPHS: dict[str, type[nn.Module]] = {
     "llava": llava.VisionGraph,
@@ -40,6 +40,19 @@ class GraphDef:
     @property
     def name(self) -> str:
         return graph_name(self.kind, self.bucket, self.images)
+
+    def spec(self, file: str = "", key: str = "", cost_ms: float = 0.0) -> GraphSpec:
+        """What a backend has to know of the graph; the rest is what it was emitted as."""
+        return GraphSpec(
+            kind=self.kind,
+            bucket=self.bucket,
+            images=self.images,
+            file=file,
+            key=key,
+            inputs=self.inputs,
+            outputs=self.outputs,
+            cost_ms=cost_ms,
+        )
 
 
 def define_graph(

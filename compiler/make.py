@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ import msgspec
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec, rank_weights
 from ..runtime.backends.base import Backend, Group, open_backend
+from ..runtime.cores import usable_cores
 from ..runtime.files import write_atomically
 from .check import Certifier
 from .cost import graph_cost
@@ -41,6 +41,7 @@ class GraphMaker:
         first, ranks = self.stage.index * self.tp, self.stage.count * self.tp
         self.weights = [rank_weights(weights, ranks, first + rank) for rank in range(self.tp)]
         self.files: dict[str, FileSpec] = {}
+        self.small = forecast(config, plan, options)["parameters"] < SMALL
         reference, candidate = self._together(self._reference), self._together(self._candidate)
         exact = self._together(self._exact) if options.backend == "ascend" else None
         self.certifier = Certifier(reference, candidate, facts, vocab=config.text.all_embed_rows, exact=exact)
@@ -77,21 +78,23 @@ class GraphMaker:
             return open_rank(None, 0)
         return LockstepBackend(self.tp, lambda group: open_rank(group, group.rank), self.stage.index, self.stage.count)
 
-    def _reference(self, _group: Group | None, rank: int) -> Backend:
+    def _reference(self, group: Group | None, rank: int) -> Backend:
         # Below SMALL, handing work to threads takes longer than the work.
-        cores = max(1, (os.cpu_count() or 1) // self.tp) if self.tp > 1 else None
-        small = forecast(self.config, self.plan, self.options)["parameters"] < SMALL
-        threads = 1 if small else cores
+        threads = 1 if self.small else self._cores(group)
         # Weights in 8 bits are expanded in pieces too small to be worth handing over.
         text_threads = None if self.options.quant == "none" else 1
         cache, weights = self.plan.cache, self.weights[rank]
         return EagerBackend(self.out, weights, cache, self._define, threads=threads, text_threads=text_threads)
 
+    @staticmethod
+    def _cores(group: Group | None) -> int | None:
+        """A rank's share of the cores; None: all of them."""
+        return None if group is None else max(1, usable_cores() // group.size)
+
     def _candidate(self, group: Group | None, rank: int) -> Backend:
         """What graphs run on in use."""
         if self.options.backend == "onnx":
-            threads = None if group is None else max(1, (os.cpu_count() or 1) // group.size)
-            return open_backend("onnx", self.out, self.plan.cache, threads=threads, group=group)
+            return open_backend("onnx", self.out, self.plan.cache, threads=self._cores(group), group=group)
         return self._simulator(group, rank, wide=False)
 
     def _exact(self, group: Group | None, rank: int) -> Backend:
@@ -111,16 +114,9 @@ class GraphMaker:
         backend, dtype = self.options.backend, self.plan.cache.dtype
         cost, eager = graph_cost(definition, dtype), definition.kind in self.options.eager
         stem = f"{definition.name}-{key[:12]}"
-        spec = GraphSpec(
-            kind=definition.kind,
-            bucket=definition.bucket,
-            images=definition.images,
+        spec = msgspec.structs.replace(
+            definition.spec(f"{stem}{EAGER_SUFFIX if eager else SUFFIXES[backend]}", key),
             eager=eager,
-            file=f"{stem}{EAGER_SUFFIX if eager else SUFFIXES[backend]}",
-            key=key,
-            inputs=definition.inputs,
-            outputs=definition.outputs,
-            cost_ms=0.0,
             flops=cost.flops,
             nbytes=cost.nbytes,
             collectives=cost.collectives,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
 from .conftest import EMBEDDED
+from .parity import picture
 
 ASSETS = EMBEDDED.parent
 CHECKPOINTS = {
@@ -21,6 +23,15 @@ CHECKPOINTS = {
     "qwen_vl": Path(__file__).parent / "golden" / "qwen_vl_tiny" / "checkpoint",
 }
 QUESTION = "What is in the picture?"
+GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True, "return_logits": True}
+LONG = "Say one word about each of these things, please: a circle, a square, a triangle, a star and a hexagon. "
+# One picture, none, two, and a prompt of many chunks; the rows of one batch.
+REQUESTS = (
+    (QUESTION, [(70, 50)]),
+    ("Say one word.", []),
+    ("Which of the two is larger?", [(64, 64), (30, 90)]),
+    (LONG, [(120, 40)]),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +54,12 @@ def compile_pair(family: str, folder: Path, buckets: Buckets, dtype: str = "floa
     build(Options(checkpoint=checkpoint, out=pair.onnx, buckets=buckets))
     build(Options(checkpoint=checkpoint, out=pair.ascend, buckets=buckets, backend="ascend", dtype=dtype, **options))
     return pair
+
+
+def answer_requests(model: runtime.Model) -> list[runtime.Output]:
+    """REQUESTS as one batch, 64 greedy tokens each."""
+    images = [[picture(size, seed) for seed, size in enumerate(sizes)] for _, sizes in REQUESTS]
+    return model.generate([text for text, _ in REQUESTS], images, **GREEDY)
 
 
 def check_alike(expected: runtime.Output, found: runtime.Output, rounding: float) -> None:

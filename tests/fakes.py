@@ -360,19 +360,7 @@ def fake_model(
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
     definitions = [define_graph(config, facts.image, plan.cache, "none", *graph) for graph in plan.graphs]
-    graphs = tuple(
-        GraphSpec(
-            kind=graph.kind,
-            bucket=graph.bucket,
-            images=graph.images,
-            file=graph.name,
-            key="",
-            inputs=graph.inputs,
-            outputs=graph.outputs,
-            cost_ms=float(graph.bucket),
-        )
-        for graph in definitions
-    )
+    graphs = tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in definitions)
     artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(facts, **changes), plan.cache, graphs))
     backend = FakeBackend(artifact.manifest)
     return runtime.Model(artifact, Engine(artifact, backend=backend, reuse=reuse, prefill_budget=prefill_budget))

@@ -11,6 +11,7 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
+import pytest
 
 from staticvl.compiler.lockstep import ArrayMember, Meeting, Member, results_of
 from staticvl.model_defs.group import group_of, member_of
@@ -39,6 +40,22 @@ class Counting(ArrayMember):
     def _note(self, array: np.ndarray) -> None:
         self.calls += 1
         self.nbytes += array.nbytes
+
+
+def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault: every rank keeps its own part."""
+    monkeypatch.setattr(ArrayMember, "all_reduce", lambda self, array: None)
+
+
+def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault: the last rank comes first."""
+    right = ArrayMember.all_gather
+
+    def reverse(self: ArrayMember, array: np.ndarray, out: np.ndarray) -> None:
+        right(self, array, out)
+        out[...] = np.concatenate(np.split(out, self.size, axis=-1)[::-1], axis=-1)
+
+    monkeypatch.setattr(ArrayMember, "all_gather", reverse)
 
 
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:

@@ -89,7 +89,7 @@ def write_steps(model: Model, tp: int, weights: dict[str, WeightSpec], *, exact:
         for name, data in emitted.files.items():
             (model.out / name).parent.mkdir(exist_ok=True)
             (model.out / name).write_bytes(data)
-        specs[kind] = msgspec.structs.replace(spec_of(graph), file=file, steps=emitted.steps, buffers=emitted.buffers)
+        specs[kind] = msgspec.structs.replace(graph.spec(), file=file, steps=emitted.steps, buffers=emitted.buffers)
     return specs
 
 
@@ -98,13 +98,6 @@ def communication(graphs: dict[Kind, GraphDef], dtype: str) -> tuple[int, int]:
     costs = {kind: graph_cost(graph, dtype) for kind, graph in graphs.items()}
     runs = [(RUNS[kind], cost) for kind, cost in costs.items()]
     return sum(n * cost.collectives for n, cost in runs), sum(n * cost.collective_bytes for n, cost in runs)
-
-
-def spec_of(graph: GraphDef) -> GraphSpec:
-    return GraphSpec(
-        kind=graph.kind, bucket=graph.bucket, images=graph.images, file="", key="", inputs=graph.inputs, outputs=graph.outputs,
-        cost_ms=0.0,
-    )  # fmt: skip
 
 
 def feed(graph: GraphSpec, rng: np.random.Generator, lengths: list[int]) -> dict[str, np.ndarray]:

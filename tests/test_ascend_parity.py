@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.artifact import read_manifest
 from staticvl.tools import ascend_acceptance
 
-from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair
+from .ascend import CHECKPOINTS, GREEDY, QUESTION, Pair, answer_requests, check_alike, compile_pair
 from .need_torchair import skip_without_torchair
 from .parity import picture
 
@@ -21,16 +19,7 @@ skip_without_torchair()
 pytestmark = pytest.mark.slow
 
 BUCKETS = Buckets(prefill=(8, 32), decode=(1, 4), context=512, slots=4)
-GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True, "return_logits": True}
 ROUNDING = {"float16": 2e-2, "bfloat16": 1.5e-1}  # 11 and 8 bits
-LONG = "Say one word about each of these things, please: a circle, a square, a triangle, a star and a hexagon. "
-# No picture, one, two, and a prompt of many chunks; the rows of one batch.
-REQUESTS = (
-    (QUESTION, [(70, 50)]),
-    ("Say one word.", []),
-    ("Which of the two is larger?", [(64, 64), (30, 90)]),
-    (LONG, [(120, 40)]),
-)
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -38,14 +27,8 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return compile_pair(request.param, tmp_path_factory.mktemp(request.param), BUCKETS)
 
 
-def answers(model: runtime.Model) -> list[runtime.Output]:
-    prompts = [text for text, _ in REQUESTS]
-    images = [[picture(size, seed) for seed, size in enumerate(sizes)] for _, sizes in REQUESTS]
-    return model.generate(prompts, images, **GREEDY)
-
-
 def test_a_batch_of_four(pair: Pair) -> None:
-    for expected, found in zip(*map(answers, pair.load()), strict=True):
+    for expected, found in zip(*map(answer_requests, pair.load()), strict=True):
         check_alike(expected, found, ROUNDING["float16"])
 
 

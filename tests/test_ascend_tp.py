@@ -26,9 +26,9 @@ from staticvl.runtime.backends import ascend
 from staticvl.runtime.backends.ascend import AscendBackend, open_ascend, simulated
 from staticvl.runtime.backends.base import Group
 
-from .lockstep import ArrayMember, Counting, Meeting, member_in, run_ranks
+from .lockstep import ArrayMember, Counting, Meeting, member_in, not_summed, reversed_gather, run_ranks
 from .need_torchair import skip_without_torchair
-from .rank_models import Model, communication, feed, held, model_of, spec_of, steps, worst_errors
+from .rank_models import Model, communication, feed, held, model_of, steps, worst_errors
 from .wide_models import write_random
 
 skip_without_torchair()
@@ -62,7 +62,7 @@ def compiled(model: Model, tp: int, *, eager: bool = False) -> Graphs:
         (model.out / file).write_bytes(made.data)
         files[file] = FileSpec(nbytes=len(made.data), sha256=hashlib.sha256(made.data).hexdigest())
         constants = {name: tuple(graph.constants[name].tolist()) for name in made.constants}
-        specs[kind] = msgspec.structs.replace(spec_of(graph), file=file, weights=made.weights, constants=constants, eager=eager)
+        specs[kind] = msgspec.structs.replace(graph.spec(), file=file, weights=made.weights, constants=constants, eager=eager)
     return specs, files
 
 
@@ -84,7 +84,7 @@ def defined(model: Model) -> list[np.ndarray]:
     """What the whole model is defined to find."""
     graphs = model.define(1)
     backend = EagerBackend(model.out, model.converted(1, 0).weights, model.cache(1), lambda kind, *_: graphs[kind])
-    found = steps(backend, {kind: spec_of(graph) for kind, graph in graphs.items()}, list(backend.caches))
+    found = steps(backend, {kind: graph.spec() for kind, graph in graphs.items()}, list(backend.caches))
     assert all(np.isfinite(each).all() and each.std() > 0 for each in found)
     return found
 
@@ -173,20 +173,6 @@ def test_eager_programs(model: Model, whole: list[np.ndarray], eager: Graphs) ->
 
 
 # --- What would be seen ------------------------------------------------------------------------------------------------------
-
-
-def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ArrayMember, "all_reduce", lambda self, array: None)
-
-
-def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ArrayMember.all_gather
-
-    def reverse(self: ArrayMember, array: np.ndarray, out: np.ndarray) -> None:
-        right(self, array, out)
-        out[...] = np.concatenate(np.split(out, self.size, axis=-1)[::-1], axis=-1)
-
-    monkeypatch.setattr(ArrayMember, "all_gather", reverse)
 
 
 def weights_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,7 @@ from staticvl.compiler import emit_onnx
 from staticvl.compiler.build import Report, build
 from staticvl.compiler.check import CertificateError
 from staticvl.compiler.graphs import GraphDef
-from staticvl.compiler.lockstep import ArrayMember, LockstepBackend
+from staticvl.compiler.lockstep import LockstepBackend
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.segments import Cut
 from staticvl.runtime.artifact import MANIFEST, ArtifactError, Collective, GraphSpec, open_artifact, rank_weights, verify
@@ -24,6 +24,7 @@ from staticvl.runtime.backends.ort import OrtBackend
 from staticvl.weights.tensors import WeightsError
 
 from .checkpoints import tiny_llava
+from .lockstep import reversed_gather
 
 BUCKETS = Buckets(prefill=(8,), decode=(1, 2), vision=(1,), context=32, slots=2)
 
@@ -132,13 +133,6 @@ def test_in_8_bits_every_rank_is_checked_through_a_twin(checkpoint: Path, tmp_pa
 # --- What certificates would find ------------------------------------------------------------------------------------------
 
 
-def gathered_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
-    def reverse(self: ArrayMember, array: np.ndarray, out: np.ndarray) -> None:
-        np.concatenate(self.meeting.exchange(self.rank, "all_gather", array.copy())[::-1], axis=-1, out=out)
-
-    monkeypatch.setattr(ArrayMember, "all_gather", reverse)
-
-
 def one_rank_with_the_others_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("staticvl.runtime.backends.ort.weights_folder", lambda group: "weights/rank-0")
 
@@ -154,7 +148,7 @@ def a_sum_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emit_onnx, "cut", wrong)
 
 
-@pytest.mark.parametrize("fault", [gathered_backwards, one_rank_with_the_others_weights, a_sum_left_out])
+@pytest.mark.parametrize("fault", [reversed_gather, one_rank_with_the_others_weights, a_sum_left_out])
 def test_a_wrong_build_is_stopped(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:

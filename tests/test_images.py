@@ -295,14 +295,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def drip(self) -> None:
         self.head(200)
-        for _ in range(30):
+        for _ in range(100):
             self.wfile.write(b"x")
             self.wfile.flush()
             time.sleep(0.1)
 
     def drip_head(self) -> None:
         self.wfile.write(b"HTTP/1.1 200 OK\r\nX: ")
-        for _ in range(30):
+        for _ in range(100):
             self.wfile.write(b"x")
             time.sleep(0.1)
 
@@ -350,7 +350,7 @@ def test_the_time_limit_holds_for_the_whole_download(server: str, path: str) -> 
     start = time.monotonic()
     with pytest.raises(ImageError, match=rf"{path} did not arrive within 0\.4 s"):
         load_image(server + path, timeout_s=0.4)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 5  # of 10
 
 
 def test_a_download_that_was_given_up_ends(server: str) -> None:

@@ -18,7 +18,7 @@ from staticvl.compiler.check import relative_error
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.tools.random_checkpoint import write_checkpoint
 
-from .ascend import CHECKPOINTS, QUESTION
+from .ascend import CHECKPOINTS, GREEDY, QUESTION, REQUESTS, answer_requests
 from .need_torchair import skip_without_torchair
 from .parity import picture
 
@@ -43,15 +43,6 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "visual.heads": 8,
     },
 }
-GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True, "return_logits": True}
-LONG = "Say one word about each of these things, please: a circle, a square, a triangle, a star and a hexagon. "
-# One picture, none, two, and a prompt of many chunks: the rows of one batch.
-REQUESTS = (
-    (QUESTION, [(70, 50)]),
-    ("Say one word.", []),
-    ("Which of the two is larger?", [(64, 64), (30, 90)]),
-    (LONG, [(120, 40)]),
-)
 # float32 everywhere: in 16 bits a sum of parts is rounded elsewhere, and random weights decide few tokens by more than that.
 DEVICES = {"onnx": "cpu", "ascend": "sim:float32"}
 ALLOWED = 1e-4  # of the largest magnitude
@@ -86,8 +77,7 @@ def answers(checkpoint: tuple[str, Path], out: Path, backend: str, tp: int) -> A
     buckets = Buckets(prefill=(8, 32), decode=(1, 4), images=images, context=400, slots=4)
     build(Options(checkpoint=folder, out=out / "artifact", backend=backend, tp=tp, buckets=buckets))
     with runtime.load(out / "artifact", device=DEVICES[backend], tp=tp) as model:
-        pictures = [[picture(size, seed) for seed, size in enumerate(sizes)] for _, sizes in REQUESTS]
-        batch = model.generate([text for text, _ in REQUESTS], pictures, **GREEDY)
+        batch = answer_requests(model)
         with model.chat() as chat:
             turns = [chat.send(QUESTION, [picture((50, 80))], **GREEDY), chat.send("Where is it?", **GREEDY)]
     return Answers(batch, turns)

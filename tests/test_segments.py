@@ -21,8 +21,8 @@ from staticvl.model_defs.layers import Table, empty_parameter
 from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Segment, Step, TensorSpec
 from staticvl.runtime.backends.ort import OrtBackend
 
-from .lockstep import ArrayMember, Counting, member_in, run_ranks
-from .rank_models import Model, communication, model_of, spec_of, steps, worst_errors, write_steps
+from .lockstep import Counting, member_in, not_summed, reversed_gather, run_ranks
+from .rank_models import Model, communication, model_of, steps, worst_errors, write_steps
 from .wide_models import write_random
 
 MODELS = [("llava", 8), ("llava", 2), ("mllama", 2)]
@@ -172,7 +172,7 @@ def test_awkward_graphs_run(tmp_path: Path) -> None:
     (tmp_path / "awkward").mkdir()
     for name, data in emitted.files.items():
         (tmp_path / name).write_bytes(data)
-    spec = msgspec.structs.replace(spec_of(graph), file="awkward", steps=emitted.steps, buffers=emitted.buffers)
+    spec = msgspec.structs.replace(graph.spec(), file="awkward", steps=emitted.steps, buffers=emitted.buffers)
     nothing = CacheSpec(layers=0, kv_heads=1, head_dim=1, slots=1, context=1, rows=1, dtype="float32")
 
     def work(rank: int) -> None:
@@ -218,7 +218,7 @@ def alone(model: Model, *, exact: bool = False) -> list[np.ndarray]:
     """What the whole model's graphs find."""
     weights, specs = model.converted(1, 0).weights, {}
     for kind, graph in model.define(1).items():
-        specs[kind] = msgspec.structs.replace(spec_of(graph), file=f"{graph.name}.onnx")
+        specs[kind] = msgspec.structs.replace(graph.spec(), file=f"{graph.name}.onnx")
         (model.out / specs[kind].file).write_bytes(emit(graph, weights, exact=exact))
     backend = OrtBackend(model.out, model.cache(1), threads=1)
     found = steps(backend, specs, list(backend.caches))
@@ -296,22 +296,8 @@ def test_caches_go_only_to_the_segments_that_use_them(model: Model) -> None:
 # --- What would be seen ------------------------------------------------------------------------------------------------------
 
 
-def not_summed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ArrayMember, "all_reduce", lambda self, array: None)
-
-
 def weights_of_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("staticvl.runtime.backends.ort.weights_folder", lambda group: "weights/rank-0")
-
-
-def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = ArrayMember.all_gather
-
-    def reverse(self: ArrayMember, array: np.ndarray, out: np.ndarray) -> None:
-        right(self, array, out)
-        out[...] = np.concatenate(np.split(out, self.size, axis=-1)[::-1], axis=-1)
-
-    monkeypatch.setattr(ArrayMember, "all_gather", reverse)
 
 
 @pytest.mark.parametrize("model", [("mllama", 2)], indirect=True, ids=["mllama"])
@@ -354,7 +340,7 @@ def test_a_whole_graph_is_emitted_node_by_node_in_one_piece(model: Model) -> Non
 
 
 def spec_with(model: Model, steps: tuple[Step, ...]) -> GraphSpec:
-    return msgspec.structs.replace(spec_of(model.define(2)["decode"]), file="g", steps=steps)
+    return msgspec.structs.replace(model.define(2)["decode"].spec(), file="g", steps=steps)
 
 
 def test_a_part_of_a_model_does_not_run_by_itself(model: Model) -> None:
@@ -368,7 +354,7 @@ def test_steps_survive_the_manifest_and_absent_ones_leave_no_trace(model: Model)
     segment = Segment(file="g.000.onnx", inputs=("a",), outputs=("b",))
     spec = spec_with(model, (segment, Collective(op="all_gather", ranks=2, reads="b", writes="c")))
     assert msgspec.json.decode(msgspec.json.encode(spec), type=GraphSpec) == spec and spec.plan == spec.steps
-    plain = spec_of(model.define(1)["decode"])
+    plain = model.define(1)["decode"].spec()
     assert not {"steps", "buffers"} & set(msgspec.json.decode(msgspec.json.encode(plain)))
     assert [type(step) for step in plain.plan] == [Segment]
 

@@ -25,7 +25,7 @@ from staticvl.weights.shard import rank_span, rank_targets
 from staticvl.weights.stored import stored_targets
 
 from .lockstep import Meeting, Member, run_ranks
-from .rank_models import Model, model_of, spec_of, steps, worst_errors
+from .rank_models import Model, model_of, steps, worst_errors
 from .wide_models import write_random
 
 TP = (1, 2, 4, 8)
@@ -55,7 +55,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 def run_all(model: Model, graphs: dict[Kind, GraphDef], stored: Converted, tp: int) -> list[np.ndarray]:
     backend = EagerBackend(model.out, stored.weights, model.cache(tp), lambda kind, *_: graphs[kind])
-    return steps(backend, {kind: spec_of(graph) for kind, graph in graphs.items()}, list(backend.caches))
+    return steps(backend, {kind: graph.spec() for kind, graph in graphs.items()}, list(backend.caches))
 
 
 def results(model: Model, tp: int) -> list[list[np.ndarray]]:

@@ -55,6 +55,9 @@ class _Bound:
     sources: list[tuple[Tensor, Tensor]]  # (what is refilled before each run, what the kernel reads)
     feed: Mapping[str, np.ndarray]
     arrays: dict[str, np.ndarray]  # the feed, and what other stages hand on
+    before: list[Transfer]
+    after: list[Transfer]
+    cached: str | None  # the part of the cache that the first output is, if it is one
 
     def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
         return self.feed is feed or all(self.arrays.get(name) is array for name, array in feed.items())
@@ -116,17 +119,14 @@ class AscendBackend:
         bound = self.bound.get(key)
         if bound is None or not bound.holds(feed):
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
-        before, segment, after = _parts(graph)
-        for step in before:
+        for step in bound.before:
             self._transfer(step, bound.arrays[step.name])
         for source, target in bound.sources:
             target.copy_(source)
         with self.device.context(self.group):
             output = self.kernels[graph.file](bound.tensors)
-        if name := cache_name(segment.outputs[0], image):
-            return self._rows(name, slot, 1).float().cpu().numpy()
-        result = output.cpu().numpy()
-        for step in after:
+        result = self._rows(bound.cached, slot, 1).float().cpu().numpy() if bound.cached else output.cpu().numpy()
+        for step in bound.after:
             result = result if step.op == "send" else bound.arrays[step.name]
             self._transfer(step, result)
         return result
@@ -140,15 +140,12 @@ class AscendBackend:
         import torch
 
         self.load(graph)
-        _, segment, _ = _parts(graph)
-        buffers = {spec.name: spec for spec in graph.buffers or ()}
-        specs = {spec.name: spec for spec in graph.inputs} | buffers
-        received = {step.name for step in graph.plan if isinstance(step, Transfer) and step.op == "receive"}
-        outputs = {spec.name: spec for spec in graph.outputs}
-        handed = {name: np.zeros(spec.shape, spec.dtype) for name, spec in (buffers | outputs).items() if name in received}
-        arrays = {**feed, **handed}
+        before, segment, after = _parts(graph)
+        specs = {spec.name: spec for spec in (*graph.inputs, *(graph.buffers or ()), *graph.outputs)}
+        received = [specs[step.name] for step in (*before, *after) if step.op == "receive"]
+        arrays = {**feed, **{spec.name: np.zeros(spec.shape, spec.dtype) for spec in received}}
         inputs, sources = [], []
-        for spec in (specs[name] for name in segment.inputs):
+        for spec in map(specs.__getitem__, segment.inputs):
             if spec.name in self.caches:
                 inputs.append(self._rows(spec.name, slot, spec.shape[0]))
             elif spec.name in arrays:
@@ -163,7 +160,7 @@ class AscendBackend:
         inputs += [self._rows(name, slot, 1) for name in placed if name and name not in segment.inputs]
         constants = [self._constant(name, values) for name, values in graph.constants.items()]
         tensors = [*map(self._weight, graph.weights), *constants, *inputs]
-        return _Bound(tensors, sources, feed, arrays)
+        return _Bound(tensors, sources, feed, arrays, before, after, placed[0])
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:

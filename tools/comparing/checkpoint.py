@@ -14,7 +14,7 @@ from ...compiler.facts import read_facts
 from ...compiler.graphs import GraphDef, define_graph
 from ...compiler.plan import Buckets, Options, Plan, make_plan
 from ...model_defs.config import ModelConfig, read_config
-from ...runtime.artifact import Artifact, BuildFacts, CacheSpec, GraphSpec, Kind, Manifest, ModelFacts, WeightSpec
+from ...runtime.artifact import Artifact, BuildFacts, CacheSpec, Kind, Manifest, ModelFacts, WeightSpec
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 from ...weights.convert import convert
 from ...weights.source import open_source
@@ -74,7 +74,9 @@ class Checkpoint:
             model=self.facts,
             tokenizer=self.tokenizer_folder,
             cache=plan.cache,
-            graphs=tuple(_spec(define(*graph)) for graph in plan.graphs),
+            graphs=tuple(
+                graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in (define(*each) for each in plan.graphs)
+            ),
             weights=self.weights,
             files={},
             build=BuildFacts(staticvl="", torch="", options={}, key="", source={}),
@@ -87,19 +89,6 @@ def definer(
 ) -> Callable[[Kind, int, int], GraphDef]:
     """The definition of any graph over a cache, which is that of one rank."""
     return lambda kind, bucket, images: define_graph(config, facts.image, cache, quant, kind, bucket, images, ranks)
-
-
-def _spec(graph: GraphDef) -> GraphSpec:
-    return GraphSpec(
-        kind=graph.kind,
-        bucket=graph.bucket,
-        images=graph.images,
-        file=graph.name,
-        key="",
-        inputs=graph.inputs,
-        outputs=graph.outputs,
-        cost_ms=float(graph.bucket),
-    )
 
 
 def narrowed(cache: CacheSpec, heads: int) -> CacheSpec:
