@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor
 
 from ...model_defs.config import ModelConfig
-from ...runtime.artifact import GraphSpec
 from .capture import Captured, capture
 from .checkpoint import definer
 from .findings import Finding
@@ -152,11 +151,7 @@ def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> Captured:
     if "image_rows" in first.feed:
         _join_rows(feed, runs, length)
     feed["last_index"] = np.array([length - 1], np.int32)
-    spec = GraphSpec(
-        kind="prefill", bucket=length, images=first.graph.images, file="", key="", inputs=graph.inputs,
-        outputs=graph.outputs, cost_ms=0.0,
-    )  # fmt: skip
-    return Captured(spec, feed, first.caches, 0, 1, {0: 0}, length)
+    return Captured(graph.spec(), feed, first.caches, 0, 1, {0: 0}, length)
 
 
 def _join_rows(feed: dict[str, np.ndarray], runs: list[Captured], length: int) -> None:
