@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -47,6 +47,22 @@ class Meeting:
         if rank == 0:
             self.calls.append(call)
         return [part for _, part in brought]
+
+    def together(self, work: Callable[[int], T], pool: Executor | None = None) -> list[T]:
+        """What `work` finds as each rank, all at once. Raises what the first rank raised that failed by itself, for which
+        nobody waits. `pool` has a thread for every rank; None: one made for this."""
+        if pool is None:
+            with ThreadPoolExecutor(self.size) as own:
+                return self.together(work, own)
+        return results_of([pool.submit(self._attend, work, rank) for rank in range(self.size)])
+
+    def _attend(self, work: Callable[[int], T], rank: int) -> T:
+        try:
+            with member_of(Member(self, rank)):
+                return work(rank)
+        except BaseException:
+            self.barrier.abort()
+            raise
 
 
 @dataclass
@@ -116,7 +132,6 @@ class LockstepBackend:
     def __init__(self, size: int, open_rank: Callable[[ArrayMember], Backend], stage: int = 0, stages: int = 1) -> None:
         """`open_rank` opens the backend of one rank in the group that it is given."""
         self.meeting = Meeting(size)
-        self.members = [Member(self.meeting, rank) for rank in range(size)]
         self.ranks = [open_rank(ArrayMember(self.meeting, rank, stage, stages)) for rank in range(size)]
         self.pool = ThreadPoolExecutor(size)
         self.narrow: dict[str, GraphSpec] = {}  # by file
@@ -132,7 +147,7 @@ class LockstepBackend:
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
         """As of any backend; raises CertificateError where ranks do not agree on what they all compute."""
-        results = self._all(lambda rank: self.ranks[rank].run(self._of_rank(graph), feed, slot, image))
+        results = self.meeting.together(lambda rank: self.ranks[rank].run(self._of_rank(graph), feed, slot, image), self.pool)
         if cache_name(graph.outputs[0].name, image) is None:
             for rank, result in enumerate(results):
                 if not np.array_equal(result, results[0], equal_nan=True):
@@ -140,17 +155,6 @@ class LockstepBackend:
                         f"{graph.name}: rank {rank} does not find what rank 0 finds; this build must not be used"
                     )
         return results[0]
-
-    def _all(self, work: Callable[[int], T]) -> list[T]:
-        def run(rank: int) -> T:
-            try:
-                with member_of(self.members[rank]):
-                    return work(rank)
-            except BaseException:
-                self.meeting.barrier.abort()
-                raise
-
-        return results_of([self.pool.submit(run, rank) for rank in range(len(self.ranks))])
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
         return np.concatenate([rank.read_cache(name, slots) for rank in self.ranks], axis=1)

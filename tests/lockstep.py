@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import TypeVar
@@ -13,8 +11,8 @@ from typing import TypeVar
 import numpy as np
 import pytest
 
-from staticvl.compiler.lockstep import ArrayMember, Meeting, Member, results_of
-from staticvl.model_defs.group import group_of, member_of
+from staticvl.compiler.lockstep import ArrayMember, Meeting, Member
+from staticvl.model_defs.group import group_of
 
 __all__ = ["ArrayMember", "Counting", "Meeting", "Member", "StageMember", "member_in", "run_ranks", "world"]
 
@@ -61,20 +59,7 @@ def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:
 def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
     """`work` of every rank at once, and the collective calls that each made; raises what the first failing rank raised."""
     meeting = Meeting(size, PATIENCE)
-
-    def run(rank: int) -> T:
-        try:
-            with member_of(Member(meeting, rank)):
-                return work(rank)
-        except threading.BrokenBarrierError:
-            raise
-        except BaseException:
-            meeting.barrier.abort()
-            raise
-
-    with ThreadPoolExecutor(size) as pool:
-        futures = [pool.submit(run, rank) for rank in range(size)]
-    return results_of(futures), meeting.calls
+    return meeting.together(work), meeting.calls
 
 
 @dataclass

@@ -65,6 +65,20 @@ def test_two_artifacts(llava: Path, tmp_path: Path) -> None:
     assert "it is 1.5 times the reference's" in result.findings[0].text
 
 
+def test_artifacts_of_other_buckets(llava: Path, tmp_path: Path) -> None:
+    """Graphs of both are looked into, each side by its own buckets; they differ by less than matters."""
+    few = copied(llava, tmp_path / "few")
+    norm = weight(few, "text.norm.weight")
+    norm *= 1 + 5e-7
+    norm.flush()
+    manifest = read_manifest(few)
+    graphs = tuple(graph for graph in manifest.graphs if (graph.kind, graph.bucket) != ("prefill", 8))
+    write_manifest(few, msgspec.structs.replace(manifest, graphs=graphs))
+    result = compared(open_side(few, threads=1), llava, samples_of("llava")[:1], inspect="always")
+    assert result.passed, (result.broken, result.findings)
+    assert "prefill-8" in {edge.graph for edge in result.edges}
+
+
 def test_an_artifact_without_sizes_is_compared_as_far_as_it_goes(llava: Path, tmp_path: Path) -> None:
     old = copied(llava, tmp_path / "old")
     manifest = read_manifest(old)

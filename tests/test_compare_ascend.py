@@ -5,10 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from staticvl.compiler import check, lower_ascend
+from staticvl.tools.comparing import ge_taps
+from staticvl.tools.comparing.capture import capture
+from staticvl.tools.comparing.opening import open_side
 from staticvl.tools.comparing.sides import Side
+from staticvl.tools.comparing.static_side import StaticSide
+from staticvl.tools.comparing.taps import Inspector
 
 from .comparisons import compared, compiled, reference_of, samples_of
 from .need_torchair import skip_without_torchair
@@ -45,6 +51,42 @@ def test_keys_written_one_row_late(reference: tuple[Side, Path], tmp_path: Path,
     result = compared(reference[0], side, samples_of("qwen_vl"))
     assert result.first is not None
     assert (result.first.stage, result.first.where) == ("graph", "text.layers.1.attn cached_attention")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Side]:
+    side = reference_of("llava", compiled("llava", tmp_path_factory.mktemp("llava") / "artifact", backend="ascend"))
+    yield side
+    side.close()
+
+
+def test_healthy_ranks_raise_no_alarm(whole: Side, tmp_path: Path) -> None:
+    artifact = compiled("llava", tmp_path / "artifact", backend="ascend", tp=2)
+    result = compared(whole, artifact, samples_of("llava"), inspect="always")
+    assert result.passed, (result.broken, result.findings)
+    assert 0 < max(own for own, _ in result.layers.values()) < 1e-4
+
+
+def test_one_rank_writes_one_row_late(whole: Side, tmp_path: Path) -> None:
+    """Ranks share graphs, so here one of them is fed with another count of earlier rows."""
+    artifact = compiled("llava", tmp_path / "artifact", backend="ascend", tp=2)
+    side = open_side(artifact)
+    assert isinstance(side, StaticSide)
+    inspector = Inspector(side, 2e-4)
+    prompts = [side.prepare(samples_of("llava")[0])]
+    run = capture(side, prompts, [np.array([5, 6])], None)[0]
+    assert inspector.inspect(run)[0] is None
+    original = ge_taps.GeGraph.run
+
+    def late(self, feed, caches, image):
+        rank = self.backend.group.rank
+        return original(self, feed | {"lengths": feed["lengths"] + rank}, caches, image)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ge_taps.GeGraph, "run", late)
+        culprit, _ = inspector.inspect(run)
+    assert culprit is not None
+    assert (culprit.rank, culprit.name) == (1, "text.layers.0.attn cached_attention")
 
 
 def test_wrong_activation(reference: tuple[Side, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

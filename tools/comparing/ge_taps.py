@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node as TracedNode
 
+from ...runtime.artifact import CacheSpec, GraphSpec
 from ...runtime.ascend import torchair_host
 from ...runtime.ascend.ge_graph import Node
 from ...runtime.ascend.simulator import Simulator
 from ...runtime.backends.ascend import AscendBackend, Device
-from .capture import Captured
+from ...runtime.backends.base import Group
+from ...runtime.feeds import Feed
 from .static_side import StaticSide
 from .walk import Find
 
@@ -24,8 +26,8 @@ ALIKE = 2e-5  # of the largest magnitude: float32 sums in another order, never a
 class RecordingSimulator(Simulator):
     """Keeps a copy of what every operator gave."""
 
-    def __init__(self, serialized: bytes, *, store: list[tuple[str, Tensor]]) -> None:
-        super().__init__(serialized, wide=True)
+    def __init__(self, serialized: bytes, *, store: list[tuple[str, Tensor]], group: Group | None) -> None:
+        super().__init__(serialized, wide=True, group=group)
         self.store = store
 
     def _check_outputs(self, node: Node, outputs: Sequence[Tensor]) -> None:
@@ -34,19 +36,27 @@ class RecordingSimulator(Simulator):
         self.store += [(f"{node.type} {node.name}", output.clone()) for output in outputs]
 
 
-def matches(side: StaticSide, run: Captured) -> Find | None:
-    """Runs the graph again in float32 and finds its values by contents; None for a program, which has no operators."""
-    if run.graph.eager:
-        return None
-    manifest, store = side.artifact.manifest, []
-    host = torchair_host.load()
-    record = functools.partial(RecordingSimulator, store=store)
-    device = Device("cpu", lambda _group: host.running_on(record), wide=True)
-    backend = AscendBackend(side.artifact.folder, manifest.cache, manifest.weights, manifest.files, device)
-    for name, value in run.caches.items():
-        backend.write_cache(name, value)
-    backend.run(run.graph, run.feed, 0, run.image)
-    return Contents(store).find
+class GeGraph:
+    """One rank's graph on a simulator that records, and the values of its last run."""
+
+    def __init__(self, side: StaticSide, graph: GraphSpec, cache: CacheSpec, rank: int, group: Group | None) -> None:
+        """`graph` and `cache` are the rank's own, not those of all together."""
+        self.graph, self.store = graph, []
+        host = torchair_host.load()
+        record = functools.partial(RecordingSimulator, store=self.store, group=group)
+        device = Device("cpu", lambda _group: host.running_on(record), wide=True)
+        artifact = side.artifact
+        self.backend = AscendBackend(
+            artifact.folder, cache, side.rank_weights[rank], artifact.manifest.files, device, group=group
+        )
+
+    def run(self, feed: Feed, caches: Mapping[str, np.ndarray], image: int) -> Find:
+        """Runs in float32; finds values by their contents."""
+        for name, value in caches.items():
+            self.backend.write_cache(name, value)
+        self.store.clear()
+        self.backend.run(self.graph, feed, 0, image)
+        return Contents(self.store).find
 
 
 class Contents:

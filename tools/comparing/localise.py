@@ -39,7 +39,7 @@ class Failing:
     reference: tuple[Prepared, ...]
     candidate: tuple[Prepared, ...]
     answers: tuple[np.ndarray, ...]
-    route: dict[str, int] | None
+    route: dict[str, int] | None  # the candidate's buckets that the case is for
     error: float
 
 
@@ -76,8 +76,8 @@ class Localiser:
             advance()
             if case.graph in found:
                 continue
-            prompts = case.candidate if label == "candidate" else case.reference
-            for run in capture(side, prompts, case.answers, case.route, most=RUNS):
+            prompts, route = (case.candidate, case.route) if label == "candidate" else (case.reference, None)
+            for run in capture(side, prompts, case.answers, route, most=RUNS):
                 if run.graph.name in found or (inspected[run.graph.name] >= ENOUGH and run.graph.name != case.graph):
                     continue
                 inspected[run.graph.name] += 1

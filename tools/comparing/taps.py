@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...compiler.graphs import GraphDef, define_graph, trace
-from ...compiler.lockstep import ArrayMember, Meeting, Member, results_of
+from ...compiler.lockstep import ArrayMember, Meeting
 from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.config import ModelConfig
-from ...model_defs.group import member_of
 from ...runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, Segment, Step, WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...runtime.backends.base import cache_name
@@ -44,11 +42,15 @@ class Inspector:
 
     def inspect(self, run: Captured) -> tuple[OpError | None, list[Errors]]:
         """The first wrong operator of a captured run, if any, and the errors of all, by rank."""
+        if run.graph.eager:
+            return None, []  # a program calls the definitions' own operators
         if self.side.artifact.manifest.backend == "ascend":
-            errors = _ascend(self.side, run)
-            return (matched_culprit(errors), [errors]) if errors else (None, [])
-        ranks = self._graph(run.graph).errors(run)
-        found = [(error, rank) for rank, errors in enumerate(ranks) if (error := named_culprit(errors, self.limit))]
+            ranks = _ascend(self.side, run)
+            culprits = [matched_culprit(errors) for errors in ranks]
+        else:
+            ranks = self._graph(run.graph).errors(run)
+            culprits = [named_culprit(errors, self.limit) for errors in ranks]
+        found = [(error, rank) for rank, error in enumerate(culprits) if error]
         if not found:
             return None, ranks
         order = [[*errors.values()] for errors in ranks]
@@ -74,8 +76,15 @@ def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.expo
     """One rank's definition of a graph, and its trace."""
     assert side.config is not None
     manifest = side.artifact.manifest
-    cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
-    return traced(side.config, side.facts.image, cache, manifest.quant, graph.kind, graph.bucket, graph.images, manifest.tp)
+    sizes = graph.kind, graph.bucket, graph.images
+    return traced(side.config, side.facts.image, rank_cache(side), manifest.quant, *sizes, manifest.tp)
+
+
+def rank_cache(side: StaticSide) -> CacheSpec:
+    """One rank's part of the cache."""
+    assert side.config is not None
+    manifest = side.artifact.manifest
+    return narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
 
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
@@ -122,8 +131,7 @@ class OnnxGraph:
         narrow = msgspec.structs.replace(graph, inputs=self.definition.inputs, outputs=self.definition.outputs)
         self.spec = _with_taps(narrow, self.tapped)
         models = {name: each.data for name, each in zip(graph.files, self.tapped, strict=True)}
-        assert side.config is not None
-        cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
+        cache = rank_cache(side)
         self.meeting = Meeting(self.ranks)
         groups = [ArrayMember(self.meeting, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
         self.backends = [OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups]
@@ -133,22 +141,15 @@ class OnnxGraph:
 
     def errors(self, run: Captured) -> list[Errors]:
         """Of every rank, in lockstep."""
-        with ThreadPoolExecutor(self.ranks) as pool:
-            return results_of([pool.submit(self._of_rank, run, rank) for rank in range(self.ranks)])
+        return self.meeting.together(lambda rank: self._of_rank(run, rank))
 
     def _of_rank(self, run: Captured, rank: int) -> Errors:
         backend, inputs = self.backends[rank], inputs_of(self.definition, run, rank, self.ranks)
-        try:
-            for each, value in zip(self.definition.inputs, inputs, strict=True):
-                if each.name not in run.feed:
-                    backend.write_cache(each.name, value.numpy())
-            backend.run(self.spec, run.feed, 0, run.image)
-            find = self._by_name(backend, run.image)
-            with member_of(Member(self.meeting, rank)):
-                return self.walks[rank].run(inputs, find)
-        except BaseException:
-            self.meeting.barrier.abort()
-            raise
+        for each, value in zip(self.definition.inputs, inputs, strict=True):
+            if each.name not in run.feed:
+                backend.write_cache(each.name, value.numpy())
+        backend.run(self.spec, run.feed, 0, run.image)
+        return self.walks[rank].run(inputs, self._by_name(backend, run.image))
 
     def _by_name(self, backend: OrtBackend, image: int) -> Find:
         """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
@@ -178,12 +179,21 @@ def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
 # ---- Ascend
 
 
-def _ascend(side: StaticSide, run: Captured) -> Errors:
-    from .ge_taps import matches
+def _ascend(side: StaticSide, run: Captured) -> list[Errors]:
+    """Of every rank, in lockstep."""
+    from .ge_taps import GeGraph
 
-    graph, program = definition(side, run.graph)
-    find: Find | None = matches(side, run)
-    if find is None:
-        return {}
-    parameters = parameters_of(side, side.rank_weights[0], graph)
-    return Walk(program, parameters).run(inputs_of(graph, run, 0, 1), find)
+    definition_, program = definition(side, run.graph)
+    ranks, cache, meeting = side.artifact.manifest.tp, rank_cache(side), Meeting(side.artifact.manifest.tp)
+    spec = msgspec.structs.replace(run.graph, inputs=definition_.inputs, outputs=definition_.outputs)
+
+    def of_rank(rank: int) -> Errors:
+        group = ArrayMember(meeting, rank) if ranks > 1 else None
+        inputs = inputs_of(definition_, run, rank, ranks)
+        caches = {
+            each.name: value.numpy() for each, value in zip(spec.inputs, inputs, strict=True) if each.name not in run.feed
+        }
+        find = GeGraph(side, spec, cache, rank, group).run(run.feed, caches, run.image)
+        return Walk(program, parameters_of(side, side.rank_weights[rank], definition_)).run(inputs, find)
+
+    return meeting.together(of_rank)
