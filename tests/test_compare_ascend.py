@@ -67,6 +67,21 @@ def test_healthy_ranks_raise_no_alarm(whole: Side, tmp_path: Path) -> None:
     assert 0 < max(own for own, _ in result.layers.values()) < 1e-4
 
 
+def test_programs_are_looked_into_from_outside(whole: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    artifact = compiled("llava", tmp_path / "artifact", backend="ascend", eager=("prefill",))
+    result = compared(whole, artifact, samples_of("llava"), inspect="always")
+    assert result.passed, (result.broken, result.findings)
+    original = ge_taps.GeGraph.run
+
+    def late(self, feed, *args):
+        return original(self, {name: value + (name == "lengths") for name, value in feed.items()}, *args)
+
+    monkeypatch.setattr(ge_taps.GeGraph, "run", late)
+    result = compared(whole, open_side(artifact), samples_of("llava"), inspect="always")
+    eager = next(each for each in result.findings if each.graph.startswith("prefill"))
+    assert eager.where == "text.layers.0.attn cached_attention (keys written)" and "rows lie 1 late" in eager.text
+
+
 def test_one_rank_writes_one_row_late(whole: Side, tmp_path: Path) -> None:
     """Ranks share graphs, so here one of them is fed with another count of earlier rows."""
     artifact = compiled("llava", tmp_path / "artifact", backend="ascend", tp=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 from torch.fx import Node
@@ -69,6 +70,13 @@ def matched_culprit(found: Mapping[Node, OpError]) -> OpError | None:
         if node not in good and node.users:
             return error
     return None
+
+
+def whole_culprit(found: Mapping[Node, OpError]) -> OpError | None:
+    """Where nothing but outputs can be seen: the first that is wrong, in which operators before it have their part."""
+    note = "of this graph only outputs can be seen, so an operator before this one may be at fault"
+    wrong = (error for error in found.values() if error.error is not None and error.error > EXACT)
+    return next((dataclasses.replace(error, note=error.note or note) for error in wrong), None)
 
 
 def _users(node: Node) -> list[Node]:

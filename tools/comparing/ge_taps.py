@@ -50,12 +50,16 @@ class GeGraph:
             artifact.folder, cache, side.rank_weights[rank], artifact.manifest.files, device, group=group
         )
 
-    def run(self, feed: Feed, caches: Mapping[str, np.ndarray], image: int) -> Find:
-        """Runs in float32; finds values by their contents."""
+    def run(self, feed: Feed, caches: Mapping[str, np.ndarray], image: int) -> np.ndarray:
+        """Runs in float32; the first output."""
         for name, value in caches.items():
             self.backend.write_cache(name, value)
         self.store.clear()
-        self.backend.run(self.graph, feed, 0, image)
+        return self.backend.run(self.graph, feed, 0, image)
+
+    @property
+    def find(self) -> Find:
+        """Finds values of the last run by their contents."""
         return Contents(self.store).find
 
 

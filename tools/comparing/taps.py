@@ -20,11 +20,11 @@ from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, Segment, Step, WeightSpec
 from ...runtime.ascend.weights import map_weight
-from ...runtime.backends.base import cache_name
+from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
 from .capture import Captured
 from .checkpoint import narrowed
-from .culprit import matched_culprit, named_culprit
+from .culprit import matched_culprit, named_culprit, whole_culprit
 from .static_side import StaticSide
 from .walk import Find, OpError, Walk
 
@@ -42,11 +42,10 @@ class Inspector:
 
     def inspect(self, run: Captured) -> tuple[OpError | None, list[Errors]]:
         """The first wrong operator of a captured run, if any, and the errors of all, by rank."""
-        if run.graph.eager:
-            return None, []  # a program calls the definitions' own operators
         if self.side.artifact.manifest.backend == "ascend":
             ranks = _ascend(self.side, run)
-            culprits = [matched_culprit(errors) for errors in ranks]
+            culprit = whole_culprit if run.graph.eager else matched_culprit
+            culprits = [culprit(errors) for errors in ranks]
         else:
             ranks = self._graph(run.graph).errors(run)
             culprits = [named_culprit(errors, self.limit) for errors in ranks]
@@ -154,16 +153,29 @@ class OnnxGraph:
     def _by_name(self, backend: OrtBackend, image: int) -> Find:
         """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
         arrays = {node: backend.free[name] for part in self.tapped for node, name in part.taps.items()}
-        results: Any = self.program.graph.output_node().args[0]
-        for node, output in zip(results, self.definition.outputs, strict=True):
-            name = cache_name(output.name, image)
-            arrays[node] = backend.read_cache(name, output.shape[0]) if name else backend.outputs[self.spec.file]
+        return named(arrays | outputs_of(self.program, self.definition, backend, backend.outputs[self.spec.file], image))
 
-        def find(node: Node, expected: Tensor) -> Tensor | None:
-            array = arrays.get(node)
-            return None if array is None or array.shape != expected.shape else torch.from_numpy(np.array(array))
 
-        return find
+def outputs_of(
+    program: torch.export.ExportedProgram, graph: GraphDef, backend: Backend, result: np.ndarray, image: int
+) -> dict[Node, np.ndarray]:
+    """What left a graph: in its first output, `result`, or in the cache."""
+    found: dict[Node, np.ndarray] = {}
+    outputs: Any = program.graph.output_node().args[0]
+    for node, output in zip(outputs, graph.outputs, strict=True):
+        name = cache_name(output.name, image)
+        found[node] = backend.read_cache(name, output.shape[0]) if name else result
+    return found
+
+
+def named(arrays: Mapping[Node, np.ndarray]) -> Find:
+    """Finds traced nodes' values where it is known which they are."""
+
+    def find(node: Node, expected: Tensor) -> Tensor | None:
+        array = arrays.get(node)
+        return None if array is None or array.shape != expected.shape else torch.from_numpy(np.array(array))
+
+    return find
 
 
 def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
@@ -193,7 +205,10 @@ def _ascend(side: StaticSide, run: Captured) -> list[Errors]:
         caches = {
             each.name: value.numpy() for each, value in zip(spec.inputs, inputs, strict=True) if each.name not in run.feed
         }
-        find = GeGraph(side, spec, cache, rank, group).run(run.feed, caches, run.image)
+        ge = GeGraph(side, spec, cache, rank, group)
+        result = ge.run(run.feed, caches, run.image)
+        # A program calls the definitions' own operators: only what it gives can be seen.
+        find = named(outputs_of(program, definition_, ge.backend, result, run.image)) if spec.eager else ge.find
         return Walk(program, parameters_of(side, side.rank_weights[rank], definition_)).run(inputs, find)
 
     return meeting.together(of_rank)
