@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from staticvl.model_defs.config import Stage, read_config
 from staticvl.runtime.artifact import GraphSpec, Manifest, Transfer, is_cached, open_artifact, verify
 from staticvl.runtime.backends.base import Backend, open_backend
 from staticvl.runtime.feeds import Feed
+from staticvl.tools.cli import main
 from staticvl.weights.rules import targets
 
 from .conftest import EMBEDDED
@@ -121,6 +124,44 @@ def test_on_the_simulator(family: str, tmp_path: Path, tp: int, pp: int) -> None
     expected = whole(family, tmp_path / "whole")
     distances = [float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, expected, strict=True)]
     assert 0 < max(distances) <= 2e-2, distances  # float16
+
+
+def test_what_ranks_bring_to_others_is_what_show_tells(
+    looking: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Calls and bytes of sums and gathers, and of what is handed on, of every rank of every stage."""
+    counted: Counter[tuple[int, int, str]] = Counter()  # stage, rank, what
+    right = {name: getattr(StageMember, name) for name in ("all_reduce", "all_gather", "send")}
+
+    def counting(name: str) -> Callable[..., None]:
+        def call(self: StageMember, array: np.ndarray, *others: Any) -> None:
+            what = "send" if name == "send" else "collective"
+            counted[self.stage, self.rank, what] += 1
+            counted[self.stage, self.rank, f"{what} bytes"] += array.nbytes
+            right[name](self, array, *others)
+
+        return call
+
+    for name in right:
+        monkeypatch.setattr(StageMember, name, counting(name))
+    run_world(looking)
+
+    manifest, expected = open_artifact(looking).manifest, Counter()
+    runs = Counter(graph.name for graph, *_ in calls(manifest))
+    monkeypatch.setenv("COLUMNS", "160")
+    main(["show", str(looking)])
+    table = capsys.readouterr().out.partition("a rank brings to the others")[2]
+    shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
+    for stage in range(manifest.pp):
+        for graph in manifest.of_stage(stage).graphs:
+            told = graph.collectives, graph.collective_bytes, len(graph.sent), sum(spec.nbytes for spec in graph.sent)
+            kb, each = f"{told[1] / 1e3:.1f}", f"{told[1] / graph.bucket / 1e3:.1f}"
+            assert [graph.name, str(stage), str(told[0]), kb, each, str(told[2]), f"{told[3] / 1e3:.1f}"] in shown
+            for rank in range(manifest.tp):
+                for what, value in zip(("collective", "collective bytes", "send", "send bytes"), told, strict=True):
+                    expected[stage, rank, what] += runs[graph.name] * value
+    assert counted == expected
+    assert all(counted[stage, rank, "send bytes"] for stage in range(2) for rank in range(2))
 
 
 def test_a_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
