@@ -129,10 +129,15 @@ class LockstepBackend:
     It takes `widened` graphs, whose caches hold the heads of all ranks one after another, and gives each rank its own.
     """
 
-    def __init__(self, size: int, open_rank: Callable[[ArrayMember], Backend], stage: int = 0, stages: int = 1) -> None:
-        """`open_rank` opens the backend of one rank in the group that it is given."""
+    def __init__(
+        self,
+        size: int,
+        open_rank: Callable[[ArrayMember], Backend],
+        member: Callable[[Meeting, int], ArrayMember] = ArrayMember,
+    ) -> None:
+        """`open_rank` opens the backend of one rank in the group that it is given, which `member` makes."""
         self.meeting = Meeting(size)
-        self.ranks = [open_rank(ArrayMember(self.meeting, rank, stage, stages)) for rank in range(size)]
+        self.ranks = [open_rank(member(self.meeting, rank)) for rank in range(size)]
         self.pool = ThreadPoolExecutor(size)
         self.narrow: dict[str, GraphSpec] = {}  # by file
 

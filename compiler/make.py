@@ -23,7 +23,7 @@ from .check import Certifier
 from .cost import graph_cost
 from .eager import EagerBackend
 from .graphs import GraphDef, define_graph, fed_inputs
-from .lockstep import LockstepBackend, widened
+from .lockstep import ArrayMember, LockstepBackend, widened
 from .pipeline import joined
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast
 
@@ -76,7 +76,12 @@ class GraphMaker:
         """One backend, of all ranks where there are several."""
         if self._whole:
             return open_rank(None, 0)
-        return LockstepBackend(self.tp, lambda group: open_rank(group, group.rank), self.stage.index, self.stage.count)
+        stage = self.stage
+        return LockstepBackend(
+            self.tp,
+            lambda group: open_rank(group, group.rank),
+            lambda meeting, rank: ArrayMember(meeting, rank, stage.index, stage.count),
+        )
 
     def _reference(self, group: Group | None, rank: int) -> Backend:
         # Below SMALL, handing work to threads takes longer than the work.

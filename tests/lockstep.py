@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from queue import SimpleQueue
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 import pytest
 
 from staticvl.compiler.lockstep import ArrayMember, Meeting, Member
+from staticvl.compiler.lockstep_stages import StageMember, ways_between
 from staticvl.model_defs.group import group_of
 
 __all__ = ["ArrayMember", "Counting", "Meeting", "Member", "StageMember", "member_in", "run_ranks", "world"]
@@ -62,24 +61,9 @@ def run_ranks(size: int, work: Callable[[int], T]) -> tuple[list[T], list[str]]:
     return meeting.together(work), meeting.calls
 
 
-@dataclass
-class StageMember(ArrayMember):
-    """A rank of one stage of a pipeline; `ways` are what all ranks of all stages share."""
-
-    ways: dict[tuple[int, int, int], SimpleQueue[np.ndarray]] = field(kw_only=True)  # from stage, to stage, rank
-
-    def send(self, array: np.ndarray, stage: int) -> None:
-        self.ways[self.stage, stage, self.rank].put(array.copy())
-
-    def receive(self, array: np.ndarray, stage: int) -> None:
-        array[...] = self.ways[stage, self.stage, self.rank].get(timeout=PATIENCE)
-
-
 def world(tp: int, pp: int) -> list[StageMember]:
     """Every rank of a pipeline, by its number."""
-    places = itertools.product(range(pp), range(pp), range(tp))
-    ways: dict[tuple[int, int, int], SimpleQueue[np.ndarray]] = {place: SimpleQueue() for place in places}
-    meetings = [Meeting(tp, PATIENCE) for _ in range(pp)]
+    ways, meetings = ways_between(tp, pp), [Meeting(tp, PATIENCE) for _ in range(pp)]
     return [StageMember(meetings[stage], rank, stage, pp, ways=ways) for stage in range(pp) for rank in range(tp)]
 
 

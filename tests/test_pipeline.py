@@ -17,15 +17,18 @@ from staticvl.compiler.check import relative_error
 from staticvl.compiler.lockstep import results_of
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.model_defs.config import Stage, read_config
-from staticvl.runtime.artifact import GraphSpec, Manifest, Transfer, is_cached, open_artifact, verify
+from staticvl.runtime.artifact import GraphSpec, Manifest, Transfer, is_cached, open_artifact, rank_weights, verify
 from staticvl.runtime.backends.base import Backend, open_backend
 from staticvl.runtime.feeds import Feed
 from staticvl.tools.cli import main
+from staticvl.tools.comparing.opening import open_side
 from staticvl.weights.rules import targets
 
+from .comparisons import compared, samples_of
 from .conftest import EMBEDDED
 from .lockstep import StageMember, world
 from .rank_models import feed
+from .seeded import copied
 from .tiny_families import GOLDEN_QWEN
 from .wide_models import wide_config
 
@@ -36,7 +39,7 @@ TOLERANCE = 1e-5
 
 def compiled(family: str, out: Path, tp: int, pp: int, backend: str = "onnx") -> Path:
     images = (1,) if family == "mllama" else None
-    buckets = Buckets(prefill=(CHUNK,), decode=(SLOTS,), images=images, context=16, slots=SLOTS)
+    buckets = Buckets(prefill=(CHUNK,), decode=(SLOTS,), images=images, context=32, slots=SLOTS)
     build(Options(checkpoint=CHECKPOINTS[family], out=out, tp=tp, pp=pp, backend=backend, buckets=buckets))
     return out
 
@@ -162,6 +165,25 @@ def test_what_ranks_bring_to_others_is_what_show_tells(
                     expected[stage, rank, what] += runs[graph.name] * value
     assert counted == expected
     assert all(counted[stage, rank, "send bytes"] for stage in range(2) for rank in range(2))
+
+
+def test_a_pipeline_is_compared(looking: Path, tmp_path: Path) -> None:
+    """Logits, keys and values of all stages, weights of all ranks; a wrong weight of the last rank is named."""
+    reference = open_side(compiled("mllama", tmp_path / "whole", 1, 1), threads=1)
+    result = compared(reference, looking, samples_of("mllama")[-1:], with_edges=False)
+    assert result.passed, (result.broken, result.findings)
+    layers = read_config(CHECKPOINTS["mllama"]).text.layers
+    cross = read_config(CHECKPOINTS["mllama"]).text.cross_layers
+    assert len(result.samples[0].layers) == layers - len(cross) and max(result.samples[0].layers) < TOLERANCE
+    broken = copied(looking, tmp_path / "broken")
+    manifest = open_artifact(broken).manifest
+    spec = rank_weights(manifest.of_stage(1).weights, 4, 3)["text.norm.weight"]
+    norm = np.memmap(broken / spec.file, spec.dtype, "r+", spec.offset, spec.shape)
+    norm *= 2
+    norm.flush()
+    result = compared(reference, broken, samples_of("mllama")[-1:], with_edges=False)
+    assert result.first is not None
+    assert (result.first.stage, result.first.where, result.first.rank) == ("weights", "text.norm.weight", 1)
 
 
 def test_a_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,8 @@ class Localiser:
     # ---- graphs
 
     def _graphs(self, side: StaticSide, label: str, failing: Sequence[Failing], advance: Callable[[], object]) -> list[Finding]:
-        if side.config is None:
-            return []
+        if side.config is None or side.artifact.manifest.pp > 1:
+            return []  # sizes that are not known; stages, whose graphs are not walked
         inspector = Inspector(side, self.limits.operators)
         found: dict[str, Finding] = {}
         inspected: Counter[str] = Counter()

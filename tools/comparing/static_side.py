@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ import msgspec
 import numpy as np
 
 from ...compiler.lockstep import LockstepBackend, widened
+from ...compiler.lockstep_stages import PipelineBackend, whole_pipeline
 from ...model_defs.config import ModelConfig, decode_config
 from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelFacts, WeightSpec, open_artifact, rank_weights
 from ...runtime.backends.base import Backend, Group, open_backend
@@ -24,7 +25,7 @@ from ..bench import held
 from .checkpoint import Checkpoint, narrowed
 from .forced import ForcedEngine
 from .samples import Sample
-from .sides import HIDDEN_TOKEN, Prepared, Said, SideError
+from .sides import HIDDEN_TOKEN, Prepared, Said
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,36 +171,43 @@ class StaticSide:
 
     @cached_property
     def rank_weights(self) -> list[dict[str, WeightSpec]]:
-        """What each rank holds."""
+        """What each rank holds, of all stages."""
         manifest = self.artifact.manifest
-        return [rank_weights(manifest.weights, manifest.tp, rank) if manifest.tp > 1 else manifest.weights
-                for rank in range(manifest.tp)]  # fmt: skip
+        if manifest.ranks == 1:
+            return [manifest.weights]
+        stages = [(manifest.of_stage(stage).weights, stage * manifest.tp) for stage in range(manifest.pp)]
+        return [
+            {
+                name: spec
+                for weights, first in stages
+                for name, spec in rank_weights(weights, manifest.ranks, first + rank).items()
+            }
+            for rank in range(manifest.tp)
+        ]
 
 
 def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: str) -> StaticSide:
     """An artifact on a device, all its ranks as threads of this process; raises ArtifactError or SideError."""
     artifact = open_artifact(folder)
     manifest = artifact.manifest
-    if manifest.pp > 1:
-        raise SideError(
-            f"{folder} is a pipeline of {manifest.pp} stages, which cannot be compared yet; compile it with --pp 1 to compare"
-        )
     if device == "auto":
         device = "cpu" if manifest.backend == "onnx" else "sim"
     stored = artifact.path(manifest.tokenizer) / DEFINITION
     config = decode_config(stored.read_bytes(), str(stored)) if stored.is_file() else None
-    if manifest.tp == 1:
+    if manifest.ranks == 1:
         backend = open_backend(manifest.backend, folder, manifest.cache, device=device, threads=threads, manifest=manifest)
         return StaticSide(name, artifact, backend, config, compiled=True)
-    backend = LockstepBackend(manifest.tp, _opener(artifact, device, threads))
+
+    def open_rank(manifest: Manifest, group: Group) -> Backend:
+        return open_backend(
+            manifest.backend, folder, manifest.cache, device=device, threads=threads, manifest=manifest, group=group
+        )
+
+    if manifest.pp > 1:
+        whole = Artifact(folder, whole_pipeline(manifest))
+        return StaticSide(name, whole, PipelineBackend(manifest, open_rank), config, compiled=True)
+    backend = LockstepBackend(manifest.tp, lambda group: open_rank(manifest, group))
     return StaticSide(name, Artifact(folder, together(manifest)), backend, config, compiled=True)
-
-
-def _opener(artifact: Artifact, device: str, threads: int | None) -> Callable[[Group], Backend]:
-    manifest = artifact.manifest
-    return lambda group: open_backend(
-        manifest.backend, artifact.folder, manifest.cache, device=device, threads=threads, manifest=manifest, group=group
-    )
 
 
 def together(manifest: Manifest) -> Manifest:

@@ -153,18 +153,20 @@ class OnnxGraph:
     def _by_name(self, backend: OrtBackend, image: int) -> Find:
         """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
         arrays = {node: backend.free[name] for part in self.tapped for node, name in part.taps.items()}
-        return named(arrays | outputs_of(self.program, self.definition, backend, backend.outputs[self.spec.file], image))
+        return named(arrays | outputs_of(self.program, self.definition, backend, backend.outputs.get(self.spec.file), image))
 
 
 def outputs_of(
-    program: torch.export.ExportedProgram, graph: GraphDef, backend: Backend, result: np.ndarray, image: int
+    program: torch.export.ExportedProgram, graph: GraphDef, backend: Backend, result: np.ndarray | None, image: int
 ) -> dict[Node, np.ndarray]:
-    """What left a graph: in its first output, `result`, or in the cache."""
+    """What left a graph: in its first output, `result` unless that is in the cache too, or in the cache."""
     found: dict[Node, np.ndarray] = {}
     outputs: Any = program.graph.output_node().args[0]
     for node, output in zip(outputs, graph.outputs, strict=True):
         name = cache_name(output.name, image)
-        found[node] = backend.read_cache(name, output.shape[0]) if name else result
+        value = backend.read_cache(name, output.shape[0]) if name else result
+        if value is not None:
+            found[node] = value
     return found
 
 

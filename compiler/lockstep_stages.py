@@ -1,0 +1,123 @@
+"""The stages of a pipeline as one backend: all ranks of all stages as threads of one process, so that a whole pipeline can be
+asked what one model is asked."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+
+import msgspec
+import numpy as np
+
+from ..runtime.artifact import CacheSpec, GraphSpec, Manifest
+from ..runtime.backends.base import Backend
+from .lockstep import ArrayMember, LockstepBackend, Meeting, results_of, widened
+
+Ways = dict[tuple[int, int, int], SimpleQueue[np.ndarray | None]]  # by from which stage, to which, and rank
+
+
+@dataclass
+class StageMember(ArrayMember):
+    """A rank of one stage; `ways` are what all ranks of all stages share."""
+
+    ways: Ways = field(kw_only=True)
+
+    def send(self, array: np.ndarray, stage: int) -> None:
+        self.ways[self.stage, stage, self.rank].put(array.copy())
+
+    def receive(self, array: np.ndarray, stage: int) -> None:
+        came = self.ways[stage, self.stage, self.rank].get(timeout=self.meeting.patience)
+        if came is None:
+            raise threading.BrokenBarrierError  # as of a rank that others have failed
+        array[...] = came
+
+
+def ways_between(tp: int, pp: int) -> Ways:
+    return {place: SimpleQueue() for place in itertools.product(range(pp), range(pp), range(tp))}
+
+
+class PipelineBackend:
+    """See runtime.backends.base.Backend. It takes graphs of `whole_pipeline`; caches are numbered through all stages."""
+
+    def __init__(self, manifest: Manifest, open_rank: Callable[[Manifest, ArrayMember], Backend]) -> None:
+        """`open_rank` opens the backend of one rank, given its stage's manifest and the group."""
+        tp, pp, self.ways = manifest.tp, manifest.pp, ways_between(manifest.tp, manifest.pp)
+        own = [manifest.of_stage(stage) for stage in range(pp)]
+        self.graphs = [{graph.name: widened(graph, tp) for graph in each.graphs} for each in own]
+        self.stages = [self._stage(own[stage], stage, open_rank) for stage in range(pp)]
+        self.places = _places([each.cache for each in own])
+        self.pool = ThreadPoolExecutor(pp)
+
+    def _stage(self, own: Manifest, stage: int, open_rank: Callable[[Manifest, ArrayMember], Backend]) -> LockstepBackend:
+        def member(meeting: Meeting, rank: int) -> ArrayMember:
+            return StageMember(meeting, rank, stage, own.pp, ways=self.ways)
+
+        return LockstepBackend(own.tp, lambda group: open_rank(own, group), member)
+
+    def load(self, graph: GraphSpec) -> None:
+        for stage, graphs in zip(self.stages, self.graphs, strict=True):
+            if graph.name in graphs:
+                stage.load(graphs[graph.name])
+
+    def unload(self, graph: GraphSpec) -> None:
+        for stage, graphs in zip(self.stages, self.graphs, strict=True):
+            if graph.name in graphs:
+                stage.unload(graphs[graph.name])
+
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+        """What the first stage's first rank has in the end; raises what the first stage raised that failed by itself."""
+
+        def work(stage: int) -> np.ndarray:
+            try:
+                return self.stages[stage].run(self.graphs[stage][graph.name], feed, slot, image)
+            except BaseException:
+                for way in self.ways.values():
+                    way.put(None)
+                raise
+
+        stages = [stage for stage, graphs in enumerate(self.graphs) if graph.name in graphs]
+        return results_of([self.pool.submit(work, stage) for stage in stages])[0]
+
+    def read_cache(self, name: str, slots: int) -> np.ndarray:
+        stage, own = self.places[name]
+        return self.stages[stage].read_cache(own, slots)
+
+    def write_cache(self, name: str, value: np.ndarray) -> None:
+        stage, own = self.places[name]
+        self.stages[stage].write_cache(own, value)
+
+    def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
+        for stage in self.stages:
+            stage.copy_slot(source, target, rows, images)
+
+
+def whole_pipeline(manifest: Manifest) -> Manifest:
+    """The manifest with the layers of all stages in its cache, and the heads of all ranks in that and in its graphs."""
+    own = [manifest.of_stage(stage) for stage in range(manifest.pp)]
+    cache = manifest.cache
+    if cross := cache.cross:
+        layers = sum(each.cache.cross.layers for each in own if each.cache.cross)
+        cache = msgspec.structs.replace(cache, cross=msgspec.structs.replace(cross, layers=layers))
+    layers, heads = sum(each.cache.layers for each in own), cache.kv_heads * manifest.tp
+    return msgspec.structs.replace(
+        manifest,
+        cache=msgspec.structs.replace(cache, layers=layers, kv_heads=heads),
+        graphs=tuple(widened(graph, manifest.tp) for graph in manifest.graphs),
+    )
+
+
+def _places(caches: Sequence[CacheSpec]) -> dict[str, tuple[int, str]]:
+    """Names of the whole cache's parts -> (stage, name there)."""
+    found, before, crossed = {}, 0, 0
+    for stage, cache in enumerate(caches):
+        for own in cache.buffers():
+            which, layer, *image = own.split(".")
+            first = crossed if which.startswith("cross_") else before
+            found[".".join((which, str(int(layer) + first), *image))] = stage, own
+        before += cache.layers
+        crossed += cache.cross.layers if cache.cross else 0
+    return found
