@@ -270,11 +270,13 @@ class Model:
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence that was started; one that has not finished is cancelled."""
         self.engine.cancel(sequence)
-        if self.request_log and sequence.id in self.texts:
-            sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
-            arrived = time.time() - (self.engine.clock() - sequence.arrived)
-            self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
-        self.texts.pop(sequence.id, None)
+        try:
+            if self.request_log and sequence.id in self.texts:
+                sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
+                arrived = time.time() - (self.engine.clock() - sequence.arrived)
+                self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
+        finally:
+            self.texts.pop(sequence.id, None)
 
     def advance(self) -> SequenceOf[Sequence]:
         """One engine step, and the new text of each sequence that gained a token; the sequences that have changed.
