@@ -27,6 +27,10 @@ Asked = str | SequenceOf[Message]
 log = logging.getLogger(__name__)
 
 
+class EngineClosedError(RuntimeError):
+    """The engine was closed before the answer was complete."""
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """What has become certain of an answer: its text, and of tokens not given before their log-probabilities, if asked for."""
@@ -47,6 +51,38 @@ class _Answer:
     items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
     given: int = 0  # pieces
     told: int = 0  # log-probabilities
+
+
+class Answers:
+    """The answers to one prompt as they are decided: iterate over it in an `async with` block, or close it.
+
+    Each item comes with the index of its answer; the last of an answer is its Output. What a device raises is raised here.
+    """
+
+    def __init__(self, items: asyncio.Queue[tuple[int, Item]], count: int, cancel: Callable[[], None]) -> None:
+        self._items, self._left, self._cancel = items, count, cancel
+
+    def __aiter__(self) -> Answers:
+        return self
+
+    async def __anext__(self) -> tuple[int, Piece | Output]:
+        if not self._left:
+            raise StopAsyncIteration
+        index, item = await self._items.get()
+        if isinstance(item, Exception):
+            raise item
+        self._left -= isinstance(item, Output)
+        return index, item
+
+    def close(self) -> None:
+        """Cancel what has not ended; may be called again."""
+        self._cancel()
+
+    async def __aenter__(self) -> Answers:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
 
 
 class AsyncEngine:
@@ -78,7 +114,7 @@ class AsyncEngine:
     ) -> Output:
         """The answer to one prompt; arguments and errors as of Model.generate. Cancelling the task cancels the request."""
         params = merge_params(sampling, settings)
-        async with contextlib.aclosing(self.answers(prompt, params, images, raw=raw)) as answers:
+        async with await self.ask(prompt, params, images, raw=raw) as answers:
             outputs = {index: item async for index, item in answers if isinstance(item, Output)}
         return grouped([outputs[index] for index in range(params.n)], params.n)[0]
 
@@ -93,7 +129,7 @@ class AsyncEngine:
     ) -> AsyncGenerator[str, None]:
         """Pieces of the answer as they are decided; closing the generator cancels the request."""
         params = one_answer(merge_params(sampling, settings))
-        async with contextlib.aclosing(self.answers(prompt, params, images, raw=raw)) as answers:
+        async with await self.ask(prompt, params, images, raw=raw) as answers:
             async for _, item in answers:
                 if isinstance(item, Piece):
                     yield item.text
@@ -102,13 +138,8 @@ class AsyncEngine:
         """A prompt made ready, so that its length is known before it is asked; raises PromptError, ImageError."""
         return await self._aside(lambda: self._prepared(prompt, images, raw))
 
-    async def answers(
-        self, prompt: Asked | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False
-    ) -> AsyncGenerator[tuple[int, Piece | Output], None]:
-        """All of the params.n answers to a prompt as they are decided: each item with the index of its answer, an Output last.
-
-        Errors as of `generate`, those of the prompt before the first item. Closing the generator cancels the request.
-        """
+    async def ask(self, prompt: Asked | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
+        """All of the params.n answers to a prompt, which is queued; errors of what was asked as of `generate`."""
 
         def sequences() -> list[Sequence]:
             ready = prompt if isinstance(prompt, Prompt) else self._prepared(prompt, images, raw)
@@ -118,16 +149,7 @@ class AsyncEngine:
         loop = asyncio.get_running_loop()
         asked = [_Answer(sequence, loop, items) for sequence in await self._aside(sequences)]
         self._command(lambda: [self._start(answer) for answer in asked])
-        try:
-            left = len(asked)
-            while left:
-                index, item = await items.get()
-                if isinstance(item, Exception):
-                    raise item
-                left -= isinstance(item, Output)
-                yield index, item
-        finally:
-            self._command(lambda: [self._forget(answer) for answer in asked])
+        return Answers(items, len(asked), lambda: self._command(lambda: [self._forget(answer) for answer in asked]))
 
     async def close(self) -> None:
         """Stop after the step that runs; whoever still waits for an answer gets an error."""
@@ -148,10 +170,16 @@ class AsyncEngine:
     async def _aside(self, work: Callable[[], Any]) -> Any:
         """The result of work that must not hold up the loop."""
         if self._closing:
-            raise RuntimeError("the engine was closed; open another one")
+            raise EngineClosedError("the engine was closed; open another one")
         if self.failure is not None:
             raise self.failure
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closing and task is not None and not task.cancelling():
+                raise EngineClosedError("the engine was closed before the prompt was ready") from None
+            raise
 
     def _prepared(self, prompt: Asked, images: Images, raw: bool) -> Prompt:
         if isinstance(prompt, list | tuple):
@@ -173,7 +201,7 @@ class AsyncEngine:
             for command in commands:
                 command()
             if self._closing:
-                self._fail(RuntimeError("the engine was closed before the answer was complete"))
+                self._fail(EngineClosedError("the engine was closed before the answer was complete"))
                 return
             try:
                 for sequence in self.model.advance():
