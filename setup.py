@@ -42,7 +42,8 @@ TEST = [
     *TUNE,
     *CONSTRAIN,
     *SERVE,
-    "openai>=2,<4",
+    "openai>=3,<4",
+    "httpx2>=2,<3",  # as openai's client does
     "playwright>=1.56,<2",  # drives a Chromium where there is one
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
