@@ -3,10 +3,10 @@
     python -m benchmarks.serve_soak [--requests 2400] [--clients 12] [--seed 0]
 
 2400 requests are one every three seconds for two hours. Two thirds ask honestly about drawings, whole or streamed, and their
-answers must be those that the model gives alone. The others leave early, read slowly, send broken bodies or hostile pictures. The
-server is killed after a third of it and drained after another, and started again each time. Checked are every status, every
-honest answer, that no slot and no request is left at the end of each life, and that memory stays flat. Traffic goes to this
-machine only, and ends by itself. The last line is JSON.
+answers must be those that the model gives alone. The others leave early, read slowly, send broken bodies or hostile pictures.
+The server is killed after a third of it and drained after another, and started again each time. Checked are every status,
+every honest answer, that no slot and no request is left at the end of each life, and that memory stays flat. Traffic goes to
+this machine only, and ends by itself. The last line is JSON.
 """
 
 from __future__ import annotations
