@@ -125,7 +125,7 @@ def hostile(rng: random.Random, honest: str) -> str:
     data = bytearray(base64.b64decode(honest.partition(",")[2]))
     match rng.randrange(4):
         case 0:
-            data = data[: rng.randrange(len(data))]
+            data = data[: rng.randrange(len(data) // 2)]
         case 1:
             data[16:24] = (60_000).to_bytes(4, "big") * 2
         case 2:

@@ -24,6 +24,7 @@ from .sampler import TokenLogprob
 
 Images = Any
 Asked = str | SequenceOf[Message]
+CHECK_S = 2.0  # between two looks at ranks that have nothing to do
 log = logging.getLogger(__name__)
 
 
@@ -98,6 +99,7 @@ class AsyncEngine:
         self._commands: list[Callable[[], None]] = []
         self._closing = False
         self.failure: RankError | None = None  # after it nothing is answered any more
+        self.on_failure: Callable[[], object] = lambda: None  # called once, in the engine's thread
         self._wake = threading.Condition()
         self._preparing = ThreadPoolExecutor(1, "staticvl-prepare")
         self._worker = threading.Thread(target=self._work, name="staticvl-engine", daemon=True)
@@ -196,7 +198,10 @@ class AsyncEngine:
     def _work(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._commands or self._closing or not self.model.engine.scheduler.idle)
+                self._wake.wait_for(
+                    lambda: self._commands or self._closing or not self.model.engine.scheduler.idle,
+                    timeout=CHECK_S if self.model.check and self.failure is None else None,
+                )
                 commands, self._commands = self._commands, []
             for command in commands:
                 command()
@@ -204,13 +209,18 @@ class AsyncEngine:
                 self._fail(EngineClosedError("the engine was closed before the answer was complete"))
                 return
             try:
+                if self.model.check and self.failure is None and self.model.engine.scheduler.idle:
+                    self.model.check()
                 for sequence in self.model.advance():
                     if answer := self._answers.get(sequence.id):
                         self._deliver(answer)
             except Exception as error:  # whatever a device raises; it belongs to those who wait, and others may still come
+                known = self.failure
                 if isinstance(error, RankError):
-                    self.failure = error
+                    self.failure = known or error
                 self._fail(error)
+                if self.failure is not known:
+                    self.on_failure()
 
     def _start(self, answer: _Answer) -> None:
         try:

@@ -30,6 +30,7 @@ from .fakes import fake_model
 
 PATIENCE_S = 30.0  # that something may take on a busy machine before a test gives up
 LONG = Buckets(prefill=(8, 32, 512), decode=(1, 2, 4), vision=(1, 2), context=12_000, slots=4)
+HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 FAR = RopeFacts(theta=1e9)  # so that the fake backend can tell that many positions apart
 
 
@@ -71,11 +72,28 @@ class Running:
 
     def begin(self, **request: Any) -> socket.socket:
         """A request whose answer is not read yet."""
-        body = json.dumps({"model": "model", "messages": [as_message("Hello!")], **request}).encode()
         connection = self.connect()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-        connection.sendall(head.encode() + b"\r\n\r\n" + body)
+        send_request(connection, request)
         return connection
+
+
+def send_request(connection: socket.socket, request: dict[str, Any]) -> None:
+    """POST a request; where it has no messages, it says Hello."""
+    body = json.dumps({"model": "model", "messages": [as_message("Hello!")], **request}).encode()
+    connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
+
+
+def rest(connection: socket.socket) -> bytes:
+    """What still arrives before the connection ends."""
+    parts = []
+    try:
+        while part := connection.recv(65536):
+            parts.append(part)
+    except ConnectionResetError:
+        pass
+    finally:
+        connection.close()
+    return b"".join(parts)
 
 
 def as_message(given: Any) -> Any:

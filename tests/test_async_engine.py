@@ -13,6 +13,7 @@ import pytest
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
+from staticvl.runtime import async_engine
 from staticvl.runtime.async_engine import AsyncEngine
 from staticvl.runtime.engine import ContextError
 from staticvl.runtime.prompt import Message, PromptError
@@ -231,6 +232,29 @@ def test_after_a_rank_has_died_all_are_told_so(model: runtime.Model, monkeypatch
                     await engine.generate("Hello!")
             assert str(engine.failure) == "rank 1 died"
 
+    run(work(), model)
+
+
+def test_a_rank_that_dies_while_nobody_asks_is_noticed(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    well = threading.Event()
+    well.set()
+
+    def check() -> None:
+        if not well.is_set():
+            raise RankError("rank 1 died")
+
+    async def work() -> None:
+        async with AsyncEngine(model) as engine:
+            noticed = threading.Event()
+            engine.on_failure = noticed.set
+            assert (await engine.generate("Hello!", max_new_tokens=3)).text
+            well.clear()
+            await asyncio.to_thread(noticed.wait, 30)
+            with pytest.raises(RankError, match="rank 1 died"):
+                await engine.generate("Hello!")
+
+    monkeypatch.setattr(async_engine, "CHECK_S", 0.01)
+    model.check = check
     run(work(), model)
 
 

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
 import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,9 +17,8 @@ from staticvl import runtime
 from staticvl.runtime import RankError
 
 from .fakes import noise
-from .servers import PATIENCE_S, Running, asking, data_url, far_model, serving, slow_down, until
+from .servers import HEAD, PATIENCE_S, Running, asking, data_url, far_model, rest, send_request, serving, slow_down, until
 
-HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
 LONG = {"max_tokens": 5000, "ignore_eos": True}
 
 
@@ -114,24 +110,6 @@ def narrow(server: Running) -> socket.socket:
     return connection
 
 
-def send_request(connection: socket.socket, request: dict[str, Any]) -> None:
-    body = json.dumps({"model": "model", "messages": [{"role": "user", "content": "Hello!"}], **request}).encode()
-    connection.sendall(HEAD + f"Content-Length: {len(body)}\r\n\r\n".encode() + body)
-
-
-def rest(connection: socket.socket) -> bytes:
-    """What still arrives before the connection ends."""
-    parts = []
-    try:
-        while part := connection.recv(65536):
-            parts.append(part)
-    except ConnectionResetError:
-        pass
-    finally:
-        connection.close()
-    return b"".join(parts)
-
-
 def far_answers(folder: Path, prompts: list[str]) -> list[str]:
     return [out.text for out in far_model(folder / "artifact").generate(prompts, max_new_tokens=9)]
 
@@ -209,46 +187,3 @@ def test_a_rank_that_dies_ends_the_server(tmp_path: Path, monkeypatch: pytest.Mo
         assert server.service.trouble == "a part of the model is gone"
         until(lambda: server.server.should_exit)
         assert server.server.status == 1
-
-
-def start(artifact: Path, *options: str) -> tuple[subprocess.Popen[str], int]:
-    command = [sys.executable, "-m", "staticvl.tools.cli", "serve", str(artifact), "--port", "0", "--threads", "1", *options]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout
-    line = process.stdout.readline()
-    return process, int(line.rsplit(":", 1)[1])
-
-
-def test_signals(embedded_artifact: Path) -> None:
-    """The first drains, and all is well; a second ends everything at once."""
-    process, port = start(embedded_artifact)
-    until(lambda: answers_at(port))
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0, err
-
-    process, port = start(embedded_artifact, "--drain-s", "600")
-    until(lambda: answers_at(port))
-    with socket.create_connection(("127.0.0.1", port)) as held:
-        held.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
-        until(lambda: b"requests_active 1.0" in get(port, "/metrics"))
-        process.send_signal(signal.SIGINT)
-        until(lambda: b" 503 " in get(port, "/health"))
-        assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 130
-    assert "ends at once" in err
-
-
-def get(port: int, path: str) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
-        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
-        return rest(connection)
-
-
-def answers_at(port: int) -> bool:
-    try:
-        return b"200 OK" in get(port, "/health")
-    except OSError:
-        return False

@@ -26,7 +26,7 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.app_state = {**self.app_state, "abort": transport.abort}
-            self.loop.call_later(settings.header_s, self._expect_a_request)
+            self.timer = self.loop.call_later(settings.header_s, self._expect_a_request)
 
         def _expect_a_request(self) -> None:
             if self.cycle is None:
@@ -34,7 +34,11 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
 
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()
-            self.loop.call_later(settings.send_s, self.transport.abort)
+            self.timer = self.loop.call_later(settings.send_s, self.transport.abort)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self.timer.cancel()  # it would keep all of the connection in memory until then
 
     return Protocol
 

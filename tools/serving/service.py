@@ -22,12 +22,13 @@ class Service:
     def __init__(self, model: Model, settings: Settings) -> None:
         self.model, self.settings = model, settings
         self.loop = asyncio.get_running_loop()
+        self.failed = asyncio.Event()  # a rank is gone, and the process has to end
         self.engine = AsyncEngine(model)
+        self.engine.on_failure = lambda: self.loop.call_soon_threadsafe(self.failed.set)
         self.figures = Figures(model.engine)
         self.pictures = Pictures(settings, model.facts.image.alpha)
         self.spec = model.artifact.manifest.cache
         self.draining = False
-        self.failed = asyncio.Event()  # a rank is gone, and the process has to end
         self.ready = asyncio.Lock()  # one request at a time holds decoded pictures that are not cut yet
         self._mean_s = 1.0  # that requests take, the latest counting most
 

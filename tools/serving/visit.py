@@ -9,7 +9,6 @@ from typing import Any
 
 from ...runtime.async_engine import Answers, Piece
 from ...runtime.prompt import Prompt
-from ...runtime.ranks.verdict import RankError
 from ...runtime.request import Output
 from .answers import Wording
 from .errors import ApiError, of_engine, of_request
@@ -59,7 +58,7 @@ class Visit:
         except TimeoutError:
             raise ApiError(503, "the request was not ready in time; try again", code="timeout") from None
         except Exception as error:  # whichever, the client is told in its own words
-            raise of_request(self._noticed(error)) from error
+            raise of_request(error) from error
         return Wording(service.settings.model_name, tokens, service.model.facts.eos_token_ids)
 
     async def _prepared(self, request: ChatRequest) -> Prompt:
@@ -89,7 +88,7 @@ class Visit:
             async for _ in self._items():
                 pass
         except Exception as error:
-            raise of_engine(self._noticed(error)) from error
+            raise of_engine(error) from error
         return wording.completion(self._in_order())
 
     async def events(self, wording: Wording, with_usage: bool) -> AsyncGenerator[dict[str, Any] | str, None]:
@@ -105,7 +104,7 @@ class Visit:
                 elif wording.says_something(item):
                     yield wording.piece(index, item)
         except Exception as error:
-            told = of_engine(self._noticed(error))
+            told = of_engine(error)
             self.status = told.status
             yield told.body()
             return
@@ -116,8 +115,3 @@ class Visit:
 
     def _in_order(self) -> list[Output]:
         return [self.outputs[index] for index in sorted(self.outputs)]
-
-    def _noticed(self, error: Exception) -> Exception:
-        if isinstance(error, RankError):
-            self.service.failed.set()
-        return error
