@@ -9,7 +9,7 @@ TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
 export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
-.PHONY: demo demo-sim test test-slow ascend-sim lint types bench clean
+.PHONY: demo demo-sim test test-slow ascend-sim chromium soak lint types bench clean
 
 demo: $(VENV)/.compile
 	$(BIN)/staticvl demo
@@ -28,6 +28,13 @@ ascend-sim: $(ASCEND_SIM)/torch_npu
 $(ASCEND_SIM)/torch_npu: | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --no-deps --only-binary=:all: --platform manylinux_2_28_x86_64 --python-version 3.11 \
 		--target $(ASCEND_SIM) torch_npu==$(TORCH_NPU)
+
+# The browser that the tests of the server's page drive; Debian's, so as root. Without it they are skipped.
+chromium:
+	command -v chromium || (apt-get update -qq && apt-get install -qq --no-install-recommends chromium)
+
+soak: $(VENV)/.test
+	$(BIN)/python -m benchmarks.serve_soak
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

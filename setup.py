@@ -37,9 +37,14 @@ COMPILE = ["torch==2.13.0", "safetensors>=0.5,<1", "pyyaml>=6,<7"]
 ASCEND = [*COMPILE, "torch_npu==2.13.0"]  # on a machine with CANN; elsewhere torch cannot be imported beside it
 CONSTRAIN = ["llguidance>=1.3,<2"]  # answers by JSON schema, regular expression or choice
 TUNE = [*COMPILE, "matplotlib>=3.9,<4"]  # tune-buckets; matplotlib draws its report
+SERVE = ["fastapi>=0.160,<0.170", "uvicorn>=0.50,<0.60", "pydantic>=2.12,<3", "prometheus-client>=0.22,<0.30"]
 TEST = [
     *TUNE,
     *CONSTRAIN,
+    *SERVE,
+    "openai>=3,<4",
+    "httpx2>=2,<3",  # as openai's client does
+    "playwright>=1.56,<2",  # drives a Chromium where there is one
     "pytest>=8,<10",
     "pytest-xdist>=3.6,<4",
     "transformers>=5.20,<5.24",
@@ -59,8 +64,15 @@ setup(
     python_requires=">=3.11",
     packages=sorted(packages()),
     package_dir=packages(),
-    package_data={"staticvl.tools": ["assets/**/*"]},
+    package_data={"staticvl.tools": ["assets/**/*"], "staticvl.tools.serving": ["page.html"]},
     install_requires=RUNTIME,
-    extras_require={"compile": COMPILE, "ascend": ASCEND, "constrain": CONSTRAIN, "tune": TUNE, "test": TEST},
+    extras_require={
+        "compile": COMPILE,
+        "ascend": ASCEND,
+        "constrain": CONSTRAIN,
+        "tune": TUNE,
+        "serve": SERVE,
+        "test": TEST,
+    },
     entry_points={"console_scripts": ["staticvl = staticvl.tools.cli:main"]},
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections.abc import AsyncGenerator, Callable
 from collections.abc import Sequence as SequenceOf
@@ -16,11 +17,30 @@ from dataclasses import dataclass
 from typing import Any
 
 from .model import Model, as_list, grouped, merge_params, one_answer
-from .prompt import Message
+from .prompt import Message, Prompt
+from .ranks.verdict import RankError
 from .request import Output, SamplingParams, Sequence
+from .sampler import TokenLogprob
 
 Images = Any
-Item = str | Output | Exception  # a piece, then the whole answer or what went wrong
+Asked = str | SequenceOf[Message]
+CHECK_S = 2.0  # between two looks at ranks that have nothing to do
+log = logging.getLogger(__name__)
+
+
+class EngineClosedError(RuntimeError):
+    """The engine was closed before the answer was complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What has become certain of an answer: its text, and of tokens not given before their log-probabilities, if asked for."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+Item = Piece | Output | Exception  # pieces, then the whole answer or what went wrong
 
 
 @dataclass(slots=True, eq=False)
@@ -29,8 +49,41 @@ class _Answer:
 
     sequence: Sequence
     loop: asyncio.AbstractEventLoop
-    items: asyncio.Queue[Item]
+    items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
     given: int = 0  # pieces
+    told: int = 0  # log-probabilities
+
+
+class Answers:
+    """The answers to one prompt as they are decided: iterate over it in an `async with` block, or close it.
+
+    Each item comes with the index of its answer; the last of an answer is its Output. What a device raises is raised here.
+    """
+
+    def __init__(self, items: asyncio.Queue[tuple[int, Item]], count: int, cancel: Callable[[], None]) -> None:
+        self._items, self._left, self._cancel = items, count, cancel
+
+    def __aiter__(self) -> Answers:
+        return self
+
+    async def __anext__(self) -> tuple[int, Piece | Output]:
+        if not self._left:
+            raise StopAsyncIteration
+        index, item = await self._items.get()
+        if isinstance(item, Exception):
+            raise item
+        self._left -= isinstance(item, Output)
+        return index, item
+
+    def close(self) -> None:
+        """Cancel what has not ended; may be called again."""
+        self._cancel()
+
+    async def __aenter__(self) -> Answers:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
 
 
 class AsyncEngine:
@@ -45,6 +98,8 @@ class AsyncEngine:
         self._answers: dict[int, _Answer] = {}  # by the id of the sequence; the worker's own
         self._commands: list[Callable[[], None]] = []
         self._closing = False
+        self.failure: RankError | None = None  # after it nothing is answered any more
+        self.on_failure: Callable[[], object] = lambda: None  # called once, in the engine's thread
         self._wake = threading.Condition()
         self._preparing = ThreadPoolExecutor(1, "staticvl-prepare")
         self._worker = threading.Thread(target=self._work, name="staticvl-engine", daemon=True)
@@ -52,7 +107,7 @@ class AsyncEngine:
 
     async def generate(
         self,
-        prompt: str | SequenceOf[Message],
+        prompt: Asked,
         images: Images = None,
         *,
         sampling: SamplingParams | None = None,
@@ -61,15 +116,13 @@ class AsyncEngine:
     ) -> Output:
         """The answer to one prompt; arguments and errors as of Model.generate. Cancelling the task cancels the request."""
         params = merge_params(sampling, settings)
-        answers = [self._ask(sequence) for sequence in await self._prepared(prompt, images, raw, params)]
-        try:
-            return grouped([await _result(answer) for answer in answers], params.n)[0]
-        finally:
-            self._drop(answers)
+        async with await self.ask(prompt, params, images, raw=raw) as answers:
+            outputs = {index: item async for index, item in answers if isinstance(item, Output)}
+        return grouped([outputs[index] for index in range(params.n)], params.n)[0]
 
     async def stream(
         self,
-        prompt: str | SequenceOf[Message],
+        prompt: Asked,
         images: Images = None,
         *,
         sampling: SamplingParams | None = None,
@@ -78,15 +131,27 @@ class AsyncEngine:
     ) -> AsyncGenerator[str, None]:
         """Pieces of the answer as they are decided; closing the generator cancels the request."""
         params = one_answer(merge_params(sampling, settings))
-        [sequence] = await self._prepared(prompt, images, raw, params)
-        answer = self._ask(sequence)
-        try:
-            while isinstance(item := await answer.items.get(), str):
-                yield item
-            if isinstance(item, Exception):
-                raise item
-        finally:
-            self._drop([answer])
+        async with await self.ask(prompt, params, images, raw=raw) as answers:
+            async for _, item in answers:
+                if isinstance(item, Piece):
+                    yield item.text
+
+    async def prepare(self, prompt: Asked, images: Images = None, *, raw: bool = False) -> Prompt:
+        """A prompt made ready, so that its length is known before it is asked; raises PromptError, ImageError."""
+        return await self._aside(lambda: self._prepared(prompt, images, raw))
+
+    async def ask(self, prompt: Asked | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
+        """All of the params.n answers to a prompt, which is queued; errors of what was asked as of `generate`."""
+
+        def sequences() -> list[Sequence]:
+            ready = prompt if isinstance(prompt, Prompt) else self._prepared(prompt, images, raw)
+            return [self.model.new_sequence(ready, params, index=index) for index in range(params.n)]
+
+        items: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+        asked = [_Answer(sequence, loop, items) for sequence in await self._aside(sequences)]
+        self._command(lambda: [self._start(answer) for answer in asked])
+        return Answers(items, len(asked), lambda: self._command(lambda: [self._forget(answer) for answer in asked]))
 
     async def close(self) -> None:
         """Stop after the step that runs; whoever still waits for an answer gets an error."""
@@ -104,27 +169,24 @@ class AsyncEngine:
 
     # ---- in the caller's thread
 
-    async def _prepared(
-        self, prompt: str | SequenceOf[Message], images: Images, raw: bool, params: SamplingParams
-    ) -> list[Sequence]:
-        def prepare() -> list[Sequence]:
-            if isinstance(prompt, list | tuple):
-                ready = self.model.prepare_messages(list(prompt), as_list(images))
-            else:
-                ready = self.model.prepare(prompt, as_list(images), raw)  # type: ignore[arg-type]
-            return [self.model.new_sequence(ready, params, index=index) for index in range(params.n)]
-
+    async def _aside(self, work: Callable[[], Any]) -> Any:
+        """The result of work that must not hold up the loop."""
         if self._closing:
-            raise RuntimeError("the engine was closed; open another one")
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, prepare)
+            raise EngineClosedError("the engine was closed; open another one")
+        if self.failure is not None:
+            raise self.failure
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if self._closing and task is not None and not task.cancelling():
+                raise EngineClosedError("the engine was closed before the prompt was ready") from None
+            raise
 
-    def _ask(self, sequence: Sequence) -> _Answer:
-        answer = _Answer(sequence, asyncio.get_running_loop(), asyncio.Queue())
-        self._command(lambda: self._start(answer))
-        return answer
-
-    def _drop(self, answers: list[_Answer]) -> None:
-        self._command(lambda: [self._forget(answer) for answer in answers])
+    def _prepared(self, prompt: Asked, images: Images, raw: bool) -> Prompt:
+        if isinstance(prompt, list | tuple):
+            return self.model.prepare_messages(list(prompt), as_list(images))
+        return self.model.prepare(prompt, as_list(images), raw)  # type: ignore[arg-type]
 
     def _command(self, command: Callable[[], object]) -> None:
         with self._wake:
@@ -136,25 +198,38 @@ class AsyncEngine:
     def _work(self) -> None:
         while True:
             with self._wake:
-                self._wake.wait_for(lambda: self._commands or self._closing or not self.model.engine.scheduler.idle)
+                self._wake.wait_for(
+                    lambda: self._commands or self._closing or not self.model.engine.scheduler.idle,
+                    timeout=CHECK_S if self.model.check and self.failure is None else None,
+                )
                 commands, self._commands = self._commands, []
             for command in commands:
                 command()
             if self._closing:
-                self._fail(RuntimeError("the engine was closed before the answer was complete"))
+                self._fail(EngineClosedError("the engine was closed before the answer was complete"))
                 return
             try:
-                changed = self.model.advance()
+                if self.model.check and self.failure is None and self.model.engine.scheduler.idle:
+                    self.model.check()
+                for sequence in self.model.advance():
+                    if answer := self._answers.get(sequence.id):
+                        self._deliver(answer)
             except Exception as error:  # whatever a device raises; it belongs to those who wait, and others may still come
+                known = self.failure
+                if isinstance(error, RankError):
+                    self.failure = known or error
                 self._fail(error)
-                continue
-            for sequence in changed:
-                if answer := self._answers.get(sequence.id):
-                    self._deliver(answer)
+                if self.failure is not known:
+                    self.on_failure()
 
     def _start(self, answer: _Answer) -> None:
-        self._answers[answer.sequence.id] = answer
-        self.model.start(answer.sequence)
+        try:
+            if self.failure is not None:
+                raise self.failure
+            self.model.start(answer.sequence)
+            self._answers[answer.sequence.id] = answer
+        except RuntimeError as error:
+            self._post(answer, error)
 
     def _deliver(self, answer: _Answer) -> None:
         """What is new of an answer, to its loop."""
@@ -162,28 +237,28 @@ class AsyncEngine:
         output = self.model.output(sequence) if sequence.finish_reason else None
         pieces = self.model.texts[sequence.id].pieces
         new, answer.given = pieces[answer.given :], len(pieces)
-        self._post(answer, *new, *([output] if output else []))
+        logprobs = tuple(sequence.logprobs[answer.told :])
+        if output and logprobs and not new:
+            new = [""]
+        for text in new:
+            self._post(answer, Piece(text, logprobs))
+            logprobs, answer.told = (), len(sequence.logprobs)
         if output:
+            self._post(answer, output)
             self._forget(answer)
 
-    def _post(self, answer: _Answer, *items: Item) -> None:
+    def _post(self, answer: _Answer, item: Item) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits any more
-            for item in items:
-                answer.loop.call_soon_threadsafe(answer.items.put_nowait, item)
+            answer.loop.call_soon_threadsafe(answer.items.put_nowait, (answer.sequence.sampling.index, item))
 
     def _forget(self, answer: _Answer) -> None:
         if self._answers.pop(answer.sequence.id, None):
-            self.model.end(answer.sequence)
+            try:
+                self.model.end(answer.sequence)
+            except OSError as error:  # of the request log: no reason to fail whoever else is served
+                log.error("%s", error)
 
     def _fail(self, error: Exception) -> None:
         for answer in list(self._answers.values()):
             self._post(answer, error)
             self._forget(answer)
-
-
-async def _result(answer: _Answer) -> Output:
-    while isinstance(item := await answer.items.get(), str):
-        pass
-    if isinstance(item, Exception):
-        raise item
-    return item

@@ -82,7 +82,7 @@ def load(
         return Model(opened, Engine(opened, device=device, threads=threads, **settings), log)
     start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
     backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
-    return Model(opened, Engine(opened, backend=backend, **settings), log, backend.close)
+    return Model(opened, Engine(opened, backend=backend, **settings), log, backend.close, backend.crew.check)
 
 
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None) -> int:
@@ -111,9 +111,12 @@ class Model:
         engine: Engine,
         request_log: RequestLog | None = None,
         on_close: Callable[[], object] | None = None,
+        check: Callable[[], None] | None = None,
     ) -> None:
-        """on_close: what `close` does besides; default: free the graphs."""
+        """on_close: what `close` does besides; default: free the graphs. check: raises RankError if the model's other ranks
+        are not well, which somebody who does nothing else should ask now and then; None for a model of one rank."""
         self.artifact, self.engine, self.request_log = artifact, engine, request_log
+        self.check = check
         self._on_close, self.closed = on_close or engine.unload, False
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
         self.facts = artifact.manifest.model
@@ -270,11 +273,13 @@ class Model:
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence that was started; one that has not finished is cancelled."""
         self.engine.cancel(sequence)
-        if self.request_log and sequence.id in self.texts:
-            sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
-            arrived = time.time() - (self.engine.clock() - sequence.arrived)
-            self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
-        self.texts.pop(sequence.id, None)
+        try:
+            if self.request_log and sequence.id in self.texts:
+                sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
+                arrived = time.time() - (self.engine.clock() - sequence.arrived)
+                self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
+        finally:
+            self.texts.pop(sequence.id, None)
 
     def advance(self) -> SequenceOf[Sequence]:
         """One engine step, and the new text of each sequence that gained a token; the sequences that have changed.

@@ -13,9 +13,11 @@ import pytest
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
+from staticvl.runtime import async_engine
 from staticvl.runtime.async_engine import AsyncEngine
 from staticvl.runtime.engine import ContextError
 from staticvl.runtime.prompt import Message, PromptError
+from staticvl.runtime.ranks.verdict import RankError
 
 from .conftest import EMBEDDED
 from .fakes import fake_model, noise
@@ -184,6 +186,78 @@ def test_a_failing_device_fails_those_who_wait_and_no_other(model: runtime.Model
     assert run(work(), model) == expected
 
 
+def test_answers_come_with_their_tokens_and_their_whole(model: runtime.Model) -> None:
+    """Pieces of all answers through one generator, a prompt made ready before, log-probabilities none twice."""
+    settings = runtime.SamplingParams(n=2, temperature=2.0, seed=4, max_new_tokens=9, logprobs=1)
+
+    async def work() -> list[tuple[int, Any]]:
+        async with AsyncEngine(model) as engine:
+            prompt = await engine.prepare("Hello!")
+            assert prompt.length == model.prepare("Hello!", [], raw=False).length
+            async with await engine.ask(prompt, settings) as answers:
+                return [item async for item in answers]
+
+    got = run(work(), model)
+    wanted = model.generate("Hello!", sampling=settings)
+    for index, out in enumerate((wanted, *wanted.others)):
+        *pieces, last = [item for at, item in got if at == index]
+        assert (last.token_ids, last.text) == (out.token_ids, out.text)
+        assert "".join(piece.text for piece in pieces) == out.text
+        assert [each for piece in pieces for each in piece.logprobs] == out.logprobs
+
+
+def test_a_full_disk_under_the_request_log_fails_nobody(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full:
+        def write(self, _: object) -> None:
+            raise OSError("no space left")
+
+    async def work() -> list[str]:
+        async with AsyncEngine(model) as engine:
+            return [(await engine.generate("Hello!", max_new_tokens=3)).text for _ in range(2)]
+
+    expected = model.generate("Hello!", max_new_tokens=3).text
+    monkeypatch.setattr(model, "request_log", Full())
+    assert run(work(), model) == [expected, expected]
+
+
+def test_after_a_rank_has_died_all_are_told_so(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dying(*_: Any) -> Any:
+        raise RankError("rank 1 died")
+
+    async def work() -> None:
+        async with AsyncEngine(model) as engine:
+            monkeypatch.setattr(model.engine.backend, "run", dying)
+            for _ in range(2):
+                with pytest.raises(RankError, match="rank 1 died"):
+                    await engine.generate("Hello!")
+            assert str(engine.failure) == "rank 1 died"
+
+    run(work(), model)
+
+
+def test_a_rank_that_dies_while_nobody_asks_is_noticed(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    well = threading.Event()
+    well.set()
+
+    def check() -> None:
+        if not well.is_set():
+            raise RankError("rank 1 died")
+
+    async def work() -> None:
+        async with AsyncEngine(model) as engine:
+            noticed = threading.Event()
+            engine.on_failure = noticed.set
+            assert (await engine.generate("Hello!", max_new_tokens=3)).text
+            well.clear()
+            await asyncio.to_thread(noticed.wait, 30)
+            with pytest.raises(RankError, match="rank 1 died"):
+                await engine.generate("Hello!")
+
+    monkeypatch.setattr(async_engine, "CHECK_S", 0.01)
+    model.check = check
+    run(work(), model)
+
+
 def test_closing_ends_what_runs(model: runtime.Model) -> None:
     async def work() -> None:
         engine = AsyncEngine(model)
@@ -198,12 +272,15 @@ def test_closing_ends_what_runs(model: runtime.Model) -> None:
     run(work(), model)
 
 
+@pytest.mark.usefixtures("slow")
 def test_deadlines_end_requests_that_wait_and_that_run(model: runtime.Model) -> None:
-    """The clock strikes once a request has said four tokens, however fast the machine."""
+    """The clock strikes once all have come and one has said four tokens, however fast the machine."""
     struck: list[float] = []
+    scheduler = model.engine.scheduler
 
     def clock() -> float:
-        if any(len(sequence.generated) > 3 for sequence in model.engine.scheduler.running):
+        come = len(scheduler.running) + len(scheduler.waiting)
+        if come == 6 and any(len(sequence.generated) > 3 for sequence in scheduler.running):
             struck.append(6.0)
         return struck[0] if struck else 0.0
 

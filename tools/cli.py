@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from .cards import CARDS
-from .comparing.arguments import add_arguments
+from .comparing.arguments import add_arguments as add_compare_arguments
+from .serving.arguments import add_arguments as add_serve_arguments
 
+EXTRAS = {"matplotlib": "tune", **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve")}
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -26,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if args.traceback:
             raise
-        extra = "tune" if (error.name or "").split(".")[0] == "matplotlib" else "compile"
+        extra = EXTRAS.get((error.name or "").split(".")[0], "compile")
         print(f"staticvl: this command needs the package {error.name}; pip install 'staticvl[{extra}]'", file=sys.stderr)
         return 1
     except (ValueError, RuntimeError, OSError) as error:
@@ -45,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_compile(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_show(commands)
     _add_verify(commands)
     _add_bench(commands)
@@ -178,6 +181,22 @@ def _generate(args: argparse.Namespace) -> int:
 
 def _chat(args: argparse.Namespace) -> int:
     from .chat import run
+
+    return run(args)
+
+
+def _add_serve(commands) -> None:
+    example = (
+        "staticvl serve llava-7b                                   # then open http://127.0.0.1:8000\n"
+        "staticvl serve llava-7b --host 0.0.0.0 --api-key-file keys.txt --model-name llava\n"
+        "STATICVL_API_KEYS=abc,def staticvl serve llava-7b-tp2 --max-waiting 200 --drain-s 120 --request-log served.jsonl"
+    )
+    help_text = "answer requests over HTTP as OpenAI's interface has them, and show a page to try the model on"
+    add_serve_arguments(_command(commands, "serve", help_text, example, _serve))
+
+
+def _serve(args: argparse.Namespace) -> int:
+    from .serving.main import run
 
     return run(args)
 
@@ -327,7 +346,7 @@ def _add_compare(commands) -> None:
         example,
         _compare,
     )
-    add_arguments(parser)
+    add_compare_arguments(parser)
 
 
 def _compare(args: argparse.Namespace) -> int:

@@ -69,6 +69,12 @@ class Crew:
             raise
         return self._finish()
 
+    def check(self) -> None:
+        """Raise RankError if a rank has gone or failed while nothing was to be done."""
+        if self.over:
+            raise RankError(self.over)
+        self._listen(0)
+
     def send(self, ranks: Sequence[int], header: Header, views: Sequence[memoryview] = ()) -> None:
         """One frame to each of these ranks; raises MeetingError where one does not take it."""
         head = header.packed()

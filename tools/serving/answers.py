@@ -1,0 +1,102 @@
+"""Answers in OpenAI's words: bodies, and the chunks of a stream."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+import uuid
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ...runtime.async_engine import Piece
+from ...runtime.request import Output
+from ...runtime.sampler import TokenLogprob
+from ...runtime.token_bytes import TokenBytes
+
+# A deadline cuts an answer short as a limit of tokens does; a dead end has said all that it may.
+REASONS = {"stop": "stop", "length": "length", "deadline": "length", "dead_end": "stop", "cancelled": "stop"}
+
+
+class Wording:
+    """Says one request's answers; `tokens` is needed where log-probabilities are."""
+
+    def __init__(self, model: str, tokens: TokenBytes | None, ends: Iterable[int]) -> None:
+        self.model, self.tokens, self.ends = model, tokens, frozenset(ends)
+        self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+
+    def completion(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The body of an answer that is not streamed."""
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": out.text, "refusal": None},
+                "logprobs": self._logprobs(out.logprobs),
+                **_ending(out),
+            }
+            for index, out in enumerate(outputs)
+        ]
+        return self._envelope("chat.completion", choices) | {"usage": usage(outputs)}
+
+    def opening(self, index: int) -> dict[str, Any]:
+        """The first chunk of an answer."""
+        return self._chunk(index, {"role": "assistant", "content": ""})
+
+    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+        return self._chunk(index, {"content": piece.text}, self._logprobs(piece.logprobs or None))
+
+    def says_something(self, piece: Piece) -> bool:
+        """Whether a piece is more than the token that ends the answer."""
+        return bool(piece.text) or any(each.token_id not in self.ends for each in piece.logprobs)
+
+    def ending(self, index: int, out: Output) -> dict[str, Any]:
+        """The last chunk of an answer."""
+        chunk = self._chunk(index, {})
+        chunk["choices"][0] |= _ending(out)
+        return chunk
+
+    def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
+        """The chunk behind all answers, where it was asked for."""
+        return self._envelope("chat.completion.chunk", []) | {"usage": usage(outputs)}
+
+    def _chunk(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return self._envelope("chat.completion.chunk", [choice])
+
+    def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+    def _logprobs(self, given: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """Of the tokens that are text, not of the one that ends the answer."""
+        if given is None:
+            return None
+        content = [
+            self._token(each.token_id, each.logprob) | {"top_logprobs": [self._token(*pair) for pair in each.top]}
+            for each in given
+            if each.token_id not in self.ends
+        ]
+        return {"content": content, "refusal": None}
+
+    def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
+        table = self.tokens.tokens if self.tokens else []
+        data = table[token_id] if token_id < len(table) else b""
+        return {"token": data.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def usage(outputs: Sequence[Output]) -> dict[str, Any]:
+    """Tokens of a prompt and all its answers."""
+    first, generated = outputs[0], sum(len(out.token_ids) for out in outputs)
+    return {
+        "prompt_tokens": first.prompt_tokens,
+        "completion_tokens": generated,
+        "total_tokens": first.prompt_tokens + generated,
+        "prompt_tokens_details": {"cached_tokens": first.reused_tokens, "image_tokens": first.image_tokens},
+    }
+
+
+def _ending(out: Output) -> dict[str, Any]:
+    """Why an answer ended, in the API's words and in ours, and the boxes in it."""
+    return {
+        "finish_reason": REASONS[out.finish_reason],
+        "finish_detail": out.finish_reason,
+        "boxes": [dataclasses.asdict(box) for box in out.boxes],
+    }

@@ -1,0 +1,116 @@
+"""The routes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from ...runtime.model import Model
+from .answers import Wording
+from .connections import EventStream, read_body, unless_gone
+from .errors import ApiError, add_handlers
+from .keys import KeyRing
+from .page import page_response
+from .schema import ChatRequest, read_request
+from .service import Service
+from .settings import Settings
+from .visit import Visit
+
+PARSED_AT_ONCE = 1 << 16  # bytes of a body; larger ones are parsed in a thread
+
+
+def create_app(model: Model, settings: Settings) -> FastAPI:
+    """An application that serves a model, which nobody else uses meanwhile; `app.state.service` is there once it runs."""
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        app.state.service = Service(model, settings)
+        yield
+        await app.state.service.close()
+
+    # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
+    app = FastAPI(title="staticvl", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    add_handlers(app)
+    _add_routes(app, settings, int(time.time()))
+    return app
+
+
+def _add_routes(app: FastAPI, settings: Settings, created: int) -> None:
+    keys = KeyRing(settings.keys)
+
+    def service_of(request: Request) -> Service:
+        return request.app.state.service
+
+    @app.get("/")
+    async def page() -> Response:
+        return page_response()
+
+    @app.get("/health")
+    async def health(request: Request) -> Response:
+        trouble = service_of(request).trouble
+        return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
+
+    @app.get("/metrics")
+    async def metrics(request: Request) -> Response:
+        keys.check(request.headers.get("authorization"))
+        return Response(service_of(request).figures.text(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/v1/models")
+    async def models(request: Request) -> Response:
+        keys.check(request.headers.get("authorization"))
+        return JSONResponse({"object": "list", "data": [_card(service_of(request), created)]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(request: Request, name: str) -> Response:
+        keys.check(request.headers.get("authorization"))
+        if name != settings.model_name:
+            raise ApiError(
+                404, f"the model {name[:100]!r} is not served here; expected {settings.model_name!r}", code="model_not_found"
+            )
+        return JSONResponse(_card(service_of(request), created))
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        keys.check(request.headers.get("authorization"))
+        return await _answer(service_of(request), request)
+
+
+def _card(service: Service, created: int) -> dict[str, object]:
+    return {
+        "id": service.settings.model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "staticvl",
+        "context_length": service.spec.context,
+        "family": service.model.facts.family,
+    }
+
+
+async def _answer(service: Service, request: Request) -> Response:
+    """The answer, whole or as a stream that closes the visit itself."""
+    visit = Visit(service)
+    try:
+        body = await read_body(request, service.settings)
+        asked, wording = await unless_gone(request.receive, _asked(visit, body))
+        if asked.stream:
+            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+            return EventStream(visit.events(wording, with_usage), service.settings.send_s, visit.close)
+        answer = await unless_gone(request.receive, visit.whole(wording))
+        visit.status = 200
+        visit.close()
+        return JSONResponse(answer)
+    except BaseException as error:
+        visit.status = error.status if isinstance(error, ApiError) else 499
+        visit.close()
+        raise
+
+
+async def _asked(visit: Visit, body: bytes) -> tuple[ChatRequest, Wording]:
+    asked = read_request(body) if len(body) <= PARSED_AT_ONCE else await asyncio.to_thread(read_request, body)
+    return asked, await visit.ask(asked)

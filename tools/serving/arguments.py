@@ -1,0 +1,74 @@
+"""The command line of `staticvl serve`; light, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from .settings import MIB, Settings
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine alone")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free one; default: 8000")
+    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model; default: the artifact's folder")
+    group = parser.add_argument_group("access")
+    group.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY", help="repeat for several; others see it in the process list"
+    )
+    group.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="a key a line; or STATICVL_API_KEYS, with commas between",
+    )
+    group.add_argument("--allow-private-urls", action="store_true", help="fetch pictures from private addresses too")
+    group = parser.add_argument_group("engine")
+    group.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
+    group.add_argument("--tp", type=int, metavar="N", help="ranks of each layer; default: what the artifact was compiled for")
+    group.add_argument("--threads", type=int, metavar="N", help="default: every core")
+    group.add_argument("--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers")
+    group.add_argument("--no-reuse", action="store_true", help="compute every request afresh")
+    group.add_argument("--image-cache-mb", type=int, default=256, metavar="MB", help="features that are kept; default: 256")
+    group.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of every request")
+    group = parser.add_argument_group("limits")
+    group.add_argument("--max-waiting", type=int, default=64, metavar="N", help="answers beside those in slots; default: 64")
+    group.add_argument("--max-body-mb", type=float, default=32, metavar="MB", help="of a request; default: 32")
+    group.add_argument("--max-images", type=int, default=8, metavar="N", help="of a request; default: 8")
+    group.add_argument("--max-image-mb", type=float, default=16, metavar="MB", help="of a picture's file; default: 16")
+    group.add_argument("--max-image-pixels", type=int, default=40_000_000, metavar="N", help="default: 40000000")
+    group.add_argument("--request-s", type=float, default=600, metavar="S", help="that a request may take; default: 600")
+    group.add_argument("--fetch-s", type=float, default=20, metavar="S", help="that a picture's download may take; default: 20")
+    group.add_argument("--send-s", type=float, default=60, metavar="S", help="that an answer may stay unread; default: 60")
+    group.add_argument(
+        "--drain-s",
+        type=float,
+        default=30,
+        metavar="S",
+        help="for requests that run when the server ends; default: 30",
+    )
+
+
+def settings_of(args: argparse.Namespace, keys: tuple[str, ...]) -> Settings:
+    """Raises ValueError for a limit that would let nobody be served."""
+    for name in ("max_body_mb", "max_image_mb", "max_image_pixels", "request_s", "fetch_s", "send_s"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; expected more than 0")
+    for name in ("max_waiting", "max_images", "drain_s"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; expected 0 or more")
+    return Settings(
+        model_name=args.model_name or args.artifact.resolve().name,
+        keys=keys,
+        allow_private_urls=args.allow_private_urls,
+        max_waiting=args.max_waiting,
+        max_body_bytes=int(args.max_body_mb * MIB),
+        max_images=args.max_images,
+        max_image_bytes=int(args.max_image_mb * MIB),
+        max_image_pixels=args.max_image_pixels,
+        request_s=args.request_s,
+        fetch_s=args.fetch_s,
+        send_s=args.send_s,
+        drain_s=args.drain_s,
+    )

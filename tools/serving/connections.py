@@ -1,0 +1,126 @@
+"""Connections that nobody can hold for nothing: requests must come, answers must be read, and who leaves ends their work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from .errors import ApiError, ClientGoneError
+from .settings import Settings
+
+T = TypeVar("T")
+
+
+def protocol_with(settings: Settings) -> type[H11Protocol]:
+    """uvicorn's protocol, with two more limits: on the time to a connection's first request, and to the reading of the end
+    of an answer. Routes find `abort` in the request's state: it drops the connection with all that is not sent."""
+
+    class Protocol(H11Protocol):
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self.app_state = {**self.app_state, "abort": transport.abort}
+            self.timer = self.loop.call_later(settings.header_s, self._expect_a_request)
+
+        def _expect_a_request(self) -> None:
+            if self.cycle is None:
+                self.transport.abort()
+
+        def timeout_keep_alive_handler(self) -> None:
+            super().timeout_keep_alive_handler()
+            self.timer = self.loop.call_later(settings.send_s, self.transport.abort)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self.timer.cancel()  # it would keep all of the connection in memory until then
+
+    return Protocol
+
+
+async def read_body(request: Request, settings: Settings) -> bytes:
+    """Raises ApiError where it is no JSON by its type, larger than allowed, or slow."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, f"the body has the type {kind[:60] or 'none'}; expected application/json", code="invalid_type")
+    most = settings.max_body_bytes
+    too_large = ApiError(
+        413, f"the body has more than the {most} bytes allowed; send smaller pictures, or fewer", code="request_too_large"
+    )
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length) > most:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(settings.body_s):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {settings.body_s:g} s", code="timeout") from None
+    except ClientDisconnect:
+        raise ClientGoneError from None
+    return bytes(body)
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """The result of some work, which is cancelled when the client leaves; then raises ClientGoneError.
+
+    `receive` is that of a request whose body was read.
+    """
+    task, gone = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
+    try:
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Server-sent events. The events are drawn no faster than the client reads them."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[dict[str, Any] | str, None], send_s: float, on_end: Callable[[], None]) -> None:
+        super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
+        del self.headers["content-length"]
+        self.events, self.send_s, self.on_end = events, send_s, on_end
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await unless_gone(receive, self._send_all(send))
+        except TimeoutError:
+            scope["state"]["abort"]()
+        except ClientGoneError:
+            pass
+        finally:
+            self.on_end()
+
+    async def _send_all(self, send: Send) -> None:
+        try:
+            await self._send(send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for event in self.events:
+                data = event.encode() if isinstance(event, str) else msgspec.json.encode(event)
+                await self._send(send, {"type": "http.response.body", "body": b"data: %b\n\n" % data, "more_body": True})
+            await self._send(send, {"type": "http.response.body", "body": b""})
+        finally:
+            await self.events.aclose()
+
+    async def _send(self, send: Send, message: dict[str, Any]) -> None:
+        async with asyncio.timeout(self.send_s):
+            await send(message)

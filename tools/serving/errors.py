@@ -1,0 +1,97 @@
+"""Errors in the form that OpenAI's clients expect: {"error": {"message", "type", "param", "code"}}."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from ...runtime.async_engine import EngineClosedError
+from ...runtime.constraints import ConstraintError
+from ...runtime.engine import ContextError
+from ...runtime.images import ImageError
+from ...runtime.ranks.verdict import RankError
+
+log = logging.getLogger(__name__)
+
+
+class ApiError(Exception):
+    """Something that the client is told, with an HTTP status."""
+
+    def __init__(
+        self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] = {}
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, dict(headers)
+
+    @property
+    def type(self) -> str:
+        return {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, "invalid_request_error" if self.status < 500 else "server_error"
+        )
+
+    def body(self) -> dict[str, Any]:
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class ClientGoneError(Exception):
+    """The client closed its connection, or does not read what it is sent; nobody is left to be told anything."""
+
+
+def of_request(error: Exception) -> ApiError:
+    """What went wrong before an answer began: mostly what was asked."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, ContextError):
+        return ApiError(400, str(error), param="messages", code="context_length_exceeded")
+    if isinstance(error, ImageError):
+        return ApiError(400, str(error), param="messages", code="invalid_image")
+    if isinstance(error, ConstraintError):
+        return ApiError(400, str(error), param="response_format", code="invalid_form")
+    if isinstance(error, ValueError):
+        return ApiError(400, str(error), code="invalid_value")
+    return of_engine(error)
+
+
+def of_engine(error: Exception) -> ApiError:
+    """What went wrong while an answer was made: nothing that the client could change, so it is told no details."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RankError):
+        return ApiError(503, "a part of the model is gone, and the server is about to end; try another one", code="rank_failed")
+    if isinstance(error, EngineClosedError):
+        return ApiError(503, "the server ends before the answer is complete; try another one", code="unavailable")
+    log.error("a request failed", exc_info=error)
+    return ApiError(500, "the request failed inside the server, whose log says why; try again", code="internal_error")
+
+
+def response(error: ApiError) -> JSONResponse:
+    return JSONResponse(error.body(), error.status, error.headers)
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Whatever a route raises becomes an answer in the API's form."""
+
+    async def known(_: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, ApiError)
+        return response(error)
+
+    async def routing(request: Request, error: Exception) -> JSONResponse:
+        assert isinstance(error, HTTPException)
+        told = f"{request.method} {request.url.path} is not served here; expected POST /v1/chat/completions or GET /v1/models"
+        return response(ApiError(error.status_code, told, code="not_found", headers=error.headers or {}))
+
+    async def gone(*_: object) -> JSONResponse:
+        return JSONResponse(None, 499)  # which nobody reads
+
+    async def unexpected(_: Request, error: Exception) -> JSONResponse:
+        return response(of_engine(error))
+
+    app.add_exception_handler(ApiError, known)
+    app.add_exception_handler(HTTPException, routing)
+    app.add_exception_handler(ClientGoneError, gone)
+    app.add_exception_handler(Exception, unexpected)

@@ -1,0 +1,127 @@
+"""`staticvl serve`: from the command line to the last answer."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from ... import runtime
+from .app import create_app
+from .arguments import settings_of
+from .connections import protocol_with
+from .keys import collect_keys
+from .service import Service
+from .settings import Settings
+
+LOCAL = ("127.0.0.1", "::1", "localhost")
+LEAVE_S = 5  # for connections to end once all answers have
+
+
+def run(args: argparse.Namespace) -> int:
+    settings = settings_of(args, collect_keys(args.api_key, args.api_key_file, os.environ))
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if not settings.keys and args.host not in LOCAL:
+        print(f"anybody who reaches {args.host} is served, because no API key was given (--api-key-file)", file=sys.stderr)
+    with (
+        listening(args.host, args.port) as sock,
+        runtime.load(
+            args.artifact,
+            device=args.device,
+            tp=args.tp,
+            threads=args.threads,
+            prefill_budget=args.prefill_budget,
+            reuse=not args.no_reuse,
+            image_cache_mb=args.image_cache_mb,
+            request_log=args.request_log,
+        ) as model,
+    ):
+        return serve(model, settings, sock)
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket at an address; raises OSError with a sentence. Taken before the model is loaded, so that a port in use is
+    known at once."""
+    try:
+        (family, *_, place), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        return socket.create_server(place[:2], family=family, backlog=1024)
+    except OSError as error:
+        raise OSError(f"cannot listen at {host}, port {port} ({error}); give another --host or --port") from error
+
+
+def serve(model: runtime.Model, settings: Settings, sock: socket.socket) -> int:
+    """Serve until a signal or a failed rank ends it; the exit status."""
+    server = Server(model, settings)
+    host, port = sock.getsockname()[:2]
+    print(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
+    server.run([sock])
+    return server.status
+
+
+class Server(uvicorn.Server):
+    """uvicorn's, but it drains: at the first signal nobody is let in any more, and it ends when all have left; at the second it
+    ends at once."""
+
+    def __init__(self, model: runtime.Model, settings: Settings) -> None:
+        self.app, self.settings, self.status = create_app(model, settings), settings, 0
+        config = uvicorn.Config(
+            self.app,
+            http=protocol_with(settings),
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            limit_concurrency=settings.max_connections,
+            timeout_graceful_shutdown=LEAVE_S,
+        )
+        super().__init__(config)
+        self._signals = 0
+        self._tasks: list[asyncio.Task[None]] = []
+
+    @property
+    def service(self) -> Service:
+        return self.app.state.service
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._tasks.append(asyncio.create_task(self._watch()))
+
+    async def _watch(self) -> None:
+        """A model whose rank is gone answers nobody: end with an error."""
+        await self.service.failed.wait()
+        print(f"staticvl: {self.service.engine.failure}", file=sys.stderr)
+        self.status = 1
+        await asyncio.sleep(0.5)  # in which those who wait are told, and /health too
+        self.should_exit = True
+
+    async def _drain(self) -> None:
+        """Let those who are here finish, then end."""
+        active = self.service.figures.active
+        if active:
+            print(f"staticvl: ends when {active} answers have, in {self.settings.drain_s:g} s at most", file=sys.stderr)
+        await self.service.drain(self.settings.drain_s)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Those who still wait are told that the server ends, before their connections close.
+        await self.service.close()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Called by a signal, between two instructions of the loop's thread."""
+        self._signals += 1
+        if self._signals > 1 or not self.started:
+            print("staticvl: ends at once", file=sys.stderr)
+            os._exit(128 + sig)
+        asyncio.get_running_loop().call_soon_threadsafe(self.begin_to_end)
+
+    def begin_to_end(self) -> None:
+        """Drain, then end; to be called in the loop's thread."""
+        self._tasks.append(asyncio.get_running_loop().create_task(self._drain()))

@@ -1,0 +1,68 @@
+"""Pictures of a request: from data: and http(s) URLs to decoded pictures, within the server's limits."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from PIL import Image
+
+from ...runtime.image_files import Alpha, load_image
+from ...runtime.image_urls import ImageError, decode_data_url, download
+from .addresses import connect_publicly
+from .settings import Settings
+
+FETCHES = 16  # downloads at once
+
+
+class Pictures:
+    """Fetches and decodes. Downloads have threads of their own, so that slow hosts hold up nobody else."""
+
+    def __init__(self, settings: Settings, alpha: Alpha) -> None:
+        self.settings = settings
+        self.alpha: Alpha = alpha
+        self._fetching = ThreadPoolExecutor(FETCHES, "staticvl-fetch")
+        self._decoding = ThreadPoolExecutor(1, "staticvl-decode")
+
+    async def fetched(self, urls: Sequence[str]) -> list[bytes]:
+        """The files behind URLs, not decoded; raises ImageError."""
+        loop = asyncio.get_running_loop()
+        return await asyncio.gather(*(loop.run_in_executor(self._fetching, self._fetch, i, url) for i, url in enumerate(urls)))
+
+    async def decoded(self, files: Sequence[bytes]) -> list[Image.Image]:
+        """RGB pictures; raises ImageError."""
+        return await asyncio.get_running_loop().run_in_executor(self._decoding, partial(self._decode_all, files))
+
+    def close(self) -> None:
+        for pool in (self._fetching, self._decoding):
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _fetch(self, index: int, url: str) -> bytes:
+        most = self.settings.max_image_bytes
+        if url[:5].lower() == "data:":
+            return decode_data_url(url, most)
+        if url.partition(":")[0].lower() not in ("http", "https"):
+            raise ImageError(
+                f"picture {index + 1} is {url[:60]!r}; expected an http, https or data:image/...;base64,... URL (files of the "
+                "server are not read)"
+            )
+        connect = None if self.settings.allow_private_urls else connect_publicly
+        return download(url, timeout_s=self.settings.fetch_s, max_bytes=most, connect=connect)
+
+    def _decode_all(self, files: Sequence[bytes]) -> list[Image.Image]:
+        return [self._decode(index, data) for index, data in enumerate(files)]
+
+    def _decode(self, index: int, data: bytes) -> Image.Image:
+        file = io.BytesIO(data)
+        file.name = f"picture {index + 1}"  # type: ignore[attr-defined]  (what messages call it)
+        picture = load_image(file, alpha=self.alpha, max_pixels=self.settings.max_image_pixels)
+        short, long = sorted(picture.size)
+        if long > self.settings.max_image_side or long > short * self.settings.max_image_ratio:
+            raise ImageError(
+                f"picture {index + 1} is {picture.width} x {picture.height} pixels; expected sides of at most "
+                f"{self.settings.max_image_side}, and at most {self.settings.max_image_ratio} times as long as each other"
+            )
+        return picture

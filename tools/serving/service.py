@@ -1,0 +1,74 @@
+"""A model that is served: who is let in, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import math
+import time
+
+from ...runtime.async_engine import AsyncEngine
+from ...runtime.model import Model
+from ...runtime.token_bytes import TokenBytes
+from .errors import ApiError
+from .figures import Figures
+from .pictures import Pictures
+from .settings import Settings
+
+
+class Service:
+    """Made where a loop runs, ended by `close`."""
+
+    def __init__(self, model: Model, settings: Settings) -> None:
+        self.model, self.settings = model, settings
+        self.loop = asyncio.get_running_loop()
+        self.failed = asyncio.Event()  # a rank is gone, and the process has to end
+        self.engine = AsyncEngine(model)
+        self.engine.on_failure = lambda: self.loop.call_soon_threadsafe(self.failed.set)
+        self.figures = Figures(model.engine)
+        self.pictures = Pictures(settings, model.facts.image.alpha)
+        self.spec = model.artifact.manifest.cache
+        self.draining = False
+        self.ready = asyncio.Lock()  # one request at a time holds decoded pictures that are not cut yet
+        self._mean_s = 1.0  # that requests take, the latest counting most
+
+    @functools.cached_property
+    def token_bytes(self) -> TokenBytes:
+        return TokenBytes(self.model.tokenizer)
+
+    @property
+    def trouble(self) -> str | None:
+        """Why nobody is let in, if so."""
+        if self.engine.failure is not None:
+            return "a part of the model is gone"
+        return "the server is shutting down" if self.draining else None
+
+    def enter(self, count: int = 1) -> None:
+        """Let in a request, or so many more answers of one; raises ApiError, status 503 or 429."""
+        if self.trouble:
+            raise ApiError(503, f"{self.trouble}; try another one", code="unavailable", headers={"Retry-After": "5"})
+        if self.figures.active + count > self.spec.slots + self.settings.max_waiting:
+            seconds = min(max(math.ceil(self._mean_s * self.figures.active / self.spec.slots / 2), 1), 60)
+            told = f"{self.figures.active} answers run or wait already; try again in {seconds} s"
+            raise ApiError(429, told, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+        self.figures.active += count
+
+    def leave(self, count: int, seconds: float, status: int) -> None:
+        """A request that was let in has ended."""
+        self.figures.active -= count
+        self.figures.seconds.observe(seconds)
+        self.figures.requests.labels(str(status)).inc()
+        self._mean_s += 0.1 * (seconds - self._mean_s)
+
+    async def drain(self, seconds: float) -> None:
+        """Let nobody in any more and wait until all have left, at most so many seconds."""
+        self.draining = True
+        deadline = time.monotonic() + seconds
+        while self.figures.active and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+
+    async def close(self) -> None:
+        """End what still runs; the model stays open."""
+        self.draining = True
+        await self.engine.close()
+        self.pictures.close()

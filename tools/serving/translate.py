@@ -1,0 +1,93 @@
+"""A request in OpenAI's words -> messages, pictures and settings in ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...runtime.prompt import Message
+from ...runtime.request import SamplingParams
+from .errors import ApiError
+from .schema import ChatRequest, JsonObject, JsonSchema
+from .settings import Settings
+
+
+def check_request(request: ChatRequest, settings: Settings, context: int) -> None:
+    """Raise ApiError for what can be refused before any work; `context` is the artifact's, in tokens."""
+    if request.model != settings.model_name:
+        told = f"the model {request.model[:100]!r} is not served here; expected {settings.model_name!r}"
+        raise ApiError(404, told, param="model", code="model_not_found")
+    for place, message in enumerate(request.messages):
+        if message.urls and message.role != "user":
+            told = f"a message of the role {message.role} has a picture; put pictures into messages of the user"
+            raise ApiError(400, told, param=f"messages[{place}].content", code="invalid_value")
+    if (count := sum(len(message.urls) for message in request.messages)) > settings.max_images:
+        told = f"{count} pictures were sent; expected at most {settings.max_images}"
+        raise ApiError(400, told, param="messages", code="too_many_images")
+    chars, most = sum(len(message.text) for message in request.messages), context * settings.max_chars_per_token
+    if chars > most:
+        told = f"the messages have {chars} characters, more than the {most} that can fit a context of {context} tokens"
+        raise ApiError(400, told, param="messages", code="context_length_exceeded")
+    if request.top_logprobs and not request.logprobs:
+        raise ApiError(400, "top_logprobs was given without logprobs; set logprobs to true", param="top_logprobs")
+    if request.stream_options and not request.stream:
+        raise ApiError(400, "stream_options was given without stream; set stream to true", param="stream_options")
+    if request.max_tokens and request.max_completion_tokens:
+        told = "max_tokens and max_completion_tokens were given; expected one of them"
+        raise ApiError(400, told, param="max_tokens")
+
+
+def messages_of(request: ChatRequest) -> tuple[list[Message], list[str]]:
+    """The conversation, and the URLs of its pictures in order. Pictures of a message stand before its text."""
+    roles = {"developer": "system"}
+    messages = [Message(roles.get(each.role, each.role), each.text, len(each.urls)) for each in request.messages]
+    return messages, [url for each in request.messages for url in each.urls]
+
+
+def sampling_of(request: ChatRequest, room: int, seconds: float) -> SamplingParams:
+    """`room`: tokens that fit behind the prompt, `seconds`: what is left of the time for a request.
+
+    Raises ValueError for settings that contradict each other.
+    """
+    asked: dict[str, Any] = {
+        "min_new_tokens": request.min_tokens,
+        "temperature": request.temperature,
+        "top_k": None if request.top_k is None else max(request.top_k, 0),
+        "top_p": request.top_p,
+        "min_p": request.min_p,
+        "seed": None if request.seed is None else request.seed % 2**64,
+        "n": request.n,
+        "repetition_penalty": request.repetition_penalty,
+        "presence_penalty": request.presence_penalty,
+        "frequency_penalty": request.frequency_penalty,
+        "logit_bias": _biases(request.logit_bias or {}),
+        "stop": request.stop,
+        "stop_token_ids": request.stop_token_ids,
+        "ignore_eos": request.ignore_eos,
+        "logprobs": (request.top_logprobs or 0) if request.logprobs else None,
+        "json_schema": _schema(request),
+        "regex": request.regex,
+        "choice": request.choice,
+        "priority": request.priority,
+    }
+    return SamplingParams(
+        max_new_tokens=request.max_completion_tokens or request.max_tokens or max(room, 1),
+        deadline_s=min(seconds, request.deadline_s or seconds),
+        **{name: value for name, value in asked.items() if value is not None},
+    )
+
+
+def _schema(request: ChatRequest) -> dict[str, Any] | None:
+    match request.response_format:
+        case JsonSchema(json_schema=named):
+            return named.form
+        case JsonObject():
+            return {"type": "object"}
+    return None
+
+
+def _biases(given: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): bias for token, bias in given.items()}
+    except ValueError:
+        told = f'logit_bias has the keys {", ".join(given)[:100]}; expected token ids, such as {{"42": -1}}'
+        raise ApiError(400, told, param="logit_bias", code="invalid_value") from None
