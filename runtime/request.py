@@ -62,7 +62,7 @@ class Sequence:
     reused_tiles: int = 0
     tiles_done: int = 0
     slot: int | None = None
-    keep_slot: bool = False  # a chat holds its slot between turns
+    holder: object | None = None  # for whom its slot is parked when it ends: a chat
     computed: int = 0  # tokens of the prompt in the cache
     generated: list[int] = field(default_factory=list)
     finish_reason: str | None = None

@@ -1,6 +1,7 @@
 """What runs next, as which graph kind and bucket. Pure Python: it sees sequences and slots, never arrays.
 
-Requests join and leave between steps. A waiting one is admitted as soon as a slot is free. Prompts are encoded and prefilled
+Requests join and leave between steps. A waiting one is admitted as soon as a slot is free, or held by nothing but a chat
+between its turns. Prompts are encoded and prefilled
 in the order of admission, chunk by chunk; between chunks the sequences that answer go on: what runs between two of their
 tokens costs no more than one chunk.
 """
@@ -90,11 +91,7 @@ class Scheduler:
     def next_step(self) -> Step:
         """The next step; call only when not idle."""
         self._admit()
-        if not self.running:
-            raise RuntimeError(
-                f"all {self.cache.spec.slots} slots are held by chats, so no request can start; close a chat, or compile "
-                f"with more: staticvl compile ... --slots {self.cache.spec.slots * 2}"
-            )
+        assert self.running, "whoever waits has been admitted: no slot is held without running but those that can be reclaimed"
         new = next((sequence for sequence in self.running if sequence.encoding or sequence.prefilling), None)
         if new is None:
             return self._decode(self.running)
@@ -110,17 +107,21 @@ class Scheduler:
         return step
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is; its slot is freed unless a chat keeps it."""
+        """Take a sequence out, wherever it is; its slot is freed, or parked for the chat that goes on in it."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        if sequence.slot is not None and not sequence.keep_slot:
+        if sequence.slot is None:
+            return
+        if sequence.holder is None:
             self.cache.release(sequence.slot)
-            sequence.slot = None
+        else:
+            self.cache.park(sequence.holder, sequence.slot)
+        sequence.slot = None
 
     def _admit(self) -> None:
-        while self.waiting and self.cache.free:
+        while self.waiting and (self.cache.free or self.cache.reclaim()):
             sequence = self.waiting.pop(0)
             sequence.slot = self.cache.acquire(self.reuse.slot_for(sequence, self._near()) if self.reuse else None)
             self._admitted += 1

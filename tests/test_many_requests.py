@@ -51,7 +51,7 @@ class Watched:
         answering = [s for s in self.engine.scheduler.running if not s.encoding and not s.prefilling]
         step = self.step()
         self.check_stall(step, bool(answering))
-        check_slots(self.engine, kept=sum(chat.slot is not None for chat in self.chats))
+        check_slots(self.engine)
         self.check_lengths()
         self.steps += 1
         turn = self.steps % self.engine.cache.spec.slots
@@ -165,7 +165,8 @@ class Traffic:
     def turn(self) -> Asked:
         """Of a chat: a new one, one that goes on, a fork, or one that takes its last turn back and asks something else."""
         idle = [chat for chat in self.watched.chats if not any(asked.chat is chat for asked in self.open)]
-        way, room = self.rng.random(), self.model.engine.cache.spec.slots - 1 - len(self.watched.chats)
+        # More chats than slots: whoever has been idle the longest gives up its slot.
+        way, room = self.rng.random(), self.model.engine.cache.spec.slots + 2 - len(self.watched.chats)
         if not idle and not room:
             return self.request()
         if not idle or (room and way < 0.4):
