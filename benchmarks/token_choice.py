@@ -2,8 +2,8 @@
 
     python -m benchmarks.token_choice [--vocab 151936] [--batch 8] [--runs 30]
 
-Rows are normal noise with a few likely tokens, as a model's are. Figures are medians, in microseconds a step of the whole batch;
-the last line is JSON.
+Rows are normal noise with a few likely tokens, as a model's are. Figures are medians, in microseconds a step of the whole
+batch; the last line is JSON.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def _threshold(row: np.ndarray, count: int) -> float:
 def mass(row: np.ndarray, temperature: float) -> float:
     """The sum of exp((x - largest) / temperature) over row [V]: what probabilities are divided by.
 
-    Exponentials in float32, which are a third of the work; each is off by 1e-6 of itself at most, the sums of chunks are float64.
+    Exponentials in float32, which are a third of the work; each is off by 1e-6 of itself at most. Sums of chunks are float64.
     """
     largest, factor, total = row.max(), np.float32(min(1 / temperature, LARGEST)), 0.0
     with np.errstate(over="ignore"):  # what is so far below the largest counts as nothing

@@ -50,8 +50,9 @@ def _drawn(row: np.ndarray, sampling: ResolvedSampling, number: float, count: in
     ids = likeliest(row, count)
     if row[ids[0]] == -np.inf:
         return int(ids[0])
-    scaled = row[ids].astype(np.float64) / sampling.temperature
-    probabilities = np.exp(scaled - scaled[0])
+    below = row[ids].astype(np.float64) - row[ids[0]]
+    with np.errstate(over="ignore"):
+        probabilities = np.exp(below / sampling.temperature)
     cumulative = np.cumsum(probabilities)
     total = float(cumulative[-1]) if sampling.top_k else mass(row, sampling.temperature)
     complete = len(ids) < count or count >= len(row) or bool(sampling.top_k)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from staticvl.runtime import sampler
 from staticvl.runtime.artifact import SamplingDefaults
-from staticvl.runtime.likeliest import likeliest
+from staticvl.runtime.likeliest import BLOCK, likeliest
 from staticvl.runtime.sampler import logprob_of, sample, uniform
 from staticvl.runtime.sampling import ResolvedSampling, SamplingParams
 
@@ -132,13 +132,13 @@ def whole(row: np.ndarray, chosen: ResolvedSampling, used: int) -> int:
         st.sampled_from([0.0, 0.3, 1.0, 4.0]),
         top_k=st.sampled_from([0, 0, 1, 7, 300, 1000]),
         top_p=st.sampled_from([1.0, 1.0, 0.5, 0.95, 0.999999]),
-        seed=st.integers(0, 2**32),
         min_p=st.sampled_from([0.0, 0.0, 0.2, 1e-4]),
     ),
     banned=st.sampled_from([0.0, 0.0, 0.5, 0.99]),
+    number=st.sampled_from([0.0, 0.01, 0.03, 0.1, 0.5, 0.9, 1 - 2**-53]),
 )
 def test_a_few_tokens_decide_as_all_do(
-    seed: int, size: int, levels: int, spread: float, few: int, chosen: ResolvedSampling, banned: float
+    seed: int, size: int, levels: int, spread: float, few: int, chosen: ResolvedSampling, banned: float, number: float
 ) -> None:
     """With many equal logits and forbidden ones, however few are looked at first."""
     rng = np.random.default_rng(seed)
@@ -146,9 +146,10 @@ def test_a_few_tokens_decide_as_all_do(
     row[rng.random(size) < banned] = -np.inf
     row[rng.integers(size)] = spread / 2
     used = int(rng.integers(1, size + 1))
-    with mock.patch.object(sampler, "FEW", few), mock.patch.object(sampler, "MANY", 3 * few):
-        token = sample(row, chosen, 0, used)
-    assert token == whole(row, chosen, used)
+    with mock.patch.object(sampler, "uniform", return_value=number):
+        with mock.patch.object(sampler, "FEW", few), mock.patch.object(sampler, "MANY", 3 * few):
+            token = sample(row, chosen, 0, used)
+        assert token == whole(row, chosen, used)
     if chosen.temperature and np.isfinite(row[:used]).any():
         assert token < used and np.isfinite(row[token])
 
@@ -169,6 +170,15 @@ def test_the_likeliest(seed: int, size: int, levels: int, count: int, banned: fl
     wanted = sorted(range(size), key=lambda i: (-row[i], i))[:count]
     allowed = [i for i in wanted if row[i] > -np.inf]
     assert found == (allowed or wanted)
+
+
+def test_the_likeliest_lie_in_blocks_of_their_own() -> None:
+    """So that the threshold lets through exactly as many as are wanted."""
+    row = np.zeros(30 * BLOCK, np.float32)
+    places = np.random.default_rng(0).permutation(30) * BLOCK + 5
+    row[places] = np.arange(30, 0, -1)
+    for count in (1, 2, 15, 29):
+        assert likeliest(row, count).tolist() == places[:count].tolist()
 
 
 def test_log_probabilities_of_the_likeliest() -> None:
