@@ -7,6 +7,7 @@ from unittest import mock
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from staticvl.runtime import sampler
@@ -121,6 +122,23 @@ def whole(row: np.ndarray, chosen: ResolvedSampling, used: int) -> int:
         return sample(row, chosen, 0, used)
 
 
+@pytest.mark.parametrize(
+    ("chosen", "number", "token"),
+    [
+        (settings(), 0.03, 6),
+        (settings(), 0.9, 180),
+        (settings(top_p=0.5), 0.03, 3),
+        (settings(top_p=0.5), 0.9, 90),
+        (settings(min_p=0.5), 0.9, 180),
+        (settings(top_k=100), 0.9, 90),
+    ],
+)
+def test_a_draw_that_a_few_tokens_do_not_decide(chosen: ResolvedSampling, number: float, token: int) -> None:
+    with mock.patch.object(sampler, "uniform", return_value=number + 1e-9), mock.patch.object(sampler, "FEW", 5):
+        assert sample(np.zeros(200, np.float32), chosen, 0, 200) == token
+
+
+@hypothesis_settings(max_examples=300)
 @given(
     seed=st.integers(0, 2**32),
     size=st.integers(1, 700),
