@@ -10,6 +10,7 @@ import numpy as np
 from .boxes import Box
 from .content import NOTHING, Content
 from .logit_rules import LogitRules
+from .lookup import Lookup
 from .prompt import Prompt
 from .sampler import TokenLogprob
 from .sampling import ResolvedSampling, SamplingParams
@@ -56,6 +57,7 @@ class Sequence:
     content: Content = NOTHING
     cross_tiles: int = 0  # tiles of one picture, where pictures enter by cross-attention
     rules: LogitRules | None = None
+    lookup: Lookup | None = None  # drafts its answer, where that was asked for
     due: int = 0  # its place among those that wait
     prepared: bool = False  # what can be taken over from others is
     reused: int = 0  # tokens of the prompt that were in the cache already

@@ -26,7 +26,7 @@ AGING = 16  # admissions after which a waiting request is worth one priority mor
 class Step:
     """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows.
 
-    `images` says which variant of a text graph runs: how many pictures it can see (cross-attention only, else 0).
+    `draft`: the tokens behind the last one of the answer that a verify step guesses. `images` says which variant of a text graph runs: how many pictures it can see (cross-attention only, else 0).
     """
 
     kind: Kind
@@ -34,6 +34,7 @@ class Step:
     sequences: tuple[Sequence, ...]
     count: int
     images: int = 0
+    draft: tuple[int, ...] = ()
 
 
 Costs = Mapping[tuple[Kind, int], Mapping[int, float]]  # (kind, images) -> bucket -> cost of a run
@@ -70,7 +71,10 @@ class Scheduler:
                 images: ChunkPlanner(_within(prefill_budget, planner.costs)) for images, planner in self.prefill.items()
             }
         self.decode = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "decode"}
+        self.verify = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "verify"}
+        self.costs = costs
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
+        self.verified: set[int] = set()  # sequences that a draft has brought on since all gained a token
         self._admitted = 0
 
     @property
@@ -94,7 +98,7 @@ class Scheduler:
         assert self.running, "whoever waits has been admitted: no slot is held without running but those that can be reclaimed"
         new = next((sequence for sequence in self.running if sequence.encoding or sequence.prefilling), None)
         if new is None:
-            return self._decode(self.running)
+            return self._answer(self.running)
         if not new.prepared:
             self._prepare(new)
         answering = [sequence for sequence in self.running if not sequence.encoding and not sequence.prefilling]
@@ -102,7 +106,7 @@ class Scheduler:
         if not answering:
             return step
         if self.spent and self.spent + cost > limit:
-            return self._decode(answering)
+            return self._answer(answering)
         self.spent += cost
         return step
 
@@ -168,11 +172,46 @@ class Scheduler:
         planners = self.bounded if answering and self.bounded else self.prefill
         return planners[_enough(planners, images)]
 
+    def _answer(self, sequences: SequenceOf[Sequence]) -> Step:
+        """Those who answer go on: all of them by a token, or, once in between, one of them by a draft that is worth it."""
+        decode = self._decode(sequences)
+        for sequence in sequences if self.verify else ():
+            if sequence.lookup and sequence.id not in self.verified and (step := self._draft(sequence, decode)):
+                if len(sequences) > 1:
+                    self.verified.add(sequence.id)
+                else:
+                    self.spent = 0.0
+                return step
+        self.spent = 0.0
+        self.verified.clear()
+        return decode
+
+    def _draft(self, sequence: Sequence, decode: Step) -> Step | None:
+        """A step that verifies a draft, if there is one and, by the times of both graphs, more tokens come of it than of
+        `decode` meanwhile."""
+        assert sequence.lookup is not None and sequence.slot is not None
+        images = _enough(self.verify, sequence.images)
+        room = self.cache.spec.rows - int(self.cache.lengths[sequence.slot])
+        buckets = [bucket for bucket in self.verify[images] if bucket <= room]
+        left = sequence.params.max_new_tokens - len(sequence.generated)
+        draft = sequence.lookup.draft(sequence.generated, min(left, max(buckets, default=0)) - 1)
+        if not draft:
+            return None
+        count = 1 + len(draft)
+        bucket = next(bucket for bucket in buckets if bucket >= count)
+        cost = self.costs["verify", images][bucket]
+        if (1 + sequence.lookup.expected(len(draft))) * self._cost(decode) <= len(decode.sequences) * cost:
+            sequence.lookup.skipped()
+            return None
+        return Step("verify", bucket, (sequence,), count, images, draft)
+
+    def _cost(self, step: Step) -> float:
+        return self.costs[step.kind, step.images][step.bucket]
+
     def _decode(self, sequences: SequenceOf[Sequence]) -> Step:
         # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
         rows = 1 + max(sequence.slot for sequence in sequences if sequence.slot is not None)
         images = _enough(self.decode, max(sequence.images for sequence in sequences))
-        self.spent = 0.0
         return Step("decode", self._decode_bucket(rows, images), tuple(sequences), rows, images)
 
     def _decode_bucket(self, rows: int, images: int) -> int:

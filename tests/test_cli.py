@@ -380,6 +380,7 @@ GIVEN: dict[str, tuple[tuple[object, ...], object]] = {
     "choice": (("--choice", "a", "--choice", "b"), ("a", "b")),
     "deadline_s": (("--deadline", 2.5), 2.5),
     "priority": (("--priority", -1), -1),
+    "speculate": (("--speculate", 4), 4),
 }
 
 

@@ -129,7 +129,7 @@ def test_who_answers_goes_on_while_prompts_keep_coming() -> None:
         add(engine, text_prompt(*TEN), 1)
         engine.step()
         engine.step()
-    assert engine.metrics.runs == {"vision": 0, "prefill": 1 + 11, "decode": 11}
+    assert engine.metrics.runs == {"vision": 0, "prefill": 1 + 11, "decode": 11, "verify": 0}
 
 
 # --- Who is next --------------------------------------------------------------------------------------------------------

@@ -101,13 +101,19 @@ def _add_compile(commands) -> None:
         "--images", type=int, metavar="N", help="Llama-3.2-Vision: pictures that a sequence may hold; default: 4"
     )
     parser.add_argument(
+        "--speculate",
+        type=int,
+        metavar="K",
+        help="also compile graphs that verify up to K drafted tokens at once, for --speculate of generate; default: none",
+    )
+    parser.add_argument(
         "--text-before-image",
         choices=("transformers", "meta"),
         help="Llama-3.2-Vision: whether text before the first picture sees all pictures, as in transformers (the default), or "
         "none, as in Meta's code",
     )
     parser.add_argument(
-        "--buckets", type=Path, metavar="FILE", help="YAML with prefill, decode, vision, images, context, slots"
+        "--buckets", type=Path, metavar="FILE", help="YAML with prefill, decode, vision, verify, images, context, slots"
     )
     parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
     parser.add_argument("--lora", type=Path, metavar="DIR", help="LoRA adapter, as PEFT saves it, to merge into the weights")

@@ -54,6 +54,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
     add("--json-schema", metavar="JSON", help="what the answer must be, as a JSON schema")
     add("--regex", metavar="RE", help="what the answer must be, as a regular expression")
     add("--choice", action="append", metavar="TEXT", help="one of the texts that the answer may be; to be repeated")
+    add("--speculate", type=int, metavar="K", help="draft up to K tokens from what was said before; the answer is the same")
     add("--priority", type=int, metavar="P", help="requests of a higher one are admitted earlier; default: 0")
 
 
