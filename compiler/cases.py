@@ -37,8 +37,9 @@ def find_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
 
 
 def rows_of(graph: GraphSpec, case: Case) -> np.ndarray:
-    """Which rows of a text graph's logits mean anything: bool [B], of verify graphs [T]."""
-    return np.arange(graph.bucket) < case.count[0] if graph.kind == "verify" else case.count > 0
+    """Which rows of a text graph's first output mean anything: bool [B], of logits of each token [T]."""
+    each = graph.kind == "verify" and graph.outputs[0].name == "logits"
+    return np.arange(graph.bucket) < case.count[0] if each else case.count > 0
 
 
 class CaseMaker:
@@ -146,7 +147,7 @@ def _vision_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
 
 
 def _text_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
-    """Edge lengths of a prefill or verify bucket, or edge batch sizes of a decode bucket, with short, middle and full caches."""
+    """Edge lengths of a prefill or verify bucket, edge batch sizes of a decode bucket, with short, middle and full caches."""
     rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
     if graph.kind != "decode":
         t = graph.bucket

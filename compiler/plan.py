@@ -38,9 +38,9 @@ class PlanError(ValueError):
 class Buckets:
     """Bucket sizes by graph kind, and the cache's size; the keys of buckets.yaml. None: derived from the model.
 
-    `verify` are the most tokens that one run can verify, a drafted answer's and the one before them; by default there are no
-    such graphs. `images` are the numbers of pictures that text graphs can see by cross-attention, the largest being what a sequence may
-    hold; text without pictures always has graphs of its own.
+    `verify` are the most tokens that one run can verify, those of a draft and the one before them; by default there are no such
+    graphs. `images` are the numbers of pictures that text graphs can see by cross-attention, the largest being what a sequence
+    may hold; text without pictures always has graphs of its own.
     """
 
     prefill: tuple[int, ...] | None = None
@@ -256,7 +256,7 @@ def _verify_buckets(wanted: Buckets, context: int) -> tuple[int, ...]:
     buckets = wanted.verify or ()
     if wrong := [bucket for bucket in buckets if not 2 <= bucket <= context]:
         raise PlanError(
-            f"verify bucket {wrong[0]} does not fit; expected 2 (one drafted token behind the last one) to the context, {context}"
+            f"verify bucket {wrong[0]} does not fit; expected 2 (one drafted token behind the last) to the context, {context}"
         )
     return buckets
 

@@ -26,7 +26,6 @@ from .reuse import FeatureCache, SharedPrefixes
 from .sampler import logprob_of, sample
 from .scheduler import Costs, Scheduler, Step
 
-
 NGRAMS = 2, 4
 
 
@@ -291,5 +290,7 @@ class Engine:
 def _sizes(ngrams: tuple[int, int]) -> tuple[int, int]:
     least, most = ngrams
     if not 1 <= least <= most:
-        raise ValueError(f"ngrams is {ngrams}; expected the fewest and the most tokens that a draft is found by, such as {NGRAMS}")
+        raise ValueError(
+            f"ngrams is {ngrams}; expected the fewest and the most tokens that a draft is found by, such as {NGRAMS}"
+        )
     return least, most

@@ -26,7 +26,8 @@ AGING = 16  # admissions after which a waiting request is worth one priority mor
 class Step:
     """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows.
 
-    `draft`: the tokens behind the last one of the answer that a verify step guesses. `images` says which variant of a text graph runs: how many pictures it can see (cross-attention only, else 0).
+    `draft`: the tokens behind the last one of the answer that a verify step guesses. `images`: which variant of a text graph
+    runs, by how many pictures it can see (cross-attention only, else 0).
     """
 
     kind: Kind

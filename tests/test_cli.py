@@ -237,6 +237,13 @@ def test_pictures_of_a_plan(capsys: pytest.CaptureFixture[str], looking: Path, t
     assert "images is 0; expected a positive integer" in error(capsys, *command, "--images", 0)
 
 
+def test_drafts_of_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ("compile", EMBEDDED, "--out", tmp_path / "a", "--plan-only")
+    assert "verify" not in run(capsys, *command)[1]
+    assert "  verify  5\n" in run(capsys, *command, "--speculate", 4)[1]
+    assert "speculate is 0; expected a number of tokens from 1 on" in error(capsys, *command, "--speculate", 0)
+
+
 def test_ranks_of_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, _ = run(capsys, "compile", EMBEDDED, "--out", tmp_path / "a", "--plan-only", "--tp", 2)
     assert status == 0
@@ -420,4 +427,5 @@ def test_settings_that_cannot_be_used(capsys: pytest.CaptureFixture[str], artifa
     assert "n is 0; expected at least 1" in error(capsys, *ask, "--n", 0)
     assert "deadline_s is 0.0; expected a number of seconds above 0" in error(capsys, *ask, "--deadline", 0)
     assert "token 999999 is named in logit_bias or stop_token_ids" in error(capsys, *ask, "--logit-bias", "999999=1")
+    assert "speculate is 2, but the artifact verifies at most 0 drafted tokens" in error(capsys, *ask, "--speculate", 2)
     assert "regex and choice were given; expected one of them at most" in error(capsys, *ask, "--regex", "a", "--choice", "b")

@@ -22,7 +22,11 @@ from .tiny_families import GOLDEN_QWEN
 
 TOLERANCE = 1e-4  # of the largest magnitude
 LENGTH = 24
-CASES = [("llava", "onnx"), ("llava_next", "onnx"), ("mllama", "onnx"), ("qwen_vl", "onnx"), ("mllama", "ascend")]
+FAMILIES = ("llava", "llava_next", "mllama", "qwen_vl")
+CASES = [
+    *((family, "onnx") for family in FAMILIES),
+    *(pytest.param(family, "ascend", marks=pytest.mark.slow) for family in FAMILIES),
+]
 
 
 def checkpoint(family: str, folder: Path) -> Path:
