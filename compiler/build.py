@@ -170,6 +170,8 @@ def _kept_options(job: _Job) -> dict[str, str]:
         options["eager"] = ",".join(asked.eager)
     options |= {name: "FOLDER" for name in ("lora", "vision_tower") if getattr(asked, name)}
     options |= {"context": str(cache.context), "slots": str(cache.slots)}
+    if verify := job.plan.buckets("verify"):
+        options["speculate"] = str(max(verify) - 1)
     if cross := cache.cross:
         options |= {"images": str(cross.images), "text_before_image": asked.text_before_image}
     return options

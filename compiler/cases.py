@@ -36,6 +36,12 @@ def find_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
     return _vision_cases(graph, previous) if graph.kind == "vision" else _text_cases(graph, previous)
 
 
+def rows_of(graph: GraphSpec, case: Case) -> np.ndarray:
+    """Which rows of a text graph's first output mean anything: bool [B], of logits of each token [T]."""
+    each = graph.kind == "verify" and graph.outputs[0].name == "logits"
+    return np.arange(graph.bucket) < case.count[0] if each else case.count > 0
+
+
 class CaseMaker:
     """Feeds and cache contents for the cases of one model's graphs; the same for the same seed."""
 
@@ -112,7 +118,7 @@ class CaseMaker:
             self._look(feed, rng)
         if "last_index" in feed:
             feed["last_index"][0] = count - 1
-        if graph.kind == "prefill":
+        if graph.kind != "decode":
             for name in ("token_ids", "hidden"):
                 if name in feed:
                     feed[name][0, count:] = 0
@@ -141,9 +147,9 @@ def _vision_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
 
 
 def _text_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
-    """Edge lengths of a prefill bucket, or edge batch sizes of a decode bucket, with short, middle and full caches."""
+    """Edge lengths of a prefill or verify bucket, edge batch sizes of a decode bucket, with short, middle and full caches."""
     rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
-    if graph.kind == "prefill":
+    if graph.kind != "decode":
         t = graph.bucket
         for count in sorted({t, t - 1, min(previous + 1, t), 1} - {0}):
             yield Case(f"length {count}, past 0", np.zeros(1, np.int32), np.array([count], np.int32))

@@ -13,7 +13,7 @@ import numpy as np
 from ..runtime.artifact import Certificate, CertificateCase, GraphSpec, ModelFacts
 from ..runtime.backends.base import Backend, cache_name
 from ..runtime.feeds import new_feed
-from .cases import Case, CaseMaker, find_cases
+from .cases import Case, CaseMaker, find_cases, rows_of
 
 TOLERANCE = 1e-4  # largest absolute difference over the largest magnitude
 # Rounded activations: a result further from the truth than zero is would be worth nothing. How much rounding costs a model
@@ -79,7 +79,7 @@ class Certifier:
         feed = self.maker.feed(graph, case)
         starts = self.maker.fill(graph, case, _distinct(self.reference, self.exact))
         expected = self.reference.run(graph, feed).copy()
-        active = case.count > 0
+        active = rows_of(graph, case)
         error = relative_error(self.exact.run(graph, feed)[active], expected[active])
         for spec in graph.inputs:
             if "_cache." in spec.name:

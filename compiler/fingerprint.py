@@ -98,7 +98,7 @@ class GraphKeys:
 
     def key(self, kind: Kind, bucket: int, images: int) -> str:
         seen = dict(self.image if kind == "vision" else self.cache)
-        if kind == "prefill":
+        if kind in ("prefill", "verify"):
             seen.pop("slots")  # slots only matter to graphs whose rows are slots
         if seen.get("cross"):
             # A graph reads the pictures that it is told of, however many more a sequence may hold.

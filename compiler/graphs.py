@@ -85,7 +85,7 @@ def fed_inputs(
         pixels = TensorSpec(name="pixels", dtype="uint8", shape=(bucket, image.size, image.size, 3))
         return [pixels, _ints("tile_count", 1), _ints("aspect_id", 1)] if cache.cross else [pixels]
     text = config.text
-    b, t = (1, bucket) if kind == "prefill" else (bucket, 1)
+    b, t = (bucket, 1) if kind == "decode" else (1, bucket)
     inputs = [_ints("token_ids", b, t)]
     if kind == "prefill" and not cache.cross:
         inputs += [_ints("row_index", 1, t), _floats("image_rows", t, text.hidden_size)]
@@ -152,7 +152,8 @@ def _text(
         TensorSpec(name=f"{which}_cache.{i}", dtype=cache.dtype, shape=shape) for i in range(cache.layers) for which in "kv"
     ]
     inputs += caches
-    first = _floats("logits", b, text.vocab_size) if stage.last else _floats("next_hidden", b, t, text.hidden_size)
+    rows = t if kind == "verify" else b
+    first = _floats("logits", rows, text.vocab_size) if stage.last else _floats("next_hidden", b, t, text.hidden_size)
     return GraphDef(
         kind=kind,
         bucket=bucket,

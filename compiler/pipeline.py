@@ -33,7 +33,8 @@ def joined(graph: GraphSpec, stage: Stage, fed: Sequence[TensorSpec], vocab_size
     inputs = (*fed, *(spec for spec in graph.inputs if is_cached(spec.name)))
     outputs, buffers = graph.outputs, [*(graph.buffers or ()), *received]
     if graph.kind != "vision" and stage.first:
-        logits = TensorSpec(name="logits", dtype="float32", shape=(handed_on[0].shape[0], vocab_size))
+        rows = handed_on[0].shape[1 if graph.kind == "verify" else 0]
+        logits = TensorSpec(name="logits", dtype="float32", shape=(rows, vocab_size))
         outputs, buffers = (logits, *outputs[1:]), [*buffers, *handed_on]
         after.append(Transfer(op="receive", stage=stage.count - 1, name="logits"))
     elif graph.kind != "vision" and stage.last:

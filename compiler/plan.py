@@ -38,13 +38,15 @@ class PlanError(ValueError):
 class Buckets:
     """Bucket sizes by graph kind, and the cache's size; the keys of buckets.yaml. None: derived from the model.
 
-    `images` are the numbers of pictures that text graphs can see by cross-attention, the largest being what a sequence may
-    hold; text without pictures always has graphs of its own.
+    `verify` are the most tokens that one run can verify, those of a draft and the one before them; by default there are no such
+    graphs. `images` are the numbers of pictures that text graphs can see by cross-attention, the largest being what a sequence
+    may hold; text without pictures always has graphs of its own.
     """
 
     prefill: tuple[int, ...] | None = None
     decode: tuple[int, ...] | None = None
     vision: tuple[int, ...] | None = None
+    verify: tuple[int, ...] | None = None
     images: tuple[int, ...] | None = None
     context: int | None = None
     slots: int | None = None
@@ -73,8 +75,8 @@ def parse_buckets(data: Any, where: str) -> Buckets:
     """buckets.yaml's content -> Buckets; raises PlanError for anything but its keys and integers."""
     if not isinstance(data, Mapping):
         raise PlanError(
-            f"{where} holds {type(data).__name__}; expected a mapping with the keys prefill, decode, vision, images, context, "
-            "slots"
+            f"{where} holds {type(data).__name__}; expected a mapping with the keys prefill, decode, vision, verify, images, "
+            "context, slots"
         )
     known = {f.name for f in fields(Buckets)}
     unknown = sorted(str(key) for key in set(data) - known)
@@ -204,7 +206,12 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         )
         for of_stage in stages(config, options.pp)
     )
-    sizes: dict[Kind, tuple[int, ...]] = {"vision": _vision_buckets(config, wanted), "prefill": prefill, "decode": decode}
+    sizes: dict[Kind, tuple[int, ...]] = {
+        "vision": _vision_buckets(config, wanted),
+        "prefill": prefill,
+        "decode": decode,
+        "verify": _verify_buckets(wanted, context),
+    }
     graphs: tuple[tuple[Kind, int, int], ...] = tuple(
         (kind, bucket, variant)
         for kind, buckets in sizes.items()
@@ -243,6 +250,15 @@ def _vision_buckets(config: ModelConfig, wanted: Buckets) -> tuple[int, ...]:
         return (tiles,)
     # LLaVA-1.6: the tiles of one picture, and the whole picture as one more.
     return wanted.vision or tuple({1 + rows * columns for rows, columns in config.grids}) or (1,)
+
+
+def _verify_buckets(wanted: Buckets, context: int) -> tuple[int, ...]:
+    buckets = wanted.verify or ()
+    if wrong := [bucket for bucket in buckets if not 2 <= bucket <= context]:
+        raise PlanError(
+            f"verify bucket {wrong[0]} does not fit; expected 2 (one drafted token behind the last) to the context, {context}"
+        )
+    return buckets
 
 
 def _image_buckets(config: ModelConfig, wanted: Buckets) -> tuple[int, ...]:

@@ -20,6 +20,9 @@ V vocabulary, P rows per tile):
                                                                  -> logits [1, V], the cache updated in place
     decode   token_ids [B, 1], lengths [B], rope_cos, rope_sin [B, 1, D], k_cache.N, v_cache.N [B, K, S, D]
                                                                  -> logits [B, V], the cache updated in place
+    verify   (where an artifact has it) as decode, of one row and T tokens: token_ids [1, T], lengths [1],
+             rope_cos, rope_sin [1, T, D], k_cache.N, v_cache.N [1, K, S, D]
+                                                                 -> logits [T, V] behind each token, the cache updated in place
 
 Where queries are scaled by their position (Qwen's logn attention), text graphs also take query_scale [B, T, 1].
 
@@ -67,8 +70,8 @@ SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
 WEIGHTS = "weights"
 DEFINITION = "definition.json"
-Kind = Literal["vision", "prefill", "decode"]
-KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")
+Kind = Literal["vision", "prefill", "decode", "verify"]
+KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode", "verify")
 CROSS_HIDDEN = -1e30  # added to the score of a key that a token does not see; finite, so that a row may see nothing
 
 
@@ -151,7 +154,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
     kind: Kind
-    bucket: int  # vision: tiles; prefill: new tokens; decode: rows
+    bucket: int  # vision: tiles; prefill, verify: new tokens; decode: rows
     images: int = 0  # pictures whose cross-attention keys a text graph reads
     file: str  # of a graph in steps: the folder of their files
     key: str  # digest of everything the graph was made from

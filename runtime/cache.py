@@ -16,6 +16,8 @@ class SlotCache:
 
     The ledger says what they are of: `keys[slot, :length]` (see content.py), and of a cross-attention cache `pictures[slot]`,
     the digests of the pictures whose keys are there. With `keep` a released slot stays valid until somebody else takes it.
+
+    A slot can also be parked for somebody who will come back: it is not free, but `reclaim` frees the one parked longest ago.
     """
 
     def __init__(self, spec: CacheSpec, *, keep: bool = False) -> None:
@@ -24,6 +26,7 @@ class SlotCache:
         self.keys = np.zeros((spec.slots, spec.rows, KEY), np.int64)
         self.pictures: list[tuple[bytes, ...]] = [()] * spec.slots
         self.touched = [0] * spec.slots  # when each slot was last of use, as a count of events
+        self.parked: dict[object, int] = {}  # by whom they are parked for, the one parked longest ago first
         self._free = list(range(spec.slots))  # ascending
         self._events = 0
 
@@ -49,6 +52,23 @@ class SlotCache:
             self.clear(slot)
         self.touch(slot)
         bisect.insort(self._free, slot)
+
+    def park(self, holder: object, slot: int) -> None:
+        """Keep a slot and its rows for `holder`, until it is taken back or somebody needs it more."""
+        assert holder not in self.parked, f"slots {self.parked[holder]} and {slot} were parked for one holder"
+        self.touch(slot)
+        self.parked[holder] = slot
+
+    def take_back(self, holder: object) -> int | None:
+        """The slot that was parked for `holder`; None where there is none, perhaps because it was reclaimed."""
+        return self.parked.pop(holder, None)
+
+    def reclaim(self) -> bool:
+        """Release the slot that was parked the longest ago; whether there was one."""
+        if not self.parked:
+            return False
+        self.release(self.parked.pop(next(iter(self.parked))))
+        return True
 
     def clear(self, slot: int) -> None:
         """Forget what a slot holds."""

@@ -2,7 +2,7 @@
 
 Each turn renders the whole conversation anew; the longest beginning that the slot holds is kept, only the rest is prefilled.
 So the tokens are those of a fresh prompt, whatever the template does with earlier turns, and a turn that is changed or taken
-back costs what comes after it.
+back costs what comes after it. So does a turn whose slot somebody else needed meanwhile: what it has lost is computed again.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Chat:
         self.model = model
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.images: list[ImageSource] = []
-        self.slot: int | None = None
+        self.holder = object()  # what the slot is parked for; not the chat, which can be forgotten meanwhile
         self.turn: Sequence | None = None  # the turn that runs
         self.features = np.empty((0, model.facts.hidden_size), np.float32)  # [tiles * P, C] of the pictures so far
         self.tiles: tuple[bytes, ...] = ()  # digests of the tiles whose features these are
@@ -83,12 +83,17 @@ class Chat:
         other.features, other.tiles = self.features, self.tiles
         return other
 
+    @property
+    def slot(self) -> int | None:
+        """The slot that is kept for the next turn, unless others need it before."""
+        return self.model.engine.cache.parked.get(self.holder)
+
     def close(self) -> None:
         """Free the slot; the conversation can go on, at the cost of a fresh prefill."""
         self._end(self.turn)
-        if self.slot is not None:
-            self.model.engine.cache.release(self.slot)
-            self.slot = None
+        cache = self.model.engine.cache
+        if (slot := cache.take_back(self.holder)) is not None:
+            cache.release(slot)
 
     def __enter__(self) -> Chat:
         return self
@@ -119,11 +124,8 @@ class Chat:
             self.turn = None
 
     def _reuse(self, sequence: Sequence) -> None:
-        """Give the sequence this chat's slot, and the features of earlier pictures."""
-        engine = self.model.engine
-        if self.slot is None and engine.cache.free:
-            self.slot = engine.cache.acquire()
-        sequence.slot, sequence.keep_slot = self.slot, self.slot is not None
+        """Give the sequence this chat's slot, if it still has one, and the features of earlier pictures."""
+        sequence.slot, sequence.holder = self.model.engine.cache.take_back(self.holder), self.holder
         # Pictures may have been taken back since.
         wanted = sequence.content.pictures
         same = next((n for n, pair in enumerate(zip(self.tiles, wanted, strict=False)) if pair[0] != pair[1]), None)

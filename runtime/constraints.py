@@ -37,7 +37,7 @@ class Constraint:
         self._fill(self.matcher, self.mask)
         allowed = np.unpackbits(self.mask.view(np.uint8)[0], bitorder="little")[: len(row)].astype(bool)
         allowed[self.ends] = self.matcher.is_accepting()
-        row[: len(allowed)][~allowed] = -np.inf
+        np.copyto(row[: len(allowed)], -np.inf, where=~allowed)
         row[len(allowed) :] = -np.inf
 
     def accept(self, token: int) -> None:

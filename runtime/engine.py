@@ -18,12 +18,15 @@ from .cache import SlotCache
 from .content import content_of
 from .feeds import Feed, Feeds
 from .logit_rules import Guide, rules_for
+from .lookup import Lookup
 from .metrics import Metrics
 from .prompt import Prompt
 from .request import SamplingParams, Sequence
 from .reuse import FeatureCache, SharedPrefixes
 from .sampler import logprob_of, sample
 from .scheduler import Costs, Scheduler, Step
+
+NGRAMS = 2, 4
 
 
 class ContextError(ValueError):
@@ -43,10 +46,13 @@ class Engine:
         prefill_budget: int | None = None,
         reuse: bool = True,
         image_cache_mb: int = 256,
+        speculate: int = 0,
+        ngrams: tuple[int, int] = NGRAMS,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`prefill_budget`: see Scheduler. `reuse`: whether requests take over cache rows and features from each other, of
-        features at most `image_cache_mb` megabytes. `clock`: seconds."""
+        features at most `image_cache_mb` megabytes. `speculate`, `ngrams`: tokens of a draft and of what it is found by (see
+        Lookup), for requests that do not say. `clock`: seconds. Raises ValueError for what the artifact cannot verify."""
         self.manifest: Manifest = artifact.manifest
         self.clock = clock
         self.metrics = Metrics()
@@ -59,10 +65,17 @@ class Engine:
         self.features = FeatureCache(image_cache_mb << 20 if reuse else 0)
         prefixes = SharedPrefixes(self.manifest, self.cache, self.backend, self.metrics, self.features) if reuse else None
         self.scheduler = Scheduler(self.cache, self._costs(), prefill_budget=prefill_budget, reuse=prefixes)
+        self.speculate, self.ngrams = self._drafted(speculate), _sizes(ngrams)
+        self.on_token: Callable[[Sequence], object] | None = None  # called whenever a sequence has gained a token
         self.eos = frozenset(self.manifest.model.eos_token_ids)
         self.timed: list[Sequence] = []  # sequences with a deadline
         self._ids = itertools.count()
-        self._commits = {"vision": self._commit_vision, "prefill": self._commit_prefill, "decode": self._commit_decode}
+        self._commits: dict[Kind, Callable[[Step, np.ndarray], None]] = {
+            "vision": self._commit_vision,
+            "prefill": self._commit_prefill,
+            "decode": self._commit_decode,
+            "verify": self._commit_verify,
+        }
 
     def add_request(self, prompt: Prompt, params: SamplingParams, *, return_logits: bool = False) -> Sequence:
         """Queue a prompt; raises ContextError when it and max_new_tokens do not fit the cache."""
@@ -92,6 +105,7 @@ class Engine:
             content=content_of(prompt, model.image.rows, cross=cross is not None),
             cross_tiles=cross.tiles if cross else 0,
             rules=rules_for(params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, guides),
+            lookup=self._lookup(prompt, params),
             keep_logits=return_logits,
             arrived=self.clock(),
         )
@@ -176,6 +190,22 @@ class Engine:
             self.cache.append(sequence.slot, sequence.generated[-1], sequence.content.answer)
             self._choose(sequence, logits[sequence.slot])
 
+    def _commit_verify(self, step: Step, logits: np.ndarray) -> None:
+        """Tokens are chosen one by one as ever, for as long as the next one was drafted: it is in the cache already."""
+        sequence, before = step.sequences[0], len(step.sequences[0].generated)
+        assert sequence.lookup is not None
+        for row, drafted in zip(logits, (*step.draft, None), strict=False):
+            assert sequence.slot is not None
+            self.cache.append(sequence.slot, sequence.generated[-1], sequence.content.answer)
+            self._choose(sequence, row)
+            if sequence.finish_reason or sequence.generated[-1] != drafted:
+                break
+        gained = sequence.generated[before:]
+        right = sum(token == drafted for token, drafted in zip(gained, step.draft, strict=False))
+        sequence.lookup.verified(right, len(step.draft))
+        self.metrics.drafted += len(step.draft)
+        self.metrics.accepted += right
+
     def _choose(self, sequence: Sequence, logits: np.ndarray) -> None:
         params, rules = sequence.params, sequence.rules
         row = rules.applied(logits) if rules else logits
@@ -194,6 +224,8 @@ class Engine:
             self._finish(sequence, "stop")
         elif len(sequence.generated) == params.max_new_tokens:
             self._finish(sequence, "length")
+        if self.on_token:
+            self.on_token(sequence)
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason
@@ -231,8 +263,34 @@ class Engine:
                 f"one: {self.manifest.recompilation(context=needed)}"
             )
 
+    def _drafted(self, wanted: int) -> int:
+        """So many tokens of a draft, if a graph can verify them."""
+        most = max(self.manifest.buckets("verify"), default=1) - 1
+        if not 0 <= wanted <= most:
+            raise ValueError(
+                f"speculate is {wanted}, but the artifact verifies at most {most} drafted tokens; ask for 0 to {most}, or "
+                f"compile one for more: {self.manifest.recompilation(speculate=max(wanted, 1))}"
+            )
+        return wanted
+
+    def _lookup(self, prompt: Prompt, params: SamplingParams) -> Lookup | None:
+        longest = self.speculate if params.speculate is None else self._drafted(params.speculate)
+        if not longest:
+            return None
+        tokens = np.where(prompt.rows < 0, prompt.token_ids, -1)
+        return Lookup(tokens, self.manifest.model.vocab_size, longest, self.ngrams)
+
     def _costs(self) -> Costs:
         costs: dict[tuple[Kind, int], dict[int, float]] = {}
         for graph in self.manifest.graphs:
             costs.setdefault((graph.kind, graph.images), {})[graph.bucket] = graph.cost_ms
         return costs
+
+
+def _sizes(ngrams: tuple[int, int]) -> tuple[int, int]:
+    least, most = ngrams
+    if not 1 <= least <= most:
+        raise ValueError(
+            f"ngrams is {ngrams}; expected the fewest and the most tokens that a draft is found by, such as {NGRAMS}"
+        )
+    return least, most

@@ -26,7 +26,7 @@ class Feeds:
         self.query_scales = query_scales(manifest.model.rope, manifest.cache.rows)
         self.graphs = {(graph.kind, graph.bucket, graph.images): graph for graph in manifest.graphs}
         self.buffers: dict[tuple[str, int, int], Feed] = {}
-        self.fill = {"vision": self._vision, "prefill": self._prefill, "decode": self._decode}
+        self.fill = {"vision": self._vision, "prefill": self._prefill, "decode": self._decode, "verify": self._verify}
 
     def __call__(self, step: Step, cache: SlotCache) -> Feed:
         key = (step.kind, step.bucket, step.images)
@@ -90,6 +90,24 @@ class Feeds:
             if "cross_mask" in feed:
                 # What the last token of the prompt sees, every token of the answer sees.
                 self._look(feed, sequence, np.s_[slot], np.s_[-1:])
+
+    def _verify(self, feed: Feed, step: Step, cache: SlotCache) -> None:
+        """The last token of an answer and its draft; padding behind them as in a chunk of a prompt."""
+        sequence = step.sequences[0]
+        prompt, slot = sequence.prompt, sequence.slot
+        assert slot is not None
+        start = int(cache.lengths[slot])
+        rows = slice(start, start + step.bucket)
+        feed["token_ids"][0, : step.count] = sequence.generated[-1], *step.draft
+        feed["token_ids"][0, step.count :] = 0
+        feed["lengths"][0] = start
+        feed["rope_cos"][0], feed["rope_sin"][0] = (table[rows] for table in self._tables(prompt.ntk))
+        if "query_scale" in feed:
+            feed["query_scale"][0, :, 0] = self.query_scales[rows]
+        if "cross_mask" in feed:
+            feed["cross_mask"][...] = CROSS_HIDDEN
+            feed["cross_gate"][...] = 0
+            self._look(feed, sequence, np.s_[0, :], np.s_[-1:])
 
     @staticmethod
     def _look(feed: Feed, sequence: Sequence, into: tuple | int, positions: slice) -> None:

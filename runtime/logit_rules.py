@@ -41,10 +41,11 @@ class LogitRules:
         self.params, self.guides = params, guides
         self.ends = np.array(sorted(ends), np.int64)
         self.bias = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
-        self.counts = np.zeros(vocab, np.int32)  # of the tokens of the answer
-        self.seen = np.zeros(vocab, bool)  # tokens of the prompt or the answer
+        # Penalties touch few tokens, so these are kept by id: a pass over the vocabulary takes longer than all else here.
         written = prompt.token_ids[prompt.rows < 0]
-        self.seen[written[written < vocab]] = True  # the mark of a picture may have no logit
+        self.seen = np.unique(written[written < vocab])  # of the prompt or the answer; the mark of a picture may have no logit
+        self.counts = np.zeros(vocab, np.int32)  # of the tokens of the answer
+        self.answer = np.empty(0, np.int64)  # those that are in it
         self.generated = 0
         self.changes = changes_asked(params, guides)
 
@@ -56,8 +57,10 @@ class LogitRules:
         return row
 
     def accept(self, token: int) -> None:
+        if not self.counts[token]:
+            self.answer = np.append(self.answer, token)
+            self.seen = np.union1d(self.seen, token)
         self.counts[token] += 1
-        self.seen[token] = True
         self.generated += 1
         for guide in self.guides:
             guide.accept(token)
@@ -76,8 +79,8 @@ class LogitRules:
         row[self.seen] = np.where(logits > 0, logits / penalty, logits * penalty)
 
     def _penalise_counts(self, row: np.ndarray) -> None:
-        row -= np.float32(self.params.frequency_penalty) * self.counts
-        row -= np.float32(self.params.presence_penalty) * (self.counts > 0)
+        row[self.answer] -= np.float32(self.params.frequency_penalty) * self.counts[self.answer]
+        row[self.answer] -= np.float32(self.params.presence_penalty)
 
     def _forbid_ends(self, row: np.ndarray) -> None:
         if self.generated < self.params.min_new_tokens:

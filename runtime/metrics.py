@@ -26,6 +26,8 @@ class Metrics:
     reused_tokens: int = 0
     tiles: int = 0  # of pictures whose features or keys were needed
     reused_tiles: int = 0
+    drafted: int = 0  # tokens of answers that were verified
+    accepted: int = 0  # of them
     copies: int = 0  # of cache rows from slot to slot
     copied_tokens: int = 0
     finished: Counter[str] = field(default_factory=Counter)  # requests by finish_reason
@@ -54,6 +56,7 @@ class Metrics:
             "buckets": dict(self.buckets),
             "prefix_hit_rate": round(self.reused_tokens / max(self.prompt_tokens, 1), 4),
             "picture_hit_rate": round(self.reused_tiles / max(self.tiles, 1), 4),
+            "acceptance_rate": round(self.accepted / max(self.drafted, 1), 4),
             "copies": self.copies,
             "copied_tokens": self.copied_tokens,
             "finished": dict(self.finished),

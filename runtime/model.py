@@ -16,7 +16,7 @@ import numpy as np
 from .artifact import Artifact, ArtifactError, Manifest, open_artifact
 from .chat import Chat
 from .constraints import Constraints
-from .engine import Engine
+from .engine import NGRAMS, Engine
 from .families import family
 from .images import ImageSource
 from .logit_rules import Guide
@@ -43,6 +43,8 @@ def load(
     prefill_budget: int | None = None,
     reuse: bool = True,
     image_cache_mb: int = 256,
+    speculate: int = 0,
+    ngrams: tuple[int, int] = NGRAMS,
     request_log: str | Path | None = None,
 ) -> Model:
     """Open an artifact for use.
@@ -55,6 +57,8 @@ def load(
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
     reuse: take over from earlier requests what a new one shares with them: the beginning of its prompt as it lies in the
     cache, and features of its pictures, of which image_cache_mb megabytes are kept.
+    speculate: draft up to so many tokens of every answer from what was said before, where the artifact has graphs that verify
+    them (compile with --speculate); ngrams: the fewest and the most last tokens that must have been said before.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
 
     An artifact of several ranks runs as so many processes. Called by itself, `load` starts the others on this machine; they
@@ -78,6 +82,7 @@ def load(
         raise ArtifactError(_wrong_number(artifact, manifest, world.size))
     log = RequestLog(Path(request_log)) if request_log is not None else None
     settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
+    settings |= {"speculate": speculate, "ngrams": ngrams}
     if manifest.ranks == 1:
         return Model(opened, Engine(opened, device=device, threads=threads, **settings), log)
     start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
@@ -119,6 +124,7 @@ class Model:
         self.check = check
         self._on_close, self.closed = on_close or engine.unload, False
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
+        engine.on_token = self._gained
         self.facts = artifact.manifest.model
         self.family = family(self.facts.family)
         folder = artifact.path(artifact.manifest.tokenizer)
@@ -289,15 +295,16 @@ class Model:
         expired = self.engine.expire()
         if self.engine.scheduler.idle:
             return expired
-        step = self.engine.step()
-        for sequence in step.sequences:
-            text = self.texts.get(sequence.id)
-            if text is None or text.tokens == len(sequence.generated):
-                continue
-            text.add(sequence.generated[-1])
-            if text.stopped:
-                self.engine.stop(sequence)
-        return (*expired, *step.sequences)
+        return (*expired, *self.engine.step().sequences)
+
+    def _gained(self, sequence: Sequence) -> None:
+        """The text of a sequence's latest token; it may be the last one."""
+        text = self.texts.get(sequence.id)
+        if text is None:  # the engine was given it by somebody else
+            return
+        text.add(sequence.generated[-1])
+        if text.stopped:
+            self.engine.stop(sequence)
 
     def output(self, sequence: Sequence) -> Output:
         """The answer of a sequence that has finished and is not forgotten."""

@@ -10,6 +10,7 @@ import numpy as np
 from .boxes import Box
 from .content import NOTHING, Content
 from .logit_rules import LogitRules
+from .lookup import Lookup
 from .prompt import Prompt
 from .sampler import TokenLogprob
 from .sampling import ResolvedSampling, SamplingParams
@@ -56,13 +57,14 @@ class Sequence:
     content: Content = NOTHING
     cross_tiles: int = 0  # tiles of one picture, where pictures enter by cross-attention
     rules: LogitRules | None = None
+    lookup: Lookup | None = None  # drafts its answer, where that was asked for
     due: int = 0  # its place among those that wait
     prepared: bool = False  # what can be taken over from others is
     reused: int = 0  # tokens of the prompt that were in the cache already
     reused_tiles: int = 0
     tiles_done: int = 0
     slot: int | None = None
-    keep_slot: bool = False  # a chat holds its slot between turns
+    holder: object | None = None  # for whom its slot is parked when it ends: a chat
     computed: int = 0  # tokens of the prompt in the cache
     generated: list[int] = field(default_factory=list)
     finish_reason: str | None = None

@@ -9,7 +9,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .likeliest import likeliest, mass
 from .sampling import ResolvedSampling
+
+FEW, MANY = 64, 4096  # of the likeliest tokens, which a draw looks at first
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,19 +33,46 @@ def sample(logits: np.ndarray, sampling: ResolvedSampling, position: int, used: 
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
-    candidates = logits[:used].astype(np.float64) / sampling.temperature
-    order = np.argsort(-candidates, kind="stable")[: sampling.top_k or None]
-    probabilities = np.exp(candidates[order] - candidates[order[0]])
-    kept = len(order)
+    row, number = logits[:used], uniform(sampling.seed, position, sampling.index)
+    # A few tokens have nearly all of the probability, nearly always; only a draw that is not decided among them needs more.
+    for count in (sampling.top_k,) if sampling.top_k else (FEW, MANY, used):
+        token = _drawn(row, sampling, number, count)
+        if token is not None:
+            return token
+    raise AssertionError("all tokens decide a draw")
+
+
+def _drawn(row: np.ndarray, sampling: ResolvedSampling, number: float, count: int) -> int | None:
+    """The token that `number` in [0, 1) draws from row [used], if the `count` likeliest decide it; None if more are needed.
+
+    The same token whatever `count` is, to the bit: sums run over the likeliest in order, or over the whole row by id.
+    """
+    ids = likeliest(row, count)
+    if row[ids[0]] == -np.inf:
+        return int(ids[0])
+    below = row[ids].astype(np.float64) - row[ids[0]]
+    with np.errstate(over="ignore"):
+        probabilities = np.exp(below / sampling.temperature)
+    cumulative = np.cumsum(probabilities)
+    total = float(cumulative[-1]) if sampling.top_k else mass(row, sampling.temperature)
+    complete = len(ids) < count or count >= len(row) or bool(sampling.top_k)
+    kept = len(ids)
     if sampling.top_p < 1:
         # A token stays while the probability before it is below top_p, so at least one stays.
-        shares = np.cumsum(probabilities / probabilities.sum())
-        kept = min(kept, int(np.searchsorted(shares, sampling.top_p)) + 1)
+        kept = min(kept, int(np.searchsorted(cumulative / total, sampling.top_p)) + 1)
     if sampling.min_p > 0:
         kept = min(kept, int(np.count_nonzero(probabilities >= sampling.min_p)))  # the likeliest has 1
-    cumulative = np.cumsum(probabilities[:kept])
-    draw = uniform(sampling.seed, position, sampling.index) * cumulative[-1]
-    return int(order[min(int(np.searchsorted(cumulative, draw, side="right")), kept - 1)])
+    if kept < len(ids):
+        total, complete = float(cumulative[kept - 1]), True
+    place = int(np.searchsorted(cumulative[:kept], number * total, side="right"))
+    if place < kept:
+        # Behind the last of these tokens there may be others that stay, which make the sum larger.
+        return int(ids[place]) if complete or _all_stay(sampling) else None
+    return int(ids[kept - 1]) if complete else None
+
+
+def _all_stay(sampling: ResolvedSampling) -> bool:
+    return not sampling.top_k and sampling.top_p == 1 and sampling.min_p == 0
 
 
 def uniform(seed: int, position: int, index: int = 0) -> float:
@@ -56,5 +86,4 @@ def logprob_of(logits: np.ndarray, token_id: int, top: int) -> TokenLogprob:
     row = logits.astype(np.float64)
     row -= row.max()
     row -= np.log(np.exp(row).sum())
-    likeliest = np.argsort(-row, kind="stable")[:top]
-    return TokenLogprob(token_id, float(row[token_id]), tuple((int(i), float(row[i])) for i in likeliest))
+    return TokenLogprob(token_id, float(row[token_id]), tuple((int(i), float(row[i])) for i in likeliest(logits, top)))

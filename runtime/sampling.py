@@ -30,6 +30,9 @@ class SamplingParams:
 
     logprobs k asks for the logarithm of each token's probability, before anything above, and for the k likeliest tokens.
     priority: requests of a higher one are admitted earlier, see Scheduler.add.
+
+    speculate k: draft up to k tokens from what was said before and verify them in one run, where that is worth it (lookup.py);
+    the answer is the same. None: as the model was loaded.
     """
 
     max_new_tokens: int = 128
@@ -54,6 +57,7 @@ class SamplingParams:
     choice: tuple[str, ...] = ()
     deadline_s: float | None = None
     priority: int = 0
+    speculate: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("stop", "bad_words", "choice"):
@@ -126,6 +130,7 @@ SETTINGS = tuple(each.name for each in fields(SamplingParams))
 
 _INTEGERS = {
     "max_new_tokens": 1, "min_new_tokens": 0, "top_k": 0, "seed": None, "n": 1, "logprobs": 0, "priority": None,
+    "speculate": 0,
 }  # fmt: skip  # name -> least value
 _WORDS = {"top_k": "0 (no limit) or more"}
 _NUMBERS = {

@@ -1,6 +1,7 @@
 """What runs next, as which graph kind and bucket. Pure Python: it sees sequences and slots, never arrays.
 
-Requests join and leave between steps. A waiting one is admitted as soon as a slot is free. Prompts are encoded and prefilled
+Requests join and leave between steps. A waiting one is admitted as soon as a slot is free, or held by nothing but a chat
+between its turns. Prompts are encoded and prefilled
 in the order of admission, chunk by chunk; between chunks the sequences that answer go on: what runs between two of their
 tokens costs no more than one chunk.
 """
@@ -25,7 +26,8 @@ AGING = 16  # admissions after which a waiting request is worth one priority mor
 class Step:
     """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows.
 
-    `images` says which variant of a text graph runs: how many pictures it can see (cross-attention only, else 0).
+    `draft`: the tokens behind the last one of the answer that a verify step guesses. `images`: which variant of a text graph
+    runs, by how many pictures it can see (cross-attention only, else 0).
     """
 
     kind: Kind
@@ -33,6 +35,7 @@ class Step:
     sequences: tuple[Sequence, ...]
     count: int
     images: int = 0
+    draft: tuple[int, ...] = ()
 
 
 Costs = Mapping[tuple[Kind, int], Mapping[int, float]]  # (kind, images) -> bucket -> cost of a run
@@ -69,7 +72,10 @@ class Scheduler:
                 images: ChunkPlanner(_within(prefill_budget, planner.costs)) for images, planner in self.prefill.items()
             }
         self.decode = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "decode"}
+        self.verify = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "verify"}
+        self.costs = costs
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
+        self.verified: set[int] = set()  # sequences that a draft has brought on since all gained a token
         self._admitted = 0
 
     @property
@@ -90,14 +96,10 @@ class Scheduler:
     def next_step(self) -> Step:
         """The next step; call only when not idle."""
         self._admit()
-        if not self.running:
-            raise RuntimeError(
-                f"all {self.cache.spec.slots} slots are held by chats, so no request can start; close a chat, or compile "
-                f"with more: staticvl compile ... --slots {self.cache.spec.slots * 2}"
-            )
+        assert self.running, "whoever waits has been admitted: no slot is held without running but those that can be reclaimed"
         new = next((sequence for sequence in self.running if sequence.encoding or sequence.prefilling), None)
         if new is None:
-            return self._decode(self.running)
+            return self._answer(self.running)
         if not new.prepared:
             self._prepare(new)
         answering = [sequence for sequence in self.running if not sequence.encoding and not sequence.prefilling]
@@ -105,22 +107,26 @@ class Scheduler:
         if not answering:
             return step
         if self.spent and self.spent + cost > limit:
-            return self._decode(answering)
+            return self._answer(answering)
         self.spent += cost
         return step
 
     def finish(self, sequence: Sequence) -> None:
-        """Take a sequence out, wherever it is; its slot is freed unless a chat keeps it."""
+        """Take a sequence out, wherever it is; its slot is freed, or parked for the chat that goes on in it."""
         if sequence in self.running:
             self.running.remove(sequence)
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
-        if sequence.slot is not None and not sequence.keep_slot:
+        if sequence.slot is None:
+            return
+        if sequence.holder is None:
             self.cache.release(sequence.slot)
-            sequence.slot = None
+        else:
+            self.cache.park(sequence.holder, sequence.slot)
+        sequence.slot = None
 
     def _admit(self) -> None:
-        while self.waiting and self.cache.free:
+        while self.waiting and (self.cache.free or self.cache.reclaim()):
             sequence = self.waiting.pop(0)
             sequence.slot = self.cache.acquire(self.reuse.slot_for(sequence, self._near()) if self.reuse else None)
             self._admitted += 1
@@ -167,11 +173,46 @@ class Scheduler:
         planners = self.bounded if answering and self.bounded else self.prefill
         return planners[_enough(planners, images)]
 
+    def _answer(self, sequences: SequenceOf[Sequence]) -> Step:
+        """Those who answer go on: all of them by a token, or, once in between, one of them by a draft that is worth it."""
+        decode = self._decode(sequences)
+        for sequence in sequences if self.verify else ():
+            if sequence.lookup and sequence.id not in self.verified and (step := self._draft(sequence, decode)):
+                if len(sequences) > 1:
+                    self.verified.add(sequence.id)
+                else:
+                    self.spent = 0.0
+                return step
+        self.spent = 0.0
+        self.verified.clear()
+        return decode
+
+    def _draft(self, sequence: Sequence, decode: Step) -> Step | None:
+        """A step that verifies a draft, if there is one and, by the times of both graphs, more tokens come of it than of
+        `decode` meanwhile."""
+        assert sequence.lookup is not None and sequence.slot is not None
+        images = _enough(self.verify, sequence.images)
+        room = self.cache.spec.rows - int(self.cache.lengths[sequence.slot])
+        buckets = [bucket for bucket in self.verify[images] if bucket <= room]
+        left = sequence.params.max_new_tokens - len(sequence.generated)
+        draft = sequence.lookup.draft(sequence.generated, min(left, max(buckets, default=0)) - 1)
+        if not draft:
+            return None
+        count = 1 + len(draft)
+        bucket = next(bucket for bucket in buckets if bucket >= count)
+        cost = self.costs["verify", images][bucket]
+        if (1 + sequence.lookup.expected(len(draft))) * self._cost(decode) <= len(decode.sequences) * cost:
+            sequence.lookup.skipped()
+            return None
+        return Step("verify", bucket, (sequence,), count, images, draft)
+
+    def _cost(self, step: Step) -> float:
+        return self.costs[step.kind, step.images][step.bucket]
+
     def _decode(self, sequences: SequenceOf[Sequence]) -> Step:
         # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
         rows = 1 + max(sequence.slot for sequence in sequences if sequence.slot is not None)
         images = _enough(self.decode, max(sequence.images for sequence in sequences))
-        self.spent = 0.0
         return Step("decode", self._decode_bucket(rows, images), tuple(sequences), rows, images)
 
     def _decode_bucket(self, rows: int, images: int) -> int:

@@ -75,6 +75,7 @@ def fake_artifact(
     context: int = 64,
     prefill: Costs = PREFILL,
     decode: Costs | None = None,
+    verify: Costs | None = None,
     vision: Costs = VISION,
     images: tuple[int, ...] = (),
     rope: RopeFacts = FACTS.rope,
@@ -93,7 +94,7 @@ def fake_artifact(
         dtype="float32",
         cross=cross,
     )
-    sizes: dict[Kind, Costs] = {"prefill": prefill, "decode": decode}
+    sizes: dict[Kind, Costs] = {"prefill": prefill, "decode": decode, "verify": verify or {}}
     graphs = [_vision_graph(bucket, cost, spec) for bucket, cost in ({TILES: 1.0} if images else vision).items()]
     graphs += [
         _text_graph(kind, bucket, count, cost, spec, scaled=rope.logn_positions is not None)
@@ -147,7 +148,7 @@ def _vision_graph(bucket: int, cost_ms: float, spec: CacheSpec) -> GraphSpec:
 
 def _text_graph(kind: Kind, bucket: int, images: int, cost_ms: float, spec: CacheSpec, *, scaled: bool) -> GraphSpec:
     """The inputs and outputs that runtime.artifact describes."""
-    b, t = (1, bucket) if kind == "prefill" else (bucket, 1)
+    b, t = (bucket, 1) if kind == "decode" else (1, bucket)
     inputs = [
         _ints("token_ids", b, t),
         _ints("lengths", b),
@@ -171,15 +172,38 @@ def _text_graph(kind: Kind, bucket: int, images: int, cost_ms: float, spec: Cach
         file=f"{kind}-{bucket}-{images}",
         key="",
         inputs=(*inputs, *caches),
-        outputs=(_floats("logits", b, VOCAB), *(_floats(f"{c.name}.out", *c.shape) for c in caches)),
+        outputs=(_floats("logits", t if kind == "verify" else b, VOCAB), *(_floats(f"{c.name}.out", *c.shape) for c in caches)),
         cost_ms=cost_ms,
     )
 
 
-def fake_engine(*, reuse: bool = False, prefill_budget: int | None = None, **sizes: Any) -> Engine:
+def fake_engine(*, reuse: bool = False, prefill_budget: int | None = None, speculate: int = 0, **sizes: Any) -> Engine:
     """An engine over `fake_artifact`; without reuse, every step of every request is there to be counted."""
     artifact = fake_artifact(**sizes)
-    return Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=reuse, prefill_budget=prefill_budget)
+    backend = FakeBackend(artifact.manifest)
+    return Engine(artifact, backend=backend, reuse=reuse, prefill_budget=prefill_budget, speculate=speculate)
+
+
+class Guess:
+    """Drafts, as runtime.lookup.Lookup makes them, of an answer that is known: right, or wrong from some token on."""
+
+    def __init__(self, answer: list[int], rng: np.random.Generator) -> None:
+        self.answer, self.rng = answer, rng
+
+    def draft(self, answer: list[int], most: int) -> tuple[int, ...]:
+        drafted = self.answer[len(answer) : len(answer) + min(most, int(self.rng.integers(0, 9)))]
+        if drafted and self.rng.random() < 0.5:
+            drafted[self.rng.integers(len(drafted))] = int(self.rng.integers(VOCAB))
+        return tuple(drafted)
+
+    def expected(self, count: int) -> float:
+        return float("inf")
+
+    def verified(self, right: int, count: int) -> None:
+        assert 0 <= right <= count
+
+    def skipped(self) -> None:
+        raise AssertionError("it is always worth while")
 
 
 def text_prompt(*token_ids: int, ntk: float = 1.0) -> Prompt:
@@ -303,14 +327,11 @@ def run_all(engine: Engine) -> list[Step]:
     return steps
 
 
-def check_slots(engine: Engine, kept: int = 0) -> None:
-    """Every slot is free, held by one running sequence, or one of the `kept` that chats hold between turns."""
-    running = engine.scheduler.running
-    used = [sequence.slot for sequence in running]
-    assert len(used) == len(set(used))
-    assert not set(used) & set(engine.cache._free)
-    passing = sum(not sequence.keep_slot for sequence in running)
-    assert passing + engine.cache.free + kept == engine.cache.spec.slots
+def check_slots(engine: Engine) -> None:
+    """Every slot is free, held by one running sequence, or parked for a chat between its turns."""
+    cache = engine.cache
+    held = [*(sequence.slot for sequence in engine.scheduler.running), *cache.free_slots, *cache.parked.values()]
+    assert sorted(held) == list(range(cache.spec.slots))  # type: ignore[type-var]
 
 
 def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:
@@ -347,6 +368,7 @@ def fake_model(
     *,
     reuse: bool = False,
     prefill_budget: int | None = None,
+    speculate: int = 0,
     **changes: Any,
 ) -> runtime.Model:
     """A checkpoint's tokenizer, template, settings and plan over a fake backend; nothing is compiled, no weights are read.
@@ -363,4 +385,5 @@ def fake_model(
     graphs = tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in definitions)
     artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(facts, **changes), plan.cache, graphs))
     backend = FakeBackend(artifact.manifest)
-    return runtime.Model(artifact, Engine(artifact, backend=backend, reuse=reuse, prefill_budget=prefill_budget))
+    settings: dict[str, Any] = {"reuse": reuse, "prefill_budget": prefill_budget, "speculate": speculate}
+    return runtime.Model(artifact, Engine(artifact, backend=backend, **settings))

@@ -15,8 +15,10 @@ from PIL import Image
 
 from staticvl.runtime import load
 from staticvl.runtime.request_log import read_request_log
+from staticvl.runtime.sampling import SETTINGS, SamplingParams
 from staticvl.tools.bench_requests import Asked, arrival_times
-from staticvl.tools.cli import main
+from staticvl.tools.cli import build_parser, main
+from staticvl.tools.sampling_options import read_sampling
 from staticvl.tools.tuning.traces import read_trace
 
 from .checkpoints import tiny_llava
@@ -235,6 +237,13 @@ def test_pictures_of_a_plan(capsys: pytest.CaptureFixture[str], looking: Path, t
     assert "images is 0; expected a positive integer" in error(capsys, *command, "--images", 0)
 
 
+def test_drafts_of_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    command = ("compile", EMBEDDED, "--out", tmp_path / "a", "--plan-only")
+    assert "verify" not in run(capsys, *command)[1]
+    assert "  verify  5\n" in run(capsys, *command, "--speculate", 4)[1]
+    assert "speculate is 0; expected a number of tokens from 1 on" in error(capsys, *command, "--speculate", 0)
+
+
 def test_ranks_of_a_plan(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, _ = run(capsys, "compile", EMBEDDED, "--out", tmp_path / "a", "--plan-only", "--tp", 2)
     assert status == 0
@@ -345,3 +354,78 @@ def test_demo_answers_about_a_real_picture(capsys: pytest.CaptureFixture[str], t
     assert status == 0
     assert "box  pixels (" in out
     assert "first token after" in out
+
+
+# --- How tokens are chosen -----------------------------------------------------------------------------------------------
+
+
+def given(*args: object) -> SamplingParams:
+    return read_sampling(build_parser().parse_args(["generate", "a", "--prompt", "x", *map(str, args)]))
+
+
+# An option for every setting, with the value that it must become; the dash of --bad-word and others is theirs to know.
+GIVEN: dict[str, tuple[tuple[object, ...], object]] = {
+    "max_new_tokens": (("--max-new-tokens", 7), 7),
+    "min_new_tokens": (("--min-tokens", 3), 3),
+    "temperature": (("--temperature", 0.5), 0.5),
+    "top_k": (("--top-k", 9), 9),
+    "top_p": (("--top-p", 0.8), 0.8),
+    "min_p": (("--min-p", 0.1), 0.1),
+    "seed": (("--seed", 4), 4),
+    "n": (("--n", 2), 2),
+    "repetition_penalty": (("--repetition-penalty", 1.3), 1.3),
+    "presence_penalty": (("--presence-penalty", -0.2), -0.2),
+    "frequency_penalty": (("--frequency-penalty", 0.3), 0.3),
+    "logit_bias": (("--logit-bias", "5=-2.5", "--logit-bias", "6=1"), {5: -2.5, 6: 1.0}),
+    "stop": (("--stop", "a", "--stop", "b c"), ("a", "b c")),
+    "stop_token_ids": (("--stop-token-ids", 5, 6, "--stop-token-ids", 7), (5, 6, 7)),
+    "bad_words": (("--bad-word", "a", "--bad-words", "b"), ("a", "b")),
+    "ignore_eos": (("--ignore-eos",), True),
+    "logprobs": (("--logprobs", 0), 0),
+    "json_schema": (("--json-schema", "{}"), "{}"),
+    "regex": (("--regex", "a+"), "a+"),
+    "choice": (("--choice", "a", "--choice", "b"), ("a", "b")),
+    "deadline_s": (("--deadline", 2.5), 2.5),
+    "priority": (("--priority", -1), -1),
+    "speculate": (("--speculate", 4), 4),
+}
+
+
+def test_every_setting_has_an_option() -> None:
+    """And says the same on the command line as in Python; what is not given is left to SamplingParams."""
+    assert set(GIVEN) == set(SETTINGS)
+    assert given() == SamplingParams()
+    for name, (args, value) in GIVEN.items():
+        assert given(*args) == SamplingParams(**{name: value}), name
+
+
+def test_answers_and_their_log_probabilities(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
+    args = ("generate", artifact, "--prompt", "Hi", "--max-new-tokens", 3, "--ignore-eos", "--n", 2, "--seed", 1)
+    args += ("--temperature", 3, "--logprobs", 2)
+    status, out, _ = run(capsys, *args, "--json")
+    assert status == 0
+    answer = json.loads(out)
+    assert len(answer["others"]) == 1 and answer["others"][0]["token_ids"] != answer["token_ids"]
+    assert [each["token_id"] for each in answer["logprobs"]] == answer["token_ids"]
+    assert all(len(each["top"]) == 2 for each in answer["logprobs"])
+    lines = run(capsys, *args)[1].splitlines()
+    tokens = [line for line in lines if line.startswith("token  ")]
+    assert [int(line.split()[1]) for line in tokens] == answer["token_ids"] + answer["others"][0]["token_ids"]
+    assert f"{answer['logprobs'][0]['logprob']:.4f}; likeliest: {answer['logprobs'][0]['top'][0][0]} " in tokens[0]
+
+
+@pytest.mark.parametrize("text", ["5", "x=1", "5=", "=1"])
+def test_a_bias_that_cannot_be_read(capsys: pytest.CaptureFixture[str], text: str) -> None:
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "a", "--prompt", "x", "--logit-bias", text])
+    assert end.value.code == 2
+    assert f"argument --logit-bias: {text!r}; expected a token id and a number, such as 1234=-5" in capsys.readouterr().err
+
+
+def test_settings_that_cannot_be_used(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
+    ask = ("generate", artifact, "--prompt", "x", "--max-new-tokens", 3)
+    assert "n is 0; expected at least 1" in error(capsys, *ask, "--n", 0)
+    assert "deadline_s is 0.0; expected a number of seconds above 0" in error(capsys, *ask, "--deadline", 0)
+    assert "token 999999 is named in logit_bias or stop_token_ids" in error(capsys, *ask, "--logit-bias", "999999=1")
+    assert "speculate is 2, but the artifact verifies at most 0 drafted tokens" in error(capsys, *ask, "--speculate", 2)
+    assert "regex and choice were given; expected one of them at most" in error(capsys, *ask, "--regex", "a", "--choice", "b")

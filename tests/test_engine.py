@@ -259,10 +259,10 @@ def test_metrics_count_real_and_padded_sizes() -> None:
     engine.add_request(PICTURES, SamplingParams(max_new_tokens=5, ignore_eos=True))
     run_all(engine)
     metrics = engine.metrics
-    assert metrics.runs == {"vision": 1, "prefill": 3 + 3, "decode": 2 + 4}
-    assert metrics.real == {"vision": 2, "prefill": 10 + 9, "decode": 2 + 4}
-    assert metrics.padded == {"vision": 3, "prefill": 12 + 12, "decode": 4 + 8}
-    assert all(seconds > 0 for seconds in metrics.seconds.values())
+    assert metrics.runs == {"vision": 1, "prefill": 3 + 3, "decode": 2 + 4, "verify": 0}
+    assert metrics.real == {"vision": 2, "prefill": 10 + 9, "decode": 2 + 4, "verify": 0}
+    assert metrics.padded == {"vision": 3, "prefill": 12 + 12, "decode": 4 + 8, "verify": 0}
+    assert all((seconds > 0) == (metrics.runs[kind] > 0) for kind, seconds in metrics.seconds.items())
 
 
 def test_timings_add_up() -> None:

@@ -22,7 +22,7 @@ from staticvl.runtime.request import Sequence
 from staticvl.runtime.scheduler import Step
 
 from .conftest import EMBEDDED
-from .fakes import check_slots, fake_model, noise, oracle
+from .fakes import Guess, check_slots, fake_model, noise, oracle
 
 CONTEXT = 512
 TEXTS = ("Hello!", "What is in the picture?", "日本 🙂", "a b c d e f g h i j k l m n", "Where is the circle? " * 3, "...")
@@ -37,6 +37,7 @@ class Watched:
         self.sums: dict[bytes, int] = {}  # digest of a tile -> the sum of its pixels
         self.chats: list[Chat] = []
         self.steps = 0
+        self.drafts = 0  # verified since then
         self.spent: list[float] = []  # costs of the runs since a token was gained by those who wait for one
         self.step, self.engine.step = self.engine.step, self.checked_step
         self.make, self.engine.new_sequence = self.engine.new_sequence, self.noted_sequence
@@ -50,8 +51,8 @@ class Watched:
     def checked_step(self) -> Step:
         answering = [s for s in self.engine.scheduler.running if not s.encoding and not s.prefilling]
         step = self.step()
-        self.check_stall(step, bool(answering))
-        check_slots(self.engine, kept=sum(chat.slot is not None for chat in self.chats))
+        self.check_stall(step, len(answering))
+        check_slots(self.engine)
         self.check_lengths()
         self.steps += 1
         turn = self.steps % self.engine.cache.spec.slots
@@ -59,10 +60,16 @@ class Watched:
             self.check_ledger(slot)
         return step
 
-    def check_stall(self, step: Step, answering: bool) -> None:
-        """Between two tokens of a stream runs one run, or several that cost no more than the largest chunk."""
-        if step.kind == "decode" or not answering:
+    def check_stall(self, step: Step, answering: int) -> None:
+        """Between two tokens of a stream runs one run, or several that cost no more than the largest chunk; and, where others
+        answer as well, a draft of each."""
+        if step.kind == "decode" or not answering or (step.kind == "verify" and answering == 1):
             self.spent = []
+            self.drafts = 0
+            return
+        if step.kind == "verify":
+            self.drafts += 1
+            assert self.drafts <= self.engine.cache.spec.slots
             return
         self.spent.append(self.engine.graphs[step.kind, step.bucket, step.images].cost_ms)
         scheduler = self.engine.scheduler
@@ -122,6 +129,11 @@ class Traffic:
         assert self.model.engine.scheduler.idle
         assert not self.model.texts
 
+    def guess(self, sequence: Sequence, answer: list[int]) -> None:
+        """Let drafts come from an answer that is known, beyond the end where it is longer."""
+        if sequence.lookup and self.rng.random() < 0.7:
+            sequence.lookup = Guess(answer, self.rng)  # type: ignore[assignment]
+
     def settings(self) -> dict[str, Any]:
         rng = self.rng
         chosen: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, 14)), "ignore_eos": bool(rng.random() < 0.5)}
@@ -144,12 +156,13 @@ class Traffic:
         params = runtime.SamplingParams(**chosen)
         message = Message("user", text, len(pictures))
         prompt = self.model.prepare_messages([message], pictures)
-        wanted = self.expected([message], pictures, params)
+        wanted = longest = self.expected([message], pictures, params)
         if len(wanted.text) > 4 and self.rng.random() < 0.4:
             at = int(self.rng.integers(0, len(wanted.text) - 2))
             params = runtime.SamplingParams(**chosen, stop=(wanted.text[at : at + 3],))
             wanted = self.expected([message], pictures, params)
         asked = Asked(wanted, sequence=self.model.new_sequence(prompt, params))
+        self.guess(asked.sequence, longest.token_ids)  # type: ignore[arg-type]
         asked.drop_after = int(self.rng.integers(0, 30)) if self.rng.random() < 0.2 else None
         self.model.start(asked.sequence)  # type: ignore[arg-type]
         return asked
@@ -165,7 +178,8 @@ class Traffic:
     def turn(self) -> Asked:
         """Of a chat: a new one, one that goes on, a fork, or one that takes its last turn back and asks something else."""
         idle = [chat for chat in self.watched.chats if not any(asked.chat is chat for asked in self.open)]
-        way, room = self.rng.random(), self.model.engine.cache.spec.slots - 1 - len(self.watched.chats)
+        # More chats than slots: whoever has been idle the longest gives up its slot.
+        way, room = self.rng.random(), self.model.engine.cache.spec.slots + 2 - len(self.watched.chats)
         if not idle and not room:
             return self.request()
         if not idle or (room and way < 0.4):
@@ -247,13 +261,22 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
     slots=st.sampled_from((3, 4, 7)),
     budget=st.sampled_from((None, 8, 32)),
     reuse=st.sampled_from((True, True, True, False)),
+    speculate=st.sampled_from((0, 2, 5)),
 )
 def test_a_thousand_requests(
-    alone: runtime.Model, tmp_path_factory: pytest.TempPathFactory, seed: int, slots: int, budget: int | None, reuse: bool
+    alone: runtime.Model,
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    slots: int,
+    budget: int | None,
+    reuse: bool,
+    speculate: int,
 ) -> None:
-    buckets = Buckets(prefill=(4, 16, 64), decode=(1, 2, slots), vision=(1, 2), context=CONTEXT, slots=slots)
-    model = fake_model(EMBEDDED, tmp_path_factory.mktemp("many"), buckets, reuse=reuse, prefill_budget=budget)
+    buckets = Buckets(prefill=(4, 16, 64), decode=(1, 2, slots), vision=(1, 2), verify=(3, 6), context=CONTEXT, slots=slots)
+    folder = tmp_path_factory.mktemp("many")
+    model = fake_model(EMBEDDED, folder, buckets, reuse=reuse, prefill_budget=budget, speculate=speculate)
     traffic = Traffic(Watched(model), alone, np.random.default_rng(seed))
     traffic.run(100)
     assert traffic.ended["whole"] > 30 and traffic.ended["turns"] > 3
     assert (model.engine.metrics.copies > 0) <= reuse
+    assert (model.engine.metrics.accepted > 50) == (speculate > 0)

@@ -76,10 +76,22 @@ def test_pictures_as_a_number_or_a_list(given: Any, wanted: tuple[int, ...]) -> 
         ({"images": [2, 2]}, r"images names a size twice: \[2, 2\]"),
         ({"prefill": 8}, "prefill is 8; expected a list of integers"),
         ({"decode": None}, "decode is None; expected a list of integers"),
-        ({"tiles": [4]}, "unknown keys tiles; expected context, decode, images, prefill, slots, vision"),
-        ([8], "holds list; expected a mapping with the keys prefill, decode, vision, images, context, slots"),
+        ({"tiles": [4]}, "unknown keys tiles; expected context, decode, images, prefill, slots, verify, vision"),
+        ([8], "holds list; expected a mapping with the keys prefill, decode, vision, verify, images, context, slots"),
     ],
 )
 def test_bucket_files_that_are_wrong(data: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         parse_buckets(data, "buckets.yaml")
+
+
+def test_graphs_that_verify_drafts() -> None:
+    """None by default; those of every number of pictures where they are asked for."""
+    assert not plan(EMBEDDED).buckets("verify")
+    assert [graph for graph in plan(EMBEDDED, verify=(3, 5)).graphs if graph[0] == "verify"] == [
+        ("verify", 5, 0),
+        ("verify", 3, 0),
+    ]
+    for wrong in (1, 65):
+        with pytest.raises(PlanError, match=f"verify bucket {wrong} does not fit; expected 2 .* to the context, 64"):
+            plan(EMBEDDED, verify=(wrong,), context=64, prefill=(16,))

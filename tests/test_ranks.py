@@ -25,7 +25,7 @@ from staticvl.runtime.ranks.leader import LeadingBackend
 
 from .checkpoints import tiny_llava
 from .conftest import EMBEDDED, REPO
-from .fakes import loaded, noise
+from .fakes import Guess, loaded, noise
 
 SHAPES = REPO / "tools" / "assets" / "shapes.png"
 QUESTION = "What is in the picture?"
@@ -88,6 +88,16 @@ def test_a_batch(pair: Pair) -> None:
     found, expected = (model.generate(prompts, images, **settings) for model in (pair.cut, pair.whole))
     assert [out.token_ids for out in found] == [out.token_ids for out in expected]
     assert len({tuple(out.token_ids) for out in found}) == 4
+
+
+def test_drafts(pair: Pair) -> None:
+    """Every rank verifies them: right ones and wrong ones."""
+    expected = pair.whole.generate(QUESTION, SHAPES, max_new_tokens=24, ignore_eos=True)
+    params = runtime.SamplingParams(max_new_tokens=24, ignore_eos=True)
+    sequence = pair.cut.new_sequence(pair.cut.prepare(QUESTION, [SHAPES], raw=False), params)
+    sequence.lookup = Guess(expected.token_ids, np.random.default_rng(0))  # type: ignore[assignment]
+    assert pair.cut.run([sequence])[0].token_ids == expected.token_ids
+    assert 0 < pair.cut.engine.metrics.accepted < pair.cut.engine.metrics.drafted
 
 
 def test_a_stream(pair: Pair) -> None:
@@ -257,7 +267,7 @@ SIZES = {
 def test_more_ranks(tp: int, pp: int, tmp_path: Path) -> None:
     """Three sum in another way than two; with four, two hold the same keys and values; two stages share no sums."""
     checkpoint = tiny_llava(tmp_path / "checkpoint", **SIZES[tp]).folder if tp in SIZES else EMBEDDED
-    buckets = Buckets(prefill=(8, 32), decode=(1, 2), vision=(1,), context=256, slots=2)
+    buckets = Buckets(prefill=(8, 32), decode=(1, 2), vision=(1,), verify=(3,), context=256, slots=2)
     said = []
     for cut in ((1, 1), (tp, pp)):
         out = tmp_path / f"{cut[0]}x{cut[1]}"
@@ -266,6 +276,9 @@ def test_more_ranks(tp: int, pp: int, tmp_path: Path) -> None:
             assert cut == (1, 1) or len(pids(model)) == tp * pp - 1
             outs = model.generate([QUESTION, "Hello"], [SHAPES, None], max_new_tokens=16, ignore_eos=True)
             said.append([out.token_ids for out in outs])
+            drafted = model.generate("Hello Hello Hello", max_new_tokens=16, ignore_eos=True, speculate=2)
+            said[-1].append(drafted.token_ids)
+            assert model.engine.metrics.drafted > 0
     assert said[0] == said[1]
 
 

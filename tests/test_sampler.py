@@ -7,11 +7,13 @@ from unittest import mock
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from staticvl.runtime import sampler
 from staticvl.runtime.artifact import SamplingDefaults
-from staticvl.runtime.sampler import sample, uniform
+from staticvl.runtime.likeliest import BLOCK, likeliest
+from staticvl.runtime.sampler import logprob_of, sample, uniform
 from staticvl.runtime.sampling import ResolvedSampling, SamplingParams
 
 GRID = 500
@@ -114,8 +116,114 @@ def test_greedy_takes_the_first_of_the_largest_of_the_whole_row() -> None:
     assert sample(np.array([1, 5, 5, 9], np.float32), settings(0.0, top_k=2, top_p=0.1), 0, 3) == 3
 
 
+def whole(row: np.ndarray, chosen: ResolvedSampling, used: int) -> int:
+    """As `sample`, every token looked at from the start."""
+    with mock.patch.object(sampler, "FEW", len(row)):
+        return sample(row, chosen, 0, used)
+
+
+@pytest.mark.parametrize(
+    ("chosen", "number", "token"),
+    [
+        (settings(), 0.03, 6),
+        (settings(), 0.9, 180),
+        (settings(top_p=0.5), 0.03, 3),
+        (settings(top_p=0.5), 0.9, 90),
+        (settings(min_p=0.5), 0.9, 180),
+        (settings(top_k=100), 0.9, 90),
+    ],
+)
+def test_a_draw_that_a_few_tokens_do_not_decide(chosen: ResolvedSampling, number: float, token: int) -> None:
+    with mock.patch.object(sampler, "uniform", return_value=number + 1e-9), mock.patch.object(sampler, "FEW", 5):
+        assert sample(np.zeros(200, np.float32), chosen, 0, 200) == token
+
+
+@hypothesis_settings(max_examples=300)
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.integers(1, 700),
+    levels=st.sampled_from([1, 3, 50, 10_000]),
+    spread=st.sampled_from([0.1, 3.0, 20.0]),
+    few=st.integers(1, 40),
+    chosen=st.builds(
+        settings,
+        st.sampled_from([0.0, 0.3, 1.0, 4.0]),
+        top_k=st.sampled_from([0, 0, 1, 7, 300, 1000]),
+        top_p=st.sampled_from([1.0, 1.0, 0.5, 0.95, 0.999999]),
+        min_p=st.sampled_from([0.0, 0.0, 0.2, 1e-4]),
+    ),
+    banned=st.sampled_from([0.0, 0.0, 0.5, 0.99]),
+    number=st.sampled_from([0.0, 0.01, 0.03, 0.1, 0.5, 0.9, 1 - 2**-53]),
+)
+def test_a_few_tokens_decide_as_all_do(
+    seed: int, size: int, levels: int, spread: float, few: int, chosen: ResolvedSampling, banned: float, number: float
+) -> None:
+    """With many equal logits and forbidden ones, however few are looked at first."""
+    rng = np.random.default_rng(seed)
+    row = (rng.integers(0, levels, size) / levels * spread).astype(np.float32)
+    row[rng.random(size) < banned] = -np.inf
+    row[rng.integers(size)] = spread / 2
+    used = int(rng.integers(1, size + 1))
+    with mock.patch.object(sampler, "uniform", return_value=number):
+        with mock.patch.object(sampler, "FEW", few), mock.patch.object(sampler, "MANY", 3 * few):
+            token = sample(row, chosen, 0, used)
+        assert token == whole(row, chosen, used)
+    if chosen.temperature and np.isfinite(row[:used]).any():
+        assert token < used and np.isfinite(row[token])
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    size=st.integers(1, 2000),
+    levels=st.sampled_from([1, 2, 20, 10_000]),
+    count=st.integers(0, 300),
+    banned=st.sampled_from([0.0, 0.3, 0.99, 1.0]),
+)
+def test_the_likeliest(seed: int, size: int, levels: int, count: int, banned: float) -> None:
+    """As sorting finds them, lower ids first among equals; what is forbidden only where everything is."""
+    rng = np.random.default_rng(seed)
+    row = (rng.integers(-levels, levels, size) / levels).astype(np.float32)
+    row[rng.random(size) < banned] = -np.inf
+    found = likeliest(row, count).tolist()
+    wanted = sorted(range(size), key=lambda i: (-row[i], i))[:count]
+    allowed = [i for i in wanted if row[i] > -np.inf]
+    assert found == (allowed or wanted)
+
+
+def test_the_likeliest_lie_in_blocks_of_their_own() -> None:
+    """So that the threshold lets through exactly as many as are wanted."""
+    row = np.zeros(30 * BLOCK, np.float32)
+    places = np.random.default_rng(0).permutation(30) * BLOCK + 5
+    row[places] = np.arange(30, 0, -1)
+    for count in (1, 2, 15, 29):
+        assert likeliest(row, count).tolist() == places[:count].tolist()
+
+
+def test_log_probabilities_of_the_likeliest() -> None:
+    row = np.array([1, 3, 3, -np.inf, 2], np.float32)
+    found = logprob_of(row, 2, 3)
+    total = np.log(np.exp(row.astype(np.float64)).sum())
+    assert [i for i, _ in found.top] == [1, 2, 4]
+    np.testing.assert_allclose([found.logprob, *(value for _, value in found.top)], np.array([3, 3, 3, 2]) - total)
+
+
+def test_most_draws_look_at_few_tokens() -> None:
+    """No row of a large vocabulary is sorted for an ordinary draw."""
+    row = np.random.default_rng(0).standard_normal(40_000).astype(np.float32)
+    row[:30] += np.linspace(20, 10, 30, dtype=np.float32)
+    looked: list[int] = []
+    with mock.patch.object(sampler, "likeliest", side_effect=lambda row, count: looked.append(count) or likeliest(row, count)):
+        for seed in range(20):
+            sample(row, settings(0.7, top_p=0.95, seed=seed), 0, len(row))
+            sample(row, settings(1.0, seed=seed), 0, len(row))
+            sample(row, settings(2.0, top_k=50, seed=seed), 0, len(row))
+    assert set(looked) == {sampler.FEW, 50}
+
+
 def test_large_logits_stay_finite() -> None:
-    assert sample(np.array([3e38, -3e38, 0], np.float32), settings(1e-3), 0, 3) == 0
+    row = np.array([3e38, -3e38, 0], np.float32)
+    for temperature in (1e-3, 1e-300, 5.0):
+        assert sample(row, settings(temperature), 0, 3) == sample(row, settings(temperature, top_p=0.5), 0, 3) == 0
 
 
 def test_draws_are_uniform_and_independent() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
-
 from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine import Engine
 from staticvl.runtime.prompt import Prompt
@@ -131,7 +129,7 @@ def test_who_answers_goes_on_while_prompts_keep_coming() -> None:
         add(engine, text_prompt(*TEN), 1)
         engine.step()
         engine.step()
-    assert engine.metrics.runs == {"vision": 0, "prefill": 1 + 11, "decode": 11}
+    assert engine.metrics.runs == {"vision": 0, "prefill": 1 + 11, "decode": 11, "verify": 0}
 
 
 # --- Who is next --------------------------------------------------------------------------------------------------------
@@ -213,30 +211,41 @@ def test_a_batch_decodes_where_the_most_pictures_can_be_seen() -> None:
 def test_a_sequence_that_brings_its_slot_does_not_wait() -> None:
     """As the turn of a chat does."""
     engine = fake_engine(slots=2)
-    kept = engine.cache.acquire()
+    chat, kept = object(), engine.cache.acquire()
     for _ in range(2):
         add(engine, text_prompt(1, 2))
     turn = engine.new_sequence(text_prompt(3, 4), SamplingParams(max_new_tokens=1))
-    turn.slot, turn.keep_slot = kept, True
+    turn.slot, turn.holder = kept, chat
     engine.scheduler.add(turn)
     engine.step()
-    engine.step()
     assert turn.finish_reason == "length"
-    assert turn.slot == kept
+    assert engine.cache.parked == {chat: kept}
     assert len(engine.scheduler.waiting) == 1
+    check_slots(engine)
+    engine.step()
+    assert not engine.cache.parked and not engine.scheduler.waiting
     run_all(engine)
-    check_slots(engine, kept=1)
+    check_slots(engine)
 
 
-def test_all_slots_held_by_chats() -> None:
+def test_parked_slots_go_to_those_who_wait() -> None:
+    """The one parked the longest ago first, and none while another slot is free."""
     engine = fake_engine(slots=3)
-    slots = [engine.cache.acquire() for _ in range(3)]
-    waiting = add(engine, text_prompt(1))
-    with pytest.raises(RuntimeError, match=r"all 3 slots are held by chats.*close a chat.*staticvl compile \.\.\. --slots 6"):
-        engine.step()
-    engine.cache.release(slots[1])
+    for chat in "abc":
+        engine.cache.park(chat, engine.cache.acquire())
+    engine.cache.park("b", engine.cache.take_back("b") or 0)  # had another turn
+    first = add(engine, text_prompt(1), 2)
+    engine.step()
+    assert (first.slot, engine.cache.parked) == (0, {"c": 2, "b": 1})
+    second = add(engine, text_prompt(1), 1)
+    engine.step()
+    assert list(engine.cache.parked) == ["b"]
     run_all(engine)
-    assert waiting.finish_reason == "length"
+    assert first.finish_reason == second.finish_reason == "length"
+    add(engine, text_prompt(1), 1)
+    run_all(engine)
+    assert list(engine.cache.parked) == ["b"]
+    check_slots(engine)
 
 
 def test_idle() -> None:

@@ -113,7 +113,7 @@ def _child(args: argparse.Namespace) -> None:
 
 def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
     """The first output of every graph in some of its cases."""
-    from ..compiler.cases import CaseMaker
+    from ..compiler.cases import CaseMaker, rows_of
 
     backend, manifest = model.engine.backend, model.engine.manifest
     maker = CaseMaker(manifest.model, manifest.weights["text.embed.weight"].shape[0])
@@ -124,7 +124,8 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
             feed = maker.feed(graph, case)
             if graph.kind != "vision":
                 maker.fill(graph, case, [backend])
-            rows = slice(0, int(case.count[0])) if graph.kind == "vision" and not manifest.cache.cross else case.count > 0
+            pixels = graph.kind == "vision" and not manifest.cache.cross
+            rows = slice(0, int(case.count[0])) if pixels else rows_of(graph, case)
             found[f"{graph.name}/{i}"] = backend.run(graph, feed)[rows].copy()
     return found
 

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from .. import runtime
-from .generate import read_sampling
+from .sampling_options import read_sampling
 
 HELP = "type a message; /image PATH_OR_URL adds a picture to the next one, /quit or end of input leaves"
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .cards import CARDS
 from .comparing.arguments import add_arguments as add_compare_arguments
+from .sampling_options import EXAMPLES, add_sampling_options
 from .serving.arguments import add_arguments as add_serve_arguments
 
 EXTRAS = {"matplotlib": "tune", **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve")}
@@ -103,13 +104,19 @@ def _add_compile(commands) -> None:
         "--images", type=int, metavar="N", help="Llama-3.2-Vision: pictures that a sequence may hold; default: 4"
     )
     parser.add_argument(
+        "--speculate",
+        type=int,
+        metavar="K",
+        help="also compile graphs that verify up to K drafted tokens at once, for --speculate of generate; default: none",
+    )
+    parser.add_argument(
         "--text-before-image",
         choices=("transformers", "meta"),
         help="Llama-3.2-Vision: whether text before the first picture sees all pictures, as in transformers (the default), or "
         "none, as in Meta's code",
     )
     parser.add_argument(
-        "--buckets", type=Path, metavar="FILE", help="YAML with prefill, decode, vision, images, context, slots"
+        "--buckets", type=Path, metavar="FILE", help="YAML with prefill, decode, vision, verify, images, context, slots"
     )
     parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
     parser.add_argument("--lora", type=Path, metavar="DIR", help="LoRA adapter, as PEFT saves it, to merge into the weights")
@@ -128,10 +135,7 @@ def _compile(args: argparse.Namespace) -> int:
 
 
 def _add_generate(commands) -> None:
-    example = (
-        "staticvl generate llava-7b --image cat.jpg --prompt 'What is in the picture?'\n"
-        "staticvl generate llava-7b --prompt 'Write a haiku.' --temperature 0.7 --seed 1 --json"
-    )
+    example = "staticvl generate llava-7b --image cat.jpg --prompt 'What is in the picture?'\n" + EXAMPLES
     parser = _command(commands, "generate", "answer one prompt", example, _generate)
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--prompt", required=True, metavar="TEXT")
@@ -140,35 +144,22 @@ def _add_generate(commands) -> None:
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the pictures with the answer's boxes on them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_run_options(parser)
+    add_sampling_options(parser, several=True)
 
 
 def _add_chat(commands) -> None:
-    example = "staticvl chat llava-7b --image cat.jpg"
+    example = (
+        "staticvl chat llava-7b --image cat.jpg\n"
+        "staticvl chat llava-7b --temperature 0.7 --frequency-penalty 0.2 --stop USER: --deadline 60"
+    )
     parser = _command(commands, "chat", "talk with a model about pictures", example, _chat)
     parser.add_argument("artifact", type=Path)
     _add_run_options(parser)
+    add_sampling_options(parser, several=False)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--image", action="append", default=[], metavar="PATH_OR_URL", help="repeat for several pictures")
-    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
-    parser.add_argument("--temperature", type=float, metavar="T", help="0: greedy; default: the checkpoint's")
-    parser.add_argument("--top-k", type=int, metavar="K")
-    parser.add_argument("--top-p", type=float, metavar="P")
-    parser.add_argument("--seed", type=int, metavar="N")
-    parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end the answer before this text")
-    parser.add_argument("--ignore-eos", action="store_true", help="go on after the end-of-sequence token")
-    parser.add_argument(
-        "--min-p", type=float, default=0.0, metavar="P", help="least share of the likeliest token's probability"
-    )
-    parser.add_argument("--repetition-penalty", type=float, default=1.0, metavar="X", help="1 changes nothing")
-    parser.add_argument("--presence-penalty", type=float, default=0.0, metavar="X")
-    parser.add_argument("--frequency-penalty", type=float, default=0.0, metavar="X")
-    parser.add_argument("--min-new-tokens", type=int, default=0, metavar="N")
-    parser.add_argument("--bad-word", action="append", default=[], metavar="TEXT", help="a text that must not be in the answer")
-    parser.add_argument("--json-schema", metavar="JSON", help="what the answer must be, as a JSON schema")
-    parser.add_argument("--regex", metavar="RE", help="what the answer must be, as a regular expression")
-    parser.add_argument("--choice", action="append", default=[], metavar="TEXT", help="one of the texts that the answer may be")
     parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
 

@@ -12,6 +12,7 @@ import yaml
 
 from ..compiler.build import Report, build, plan_only
 from ..compiler.plan import Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
+from ..runtime.artifact import KINDS
 from .progress import TerminalProgress
 
 # Keys of a --config file: the command line's options, with underscores.
@@ -28,6 +29,7 @@ CONFIG_KEYS = (
     "context",
     "slots",
     "images",
+    "speculate",
     "text_before_image",
     "buckets",
     "vision_tower",
@@ -113,12 +115,21 @@ def _buckets(given: dict[str, Any]) -> Buckets:
     else:
         buckets = parse_buckets(source, "buckets")
     images = image_buckets(given["images"], "options") if "images" in given else None
-    return buckets.merged(Buckets(context=given.get("context"), slots=given.get("slots"), images=images))
+    verify = _verify(given["speculate"]) if "speculate" in given else None
+    return buckets.merged(Buckets(context=given.get("context"), slots=given.get("slots"), images=images, verify=verify))
+
+
+def _verify(drafted: Any) -> tuple[int, ...]:
+    """Drafts of so many tokens, and the token before them."""
+    if not isinstance(drafted, int) or isinstance(drafted, bool) or drafted < 1:
+        raise PlanError(f"speculate is {drafted!r}; expected a number of tokens from 1 on")
+    return (drafted + 1,)
 
 
 def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
-    for kind in ("vision", "prefill", "decode"):
-        print(f"{kind:>8}  {', '.join(map(str, plan.buckets(kind)))}")
+    for kind in KINDS:
+        if buckets := plan.buckets(kind):
+            print(f"{kind:>8}  {', '.join(map(str, buckets))}")
     cache = plan.cache
     held = ""
     if cross := cache.cross:

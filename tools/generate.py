@@ -9,39 +9,21 @@ from typing import Any
 
 from .. import runtime
 from ..runtime.boxes import Box
-from ..runtime.request import Output, SamplingParams
+from ..runtime.request import Output
+from ..runtime.sampler import TokenLogprob
+from ..runtime.tokenizer import Tokenizer
 from .draw import draw
+from .sampling_options import read_sampling
 
 
 def run(args: argparse.Namespace) -> int:
     with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log) as model:
         out = model.generate(args.prompt, args.image, sampling=read_sampling(args), raw=args.raw)
-    print(json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out))
+        told = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.tokenizer)
+    print(told)
     if args.draw is not None:
         draw(args.image, out.boxes, args.draw)
     return 0
-
-
-def read_sampling(args: argparse.Namespace) -> SamplingParams:
-    """The sampling options of the command line."""
-    return SamplingParams(
-        max_new_tokens=args.max_new_tokens,
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-        stop=tuple(args.stop),
-        ignore_eos=args.ignore_eos,
-        min_p=args.min_p,
-        repetition_penalty=args.repetition_penalty,
-        presence_penalty=args.presence_penalty,
-        frequency_penalty=args.frequency_penalty,
-        min_new_tokens=args.min_new_tokens,
-        bad_words=tuple(args.bad_word),
-        json_schema=args.json_schema,
-        regex=args.regex,
-        choice=tuple(args.choice),
-    )
 
 
 def as_json(out: Output) -> dict:
@@ -53,9 +35,21 @@ def _without_logits(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return {name: value for name, value in pairs if name != "logits"}
 
 
-def answer_lines(out: Output) -> str:
-    """The answer, its boxes in pixels, and how long it took."""
-    return "\n".join([out.text, *map(box_line, out.boxes), timing_line(out)])
+def answer_lines(out: Output, tokenizer: Tokenizer) -> str:
+    """The answer, its boxes in pixels, perhaps its tokens with log-probabilities, and how long it took; then the others."""
+    tokens = [logprob_line(each, tokenizer) for each in out.logprobs or ()]
+    lines = "\n".join([out.text, *map(box_line, out.boxes), *tokens, timing_line(out)])
+    return "\n\n".join([lines, *(answer_lines(other, tokenizer) for other in out.others)])
+
+
+def logprob_line(token: TokenLogprob, tokenizer: Tokenizer) -> str:
+    """A token with the logarithm of its probability, and the likeliest ones."""
+
+    def told(token_id: int, logprob: float) -> str:
+        return f"{token_id} {tokenizer.vocabulary.token(token_id)!r} {logprob:.4f}"
+
+    likeliest = ", ".join(told(*each) for each in token.top)
+    return f"token  {told(token.token_id, token.logprob)}" + (f"; likeliest: {likeliest}" if likeliest else "")
 
 
 def box_line(box: Box) -> str:

@@ -7,7 +7,8 @@ The arithmetic, all of it in integers:
     vision     row r of a tile whose pixels sum to s is C times the number (s + r) % 1009
     value      what stands at a position: its token id, or the number in its image row
     cache      a position keeps (value + 1) * (position * ntk + 1), where ntk is the factor of dynamic NTK, else 1
-    logits     1 at (sum of what the cache keeps, up to the last real token) % V, 0 elsewhere
+    logits     1 at (sum of what the cache keeps, up to the last real token) % V, 0 elsewhere; a verify graph has such a row
+               for each of its tokens
 
 So tokens 5, 7 in an empty cache leave 6 * 1 + 8 * 2 = 22, and 22 % V is the next token. Position and factor are read off
 the rope tables, as in a real graph, whose keys are rotated by them. Padding leaves numbers in the cache like any other
@@ -74,8 +75,11 @@ class FakeBackend:
         if graph.images:
             values = values + self._seen(graph, feed, slot)
         self._write(values, feed, slot)
-        ends = feed["lengths"] + last + 1  # [B]
-        sums = [int(self.kept[slot + b, :end].sum()) for b, end in enumerate(ends)]
+        if graph.kind == "verify":
+            ends = [(slot, int(feed["lengths"][0]) + t + 1) for t in range(graph.bucket)]
+        else:
+            ends = [(slot + b, int(end)) for b, end in enumerate(feed["lengths"] + last + 1)]
+        sums = [int(self.kept[row, :end].sum()) for row, end in ends]
         output[...] = 0
         output[np.arange(len(sums)), np.array(sums) % output.shape[1]] = 1
         return output

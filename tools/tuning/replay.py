@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
+from ...runtime.artifact import CacheSpec, CrossSpec, Kind
 from ...runtime.cache import SlotCache
 from ...runtime.chunks import ChunkPlanner
 from ...runtime.images import Frame
@@ -26,6 +26,8 @@ from .workload import Arrival
 
 _PARAMS = SamplingParams()
 _SAMPLING = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
+
+REPLAYED: tuple[Kind, ...] = ("vision", "prefill", "decode")  # nothing is known of texts, so nothing is drafted
 
 
 class OneRun(ChunkPlanner):
@@ -43,9 +45,9 @@ class Replayed:
     per_token_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
     queue_s: list[float] = field(default_factory=list)
-    busy_s: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
-    real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
+    busy_s: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0.0))
+    real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0))
+    padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0))
     rows: dict[int, Counter[int]] = field(default_factory=dict)  # pictures seen -> rows that a decode step reached -> steps
     span_s: float = 0.0  # from the first arrival to the last token
 

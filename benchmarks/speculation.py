@@ -1,0 +1,97 @@
+"""What drafts save: tokens a second with and without them, of text that repeats what was said and of text that does not.
+
+    python -m benchmarks.speculation [--layers 4] [--quant none] [--tokens 96] [--drafts 4] [--runs 5]
+
+The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a guide lets one token through
+at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once. Ratios of
+medians, with and without drafts in turns; the last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from staticvl import runtime
+from staticvl.compiler.plan import Buckets
+
+from .random_model import compiled
+
+PERIOD = 20  # tokens after which the text that repeats begins again
+BATCH = 4
+
+
+class Forced:
+    """A guide that lets through one token at each position; see runtime.logit_rules.Guide."""
+
+    done = False
+
+    def __init__(self, tokens: list[int]) -> None:
+        self.tokens, self.at = tokens, 0
+
+    def forbid(self, row: Any) -> None:
+        kept = row[self.tokens[self.at]]
+        row[:] = -np.inf
+        row[self.tokens[self.at]] = kept
+
+    def accept(self, token: int) -> None:
+        assert token == self.tokens[self.at]
+        self.at += 1
+
+
+def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: int) -> float:
+    """Of a batch of equal requests, prompts left out."""
+    engine = model.engine
+    params = runtime.SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True, speculate=drafts)
+    prompt = model.prepare("Say it again.", [], raw=False)
+    sequences = [engine.new_sequence(prompt, params, guides=(Forced(answer),)) for _ in range(batch)]
+    for sequence in sequences:
+        engine.add(sequence)
+    while not all(sequence.generated for sequence in sequences):
+        engine.step()
+    done, started = sum(len(sequence.generated) for sequence in sequences), time.perf_counter()
+    while not engine.scheduler.idle:
+        engine.step()
+    return (batch * len(answer) - done) / (time.perf_counter() - started)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--quant", default="none")
+    parser.add_argument("--tokens", type=int, default=96)
+    parser.add_argument("--drafts", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=5)
+    args = parser.parse_args()
+    buckets = Buckets(prefill=(16,), decode=(1, BATCH), verify=(args.drafts + 1,), context=256, slots=BATCH)
+    rng = np.random.default_rng(0)
+    circle, noise = rng.integers(10, 9000, PERIOD), rng.integers(10, 9000, args.tokens)
+    texts = {"repeats": np.resize(circle, args.tokens).tolist(), "does not": noise.tolist()}
+    result: dict[str, Any] = {}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        runtime.load(compiled(Path(folder), args.layers, buckets, args.quant)) as model,
+    ):
+        result["cost_ms"] = {graph.name: graph.cost_ms for graph in model.engine.manifest.graphs if graph.kind != "vision"}
+        for batch in (1, BATCH):
+            for name, answer in texts.items():
+                rates: dict[int, list[float]] = {0: [], args.drafts: []}
+                for _ in range(args.runs):
+                    for drafts, found in rates.items():
+                        found.append(tokens_per_s(model, answer, batch, drafts))
+                plain, drafted = (statistics.median(found) for found in rates.values())
+                result[f"batch {batch}, {name}"] = round(drafted / plain, 3)
+                print(f"batch {batch}, text {name}: {plain:.1f} tokens/s, with drafts {drafted:.1f}: {drafted / plain:.2f}")
+        result["acceptance_rate"] = model.engine.metrics.summary()["acceptance_rate"]
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,75 @@
+"""Drafts of what an answer may go on with, from its own words: prompt lookup (Saxena 2023).
+
+Answers repeat what was said: names, quotations, code, the form of a list. What followed the last tokens where they were said
+before is drafted, a few tokens of it; one run of the model verifies them all (Leviathan et al. 2023), so that a right draft
+saves runs and a wrong one only the time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+
+import numpy as np
+
+PRIOR = 2, 3  # right and drafted tokens that are taken for known before there are any
+FORGET = 0.98  # what the record keeps of itself each time a draft is not verified
+
+
+class Lookup:
+    """Drafts for one answer. Remembers, for every n-gram of prompt and answer, where it was last followed by something."""
+
+    def __init__(self, prompt: np.ndarray, vocab: int, longest: int, ngrams: tuple[int, int]) -> None:
+        """`prompt`: ids [L]; those that are no token of the model, [0, vocab), are never drafted. `longest`: tokens of a draft.
+        `ngrams`: the fewest and the most tokens that must have been said before."""
+        self.tokens: list[int] = prompt.tolist()
+        self.vocab, self.longest, self.sizes = vocab, longest, range(ngrams[1], ngrams[0] - 1, -1)
+        self.heard = 0  # tokens of the answer
+        self.right, self.drafted = map(float, PRIOR)
+        self.places: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed it begins
+        for end in range(1, len(self.tokens)):
+            self._note(end)
+
+    def draft(self, answer: SequenceOf[int], most: int) -> tuple[int, ...]:
+        """What may follow the tokens of the answer so far, at most `most` tokens; often nothing."""
+        for token in answer[self.heard :]:
+            self.tokens.append(token)
+            self._note(len(self.tokens) - 1)
+        self.heard = len(answer)
+        for size in self.sizes:
+            place = self.places.get(tuple(self.tokens[-size:]))
+            if place is not None:
+                return self._from(place, min(most, self.longest))
+        return ()
+
+    def _note(self, end: int) -> None:
+        """The token at `end` follows the n-grams before it."""
+        for size in self.sizes:
+            if size <= end:
+                self.places[tuple(self.tokens[end - size : end])] = end
+
+    def _from(self, place: int, count: int) -> tuple[int, ...]:
+        """A repetition that reaches the end is taken to go on."""
+        period, drafted = len(self.tokens) - place, []
+        for i in range(count):
+            token = self.tokens[place + i % period]
+            if not 0 <= token < self.vocab:
+                break
+            drafted.append(token)
+        return tuple(drafted)
+
+    # ---- whether it is worth while
+
+    def expected(self, count: int) -> float:
+        """How many of `count` drafted tokens will be right: each as likely as drafted tokens were so far."""
+        share = self.right / self.drafted
+        return float(count) if share >= 1 else share * (1 - share**count) / (1 - share)
+
+    def verified(self, right: int, count: int) -> None:
+        """Of `count` drafted tokens so many were right; what follows the first wrong one says nothing."""
+        self.right += right
+        self.drafted += min(right + 1, count)
+
+    def skipped(self) -> None:
+        """A draft did not seem worth it: forget a little, so that another is tried one day."""
+        self.right = PRIOR[0] + FORGET * (self.right - PRIOR[0])
+        self.drafted = PRIOR[1] + FORGET * (self.drafted - PRIOR[1])
