@@ -3,6 +3,7 @@ ledger says."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,30 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from staticvl.runtime.artifact import RopeFacts
 from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine import Engine
 from staticvl.runtime.lookup import Lookup
 from staticvl.runtime.prompt import Prompt
 from staticvl.runtime.request import SamplingParams, Sequence
+from staticvl.runtime.rope import ntk_factor
 
-from .fakes import VOCAB, Guess, check_slots, cross_prompt, fake_engine, oracle, picture, picture_prompt, run_all, text_prompt
+from .fakes import (
+    FACTS,
+    VOCAB,
+    Guess,
+    check_slots,
+    cross_prompt,
+    fake_engine,
+    oracle,
+    picture,
+    picture_prompt,
+    run_all,
+    text_prompt,
+)
 
 VERIFY = {2: 1.0, 5: 1.2}
+WIDE = {2: 1.0, 9: 1.2}  # tokens; the larger one does not fit behind every token that the cache has room for
 
 
 def lookup(*prompt: int, longest: int = 4, ngrams: tuple[int, int] = (2, 3)) -> Lookup:
@@ -104,7 +120,7 @@ def answers(
     while not engine.scheduler.idle:
         engine.step()
         check_slots(engine)
-        if not engine.manifest.cache.cross:
+        if not engine.manifest.cache.cross and not engine.manifest.model.rope.ntk_positions:
             check_ledger(engine)
     return sequences
 
@@ -126,11 +142,18 @@ def some_settings(rng: np.random.Generator, room: int) -> SamplingParams:
 
 
 @hypothesis_settings(max_examples=30)
-@given(seed=st.integers(0, 2**32), slots=st.sampled_from([1, 2, 4]), cross=st.booleans(), reuse=st.booleans())
-def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool, reuse: bool) -> None:
-    """Up to the last row of the cache, in batches, with pictures of both ways, and whatever ends an answer."""
+@given(
+    seed=st.integers(0, 2**32),
+    slots=st.sampled_from([1, 2, 4]),
+    cross=st.booleans(),
+    reuse=st.booleans(),
+    rope=st.sampled_from([FACTS.rope, RopeFacts(theta=1e8, ntk_positions=4, logn_positions=8)]),
+)
+def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool, reuse: bool, rope: RopeFacts) -> None:
+    """Up to the last row of the cache, in batches, with pictures of both ways, any rope, and whatever ends an answer."""
     rng = np.random.default_rng(seed)
     sizes: dict[str, Any] = {"slots": slots, "context": 40, "prefill": {4: 1.0, 16: 2.5}, "images": (1, 2) if cross else ()}
+    sizes["rope"] = rope
     asked = []
     for _ in range(6):
         ids = [int(i) for i in rng.integers(3, VOCAB, int(rng.integers(1, 9)))] * int(rng.integers(1, 3))
@@ -139,6 +162,8 @@ def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool
             prompt = cross_prompt(*ids, *([((1, 2), 3)] if shown else []), 5, seed=seed % 100)
         else:
             prompt = picture_prompt(*ids, *([picture(int(rng.integers(99)))] if shown else []), 5)
+        factor = ntk_factor(rope, prompt.length)
+        prompt = replace(prompt, ntk=factor, state=np.full_like(prompt.state, int(factor)))
         asked.append((prompt, some_settings(rng, 40 - prompt.length)))
     plain = answers(fake_engine(**sizes), asked, None, seed)
     # What would have come behind the end, so that drafts reach beyond it.
@@ -147,7 +172,7 @@ def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool
         done.generated + oracle(prompt, more)[len(done.generated) :] if not cross else done.generated
         for done, (prompt, _), more in zip(plain, asked, endless, strict=True)
     ]
-    engine = fake_engine(**sizes, reuse=reuse, verify=VERIFY, speculate=4)
+    engine = fake_engine(**sizes, reuse=reuse, verify=WIDE, speculate=4)
     for wanted, got in zip(plain, answers(engine, asked, truth, seed), strict=True):
         assert (got.generated, got.finish_reason) == (wanted.generated, wanted.finish_reason)
         assert got.logprobs == wanted.logprobs
