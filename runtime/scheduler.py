@@ -75,7 +75,7 @@ class Scheduler:
         self.verify = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "verify"}
         self.costs = costs
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
-        self.verified: set[int] = set()  # sequences that a draft has brought on since all gained a token
+        self.may_draft: set[int] = set()  # sequences of the last decode step that no draft has brought on since
         self._admitted = 0
 
     @property
@@ -174,17 +174,17 @@ class Scheduler:
         return planners[_enough(planners, images)]
 
     def _answer(self, sequences: SequenceOf[Sequence]) -> Step:
-        """Those who answer go on: all of them by a token, or, once in between, one of them by a draft that is worth it."""
-        decode = self._decode(sequences)
+        """Those who answer go on: all of them by a token, or, once in between, one of them by a draft that is worth it. Who has
+        come since the last decode step waits for the next, so that no stream waits for more drafts than there are slots."""
+        decode, alone = self._decode(sequences), len(sequences) == 1
         for sequence in sequences if self.verify else ():
-            if sequence.lookup and sequence.id not in self.verified and (step := self._draft(sequence, decode)):
-                if len(sequences) > 1:
-                    self.verified.add(sequence.id)
-                else:
+            if sequence.lookup and (alone or sequence.id in self.may_draft) and (step := self._draft(sequence, decode)):
+                self.may_draft.discard(sequence.id)
+                if alone:
                     self.spent = 0.0
                 return step
         self.spent = 0.0
-        self.verified.clear()
+        self.may_draft = {sequence.id for sequence in sequences}
         return decode
 
     def _draft(self, sequence: Sequence, decode: Step) -> Step | None:
