@@ -16,7 +16,7 @@ from benchmarks.peers.answers import compare
 from benchmarks.peers.contestants import ANCHOR, CONTESTANTS, Contestant
 from benchmarks.peers.match import Match, Record, groups, relative
 from benchmarks.peers.measures import Measure, measures, tokens
-from benchmarks.peers.process import ContestantError
+from benchmarks.peers.process import ContestantError, home_of
 from benchmarks.peers.report import as_data
 from benchmarks.peers.runners.base import UnsupportedError
 from benchmarks.peers.sizes import QUICK
@@ -55,9 +55,12 @@ class Puppet:
 def played(tmp_path: Path, puppets: dict[str, Puppet], repeats: int, *wanted: Measure) -> list[Record]:
     reference = tmp_path / "reference.npy"
     np.save(reference, np.array([1.0, 2.0]))
-    records = [Record(ANCHORED), Record(PEER)]
+    records, saved = [Record(ANCHORED), Record(PEER)], []
     start: Any = lambda contestant: puppets[contestant.name]  # noqa: E731
-    Match(wanted, repeats, start, ([3, 4], reference), lambda _: None).play(records)
+    Match(wanted, repeats, start, ([3, 4], reference), lambda _: None, lambda: saved.append(len(records[0].seconds))).play(
+        records
+    )
+    assert saved == [*range(1, len(wanted) + 1), len(wanted)]
     assert all(puppet.ended for puppet in puppets.values())
     return records
 
@@ -117,6 +120,12 @@ def test_every_group_fits_and_has_the_anchor() -> None:
     assert len(groups(CONTESTANTS, 1000)) == 1
 
 
+def test_no_two_contestants_share_what_they_make(tmp_path: Path) -> None:
+    homes = [home_of(contestant, tmp_path) for contestant in CONTESTANTS]
+    assert len(set(homes)) == len(CONTESTANTS)
+    assert not any(home.is_relative_to(other) for home in homes for other in homes if home != other)
+
+
 def test_wrong_logits_are_told_from_rounded_ones(tmp_path: Path) -> None:
     right, other = tmp_path / "right.npy", tmp_path / "other.npy"
     np.save(right, np.array([3.0, 4.0]))
@@ -139,22 +148,21 @@ def test_all_are_asked_the_same() -> None:
 
 def test_workers_do_all_that_is_asked_and_agree(tmp_path: Path, embedded_artifact: Path) -> None:
     """staticvl and transformers in this process, on the embedded model."""
-    (tmp_path / "staticvl").mkdir()
-    (tmp_path / "staticvl" / "none").symlink_to(embedded_artifact)
     checkpoint = make_checkpoint(QUICK, tmp_path / "checkpoint")
-    wanted = measures(QUICK, 200, json.loads((checkpoint / "config.json").read_text())["vision_config"]["image_size"])
-    files = {}
-    for runner, setting in (("staticvl", "none"), ("hf", "float32")):
-        worker = Worker(runner, setting, tmp_path / runner, QUICK, threads=1)
+    side = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))["vision_config"]["image_size"]
+    wanted = measures(QUICK, 200, side)
+    for runner, setting in (("ours", "none"), ("hf", "float32")):
+        worker = Worker(runner, setting, checkpoint, embedded_artifact, QUICK, threads=1)
         assert worker.open(tokens(4, 0, 200))["seconds"] > 0
         for measure in wanted:
             command = dict(measure.command)
             assert getattr(worker, command.pop("do"))(**command)["seconds"] > 0
-        files[runner] = tmp_path / f"{runner}.npy"
-        worker.logits(tokens(8, 99, 200), str(files[runner]))
-    assert compare(files["staticvl"], files["hf"], 1e-4).right
+        for picture in (0, side):
+            worker.logits(tokens(8, 99, 200), str(tmp_path / f"{runner}-{picture}.npy"), picture)
+    for picture in (0, side):
+        assert compare(tmp_path / f"ours-{picture}.npy", tmp_path / f"hf-{picture}.npy", 1e-4).right
     with pytest.raises(UnsupportedError, match="w8a4 is not available; available: none"):
-        Worker("staticvl", "w8a4", tmp_path / "staticvl", QUICK, threads=1).prepare()
+        Worker("ours", "w8a4", checkpoint, tmp_path / "artifact", QUICK, threads=1).prepare()
 
 
 @pytest.mark.slow

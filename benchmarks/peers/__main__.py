@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from .chart import draw
 from .contestants import CONTESTANTS, OURS, Contestant
 from .match import Match, Record, groups, prepare, write_reference
 from .measures import measures, tokens
-from .process import Process
+from .process import CHECKPOINT, Process
 from .report import as_data, show
 from .sizes import FULL, QUICK, Size
 
@@ -45,7 +44,7 @@ def main() -> None:
     if not chosen:
         raise SystemExit(f"--only {args.only} names nobody; there are {', '.join(c.name for c in CONTESTANTS)}")
     args.work.mkdir(parents=True, exist_ok=True)
-    checkpoint = make_checkpoint(size, args.work / "checkpoint")
+    checkpoint = make_checkpoint(size, args.work / CHECKPOINT)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     # The last ids stand for pictures and padding, and no text has them.
     vocab, side = min(config["text_config"]["vocab_size"], config["image_token_index"]), config["vision_config"]["image_size"]
@@ -58,11 +57,14 @@ def main() -> None:
         check = tokens(size.short, SEED, vocab), args.work / "reference.npy"
         write_reference(start, *check)
         bound = read_gb_per_s(args.threads, mebibytes=8 if args.quick else 512)
-        match = Match(wanted, args.repeats, start, check, bar.set_description)
         machine = {"threads": args.threads, "read_gb_per_s": round(bound, 1), "load": load, "repeats": args.repeats}
-        for _ in play_all(match, [record for record in records if record.versions], args.memory):
-            data = as_data(records, wanted, machine)
-            write_atomically(args.out, json.dumps(data, indent=1).encode())
+
+        def save() -> None:
+            write_atomically(args.out, json.dumps(as_data(records, wanted, machine), indent=1).encode())
+
+        save()
+        match = Match(wanted, args.repeats, start, check, bar.set_description, save)
+        play_all(match, [record for record in records if record.versions], args.memory)
     data = as_data(records, wanted, machine)
     if args.chart:
         draw(data).savefig(args.chart)
@@ -81,16 +83,15 @@ def make_checkpoint(size: Size, folder: Path) -> Path:
 
 def start_process(contestant: Contestant, *, work: Path, size: Size, threads: int, peers: Path) -> Process:
     python = Path(sys.executable) if contestant.venv == OURS else peers
-    return Process(contestant, python, work / contestant.runner, size, threads, work / "log.txt")
+    return Process(contestant, python, work, size, threads)
 
 
-def play_all(match: Match, records: list[Record], gigabytes: float) -> Iterator[None]:
-    """Group after group, each done when it yields. The anchor's own figures are those of the first."""
+def play_all(match: Match, records: list[Record], gigabytes: float) -> None:
+    """Group after group. The anchor's own figures are those of the first."""
     by_name = {record.contestant.name: record for record in records}
     for number, group in enumerate(groups([record.contestant for record in records], gigabytes)):
         anchor = by_name[group[0].name]
         match.play([anchor if number == 0 else Record(anchor.contestant), *(by_name[c.name] for c in group[1:])])
-        yield
 
 
 def _parse() -> argparse.Namespace:

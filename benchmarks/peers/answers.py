@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .contestants import Contestant
+from .contestants import OURS, Contestant
 
-REFERENCE = Contestant("transformers float32", "hf", "float32", 6.0, 0.0, "ours")
+REFERENCE = Contestant("transformers float32", "hf", "float32", 6.0, 0.0, OURS)
 
 
 @dataclass(frozen=True, slots=True)

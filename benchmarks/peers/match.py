@@ -93,6 +93,7 @@ class Match:
     start: Start
     check: tuple[list[int], Path]
     tick: Callable[[str], object]
+    save: Callable[[], object]  # called after every measure, so that a run which is broken off has a report
 
     def play(self, records: Sequence[Record]) -> None:
         """Fill in what is measured; `records[0]` is the anchor's."""
@@ -102,9 +103,11 @@ class Match:
                 self._open(record, alive)
             for measure in self.measures:
                 self._measure(measure, [record for record in records if record.contestant.name in alive], alive)
+                self.save()
             for record in records:
                 if process := alive.get(record.contestant.name):
                     record.pss_mb = process.pss_mb()
+            self.save()
         finally:
             for process in alive.values():
                 process.end()

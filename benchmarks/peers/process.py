@@ -18,6 +18,14 @@ from .sizes import Size
 REPO = Path(__file__).parent.parent.parent
 
 
+CHECKPOINT = "checkpoint"
+
+
+def home_of(contestant: Contestant, work: Path) -> Path:
+    """Where a contestant keeps what it makes of the checkpoint; no other has the same."""
+    return work / contestant.runner / contestant.setting
+
+
 class ContestantError(RuntimeError):
     """A contestant cannot do what was asked; `skipped` if that was to be expected."""
 
@@ -29,12 +37,14 @@ class ContestantError(RuntimeError):
 class Process:
     """Works only between a command and its reply."""
 
-    def __init__(self, contestant: Contestant, python: Path, home: Path, size: Size, threads: int, log: Path) -> None:
+    def __init__(self, contestant: Contestant, python: Path, work: Path, size: Size, threads: int) -> None:
         if not python.is_file():
             raise ContestantError(f"{python} is not there; make it with `make bench-peers`", skipped=True)
-        self.contestant, self.log = contestant, log.open("ab")
-        home.mkdir(parents=True, exist_ok=True)
-        command = [python, "-m", "benchmarks.peers.worker", contestant.runner, contestant.setting, home]
+        self.contestant, self.log = contestant, (work / "log.txt").open("ab")
+        home = home_of(contestant, work)
+        home.parent.mkdir(exist_ok=True)
+        command = [python, "-m", "benchmarks.peers.worker", contestant.runner, contestant.setting]
+        command += [work / CHECKPOINT, home]
         self.process = subprocess.Popen(
             [*map(str, command), json.dumps(dataclasses.asdict(size)), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=REPO, text=True,

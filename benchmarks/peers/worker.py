@@ -1,6 +1,6 @@
 """A contestant's process: does what it is told through a pipe, a JSON line each way, and waits without working in between.
 
-    python -m benchmarks.peers.worker RUNNER SETTING HOME SIZE THREADS
+    python -m benchmarks.peers.worker RUNNER SETTING CHECKPOINT HOME SIZE THREADS
 
 Started with the Python of the environment that has the library. Whatever libraries print goes to standard error.
 """
@@ -26,20 +26,20 @@ from .sizes import Size
 class Worker:
     """Times one runner. Every method but `prepare` and `open` answers in seconds, of what its name says."""
 
-    def __init__(self, runner: str, setting: str, home: Path, size: Size, threads: int) -> None:
+    def __init__(self, runner: str, setting: str, checkpoint: Path, home: Path, size: Size, threads: int) -> None:
         self.module = importlib.import_module(f"benchmarks.peers.runners.{runner}")
-        self.setting, self.home, self.size, self.threads = setting, home, size, threads
+        self.setting, self.size, self.threads = setting, size, threads
+        self.checkpoint, self.home = checkpoint, home
         self.runner: Runner
 
     def prepare(self) -> dict[str, Any]:
         """Make the files that the library needs; may take minutes. Answers with the libraries' versions."""
-        self.home.mkdir(parents=True, exist_ok=True)
-        self.module.prepare(self.home.parent / "checkpoint", self.home, self.setting, self.size)
+        self.module.prepare(self.checkpoint, self.home, self.setting, self.size)
         return {"versions": {name: importlib.metadata.version(name) for name in self.module.VERSIONS}}
 
     def open(self, tokens: list[int]) -> dict[str, Any]:
         """Open the model and answer a short prompt: the seconds since this process began."""
-        self.runner = self.module.OPEN(self.home, self.setting, self.size, self.threads)
+        self.runner = self.module.OPEN(self.checkpoint, self.home, self.setting, self.size, self.threads)
         self.runner.prefill([tokens])
         return {"seconds": time.time() - _process_began()}
 
@@ -63,9 +63,13 @@ class Worker:
         """To the first token behind a picture and text."""
         return _timed(lambda: self.runner.prefill_picture(_picture(side), tokens))
 
-    def logits(self, tokens: list[int], file: str) -> dict[str, Any]:
-        """Write the logits behind a prompt into a file."""
-        np.save(file, self.runner.logits(tokens))
+    def logits(self, tokens: list[int], file: str, side: int = 0) -> dict[str, Any]:
+        """Write the logits behind a prompt, with a picture of that side before it, into a file."""
+        if side:
+            self.runner.prefill_picture(_picture(side), tokens)
+        else:
+            self.runner.prefill([tokens])
+        np.save(file, self.runner.last())
         return {}
 
 
@@ -89,13 +93,13 @@ def _process_began() -> float:
 def main() -> None:
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    runner, setting, home, size, threads = sys.argv[1:]
+    runner, setting, checkpoint, home, size, threads = sys.argv[1:]
     worker: Worker | None = None
     for line in sys.stdin:
         command = json.loads(line)
         try:
             if worker is None:
-                worker = Worker(runner, setting, Path(home), Size(**json.loads(size)), int(threads))
+                worker = Worker(runner, setting, Path(checkpoint), Path(home), Size(**json.loads(size)), int(threads))
             reply = getattr(worker, command.pop("do"))(**command)
         except UnsupportedError as error:
             reply = {"skipped": str(error)}

@@ -11,6 +11,9 @@ from typing import Protocol
 import numpy as np
 
 Tokens = Sequence[int]
+# https://huggingface.co/openai/clip-vit-large-patch14-336, preprocessor_config.json
+MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class UnsupportedError(Exception):
@@ -18,7 +21,10 @@ class UnsupportedError(Exception):
 
 
 class Runner(Protocol):
-    """One library that has the model open. Every prompt begins with an empty cache; V entries of the vocabulary."""
+    """One library that has the model open, made by OPEN(checkpoint, home, setting, size, threads).
+
+    Every prompt begins with an empty cache; V entries of the vocabulary.
+    """
 
     def prefill(self, prompts: Sequence[Tokens]) -> None:
         """Compute prompts of one length, up to the logits of their last tokens."""
@@ -28,8 +34,8 @@ class Runner(Protocol):
         """One more token for every prompt, the likeliest one."""
         ...
 
-    def logits(self, prompt: Tokens) -> np.ndarray:
-        """float32 [V] behind a prompt."""
+    def last(self) -> np.ndarray:
+        """Logits, float32 [V], behind the first prompt as far as it was computed."""
         ...
 
     def image(self, pixels: np.ndarray) -> None:
@@ -39,6 +45,12 @@ class Runner(Protocol):
     def prefill_picture(self, pixels: np.ndarray, prompt: Tokens) -> None:
         """A picture and the text behind it, up to the logits of the last token."""
         ...
+
+
+def normalised(pixels: np.ndarray) -> np.ndarray:
+    """uint8 [S, S, 3] -> float32 [1, 3, S, S] as CLIP wants them, where the model does not do that itself."""
+    scaled = (pixels.astype(np.float32) / 255 - MEAN) / STD
+    return scaled.transpose(2, 0, 1)[None]
 
 
 class TextRunner:

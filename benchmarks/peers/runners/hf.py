@@ -12,7 +12,7 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 from ..sizes import Size
-from .base import Tokens
+from .base import Tokens, normalised
 
 VERSIONS = ("transformers", "torch")
 
@@ -24,29 +24,28 @@ def prepare(checkpoint: Path, home: Path, setting: str, size: Size) -> None:
 class HfRunner:
     """See base.Runner."""
 
-    def __init__(self, home: Path, setting: str, size: Size, threads: int) -> None:
+    def __init__(self, checkpoint: Path, home: Path, setting: str, size: Size, threads: int) -> None:
         torch.set_num_threads(threads)
         self.dtype = torch.float32 if setting == "float32" else torch.bfloat16
         kind: Any = transformers.AutoModelForImageTextToText
-        self.model: Any = kind.from_pretrained(home.parent / "checkpoint", dtype=self.dtype).eval()
+        self.model: Any = kind.from_pretrained(checkpoint, dtype=self.dtype).eval()
         self.size, self.static = size, setting == "compiled"
         self.image_token = self.model.config.image_token_id
         self.text: Any = self.model.model.language_model
         if self.static:
             self.text.forward = torch.compile(self.text.forward)
         self.cache: Any = None
-        self.last = torch.empty(0)  # logits [B, V]
+        self.row = torch.empty(0)  # logits [B, V]
 
     def prefill(self, prompts: Sequence[Tokens]) -> None:
         self._fresh()
         self._run(input_ids=torch.tensor(prompts))
 
     def step(self) -> None:
-        self._run(input_ids=self.last.argmax(-1, keepdim=True))
+        self._run(input_ids=self.row.argmax(-1, keepdim=True))
 
-    def logits(self, prompt: Tokens) -> np.ndarray:
-        self.prefill([prompt])
-        return self.last[0].float().numpy()
+    def last(self) -> np.ndarray:
+        return self.row[0].float().numpy()
 
     @torch.no_grad()
     def image(self, pixels: np.ndarray) -> None:
@@ -64,11 +63,10 @@ class HfRunner:
 
     @torch.no_grad()
     def _run(self, **inputs: torch.Tensor) -> None:
-        self.last = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+        self.row = self.model(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
     def _pixels(self, pixels: np.ndarray) -> torch.Tensor:
-        scaled = (torch.from_numpy(pixels).float() / 255 - 0.45) / 0.27  # about CLIP's mean and deviation
-        return scaled.permute(2, 0, 1).unsqueeze(0).to(self.dtype)
+        return torch.from_numpy(normalised(pixels)).to(self.dtype)
 
 
 OPEN = HfRunner

@@ -12,7 +12,7 @@ import openvino
 
 from ..sizes import Size
 from ..text_checkpoint import text_checkpoint
-from .base import Tokens, UnsupportedError
+from .base import Tokens, UnsupportedError, normalised
 
 VERSIONS = ("openvino", "optimum-intel", "nncf")
 TOWER = "tower.xml"
@@ -31,7 +31,6 @@ def prepare(checkpoint: Path, home: Path, weights: str, size: Size) -> None:
     )
     model.save_pretrained(partial)
     _tower(checkpoint, partial / TOWER)
-    home.rmdir()
     partial.rename(home)
 
 
@@ -62,7 +61,7 @@ def _tower(checkpoint: Path, out: Path) -> None:
 class OpenvinoRunner:
     """See base.Runner."""
 
-    def __init__(self, home: Path, weights: str, size: Size, threads: int) -> None:
+    def __init__(self, checkpoint: Path, home: Path, weights: str, size: Size, threads: int) -> None:
         core = openvino.Core()
         settings = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
         self.core, self.settings, self.home = core, settings, home
@@ -70,7 +69,7 @@ class OpenvinoRunner:
         self.request = self.model.create_infer_request()
         self.tower: Any = None
         self.names = {name for port in self.model.inputs for name in port.get_names()}
-        self.length, self.last = 0, np.empty(0)
+        self.length, self.rows = 0, np.empty(0)
 
     def prefill(self, prompts: Sequence[Tokens]) -> None:
         self.request.reset_state()
@@ -78,17 +77,15 @@ class OpenvinoRunner:
         self._run(np.array(prompts, np.int64))
 
     def step(self) -> None:
-        self._run(self.last.argmax(-1)[:, None])
+        self._run(self.rows.argmax(-1)[:, None])
 
-    def logits(self, prompt: Tokens) -> np.ndarray:
-        self.prefill([prompt])
-        return np.array(self.last[0], np.float32)
+    def last(self) -> np.ndarray:
+        return np.array(self.rows[0], np.float32)
 
     def image(self, pixels: np.ndarray) -> None:
         if self.tower is None:
             self.tower = self.core.compile_model(self.home / TOWER, "CPU", self.settings).create_infer_request()
-        scaled = (pixels.astype(np.float32) / 255 - 0.45) / 0.27  # about CLIP's mean and deviation
-        self.tower.infer([scaled.transpose(2, 0, 1)[None]])
+        self.tower.infer([normalised(pixels)])
 
     def prefill_picture(self, pixels: np.ndarray, prompt: Tokens) -> None:
         raise UnsupportedError("its decoder takes token ids only")
@@ -104,7 +101,7 @@ class OpenvinoRunner:
             "beam_idx": np.arange(rows, dtype=np.int32),
         }
         self.request.infer({name: value for name, value in inputs.items() if name in self.names})
-        self.last = self.request.get_tensor("logits").data[:, -1]
+        self.rows = self.request.get_tensor("logits").data[:, -1]
 
 
 OPEN = OpenvinoRunner

@@ -34,13 +34,13 @@ def prepare(checkpoint: Path, home: Path, kind: str, size: Size) -> None:
 
 
 def _file(home: Path, kind: str) -> Path:
-    return home.parent / f"model-{kind}.gguf"
+    return home.with_name(f"{kind}.gguf")
 
 
 class LlamaCppRunner(TextRunner):
     """See base.Runner. Prompts are sequences 0, 1, ... of one context."""
 
-    def __init__(self, home: Path, kind: str, size: Size, threads: int) -> None:
+    def __init__(self, checkpoint: Path, home: Path, kind: str, size: Size, threads: int) -> None:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_load_from_file(str(_file(home, kind)).encode(), llama_cpp.llama_model_default_params())
         params = llama_cpp.llama_context_default_params()
@@ -67,8 +67,7 @@ class LlamaCppRunner(TextRunner):
     def step(self) -> None:
         self._run([[int(self._row(i).argmax())] for i in range(len(self.lengths))])
 
-    def logits(self, prompt: Tokens) -> np.ndarray:
-        self.prefill([prompt])
+    def last(self) -> np.ndarray:
         return self._row(0).copy()
 
     def _row(self, prompt: int) -> np.ndarray:

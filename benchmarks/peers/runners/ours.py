@@ -23,15 +23,15 @@ def prepare(checkpoint: Path, home: Path, quant: str, size: Size) -> None:
     if quant not in READY_QUANTS["onnx"]:
         raise UnsupportedError(f"--quant {quant} is not available; available: {', '.join(READY_QUANTS['onnx'])}")
     buckets = Buckets(prefill=size.prefill_buckets, decode=(1, size.batch), vision=(1,), context=size.context, slots=size.batch)
-    build_for_timing(checkpoint, home / quant, quant, buckets)
-    runtime.load(home / quant).close()  # packs the weights for this machine
+    build_for_timing(checkpoint, home, quant, buckets)
+    runtime.load(home).close()  # packs the weights for this machine
 
 
 class StaticvlRunner:
     """See base.Runner. Runs greedy requests that never end by themselves."""
 
-    def __init__(self, home: Path, quant: str, size: Size, threads: int) -> None:
-        self.model = runtime.load(home / quant, threads=threads, reuse=False)
+    def __init__(self, checkpoint: Path, home: Path, quant: str, size: Size, threads: int) -> None:
+        self.model = runtime.load(home, threads=threads, reuse=False)
         self.engine, self.size = self.model.engine, size
         self.running: list[Running] = []
 
@@ -43,9 +43,8 @@ class StaticvlRunner:
     def step(self) -> None:
         self.engine.step()
 
-    def logits(self, prompt: Tokens) -> np.ndarray:
-        self.prefill([prompt])
-        return self.running[0].logits[0]
+    def last(self) -> np.ndarray:
+        return self.running[0].logits[-1]
 
     def image(self, pixels: np.ndarray) -> None:
         self._begin([self._picture(pixels, [1])])

@@ -21,14 +21,14 @@ def prepare(checkpoint: Path, home: Path, precision: str, size: Size) -> None:
     if (home / "genai_config.json").is_file():
         return
     command = ["-m", "onnxruntime_genai.models.builder", "-i", text_checkpoint(checkpoint), "-o", home]
-    command += ["-p", precision, "-e", "cpu", "-c", home / "build"]
+    command += ["-p", precision, "-e", "cpu", "-c", home.with_name("build")]
     subprocess.run([sys.executable, *map(str, command)], check=True)
 
 
 class GenaiRunner(TextRunner):
     """See base.Runner."""
 
-    def __init__(self, home: Path, precision: str, size: Size, threads: int) -> None:
+    def __init__(self, checkpoint: Path, home: Path, precision: str, size: Size, threads: int) -> None:
         config = og.Config(str(home))
         config.overlay(f'{{"model": {{"decoder": {{"session_options": {{"intra_op_num_threads": {threads}}}}}}}}}')
         self.model, self.size = og.Model(config), size
@@ -41,15 +41,14 @@ class GenaiRunner(TextRunner):
             batch_size=len(prompts), max_length=self.size.context, min_length=self.size.context, do_sample=False
         )
         self.generator = None  # its cache goes before the next one comes
-        self.generator = og.Generator(self.model, params)
-        self.generator.append_tokens(np.array(prompts, np.int32))
+        generator = self.generator = og.Generator(self.model, params)
+        generator.append_tokens(np.array(prompts, np.int32))
 
     def step(self) -> None:
         assert self.generator
         self.generator.generate_next_token()
 
-    def logits(self, prompt: Tokens) -> np.ndarray:
-        self.prefill([prompt])
+    def last(self) -> np.ndarray:
         assert self.generator
         logits = np.asarray(self.generator.get_logits(), np.float32)  # [1, 1, V]
         return logits.reshape(-1, logits.shape[-1])[-1]
