@@ -9,7 +9,7 @@ TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
 export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
-.PHONY: demo demo-sim test test-slow ascend-sim chromium soak lint types bench clean
+.PHONY: demo demo-sim test test-slow ascend-sim chromium soak lint types bench bench-peers clean
 
 demo: $(VENV)/.compile
 	$(BIN)/staticvl demo
@@ -45,6 +45,16 @@ types: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python benchmarks/memory_by_buckets.py
+
+# The peers have an environment of their own, so that their dependencies never meet ours. llama.cpp is built for this machine.
+PEERS := build/peers-venv
+bench-peers: $(VENV)/.test $(PEERS)/.installed
+	$(BIN)/python -m benchmarks.peers --out build/peers.json --chart build/peers.svg
+
+$(PEERS)/.installed: benchmarks/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PEERS)/bin/pip install --quiet -r benchmarks/peers/requirements.txt
+	touch $@
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)

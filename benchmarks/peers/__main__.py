@@ -1,0 +1,123 @@
+"""staticvl beside what people would use instead, on one model with random weights.
+
+    make bench-peers                                           # the peers' environment, and everything
+    python -m benchmarks.peers --out report.json [--only w8a16,llama.cpp] [--repeats 5] [--chart chart.svg]
+
+Every contestant has a process of its own that works only in its turns, and the same number of threads. Figures are medians;
+ratios are taken between turns that follow each other, so whatever else the machine does touches them least. Checkpoints
+and what the libraries make of them stay in --work for the next time: 35 GB when all take part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from tqdm import tqdm
+
+from benchmarks.bandwidth import read_gb_per_s
+from staticvl.runtime.cores import usable_cores
+from staticvl.runtime.files import write_atomically
+from staticvl.tools.random_checkpoint import write_checkpoint
+
+from .chart import draw
+from .contestants import CONTESTANTS, OURS, Contestant
+from .match import Match, Record, groups, prepare, write_reference
+from .measures import measures, tokens
+from .process import CHECKPOINT, Process
+from .report import as_data, show
+from .sizes import FULL, QUICK, Size
+
+SEED = 99  # of the prompt that answers are compared behind
+
+
+def main() -> None:
+    args = _parse()
+    size = QUICK if args.quick else FULL
+    chosen = [c for c in CONTESTANTS if not args.only or any(part in c.name for part in args.only.split(","))]
+    if not chosen:
+        raise SystemExit(f"--only {args.only} names nobody; there are {', '.join(c.name for c in CONTESTANTS)}")
+    args.work.mkdir(parents=True, exist_ok=True)
+    checkpoint = make_checkpoint(size, args.work / CHECKPOINT)
+    config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
+    # The last ids stand for pictures and padding, and no text has them.
+    vocab, side = min(config["text_config"]["vocab_size"], config["image_token_index"]), config["vision_config"]["image_size"]
+    wanted = measures(size, vocab, side)
+    load = os.getloadavg()[0]
+    start = partial(start_process, work=args.work, size=size, threads=args.threads, peers=args.peers_python)
+    records = [Record(contestant) for contestant in chosen]
+    with tqdm(disable=None, bar_format="{desc} [{elapsed}]") as bar:
+        prepare(records, start, bar.set_description)
+        check = tokens(size.short, SEED, vocab), args.work / "reference.npy"
+        write_reference(start, *check)
+        bound = read_gb_per_s(args.threads, mebibytes=8 if args.quick else 512)
+        machine = {"threads": args.threads, "read_gb_per_s": round(bound, 1), "load": load, "repeats": args.repeats}
+
+        def save() -> None:
+            write_atomically(args.out, json.dumps(as_data(records, wanted, machine), indent=1).encode())
+
+        save()
+        match = Match(wanted, args.repeats, start, check, bar.set_description, save)
+        play_all(match, [record for record in records if record.versions], args.memory)
+    data = as_data(records, wanted, machine)
+    if args.chart:
+        draw(data).savefig(args.chart)
+    show(Console(highlight=False, width=190), data)
+
+
+def make_checkpoint(size: Size, folder: Path) -> Path:
+    """The checkpoint of a size: one that is there, or random weights written into `folder` unless they are there."""
+    if Path(size.source).is_dir():
+        if not folder.exists():
+            folder.symlink_to(size.source)
+    elif not (folder / "config.json").is_file():
+        write_checkpoint(Path(size.source), folder, dtype="bfloat16", overrides=size.overrides)
+    return folder
+
+
+def start_process(contestant: Contestant, *, work: Path, size: Size, threads: int, peers: Path) -> Process:
+    python = Path(sys.executable) if contestant.venv == OURS else peers
+    return Process(contestant, python, work, size, threads)
+
+
+def play_all(match: Match, records: list[Record], gigabytes: float) -> None:
+    """Group after group. The anchor's own figures are those of the first."""
+    by_name = {record.contestant.name: record for record in records}
+    for number, group in enumerate(groups([record.contestant for record in records], gigabytes)):
+        anchor = by_name[group[0].name]
+        match.play([anchor if number == 0 else Record(anchor.contestant), *(by_name[c.name] for c in group[1:])])
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
+    parser.add_argument("--chart", type=Path, help="also draw the figures into this file")
+    parser.add_argument(
+        "--work", type=Path, default=Path("build/peers"), help="folder for checkpoints and what is made of them"
+    )
+    parser.add_argument(
+        "--peers-python", type=Path, default=Path("build/peers-venv/bin/python"), help="where peers are installed"
+    )
+    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant in each measure")
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    available = psutil.virtual_memory().available / 1e9
+    parser.add_argument("--memory", type=float, default=0.7 * available, help="GB that contestants may take together")
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to try the benchmark itself")
+    args = parser.parse_args()
+    if args.repeats < 1:
+        parser.error(f"--repeats is {args.repeats}; expected at least 1")
+    # Workers are started in the repository's root, wherever this was called.
+    for name in ("work", "peers_python", "out"):
+        setattr(args, name, Path(os.path.abspath(getattr(args, name))))  # noqa: PTH100  a venv's python is a link: not resolved
+    return args
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Contestants against each other: side by side, one at a time, turn about.
+
+Whoever is alive waits without working, so what else the machine does meets all alike, and ratios of medians say more than the
+figures themselves. Where not all fit into memory together, they come in groups with one contestant, the anchor, in each:
+figures of different groups are compared through it.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .answers import REFERENCE, Answer, compare
+from .contestants import ANCHOR, Contestant
+from .measures import Measure
+from .process import ContestantError, Process
+
+Start = Callable[[Contestant], Process]
+
+
+@dataclass(slots=True)
+class Record:
+    """Everything known of one contestant."""
+
+    contestant: Contestant
+    versions: dict[str, str] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)  # what it cannot do or failed at, and why
+    answer: Answer | None = None
+    load_s: float | None = None  # from the start of its process to a first token
+    pss_mb: float | None = None  # after everything was measured
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # by measure; turns in order
+    beside: dict[str, list[float]] = field(default_factory=dict)  # the anchor's, of the same turns
+
+    def median(self, measure: str) -> float | None:
+        return statistics.median(self.seconds[measure]) if self.seconds.get(measure) else None
+
+
+def relative(ours: Record, theirs: Record, measure: str) -> float | None:
+    """How many times as long `theirs` takes, each taken against the anchor of its own group; None where one has no figure."""
+    shares = [
+        statistics.median(record.seconds[measure]) / statistics.median(record.beside[measure])
+        for record in (ours, theirs)
+        if record.seconds.get(measure) and record.beside.get(measure)
+    ]
+    return shares[1] / shares[0] if len(shares) == 2 else None
+
+
+def groups(contestants: Sequence[Contestant], gigabytes: float) -> list[list[Contestant]]:
+    """Contestants that are alive together in so much memory, the anchor in every group."""
+    anchor = next((c for c in contestants if c.name == ANCHOR), contestants[0])
+    found: list[list[Contestant]] = [[anchor]]
+    for contestant in contestants:
+        if contestant is anchor:
+            continue
+        if len(found[-1]) > 1 and sum(c.gigabytes for c in found[-1]) + contestant.gigabytes > gigabytes:
+            found.append([anchor])
+        found[-1].append(contestant)
+    return found
+
+
+def prepare(records: Iterable[Record], start: Start, tick: Callable[[str], object]) -> None:
+    """Files that each library needs, one process after another; who cannot is noted and has no version afterwards."""
+    for record in records:
+        tick(f"preparing {record.contestant.name}")
+        try:
+            process = start(record.contestant)
+            try:
+                record.versions = process.ask("prepare")["versions"]
+            finally:
+                process.end()
+        except ContestantError as error:
+            record.notes.append(_note("prepare", error))
+
+
+def write_reference(start: Start, tokens: list[int], file: Path) -> None:
+    """The logits that all others are compared with, in a process that ends before anything is timed."""
+    process = start(REFERENCE)
+    try:
+        process.ask("open", tokens=tokens[:4])
+        process.ask("logits", tokens=tokens, file=str(file))
+    finally:
+        process.end()
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """One group's run; `check`: a prompt, and the file with the reference's logits, which the contestants' lie beside."""
+
+    measures: Sequence[Measure]
+    repeats: int
+    start: Start
+    check: tuple[list[int], Path]
+    tick: Callable[[str], object]
+    save: Callable[[], object]  # called after every measure, so that a run which is broken off has a report
+
+    def play(self, records: Sequence[Record]) -> None:
+        """Fill in what is measured; `records[0]` is the anchor's."""
+        alive: dict[str, Process] = {}
+        try:
+            for record in records:
+                self._open(record, alive)
+            for measure in self.measures:
+                self._measure(measure, [record for record in records if record.contestant.name in alive], alive)
+                self.save()
+            for record in records:
+                if process := alive.get(record.contestant.name):
+                    record.pss_mb = process.pss_mb()
+            self.save()
+        finally:
+            for process in alive.values():
+                process.end()
+
+    def _open(self, record: Record, alive: dict[str, Process]) -> None:
+        tokens, reference = self.check
+        name = record.contestant.name
+        self.tick(f"opening {name}")
+        try:
+            alive[name] = process = self.start(record.contestant)
+            seconds = process.ask("open", tokens=tokens[:4])["seconds"]
+            record.load_s = seconds if record.load_s is None else record.load_s
+            if record.answer is None:
+                file = reference.with_name(f"{name.replace(' ', '-')}.npy")
+                process.ask("logits", tokens=tokens, file=str(file))
+                record.answer = compare(file, reference, record.contestant.tolerance)
+        except ContestantError as error:
+            record.notes.append(_note("open", error))
+            if name in alive:
+                alive.pop(name).end()
+
+    def _measure(self, measure: Measure, records: Sequence[Record], alive: dict[str, Process]) -> None:
+        able = list(records)
+        for turn in range(self.repeats + 1):  # the first opens graphs and compiles, and counts for nothing
+            beside: float | None = None
+            for record in list(able):
+                self.tick(f"{measure.name}: {record.contestant.name}")
+                try:
+                    seconds = alive[record.contestant.name].ask(**measure.command)["seconds"]
+                except ContestantError as error:
+                    record.notes.append(_note(measure.name, error))
+                    able.remove(record)
+                    continue
+                if record is records[0]:
+                    beside = seconds
+                if turn:
+                    record.seconds.setdefault(measure.name, []).append(seconds)
+                    if beside is not None:
+                        record.beside.setdefault(measure.name, []).append(beside)
+
+
+def _note(what: str, error: ContestantError) -> str:
+    return f"{what}: {'' if error.skipped else 'failed: '}{error}"

@@ -1,0 +1,81 @@
+"""What was measured, as JSON and as tables: figures, and how many times faster each of ours is than each peer."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from .match import Record, relative
+from .measures import Measure
+
+
+def as_data(records: Sequence[Record], measures: Sequence[Measure], machine: dict[str, Any]) -> dict[str, Any]:
+    """Plain data. Figures are medians in the unit of their measure, ratios above 1 mean that ours is faster."""
+    return {
+        "machine": machine,
+        "units": {measure.name: measure.unit for measure in measures},
+        "contestants": {record.contestant.name: _contestant(record, measures) for record in records},
+        "ratios": {
+            measure.name: {
+                ours.contestant.name: {
+                    theirs.contestant.name: round(ratio, 3)
+                    for theirs in records
+                    if not theirs.contestant.is_ours and (ratio := relative(ours, theirs, measure.name)) is not None
+                }
+                for ours in records
+                if ours.contestant.is_ours and ours.seconds.get(measure.name)
+            }
+            for measure in measures
+        },
+    }
+
+
+def _contestant(record: Record, measures: Sequence[Measure]) -> dict[str, Any]:
+    return {
+        "versions": record.versions,
+        "notes": record.notes,
+        "answer": dataclasses.asdict(record.answer) | {"right": record.answer.right} if record.answer else None,
+        "load_to_first_token_s": record.load_s and round(record.load_s, 2),
+        "pss_mb": record.pss_mb and round(record.pss_mb, 1),
+        "figures": {m.name: float(f"{m.figure(median):.4g}") for m in measures if (median := record.median(m.name))},
+        "spread": {
+            name: round((max(times) - min(times)) / statistics.median(times), 3) for name, times in record.seconds.items()
+        },
+        "seconds": {name: [round(value, 5) for value in times] for name, times in record.seconds.items()},
+    }
+
+
+def show(console: Console, data: dict[str, Any]) -> None:
+    """Figures of everybody, then ratios, then what is to be known of them."""
+    names = list(data["units"])
+    figures = Table(title="medians")
+    for column in ("", *(f"{name}\n{data['units'][name]}" for name in names), "load\ns", "PSS\nMB", "distance\nof logits"):
+        figures.add_column(column, justify="right")
+    for name, found in data["contestants"].items():
+        values = [f"{found['figures'][m]:.4g}" if m in found["figures"] else "" for m in names]
+        rest = [f"{found[key]:.0f}" if found[key] else "" for key in ("load_to_first_token_s", "pss_mb")]
+        figures.add_row(name, *values, *rest, _answer(found["answer"]))
+    console.print(figures)
+    ratios = Table(title="ours / peer: above 1, ours is faster")
+    for column in ("ours", "peer", *names):
+        ratios.add_column(column, justify="right")
+    for ours, theirs in dict.fromkeys((o, t) for by_ours in data["ratios"].values() for o, row in by_ours.items() for t in row):
+        row = [data["ratios"][m].get(ours, {}).get(theirs) for m in names]
+        ratios.add_row(ours, theirs, *(f"{value:.2f}" if value is not None else "" for value in row))
+    console.print(ratios)
+    for name, found in data["contestants"].items():
+        for note in found["notes"]:
+            console.print(f"{name}: {note}")
+    console.print(
+        f"memory is read at {data['machine']['read_gb_per_s']} GB/s with {data['machine']['threads']} threads; the load before "
+        f"the start was {data['machine']['load']:.1f}"
+    )
+
+
+def _answer(answer: dict[str, Any] | None) -> str:
+    return f"{answer['distance']:.2g}{'' if answer['right'] else ' WRONG'}" if answer else ""
