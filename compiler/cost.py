@@ -88,6 +88,8 @@ def _cross_attention(node: Node) -> int:
 _FLOPS: dict[str, Callable[[Node], int]] = {
     f"{NAMESPACE}.linear": _linear,
     f"{NAMESPACE}.linear_w8": _linear,
+    f"{NAMESPACE}.linear_w4": _linear,
+    f"{NAMESPACE}.linear_w8a8": lambda node: 2 * math.prod(_shape(node.args[0])) * _shape(node.args[1])[1],
     f"{NAMESPACE}.attention": _attention,
     f"{NAMESPACE}.padded_attention": _attention,
     f"{NAMESPACE}.cached_attention": _cached_attention,

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from .walk import OpError, module_of, op_name
 
-ROUNDED = ("linear_w8",)  # whose kernels round activations to 8 bits
+ROUNDED = ("linear_w8", "linear_w4", "linear_w8a8")  # whose kernels round activations to 8 bits
 EXACT = 2e-4
 
 
