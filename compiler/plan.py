@@ -16,7 +16,7 @@ from ..weights.shard import check_tp, rank_targets
 from ..weights.stored import stored_targets
 
 BACKENDS = ("onnx", "ascend")
-READY_QUANTS = {"onnx": QUANTS, "ascend": ("none", "w8a16")}
+READY_QUANTS = {"onnx": QUANTS, "ascend": QUANTS}
 SUFFIXES = {"onnx": ".onnx", "ascend": ".torchair"}  # of graph files
 EAGER_SUFFIX = ".eager.py"
 DTYPES = {"onnx": ("float32",), "ascend": ("float16", "bfloat16")}  # the first is the default
