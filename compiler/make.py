@@ -14,7 +14,7 @@ from pathlib import Path
 
 import msgspec
 
-from ..model_defs.config import ModelConfig
+from ..model_defs.config import ModelConfig, text_quant, tower_quant
 from ..model_defs.layers import without_rounding
 from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec, rank_weights
 from ..runtime.backends.base import Backend, Group, open_backend
@@ -148,7 +148,8 @@ class GraphMaker:
     @contextlib.contextmanager
     def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
         """The exact twin of an ONNX graph with quantised weights, for as long as it is checked."""
-        if self.options.backend != "onnx" or self.options.quant == "none" or spec.kind == "vision":
+        quant = (tower_quant if spec.kind == "vision" else text_quant)(self.options.quant)
+        if self.options.backend != "onnx" or quant == "none":
             yield None
             return
         name = f"{spec.name}.twin.partial"

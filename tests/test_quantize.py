@@ -19,12 +19,13 @@ from staticvl.weights.quantize import (
     quantize_w8a8,
 )
 from staticvl.weights.rules import targets
-from staticvl.weights.stored import QUANTS, stored_targets
+from staticvl.weights.stored import stored_targets
 from staticvl.weights.tensors import StoredTensor
 
 from .checkpoints import tiny_llava
 
 # Rows and columns: whole blocks of 128; whole blocks of 32; a padded last block; one row.
+KINDS = ("w8a16", "w8a8", "w4a16")
 SIZES = [(6, 256), (5, 96), (7, 112), (1, 40)]
 
 
@@ -62,7 +63,7 @@ def test_padding_is_zero() -> None:
     assert (q[:, 1, 8:] == 128).all() and tuple(dequantize_w8(q, scales, 40).shape) == (2, 40)
 
 
-@pytest.mark.parametrize("quant", QUANTS[1:])
+@pytest.mark.parametrize("quant", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1e-44, 1.96e-43, 6e-8, -3e38])
 def test_extreme_values(quant: str, value: float) -> None:
     weight = torch.full((1, 32), value)
@@ -70,7 +71,7 @@ def test_extreme_values(quant: str, value: float) -> None:
     assert got.isfinite().all() and torch.allclose(got, weight, rtol=1e-6, atol=2e-43)
 
 
-@pytest.mark.parametrize("quant", QUANTS[1:])
+@pytest.mark.parametrize("quant", KINDS)
 def test_rows_do_not_depend_on_how_they_are_cut(quant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     weight = random_weight(37, 96)
     whole = quantize(quant, weight)
@@ -173,8 +174,12 @@ def test_what_is_stored_in_fewer_bits(tmp_path_factory: pytest.TempPathFactory) 
     assert quantised["text.layers.0.mlp.down.qweight"].shape == (64, 4, 32)  # K = 112, padded to 128
     assert quantised["text.layers.0.mlp.down.scales"].shape == (64, 4)
     assert quantised["text.lm_head.qweight"].nbytes == 389 * 64
-    for quant in QUANTS[2:]:
+    for quant in ("w8a8", "w4a16"):
         assert stored_targets(config, quant).keys() == quantised.keys()
+    towered = stored_targets(config, "w8a8+vision").keys() - quantised.keys()
+    layers = range(config.vision.used_layers)  # type: ignore[union-attr]
+    names = [f"vision.layers.{i}.{n}" for i in layers for n in ("attn.q", "attn.k", "attn.v", "attn.o", "mlp.up", "mlp.down")]
+    assert towered == {f"{name}.{part}" for name in names for part in ("qweight", "scales")}
     four = stored_targets(config, "w4a16")
     assert four["text.layers.0.mlp.down.qweight"].shape == (64, 4, 16)
     assert four["text.lm_head.qweight"] == quantised["text.lm_head.qweight"], "stays in 8 bits"

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import re
 
-from ..model_defs.config import QUANTS, ModelConfig, head_quant, quant_parts
+from ..model_defs.config import QUANTS, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
 from .shard import rank_targets
 from .tensors import StoredTensor
 
 _QUANTISED = re.compile(r"text\.layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:gate|up|down))\.weight")
+_TOWER = re.compile(r"vision\.(?:global_)?layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:up|down))\.weight")
 _HEAD = "text.lm_head.weight"
 
 
 def quant_of(name: str, quant: str) -> str:
-    """How parameter `name` is stored in an artifact of `quant`: "none" but for the decoder's linear layers and lm_head."""
+    """How parameter `name` is stored in an artifact of `quant`: "none" but for the linear layers of the decoder's and perhaps
+    the tower's blocks, and lm_head."""
     if name == _HEAD:
         return head_quant(quant)
-    return quant if _QUANTISED.fullmatch(name) else "none"
+    if _TOWER.fullmatch(name):
+        return tower_quant(quant)
+    return text_quant(quant) if _QUANTISED.fullmatch(name) else "none"
 
 
 def stored_parts(name: str, shape: tuple[int, ...], quant: str, dtype: str = "float32") -> dict[str, StoredTensor]:

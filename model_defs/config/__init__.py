@@ -15,7 +15,7 @@ from pathlib import Path
 from .keys import Keys, load_config, read_json
 from .llava import read_llava
 from .mllama import read_mllama
-from .quant import QUANTS, head_quant, quant_block, quant_parts
+from .quant import QUANTS, head_quant, quant_block, quant_parts, text_quant, tower_quant
 from .qwen_vl import read_qwen_vl
 from .stage import Stage
 from .stored import decode_config, encode_config
@@ -48,6 +48,8 @@ __all__ = [
     "quant_parts",
     "read_config",
     "read_json",
+    "text_quant",
+    "tower_quant",
 ]
 
 Reader = Callable[[Keys, Path, Path | None], ModelConfig]  # keys, checkpoint, folder of a vision tower stored apart

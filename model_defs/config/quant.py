@@ -4,14 +4,14 @@
     w4a16   qweight [N, B, block / 2] uint8, two numbers of 4 bits around 8 in each, the first in the low bits; scales [N, B]
     w8a8    qweight [K, N] int8 around 0, scales [N] float32; products are of whole numbers, so the layout is that of a product
 
-What fills up a last block is zero.
+What fills up a last block is zero. With "+vision" the linear layers of a vision tower are stored as in w8a8 too.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-QUANTS = ("none", "w8a16", "w8a8", "w4a16")
+QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16")
 HEADS = {"w4a16": "w8a16", "w8a8": "w8a16"}  # what lm_head is stored in where it is not stored as the layers are
 
 
@@ -23,9 +23,20 @@ class Part:
     shape: tuple[int, ...]
 
 
+def text_quant(quant: str) -> str:
+    """The quantisation of a decoder's layers."""
+    return quant.removesuffix("+vision")
+
+
+def tower_quant(quant: str) -> str:
+    """The quantisation of a vision tower's layers: most work of a picture is their products."""
+    return "w8a8" if quant.endswith("+vision") else "none"
+
+
 def head_quant(quant: str) -> str:
     """The quantisation of lm_head. It sees one token of each row, where whole-number products gain nothing; in 4 bits it costs
     accuracy and saves little of a model."""
+    quant = text_quant(quant)
     return HEADS.get(quant, quant)
 
 

@@ -213,7 +213,7 @@ def _import_torchair(folder: Path) -> types.ModuleType:
             for each, handler in handlers.items():
                 signal.signal(each, handler)
     process_groups.install(sys.modules)
-    operator = torch.ops.npu.npu_quant_matmul.default
+    operator: Any = torch.ops.npu.npu_quant_matmul.default
     operator._ge_converter = _with_torch_npu(operator._ge_converter)
     return torchair
 

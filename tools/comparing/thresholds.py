@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ...model_defs.config import text_quant
 from ...runtime.artifact import Manifest
 from .metrics import Figures
 
@@ -59,7 +60,8 @@ def precision(manifest: Manifest | None) -> str:
     """The row of the table for one side; None: a checkpoint, which is computed in float32."""
     if manifest is None:
         return "float32"
-    return manifest.quant if manifest.quant in DEFAULTS else manifest.cache.dtype
+    quant = text_quant(manifest.quant)
+    return quant if quant in DEFAULTS else manifest.cache.dtype
 
 
 def coarser(a: str, b: str) -> str:
