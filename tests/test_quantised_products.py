@@ -23,7 +23,8 @@ from staticvl.compiler.progress import Progress
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import tower_quant
 from staticvl.model_defs.layers import Linear, without_rounding
-from staticvl.runtime.artifact import TensorSpec, read_manifest
+from staticvl.runtime.artifact import ArtifactError, TensorSpec, read_manifest
+from staticvl.runtime.backends.ort import check_processor
 from staticvl.weights.quantize import dequantize, quantize
 
 from .checkpoints import tiny_llava
@@ -88,6 +89,18 @@ def test_4_bits_as_defined(n: int, k: int) -> None:
     expected = x @ weight.T + module.bias
     torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-4)
     assert float((compiled(module, x) - expected).abs().max() / expected.abs().max()) < 0.02
+
+
+def test_processors_that_would_cut_sums_off_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"stored as w8a8\+vision needs a processor with VNNI .* --quant w8a16"):
+        check_processor("w8a8+vision", {"sse2", "avx2", "avx512f"})
+    for quant, flags in (
+        ("w8a8", {"sse2", "avx512_vnni"}),
+        ("w8a8", {"sse2", "avx_vnni"}),
+        ("w8a8", set()),
+        ("w4a16", {"sse2"}),
+    ):
+        check_processor(quant, flags)
 
 
 # --- Whole graphs ----------------------------------------------------------------------------------------------------------
