@@ -94,13 +94,9 @@ def test_4_bits_as_defined(n: int, k: int) -> None:
 def test_processors_that_would_cut_sums_off_are_refused() -> None:
     with pytest.raises(ArtifactError, match=r"stored as w8a8\+vision needs a processor with VNNI .* --quant w8a16"):
         check_processor("w8a8+vision", {"sse2", "avx2", "avx512f"})
-    for quant, flags in (
-        ("w8a8", {"sse2", "avx512_vnni"}),
-        ("w8a8", {"sse2", "avx_vnni"}),
-        ("w8a8", set()),
-        ("w4a16", {"sse2"}),
-    ):
-        check_processor(quant, flags)
+    for flags in ({"sse2", "avx512_vnni"}, {"sse2", "avx_vnni"}, set[str]()):
+        check_processor("w8a8", flags)
+    check_processor("w4a16", {"sse2"})
 
 
 # --- Whole graphs ----------------------------------------------------------------------------------------------------------
