@@ -28,7 +28,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch.fx import Node
 
-from ..model_defs.ops import LEAST_ROW, NAMESPACE
+from ..model_defs.ops import NAMESPACE
 from ..runtime.artifact import Collective, Segment, Step, TensorSpec, WeightSpec
 from .graphs import GraphDef, trace
 from .segments import Part, cut
@@ -193,10 +193,13 @@ def _linear_w8a8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias
 
 
 def _quantised_rows(e: Emitter, x: str, shape: tuple[int, ...]) -> tuple[str, str]:
-    """x [..., K] -> [M, K] uint8 around 128, and the scale of each row, [..., 1]."""
+    """x [..., K] -> [M, K] uint8 around 128, and the scale of each row, [..., 1].
+
+    A row of zeros has the scale 0, so whatever 0 / 0 is rounded to, its products are 0.
+    """
     rows = math.prod(shape[:-1])
     largest = e.node("ReduceMax", [e.node("Abs", [x]), e.constant([-1])], keepdims=1)
-    scales = e.node("Div", [e.node("Max", [largest, e.constant(LEAST_ROW, "float32")]), e.constant(127, "float32")])
+    scales = e.node("Div", [largest, e.constant(127, "float32")])
     inputs = [e.node("Reshape", [x, e.constant([rows, shape[-1]])]), e.node("Reshape", [scales, e.constant([rows])])]
     return e.node("QuantizeLinear", [*inputs, e.constant([128] * rows, "uint8")], axis=0), scales
 

@@ -22,7 +22,6 @@ from .group import group_of
 NAMESPACE = "staticvl"
 COLLECTIVES = ("all_reduce", "all_gather")
 ROWS_AT_ONCE = 256
-LEAST_ROW = 1e-20  # a row of less counts as zeros
 
 
 DEFINITIONS: dict[str, Callable[..., Any]] = {}  # op name -> the function below
@@ -112,8 +111,9 @@ def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None,
         y = _widened_product(x, qweight) * scales
     else:
         rows = x.reshape(-1, x.shape[-1]).float()
-        row_scales = row_scale(rows)
-        total = torch.ops.aten._int_mm.default((rows / row_scales).round().to(torch.int8), qweight)
+        row_scales = rows.abs().amax(-1, keepdim=True) / 127
+        steps = rows / row_scales.where(row_scales > 0, 1.0)
+        total = torch.ops.aten._int_mm.default(steps.round().to(torch.int8), qweight)
         y = (total.float() * scales * row_scales).view(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).to(x.dtype)
 
@@ -121,11 +121,6 @@ def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None,
 @linear_w8a8.register_fake
 def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[1]))
-
-
-def row_scale(rows: Tensor) -> Tensor:
-    """rows [M, K] float32 -> [M, 1]: what one step of 8 bits is worth in each row."""
-    return rows.abs().amax(-1, keepdim=True).clamp(min=LEAST_ROW) / 127
 
 
 def _widened_product(x: Tensor, qweight: Tensor) -> Tensor:
