@@ -126,7 +126,7 @@ def test_quantised_weights(tmp_path: Path, tiny: Tiny, config: ModelConfig, quan
         assert (near - tensor).abs().max() < tensor.abs().max() / (6 if kind == "w4a16" else 200)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", ["none", "w8a8+vision"])
 def test_files_are_as_planned(tmp_path: Path, tiny: Tiny, config: ModelConfig, quant: str) -> None:
     converted = run(tiny, config, tmp_path, quant)
     shards = plan_shards(config, quant, "k", SHARD_BYTES)
@@ -167,7 +167,7 @@ def test_shard_size_changes_files_but_not_tensors(tmp_path: Path, tiny: Tiny, co
     assert a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", ["none", "w8a8+vision"])
 def test_each_tensor_is_read_once(
     tmp_path: Path, tiny: Tiny, config: ModelConfig, quant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,7 +214,7 @@ def stop_after(files: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return begun
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", ["none", "w8a8+vision"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(
     tmp_path: Path, tiny: Tiny, config: ModelConfig, quant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -357,7 +357,7 @@ def test_other_write_errors_are_passed_on(
     assert not list((tmp_path / "weights").iterdir())
 
 
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", ["none", "w8a8+vision"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_values_that_are_not_finite_are_refused(tmp_path: Path, config: ModelConfig, quant: str, value: float) -> None:
     bad = tiny_llava(tmp_path / "checkpoint", sharded=True)
