@@ -20,6 +20,7 @@ from ...compiler.lockstep import ArrayMember, Meeting, Member, results_of
 from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.config import ModelConfig
 from ...model_defs.group import member_of
+from ...model_defs.layers import without_rounding
 from ...runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, Segment, Step, WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...runtime.backends.base import cache_name
@@ -71,19 +72,31 @@ def _place(order: list[OpError], error: OpError) -> int:
 
 
 def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.export.ExportedProgram]:
-    """One rank's definition of a graph, and its trace."""
+    """One rank's definition of a graph, and its trace. Ascend's graphs are looked into while nothing rounds."""
     assert side.config is not None
     manifest = side.artifact.manifest
     cache = narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
-    return traced(side.config, side.facts.image, cache, manifest.quant, graph.kind, graph.bucket, graph.images, manifest.tp)
+    sizes = graph.kind, graph.bucket, graph.images, manifest.tp
+    return traced(side.config, side.facts.image, cache, manifest.quant, *sizes, rounded=manifest.backend == "onnx")
 
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
 def traced(
-    config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int, ranks: int
+    config: ModelConfig,
+    image: ImageFacts,
+    cache: CacheSpec,
+    quant: str,
+    kind: Kind,
+    bucket: int,
+    images: int,
+    ranks: int,
+    *,
+    rounded: bool,
 ) -> tuple[GraphDef, torch.export.ExportedProgram]:
     """The definition of a graph, and its trace."""
     graph = define_graph(config, image, cache, quant, kind, bucket, images, ranks)
+    if not rounded:
+        without_rounding(graph.module)
     return graph, trace(graph)
 
 

@@ -45,9 +45,8 @@ DEFAULTS = {
     "w8a16": Thresholds(
         relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=2e-2, inputs=1e-5, operators=6e-2
     ),
-    # Whole numbers add up exactly, so all that an operator may add is a rounding that falls the other way.
     "w8a8": Thresholds(
-        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=2e-2, inputs=1e-5, operators=2e-2
+        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=2e-2, inputs=1e-5, operators=6e-2
     ),
     "w4a16": Thresholds(
         relative=0.6, kl=0.5, agreement=0.7, perplexity=0.5, weights=0.26, inputs=1e-5, operators=6e-2
