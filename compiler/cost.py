@@ -100,6 +100,8 @@ def _cross_attention(args: tuple[Any, ...]) -> int:
 _FLOPS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     f"{NAMESPACE}.linear": _linear,
     f"{NAMESPACE}.linear_w8": _linear,
+    f"{NAMESPACE}.linear_w4": _linear,
+    f"{NAMESPACE}.linear_w8a8": lambda args: 2 * args[0].numel() * args[1].shape[1],  # weight [K, N]
     f"{NAMESPACE}.attention": _attention,
     f"{NAMESPACE}.padded_attention": _attention,
     f"{NAMESPACE}.cached_attention": _cached_attention,

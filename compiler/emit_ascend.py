@@ -6,7 +6,8 @@ graph, and the Python code that feeds it. It refers to nothing of the compiler o
 
 A kernel takes its tensors by position:
 
-    weights     as `Emitted.weights` names them; floating-point ones in the graph's dtype, 8-bit ones as int8 around zero
+    weights     as `Emitted.weights` names them; floating-point ones in the graph's dtype but for the scales of whole-number
+                products, which are float32; quantised ones as `to_signed` of runtime/ascend/weights.py gives them
     constants   as `Emitted.constants` names them, float32
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
     outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place
@@ -34,6 +35,7 @@ from torch import Tensor, fx, nn
 
 from ..runtime.artifact import TensorSpec, is_cached
 from ..runtime.ascend import torchair_host
+from ..runtime.ascend.weights import to_signed
 from . import lower_ascend
 from .graphs import GraphDef, trace
 
@@ -171,8 +173,9 @@ def _config(host: torchair_host.TorchairHost, kernel: Kernel) -> Any:
     config.experimental_config.tiling_schedule_optimize = True
     # Nodes run in the order in which they were traced: the same memory plan and the same timing in every compilation.
     config.experimental_config.topology_sorting_strategy = "StableRDFS"
-    # As torchair does where it sees a device: the transposes of weights in 8 bits have to stay as they are.
-    config.experimental_config.enable_view_optimize = not any(each.dtype == torch.int8 for each in kernel.arguments)
+    # As torchair does where it sees a device: the transposes of quantised weights have to stay as they are.
+    weights = kernel.arguments[: len(kernel.weights)]
+    config.experimental_config.enable_view_optimize = all(each.is_floating_point() for each in weights)
     config.post_grad_custom_pre_pass = _share
     return config
 
@@ -238,8 +241,9 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
         returns=not is_cached(definition.outputs[0].name),
     )
     shapes = dict(definition.module.named_parameters())
+    wide = {f"{each}.scales" for each, layer in definition.module.named_modules() if getattr(layer, "quant", "") == "w8a8"}
     arguments = (
-        *(_frozen(shapes[each], dtype) for each in weights),
+        *(_frozen(shapes[each], torch.float32 if each in wide else dtype) for each in weights),
         *(torch.empty(shapes[each].shape, device="meta") for each in constants),
         *(_like(spec, dtype) for spec in (*definition.inputs, *in_place)),
     )
@@ -248,11 +252,8 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
 
 def _frozen(parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
     """A parameter, which torchair takes for one whose address never changes."""
-    kept = torch.int8 if parameter.dtype == torch.uint8 else parameter.dtype
-    return nn.Parameter(
-        torch.empty(parameter.shape, dtype=dtype if parameter.is_floating_point() else kept, device="meta"),
-        requires_grad=False,
-    )
+    taken = parameter.to(dtype) if parameter.is_floating_point() else to_signed(parameter)
+    return nn.Parameter(torch.empty_like(taken), requires_grad=False)
 
 
 def _like(spec: TensorSpec, dtype: torch.dtype) -> Tensor:

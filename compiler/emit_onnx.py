@@ -4,7 +4,9 @@ Each op of the vocabulary has one lowering here; so have the few aten ops that m
 op without a lowering is an error that names it. Lowerings emit the operators that onnxruntime's kernels want, so that
 nothing is left for a graph optimiser to find and every bucket refers to the weights in the same form:
 
-- linear: FusedMatMul with transB, which takes weights [N, C] as checkpoints store them; 8 bits: MatMulNBits;
+- linear: FusedMatMul with transB, which takes weights [N, C] as checkpoints store them; weights in 8 or 4 bits: MatMulNBits;
+- linear_w8a8: MatMulIntegerToFloat, whose activations are uint8 around 128: kernels of processors with VNNI multiply unsigned
+  by signed, and onnxruntime's others are slower by an order of magnitude. What several layers take is quantised once;
 - cached_attention: com.microsoft.GroupQueryAttention, whose present outputs are bound to the memory of its past inputs.
   A padded chunk counts as whole: rows past the last real token are written and overwritten by the next step;
 - rope: RotaryEmbedding with cos and sin as graph inputs, since their values depend on the request in some families.
@@ -13,6 +15,7 @@ nothing is left for a graph optimiser to find and every bucket refers to the wei
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -34,13 +37,18 @@ OPSET = 23
 IR_VERSION = 10
 CONTRIB = "com.microsoft"
 
-_DTYPES = {"float32": TensorProto.FLOAT, "int32": TensorProto.INT32, "uint8": TensorProto.UINT8, "int64": TensorProto.INT64}
+_DTYPES = {
+    "float32": TensorProto.FLOAT,
+    "int32": TensorProto.INT32,
+    "uint8": TensorProto.UINT8,
+    "int64": TensorProto.INT64,
+    "int8": TensorProto.INT8,
+}
 
 
 # Squared and divided by the root of a head's width, it is far beyond any score, and its own products stay exact.
 PADDING_FLAG = 1024.0
-
-ZERO_POINT = helper.make_tensor("zero_point", TensorProto.UINT8, [1], [128])
+TO_UINT4 = helper.make_attribute("to", TensorProto.UINT4)
 
 
 class UnsupportedOpError(NotImplementedError):
@@ -55,7 +63,7 @@ class Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.names: dict[Node, Any] = {}  # traced node -> ONNX value name, or a tuple of names
-        self.memo: dict[tuple, str] = {}
+        self.memo: dict[tuple, Any] = {}
         self.scope = ""
         self.made = 0
 
@@ -67,7 +75,7 @@ class Emitter:
         self.nodes.append(helper.make_node(op, list(inputs), list(results), name=base, domain=domain, **attributes))
         return results[0] if outputs == 1 else results
 
-    def once(self, key: tuple, make: Callable[[], str]) -> str:
+    def once(self, key: tuple, make: Callable[[], Any]) -> Any:
         """The value under `key`, made at its first use: what every layer needs alike is computed once."""
         if key not in self.memo:
             self.memo[key] = make()
@@ -84,8 +92,8 @@ class Emitter:
             self.initializers[name] = numpy_helper.from_array(array, name)
         return name
 
-    def weight(self, name: str, shape: Sequence[int] | None = None) -> str:
-        """A weight by its name in the artifact, perhaps under another shape of the same size."""
+    def weight(self, name: str, shape: Sequence[int] | None = None, *, packed: bool = False) -> str:
+        """A weight by its name in the artifact, perhaps in another shape of the same bytes; `packed`: as numbers of 4 bits."""
         if name in self.constants:
             if name not in self.initializers:
                 self.initializers[name] = numpy_helper.from_array(self.constants[name], name)
@@ -94,15 +102,15 @@ class Emitter:
         shape = tuple(spec.shape if shape is None else shape)
         alias = name if shape == tuple(spec.shape) else f"{name}:{'x'.join(map(str, shape))}"
         if alias not in self.initializers:
-            self.initializers[alias] = _external(alias, shape, spec)
+            self.initializers[alias] = _external(alias, shape, spec, TensorProto.UINT4 if packed else _DTYPES[spec.dtype])
         return alias
 
     def __getitem__(self, node: Any) -> str:
         return self.names[node]
 
 
-def _external(name: str, shape: tuple[int, ...], spec: WeightSpec) -> TensorProto:
-    tensor = TensorProto(name=name, data_type=_DTYPES[spec.dtype], dims=shape, data_location=TensorProto.EXTERNAL)
+def _external(name: str, shape: tuple[int, ...], spec: WeightSpec, dtype: int) -> TensorProto:
+    tensor = TensorProto(name=name, data_type=dtype, dims=shape, data_location=TensorProto.EXTERNAL)  # type: ignore[arg-type]
     for key, value in (("location", spec.file), ("offset", spec.offset), ("length", spec.nbytes)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
@@ -137,25 +145,63 @@ def _linear(e: Emitter, node: Node, x: str, weight: str, bias: str | None) -> st
 
 @lowers("staticvl.linear_w8")
 def _linear_w8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
-    n, blocks, block = _shape(node.args[1])  # type: ignore[arg-type]
+    return _grouped(e, node, x, qweight, scales, bias, bits=8)
+
+
+@lowers("staticvl.linear_w4")
+def _linear_w4(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
+    return _grouped(e, node, x, qweight, scales, bias, bits=4)
+
+
+def _grouped(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, *, bits: int) -> str:
+    n, blocks, width = _shape(node.args[1])  # type: ignore[arg-type]
+    block = width * 8 // bits
     k = _shape(node.args[0])[-1]  # type: ignore[arg-type]
     if e.exact:
-        weight = _dequantised(e, e[node.args[1]], scales, (n, blocks, block), k)
+        weight = _dequantised(e, e[node.args[1]], scales, (n, blocks, block), k, bits)
         y = e.node("FusedMatMul", [x, weight], domain=CONTRIB, transB=1)
     else:
         # Level 4 rounds activations to 8 bits, block by block: the other levels are slower by two orders of magnitude.
-        attributes = {"K": k, "N": n, "bits": 8, "block_size": block, "accuracy_level": 4}
+        attributes = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
         y = e.node("MatMulNBits", [x, qweight, scales], domain=CONTRIB, **attributes)
     return y if bias is None else e.node("Add", [y, bias])
 
 
-def _dequantised(e: Emitter, qweight: str, scales: str, shape: tuple[int, int, int], k: int) -> str:
+def _dequantised(e: Emitter, qweight: str, scales: str, shape: tuple[int, int, int], k: int, bits: int) -> str:
     """The float weight [N, K], made anew in every run: four times faster than the exact level of MatMulNBits."""
     n, blocks, block = shape
-    zeros = e.once(("zeros", n, blocks), lambda: e.node("ConstantOfShape", [e.constant([n, blocks])], value=ZERO_POINT))
-    inputs = [e.weight(qweight, (n, blocks * block)), scales, zeros]
+    zero = helper.make_tensor("zero_point", TensorProto.UINT8, [1], [1 << bits - 1])
+    zeros = e.once(("zeros", n, blocks, bits), lambda: e.node("ConstantOfShape", [e.constant([n, blocks])], value=zero))
+    if bits == 4:
+        zeros = e.once(("zeros of 4 bits", zeros), lambda: e.node("Cast", [zeros], to=TensorProto.UINT4))
+    inputs = [e.weight(qweight, (n, blocks * block), packed=bits == 4), scales, zeros]
     weight = e.node("DequantizeLinear", inputs, axis=1, block_size=block)
     return weight if blocks * block == k else _slice(e, weight, 1, 0, k)
+
+
+@lowers("staticvl.linear_w8a8")
+def _linear_w8a8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, rounded: bool) -> str:
+    if e.exact or not rounded:
+        # Not MatMul: onnxruntime would see a product to be quantised.
+        y = e.node("FusedMatMul", [x, e.node("DequantizeLinear", [qweight, scales], axis=1)], domain=CONTRIB)
+    else:
+        q, row_scales = e.once(("rows", x), lambda: _quantised_rows(e, x, _shape(node.args[0])))  # type: ignore[arg-type]
+        inputs = [q, qweight, e.constant(1, "float32"), scales, e.constant(128, "uint8")]
+        y = e.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
+        y = e.node("Mul", [e.node("Reshape", [y, e.constant(_shape(node))]), row_scales])
+    return y if bias is None else e.node("Add", [y, bias])
+
+
+def _quantised_rows(e: Emitter, x: str, shape: tuple[int, ...]) -> tuple[str, str]:
+    """x [..., K] -> [M, K] uint8 around 128, and the scale of each row, [..., 1].
+
+    A row of zeros has the scale 0, so whatever 0 / 0 is rounded to, its products are 0.
+    """
+    rows = math.prod(shape[:-1])
+    largest = e.node("ReduceMax", [e.node("Abs", [x]), e.constant([-1])], keepdims=1)
+    scales = e.node("Div", [largest, e.constant(127, "float32")])
+    inputs = [e.node("Reshape", [x, e.constant([rows, shape[-1]])]), e.node("Reshape", [scales, e.constant([rows])])]
+    return e.node("QuantizeLinear", [*inputs, e.constant([128] * rows, "uint8")], axis=0), scales
 
 
 @lowers("staticvl.rms_norm")
@@ -426,8 +472,13 @@ def _emit_part(
     if exact:
         # onnxruntime orders what depends on nothing by its place in this list, the first as late as it can: elsewhere, all
         # weights would be expanded before the first layer runs.
-        emitter.nodes.sort(key=lambda node: node.op_type not in ("ConstantOfShape", "DequantizeLinear"))
+        emitter.nodes.sort(key=lambda node: not _of_weights_alone(node))
     return _model(emitter, name, part, outputs).SerializeToString()
+
+
+def _of_weights_alone(node: onnx.NodeProto) -> bool:
+    """Whether a node of a twin belongs to expanding a weight."""
+    return node.op_type in ("ConstantOfShape", "DequantizeLinear") or (node.op_type, node.attribute[:1]) == ("Cast", [TO_UINT4])
 
 
 def _lowered(

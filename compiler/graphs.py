@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_defs import llava, mllama, qwen_vl
-from ..model_defs.config import ModelConfig, TextConfig
+from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
 from ..model_defs.decoder import TextGraph
 from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec, graph_name
 
@@ -73,8 +73,8 @@ def define_graph(
     assert cache.kv_heads == config.text.rank_kv_heads(ranks), (cache.kv_heads, ranks)
     with torch.device("meta"):
         if kind == "vision":
-            return _vision(config, image, cache, bucket, ranks)
-        return _text(config, image, cache, quant, kind, bucket, images, ranks)
+            return _vision(config, image, cache, tower_quant(quant), bucket, ranks)
+        return _text(config, image, cache, text_quant(quant), kind, bucket, images, ranks)
 
 
 def fed_inputs(
@@ -101,7 +101,7 @@ def fed_inputs(
     return inputs
 
 
-def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int, ranks: int) -> GraphDef:
+def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, tiles: int, ranks: int) -> GraphDef:
     stage = config.text.stage
     inputs = fed_inputs(config, image, cache, "vision", tiles, 0)
     if cross := cache.cross:
@@ -123,7 +123,7 @@ def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, tiles: int
         kind="vision",
         bucket=tiles,
         images=0,
-        module=VISION_GRAPHS[config.family](config, ranks),
+        module=VISION_GRAPHS[config.family](config, ranks, quant),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         constants=constants if stage.first else {},

@@ -28,6 +28,7 @@ CAUSAL_SIDE = 2048
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: the last query sees the last key, at the true lengths
 # What is added to a score is 0 or far below this; see CROSS_HIDDEN in runtime/artifact.py.
 HIDDEN_BELOW = -1e4
+TYPE_NUMBERS = {torch.float16: 5, torch.bfloat16: 15}  # torch's own numbers of dtypes (c10::ScalarType)
 # So many out features are the most that CANN's WeightQuantBatchMatmulV2 takes.
 MOST_W8_FEATURES = 65535
 
@@ -58,16 +59,26 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     """WeightQuantBatchmatmul over groups of a block. `qweight` comes as int8 around zero (to_signed in
-    runtime/ascend/weights.py).
+    runtime/ascend/weights.py)."""
+    return _grouped(x, qweight, scales, bias, qweight.shape[2])
+
+
+def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """The same, eight numbers of 4 bits in an int32; a transposed one is packed along the input features."""
+    return _grouped(x, qweight, scales, bias, 8 * qweight.shape[2])
+
+
+def _grouped(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> Tensor:
+    """qweight [N, blocks, ..] as it lies, scales [N, blocks].
 
     Transposing weight and scales [N, ..] is left to the operator, which reads both either way, so no weight is copied;
     only a head of more than 65535 features is cut into pieces, which may cost a copy. A last block that is not full is
     zeros in the weight, so x is filled up with zeros.
     """
-    n, blocks, block = qweight.shape
+    n, blocks, _ = qweight.shape
     rows = x.reshape(-1, x.shape[-1])
     rows = aten.constant_pad_nd.default(rows, [0, blocks * block - x.shape[-1]]) if blocks * block > x.shape[-1] else rows
-    weight = qweight.reshape(n, blocks * block)
+    weight = qweight.flatten(1)
     bias = None if bias is None else bias.float() if x.dtype == torch.bfloat16 else bias
     size = math.ceil(n / math.ceil(n / MOST_W8_FEATURES))
     pieces = [
@@ -81,6 +92,15 @@ def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -
         for start in range(0, n, size)
     ]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)).reshape(*x.shape[:-1], n)
+
+
+def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
+    """DynamicQuant, once for all products of one input, and QuantBatchMatmul. Activations are rounded in any case; the
+    simulator's wide mode does not (ge_ops/quant.py)."""
+    rows, row_scales = npu.npu_dynamic_quant.default(x.reshape(-1, x.shape[-1]))
+    number = TYPE_NUMBERS[x.dtype]
+    y = npu.npu_quant_matmul.default(rows, qweight, scales, pertoken_scale=row_scales, bias=bias, output_dtype=number)
+    return y.reshape(*x.shape[:-1], qweight.shape[1])
 
 
 # ---- norms and activations
@@ -293,7 +313,7 @@ def all_gather(x: Tensor, ranks: int) -> Tensor:
 
 
 LOWERINGS: tuple[Callable[..., Any], ...] = (
-    linear, linear_w8, rms_norm, layer_norm, silu_mul, gelu, quick_gelu, embed, merge_rows, take_token, mask_tiles,
-    tile_padding, pad_rows, rope, cached_attention, attention, padded_attention, cross_attention, all_reduce,
-    all_gather,
+    linear, linear_w8, linear_w4, linear_w8a8, rms_norm, layer_norm, silu_mul, gelu, quick_gelu, embed, merge_rows,
+    take_token, mask_tiles, tile_padding, pad_rows, rope, cached_attention, attention, padded_attention, cross_attention,
+    all_reduce, all_gather,
 )  # fmt: skip

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import msgspec
 
-from ..model_defs.config import ModelConfig
+from ..model_defs.config import ModelConfig, text_quant, tower_quant
+from ..model_defs.layers import without_rounding
 from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec, rank_weights
 from ..runtime.backends.base import Backend, Group, open_backend
 from ..runtime.cores import usable_cores
@@ -89,7 +90,13 @@ class GraphMaker:
         # Weights in 8 bits are expanded in pieces too small to be worth handing over.
         text_threads = None if self.options.quant == "none" else 1
         cache, weights = self.plan.cache, self.weights[rank]
-        return EagerBackend(self.out, weights, cache, self._define, threads=threads, text_threads=text_threads)
+        return EagerBackend(self.out, weights, cache, self._unrounded, threads=threads, text_threads=text_threads)
+
+    def _unrounded(self, kind: Kind, bucket: int, images: int) -> GraphDef:
+        """The definition, activations left as they are: what compiled graphs add by rounding them is stated apart."""
+        definition = self._define(kind, bucket, images)
+        without_rounding(definition.module)
+        return definition
 
     @staticmethod
     def _cores(group: Group | None) -> int | None:
@@ -145,8 +152,9 @@ class GraphMaker:
 
     @contextlib.contextmanager
     def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
-        """The exact twin of an ONNX graph with 8-bit weights, for as long as it is checked."""
-        if self.options.backend != "onnx" or self.options.quant == "none" or spec.kind == "vision":
+        """The exact twin of an ONNX graph with quantised weights, for as long as it is checked."""
+        quant = (tower_quant if spec.kind == "vision" else text_quant)(self.options.quant)
+        if self.options.backend != "onnx" or quant == "none":
             yield None
             return
         name = f"{spec.name}.twin.partial"

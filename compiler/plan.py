@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..model_defs.config import ModelConfig, TiledConfig
+from ..model_defs.config import QUANTS, ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
@@ -16,8 +16,7 @@ from ..weights.shard import check_tp, rank_targets
 from ..weights.stored import stored_targets
 
 BACKENDS = ("onnx", "ascend")
-QUANTS = ("none", "w8a8", "w8a16", "w4a16")
-READY_QUANTS = {"onnx": ("none", "w8a16"), "ascend": ("none", "w8a16")}
+READY_QUANTS = {"onnx": QUANTS, "ascend": QUANTS}
 SUFFIXES = {"onnx": ".onnx", "ascend": ".torchair"}  # of graph files
 EAGER_SUFFIX = ".eager.py"
 DTYPES = {"onnx": ("float32",), "ascend": ("float16", "bfloat16")}  # the first is the default
@@ -124,7 +123,7 @@ class Options:
             raise PlanError(f"backend {self.backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
         if self.quant not in READY_QUANTS[self.backend]:
             raise PlanError(
-                f"quantisation {self.quant!r} is not available for {self.backend} in this release; available: "
+                f"quantisation {self.quant!r} is not available for {self.backend}; available: "
                 f"{', '.join(READY_QUANTS[self.backend])}"
             )
         if self.dtype not in ("", *DTYPES[self.backend]):

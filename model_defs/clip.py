@@ -16,7 +16,7 @@ from .vit import Block, PatchEmbed
 class ClipTower(nn.Module):
     """Normalised pixels [N, size, size, 3] -> hidden states of the selected layer [N, P (+1), C]."""
 
-    def __init__(self, config: ClipConfig, ranks: int = 1) -> None:
+    def __init__(self, config: ClipConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
         width = config.hidden_size
         self.keep_class_token = config.keep_class_token
@@ -32,6 +32,7 @@ class ClipTower(nn.Module):
                 eps=config.layer_norm_eps,
                 activation=config.activation,
                 ranks=ranks,
+                quant=quant,
             )
             for _ in range(config.used_layers)
         )

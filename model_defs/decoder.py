@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from . import ops
-from .config import TextConfig
+from .config import TextConfig, head_quant
 from .layers import GatheredLinear, Linear, RMSNorm, RowLinear, Table, empty_parameter, share
 
 Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
@@ -125,7 +125,8 @@ class Decoder(nn.Module):
                 self.layers[str(i)] = CrossBlock(config, quant, ranks)
         if stage.last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-            self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, bias=False, quant=quant, ranks=ranks)
+            head = head_quant(quant)
+            self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, bias=False, quant=head, ranks=ranks)
 
     def blocks(self, x: Tensor, feed: Feed) -> tuple[Tensor, list[Tensor]]:
         """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...)."""

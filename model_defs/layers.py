@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .config import quant_block
+from .config import quant_parts
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -26,18 +26,20 @@ def share(size: int, ranks: int) -> int:
 
 
 class Linear(nn.Module):
-    """x [..., C] -> [..., N]; the weight in float, or in 8 bits with a scale for each block."""
+    """x [..., C] -> [..., N]; the weight in float, or in 8 or 4 bits with scales (config/quant.py).
+
+    `rounds`: whether a quantisation that rounds activations does so. Without, everything else can be compared closely.
+    """
+
+    weight: Tensor
+    qweight: Tensor
+    scales: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quant: str = "none") -> None:
         super().__init__()
-        self.quant = quant
-        if quant == "none":
-            self.weight = empty_parameter(out_features, in_features)
-        else:
-            block = quant_block(in_features)
-            blocks = -(-in_features // block)
-            self.qweight = empty_parameter(out_features, blocks, block, dtype=torch.uint8)
-            self.scales = empty_parameter(out_features, blocks)
+        self.quant, self.rounds = quant, True
+        for name, part in quant_parts(quant, out_features, in_features).items():
+            setattr(self, name, empty_parameter(*part.shape, dtype=getattr(torch, part.dtype or "float32")))
         self.bias = empty_parameter(out_features) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +48,17 @@ class Linear(nn.Module):
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         if self.quant == "none":
             return ops.linear(x, self.weight, bias)
-        return ops.linear_w8(x, self.qweight, self.scales, bias)
+        if self.quant == "w8a8":
+            return ops.linear_w8a8(x, self.qweight, self.scales, bias, self.rounds)
+        op = ops.linear_w8 if self.quant == "w8a16" else ops.linear_w4
+        return op(x, self.qweight, self.scales, bias)
+
+
+def without_rounding(module: nn.Module) -> None:
+    """Let no layer of `module` round its activations."""
+    for each in module.modules():
+        if isinstance(each, Linear):
+            each.rounds = False
 
 
 class RowLinear(Linear):

@@ -30,11 +30,11 @@ class Projector(nn.Module):
 class VisionGraph(nn.Module):
     """pixels [tiles, size, size, 3] uint8 -> image_rows [tiles, P, C], the graph of one of `ranks`."""
 
-    def __init__(self, config: ModelConfig, ranks: int = 1) -> None:
+    def __init__(self, config: ModelConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
         assert isinstance(config.vision, ClipConfig)
         self.pixels = Pixels()
-        self.vision = ClipTower(config.vision, ranks)
+        self.vision = ClipTower(config.vision, ranks, quant)
         self.projector = Projector(config, ranks)
 
     def forward(self, pixels: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ class Tower(nn.Module):
     The tables hold what the checkpoint's gates leave of them; row `aspect_id` belongs to the picture's shape.
     """
 
-    def __init__(self, config: TiledConfig, ranks: int = 1) -> None:
+    def __init__(self, config: TiledConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
         self.config = config
         width, eps, t = config.hidden_size, config.norm_eps, config.tiles
@@ -32,15 +32,15 @@ class Tower(nn.Module):
         self.pre_tile = Table(shapes, t * width)
         self.positions = Table(shapes, t * config.rows_per_tile * width, ranks=ranks)
         self.pre_norm = LayerNorm(width, eps)
-        self.layers = nn.ModuleList(self._block(config, ranks, gated=False) for _ in range(config.layers))
+        self.layers = nn.ModuleList(self._block(config, ranks, quant, gated=False) for _ in range(config.layers))
         self.post_norm = LayerNorm(width, eps)
         self.post_tile = Table(shapes, t * width)
-        self.global_layers = nn.ModuleList(self._block(config, ranks, gated=True) for _ in range(config.global_layers))
+        self.global_layers = nn.ModuleList(self._block(config, ranks, quant, gated=True) for _ in range(config.global_layers))
 
     @staticmethod
-    def _block(config: TiledConfig, ranks: int, *, gated: bool) -> Block:
+    def _block(config: TiledConfig, ranks: int, quant: str, *, gated: bool) -> Block:
         sizes = (config.hidden_size, config.heads, config.intermediate_size)
-        return Block(*sizes, eps=config.norm_eps, attn_bias=False, gated=gated, ranks=ranks)
+        return Block(*sizes, eps=config.norm_eps, attn_bias=False, gated=gated, ranks=ranks, quant=quant)
 
     def forward(self, pixels: Tensor, tile_count: Tensor, aspect_id: Tensor) -> Tensor:
         config = self.config
@@ -94,14 +94,14 @@ class VisionGraph(nn.Module):
     the next take them as their only input, and hand them on.
     """
 
-    def __init__(self, config: ModelConfig, ranks: int = 1) -> None:
+    def __init__(self, config: ModelConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
         vision, text = config.vision, config.text
         assert isinstance(vision, TiledConfig)
         self.stage = text.stage
         if self.stage.first:
             self.pixels = Pixels()
-            self.vision = Tower(vision, ranks)
+            self.vision = Tower(vision, ranks, quant)
             self.projector = GatheredLinear(vision.feature_size, text.hidden_size, bias=True, ranks=ranks)
         # A dictionary, so that a layer keeps its number where others are left out.
         self.cross = nn.ModuleDict({str(j): CrossKeys(config, ranks) for j in text.stage_cross})

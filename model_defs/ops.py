@@ -52,20 +52,83 @@ def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -
 
     Only the weights are rounded. A kernel may round the activations too; a graph's certificate says how far that carries.
     """
-    n, blocks, block = qweight.shape
-    columns, out = x.shape[-1], x.new_empty((*x.shape[:-1], n))
-    # Some rows at a time, in one buffer that stays in the cache: fresh memory for whole weights takes ten times as long.
-    buffer = x.new_empty((min(n, ROWS_AT_ONCE), blocks, block))
-    for start in range(0, n, ROWS_AT_ONCE):
-        part = qweight[start : start + ROWS_AT_ONCE]
-        weight = buffer[: len(part)].copy_(part).sub_(128).mul_(scales[start : start + ROWS_AT_ONCE, :, None])
-        out[..., start : start + len(part)] = torch.nn.functional.linear(x, weight.flatten(1)[:, :columns])
-    return out if bias is None else out + bias
+    return _grouped_linear(x, qweight, scales, bias, lambda part, wide: wide.copy_(part).sub_(128))
 
 
 @linear_w8.register_fake
 def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+@_op("linear_w4")
+def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    """As `linear_w8`, the weight in 4 bits: w = (q - 8) * scales, two q in each of qweight [N, blocks, block / 2], the first in
+    the low bits."""
+
+    def unpack(part: Tensor, wide: Tensor) -> Tensor:
+        wide[..., 0::2].copy_(part & 15)
+        wide[..., 1::2].copy_(part >> 4)
+        return wide.sub_(8)
+
+    return _grouped_linear(x, qweight, scales, bias, unpack, packed=2)
+
+
+@linear_w4.register_fake
+def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty((*x.shape[:-1], qweight.shape[0]))
+
+
+def _grouped_linear(
+    x: Tensor,
+    qweight: Tensor,
+    scales: Tensor,
+    bias: Tensor | None,
+    unpack: Callable[[Tensor, Tensor], Tensor],
+    packed: int = 1,
+) -> Tensor:
+    """A weight with a scale for each block of a row: `unpack` writes stored rows into a tensor of their shape in floats, and
+    `packed` is how many numbers an element of qweight holds."""
+    n, blocks, width = qweight.shape
+    columns, out = x.shape[-1], x.new_empty((*x.shape[:-1], n))
+    # Some rows at a time, in one buffer that stays in the cache: fresh memory for whole weights takes ten times as long.
+    buffer = x.new_empty((min(n, ROWS_AT_ONCE), blocks, width * packed))
+    for start in range(0, n, ROWS_AT_ONCE):
+        part = qweight[start : start + ROWS_AT_ONCE]
+        weight = unpack(part, buffer[: len(part)]).mul_(scales[start : start + ROWS_AT_ONCE, :, None])
+        out[..., start : start + len(part)] = torch.nn.functional.linear(x, weight.flatten(1)[:, :columns])
+    return out if bias is None else out + bias
+
+
+@_op("linear_w8a8")
+def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
+    """x [..., K] in 8 bits, each row by its own scale, times qweight [K, N] int8, times both scales, those of columns being
+    scales [N] float32; plus bias [N].
+
+    A row's scale is max|x| / 127, and x / scale is rounded to the nearest, halves to even. Whole numbers add up exactly (in
+    int32: K is far below 2^31 / 127^2). Without `rounded` x is left as it is and everything is computed in floats.
+    """
+    if not rounded:
+        y = _widened_product(x, qweight) * scales
+    else:
+        rows = x.reshape(-1, x.shape[-1]).float()
+        row_scales = rows.abs().amax(-1, keepdim=True) / 127
+        steps = rows / row_scales.where(row_scales > 0, 1.0)
+        total = torch.ops.aten._int_mm.default(steps.round().to(torch.int8), qweight)
+        y = (total.float() * scales * row_scales).view(*x.shape[:-1], -1)
+    return (y if bias is None else y + bias).to(x.dtype)
+
+
+@linear_w8a8.register_fake
+def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, rounded: bool) -> Tensor:
+    return x.new_empty((*x.shape[:-1], qweight.shape[1]))
+
+
+def _widened_product(x: Tensor, qweight: Tensor) -> Tensor:
+    """x [..., K] times qweight [K, N], some rows of it at a time."""
+    y = x.new_zeros((*x.shape[:-1], qweight.shape[1]))
+    for start in range(0, len(qweight), ROWS_AT_ONCE):
+        y += x[..., start : start + ROWS_AT_ONCE] @ qweight[start : start + ROWS_AT_ONCE].to(x.dtype)
+    return y
 
 
 @_op("rms_norm")

@@ -16,14 +16,15 @@ from .vit import Block, PatchEmbed, Pixels
 class Tower(nn.Module):
     """Normalised pixels [N, size, size, 3] -> [N, P, W]. No class token, no norm behind the last layer."""
 
-    def __init__(self, config: ResampledConfig, ranks: int = 1) -> None:
+    def __init__(self, config: ResampledConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.patch = PatchEmbed(width, config.patch_size)
         self.positions = Table(config.patches, width)
         self.pre_norm = LayerNorm(width, eps)
         self.layers = nn.ModuleList(
-            Block(width, config.heads, config.intermediate_size, eps=eps, ranks=ranks) for _ in range(config.layers)
+            Block(width, config.heads, config.intermediate_size, eps=eps, ranks=ranks, quant=quant)
+            for _ in range(config.layers)
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -72,12 +73,12 @@ class Resampler(nn.Module):
 class VisionGraph(nn.Module):
     """pixels [pictures, size, size, 3] uint8 -> image_rows [pictures, Q, C], the graph of one of `ranks`."""
 
-    def __init__(self, config: ModelConfig, ranks: int = 1) -> None:
+    def __init__(self, config: ModelConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
         assert isinstance(config.vision, ResampledConfig)
         width = config.vision.output_size
         self.pixels = Pixels()
-        self.vision = Tower(config.vision, ranks)
+        self.vision = Tower(config.vision, ranks, quant)
         self.pool = Resampler(config.vision, ranks)
         self.projector = GatheredLinear(width, width, bias=False, ranks=ranks)
 

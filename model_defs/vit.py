@@ -45,11 +45,11 @@ class Pixels(nn.Module):
 class Attention(nn.Module):
     """Every token attends to every token; with `padding` [N, T], padding and padding do not attend to each other."""
 
-    def __init__(self, width: int, heads: int, *, bias: bool, ranks: int) -> None:
+    def __init__(self, width: int, heads: int, *, bias: bool, ranks: int, quant: str) -> None:
         super().__init__()
         self.heads = share(heads, ranks)
-        self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=bias) for _ in range(3))
-        self.o = RowLinear(width, width, bias=bias, ranks=ranks)
+        self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=bias, quant=quant) for _ in range(3))
+        self.o = RowLinear(width, width, bias=bias, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -61,10 +61,10 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """down(activation(up(x)))."""
 
-    def __init__(self, width: int, inner: int, activation: str, ranks: int) -> None:
+    def __init__(self, width: int, inner: int, activation: str, ranks: int, quant: str) -> None:
         super().__init__()
-        self.up = Linear(width, share(inner, ranks), bias=True)
-        self.down = RowLinear(inner, width, bias=True, ranks=ranks)
+        self.up = Linear(width, share(inner, ranks), bias=True, quant=quant)
+        self.down = RowLinear(inner, width, bias=True, quant=quant, ranks=ranks)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,12 +85,13 @@ class Block(nn.Module):
         attn_bias: bool = True,
         gated: bool = False,
         ranks: int = 1,
+        quant: str = "none",
     ) -> None:
         super().__init__()
         self.attn_norm = LayerNorm(width, eps)
-        self.attn = Attention(width, heads, bias=attn_bias, ranks=ranks)
+        self.attn = Attention(width, heads, bias=attn_bias, ranks=ranks, quant=quant)
         self.mlp_norm = LayerNorm(width, eps)
-        self.mlp = Mlp(width, inner, activation, ranks)
+        self.mlp = Mlp(width, inner, activation, ranks, quant)
         self.attn_gate = empty_parameter(1) if gated else None
         self.mlp_gate = empty_parameter(1) if gated else None
 

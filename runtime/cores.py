@@ -1,8 +1,10 @@
-"""How many cores there are to compute with."""
+"""How many cores there are to compute with, and what they can do."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+from pathlib import Path
 
 
 def usable_cores() -> int:
@@ -11,3 +13,12 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         return os.cpu_count() or 1
+
+
+def processor_flags() -> frozenset[str]:
+    """Features of an x86 processor by the names that Linux has for them; empty elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("flags"):
+                return frozenset(line.partition(":")[2].split())
+    return frozenset()

@@ -234,14 +234,22 @@ def test_which_part_of_a_card_is_missing(pairs: dict[str, Pair], monkeypatch: py
         runtime.load(artifact, device="npu")
 
 
-def test_quantised_weights(pairs: dict[str, Pair], tmp_path: Path) -> None:
-    """8 bits: the weights go in signed, and the certificate is as strict as for others."""
+@pytest.mark.parametrize(
+    ("quant", "dtypes"),
+    [
+        ("w8a8", {"float16", "uint8", "int8", "float32"}),  # lm_head is stored as in w8a16
+        pytest.param("w8a16", {"float16", "uint8"}, marks=pytest.mark.slow),
+        pytest.param("w4a16", {"float16", "uint8"}, marks=pytest.mark.slow),
+    ],
+)
+def test_quantised_weights(pairs: dict[str, Pair], tmp_path: Path, quant: str, dtypes: set[str]) -> None:
+    """The certificate is as strict as for others, and answers are those of the float model."""
     out = tmp_path / "artifact"
     buckets = Buckets(prefill=(16,), decode=(1,), context=448, slots=1)
-    build(Options(checkpoint=CHECKPOINTS["llava"], out=out, buckets=buckets, backend="ascend", quant="w8a16"))
+    build(Options(checkpoint=CHECKPOINTS["llava"], out=out, buckets=buckets, backend="ascend", quant=quant))
     manifest = read_manifest(out)
-    assert {spec.dtype for spec in manifest.weights.values()} == {"float16", "uint8"}
-    command = "staticvl compile CHECKPOINT --out ARTIFACT --backend ascend --quant w8a16 --context 900 --slots 1"
+    assert {spec.dtype for spec in manifest.weights.values()} == dtypes
+    command = f"staticvl compile CHECKPOINT --out ARTIFACT --backend ascend --quant {quant} --context 900 --slots 1"
     assert manifest.recompilation(context=900) == command
     assert all(graph.certificate and graph.certificate.worst <= 1e-4 for graph in manifest.graphs)
     expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [SHAPES], max_new_tokens=24, temperature=0.0)

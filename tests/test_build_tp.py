@@ -123,10 +123,11 @@ def test_a_broken_off_build_goes_on(checkpoint: Path, tmp_path: Path, monkeypatc
     verify(tmp_path / "a")
 
 
-def test_in_8_bits_every_rank_is_checked_through_a_twin(checkpoint: Path, tmp_path: Path) -> None:
-    for graph in compile_into(checkpoint, tmp_path / "a", quant="w8a16").manifest.graphs:
+@pytest.mark.parametrize("quant", ["w8a8+vision", *(pytest.param(each, marks=pytest.mark.slow) for each in ("w8a16", "w4a16"))])
+def test_quantised_every_rank_is_checked_through_a_twin(checkpoint: Path, tmp_path: Path, quant: str) -> None:
+    for graph in compile_into(checkpoint, tmp_path / "a", quant=quant).manifest.graphs:
         assert graph.certificate is not None and graph.certificate.passed
-        assert (graph.certificate.rounding is None) == (graph.kind == "vision")
+        assert (graph.certificate.rounding is None) == (graph.kind == "vision" and quant != "w8a8+vision")
     assert not list((tmp_path / "a").rglob("*.partial"))
 
 

@@ -296,7 +296,6 @@ def test_errors_are_one_clear_line(
     assert "prefill is [0]" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: [0]"))
     assert "not valid YAML" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", yaml("prefill: [3"))
     assert "nowhere.yaml does not exist" in error(capsys, "compile", checkpoint, "--out", out, "--buckets", "nowhere.yaml")
-    assert "not available for onnx in this release" in error(capsys, "compile", checkpoint, "--out", out, "--quant", "w4a16")
     assert "has no cross-attention" in error(capsys, "compile", checkpoint, "--out", out, "--images", 2)
     assert "adapter nowhere is not a folder" in error(capsys, "compile", checkpoint, "--out", out, "--lora", "nowhere")
     assert "text before image is 'x'" in error(

@@ -81,6 +81,7 @@ def test_broken_limits_are_told(tmp_path: Path) -> None:
     assert [clause.split(" 0")[0].split(" 1")[0] for clause in told][:2] == ["relative error", "KL"]
     assert any("at least 1" in clause for clause in told) == (compare_logits(*pair(noise=0.5)).agreement < 1)
     assert coarser("float32", "w8a16") == coarser("w8a16", "float16") == "w8a16"
+    assert coarser("w4a16", "w8a8") == "w4a16"
 
 
 def test_a_thresholds_file_changes_what_it_names(tmp_path: Path) -> None:

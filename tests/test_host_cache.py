@@ -32,10 +32,11 @@ DIMS = {
     "none": {"hidden": 512, "heads": 8, "kv_heads": 8, "head_dim": 64, "intermediate": 768, "layers": 2},
     "w8a16": {"hidden": 1024, "heads": 16, "kv_heads": 16, "head_dim": 64, "intermediate": 1152, "layers": 2},
 }
+DIMS["w8a8"] = DIMS["w8a16"]
 BUCKETS = Buckets(prefill=(4, 8), decode=(1, 2), vision=(1,), context=64, slots=2)
 
 
-@pytest.fixture(scope="module", params=["none", "w8a16"])
+@pytest.fixture(scope="module", params=["none", "w8a16", pytest.param("w8a8", marks=pytest.mark.slow)])
 def pristine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("host")
     tiny = tiny_llava(folder / "checkpoint", **DIMS[request.param])

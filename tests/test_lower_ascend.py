@@ -29,7 +29,7 @@ from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CROSS_HIDDEN, ImageFacts
 from staticvl.runtime.ascend import ge_graph
 from staticvl.runtime.ascend.weights import to_signed
-from staticvl.weights.quantize import quantize_w8
+from staticvl.weights.quantize import quantize_w4, quantize_w8, quantize_w8a8
 
 from .conftest import EMBEDDED, REPO
 from .ge_graphs import lower
@@ -99,10 +99,16 @@ def crossed(tokens: int, images: int) -> Case:
     return Case("cross_attention", (q, mask, *keys), call)
 
 
-def quantised(columns: int, block: int, *, bias: bool) -> Case:
-    qweight, scales = quantize_w8(rand(6, columns).float(), block)
+def quantised(columns: int, block: int, *, bias: bool, bits: int = 8) -> Case:
+    qweight, scales = (quantize_w8 if bits == 8 else quantize_w4)(rand(6, columns).float(), block)
     given = (rand(2, 3, columns), qweight, scales.half(), *([rand(6)] if bias else []))
-    return Case("linear_w8", given, lambda f, x, q, s, b=None: f(x, q, s, b))
+    return Case(f"linear_w{bits}", given, lambda f, x, q, s, b=None: f(x, q, s, b))
+
+
+def whole_numbers(*, bias: bool) -> Case:
+    """Its kernel rounds in any case: computed wide, it does not, as its definition without rounding."""
+    given = (rand(2, 3, 70), *quantize_w8a8(rand(6, 70)), *([rand(6)] if bias else []))
+    return Case("linear_w8a8", given, lambda f, x, q, s, b=None: f(x, q, s, b, False))
 
 
 def rotary(b: int, t: int, d: int) -> tuple[Tensor, Tensor]:
@@ -116,6 +122,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear_w8": lambda: quantised(64, 32, bias=True),
     "linear_w8, one block": lambda: quantised(32, 32, bias=False),
     "linear_w8, last block not full": lambda: quantised(40, 32, bias=False),
+    "linear_w4": lambda: quantised(64, 32, bias=True, bits=4),
+    "linear_w4, one block": lambda: quantised(32, 32, bias=False, bits=4),
+    "linear_w4, last block not full": lambda: quantised(40, 32, bias=False, bits=4),
+    "linear_w8a8": lambda: whole_numbers(bias=True),
+    "linear_w8a8, no bias": lambda: whole_numbers(bias=False),
     "rms_norm": lambda: case("rms_norm", rand(2, 3, 10), rand(10), then=(1e-5,)),
     "rms_norm of heads": lambda: case("rms_norm", rand(2, 3, 4, 10), rand(10), then=(1e-2,)),
     "layer_norm": lambda: case("layer_norm", rand(2, 3, 10), rand(10), rand(10), then=(1e-5,)),
@@ -389,6 +400,30 @@ def test_weights_in_8_bits_are_taken_as_they_lie() -> None:
         for expected in ("Reshape", "Transpose", "WeightQuantBatchMatmulV2"):
             (seen,) = parsed.readers(ge_graph.Source(seen.name, 0))
             assert seen.type == expected
+
+
+def test_weights_in_4_bits_are_taken_as_they_lie() -> None:
+    compiled = emitted(GOLDEN_QWEN, "decode-2", quant="w4a16")
+    parsed = ge_graph.parse(compiled.graph)
+    taken = [node for node in parsed.inputs if node.outputs[0].dtype == "int32" and len(node.outputs[0].shape or ()) == 3]
+    assert len(taken) + 1 == parsed.types()["WeightQuantBatchMatmulV2"], "lm_head has 8 bits"
+    for node in taken:
+        seen = node
+        for expected in ("Reshape", "Transpose", "WeightQuantBatchMatmulV2"):
+            (seen,) = parsed.readers(ge_graph.Source(seen.name, 0))
+            assert seen.type == expected
+
+
+def test_whole_number_products_share_their_input() -> None:
+    graph = next(each for each in definitions(GOLDEN_QWEN, quant="w8a8") if each.name == "decode-2")
+    layers, parsed = len(graph.outputs) // 2, ge_graph.parse(emit(graph, "bfloat16").graph)
+    assert (parsed.types()["DynamicQuant"], parsed.types()["QuantBatchMatmulV3"]) == (4 * layers, 7 * layers)
+    taken = [node for node in parsed.inputs if node.outputs[0].dtype == "int8" and len(node.outputs[0].shape or ()) == 2]
+    assert len(taken) == 7 * layers
+    for node in taken:
+        assert [each.type for each in parsed.readers(ge_graph.Source(node.name, 0))] == ["QuantBatchMatmulV3"]
+    scales = [node for node in parsed.inputs if node.outputs[0].dtype == "float32" and len(node.outputs[0].shape or ()) == 1]
+    assert len(scales) == 7 * layers
 
 
 def test_another_dtype_is_refused() -> None:

@@ -22,7 +22,7 @@ from staticvl.runtime.artifact import Kind
 from staticvl.weights import convert as convert_module
 from staticvl.weights.convert import Converted
 from staticvl.weights.shard import rank_span, rank_targets
-from staticvl.weights.stored import stored_targets
+from staticvl.weights.stored import QUANTS, stored_targets
 
 from .lockstep import Meeting, Member, run_ranks
 from .rank_models import Model, model_of, steps, worst_errors
@@ -175,7 +175,7 @@ def test_where_ranks_meet(sizes: Model) -> None:
 
 
 @pytest.mark.parametrize("tp", TP)
-@pytest.mark.parametrize("quant", ["none", "w8a16"])
+@pytest.mark.parametrize("quant", QUANTS)
 def test_modules_hold_what_a_rank_is_given(sizes: Model, tp: int, quant: str) -> None:
     found: dict[str, tuple[int, ...]] = {}
     for graph in replace(sizes, quant=quant).define(tp).values():

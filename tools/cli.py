@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from ..model_defs.config import QUANTS
 from .cards import CARDS
 from .comparing.arguments import add_arguments as add_compare_arguments
 from .sampling_options import EXAMPLES, add_sampling_options
@@ -86,7 +87,7 @@ def _add_compile(commands) -> None:
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder with config.json, weights and tokenizer")
     parser.add_argument("--out", type=Path, metavar="ARTIFACT", help="folder to write; an earlier artifact there is updated")
     parser.add_argument("--backend", choices=("onnx", "ascend"), help="default: onnx")
-    parser.add_argument("--quant", choices=("none", "w8a8", "w8a16", "w4a16"), help="default: none")
+    parser.add_argument("--quant", choices=QUANTS, help="default: none")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
@@ -289,7 +290,7 @@ def _add_tune_buckets(commands) -> None:
         "--card", choices=[*sorted(CARDS), "cpu"], help="at best on this device; default without an artifact: 910B"
     )
     group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="of every run on a card; default: 0")
-    group.add_argument("--quant", choices=("none", "w8a16"), default="none", help="with --checkpoint; default: none")
+    group.add_argument("--quant", choices=QUANTS, default="none", help="with --checkpoint; default: none")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="", help="with --checkpoint")
     group.add_argument("--costs", type=Path, metavar="FILE", help="YAML with milliseconds: {prefill: {16: 4.1, 64: 9.5}, ...}")
     group.add_argument("--save-costs", type=Path, metavar="FILE", help="write the measured costs as such a table")

@@ -20,16 +20,16 @@ import msgspec
 import torch
 from torch import Tensor
 
-from ..model_defs.config import ModelConfig, quant_block
+from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
 from .cut import Span, read_span
 from .names.rule import Shape
-from .quantize import quantize_w8
+from .quantize import quantize
 from .rules import Plan, Recipe, match, targets
 from .shard import rank_span, rank_targets, shard_axis
 from .source import Source
-from .stored import is_quantised, stored_parts, stored_targets
+from .stored import quant_of, stored_parts, stored_targets
 from .tensors import SourceTensor, StoredTensor, WeightsError
 from .writer import Shard, check_space, lay_out, one_thread, write_shard
 
@@ -90,12 +90,12 @@ def convert(
 
     Of a pipeline, `config` is that of one stage, and `rank` one of those that hold this stage.
 
-    `quant`: "none" stores every tensor in `dtype`; "w8a16" stores the decoder's linear layers in 8 bits (see quantize).
+    `quant`: "none" stores every tensor in `dtype`; others store the decoder's linear layers in fewer bits (see quantize).
     `prefix` has to name source, config, quant, dtype and tp: files of the same prefix that a broken-off run has finished are
     kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
     bytes of each step; they add up to the sizes of `plan_shards`.
     A tensor that is taken as it is is never whole in memory where it is cut; one that is made of others is made whole and then
-    cut. 8-bit weights are cut first.
+    cut. Weights are cut before they are quantised.
     Raises WeightsError as `check_tp`, `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
     shards = plan_shards(config, quant, prefix, shard_bytes, dtype, tp=tp, rank=rank)
@@ -166,12 +166,12 @@ class _Parts:
         assert name not in self.read, name
         self.read.add(name)
         tensor = _filled(self._made(self.plan.recipes[name], self.spans[name]), self.shapes[name])
-        if not is_quantised(name, self.quant):
+        kind = quant_of(name, self.quant)
+        if kind == "none":
             self._check_range(name, tensor)
             return {name: tensor}
-        q, scales = quantize_w8(tensor, quant_block(tensor.shape[1]))
         stem = name.removesuffix(".weight")
-        return {f"{stem}.qweight": q, f"{stem}.scales": scales}
+        return {f"{stem}.{part}": value for part, value in quantize(kind, tensor).items()}
 
     def _made(self, recipe: Recipe, span: Span | None) -> Tensor:
         rule, pairs = recipe.rule, list(zip(recipe.tensors, recipe.rule.sources, strict=True))

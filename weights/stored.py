@@ -1,33 +1,35 @@
-"""How each parameter is stored in an artifact: in a float type, or in 8 bits with a scale for each block of a row."""
+"""How each parameter is stored in an artifact: in a float type, or quantised (model_defs/config/quant.py)."""
 
 from __future__ import annotations
 
 import re
 
-from ..model_defs.config import ModelConfig, quant_block
+from ..model_defs.config import QUANTS, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
 from .shard import rank_targets
 from .tensors import StoredTensor
 
-QUANTS = ("none", "w8a16")
-_QUANTISED = re.compile(r"text\.(?:layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:gate|up|down))|lm_head)\.weight")
+_QUANTISED = re.compile(r"text\.layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:gate|up|down))\.weight")
+_TOWER = re.compile(r"vision\.(?:global_)?layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:up|down))\.weight")
+_HEAD = "text.lm_head.weight"
 
 
-def is_quantised(name: str, quant: str) -> bool:
-    """Whether parameter `name` is stored in 8 bits: the decoder's linear layers and lm_head, under "w8a16"."""
-    return quant == "w8a16" and _QUANTISED.fullmatch(name) is not None
+def quant_of(name: str, quant: str) -> str:
+    """How parameter `name` is stored in an artifact of `quant`: "none" but for the linear layers of the decoder's and perhaps
+    the tower's blocks, and lm_head."""
+    if name == _HEAD:
+        return head_quant(quant)
+    if _TOWER.fullmatch(name):
+        return tower_quant(quant)
+    return text_quant(quant) if _QUANTISED.fullmatch(name) else "none"
 
 
 def stored_parts(name: str, shape: tuple[int, ...], quant: str, dtype: str = "float32") -> dict[str, StoredTensor]:
     """What parameter `name` of `shape` becomes: itself in `dtype`, or NAME.qweight and NAME.scales for NAME.weight."""
-    if not is_quantised(name, quant):
+    kind = quant_of(name, quant)
+    if kind == "none":
         return {name: StoredTensor(dtype, shape)}
-    stem, (rows, columns) = name.removesuffix(".weight"), shape
-    block = quant_block(columns)
-    blocks = -(-columns // block)
-    return {
-        f"{stem}.qweight": StoredTensor("uint8", (rows, blocks, block)),
-        f"{stem}.scales": StoredTensor(dtype, (rows, blocks)),
-    }
+    stem = name.removesuffix(".weight")
+    return {f"{stem}.{key}": StoredTensor(part.dtype or dtype, part.shape) for key, part in quant_parts(kind, *shape).items()}
 
 
 def stored_targets(config: ModelConfig, quant: str, dtype: str = "float32", tp: int = 1) -> dict[str, StoredTensor]:

@@ -11,7 +11,7 @@ from pathlib import Path
 TOWER = "tower/"
 
 FLOATS = ("float32", "float16", "bfloat16")
-_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1}
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
 
 
 class WeightsError(ValueError):
@@ -38,7 +38,7 @@ class SourceTensor:
 class StoredTensor:
     """What a weight file holds under one name."""
 
-    dtype: str  # float32 | float16 | bfloat16 | uint8
+    dtype: str  # float32 | float16 | bfloat16 | uint8 | int8
     shape: tuple[int, ...]
 
     @property

@@ -15,6 +15,7 @@ from pathlib import Path
 from .keys import Keys, load_config, read_json
 from .llava import read_llava
 from .mllama import read_mllama
+from .quant import QUANTS, head_quant, quant_block, quant_parts, text_quant, tower_quant
 from .qwen_vl import read_qwen_vl
 from .stage import Stage
 from .stored import decode_config, encode_config
@@ -27,10 +28,10 @@ from .types import (
     RopeConfig,
     TextConfig,
     TiledConfig,
-    quant_block,
 )
 
 __all__ = [
+    "QUANTS",
     "ClipConfig",
     "ConfigError",
     "Llama3Scaling",
@@ -42,9 +43,13 @@ __all__ = [
     "TiledConfig",
     "decode_config",
     "encode_config",
+    "head_quant",
     "quant_block",
+    "quant_parts",
     "read_config",
     "read_json",
+    "text_quant",
+    "tower_quant",
 ]
 
 Reader = Callable[[Keys, Path, Path | None], ModelConfig]  # keys, checkpoint, folder of a vision tower stored apart

@@ -229,11 +229,6 @@ class ModelConfig:
         return replace(self, text=replace(self.text, stage=Stage(index, count)))
 
 
-def quant_block(columns: int) -> int:
-    """Weights of one row that share a scale when they are stored in 8 bits: 128, or 32 where rows do not divide by that."""
-    return 128 if columns % 128 == 0 else 32
-
-
 def _check_patches(image_size: int, patch_size: int) -> None:
     if image_size % patch_size:
         raise ConfigError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")

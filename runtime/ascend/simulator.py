@@ -124,7 +124,10 @@ class Simulator:
                 raise GeGraphError(
                     f"output {described.name} has the shape {list(output.shape)}; torchair traced {list(described.shape)}"
                 )
-            if described.dtype is not None and output.dtype != (expected := self._dtype(described.dtype)):
+            if described.dtype is None:
+                continue
+            unrounded = self.wide and described.dtype == "int8" and output.is_floating_point()
+            if not unrounded and output.dtype != (expected := self._dtype(described.dtype)):
                 raise GeGraphError(f"output {described.name} is {output.dtype}; torchair traced {expected}")
 
     def _dtype(self, name: str) -> torch.dtype:

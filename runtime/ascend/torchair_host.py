@@ -29,6 +29,8 @@ from . import process_groups
 
 VERSION = "2.13.0"  # of torch_npu; it has to be that of torch
 VARIABLE = "STATICVL_TORCH_NPU"
+# Dtypes that torch has no name for, by the numbers that torch_npu has given them.
+DTYPE_NUMBERS = {"int4": 285, "hifloat8": 290, "float8_e8m0fnu": 293, "float4_e2m1fn_x2": 296, "float4_e1m2fn_x2": 297}
 SOCS = ("Ascend910B", "Ascend310P")  # families of chips; the first is the default
 _EXTENSION = "torchair.core._torchair"
 
@@ -151,7 +153,7 @@ def _schemas(data: Any) -> Iterator[str]:
 def _register_shapes(folder: Path) -> Any:
     """The wheel's shape functions; the module wants parts of torch_npu for error texts and versions only."""
     names = {
-        "torch_npu": {},
+        "torch_npu": DTYPE_NUMBERS,
         "torch_npu.utils": {},
         "torch_npu.utils._error_code": {"ErrCode": types.SimpleNamespace(), "ops_error": lambda *_: ""},
         "torch_npu.npu": {},
@@ -163,6 +165,18 @@ def _register_shapes(folder: Path) -> Any:
         scope = {"__name__": "torch_npu_shapes"}
         exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
     return scope
+
+
+def _with_torch_npu(converter: Callable[..., Any]) -> Callable[..., Any]:
+    """A converter that imports torch_npu, for names of dtypes and of the chip; otherwise torchair has to find it absent."""
+
+    @functools.wraps(converter)
+    def convert(*args: Any, **settings: Any) -> Any:
+        npu = types.SimpleNamespace(get_device_name=lambda: SOCS[0])
+        with _modules({"torch_npu": _module("torch_npu", npu=npu, **DTYPE_NUMBERS)}):
+            return converter(*args, **settings)
+
+    return convert
 
 
 def _module(name: str, **members: Any) -> types.ModuleType:
@@ -188,7 +202,9 @@ def _import_torchair(folder: Path) -> types.ModuleType:
     # torchair takes over two signals; the process is not its own here.
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
+        import torch
         import torchair  # pyright: ignore[reportMissingImports]
+        import torchair._ge_concrete_graph.ge_converter.custom  # pyright: ignore[reportMissingImports]  the converters
         import torchair.inference  # pyright: ignore[reportMissingImports]
         import torchair.ops._npu_fused_infer_attention_score  # pyright: ignore[reportMissingImports]  defines the operator
     finally:
@@ -197,6 +213,8 @@ def _import_torchair(folder: Path) -> types.ModuleType:
             for each, handler in handlers.items():
                 signal.signal(each, handler)
     process_groups.install(sys.modules)
+    operator: Any = torch.ops.npu.npu_quant_matmul.default
+    operator._ge_converter = _with_torch_npu(operator._ge_converter)
     return torchair
 
 

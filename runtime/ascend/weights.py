@@ -23,9 +23,19 @@ def map_weight(folder: Path, spec: WeightSpec) -> Tensor:
     return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
 
 
+PACKED_BLOCK = 16  # bytes of a block of 32 numbers of 4 bits; a block of 8 bits has at least twice as many
+
+
 def to_signed(qweight: Tensor) -> Tensor:
-    """uint8 weights around 128, as artifacts store them -> int8 around 0, as Ascend graphs take them; same shape and bytes
-    but for the top bit of each."""
+    """Quantised weights as artifacts store them -> as Ascend graphs take them: the same but for the top bit of each number.
+
+    Of 8 bits: uint8 around 128 -> int8 around 0, same shape. Of 4 bits, two in a byte around 8: int32 of eight around 0, the
+    first in the lowest bits, the last axis a quarter as long. int8 stays what it is.
+    """
     import torch
 
-    return (qweight ^ 128).view(torch.int8)
+    if qweight.dtype == torch.int8:
+        return qweight
+    if qweight.shape[-1] == PACKED_BLOCK:
+        return (qweight ^ 0x88).view(torch.int32)
+    return (qweight ^ 0x80).view(torch.int8)

@@ -13,15 +13,15 @@ import contextlib
 import ctypes
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from ..artifact import CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
-from ..cores import usable_cores
+from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
+from ..cores import processor_flags, usable_cores
 from .base import Group, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
 
@@ -248,12 +248,25 @@ class OrtBackend:
             cache[target, :, :count] = cache[source, :, :count]
 
 
+def check_processor(quant: str, flags: Collection[str]) -> None:
+    """Raise ArtifactError where this processor would compute an artifact's products wrong.
+
+    x86 processors without VNNI add products of unsigned and signed bytes in 16 bits, two at a time, and cut off what is more.
+    """
+    if quant.startswith("w8a8") and "sse2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
+        raise ArtifactError(
+            f"artifact stored as {quant} needs a processor with VNNI (flag avx512_vnni or avx_vnni), which this one lacks; "
+            "compile it with --quant w8a16"
+        )
+
+
 def open_ort(
     folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None, group: Group | None = None
 ) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
+    check_processor(manifest.quant, processor_flags())
     host = None
     if (group.stages * group.size if group else 1) == manifest.ranks:  # else no graph can be loaded
         weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))

@@ -105,7 +105,7 @@ class Comparison:
     @staticmethod
     def _stores(side: Side) -> list[Store]:
         if isinstance(side, StaticSide):
-            return [Store(side.artifact.folder, weights) for weights in side.rank_weights]
+            return [Store(side.artifact.folder, weights, side.artifact.manifest.quant) for weights in side.rank_weights]
         assert isinstance(side, HfSide)
         checkpoint: Checkpoint = side.checkpoint
         return [Store(checkpoint.out, checkpoint.weights)]

@@ -1,4 +1,4 @@
-"""How far a fault reaches: one bucket, one kind of graph, one number of tiles, one rank, 8-bit weights alone."""
+"""How far a fault reaches: one bucket, one kind of graph, one number of tiles, one rank, quantised weights alone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ def scope(edges: Sequence[EdgeResult], findings: Sequence[Finding], ranks: int, 
     if ranks > 1 and len(of_ranks) == 1:
         told.append(f"only rank {of_ranks.pop()} of {ranks} is at fault")
     weights = [each for each in findings if each.stage == "weights"]
-    if quant != "none" and weights and all("stored in 8 bits" in each.text for each in weights):
-        told.append("only weights that are stored in 8 bits are at fault")
+    for bits in (8, 4):
+        if quant != "none" and weights and all(f"stored in {bits} bits" in each.text for each in weights):
+            told.append(f"only weights that are stored in {bits} bits are at fault")
     return told
 
 

@@ -18,6 +18,7 @@ from ...compiler.graphs import GraphDef, define_graph, trace
 from ...compiler.lockstep import ArrayMember, Meeting
 from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.config import ModelConfig
+from ...model_defs.layers import without_rounding
 from ...runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, Segment, Step, WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
@@ -72,11 +73,11 @@ def _place(order: list[OpError], error: OpError) -> int:
 
 
 def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.export.ExportedProgram]:
-    """One rank's definition of a graph, and its trace."""
+    """One rank's definition of a graph, and its trace. Ascend's graphs are looked into while nothing rounds."""
     assert side.config is not None
     manifest = side.artifact.manifest
-    sizes = graph.kind, graph.bucket, graph.images
-    return traced(side.config, side.facts.image, rank_cache(side), manifest.quant, *sizes, manifest.tp)
+    sizes = graph.kind, graph.bucket, graph.images, manifest.tp
+    return traced(side.config, side.facts.image, rank_cache(side), manifest.quant, *sizes, rounded=manifest.backend == "onnx")
 
 
 def rank_cache(side: StaticSide) -> CacheSpec:
@@ -88,10 +89,21 @@ def rank_cache(side: StaticSide) -> CacheSpec:
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
 def traced(
-    config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, kind: Kind, bucket: int, images: int, ranks: int
+    config: ModelConfig,
+    image: ImageFacts,
+    cache: CacheSpec,
+    quant: str,
+    kind: Kind,
+    bucket: int,
+    images: int,
+    ranks: int,
+    *,
+    rounded: bool,
 ) -> tuple[GraphDef, torch.export.ExportedProgram]:
     """The definition of a graph, and its trace."""
     graph = define_graph(config, image, cache, quant, kind, bucket, images, ranks)
+    if not rounded:
+        without_rounding(graph.module)
     return graph, trace(graph)
 
 

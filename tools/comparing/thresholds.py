@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from ...model_defs.config import text_quant
 from ...runtime.artifact import Manifest
 from .metrics import Figures
 
@@ -44,15 +45,22 @@ DEFAULTS = {
     "w8a16": Thresholds(
         relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=2e-2, inputs=1e-5, operators=6e-2
     ),
+    "w8a8": Thresholds(
+        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=2e-2, inputs=1e-5, operators=6e-2
+    ),
+    "w4a16": Thresholds(
+        relative=0.6, kl=0.5, agreement=0.7, perplexity=0.5, weights=0.26, inputs=1e-5, operators=6e-2
+    ),
 }  # fmt: skip
-_ORDER = ("float32", "float16", "bfloat16", "w8a16")  # from fine to coarse
+_ORDER = ("float32", "float16", "bfloat16", "w8a16", "w8a8", "w4a16")  # from fine to coarse
 
 
 def precision(manifest: Manifest | None) -> str:
     """The row of the table for one side; None: a checkpoint, which is computed in float32."""
     if manifest is None:
         return "float32"
-    return manifest.quant if manifest.quant in DEFAULTS else manifest.cache.dtype
+    quant = text_quant(manifest.quant)
+    return quant if quant in DEFAULTS else manifest.cache.dtype
 
 
 def coarser(a: str, b: str) -> str:

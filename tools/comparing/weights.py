@@ -13,7 +13,9 @@ from ...model_defs.config import ModelConfig
 from ...runtime.artifact import WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...weights.cut import Span
+from ...weights.quantize import dequantize
 from ...weights.shard import rank_span, shard_axis
+from ...weights.stored import quant_of
 from .findings import Finding
 
 CERTAIN = 1e-5  # a match of this quality is no chance
@@ -21,13 +23,14 @@ CERTAIN = 1e-5  # a match of this quality is no chance
 
 @dataclass(frozen=True, slots=True)
 class Store:
-    """One rank's weights in a folder."""
+    """One rank's weights in a folder; `quant` as in its manifest."""
 
     folder: Path
     weights: Mapping[str, WeightSpec]
+    quant: str = "none"
 
     def names(self) -> list[str]:
-        """Parameters, an 8-bit one by the name that it would have in float."""
+        """Parameters, a quantised one by the name that it would have in float."""
         found = dict.fromkeys(name for name in self.weights if not name.endswith((".qweight", ".scales")))
         return [*found, *(f"{n.removesuffix('.qweight')}.weight" for n in self.weights if n.endswith(".qweight"))]
 
@@ -35,12 +38,16 @@ class Store:
         return name not in self.weights
 
     def read(self, name: str, columns: int) -> Tensor:
-        """A parameter in float32; `columns` cuts off what fills up a last block of 8-bit weights."""
+        """A parameter in float32; `columns` cuts off what fills up a last block of quantised weights."""
         if not self.quantised(name):
             return map_weight(self.folder, self.weights[name]).float()
         stem = name.removesuffix(".weight")
-        q, scales = (map_weight(self.folder, self.weights[f"{stem}.{part}"]).float() for part in ("qweight", "scales"))
-        return ((q - 128) * scales[..., None]).flatten(1)[:, :columns]
+        parts = {part: map_weight(self.folder, self.weights[f"{stem}.{part}"]) for part in ("qweight", "scales")}
+        return dequantize(quant_of(name, self.quant), parts, columns)
+
+    def bits(self, name: str) -> int:
+        """Of a quantised parameter."""
+        return 4 if quant_of(name, self.quant) == "w4a16" else 8
 
 
 class WeightComparison:
@@ -85,8 +92,9 @@ class WeightComparison:
     def _finding(self, name: str, rank: int, a: Tensor, b: Tensor, error: float) -> Finding:
         reason = next(self._reasons(name, rank, a, b), "")
         text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude (allowed: {self.limit:.0e})"
-        quantised = self.candidate[0].quantised(name)
-        text += (" on rank " + str(rank) if self._rank(rank) is not None else "") + (", stored in 8 bits" if quantised else "")
+        store = self.candidate[0]
+        text += f" on rank {rank}" if self._rank(rank) is not None else ""
+        text += f", stored in {store.bits(name)} bits" if store.quantised(name) else ""
         return Finding(
             stage="weights", where=name, text=text + (f": {reason}" if reason else ""), error=error, shape=tuple(b.shape),
             rank=self._rank(rank),
@@ -107,7 +115,7 @@ class WeightComparison:
         return torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part
 
     def _columns(self, name: str, ranks: int) -> int:
-        """Columns of a decoder's linear layer as `ranks` hold it, for what is stored in 8 bits."""
+        """Columns of a decoder's linear layer as `ranks` hold it, for what is quantised."""
         text = self.config.text
         wide = text.intermediate_size if name.endswith("mlp.down.weight") else text.hidden_size
         if name.endswith("attn.o.weight"):

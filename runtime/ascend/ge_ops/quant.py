@@ -1,4 +1,7 @@
-"""Products with 8-bit weights, and the quantisation of activations."""
+"""Products with quantised weights, and the quantisation of activations.
+
+With `wide` nothing is rounded: activations stay what they are worth in steps of 8 bits, as float32 (see simulator.py).
+"""
 
 from __future__ import annotations
 
@@ -23,18 +26,20 @@ def weight_quant_batch_matmul_v2(
     antiquant_group_size: int = 0,
     inner_precise: int,
 ) -> Tensor:
-    """x [M, K] times (weight [K, N] + offset) * scale, plus bias [N]; weight in int8.
+    """x [M, K] times (weight [K, N] + offset) * scale, plus bias [N]; weight in int8, or in int32 that
+    hold eight numbers of 4 bits each, the first in the lowest bits: along N, or along K where the weight is transposed.
 
     Scale and offset: [1] for all, [N] or [1, N] per column, [K / g, N] for groups of g rows (antiquant_group_size). The weight
     is rounded to x's dtype before the product, since the cube unit takes nothing wider; inner_precise (0 or 1) is about speed.
     """
-    if weight.dtype != torch.int8:
-        raise UnsupportedError(f"input weight is {weight.dtype}; only int8 is supported")
+    if weight.dtype not in (torch.int8, torch.int32):
+        raise UnsupportedError(f"input weight is {weight.dtype}; only int8 and int32 are supported")
     if inner_precise not in (0, 1):
         raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 or 1")
     same_dtypes(x=x, antiquant_scale=antiquant_scale)
     left = x.T if transpose_x else x
     right = weight.T if transpose_weight else weight
+    right = _unpacked(right, left.shape[1]) if right.dtype == torch.int32 else right
     scale, offset = antiquant_scale, antiquant_offset
     if transpose_weight:  # then scale and offset are transposed too
         scale, offset = (each.T if each is not None and each.dim() == 2 else each for each in (scale, offset))
@@ -43,6 +48,17 @@ def weight_quant_batch_matmul_v2(
     shift = 0 if offset is None else wide(_per_row(offset, right, antiquant_group_size, "antiquant_offset"))
     product = wide(left) @ wide(((right.float() + shift) * dense).to(x.dtype))
     return (product if bias is None else product + wide(bias)).to(x.dtype)
+
+
+def _unpacked(weight: Tensor, rows: int) -> Tensor:
+    """int32 [K / 8, N] or [K, N / 8] -> int8 [K, N], K being `rows`."""
+    packed = weight.T if len(weight) * 8 == rows else weight  # numbers lie along the last axis
+    if rows not in (len(weight), 8 * len(weight)):
+        shape = list(weight.shape)
+        raise UnsupportedError(f"input weight has the shape {shape}; expected {rows} or {rows // 8} rows of int32")
+    numbers = (packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
+    whole = ((numbers ^ 8) - 8).to(torch.int8).flatten(1)
+    return whole.T if packed is not weight else whole
 
 
 def _per_row(values: Tensor, weight: Tensor, group: int, name: str) -> Tensor:
@@ -74,11 +90,12 @@ def quant_batch_matmul_v3(
     An int32 bias joins the integers, which add up exactly; any other is added after the scales. Scales are float32 or bfloat16:
     those in 64 bits, which the device's float16 path packs, are refused.
     """
-    if x1.dtype != torch.int8 or x2.dtype != torch.int8:
+    if x1.dtype != (torch.float32 if run.wide and x1.is_floating_point() else torch.int8) or x2.dtype != torch.int8:
         raise UnsupportedError(f"operands are {x1.dtype} and {x2.dtype}; only int8 is supported")
     if scale.dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedError(f"input scale is {scale.dtype}; only float32 and bfloat16 are supported")
-    total = exact_product(x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2)
+    left, right = x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2
+    total = left @ right.float() if left.is_floating_point() else exact_product(left, right)
     if bias is not None and bias.dtype == torch.int32:
         total, bias = total + bias, None
     if run.dtype(dtype) == torch.int32:
@@ -92,10 +109,11 @@ def quant_batch_matmul_v3(
 def dynamic_quant(x: Tensor, smooth_scales: Tensor | None = None, *, dst_type: int = 2, run: Run) -> tuple[Tensor, Tensor]:
     """Each row of x in int8, and its scale max|x| / 127 in float32; smooth_scales multiply the columns first.
 
-    Rounds to the nearest, halves to even. A row of zeros has the scale 0.
+    Rounds to the nearest, halves to even, unless it is wide. A row of zeros has the scale 0.
     """
     if run.dtype(dst_type) != torch.int8:
         raise UnsupportedError(f"attribute dst_type = {run.dtype(dst_type)} is not supported; only int8 is")
     y = wide(x) if smooth_scales is None else wide(x) * wide(smooth_scales)
     scale = y.abs().amax(-1) / 127
-    return (y / scale.where(scale > 0, 1)[..., None]).round().clamp(-128, 127).to(torch.int8), scale
+    steps = y / scale.where(scale > 0, 1)[..., None]
+    return steps if run.wide else steps.round().clamp(-128, 127).to(torch.int8), scale

@@ -1,0 +1,116 @@
+"""What a quantisation costs the trained tiny models: right answers on drawings that they were not trained on, and logits.
+
+    python -m benchmarks.quantisation_accuracy [--models tiny_llava15,...] [--quants w8a16,...] [--drawings 40] [--backend onnx]
+
+Answers are greedy. Logits are compared before each token of the float model's own answers, whatever the quantised model would
+have said before it: the share of equal first choices, and the mean Kullback-Leibler divergence in nats. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.model_defs.config import QUANTS
+from staticvl.tools.comparing.metrics import compare_logits
+from staticvl.tools.comparing.samples import asked
+from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
+from staticvl.tools.drawings import iou, parse_box
+from staticvl.tools.train_tiny import Case, cases
+
+ASSETS = Path(__file__).parent.parent / "tools" / "assets"
+MODELS = ("tiny_llava15", "tiny_llava16", "tiny_mllama")
+EXTRA = "two pictures"  # which not every model has learnt well
+
+
+@dataclass(frozen=True, slots=True)
+class Answers:
+    """Of one model to all cases."""
+
+    tokens: list[np.ndarray]
+    right: list[bool]
+
+
+def compiled(model: str, quant: str, out: Path, backend: str = "onnx") -> StaticSide:
+    """A trained model, compiled and opened."""
+    images = (2,) if model == "tiny_mllama" else None
+    buckets = Buckets(prefill=(64,), decode=(4,), context=1024, slots=4, images=images)
+    build(Options(checkpoint=ASSETS / model, out=out, buckets=buckets, quant=quant, backend=backend))
+    return open_artifact_side(out, device="auto", threads=None, name=out.name)
+
+
+def answered(side: StaticSide, wanted: list[Case]) -> Answers:
+    """What the model says by itself."""
+    pictures = [list(case.pictures) for case in wanted]
+    outs = side.model.generate([case.question for case in wanted], pictures, max_new_tokens=80, temperature=0.0)
+    right = [is_right(case, out.text) for case, out in zip(wanted, outs, strict=True)]
+    return Answers([np.array(out.token_ids) for out in outs], right)
+
+
+def is_right(case: Case, text: str) -> bool:
+    """Word for word; a box when it overlaps the true one by three quarters."""
+    if case.kind != "box":
+        return text == case.answer
+    said, true = parse_box(text), parse_box(case.answer)
+    return said is not None and true is not None and iou(said, true) >= 0.75
+
+
+def forced(side: StaticSide, wanted: list[Case], answers: Answers) -> list[np.ndarray]:
+    """Logits [n, V] before each token of the answers."""
+    prompts = [side.prepare(asked(case.kind, case.question, case.pictures)) for case in wanted]
+    return [said.logits for said in side.say(prompts, answers.tokens)]
+
+
+def measure(model: str, quants: list[str], drawings: int, backend: str, folder: Path) -> dict[str, dict[str, float]]:
+    """Figures of one model by quantisation."""
+    wanted = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
+    reference = compiled(model, "none", folder / "none", backend)
+    answers = answered(reference, wanted)
+    logits = forced(reference, wanted, answers)
+    found = {"none": {"right": float(np.mean(answers.right)), "cases": float(len(wanted))}}
+    for quant in quants:
+        side = compiled(model, quant, folder / quant, backend)
+        own = answered(side, wanted)
+        figures = [compare_logits(*each) for each in zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)]
+        rows = np.array([len(each) for each in answers.tokens])
+        roundings = [g.certificate.rounding for g in side.artifact.manifest.graphs if g.certificate and g.certificate.rounding]
+        found[quant] = {
+            "right": float(np.mean(own.right)),
+            "same answers": float(np.mean([np.array_equal(a, b) for a, b in zip(own.tokens, answers.tokens, strict=True)])),
+            "agreement": float(np.average([each.agreement for each in figures], weights=rows)),
+            "kl": float(np.average([each.kl_mean for each in figures], weights=rows)),
+            "rounding": max(roundings, default=0.0),
+            "tokens": float(rows.sum()),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", default=",".join(MODELS))
+    parser.add_argument("--quants", default=",".join(QUANTS[1:]))
+    parser.add_argument("--drawings", type=int, default=40)
+    parser.add_argument("--backend", default="onnx", choices=("onnx", "ascend"))
+    args = parser.parse_args()
+    table = {}
+    for model in args.models.split(","):
+        with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
+            table[model] = measure(model, args.quants.split(","), args.drawings, args.backend, Path(folder))
+        for quant, f in table[model].items():
+            told = f"{model:14} {quant:6} right {100 * f['right']:6.2f} %"
+            if quant != "none":
+                told += f"  same answers {100 * f['same answers']:6.2f} %  agreement {100 * f['agreement']:7.3f} %"
+                told += f"  KL {f['kl']:.2e}  rounding {f['rounding']:.3f}"
+            print(told, flush=True)
+    print(json.dumps(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,214 @@
+"""Products of quantised weights: onnxruntime's kernels against their definitions, what a graph holds of them, and faults."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from torch import Tensor
+
+from staticvl.compiler.build import build, prepare
+from staticvl.compiler.check import CertificateError
+from staticvl.compiler.emit_onnx import LOWERINGS, emit
+from staticvl.compiler.graphs import GraphDef
+from staticvl.compiler.make import GraphMaker
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.compiler.progress import Progress
+from staticvl.model_defs import ops
+from staticvl.model_defs.config import tower_quant
+from staticvl.model_defs.layers import Linear, without_rounding
+from staticvl.runtime.artifact import ArtifactError, TensorSpec, read_manifest
+from staticvl.runtime.backends.ort import check_processor
+from staticvl.weights.quantize import dequantize, quantize
+
+from .checkpoints import tiny_llava
+
+QUANTS = ("w8a16", "w8a8+vision", "w4a16")
+
+
+def layer(quant: str, n: int, k: int, *, bias: bool) -> tuple[Linear, Tensor]:
+    """A filled layer, and the weight that it stands for."""
+    random = torch.Generator().manual_seed(n * k)
+    parts = quantize(quant, torch.randn(n, k, generator=random))
+    module = Linear(k, n, bias=bias, quant=quant)
+    module.load_state_dict(parts | ({"bias": torch.randn(n, generator=random)} if bias else {}))
+    return module, dequantize(quant, parts, k)
+
+
+def compiled(module: Linear, x: Tensor) -> Tensor:
+    """What onnxruntime makes of x."""
+    expected = module(x)
+    specs = [TensorSpec(name=name, dtype="float32", shape=tuple(each.shape)) for name, each in (("x", x), ("y", expected))]
+    values = {name: each.numpy() for name, each in module.named_parameters()}
+    graph = GraphDef("decode", 1, 0, module, (specs[0],), (specs[1],), values)
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = ort.InferenceSession(emit(graph, {}), options, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+
+@pytest.mark.parametrize("shape", [(3,), (1, 5), (4, 1), (2, 3)])
+@pytest.mark.parametrize(("n", "k"), [(7, 96), (40, 256)])
+def test_onnx_runtime_multiplies_whole_numbers_as_defined(shape: tuple[int, ...], n: int, k: int) -> None:
+    """Roundings included: half a step goes to the even neighbour, whatever shape rows come in; zeros give the bias."""
+    module, _ = layer("w8a8", n, k, bias=True)
+    x = torch.randn(*shape, k, generator=torch.Generator().manual_seed(1))
+    x *= 10 ** torch.arange(shape[0]).view(-1, *[1] * len(shape))
+    rows = x.view(-1, k)
+    rows[0, :6] = torch.tensor([127.0, 0.5, 1.5, 2.5, -0.5, -1.5])
+    rows[0, 6:] /= rows[0, 6:].abs().max()
+    rows[-1] = 0
+    got, expected = compiled(module, x), module(x)
+    assert torch.equal(expected.view(-1, n)[-1], module.bias)
+    torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_row_is_rounded_by_its_own_scale() -> None:
+    """As exact arithmetic in 64 bits has it; without rounding it is the product of the weights alone."""
+    module, weight = layer("w8a8", 33, 2100, bias=False)  # the sum of a column is beyond what float32 holds exactly
+    x = torch.randn(6, 2100, generator=torch.Generator().manual_seed(2)) * torch.tensor([1e-3, 1, 1, 1, 1, 1e4])[:, None]
+    scale = x.abs().amax(1, keepdim=True).double() / 127
+    whole = (x / scale.float()).round().double() * scale
+    assert ((x - whole).abs() <= 0.5001 * scale).all()
+    torch.testing.assert_close(module(x).double(), whole @ weight.double().T, rtol=1e-5, atol=1e-5)
+    without_rounding(module)
+    torch.testing.assert_close(module(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("n", "k"), [(300, 256), (7, 112)])
+def test_4_bits_as_defined(n: int, k: int) -> None:
+    """More rows than are worked on at once, and a last block that is not full."""
+    module, weight = layer("w4a16", n, k, bias=True)
+    x = torch.randn(2, 3, k, generator=torch.Generator().manual_seed(3))
+    expected = x @ weight.T + module.bias
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-4)
+    assert float((compiled(module, x) - expected).abs().max() / expected.abs().max()) < 0.02
+
+
+def test_processors_that_would_cut_sums_off_are_refused() -> None:
+    with pytest.raises(ArtifactError, match=r"stored as w8a8\+vision needs a processor with VNNI .* --quant w8a16"):
+        check_processor("w8a8+vision", {"sse2", "avx2", "avx512f"})
+    for flags in ({"sse2", "avx512_vnni"}, {"sse2", "avx_vnni"}, set[str]()):
+        check_processor("w8a8", flags)
+    check_processor("w4a16", {"sse2"})
+
+
+# --- Whole graphs ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def makers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], GraphMaker]:
+    """Makes graphs of a checkpoint in a quantisation, compiled once."""
+    folder = tmp_path_factory.mktemp("quantised")
+    tiny = tiny_llava(folder / "checkpoint")
+    made: dict[str, GraphMaker] = {}
+
+    def maker(quant: str) -> GraphMaker:
+        if quant not in made:
+            buckets = Buckets(prefill=(8,), decode=(2,), vision=(1,), context=32, slots=2)
+            options = Options(checkpoint=tiny.folder, out=folder / quant, buckets=buckets, quant=quant)
+            build(options)
+            job = prepare(options, Progress())
+            made[quant] = GraphMaker(options, job.config, job.facts, job.plan, read_manifest(options.out).weights)
+        return made[quant]
+
+    return maker
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_everything_but_rounding_is_certified(makers: Callable[[str], GraphMaker], quant: str) -> None:
+    for graph in read_manifest(makers(quant).out).graphs:
+        assert graph.certificate is not None and graph.certificate.worst <= 1e-4
+        rounding = graph.certificate.rounding
+        if graph.kind == "vision" and tower_quant(quant) == "none":
+            assert rounding is None
+        else:
+            assert rounding is not None and 0 < rounding < 0.2
+
+
+def test_what_several_layers_take_is_quantised_once(makers: Callable[[str], GraphMaker]) -> None:
+    maker = makers("w8a8+vision")
+    layers = maker.config.text.layers
+    (graph,) = (each for each in read_manifest(maker.out).graphs if each.kind == "decode")
+    count = Counter(node.op_type for node in onnx.load(maker.out / graph.file, load_external_data=False).graph.node)
+    assert (count["MatMulIntegerToFloat"], count["QuantizeLinear"]) == (7 * layers, 4 * layers)
+    assert (count["FusedMatMul"], count["MatMulNBits"]) == (0, 1), "lm_head has blocks"
+
+
+def columns_rolled(right: Callable[..., Any], e: Any, node: Any, x: str, q: str, scales: str, *rest: Any) -> Any:
+    n = node.args[2].meta["val"].shape[0]
+    return right(e, node, x, q, e.node("Gather", [scales, e.constant(np.roll(np.arange(n), 1))], axis=0), *rest)
+
+
+def scales_halved(right: Callable[..., Any], e: Any, node: Any, x: str, q: str, scales: str, *rest: Any) -> Any:
+    return right(e, node, x, q, e.node("Mul", [scales, e.constant(0.5, "float32")]), *rest)
+
+
+def one_layer(broken: Callable[..., Any]) -> Callable[..., Any]:
+    def lower(right: Callable[..., Any], e: Any, *args: Any) -> Any:
+        return broken(right, e, *args) if e.scope == "text.layers.1.mlp.down" else right(e, *args)
+
+    return lower
+
+
+def nibbles_swapped(right: Callable[..., Any], e: Any, node: Any, x: str, q: str, *rest: Any) -> Any:
+    """Activations in the order of numbers whose two halves are read the wrong way round."""
+    k = node.args[0].meta["val"].shape[-1]
+    order = np.arange(k).reshape(-1, 2)[:, ::-1].ravel()
+    return right(e, node, e.node("Gather", [x, e.constant(order)], axis=-1), q, *rest)
+
+
+def unsigned(right: Callable[..., Any], e: Any, *args: Any) -> Any:
+    """Zero taken for 0 where it is 128."""
+    before = e.constant
+    e.constant = lambda value, dtype="int64": before(0 if (value, dtype) == (128, "uint8") else value, dtype)
+    try:
+        return right(e, *args)
+    finally:
+        del e.constant
+
+
+def test_what_a_tower_keeps(makers: Callable[[str], GraphMaker]) -> None:
+    """Its layers are whole-number products, its patches and the projector are not."""
+    maker = makers("w8a8+vision")
+    (graph,) = (each for each in read_manifest(maker.out).graphs if each.kind == "vision")
+    count = Counter(node.op_type for node in onnx.load(maker.out / graph.file, load_external_data=False).graph.node)
+    layers = maker.config.vision.used_layers
+    assert (count["MatMulIntegerToFloat"], count["QuantizeLinear"], count["FusedMatMul"]) == (6 * layers, 4 * layers, 3)
+
+
+def test_misread_weights_of_a_tower_are_refused(makers: Callable[[str], GraphMaker], monkeypatch: pytest.MonkeyPatch) -> None:
+    right, name = LOWERINGS[f"{ops.NAMESPACE}.linear_w8a8"], f"{ops.NAMESPACE}.linear_w8a8"
+
+    def lower(e: Any, *args: Any) -> Any:
+        return (scales_halved if e.scope == "vision.layers.0.mlp.up" else lambda f, *rest: f(*rest))(right, e, *args)
+
+    monkeypatch.setitem(LOWERINGS, name, lower)
+    with pytest.raises(CertificateError, match="vision-1 differs from its definition"):
+        makers("w8a8+vision").make("vision", 1, 0, "again")
+
+
+@pytest.mark.parametrize(
+    ("quant", "op", "broken"),
+    [
+        ("w8a8+vision", "linear_w8a8", one_layer(columns_rolled)),
+        ("w8a8+vision", "linear_w8a8", one_layer(scales_halved)),
+        ("w8a8+vision", "linear_w8a8", unsigned),
+        ("w4a16", "linear_w4", one_layer(columns_rolled)),
+        ("w4a16", "linear_w4", one_layer(scales_halved)),
+        ("w4a16", "linear_w4", one_layer(nibbles_swapped)),
+    ],
+)
+def test_misread_weights_are_refused(
+    makers: Callable[[str], GraphMaker], monkeypatch: pytest.MonkeyPatch, quant: str, op: str, broken: Callable[..., Any]
+) -> None:
+    right = LOWERINGS[f"{ops.NAMESPACE}.{op}"]
+    monkeypatch.setitem(LOWERINGS, f"{ops.NAMESPACE}.{op}", lambda e, *args: broken(right, e, *args))
+    with pytest.raises(CertificateError, match="decode-2 differs from its definition"):
+        makers(quant).make("decode", 2, 0, "again")
