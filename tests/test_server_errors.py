@@ -15,7 +15,7 @@ import pytest
 from staticvl.tools.cli import main
 from staticvl.tools.serving.keys import KeyRing, collect_keys
 
-from .servers import Running, asking, far_model, serving, slow_down, until
+from .servers import HEAD, Running, asking, far_model, serving, slow_down, until
 
 USER = {"role": "user", "content": "Hello!"}
 GOOD = {"model": "model", "messages": [USER], "max_tokens": 3}
@@ -156,9 +156,11 @@ def test_bodies_that_are_too_large_or_too_slow(server: Running) -> None:
     assert told(server.post(iter([large[:150_000], large[150_000:]])), 413)["code"] == "request_too_large"
     small = json.dumps(GOOD).encode()
     assert server.post(iter([small[:5], small[5:]])).status_code == 200
+    with server.connect() as connection:  # refused by its head alone
+        connection.sendall(HEAD + b"Content-Length: 999999\r\n\r\n")
+        assert b"413" in connection.recv(1000).splitlines()[0]
     with server.connect() as connection:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        connection.sendall(head)
+        connection.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
         assert b"408" in connection.recv(1000).splitlines()[0]
 
 
