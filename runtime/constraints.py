@@ -6,6 +6,7 @@ A blank before the answer is allowed: many tokenizers begin a word with one, and
 from __future__ import annotations
 
 import json
+import logging
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,9 @@ from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+
+
+log = logging.getLogger(__name__)
 
 
 class ConstraintError(ValueError):
@@ -31,9 +35,12 @@ class Constraint:
         self.matcher, self.ends = LLMatcher(tokenizer, grammar), ends
         self.mask = llguidance.numpy.allocate_token_bitmask(1, tokenizer.vocab_size)
         self._fill = llguidance.numpy.fill_next_token_bitmask
-        self.ended = False
+        self.ended = self.lost = False
 
     def forbid(self, row: np.ndarray) -> None:
+        if self.lost:
+            row[:] = -np.inf
+            return
         self._fill(self.matcher, self.mask)
         allowed = np.unpackbits(self.mask.view(np.uint8)[0], bitorder="little")[: len(row)].astype(bool)
         allowed[self.ends] = self.matcher.is_accepting()
@@ -44,11 +51,13 @@ class Constraint:
         if token in self.ends:
             self.ended = True
         elif not self.matcher.consume_token(token):
-            raise AssertionError(f"token {token} was chosen against the grammar: {self.matcher.get_error()}")
+            # A form may be too large to follow, which shows only here; `forbid` lets nothing in any more.
+            log.warning("an answer ends early, its form cannot be followed: %s", _first_line(self.matcher.get_error()))
+            self.lost = True
 
     @property
     def done(self) -> bool:
-        return self.ended or self.matcher.is_stopped()
+        return self.ended or (self.matcher.is_stopped() and not self.lost)
 
 
 class Constraints:
@@ -73,6 +82,10 @@ class Constraints:
         if problem := LLMatcher.validate_grammar(grammar, self.tokenizer):
             raise ConstraintError(f"{name} cannot be used: {' '.join(problem.split())}")
         return Constraint(self.tokenizer, grammar, self.ends)
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _grammar(params: SamplingParams) -> tuple[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 import http.client
 import socket
 import ssl
@@ -114,7 +115,8 @@ def _opener(connect: Connect | None) -> urllib.request.OpenerDirector:
         urllib.request.HTTPErrorProcessor(),
     ]
     if connect is None:
-        handlers += [urllib.request.ProxyHandler(), urllib.request.HTTPHandler(), urllib.request.HTTPSHandler()]
+        handlers += [urllib.request.ProxyHandler(), urllib.request.HTTPHandler()]
+        handlers += [urllib.request.HTTPSHandler(context=_certificates())]
     else:
         handlers += [_Handler(connect), _SecureHandler(connect)]
     for handler in handlers:
@@ -139,11 +141,17 @@ class _Handler(urllib.request.HTTPHandler):
         return self.do_open(Connection, req)
 
 
+@functools.cache
+def _certificates() -> ssl.SSLContext:
+    """Made once: each one holds all certificates of the system."""
+    return ssl.create_default_context()
+
+
 class _SecureHandler(urllib.request.HTTPSHandler):
     """https over connections that `connect` opens; the certificate must be the host's of the URL."""
 
     def __init__(self, connect: Connect) -> None:
-        self.connect, self.context = connect, ssl.create_default_context()
+        self.connect, self.context = connect, _certificates()
         super().__init__(context=self.context)
 
     def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:

@@ -48,6 +48,11 @@ HOMES = {
     "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
     "rich": ("tools",),
     "matplotlib": ("tools/pages.py",),
+    "fastapi": ("tools/serving",),
+    "starlette": ("tools/serving",),
+    "uvicorn": ("tools/serving",),
+    "pydantic": ("tools/serving",),
+    "prometheus_client": ("tools/serving",),
     "tqdm": ("tools",),
 }
 

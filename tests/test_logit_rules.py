@@ -288,6 +288,19 @@ def test_a_form_that_leaves_nothing_ends_the_answer(model: runtime.Model) -> Non
     assert "".join(model.stream(QUESTION, choice=("yes",), bad_words=("s",), max_new_tokens=9)) == out.text
 
 
+def test_a_form_too_large_to_follow_ends_its_answer_alone(model: runtime.Model, caplog: pytest.LogCaptureFixture) -> None:
+    """Which shows only when the answer has begun; those beside it go on."""
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": "(a|b)*c{1,50}"} for i in range(700)}}
+    prompt = model.prepare(QUESTION, [], False)
+    free = model.generate(QUESTION, max_new_tokens=12, temperature=0.0)
+    forms: tuple[dict, ...] = ({"json_schema": schema}, {})
+    outs = model.run([model.new_sequence(prompt, SamplingParams(max_new_tokens=12, temperature=0.0, **form)) for form in forms])
+    assert outs[0].finish_reason == "dead_end"
+    assert outs[0].text == "{"
+    assert outs[1].token_ids == free.token_ids
+    assert "cannot be followed" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("form", "message"),
     [

@@ -192,6 +192,14 @@ def test_right_answers_and_boxes_of_the_trained_model(tiny: Running) -> None:
     assert len(answers[1][1]) == 1
 
 
+def test_log_probabilities_are_of_what_is_said(tiny: Running) -> None:
+    """Not of the token that ends the answer."""
+    got = tiny.chat(asking("What is in the picture?", data_url(SHAPES)), temperature=0, logprobs=True)
+    content = got.choices[0].logprobs.content
+    assert "".join(each.token for each in content).strip() == got.choices[0].message.content
+    assert len(content) == got.usage.completion_tokens - 1
+
+
 def tiny_answers(folder: Path, question: str) -> list[runtime.Output]:
     with runtime.load(folder, threads=1) as model:
         return [model.generate(text, [SHAPES], temperature=0) for text in ("What is in the picture?", question)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ import pytest
 from staticvl.tools.cli import main
 from staticvl.tools.serving.keys import KeyRing, collect_keys
 
-from .servers import Running, asking, far_model, serving, slow_down, until
+from .servers import HEAD, Running, asking, far_model, serving, slow_down, until
 
 USER = {"role": "user", "content": "Hello!"}
 GOOD = {"model": "model", "messages": [USER], "max_tokens": 3}
+FORM = {"type": "json_schema"}
 DEEP = b'{"model": "model", "messages": ' + b"[" * 100_000
 
 
@@ -99,11 +101,8 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"stream": False, "stream_options": {"include_usage": True}}, "stream_options", "set stream to true"),
     ({"response_format": {"type": "xml"}}, "response_format", "'text', 'json_object', 'json_schema'"),
     ({"response_format": {"type": "json_schema", "json_schema": {}}}, None, "required"),
-    (
-        {"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "x"}}}},
-        None,
-        "json_schema cannot be used",
-    ),
+    ({"response_format": FORM | {"json_schema": {"schema": {"type": "x"}}}}, None, "json_schema cannot be used"),
+    ({"response_format": FORM | {"json_schema": {"schema": {"x": "y" * 40_000}}}}, "response_format", "at most 32768"),
     ({"regex": "("}, None, "regex cannot be used"),
     ({"regex": "a", "choice": ["b"]}, None, "regex and choice were given"),
     ({"min_tokens": 9}, None, "min_new_tokens is 9"),
@@ -157,9 +156,11 @@ def test_bodies_that_are_too_large_or_too_slow(server: Running) -> None:
     assert told(server.post(iter([large[:150_000], large[150_000:]])), 413)["code"] == "request_too_large"
     small = json.dumps(GOOD).encode()
     assert server.post(iter([small[:5], small[5:]])).status_code == 200
+    with server.connect() as connection:  # refused by its head alone
+        connection.sendall(HEAD + b"Content-Length: 999999\r\n\r\n")
+        assert b"413" in connection.recv(1000).splitlines()[0]
     with server.connect() as connection:
-        head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 99\r\n\r\n{"
-        connection.sendall(head)
+        connection.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
         assert b"408" in connection.recv(1000).splitlines()[0]
 
 
@@ -211,6 +212,13 @@ def test_wrong_command_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     for options, message in cases.items():
         assert main(["serve", str(tmp_path / "none"), *options]) == 1
         assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delitem(sys.modules, "staticvl.tools.serving.main")
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    assert main(["serve", "x"]) == 1
+    assert "needs the package uvicorn; pip install 'staticvl[serve]'" in capsys.readouterr().err
 
 
 def test_those_who_come_when_all_places_are_taken(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from ...runtime.prompt import Message
@@ -9,6 +10,8 @@ from ...runtime.request import SamplingParams
 from .errors import ApiError
 from .schema import ChatRequest, JsonObject, JsonSchema
 from .settings import Settings
+
+MAX_SCHEMA = 32_768  # characters of JSON; a larger one takes seconds to compile and to follow, for all who are answered
 
 
 def check_request(request: ChatRequest, settings: Settings, context: int) -> None:
@@ -79,6 +82,9 @@ def sampling_of(request: ChatRequest, room: int, seconds: float) -> SamplingPara
 def _schema(request: ChatRequest) -> dict[str, Any] | None:
     match request.response_format:
         case JsonSchema(json_schema=named):
+            if (size := len(json.dumps(named.form))) > MAX_SCHEMA:
+                told = f"the JSON schema has {size} characters; expected at most {MAX_SCHEMA}"
+                raise ApiError(400, told, param="response_format", code="invalid_form")
             return named.form
         case JsonObject():
             return {"type": "object"}
