@@ -206,6 +206,7 @@ def test_answers_come_with_their_tokens_and_their_whole(model: runtime.Model) ->
         assert [each for piece in pieces for each in piece.logprobs] == out.logprobs
 
 
+@pytest.mark.usefixtures("slow")
 def test_a_full_disk_under_the_request_log_fails_nobody(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     class Full:
         def write(self, _: object) -> None:
@@ -213,6 +214,9 @@ def test_a_full_disk_under_the_request_log_fails_nobody(model: runtime.Model, mo
 
     async def work() -> list[str]:
         async with AsyncEngine(model) as engine:
+            stream = engine.stream("Hello!", max_new_tokens=400, ignore_eos=True)
+            await anext(stream)
+            await stream.aclose()
             return [(await engine.generate("Hello!", max_new_tokens=3)).text for _ in range(2)]
 
     expected = model.generate("Hello!", max_new_tokens=3).text
