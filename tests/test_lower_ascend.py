@@ -227,7 +227,6 @@ GRAPHS = [
     (LLAVA, "decode-2"),
     (MLLAMA, "vision-4"),
     (MLLAMA, "prefill-8-images-1"),
-    (GOLDEN_QWEN, "vision-1"),
     (GOLDEN_QWEN, "prefill-8"),
     (GOLDEN_QWEN, "prefill-1"),
 ]

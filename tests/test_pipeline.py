@@ -127,7 +127,8 @@ def check_against_the_whole(family: str, folder: Path, tmp_path: Path) -> None:
     assert len(errors) == 4 + (family == "qwen_vl") and max(errors) <= TOLERANCE, errors
 
 
-@pytest.mark.parametrize(("family", "tp", "pp"), [("llava", 1, 2), pytest.param("mllama", 2, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("family", "tp", "pp"), [("llava", 1, 2), ("mllama", 2, 2)])
 def test_on_the_simulator(family: str, tmp_path: Path, tp: int, pp: int) -> None:
     found = run_world(compiled(family, tmp_path / "cut", tp, pp, "ascend"))
     expected = whole(family, tmp_path / "whole")

@@ -278,6 +278,7 @@ def deeper(model: Model) -> Model:
     return replace(model, config=replace(config, text=text, vision=replace(config.vision, **more)))
 
 
+@pytest.mark.parametrize("model", MODELS[1:], indirect=True, ids=lambda param: f"{param[0]}-{param[1]}")
 def test_depth_costs_no_buffers(model: Model) -> None:
     """What a layer leaves behind lies where the layer before it left it."""
     for shallow, deep in zip(model.define(2).values(), deeper(model).define(2).values(), strict=True):
