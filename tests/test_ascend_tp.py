@@ -115,7 +115,10 @@ def check_same_logits(model: Model, tp: int, ranks: list[list[np.ndarray]]) -> N
 # --- Ranks on the simulator -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=[("llava", 2), ("mllama", 2), ("qwen_vl", 8)], ids=lambda param: param[0])
+MODELS = [pytest.param(("llava", 2), marks=pytest.mark.slow), ("mllama", 2), ("qwen_vl", 8)]
+
+
+@pytest.fixture(scope="module", params=MODELS, ids=["llava", "mllama", "qwen_vl"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     family, kv_heads = request.param
     return written(family, kv_heads, tmp_path_factory.mktemp("ascend_tp"))

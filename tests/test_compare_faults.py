@@ -67,7 +67,7 @@ def is_prefill(name: str) -> bool:
     return name.startswith("prefill")
 
 
-@pytest.mark.parametrize("family", ["llava", "mllama", "qwen"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("mllama", marks=pytest.mark.slow), "qwen"])
 def test_healthy_artifacts_raise_no_alarm(family: str, request: pytest.FixtureRequest) -> None:
     check_healthy(*request.getfixturevalue(family), {"qwen": "qwen_vl"}.get(family, family))
 

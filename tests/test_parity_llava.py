@@ -99,12 +99,19 @@ def test_trained_model_equals_transformers(embedded_artifact: Path) -> None:
 @pytest.mark.parametrize(
     "dims",
     [
-        {},
-        {"heads": 6, "kv_heads": 3, "head_dim": 32, "hidden": 96, "vocab": 1021},
-        {"heads": 4, "kv_heads": 1, "layers": 3, "intermediate": 70, "image_size": 42, "vision_layers": 4},
-        {"heads": 2, "kv_heads": 2, "head_dim": 64, "vision_hidden": 40, "vision_heads": 5},
+        pytest.param({}, id="gqa"),
+        pytest.param({"heads": 6, "kv_heads": 3, "head_dim": 32, "hidden": 96, "vocab": 1021}, id="odd-vocabulary"),
+        pytest.param(
+            {"heads": 4, "kv_heads": 1, "layers": 3, "intermediate": 70, "image_size": 42, "vision_layers": 4},
+            id="multi-query",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"heads": 2, "kv_heads": 2, "head_dim": 64, "vision_hidden": 40, "vision_heads": 5},
+            id="multi-head",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["gqa", "odd-vocabulary", "multi-query", "multi-head"],
 )
 def test_random_models_equal_transformers(tmp_path: Path, dims: dict[str, int]) -> None:
     tiny = tiny_llava(tmp_path / "checkpoint", seed=3, **dims)

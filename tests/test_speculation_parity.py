@@ -24,7 +24,7 @@ TOLERANCE = 1e-4  # of the largest magnitude
 LENGTH = 24
 FAMILIES = ("llava", "llava_next", "mllama", "qwen_vl")
 CASES = [
-    *((family, "onnx") for family in FAMILIES),
+    *(pytest.param(family, "onnx", marks=[] if family in ("llava", "qwen_vl") else [pytest.mark.slow]) for family in FAMILIES),
     *(pytest.param(family, "ascend", marks=pytest.mark.slow) for family in FAMILIES),
 ]
 

@@ -30,6 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="default: every core")
     group.add_argument("--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers")
     group.add_argument("--no-reuse", action="store_true", help="compute every request afresh")
+    group.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="K",
+        help="draft up to K tokens of every answer; the artifact needs such graphs",
+    )
     group.add_argument("--image-cache-mb", type=int, default=256, metavar="MB", help="features that are kept; default: 256")
     group.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of every request")
     group = parser.add_argument_group("limits")

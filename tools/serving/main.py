@@ -38,6 +38,7 @@ def run(args: argparse.Namespace) -> int:
             threads=args.threads,
             prefill_budget=args.prefill_budget,
             reuse=not args.no_reuse,
+            speculate=args.speculate,
             image_cache_mb=args.image_cache_mb,
             request_log=args.request_log,
         ) as model,

@@ -133,6 +133,7 @@ class ChatRequest(BaseModel):
     choice: Annotated[Texts, Field(max_length=1000)] | None = None
     deadline_s: float | None = Field(None, gt=0)
     priority: int | None = Field(None, ge=-1000, le=1000)
+    speculate: int | None = Field(None, ge=0, le=64)
 
 
 def read_request(body: bytes) -> ChatRequest:

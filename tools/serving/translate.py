@@ -71,6 +71,7 @@ def sampling_of(request: ChatRequest, room: int, seconds: float) -> SamplingPara
         "regex": request.regex,
         "choice": request.choice,
         "priority": request.priority,
+        "speculate": request.speculate,
     }
     return SamplingParams(
         max_new_tokens=request.max_completion_tokens or request.max_tokens or max(room, 1),
