@@ -97,12 +97,16 @@ class Scheduler:
         """The next step; call only when not idle."""
         self._admit()
         assert self.running, "whoever waits has been admitted: no slot is held without running but those that can be reclaimed"
-        new = next((sequence for sequence in self.running if sequence.encoding or sequence.prefilling), None)
+        new, answering = None, []
+        for sequence in self.running:
+            if not sequence.encoding and not sequence.prefilling:
+                answering.append(sequence)
+            elif new is None:
+                new = sequence
         if new is None:
-            return self._answer(self.running)
+            return self._answer(answering)
         if not new.prepared:
             self._prepare(new)
-        answering = [sequence for sequence in self.running if not sequence.encoding and not sequence.prefilling]
         step, cost, limit = self._vision(new) if new.encoding else self._prefill(new, bool(answering))
         if not answering:
             return step
