@@ -99,6 +99,7 @@ class _Choice:
         if self.vision:
             self.frontiers["vision"] = frontier(self.vision, limits.vision)
         self.slots_candidates = slots
+        self.replays: dict[Chosen, Replayed] = {}
 
     def run(self) -> Result:
         slots, tried = self._best_slots()
@@ -167,8 +168,10 @@ class _Choice:
         )
 
     def _replay(self, chosen: Chosen) -> Replayed:
-        buckets = {"prefill": chosen.prefill, "decode": chosen.decode, "vision": chosen.vision}
-        return replay(self.workload.block, setup_of(self.costs, buckets, chosen))
+        if chosen not in self.replays:
+            buckets = {"prefill": chosen.prefill, "decode": chosen.decode, "vision": chosen.vision}
+            self.replays[chosen] = replay(self.workload.block, setup_of(self.costs, buckets, chosen))
+        return self.replays[chosen]
 
     # ---- the exact problems
 
