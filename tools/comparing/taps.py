@@ -17,9 +17,8 @@ from torch.fx import Node
 from ...compiler.graphs import GraphDef, define_graph, trace
 from ...compiler.lockstep import ArrayMember, Meeting
 from ...compiler.tap_onnx import Tapped, tap
-from ...model_defs.config import ModelConfig
 from ...model_defs.layers import without_rounding
-from ...runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, Segment, Step, WeightSpec
+from ...runtime.artifact import CacheSpec, GraphSpec, Segment, Step, WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
@@ -88,20 +87,9 @@ def rank_cache(side: StaticSide) -> CacheSpec:
 
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
-def traced(
-    config: ModelConfig,
-    image: ImageFacts,
-    cache: CacheSpec,
-    quant: str,
-    kind: Kind,
-    bucket: int,
-    images: int,
-    ranks: int,
-    *,
-    rounded: bool,
-) -> tuple[GraphDef, torch.export.ExportedProgram]:
-    """The definition of a graph, and its trace."""
-    graph = define_graph(config, image, cache, quant, kind, bucket, images, ranks)
+def traced(*sizes: Any, rounded: bool) -> tuple[GraphDef, torch.export.ExportedProgram]:
+    """The definition that `define_graph` makes of its arguments, and its trace."""
+    graph = define_graph(*sizes)
     if not rounded:
         without_rounding(graph.module)
     return graph, trace(graph)
