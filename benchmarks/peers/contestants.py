@@ -27,7 +27,7 @@ class Contestant:
 CONTESTANTS = (
     Contestant("staticvl float32", "ours", "none", 6.0, 1e-3, OURS),
     Contestant("staticvl w8a16", "ours", "w8a16", 3.4, 0.3, OURS),
-    Contestant("staticvl w8a8", "ours", "w8a8", 3.4, 0.4, OURS),
+    Contestant("staticvl w8a8+vision", "ours", "w8a8+vision", 2.6, 0.4, OURS),
     Contestant("staticvl w4a16", "ours", "w4a16", 2.8, 1.0, OURS),
     Contestant("transformers eager", "hf", "eager", 3.6, 0.2, OURS),
     Contestant("transformers compiled", "hf", "compiled", 4.6, 0.2, OURS),

@@ -1,7 +1,8 @@
 """How a weight [N, K] is stored under each quantisation: its parts, by name, with their dtypes and shapes.
 
     w8a16   qweight [N, B, block] uint8 around 128, scales [N, B]: B = ceil(K / block) blocks along a row
-    w4a16   qweight [N, B, block / 2] uint8, two numbers of 4 bits around 8 in each, the first in the low bits; scales [N, B]
+    w4a16   qweight [N, B, block / 2] uint8, two numbers of 4 bits around 8 in each, the first in the low bits; scales [N, B];
+            w4a16g32 is the same in blocks of 32
     w8a8    qweight [K, N] int8 around 0, scales [N] float32; products are of whole numbers, so the layout is that of a product
 
 What fills up a last block is zero. With "+vision" the linear layers of a vision tower are stored as in w8a8 too.
@@ -11,8 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16")
-HEADS = {"w4a16": "w8a16", "w8a8": "w8a16"}  # what lm_head is stored in where it is not stored as the layers are
+QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16", "w4a16g32")
+# What lm_head is stored in where it is not stored as the layers are.
+HEADS = {"w4a16": "w8a16", "w4a16g32": "w8a16", "w8a8": "w8a16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +43,9 @@ def head_quant(quant: str) -> str:
 
 
 def quant_block(columns: int, quant: str = "w8a16") -> int:
-    """Weights of one row that share a scale: 128 of 8 bits, or 32 where rows do not divide by that; 32 of 4 bits."""
-    return 128 if columns % 128 == 0 and quant == "w8a16" else 32
+    """Weights of one row that share a scale: 128, or 32 where filling up the last block would take more than a 16th, or where
+    `quant` asks for it."""
+    return 32 if quant.endswith("g32") or -columns % 128 > columns // 16 else 128
 
 
 def quant_parts(quant: str, rows: int, columns: int) -> dict[str, Part]:

@@ -47,7 +47,7 @@ class Store:
 
     def bits(self, name: str) -> int:
         """Of a quantised parameter."""
-        return 4 if quant_of(name, self.quant) == "w4a16" else 8
+        return 4 if quant_of(name, self.quant).startswith("w4a16") else 8
 
 
 class WeightComparison:
