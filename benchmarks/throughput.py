@@ -1,6 +1,6 @@
 """Tokens a second of several requests at once against one at a time, and what bounds them.
 
-    python -m benchmarks.throughput [--artifact DIR | --layers 8] [--quant none] [--requests 8] [--tokens 64] [--runs 3]
+    python -m benchmarks.throughput [--artifact DIR | --layers 8] [--quant none] [--requests 8] [--tokens 128] [--runs 3]
 
 Without an artifact the embedded tiny model is measured, and one of random weights, 1B-shaped but for its layers. Equal requests
 are answered one after another and then all at once, in turns; figures are medians. `inside` is the share of the time that the
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--quant", default="none")
     parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
     args = parser.parse_args()
     buckets = Buckets(prefill=(16, 64), decode=(1, args.requests), context=256, slots=args.requests)

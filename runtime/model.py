@@ -53,7 +53,8 @@ def load(
     torch on a CPU ("sim:float32": without rounding to 16 bits). tp: the number of ranks that each layer is cut among, which
     must be what the artifact was compiled for (default).
     threads: cores that ONNX Runtime computes with, in each rank; default every core that this process may use, split among
-    the ranks of this machine. timeout: seconds that ranks wait for each other; default STATICVL_TIMEOUT, or 300.
+    the ranks of this machine, or one for a model of less than 16 MiB. timeout: seconds that ranks wait for each other; default
+    STATICVL_TIMEOUT, or 300.
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
     reuse: take over from earlier requests what a new one shares with them: the beginning of its prompt as it lies in the
     cache, and features of its pictures, of which image_cache_mb megabytes are kept.
@@ -302,7 +303,7 @@ class Model:
         text = self.texts.get(sequence.id)
         if text is None:  # the engine was given it by somebody else
             return
-        text.add(sequence.generated[-1])
+        text.add_unread(sequence.generated[-1])
         if text.stopped:
             self.engine.stop(sequence)
 

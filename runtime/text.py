@@ -18,25 +18,44 @@ class AnswerText:
         self.tokens, self.from_token = 0, from_token
         self.detokenizer = Detokenizer(tokenizer)
         self.stops = tuple(stop for stop in stops if stop)
-        self.pieces: list[str] = []
+        self.given: list[str] = []
+        self.unread: list[int] = []  # tokens whose text nobody has asked for
         self.held = ""
         self.stopped = False
+
+    @property
+    def pieces(self) -> list[str]:
+        self._read()
+        return self.given
 
     @property
     def text(self) -> str:
         return "".join(self.pieces)
 
+    def add_unread(self, token_id: int) -> None:
+        """As `add`, but what nobody asks for piece by piece is turned into text at the end, unless a stop string may end it."""
+        self.unread.append(token_id)
+        if self.stops:
+            self._read()
+
     def add(self, token_id: int) -> str:
         """The piece that this token sets free, perhaps empty."""
+        self._read()
         self.tokens += 1
         return "" if self.stopped else self._release(self.detokenizer.add(token_id))
 
     def finish(self) -> str:
         """The last piece."""
+        self._read()
         if self.stopped:
             return ""
         piece = self._release(self.detokenizer.finish())
         return piece if self.stopped else piece + self._give(self.held.rstrip())
+
+    def _read(self) -> None:
+        unread, self.unread = self.unread, []
+        for token_id in unread:
+            self.add(token_id)
 
     @property
     def _counting(self) -> tuple[str, ...]:
@@ -59,7 +78,7 @@ class AnswerText:
 
     def _give(self, piece: str) -> str:
         self.held = self.held[len(piece) :]
-        piece = piece if self.pieces else piece.lstrip()
+        piece = piece if self.given else piece.lstrip()
         if piece:
-            self.pieces.append(piece)
+            self.given.append(piece)
         return piece

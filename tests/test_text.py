@@ -23,7 +23,17 @@ def read(ids: list[int], *stops: str) -> AnswerText:
     pieces = [answer.add(i) for i in ids]
     pieces.append(answer.finish())
     assert "".join(pieces) == answer.text
+    assert read_at_the_end(ids, *stops) == answer.text
     return answer
+
+
+def read_at_the_end(ids: list[int], *stops: str) -> str:
+    """The text of an answer whose pieces nobody took."""
+    answer = AnswerText(TOKENIZER, stops)
+    for token in ids:
+        answer.add_unread(token)
+    answer.finish()
+    return answer.text
 
 
 def encode(text: str) -> list[int]:
