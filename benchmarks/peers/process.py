@@ -19,6 +19,7 @@ REPO = Path(__file__).parent.parent.parent
 
 
 CHECKPOINT = "checkpoint"
+SPIN_US = "20"  # of staticvl; the peers' cores wait in loops by themselves
 
 
 def home_of(contestant: Contestant, work: Path) -> Path:
@@ -48,7 +49,7 @@ class Process:
         self.process = subprocess.Popen(
             [*map(str, command), json.dumps(dataclasses.asdict(size)), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, cwd=REPO, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "STATICVL_SPIN_US": SPIN_US},
         )  # fmt: skip
 
     def ask(self, do: str, timeout: float = 3600, **arguments: Any) -> dict[str, Any]:
