@@ -49,6 +49,8 @@ def test_small_models_run_on_one_core_and_are_packed_in_every_session(
 ) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(ort, "OrtBackend", lambda *_, **settings: made.append(settings))
+    (tmp_path / "weights").mkdir()
+    (tmp_path / "weights" / "a.safetensors").touch()
     weight = WeightSpec(file="weights/a.safetensors", dtype="float32", shape=(nbytes // 4,), offset=0, nbytes=nbytes)
     cache = CacheSpec(layers=1, kv_heads=1, head_dim=4, context=8, rows=12, slots=1, dtype="float32")
     manifest = msgspec.structs.replace(fake_manifest(FACTS, cache, ()), weights={"text.embed.weight": weight})
