@@ -39,3 +39,16 @@ def to_signed(qweight: Tensor) -> Tensor:
     if qweight.shape[-1] == PACKED_BLOCK:
         return (qweight ^ 0x88).view(torch.int32)
     return (qweight ^ 0x80).view(torch.int8)
+
+
+def to_offsets(zeros: Tensor, qweight: Tensor, scales: Tensor) -> Tensor:
+    """Zero points as artifacts store them -> what Ascend adds to numbers around 0: [N, B] in the dtype of scales [N, B].
+
+    Of 8 bits: [N, B] uint8. Of 4 bits: [N, ceil(B / 2)], two in a byte, the first in the low bits; `qweight` tells, as stored.
+    """
+    import torch
+
+    if qweight.shape[-1] != PACKED_BLOCK:
+        return 128 - zeros.to(scales.dtype)
+    whole = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)[:, : scales.shape[1]]
+    return 8 - whole.to(scales.dtype)

@@ -59,7 +59,7 @@ def precision(manifest: Manifest | None) -> str:
     """The row of the table for one side; None: a checkpoint, which is computed in float32."""
     if manifest is None:
         return "float32"
-    quant = text_quant(manifest.quant)
+    quant = text_quant(manifest.quant).partition("-")[0]  # w4a16-asym has the limits of w4a16
     return quant if quant in DEFAULTS else manifest.cache.dtype
 
 
