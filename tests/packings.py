@@ -18,7 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from .checkpoints_files import write_json
 
-LAYERS = re.compile(r"(?:model\.)?language_model\..*layers\.\d+\.(?:self_attn|cross_attn|mlp)\.[a-z]+_proj\.weight")
+LAYERS = re.compile(
+    r"(?:(?:model\.)?language_model\..*layers\.\d+\.(?:self_attn|cross_attn|mlp)\.[a-z]+_proj"
+    r"|transformer\.h\.\d+\.(?:attn\.c_attn|attn\.c_proj|mlp\.\w+))\.weight"
+)
 Numbers = np.ndarray  # whole numbers from 0 to 2^bits - 1
 
 
@@ -66,6 +69,7 @@ class Form:
 
 FORMS = {
     "awq": Form("awq", 4, 32, symmetric=False),
+    "awq-128": Form("awq", 4, 128, symmetric=False),
     "gptq": Form("gptq", 4, 32, symmetric=True),
     "gptq-64": Form("gptq", 4, 64, symmetric=True),
     "gptq-row": Form("gptq", 4, 0, symmetric=True),

@@ -30,14 +30,17 @@ from staticvl.weights.tensors import WeightsError
 
 from .checkpoints import tiny_llava
 from .packings import FORMS, pack_checkpoint
+from .tiny_families import GOLDEN_QWEN
 
 # Three blocks of 32 in most rows, an odd number; the last of another layer is not full.
 SIZES = {"hidden": 96, "heads": 6, "kv_heads": 2, "intermediate": 112, "layers": 1, "vision_layers": 2}
 WHOLE = SIZES | {"intermediate": 128}
+WIDE = WHOLE | {"hidden": 128, "heads": 8}
 QUANTS = {
-    "awq": "w4a16-asym", "gptq": "w4a16", "gptq-64": "w4a16", "gptq-row": "w4a16", "gptq-asym": "w4a16-asym",
+    "awq": "w4a16-asym", "gptq": "w4a16", "gptq-64": "w4a16", "gptq-row": "w4a16-g128", "gptq-asym": "w4a16-asym",
     "gptq-v2-asym": "w4a16-asym", "gptq-8": "w8a16-g32", "gptq-8-asym": "w8a16-g32-asym", "w4a16": "w4a16",
-    "w4a16-row": "w4a16", "w4a16-asym": "w4a16-asym", "w8a16": "w8a16-g32", "w8a16-row-asym": "w8a16-asym", "w8a8": "w8a8",
+    "w4a16-row": "w4a16-g128", "awq-128": "w4a16-g128-asym", "w4a16-asym": "w4a16-asym", "w8a16": "w8a16-g32",
+    "w8a16-row-asym": "w8a16-asym", "w8a8": "w8a8",
 }  # fmt: skip
 
 
@@ -94,6 +97,7 @@ def test_every_number_is_stored_as_it_was_packed(name: str, plain: Plain, tmp_pa
     form = FORMS[name]
     # GPTQ's words run along the columns, of which groups take all; compressed-tensors has room for a group that is not full.
     sizes = SIZES if form.method == "compressed-tensors" else WHOLE
+    sizes = WIDE if form.group == 128 else sizes
     folder = plain(tmp_path / "checkpoint", sizes)
     dense = pack_checkpoint(folder, form)
     options, _ = resolve(Options(checkpoint=folder, out=tmp_path / "out"))
@@ -112,9 +116,23 @@ def test_every_number_is_stored_as_it_was_packed(name: str, plain: Plain, tmp_pa
     assert all(torch.equal(floats[ours(each)], expected) for each, expected in dense.items())
 
 
-@pytest.mark.parametrize("name", ["awq", "w8a8", "w8a16-row-asym", "gptq-8-asym"])
+def test_fused_queries_keys_and_values(tmp_path: Path) -> None:
+    """Qwen-VL-Chat-Int4's form: one packed layer and its bias make three of ours, on every rank a part of each."""
+    folder = shutil.copytree(GOLDEN_QWEN, tmp_path / "checkpoint")
+    dense = pack_checkpoint(folder, FORMS["gptq-asym"])
+    (whole,), (first, second) = (converted(folder, tmp_path / str(tp), "w4a16-asym+float-head", tp) for tp in (1, 2))
+    fused = dense["transformer.h.1.attn.c_attn.weight"]
+    for part, expected in zip("qkv", fused.chunk(3), strict=True):
+        name = f"text.layers.1.attn.{part}.weight"
+        assert torch.equal(read(whole, name, "w4a16-asym", 256), expected)
+        assert torch.equal(torch.cat([read(each, name, "w4a16-asym", 256) for each in (first, second)]), expected)
+    found = read(whole, "text.layers.0.mlp.down.weight", "w4a16-asym", 128)
+    assert torch.equal(found, dense["transformer.h.0.mlp.c_proj.weight"])
+
+
+@pytest.mark.parametrize("name", ["awq", "w8a8", "w8a16-row-asym", "gptq-8-asym", "awq-128"])
 def test_ranks_hold_their_parts(name: str, plain: Plain, tmp_path: Path) -> None:
-    folder = plain(tmp_path / "checkpoint", WHOLE | {"hidden": 128, "heads": 8})
+    folder = plain(tmp_path / "checkpoint", WIDE)
     dense = pack_checkpoint(folder, FORMS[name])
     quant = resolve(Options(checkpoint=folder, out=tmp_path / "out"))[0].quant
     first, second = converted(folder, tmp_path / "out", quant, tp=2)

@@ -8,7 +8,8 @@ What fills up a last block stands for zero. With "+vision" the linear layers of 
 
 What checkpoints bring that are quantised already (READY_MADE) may differ in three ways:
 
-    -g32          w8a16 in blocks of 32, whatever K is, since scales were given for fewer than 128 of a row
+    -g32, -g128   w8a16 in blocks of 32 whatever K is, since scales were given for fewer than 128 of a row; w4a16 in blocks of
+                  128 where K divides by that
     -asym         numbers lie around zero points of their blocks: zeros [N, B] uint8, or two in each [N, ceil(B / 2)] of 4 bits
     +float-head   lm_head in floating point
 """
@@ -19,8 +20,8 @@ from dataclasses import dataclass
 
 QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16")  # what can be asked for
 ASYMMETRIC, FLOAT_HEAD = "-asym", "+float-head"
-READY_KINDS = ("w8a8", "w8a16", "w8a16-asym", "w8a16-g32", "w8a16-g32-asym", "w4a16", "w4a16-asym")
-READY_MADE = tuple(f"{kind}{FLOAT_HEAD}" for kind in READY_KINDS)
+GROUPED = ("w8a16", "w8a16-g32", "w4a16", "w4a16-g128")
+READY_MADE = tuple(f"{kind}{FLOAT_HEAD}" for kind in ("w8a8", *GROUPED, *(f"{each}{ASYMMETRIC}" for each in GROUPED)))
 HEADS = {"w4a16": "w8a16", "w8a8": "w8a16"}  # what lm_head is stored in where it is not stored as the layers are
 
 
@@ -57,8 +58,9 @@ def quant_bits(kind: str) -> int:
 
 
 def quant_block(columns: int, kind: str = "w8a16") -> int:
-    """Weights of one row that share a scale: 128 of 8 bits, or 32 where rows do not divide by that; 32 of 4 bits."""
-    return 128 if columns % 128 == 0 and kind.removesuffix(ASYMMETRIC) == "w8a16" else 32
+    """Weights of one row that share a scale: 128 of 8 bits, or 32 where rows do not divide by that; 32 of 4 bits. Their bytes
+    tell which they are (runtime/ascend/weights.py)."""
+    return 128 if columns % 128 == 0 and kind.removesuffix(ASYMMETRIC) in ("w8a16", "w4a16-g128") else 32
 
 
 def quant_parts(kind: str, rows: int, columns: int) -> dict[str, Part]:

@@ -48,7 +48,8 @@ class Packing:
             )
         if self.activations:
             return f"w8a8{FLOAT_HEAD}"
-        block = "-g32" if self.bits == 8 and self.group % 128 else ""
+        wide = self.group % 128 == 0
+        block = ("" if wide else "-g32") if self.bits == 8 else ("-g128" if wide else "")
         return f"w{self.bits}a16{block}{'' if self.symmetric else ASYMMETRIC}{FLOAT_HEAD}"
 
 
