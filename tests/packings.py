@@ -35,6 +35,7 @@ class Form:
     symmetric: bool
     version: str = ""  # gptq: checkpoint_format; compressed-tensors: format
     activations: bool = False
+    scales: str = "float16"
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -138,10 +139,10 @@ def packed(form: Form, weight: np.ndarray, order: np.ndarray | None = None) -> t
 
 
 def rounded(form: Form, weight: np.ndarray, groups: np.ndarray) -> tuple[Numbers, np.ndarray, Numbers]:
-    """q [N, K], scales [N, G] float16 and zero points [N, G], group by group."""
+    """q [N, K], scales [N, G] and zero points [N, G], group by group."""
     n, k = weight.shape
     count, largest, middle = int(groups.max()) + 1, (1 << form.bits) - 1, 1 << form.bits - 1
-    q, scales, zeros = np.zeros((n, k), np.int64), np.zeros((n, count), np.float16), np.full((n, count), middle)
+    q, scales, zeros = np.zeros((n, k), np.int64), np.zeros((n, count), form.scales), np.full((n, count), middle)
     for g in range(count):
         inside = weight[:, groups == g]
         low, high = np.minimum(inside.min(1), 0), np.maximum(inside.max(1), 0)

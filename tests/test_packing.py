@@ -107,6 +107,8 @@ def test_every_number_is_stored_as_it_was_packed(name: str, plain: Plain, tmp_pa
         found = read(stored, ours(each), options.quant, expected.shape[1])
         assert torch.equal(found, expected), each
         assert len(expected.unique()) > 50
+        filled = read(stored, ours(each), options.quant, 256)[:, expected.shape[1] :]
+        assert filled.count_nonzero() == 0, "what fills up a last block stands for zero"
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
     assert torch.equal(stored["text.lm_head.weight"], head), "stays as it is"
     assert {part.rpartition(".")[2] for part in stored if part.startswith("text.layers.0.mlp.down.")} == (
