@@ -19,7 +19,11 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Options, PlanError
 from staticvl.compiler.ready_made import resolve
 from staticvl.model_defs.config import ConfigError, ModelConfig, read_config
+from staticvl.runtime.ascend.weights import map_weight
+from staticvl.tools.comparing.checkpoint import Checkpoint
+from staticvl.tools.random_checkpoint import main
 from staticvl.weights.convert import convert
+from staticvl.weights.lora import open_adapter
 from staticvl.weights.packing.settings import read_packing
 from staticvl.weights.packing.source import PackedSource, check_layers, open_packed
 from staticvl.weights.quantize import dequantize
@@ -201,6 +205,8 @@ GROUP = "config_groups", "group_0"
         ("gptq", ("is_marlin_format",), True, "is_marlin_format"),
         ("gptq", ("group_size",), 48, r"groups of 48; expected a multiple of 32: compile with --quant none"),
         ("w4a16", ("kv_cache_scheme",), {"num_bits": 8}, "kv_cache_scheme"),
+        ("w4a16", ("transform_config",), {"config_groups": {"u": {}}}, "transform_config"),
+        ("gptq", ("adapter",), {"name": "lora"}, "adapter of the quantisation is {'name': 'lora'}, expected None;"),
         ("w4a16", ("sparsity_config",), {"format": "sparse-24-bitmask"}, "sparsity_config's format"),
         ("w4a16", ("format",), "marlin-24", "format of the quantisation is 'marlin-24'"),
         ("w4a16", ("config_groups",), {}, "config_groups of the quantisation is {}; expected groups of layers"),
@@ -293,6 +299,30 @@ def test_layers_of_two_forms_are_refused(plain: Plain, tmp_path: Path) -> None:
     shutil.copy(folder / "config.json", empty / "config.json")
     with pytest.raises(WeightsError, match=r"settings say that it is quantised \(gptq\), and it holds no such tensors"):
         opened(empty)
+
+
+def test_what_else_reads_a_checkpoint(plain: Plain, tmp_path: Path) -> None:
+    """compare's definitions, and adapters of --quant none, see the weights that packed ones stand for; a checkpoint of the same
+    settings with random weights is not quantised."""
+    folder = plain(tmp_path / "checkpoint", WHOLE)
+    dense = pack_checkpoint(folder, FORMS["awq"])
+    side = Checkpoint(folder)
+    try:
+        spec = side.weights[ours(f"{FIRST}.weight")]
+        assert torch.equal(map_weight(side.out, spec), dense[f"{FIRST}.weight"])
+    finally:
+        side.close()
+    main([str(folder), "--out", str(tmp_path / "random"), "--dtype", "float32"])
+    assert read_packing(tmp_path / "random") is None, "random weights are in floating point"
+    a, b = torch.randn(2, 96), torch.randn(128, 2)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    stem = f"base_model.model.{FIRST}"
+    save_file({f"{stem}.lora_A.weight": a, f"{stem}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
+    source, config = opened(folder)
+    merged = open_adapter(adapter, config, source).read(f"{FIRST}.weight")
+    torch.testing.assert_close(merged, dense[f"{FIRST}.weight"] + b @ a)
 
 
 def test_biases_of_zeros_are_left_out(plain: Plain, tmp_path: Path) -> None:

@@ -127,6 +127,8 @@ def test_around_zero_points(kind: str, n: int, k: int, tmp_path: Path) -> None:
 def test_processors_that_would_cut_sums_off_are_refused() -> None:
     with pytest.raises(ArtifactError, match=r"stored as w8a8\+vision needs a processor with VNNI .* --quant w8a16"):
         check_processor("w8a8+vision", {"sse2", "avx2", "avx512f"})
+    with pytest.raises(ArtifactError, match=r"stored as w8a8\+float-head needs .* --quant none"):
+        check_processor("w8a8+float-head", {"sse2"})
     for flags in ({"sse2", "avx512_vnni"}, {"sse2", "avx_vnni"}, set[str]()):
         check_processor("w8a8", flags)
     check_processor("w4a16", {"sse2"})

@@ -25,6 +25,7 @@ from ..quantize import halves
 from ..tensors import WeightsError
 from .settings import Packing
 
+_ROWS = 256  # expanded at once: what is made on the way is small
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Read = Callable[[str], Tensor]  # part of a module -> its tensor
 
@@ -47,8 +48,12 @@ class Packed:
 
     def dequantised(self, bits: int) -> Tensor:
         """[N, K] float32."""
-        middle = 1 << bits - 1 if self.zeros is None else self.zeros.float()[:, self.groups]
-        return self.q.float().sub_(middle).mul_(self.scales.float()[:, self.groups])
+        weight = torch.empty(self.q.shape, dtype=torch.float32)
+        for first in range(0, len(weight), _ROWS):
+            rows = slice(first, first + _ROWS)
+            middle = 1 << bits - 1 if self.zeros is None else self.zeros[rows][:, self.groups]
+            weight[rows].copy_(self.q[rows]).sub_(middle).mul_(self.scales[rows].float()[:, self.groups])
+        return weight
 
 
 def unpack(packing: Packing, parts: Collection[str], read: Read, columns: int) -> Packed:

@@ -20,7 +20,10 @@ from ...model_defs.config.quant import FLOAT_HEAD
 
 READ = "int8 and int4 of compressed-tensors (W8A8, W8A16, W4A16), GPTQ with 4 or 8 bits, and AWQ in its layout gemm"
 REMEDY = f"read are {READ}: give one of these or the unquantised checkpoint"
-_OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
+SETTINGS_FILES = {  # where older tools keep them
+    "quantize_config.json": "gptq",
+    "quant_config.json": "awq",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +66,10 @@ def read_packing(checkpoint: Path) -> Packing | None:
     found = next((settings[key] for key in QUANTISATION_KEYS if settings.get(key) is not None), None)
     method = None
     if found is None:
-        file = next((name for name in _OLD_FILES if (checkpoint / name).is_file()), None)
+        file = next((name for name in SETTINGS_FILES if (checkpoint / name).is_file()), None)
         if file is None:
             return None
-        path, method = checkpoint / file, _OLD_FILES[file]
+        path, method = checkpoint / file, SETTINGS_FILES[file]
         found = read_json(path)
     if not isinstance(found, dict):
         raise ConfigError(f"{path}: quantization_config is {type(found).__name__}; expected an object")
@@ -105,6 +108,8 @@ class _Reader:
     def _gptq(self) -> Packing:
         data = self.data
         self._only("is_marlin_format", data.get("is_marlin_format", False), False)
+        for name in ("adapter", "rotation"):  # more than quantised weights
+            self._only(name, data.get(name) or None, None)
         form = self._only("checkpoint_format", data.get("checkpoint_format") or data.get("format") or "gptq", "gptq", "gptq_v2")
         return Packing(
             method="gptq",
@@ -116,7 +121,8 @@ class _Reader:
 
     def _awq(self) -> Packing:
         data = self.data
-        self._only("version", str(data.get("version", "gemm")).lower(), "gemm")
+        version = data.get("version") or data.get("checkpoint_format") or data.get("format") or "gemm"
+        self._only("version", str(version).lower(), "gemm")
         self._only("backend", data.get("backend", "autoawq"), "autoawq")
         self._only("zero_point", data.get("zero_point", True), True)
         bits = self._only("bits", data.get("bits", data.get("w_bit", 4)), 4)
@@ -124,7 +130,8 @@ class _Reader:
 
     def _compressed(self) -> Packing:
         data = self.data
-        self._only("kv_cache_scheme", data.get("kv_cache_scheme"), None)
+        for name in ("kv_cache_scheme", "transform_config"):
+            self._only(name, data.get(name) or None, None)
         sparsity = data.get("sparsity_config") or {}
         self._only("sparsity_config's format", sparsity.get("format", "dense"), "dense")
         groups = data.get("config_groups")
