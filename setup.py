@@ -50,6 +50,7 @@ TEST = [
     "transformers>=5.20,<5.24",
     "protobuf>=5,<8",
     "peft>=0.18,<0.22",
+    "compressed-tensors>=0.20,<0.21",  # packs what we read
     "hypothesis>=6.100,<7",
     "ruff==0.17.5",
     "pyright==1.1.414",

@@ -17,10 +17,11 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
-from ..model_defs.config import ModelConfig, encode_config, read_config
+from ..model_defs.config import READY_MADE, ModelConfig, encode_config, read_config
 from ..runtime.artifact import (
     DEFINITION,
     KINDS,
@@ -44,6 +45,11 @@ from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan, stages
 from .progress import Progress
+from .ready_made import resolve
+
+if TYPE_CHECKING:
+    from ..weights.packing.settings import Packing
+    from ..weights.source import Source
 
 JOURNAL = ".build.jsonl"
 LOCK = ".build.lock"
@@ -83,6 +89,7 @@ class _Job:
     plan: Plan
     old: Manifest | None
     progress: Progress
+    packing: Packing | None  # of a checkpoint that is quantised
 
     @property
     def out(self) -> Path:
@@ -92,17 +99,19 @@ class _Job:
 def prepare(options: Options, progress: Progress) -> _Job:
     """Read the checkpoint's settings and plan the build; raises one of the clear errors of config, facts and plan."""
     config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
+    options, packing = resolve(options)
     facts, settings = read_facts(
         options.checkpoint, config, vision_tower=options.vision_tower, text_before_image=options.text_before_image
     )
     plan = make_plan(config, options)
     settings[DEFINITION] = encode_config(config)
-    return _Job(options, config, facts, settings, plan, _old_manifest(options.out), progress)
+    return _Job(options, config, facts, settings, plan, _old_manifest(options.out), progress, packing)
 
 
 def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
     """The plan of a build and its forecast in bytes, from the config alone."""
     config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
+    options, _ = resolve(options)
     plan = make_plan(config, options)
     return plan, forecast(config, plan, options)
 
@@ -117,15 +126,17 @@ def build(options: Options, progress: Progress | None = None) -> Report:
 
 
 def _build(job: _Job) -> Report:
+    if job.packing:
+        _open_source(job)  # what cannot be stored is refused before all of the checkpoint is read
     source = fingerprint(job.options, job.old.build.source if job.old else {}, job.progress)
-    key = weights_key(source, job.config, job.options)
+    key = weights_key(source, job.config, job.options, job.packing)
     weights, weight_files, converted = _weights(job, key)
     report = Report(manifest=job.old, converted=converted)  # type: ignore[arg-type]
     stages, graph_files = _graphs(job, key, weights, report)
     folder, setting_files = _settings(job)
     manifest = Manifest(
         backend=job.options.backend,  # type: ignore[arg-type]
-        quant=job.options.quant,
+        quant=job.options.stored_quant,
         tp=job.options.tp,
         model=job.facts,
         tokenizer=folder,
@@ -166,6 +177,8 @@ def _kept_options(job: _Job) -> dict[str, str]:
     defaults = Options(checkpoint=asked.checkpoint, out=asked.out)
     names = ("backend", "quant", "dtype", "soc", "tp", "pp")
     options = {name: str(getattr(asked, name)) for name in names if getattr(asked, name) != getattr(defaults, name)}
+    if asked.quant in READY_MADE:
+        del options["quant"]  # the checkpoint brings it
     if asked.eager:
         options["eager"] = ",".join(asked.eager)
     options |= {name: "FOLDER" for name in ("lora", "vision_tower") if getattr(asked, name)}
@@ -242,15 +255,10 @@ def _weights(job: _Job, key: str) -> tuple[list[dict[str, WeightSpec]], dict[str
         if _all_intact(job.out, files):
             return [old.of_stage(stage).weights for stage in range(old.pp)], files, False
     from ..weights.convert import convert, plan_shards
-    from ..weights.source import open_source
 
-    source = open_source(job.options.checkpoint, job.options.vision_tower)
-    if job.options.lora:
-        from ..weights.lora import open_adapter
-
-        source = open_adapter(job.options.lora, job.config, source)
+    source = _open_source(job)
     options, prefix = job.options, key[:12]
-    quant, dtype, tp = options.quant, options.stored_dtype, options.tp
+    quant, dtype, tp = options.stored_quant, options.stored_dtype, options.tp
     parts = stages(job.config, options.pp)
     shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, dtype=dtype, tp=tp))
     with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
@@ -260,6 +268,24 @@ def _weights(job: _Job, key: str) -> tuple[list[dict[str, WeightSpec]], dict[str
             for rank in range(tp)
         ]
     return [rank.weights for rank in ranks[::tp]], {name: spec for rank in ranks for name, spec in rank.files.items()}, True
+
+
+def _open_source(job: _Job) -> Source:
+    """The checkpoint as one of plain weights, whatever it is packed as, with the adapter in it."""
+    from ..weights.packing.source import check_layers, open_packed
+    from ..weights.rules import match
+    from ..weights.source import open_source
+
+    source = open_source(job.options.checkpoint, job.options.vision_tower)
+    if job.packing:
+        source = open_packed(source, job.packing, job.config)
+        if job.options.stored_quant != "none":
+            check_layers(match(job.config, source.tensors), source, job.options.stored_quant)
+    if job.options.lora:
+        from ..weights.lora import open_adapter
+
+        source = open_adapter(job.options.lora, job.config, source)
+    return source
 
 
 # ---- graphs

@@ -7,7 +7,8 @@ graph, and the Python code that feeds it. It refers to nothing of the compiler o
 A kernel takes its tensors by position:
 
     weights     as `Emitted.weights` names them; floating-point ones in the graph's dtype but for the scales of whole-number
-                products, which are float32; quantised ones as `to_signed` of runtime/ascend/weights.py gives them
+                products, which are float32; quantised ones as `to_signed` of runtime/ascend/weights.py gives them, and zero
+                points as its `to_offsets` does
     constants   as `Emitted.constants` names them, float32
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
     outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place
@@ -25,7 +26,7 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ from torch import Tensor, fx, nn
 
 from ..runtime.artifact import TensorSpec, is_cached
 from ..runtime.ascend import torchair_host
-from ..runtime.ascend.weights import to_signed
+from ..runtime.ascend.weights import to_offsets, to_signed
 from . import lower_ascend
 from .graphs import GraphDef, trace
 
@@ -243,16 +244,20 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
     shapes = dict(definition.module.named_parameters())
     wide = {f"{each}.scales" for each, layer in definition.module.named_modules() if getattr(layer, "quant", "") == "w8a8"}
     arguments = (
-        *(_frozen(shapes[each], torch.float32 if each in wide else dtype) for each in weights),
+        *(_frozen(each, shapes, torch.float32 if each in wide else dtype) for each in weights),
         *(torch.empty(shapes[each].shape, device="meta") for each in constants),
         *(_like(spec, dtype) for spec in (*definition.inputs, *in_place)),
     )
     return Kernel(name, module, arguments, weights, constants, tuple(spec.name for spec in in_place))
 
 
-def _frozen(parameter: Tensor, dtype: torch.dtype) -> nn.Parameter:
-    """A parameter, which torchair takes for one whose address never changes."""
-    taken = parameter.to(dtype) if parameter.is_floating_point() else to_signed(parameter)
+def _frozen(name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Parameter:
+    """A parameter as the device takes it, one whose address never changes in torchair's eyes."""
+    parameter, (stem, _, part) = parameters[name], name.rpartition(".")
+    if part == "zeros":
+        taken = to_offsets(parameter, parameters[f"{stem}.qweight"], parameters[f"{stem}.scales"].to(dtype))
+    else:
+        taken = parameter.to(dtype) if parameter.is_floating_point() else to_signed(parameter)
     return nn.Parameter(torch.empty_like(taken), requires_grad=False)
 
 

@@ -49,6 +49,7 @@ _DTYPES = {
 # Squared and divided by the root of a head's width, it is far beyond any score, and its own products stay exact.
 PADDING_FLAG = 1024.0
 TO_UINT4 = helper.make_attribute("to", TensorProto.UINT4)
+EXPANDS = "expands a weight"  # marks nodes of a twin that depend on weights alone
 
 
 class UnsupportedOpError(NotImplementedError):
@@ -144,39 +145,60 @@ def _linear(e: Emitter, node: Node, x: str, weight: str, bias: str | None) -> st
 
 
 @lowers("staticvl.linear_w8")
-def _linear_w8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
-    return _grouped(e, node, x, qweight, scales, bias, bits=8)
+def _linear_w8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, zeros: str = "") -> str:
+    return _grouped(e, node, x, qweight, scales, bias, zeros, bits=8)
 
 
 @lowers("staticvl.linear_w4")
-def _linear_w4(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None) -> str:
-    return _grouped(e, node, x, qweight, scales, bias, bits=4)
+def _linear_w4(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, zeros: str = "") -> str:
+    return _grouped(e, node, x, qweight, scales, bias, zeros, bits=4)
 
 
-def _grouped(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, *, bits: int) -> str:
+def _grouped(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, zeros: str, *, bits: int) -> str:
     n, blocks, width = _shape(node.args[1])  # type: ignore[arg-type]
     block = width * 8 // bits
     k = _shape(node.args[0])[-1]  # type: ignore[arg-type]
     if e.exact:
-        weight = _dequantised(e, e[node.args[1]], scales, (n, blocks, block), k, bits)
+        zeros = e[node.args[4]] if zeros else zeros  # by its name, as qweight: both may be read as numbers of 4 bits
+        weight = _dequantised(e, e[node.args[1]], scales, zeros, (n, blocks, block), k, bits)
         y = e.node("FusedMatMul", [x, weight], domain=CONTRIB, transB=1)
     else:
         # Level 4 rounds activations to 8 bits, block by block: the other levels are slower by two orders of magnitude.
         attributes = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
-        y = e.node("MatMulNBits", [x, qweight, scales], domain=CONTRIB, **attributes)
+        inputs = [x, qweight, scales, *([zeros] if zeros else [])]
+        y = e.node("MatMulNBits", inputs, domain=CONTRIB, **attributes)
     return y if bias is None else e.node("Add", [y, bias])
 
 
-def _dequantised(e: Emitter, qweight: str, scales: str, shape: tuple[int, int, int], k: int, bits: int) -> str:
+def _dequantised(e: Emitter, qweight: str, scales: str, zeros: str, shape: tuple[int, int, int], k: int, bits: int) -> str:
     """The float weight [N, K], made anew in every run: four times faster than the exact level of MatMulNBits."""
     n, blocks, block = shape
-    zero = helper.make_tensor("zero_point", TensorProto.UINT8, [1], [1 << bits - 1])
-    zeros = e.once(("zeros", n, blocks, bits), lambda: e.node("ConstantOfShape", [e.constant([n, blocks])], value=zero))
-    if bits == 4:
-        zeros = e.once(("zeros of 4 bits", zeros), lambda: e.node("Cast", [zeros], to=TensorProto.UINT4))
+    zeros = _zero_points(e, zeros, n, blocks, bits) if zeros else _middle(e, n, blocks, bits)
     inputs = [e.weight(qweight, (n, blocks * block), packed=bits == 4), scales, zeros]
     weight = e.node("DequantizeLinear", inputs, axis=1, block_size=block)
     return weight if blocks * block == k else _slice(e, weight, 1, 0, k)
+
+
+def _middle(e: Emitter, n: int, blocks: int, bits: int) -> str:
+    """[N, blocks] of 128, or of 8 as numbers of 4 bits."""
+    zero = helper.make_tensor("zero_point", TensorProto.UINT8, [1], [1 << bits - 1])
+    zeros = e.once(("zeros", n, blocks, bits), lambda: e.node("ConstantOfShape", [e.constant([n, blocks])], value=zero))
+    if bits == 8:
+        return zeros
+    return e.once(("zeros of 4 bits", zeros), lambda: e.node("Cast", [zeros], to=TensorProto.UINT4))
+
+
+def _zero_points(e: Emitter, zeros: str, n: int, blocks: int, bits: int) -> str:
+    """Stored zero points -> [N, blocks]; of 4 bits there are two in a byte, and a row of odd length fills its last byte up."""
+    if bits == 8:
+        return zeros
+    wide = e.weight(zeros, (n, blocks + blocks % 2), packed=True)
+    if blocks % 2 == 0:
+        return wide
+    bounds = [e.constant([each]) for each in (0, blocks, 1)]
+    wide = e.node("Cast", [wide], to=TensorProto.UINT8, doc_string=EXPANDS)  # no other operator takes 4 bits
+    wide = e.node("Slice", [wide, *bounds], doc_string=EXPANDS)
+    return e.node("Cast", [wide], to=TensorProto.UINT4)
 
 
 @lowers("staticvl.linear_w8a8")
@@ -478,7 +500,8 @@ def _emit_part(
 
 def _of_weights_alone(node: onnx.NodeProto) -> bool:
     """Whether a node of a twin belongs to expanding a weight."""
-    return node.op_type in ("ConstantOfShape", "DequantizeLinear") or (node.op_type, node.attribute[:1]) == ("Cast", [TO_UINT4])
+    known = node.op_type in ("ConstantOfShape", "DequantizeLinear") or node.doc_string == EXPANDS
+    return known or (node.op_type, node.attribute[:1]) == ("Cast", [TO_UINT4])
 
 
 def _lowered(

@@ -20,13 +20,14 @@ from ..model_defs.config import ModelConfig
 from ..runtime.artifact import CacheSpec, FileSpec, Kind, ModelFacts, SourceFile
 from ..runtime.ascend import torchair_host
 from ..runtime.files import sha256_file
+from ..weights.packing.settings import Packing
 from .plan import Options
 from .progress import Progress
 
 HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
 
 _OURS = Path(__file__).parent.parent
-_WEIGHT_CODE = ("weights", "weights/names", "model_defs/config")
+_WEIGHT_CODE = ("weights", "weights/names", "weights/packing", "model_defs/config")
 _GRAPH_CODE = (
     *("model_defs", "model_defs/config"),
     *("compiler/graphs.py", "compiler/cases.py", "compiler/check.py", "compiler/cost.py", "compiler/eager.py"),
@@ -77,10 +78,12 @@ def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
                     yield prefix + path.name, path
 
 
-def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: Options) -> str:
+def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: Options, packing: Packing | None) -> str:
     """Digest of everything that the weight files are made from."""
+    packed = asdict(packing) if packing else None
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    return digest(contents, asdict(config), options.quant, options.stored_dtype, options.tp, options.pp, _code(_WEIGHT_CODE))
+    asked = options.stored_quant, options.stored_dtype, options.tp, options.pp
+    return digest(contents, asdict(config), packed, *asked, _code(_WEIGHT_CODE))
 
 
 class GraphKeys:
@@ -94,7 +97,7 @@ class GraphKeys:
             versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
         code = _code((*_GRAPH_CODE, *_BACKEND_CODE[backend]))
         self.eager = options.eager
-        self.common = (weights, asdict(config), options.quant, options.tp, backend, versions, code)
+        self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 
     def key(self, kind: Kind, bucket: int, images: int) -> str:
         seen = dict(self.image if kind == "vision" else self.cache)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_defs import llava, mllama, qwen_vl
-from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
+from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..model_defs.decoder import TextGraph
 from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec, graph_name
 
@@ -74,7 +74,7 @@ def define_graph(
     with torch.device("meta"):
         if kind == "vision":
             return _vision(config, image, cache, tower_quant(quant), bucket, ranks)
-        return _text(config, image, cache, text_quant(quant), kind, bucket, images, ranks)
+        return _text(config, image, cache, quant, kind, bucket, images, ranks)
 
 
 def fed_inputs(

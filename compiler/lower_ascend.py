@@ -57,21 +57,21 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return npu.npu_linear.default(rows, weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
-    """WeightQuantBatchmatmul over groups of a block. `qweight` comes as int8 around zero (to_signed in
-    runtime/ascend/weights.py)."""
-    return _grouped(x, qweight, scales, bias, qweight.shape[2])
+def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
+    """WeightQuantBatchmatmul over groups of a block. `qweight` comes as int8 around zero, `zeros` as offsets (to_signed and
+    to_offsets in runtime/ascend/weights.py)."""
+    return _grouped(x, qweight, scales, bias, zeros, qweight.shape[2])
 
 
-def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     """The same, eight numbers of 4 bits in an int32; a transposed one is packed along the input features."""
-    return _grouped(x, qweight, scales, bias, 8 * qweight.shape[2])
+    return _grouped(x, qweight, scales, bias, zeros, 8 * qweight.shape[2])
 
 
-def _grouped(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, block: int) -> Tensor:
-    """qweight [N, blocks, ..] as it lies, scales [N, blocks].
+def _grouped(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, offsets: Tensor | None, block: int) -> Tensor:
+    """qweight [N, blocks, ..] as it lies, scales and offsets [N, blocks].
 
-    Transposing weight and scales [N, ..] is left to the operator, which reads both either way, so no weight is copied;
+    Transposing weight, scales and offsets [N, ..] is left to the operator, which reads both either way, so no weight is copied;
     only a head of more than 65535 features is cut into pieces, which may cost a copy. A last block that is not full is
     zeros in the weight, so x is filled up with zeros.
     """
@@ -86,6 +86,7 @@ def _grouped(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, bl
             rows,
             weight[start : start + size].t(),
             scales[start : start + size].t(),
+            antiquant_offset=None if offsets is None else offsets[start : start + size].t(),
             bias=None if bias is None else bias[start : start + size],
             antiquant_group_size=block if blocks > 1 else 0,  # one block a row is what the operator calls per channel
         )

@@ -68,7 +68,7 @@ class GraphMaker:
         return self.tp * self.stage.count == 1
 
     def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
-        cache, quant = self.plan.cache, self.options.quant
+        cache, quant = self.plan.cache, self.options.stored_quant
         return define_graph(self.config, self.facts.image, cache, quant, kind, bucket, images, self.tp)
 
     # ---- what graphs are checked on
@@ -88,7 +88,7 @@ class GraphMaker:
         # Below SMALL, handing work to threads takes longer than the work.
         threads = 1 if self.small else self._cores(group)
         # Weights in 8 bits are expanded in pieces too small to be worth handing over.
-        text_threads = None if self.options.quant == "none" else 1
+        text_threads = None if self.options.stored_quant == "none" else 1
         cache, weights = self.plan.cache, self.weights[rank]
         return EagerBackend(self.out, weights, cache, self._unrounded, threads=threads, text_threads=text_threads)
 
@@ -153,7 +153,7 @@ class GraphMaker:
     @contextlib.contextmanager
     def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
         """The exact twin of an ONNX graph with quantised weights, for as long as it is checked."""
-        quant = (tower_quant if spec.kind == "vision" else text_quant)(self.options.quant)
+        quant = (tower_quant if spec.kind == "vision" else text_quant)(self.options.stored_quant)
         if self.options.backend != "onnx" or quant == "none":
             yield None
             return

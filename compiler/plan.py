@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from ..model_defs.config import QUANTS, ModelConfig, TiledConfig
+from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
@@ -106,7 +106,7 @@ class Options:
     checkpoint: Path
     out: Path
     backend: str = "onnx"
-    quant: str = "none"
+    quant: str = ""  # of the decoder's layers; "": what the checkpoint has, see ready_made.py
     tp: int = 1
     pp: int = 1
     buckets: Buckets = field(default_factory=Buckets)
@@ -121,7 +121,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
             raise PlanError(f"backend {self.backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
-        if self.quant not in READY_QUANTS[self.backend]:
+        if self.quant not in ("", *READY_QUANTS[self.backend], *READY_MADE):
             raise PlanError(
                 f"quantisation {self.quant!r} is not available for {self.backend}; available: "
                 f"{', '.join(READY_QUANTS[self.backend])}"
@@ -134,12 +134,17 @@ class Options:
             raise PlanError(f"soc {self.soc!r} is unknown; expected one of {', '.join(SOCS)}")
         if unknown := set(self.eager) - set(KINDS):
             raise PlanError(f"eager names {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
-        if self.eager and self.quant != "none":
+        if self.eager and self.stored_quant != "none":
             raise PlanError(f"eager graphs know no quantisation, and {self.quant} was asked for; leave out one of the two")
         if self.eager and self.backend != "ascend":
             raise PlanError(f"eager graphs were asked for, but {self.backend} has only compiled ones; leave --eager out")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
+
+    @property
+    def stored_quant(self) -> str:
+        """The quantisation of an artifact."""
+        return self.quant or "none"
 
     @property
     def stored_dtype(self) -> str:
@@ -284,7 +289,7 @@ def forecast(config: ModelConfig, plan: Plan, options: Options) -> dict[str, int
 
     `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them.
     """
-    quant, tp, dtype = options.quant, options.tp, options.stored_dtype
+    quant, tp, dtype = options.stored_quant, options.tp, options.stored_dtype
     parts, caches = stages(config, options.pp), (plan.cache, *plan.later)
     parameters = max(sum(map(math.prod, rank_targets(part, tp).values())) for part in parts)
     held = [stored_targets(part, quant, dtype, tp).values() for part in parts]

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from . import ops
-from .config import TextConfig, head_quant
+from .config import TextConfig, head_quant, text_quant
 from .layers import GatheredLinear, Linear, RMSNorm, RowLinear, Table, empty_parameter, share
 
 Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
@@ -116,13 +116,14 @@ class Decoder(nn.Module):
         self.images, stage = images, config.stage
         if stage.first:
             self.embed = Table(config.all_embed_rows, config.hidden_size, ranks=ranks)
+        layers = text_quant(quant)
         # A dictionary, so that a layer keeps its number where others are left out.
         self.layers = nn.ModuleDict()
         for i in config.stage_layers:
             if i not in config.cross_layers:
-                self.layers[str(i)] = Block(config, quant, ranks)
+                self.layers[str(i)] = Block(config, layers, ranks)
             elif images:
-                self.layers[str(i)] = CrossBlock(config, quant, ranks)
+                self.layers[str(i)] = CrossBlock(config, layers, ranks)
         if stage.last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             head = head_quant(quant)

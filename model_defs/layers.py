@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
-from .config import quant_parts
+from .config import ASYMMETRIC, quant_bits, quant_parts
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Parameter:
@@ -34,6 +34,7 @@ class Linear(nn.Module):
     weight: Tensor
     qweight: Tensor
     scales: Tensor
+    zeros: Tensor
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quant: str = "none") -> None:
         super().__init__()
@@ -50,8 +51,8 @@ class Linear(nn.Module):
             return ops.linear(x, self.weight, bias)
         if self.quant == "w8a8":
             return ops.linear_w8a8(x, self.qweight, self.scales, bias, self.rounds)
-        op = ops.linear_w8 if self.quant == "w8a16" else ops.linear_w4
-        return op(x, self.qweight, self.scales, bias)
+        op = ops.linear_w8 if quant_bits(self.quant) == 8 else ops.linear_w4
+        return op(x, self.qweight, self.scales, bias, *([self.zeros] if self.quant.endswith(ASYMMETRIC) else []))
 
 
 def without_rounding(module: nn.Module) -> None:

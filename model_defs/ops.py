@@ -47,34 +47,37 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @_op("linear_w8")
-def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     """As `linear`, the weight stored in 8 bits: w = (qweight - 128) * scales, qweight [N, blocks, block], scales [N, blocks].
 
-    Only the weights are rounded. A kernel may round the activations too; a graph's certificate says how far that carries.
+    `zeros` [N, blocks] uint8: what stands in place of 128 in each block. Only the weights are rounded. A kernel may round the
+    activations too; a graph's certificate says how far that carries.
     """
-    return _grouped_linear(x, qweight, scales, bias, lambda part, wide: wide.copy_(part).sub_(128))
+    return _grouped_linear(x, qweight, scales, bias, 128 if zeros is None else zeros, torch.Tensor.copy_)
 
 
 @linear_w8.register_fake
-def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
 @_op("linear_w4")
-def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     """As `linear_w8`, the weight in 4 bits: w = (q - 8) * scales, two q in each of qweight [N, blocks, block / 2], the first in
-    the low bits."""
+    the low bits; `zeros` [N, ceil(blocks / 2)] likewise."""
+    middle = 8 if zeros is None else _halves(zeros, zeros.new_empty((len(zeros), 2 * zeros.shape[1])))[:, : scales.shape[1]]
+    return _grouped_linear(x, qweight, scales, bias, middle, lambda wide, part: _halves(part, wide), packed=2)
 
-    def unpack(part: Tensor, wide: Tensor) -> Tensor:
-        wide[..., 0::2].copy_(part & 15)
-        wide[..., 1::2].copy_(part >> 4)
-        return wide.sub_(8)
 
-    return _grouped_linear(x, qweight, scales, bias, unpack, packed=2)
+def _halves(packed: Tensor, wide: Tensor) -> Tensor:
+    """packed [..., n] uint8 -> both numbers of 4 bits of each, the low bits first, in `wide` [..., 2 * n]."""
+    wide[..., 0::2].copy_(packed & 15)
+    wide[..., 1::2].copy_(packed >> 4)
+    return wide
 
 
 @linear_w4.register_fake
-def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None) -> Tensor:
+def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], qweight.shape[0]))
 
 
@@ -83,18 +86,21 @@ def _grouped_linear(
     qweight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
+    middle: Tensor | int,
     unpack: Callable[[Tensor, Tensor], Tensor],
     packed: int = 1,
 ) -> Tensor:
-    """A weight with a scale for each block of a row: `unpack` writes stored rows into a tensor of their shape in floats, and
-    `packed` is how many numbers an element of qweight holds."""
+    """A weight with a scale for each block of a row, its numbers around `middle` (a tensor: [N, blocks]): `unpack` fills a
+    tensor of floats with stored rows, and `packed` is how many numbers an element of qweight holds."""
     n, blocks, width = qweight.shape
     columns, out = x.shape[-1], x.new_empty((*x.shape[:-1], n))
     # Some rows at a time, in one buffer that stays in the cache: fresh memory for whole weights takes ten times as long.
     buffer = x.new_empty((min(n, ROWS_AT_ONCE), blocks, width * packed))
     for start in range(0, n, ROWS_AT_ONCE):
-        part = qweight[start : start + ROWS_AT_ONCE]
-        weight = unpack(part, buffer[: len(part)]).mul_(scales[start : start + ROWS_AT_ONCE, :, None])
+        rows = slice(start, start + ROWS_AT_ONCE)
+        part = qweight[rows]
+        zero = middle if isinstance(middle, int) else middle[rows, :, None]
+        weight = unpack(buffer[: len(part)], part).sub_(zero).mul_(scales[rows, :, None])
         out[..., start : start + len(part)] = torch.nn.functional.linear(x, weight.flatten(1)[:, :columns])
     return out if bias is None else out + bias
 

@@ -318,7 +318,7 @@ def test_checkpoint_errors_are_one_clear_line(capsys: pytest.CaptureFixture[str]
         ({"model_type": "blip"}, "model_type 'blip' is not supported; supported: llava"),
         ({"mystery": 1}, "unknown keys mystery; they may change the computation"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'; supported: 'gelu'"),
-        ({"quantization_config": {}}, "quantization_config is set"),
+        ({"quantization_config": {}}, "quant_method of the quantisation is None, which is not read; read are"),
     ):
         path.write_text(json.dumps({**config, **change}))
         assert message in error(capsys, "compile", tiny.folder, "--out", tmp_path / "a")

@@ -60,7 +60,6 @@ def test_unknown_keys(tmp_path: Path, family: str, section: str | None) -> None:
         ("qwen_vl", None, {"no_bias": False}, "no_bias is False; supported: True"),
         ("qwen_vl", None, {"hidden_size": 128}, "visual output_dim is 256 but hidden_size is 128"),
         ("qwen_vl", None, {"visual": None}, "text-only Qwen"),
-        ("qwen_vl", None, {"quantization_config": {}}, "expected an unquantised checkpoint"),
         ("qwen_vl", "visual", {"n_queries": 15}, "n_queries is 15; expected a square number"),
     ],
 )

@@ -28,8 +28,8 @@ from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CROSS_HIDDEN, ImageFacts
 from staticvl.runtime.ascend import ge_graph
-from staticvl.runtime.ascend.weights import to_signed
-from staticvl.weights.quantize import quantize_w4, quantize_w8, quantize_w8a8
+from staticvl.runtime.ascend.weights import to_offsets, to_signed
+from staticvl.weights.quantize import joined_halves, quantize_w4, quantize_w8, quantize_w8a8
 
 from .conftest import EMBEDDED, REPO
 from .ge_graphs import lower
@@ -105,6 +105,16 @@ def quantised(columns: int, block: int, *, bias: bool, bits: int = 8) -> Case:
     return Case(f"linear_w{bits}", given, lambda f, x, q, s, b=None: f(x, q, s, b))
 
 
+def around_zero_points(columns: int, *, bits: int, block: int = 32) -> Case:
+    """As `quantised`, each block with a zero point of its own, the least and the largest among them."""
+    subject = quantised(columns, block, bias=False, bits=bits)
+    x, qweight, scales = subject.tensors
+    zeros = torch.randint(0, 1 << bits, scales.shape, generator=_generator(), dtype=torch.uint8)
+    zeros[0, 0], zeros[-1, -1] = 0, (1 << bits) - 1
+    stored = joined_halves(zeros) if bits == 4 else zeros
+    return Case(subject.op, (x, qweight, scales, stored), lambda f, x, q, s, z: f(x, q, s, None, z))
+
+
 def whole_numbers(*, bias: bool) -> Case:
     """Its kernel rounds in any case: computed wide, it does not, as its definition without rounding."""
     given = (rand(2, 3, 70), *quantize_w8a8(rand(6, 70)), *([rand(6)] if bias else []))
@@ -125,6 +135,11 @@ CASES: dict[str, Callable[[], Case]] = {
     "linear_w4": lambda: quantised(64, 32, bias=True, bits=4),
     "linear_w4, one block": lambda: quantised(32, 32, bias=False, bits=4),
     "linear_w4, last block not full": lambda: quantised(40, 32, bias=False, bits=4),
+    "linear_w8, zero points": lambda: around_zero_points(96, bits=8),
+    "linear_w4, zero points": lambda: around_zero_points(64, bits=4),
+    "linear_w4, zero points of an odd number": lambda: around_zero_points(96, bits=4),
+    "linear_w4, zero points of wide blocks": lambda: around_zero_points(384, bits=4, block=128),
+    "linear_w4, zero points of one block": lambda: around_zero_points(32, bits=4),
     "linear_w8a8": lambda: whole_numbers(bias=True),
     "linear_w8a8, no bias": lambda: whole_numbers(bias=False),
     "rms_norm": lambda: case("rms_norm", rand(2, 3, 10), rand(10), then=(1e-5,)),
@@ -160,10 +175,17 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
+def as_taken(tensor: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
+    """What a graph takes of a stored tensor, one of x, qweight, scales, zeros."""
+    if tensor.dtype != torch.uint8:
+        return tensor
+    return to_signed(tensor) if tensor is tensors[1] else to_offsets(tensor, tensors[1], tensors[2])
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_a_lowering_computes_what_its_op_is_defined_as(name: str) -> None:
     subject = CASES[name]()
-    given = [to_signed(each) if each.dtype == torch.uint8 else each for each in subject.tensors]
+    given = [as_taken(each, subject.tensors) for each in subject.tensors]
     lowered = lower(lambda *tensors: subject.call(getattr(lower_ascend, subject.op), *tensors), *given)
     wide = [each.float() if each.dtype == torch.float16 else each for each in subject.tensors]
     expected = subject.call(getattr(ops, subject.op), *wide)
@@ -402,7 +424,7 @@ def test_weights_in_8_bits_are_taken_as_they_lie() -> None:
 
 
 def test_weights_in_4_bits_are_taken_as_they_lie() -> None:
-    compiled = emitted(GOLDEN_QWEN, "decode-2", quant="w4a16g32")  # several blocks a row
+    compiled = emitted(GOLDEN_QWEN, "decode-2", quant="w4a16-g32")  # several blocks a row
     parsed = ge_graph.parse(compiled.graph)
     taken = [node for node in parsed.inputs if node.outputs[0].dtype == "int32" and len(node.outputs[0].shape or ()) == 3]
     assert len(taken) + 1 == parsed.types()["WeightQuantBatchMatmulV2"], "lm_head has 8 bits"

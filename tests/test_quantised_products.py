@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,13 @@ from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs import ops
-from staticvl.model_defs.config import tower_quant
+from staticvl.model_defs.config import quant_parts, tower_quant
 from staticvl.model_defs.layers import Linear, without_rounding
 from staticvl.runtime.artifact import ArtifactError, TensorSpec, read_manifest
 from staticvl.runtime.backends.ort import check_processor
 from staticvl.weights.quantize import dequantize, quantize
+from staticvl.weights.tensors import StoredTensor
+from staticvl.weights.writer import lay_out, write_shard
 
 from .checkpoints import tiny_llava
 
@@ -41,15 +44,22 @@ def layer(quant: str, n: int, k: int, *, bias: bool) -> tuple[Linear, Tensor]:
     return module, dequantize(quant, parts, k)
 
 
-def compiled(module: Linear, x: Tensor) -> Tensor:
-    """What onnxruntime makes of x."""
+def compiled(module: Linear, x: Tensor, folder: Path | None = None) -> Tensor:
+    """What onnxruntime makes of x; with a `folder`, where weights can lie, by the twin."""
     expected = module(x)
     specs = [TensorSpec(name=name, dtype="float32", shape=tuple(each.shape)) for name, each in (("x", x), ("y", expected))]
     values = {name: each.numpy() for name, each in module.named_parameters()}
-    graph = GraphDef("decode", 1, 0, module, (specs[0],), (specs[1],), values)
+    graph = GraphDef("decode", 1, 0, module, (specs[0],), (specs[1],), {} if folder else values)
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
-    session = ort.InferenceSession(emit(graph, {}), options, providers=["CPUExecutionProvider"])
+    model: bytes | Path = emit(graph, {}) if not folder else folder / "twin.onnx"
+    if folder:
+        shard = lay_out(
+            "weights.safetensors", {name: StoredTensor(str(each.dtype), each.shape) for name, each in values.items()}
+        )
+        write_shard(folder, shard, lambda name: torch.from_numpy(values[name]))
+        (folder / "twin.onnx").write_bytes(emit(graph, shard.tensors, exact=True))
+    session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
@@ -91,9 +101,34 @@ def test_4_bits_as_defined(n: int, k: int) -> None:
     assert float((compiled(module, x) - expected).abs().max() / expected.abs().max()) < 0.02
 
 
+@pytest.mark.parametrize(
+    ("kind", "n", "k"),
+    [("w4a16-g32-asym", 300, 256), ("w4a16-g32-asym", 7, 96), ("w8a16-g32-asym", 7, 112), ("w4a16-asym", 9, 384)],
+)
+def test_around_zero_points(kind: str, n: int, k: int, tmp_path: Path) -> None:
+    """An even number of blocks and an odd one, as numbers of 4 bits are read; the least and the largest zero point."""
+    random = torch.Generator().manual_seed(n + k)
+    parts = {
+        name: torch.empty(part.shape, dtype=getattr(torch, part.dtype or "float32"))
+        for name, part in quant_parts(kind, n, k).items()
+    }
+    parts["qweight"].random_(generator=random)
+    parts["zeros"].random_(generator=random)
+    parts["scales"].uniform_(-0.1, 0.1, generator=random)
+    module = Linear(k, n, bias=False, quant=kind)
+    module.load_state_dict(parts)
+    x = torch.randn(2, 3, k, generator=random)
+    expected = x @ dequantize(kind, parts, k).T
+    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(compiled(module, x, tmp_path), expected, rtol=1e-5, atol=1e-4)
+    assert float((compiled(module, x) - expected).abs().max() / expected.abs().max()) < 0.02
+
+
 def test_processors_that_would_cut_sums_off_are_refused() -> None:
     with pytest.raises(ArtifactError, match=r"stored as w8a8\+vision needs a processor with VNNI .* --quant w8a16"):
         check_processor("w8a8+vision", {"sse2", "avx2", "avx512f"})
+    with pytest.raises(ArtifactError, match=r"stored as w8a8\+float-head needs .* --quant none"):
+        check_processor("w8a8+float-head", {"sse2"})
     for flags in ({"sse2", "avx512_vnni"}, {"sse2", "avx_vnni"}, set[str]()):
         check_processor("w8a8", flags)
     check_processor("w4a16", {"sse2"})

@@ -25,7 +25,7 @@ from staticvl.weights.tensors import StoredTensor
 from .checkpoints import tiny_llava
 
 # Rows and columns: whole blocks of 128; whole blocks of 32; a padded last block; one row.
-KINDS = ("w8a16", "w8a8", "w4a16", "w4a16g32")
+KINDS = ("w8a16", "w8a8", "w4a16", "w4a16-g32")
 SIZES = [(6, 256), (5, 96), (7, 112), (1, 40)]
 
 
@@ -96,7 +96,7 @@ def test_4_bits(rows: int, columns: int) -> None:
     assert (q & 15).unique().numel() == 16 or rows == 1
 
 
-@pytest.mark.parametrize(("quant", "least", "most"), [("w4a16", 0.095, 0.1), ("w4a16g32", 0.080, 0.0845)])
+@pytest.mark.parametrize(("quant", "least", "most"), [("w4a16", 0.095, 0.1), ("w4a16-g32", 0.080, 0.0845)])
 def test_4_bits_lose_as_little_as_documented(quant: str, least: float, most: float) -> None:
     """One step for each block would lose 0.103 and 0.086 of normally distributed weights."""
     weight = random_weight(128, 512)
@@ -127,7 +127,7 @@ def test_8_bits_by_column(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize(("accuracy_level", "tolerance"), [(0, 1e-5), (4, 0.02)])
 @pytest.mark.parametrize(("rows", "columns"), [(48, 256), (33, 96), (16, 112)])
-@pytest.mark.parametrize("quant", ["w8a16", "w4a16", "w4a16g32"])
+@pytest.mark.parametrize("quant", ["w8a16", "w4a16", "w4a16-g32"])
 def test_onnx_runtime_reads_the_same_weights(
     quant: str, rows: int, columns: int, accuracy_level: int, tolerance: float
 ) -> None:

@@ -175,7 +175,7 @@ def test_where_ranks_meet(sizes: Model) -> None:
 
 
 @pytest.mark.parametrize("tp", TP)
-@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("quant", [*QUANTS, "w4a16-g32-asym+float-head"])
 def test_modules_hold_what_a_rank_is_given(sizes: Model, tp: int, quant: str) -> None:
     found: dict[str, tuple[int, ...]] = {}
     for graph in replace(sizes, quant=quant).define(tp).values():

@@ -87,7 +87,7 @@ def _add_compile(commands) -> None:
     parser.add_argument("checkpoint", nargs="?", type=Path, help="folder with config.json, weights and tokenizer")
     parser.add_argument("--out", type=Path, metavar="ARTIFACT", help="folder to write; an earlier artifact there is updated")
     parser.add_argument("--backend", choices=("onnx", "ascend"), help="default: onnx")
-    parser.add_argument("--quant", choices=QUANTS, help="default: none")
+    parser.add_argument("--quant", choices=QUANTS, help="default: what the checkpoint has")
     parser.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),

@@ -12,6 +12,7 @@ import yaml
 
 from ..compiler.build import Report, build, plan_only
 from ..compiler.plan import Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
+from ..compiler.ready_made import resolve
 from ..runtime.artifact import KINDS
 from .progress import TerminalProgress
 
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     options = read_options(args)
     if args.plan_only:
         plan, sizes = plan_only(options)
-        _print_plan(plan, sizes, options)
+        _print_plan(plan, sizes, resolve(options)[0])
         return 0
     started = time.perf_counter()
     report = build(options, TerminalProgress())
@@ -147,7 +148,7 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
 
 
 def _form(options: Options) -> str:
-    return options.stored_dtype if options.quant == "none" else f"{options.quant}, the rest in {options.stored_dtype}"
+    return options.stored_dtype if options.stored_quant == "none" else f"{options.quant}, the rest in {options.stored_dtype}"
 
 
 def _print_report(report: Report, out: Path, seconds: float) -> None:

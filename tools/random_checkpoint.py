@@ -23,8 +23,17 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..model_defs.config import ClipConfig, ConfigError, ModelConfig, TiledConfig, read_config, read_json
+from ..model_defs.config import (
+    QUANTISATION_KEYS,
+    ClipConfig,
+    ConfigError,
+    ModelConfig,
+    TiledConfig,
+    read_config,
+    read_json,
+)
 from ..runtime.files import write_atomically
+from ..weights.packing.settings import SETTINGS_FILES
 from ..weights.rules import source_names
 from ..weights.tensors import TOWER, StoredTensor, WeightsError
 from ..weights.writer import check_space, lay_out, one_thread, write_shard
@@ -125,6 +134,7 @@ def _stage(config_folder: Path, overrides: Mapping[str, Any], folder: Path) -> M
         _write_json(folder / "config.json", data)
     try:
         config = read_config(folder, vision_tower=_tower_beside(config_folder, folder))
+        _forget_quantisation(folder)
         write_tokenizer(config, folder)
     except ConfigError as error:
         raise RandomCheckpointError(str(error).replace(str(folder), str(config_folder))) from error
@@ -218,6 +228,15 @@ def _copy_files(source: Path, out: Path) -> None:
     for path in sorted(files, key=lambda p: p.name == "config.json"):
         if not path.name.endswith(".index.json"):
             shutil.copyfile(path, out / path.name)
+
+
+def _forget_quantisation(folder: Path) -> None:
+    """Random weights are in floating point, whatever those were that the settings came with."""
+    for name in SETTINGS_FILES:
+        (folder / name).unlink(missing_ok=True)
+    data = read_json(folder / "config.json")
+    if kept := data.keys() & set(QUANTISATION_KEYS):
+        _write_json(folder / "config.json", {key: value for key, value in data.items() if key not in kept})
 
 
 def _tiled_pictures(vision: TiledConfig) -> dict[str, object]:

@@ -25,6 +25,7 @@ from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
 from .cut import Span, read_span
 from .names.rule import Shape
+from .packing.source import PackedSource
 from .quantize import quantize
 from .rules import Plan, Recipe, match, targets
 from .shard import rank_span, rank_targets, shard_axis
@@ -90,7 +91,8 @@ def convert(
 
     Of a pipeline, `config` is that of one stage, and `rank` one of those that hold this stage.
 
-    `quant`: "none" stores every tensor in `dtype`; others store the decoder's linear layers in fewer bits (see quantize).
+    `quant`: "none" stores every tensor in `dtype`; others store the decoder's linear layers in fewer bits (see quantize). Those
+    that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
     `prefix` has to name source, config, quant, dtype and tp: files of the same prefix that a broken-off run has finished are
     kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
     bytes of each step; they add up to the sizes of `plan_shards`.
@@ -165,12 +167,14 @@ class _Parts:
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
+        kind, stem = quant_of(name, self.quant), name.removesuffix(".weight")
+        if kind != "none" and isinstance(self.source, PackedSource):
+            parts = self._repacked(self.source, self.plan.recipes[name], self.spans[name], kind)
+            return {f"{stem}.{part}": value for part, value in parts.items()}
         tensor = _filled(self._made(self.plan.recipes[name], self.spans[name]), self.shapes[name])
-        kind = quant_of(name, self.quant)
         if kind == "none":
             self._check_range(name, tensor)
             return {name: tensor}
-        stem = name.removesuffix(".weight")
         return {f"{stem}.{part}": value for part, value in quantize(kind, tensor).items()}
 
     def _made(self, recipe: Recipe, span: Span | None) -> Tensor:
@@ -183,6 +187,12 @@ class _Parts:
         whole = rule.make(sources) if rule.make else sources[0]
         del sources
         return span.of(whole) if span else whole
+
+    def _repacked(self, source: PackedSource, recipe: Recipe, span: Span | None, kind: str) -> dict[str, Tensor]:
+        """What is stored of a weight that the checkpoint holds quantised."""
+        ((tensor, ref),) = zip(recipe.tensors, recipe.rule.sources, strict=True)
+        assert recipe.rule.make is None, tensor.name
+        return source.stored(tensor.name, kind, ref.rows, span)
 
     def _check_range(self, name: str, tensor: Tensor) -> None:
         """float16 ends at 65504; the others hold whatever a checkpoint can."""

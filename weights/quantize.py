@@ -1,8 +1,8 @@
 """Weights in 8 and 4 bits, as model_defs/config/quant.py lays them out.
 
 N rows (output features), K columns (input features), B = ceil(K / block) blocks along a row. What has scales for blocks is in
-the layout of ONNX Runtime's com.microsoft.MatMulNBits; no zero points are stored, 128 and 8 are the operator's defaults.
-Columns that pad the last block hold zero. Everything is symmetric and rounded to the nearest.
+the layout of ONNX Runtime's com.microsoft.MatMulNBits; what is quantised here has no zero points, 128 and 8 are the operator's
+defaults. Columns that pad the last block hold zero. Everything is symmetric and rounded to the nearest.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..model_defs.config import quant_block
+from ..model_defs.config import quant_bits, quant_block
 
 _ZERO, _LARGEST = 128, 127
 _ZERO_W4, _LEAST_W4 = 8, -8
@@ -40,7 +40,10 @@ def dequantize(quant: str, parts: Mapping[str, Tensor], columns: int) -> Tensor:
     q, scales = parts["qweight"], parts["scales"].float()
     if quant == "w8a8":
         return (q.float() * scales).T
-    return (dequantize_w8 if quant == "w8a16" else dequantize_w4)(q, scales, columns)
+    zeros = parts.get("zeros")
+    if quant_bits(quant) == 8:
+        return dequantize_w8(q, scales, columns, zeros)
+    return dequantize_w4(q, scales, columns, None if zeros is None else halves(zeros)[:, : scales.shape[1]])
 
 
 def quantize_w8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -60,9 +63,10 @@ def quantize_w8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return q, scales
 
 
-def dequantize_w8(q: Tensor, scales: Tensor, columns: int) -> Tensor:
-    """q [N, B, block] uint8, scales [N, B] float32 -> [N, K] float32, K = columns."""
-    return ((q.float() - _ZERO) * scales.unsqueeze(-1)).flatten(1)[:, :columns]
+def dequantize_w8(q: Tensor, scales: Tensor, columns: int, zeros: Tensor | None = None) -> Tensor:
+    """q [N, B, block] uint8, scales [N, B] float32, zeros [N, B] uint8 (None: 128) -> [N, K] float32, K = columns."""
+    middle = _ZERO if zeros is None else zeros.float().unsqueeze(-1)
+    return ((q.float() - middle) * scales.unsqueeze(-1)).flatten(1)[:, :columns]
 
 
 def quantize_w4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +81,7 @@ def quantize_w4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     for span, part in _parts(weight, block):
         scale = _best_scale(part)
         whole = _whole_w4(part, scale).add_(_ZERO_W4).to(torch.uint8)
-        q[span] = whole[..., 0::2] | whole[..., 1::2] << 4
+        q[span] = joined_halves(whole)
         scales[span] = scale
     return q, scales
 
@@ -94,10 +98,21 @@ def _whole_w4(blocks: Tensor, scale: Tensor) -> Tensor:
     return (blocks / _divisor(scale).unsqueeze(-1)).round_().clamp_(_LEAST_W4, -_LEAST_W4 - 1)
 
 
-def dequantize_w4(q: Tensor, scales: Tensor, columns: int) -> Tensor:
-    """q [N, B, block / 2] uint8, scales [N, B] float32 -> [N, K] float32, K = columns."""
-    whole = torch.stack((q & 15, q >> 4), dim=-1).flatten(-2).float() - _ZERO_W4
-    return (whole * scales.unsqueeze(-1)).flatten(1)[:, :columns]
+def dequantize_w4(q: Tensor, scales: Tensor, columns: int, zeros: Tensor | None = None) -> Tensor:
+    """q [N, B, block / 2] uint8, scales [N, B] float32, zeros [N, B] uint8 (None: 8) -> [N, K] float32, K = columns."""
+    middle = _ZERO_W4 if zeros is None else zeros.float().unsqueeze(-1)
+    return ((halves(q).float() - middle) * scales.unsqueeze(-1)).flatten(1)[:, :columns]
+
+
+def halves(packed: Tensor) -> Tensor:
+    """[..., n] uint8 -> [..., 2 * n]: both numbers of 4 bits of each, the low bits first."""
+    return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def joined_halves(whole: Tensor) -> Tensor:
+    """[..., n] uint8 below 16 -> [..., ceil(n / 2)]: two in each, the first in the low bits; zero fills up an odd n."""
+    whole = pad(whole, (0, whole.shape[-1] % 2))
+    return whole[..., 0::2] | whole[..., 1::2] << 4
 
 
 def quantize_w8a8(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -48,7 +48,7 @@ _KEYS_VALUES = re.compile(r"(?:text\.layers\.\d+\.attn|cross\.\d+)\.[kv]\.(?:wei
 
 def shard_axis(config: ModelConfig, name: str) -> Literal[0, 1] | None:
     """The axis along which parameter `name` is cut; None: every rank holds all of it."""
-    assert not name.endswith((".qweight", ".scales")), f"{name}: cut before quantising"
+    assert not name.endswith((".qweight", ".scales", ".zeros")), f"{name}: cut before quantising"
     if _OUTPUT.fullmatch(name):
         return 0
     return 1 if _INPUT.fullmatch(name) or (name == _POSITIONS and isinstance(config.vision, TiledConfig)) else None

@@ -25,7 +25,6 @@ from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
 
 log = logging.getLogger(__name__)
 
-_FLOATS: dict[str, torch.dtype] = {name: getattr(torch, name) for name in FLOATS}
 # https://github.com/huggingface/safetensors#format; codes without an entry keep their own spelling.
 _SAFETENSORS_DTYPES = {
     "F64": "float64",
@@ -39,6 +38,7 @@ _SAFETENSORS_DTYPES = {
     "U8": "uint8",
     "BOOL": "bool",
 }
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in _SAFETENSORS_DTYPES.values()}
 _HEADER_LIMIT = 100_000_000  # the limit of the safetensors library
 _LFS_POINTER = b"version https://git-lfs"
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -63,6 +63,11 @@ class Source:
                 f"{tensor.file}: tensor {name} has dtype {tensor.dtype}; expected float32, float16 or bfloat16: "
                 "give an unquantised checkpoint"
             )
+        return self.read_any(name, rows)
+
+    def read_any(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
+        """The same of whole numbers too. Raises WeightsError when the file ends before the tensor does."""
+        tensor = self.tensors[name]
         if tensor.offset is None:
             whole = self._load_whole(tensor.file)[name.removeprefix(TOWER)]
             return (whole[slice(*rows)] if rows else whole).clone().contiguous()
@@ -193,7 +198,7 @@ def _list_safetensors(path: Path) -> _Listing:
             begin, stop = map(int, entry["data_offsets"])
             shape = tuple(map(int, entry["shape"]))
             dtype = str(_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
-            if begin < 0 or (dtype in FLOATS and stop - begin != math.prod(shape) * _FLOATS[dtype].itemsize):
+            if begin < 0 or (dtype in _DTYPES and stop - begin != math.prod(shape) * _DTYPES[dtype].itemsize):
                 raise ValueError(f"tensor {name} of shape {list(shape)} lies at {begin} to {stop}")
             listed[name] = dtype, shape, 8 + length + begin, _contiguous(shape)
             end = max(end, stop)
@@ -276,12 +281,12 @@ def _cut(tensor: SourceTensor, offset: int, rows: tuple[int, int] | None) -> tup
         return tensor, offset
     first, stop = rows
     assert 0 <= first <= stop <= tensor.shape[0], (tensor, rows)
-    offset += first * tensor.stride[0] * _FLOATS[tensor.dtype].itemsize
+    offset += first * tensor.stride[0] * _DTYPES[tensor.dtype].itemsize
     return replace(tensor, shape=(stop - first, *tensor.shape[1:])), offset
 
 
 def _read_strided(tensor: SourceTensor, offset: int) -> Tensor:
-    dtype = _FLOATS[tensor.dtype]
+    dtype = _DTYPES[tensor.dtype]
     flat = torch.empty(_extent(tensor.shape, tensor.stride), dtype=dtype)
     view = flat.view(torch.uint8).numpy().data
     with tensor.file.open("rb") as file:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from ..model_defs.config import QUANTS, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
+from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
 from .shard import rank_targets
 from .tensors import StoredTensor
 
@@ -24,7 +24,8 @@ def quant_of(name: str, quant: str) -> str:
 
 
 def stored_parts(name: str, shape: tuple[int, ...], quant: str, dtype: str = "float32") -> dict[str, StoredTensor]:
-    """What parameter `name` of `shape` becomes: itself in `dtype`, or NAME.qweight and NAME.scales for NAME.weight."""
+    """What parameter `name` of `shape` becomes: itself in `dtype`, or NAME.qweight, NAME.scales and perhaps NAME.zeros for
+    NAME.weight."""
     kind = quant_of(name, quant)
     if kind == "none":
         return {name: StoredTensor(dtype, shape)}
@@ -37,6 +38,6 @@ def stored_targets(config: ModelConfig, quant: str, dtype: str = "float32", tp: 
 
     Raises WeightsError as `check_tp`.
     """
-    assert quant in QUANTS, quant
+    assert quant in QUANTS + READY_MADE, quant
     shapes = rank_targets(config, tp)
     return {k: v for name, shape in shapes.items() for k, v in stored_parts(name, shape, quant, dtype).items()}

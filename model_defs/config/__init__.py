@@ -15,7 +15,7 @@ from pathlib import Path
 from .keys import Keys, load_config, read_json
 from .llava import read_llava
 from .mllama import read_mllama
-from .quant import QUANTS, head_quant, quant_block, quant_parts, text_quant, tower_quant
+from .quant import ASYMMETRIC, QUANTS, READY_MADE, head_quant, quant_bits, quant_block, quant_parts, text_quant, tower_quant
 from .qwen_vl import read_qwen_vl
 from .stage import Stage
 from .stored import decode_config, encode_config
@@ -31,7 +31,10 @@ from .types import (
 )
 
 __all__ = [
+    "ASYMMETRIC",
+    "QUANTISATION_KEYS",
     "QUANTS",
+    "READY_MADE",
     "ClipConfig",
     "ConfigError",
     "Llama3Scaling",
@@ -44,6 +47,7 @@ __all__ = [
     "decode_config",
     "encode_config",
     "head_quant",
+    "quant_bits",
     "quant_block",
     "quant_parts",
     "read_config",
@@ -53,6 +57,7 @@ __all__ = [
 ]
 
 Reader = Callable[[Keys, Path, Path | None], ModelConfig]  # keys, checkpoint, folder of a vision tower stored apart
+QUANTISATION_KEYS = ("quantization_config", "compression_config")
 READERS: dict[str, Reader] = {
     "llava": read_llava,
     "llava_llama": read_llava,
@@ -70,8 +75,8 @@ def read_config(checkpoint: Path, *, vision_tower: Path | None = None, ignore_ke
     data = load_config(checkpoint)
     keys = Keys(data, str(checkpoint / "config.json"), ignore_keys)
     model_type = keys.get("model_type")
-    if "quantization_config" in data:
-        raise ConfigError(f"{keys.where}: quantization_config is set; expected an unquantised checkpoint (fp32, fp16 or bf16)")
+    for name in QUANTISATION_KEYS:  # weights/packing/ reads what they say
+        keys.get(name)
     if model_type not in READERS:
         raise ConfigError(f"{keys.where}: model_type {model_type!r} is not supported; supported: {', '.join(READERS)}")
     config = READERS[model_type](keys, checkpoint, vision_tower)

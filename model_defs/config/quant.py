@@ -2,19 +2,28 @@
 
     w8a16   qweight [N, B, block] uint8 around 128, scales [N, B]: B = ceil(K / block) blocks along a row
     w4a16   qweight [N, B, block / 2] uint8, two numbers of 4 bits around 8 in each, the first in the low bits; scales [N, B];
-            w4a16g32 is the same in blocks of 32
+            w4a16-g32 is the same in blocks of 32
     w8a8    qweight [K, N] int8 around 0, scales [N] float32; products are of whole numbers, so the layout is that of a product
 
-What fills up a last block is zero. With "+vision" the linear layers of a vision tower are stored as in w8a8 too.
+What fills up a last block stands for zero. With "+vision" the linear layers of a vision tower are stored as in w8a8 too.
+
+What checkpoints bring that are quantised already (READY_MADE) may differ in three ways:
+
+    -g32          blocks of 32 whatever K is, since scales were given for fewer than 128 of a row
+    -asym         numbers lie around zero points of their blocks: zeros [N, B] uint8, or two in each [N, ceil(B / 2)] of 4 bits
+    +float-head   lm_head in floating point
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16", "w4a16g32")
+QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16", "w4a16-g32")  # what can be asked for
+ASYMMETRIC, FLOAT_HEAD, SMALL_BLOCKS = "-asym", "+float-head", "-g32"
+GROUPED = ("w8a16", "w8a16-g32", "w4a16", "w4a16-g32")
+READY_MADE = tuple(f"{kind}{FLOAT_HEAD}" for kind in ("w8a8", *GROUPED, *(f"{each}{ASYMMETRIC}" for each in GROUPED)))
 # What lm_head is stored in where it is not stored as the layers are.
-HEADS = {"w4a16": "w8a16", "w4a16g32": "w8a16", "w8a8": "w8a16"}
+HEADS = {"w4a16": "w8a16", "w4a16-g32": "w8a16", "w8a8": "w8a16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +36,7 @@ class Part:
 
 def text_quant(quant: str) -> str:
     """The quantisation of a decoder's layers."""
-    return quant.removesuffix("+vision")
+    return quant.partition("+")[0]
 
 
 def tower_quant(quant: str) -> str:
@@ -38,23 +47,30 @@ def tower_quant(quant: str) -> str:
 def head_quant(quant: str) -> str:
     """The quantisation of lm_head. It sees one token of each row, where whole-number products gain nothing; in 4 bits it costs
     accuracy and saves little of a model."""
+    if quant.endswith(FLOAT_HEAD):
+        return "none"
     quant = text_quant(quant)
     return HEADS.get(quant, quant)
 
 
-def quant_block(columns: int, quant: str = "w8a16") -> int:
-    """Weights of one row that share a scale: 128, or 32 where filling up the last block would take more than a 16th, or where
-    `quant` asks for it."""
-    return 32 if quant.endswith("g32") or -columns % 128 > columns // 16 else 128
+def quant_bits(kind: str) -> int:
+    """Bits of a stored number."""
+    return 4 if kind.startswith("w4") else 8
 
 
-def quant_parts(quant: str, rows: int, columns: int) -> dict[str, Part]:
+def quant_block(columns: int, kind: str = "w8a16") -> int:
+    """Weights of one row that share a scale: 128, or 32 where filling up the last block would take more than a 16th of a row,
+    or where `kind` says so. With the bits of a number, the bytes of a block tell which it is (runtime/ascend/weights.py)."""
+    return 32 if SMALL_BLOCKS in kind or -columns % 128 > columns // 16 else 128
+
+
+def quant_parts(kind: str, rows: int, columns: int) -> dict[str, Part]:
     """What a weight [rows, columns] is stored as, by the names behind that of its layer."""
-    if quant == "none":
+    if kind == "none":
         return {"weight": Part("", (rows, columns))}
-    if quant == "w8a8":
+    if kind == "w8a8":
         return {"qweight": Part("int8", (columns, rows)), "scales": Part("float32", (rows,))}
-    block = quant_block(columns, quant)
+    block, bits = quant_block(columns, kind), quant_bits(kind)
     blocks = -(-columns // block)
-    width = block if quant == "w8a16" else block // 2
-    return {"qweight": Part("uint8", (rows, blocks, width)), "scales": Part("", (rows, blocks))}
+    parts = {"qweight": Part("uint8", (rows, blocks, block * bits // 8)), "scales": Part("", (rows, blocks))}
+    return parts | ({"zeros": Part("uint8", (rows, -(-blocks * bits // 8)))} if kind.endswith(ASYMMETRIC) else {})

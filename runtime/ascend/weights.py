@@ -23,7 +23,7 @@ def map_weight(folder: Path, spec: WeightSpec) -> Tensor:
     return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
 
 
-PACKED_BLOCK = 16  # bytes of a block of 32 numbers of 4 bits; a block of 8 bits has at least twice as many
+PACKED_BLOCKS = (16, 64)  # bytes of a block of 32 or 128 numbers of 4 bits; blocks of 8 bits have 32 or 128
 
 
 def to_signed(qweight: Tensor) -> Tensor:
@@ -36,6 +36,19 @@ def to_signed(qweight: Tensor) -> Tensor:
 
     if qweight.dtype == torch.int8:
         return qweight
-    if qweight.shape[-1] == PACKED_BLOCK:
+    if qweight.shape[-1] in PACKED_BLOCKS:
         return (qweight ^ 0x88).view(torch.int32)
     return (qweight ^ 0x80).view(torch.int8)
+
+
+def to_offsets(zeros: Tensor, qweight: Tensor, scales: Tensor) -> Tensor:
+    """Zero points as artifacts store them -> what Ascend adds to numbers around 0: [N, B] in the dtype of scales [N, B].
+
+    Of 8 bits: [N, B] uint8. Of 4 bits: [N, ceil(B / 2)], two in a byte, the first in the low bits; `qweight` tells, as stored.
+    """
+    import torch
+
+    if qweight.shape[-1] not in PACKED_BLOCKS:
+        return 128 - zeros.to(scales.dtype)
+    whole = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)[:, : scales.shape[1]]
+    return 8 - whole.to(scales.dtype)

@@ -21,7 +21,7 @@ import numpy as np
 from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, Segment, Transfer, WeightSpec, rank_weights
 from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
-from ..ascend.weights import map_weight, to_signed
+from ..ascend.weights import map_weight, to_offsets, to_signed
 from ..files import sha256_file
 from .base import Group, cache_name, check_group, checked, rows_to_copy, world_rank
 
@@ -164,10 +164,17 @@ class AscendBackend:
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
-            weight = map_weight(self.folder, self.specs[name])
-            weight = to_signed(weight) if name.endswith(".qweight") else weight
+            stem, _, part = name.rpartition(".")
+            weight = self._stored(name)
+            if part == "qweight":
+                weight = to_signed(weight)
+            elif part == "zeros":
+                weight = to_offsets(weight, *(self._stored(f"{stem}.{each}") for each in ("qweight", "scales")))
             self.weights[name] = weight.to(self.device.name)
         return self.weights[name]
+
+    def _stored(self, name: str) -> Tensor:
+        return map_weight(self.folder, self.specs[name])
 
     def _constant(self, name: str, values: tuple[float, ...]) -> Tensor:
         """The same tensor at every call: a kernel takes its address for final. One name has one value in all graphs."""

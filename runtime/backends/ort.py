@@ -273,7 +273,7 @@ def check_processor(quant: str, flags: Collection[str]) -> None:
     if quant.startswith("w8a8") and "sse2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
         raise ArtifactError(
             f"artifact stored as {quant} needs a processor with VNNI (flag avx512_vnni or avx_vnni), which this one lacks; "
-            "compile it with --quant w8a16"
+            f"compile it with --quant {'none' if quant.endswith('+float-head') else 'w8a16'}"
         )
 
 

@@ -17,6 +17,8 @@ from ...model_defs.config import ModelConfig, read_config
 from ...runtime.artifact import Artifact, BuildFacts, CacheSpec, Kind, Manifest, ModelFacts, WeightSpec
 from ...runtime.tokenizer import Tokenizer, load_tokenizer
 from ...weights.convert import convert
+from ...weights.packing.settings import read_packing
+from ...weights.packing.source import open_packed
 from ...weights.source import open_source
 
 CHUNK = 128  # tokens of a prefill of the definitions
@@ -29,6 +31,7 @@ class Checkpoint:
         """Raises ConfigError for a checkpoint that cannot be read."""
         self.folder, self.vision_tower = folder, vision_tower
         self.config: ModelConfig = read_config(folder, vision_tower=vision_tower)
+        self.packing = read_packing(folder)
         facts, settings = read_facts(folder, self.config, vision_tower=vision_tower)
         self.facts: ModelFacts = facts
         self._temporary = tempfile.TemporaryDirectory(prefix="staticvl-compare-", dir=work)
@@ -47,8 +50,10 @@ class Checkpoint:
 
     @cached_property
     def weights(self) -> dict[str, WeightSpec]:
-        """Every parameter in float32, converted once."""
+        """Every parameter in float32, converted once; one that is quantised as what it stands for."""
         source = open_source(self.folder, self.vision_tower)
+        if self.packing:
+            source = open_packed(source, self.packing, self.config)
         return convert(source, self.config, self.out, quant="none", prefix="reference").weights
 
     def plan(self, context: int | None, images: int | None) -> Plan:

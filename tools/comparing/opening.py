@@ -46,6 +46,7 @@ def open_side(
         raise SideError(f"{folder} is a checkpoint, which runs on the CPU; leave out --device for it")
     checkpoint = Checkpoint(folder, vision_tower=vision_tower, work=work)
     known = checkpoint.config.family in FAMILIES and checkpoint.config.layout == "hf"
+    known &= checkpoint.packing is None  # what transformers needs for quantised ones differs by form
     try:
         if by == "transformers" or (by == "auto" and known and _has_transformers()):
             return open_hf_side(checkpoint, f"{folder} by transformers")

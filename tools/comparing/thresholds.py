@@ -51,18 +51,15 @@ DEFAULTS = {
     "w4a16": Thresholds(
         relative=0.6, kl=0.5, agreement=0.7, perplexity=0.5, weights=0.26, inputs=1e-5, operators=6e-2
     ),
-    "w4a16g32": Thresholds(
-        relative=0.6, kl=0.5, agreement=0.7, perplexity=0.5, weights=0.26, inputs=1e-5, operators=6e-2
-    ),
 }  # fmt: skip
-_ORDER = ("float32", "float16", "bfloat16", "w8a16", "w8a8", "w4a16g32", "w4a16")  # from fine to coarse
+_ORDER = ("float32", "float16", "bfloat16", "w8a16", "w8a8", "w4a16")  # from fine to coarse
 
 
 def precision(manifest: Manifest | None) -> str:
     """The row of the table for one side; None: a checkpoint, which is computed in float32."""
     if manifest is None:
         return "float32"
-    quant = text_quant(manifest.quant)
+    quant = text_quant(manifest.quant).partition("-")[0]  # w4a16-g32 and -asym have the limits of w4a16
     return quant if quant in DEFAULTS else manifest.cache.dtype
 
 

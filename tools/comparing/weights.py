@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ...model_defs.config import ModelConfig
+from ...model_defs.config import ModelConfig, quant_bits
 from ...runtime.artifact import WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...weights.cut import Span
@@ -31,7 +31,7 @@ class Store:
 
     def names(self) -> list[str]:
         """Parameters, a quantised one by the name that it would have in float."""
-        found = dict.fromkeys(name for name in self.weights if not name.endswith((".qweight", ".scales")))
+        found = dict.fromkeys(name for name in self.weights if not name.endswith((".qweight", ".scales", ".zeros")))
         return [*found, *(f"{n.removesuffix('.qweight')}.weight" for n in self.weights if n.endswith(".qweight"))]
 
     def quantised(self, name: str) -> bool:
@@ -42,12 +42,13 @@ class Store:
         if not self.quantised(name):
             return map_weight(self.folder, self.weights[name]).float()
         stem = name.removesuffix(".weight")
-        parts = {part: map_weight(self.folder, self.weights[f"{stem}.{part}"]) for part in ("qweight", "scales")}
+        held = [part for part in ("qweight", "scales", "zeros") if f"{stem}.{part}" in self.weights]
+        parts = {part: map_weight(self.folder, self.weights[f"{stem}.{part}"]) for part in held}
         return dequantize(quant_of(name, self.quant), parts, columns)
 
     def bits(self, name: str) -> int:
         """Of a quantised parameter."""
-        return 4 if quant_of(name, self.quant).startswith("w4a16") else 8
+        return quant_bits(quant_of(name, self.quant))
 
 
 class WeightComparison:
