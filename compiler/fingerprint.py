@@ -80,7 +80,8 @@ def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
 def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: Options) -> str:
     """Digest of everything that the weight files are made from."""
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    return digest(contents, asdict(config), options.quant, options.stored_dtype, options.tp, options.pp, _code(_WEIGHT_CODE))
+    dtype = (options.backend, options.dtype)
+    return digest(contents, asdict(config), options.quant, dtype, options.tp, options.pp, _code(_WEIGHT_CODE))
 
 
 class GraphKeys:

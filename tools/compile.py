@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..compiler.build import Report, build, plan_only
-from ..compiler.plan import Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
+from ..compiler.plan import DTYPES, Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
 from ..runtime.artifact import KINDS
 from .progress import TerminalProgress
 
@@ -147,7 +147,9 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
 
 
 def _form(options: Options) -> str:
-    return options.stored_dtype if options.quant == "none" else f"{options.quant}, the rest in {options.stored_dtype}"
+    floats = options.dtype or DTYPES[options.backend][0]
+    floats = "the checkpoint's dtypes" if floats == "auto" else floats
+    return floats if options.quant == "none" else f"{options.quant}, the rest in {floats}"
 
 
 def _print_report(report: Report, out: Path, seconds: float) -> None:
