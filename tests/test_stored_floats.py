@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from staticvl import runtime
 from staticvl.compiler import emit_onnx
 from staticvl.compiler.build import build, plan_only
 from staticvl.compiler.emit_onnx import emit
+from staticvl.compiler.fingerprint import weights_key
 from staticvl.compiler.graphs import GraphDef
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import read_config
@@ -28,6 +30,7 @@ from staticvl.model_defs.layers import Linear, Table
 from staticvl.runtime.artifact import Manifest, TensorSpec
 from staticvl.runtime.backends import ort
 from staticvl.runtime.backends.host_cache import HostCache
+from staticvl.tools.cli import main
 from staticvl.tools.comparing.thresholds import precision
 from staticvl.weights.convert import convert
 from staticvl.weights.lora import open_adapter
@@ -39,8 +42,10 @@ from staticvl.weights.tensors import StoredTensor, WeightsError
 from staticvl.weights.writer import lay_out, write_shard
 
 from .checkpoints import tiny_llava
+from .checkpoints_llava_next import tiny_llava_next
 from .checkpoints_mllama import tiny_mllama
 from .test_lora import adapt
+from .tiny_families import GOLDEN_QWEN
 
 BUCKETS = Buckets(prefill=(16,), decode=(1,), vision=(1,), context=64, slots=1)
 TABLE = "text.embed.weight"
@@ -103,6 +108,13 @@ def test_what_an_adapter_changes_is_float32(tmp_path: Path) -> None:
     assert changed and set(kept_dtypes(plan).values()) == {"float16"}
     after = kept_dtypes(match(config, adapted.tensors))
     assert {name for name in after if after[name] == "float32"} == changed
+
+
+def test_another_dtype_is_another_set_of_weight_files(tmp_path: Path) -> None:
+    """Left open, quantised layers come with a table as the checkpoint has it: that is not float32."""
+    config = read_config(tiny_llava(tmp_path / "checkpoint").folder)
+    asked = [options(tmp_path, dtype, quant="w8a16") for dtype in ("", "float32", "float16", "auto")]
+    assert len({weights_key({}, config, each) for each in asked}) == len(asked)
 
 
 def test_a_forecast_needs_no_weights(tmp_path: Path) -> None:
@@ -264,3 +276,21 @@ def test_what_float16_cannot_hold_is_refused_of_matrices_alone(tmp_path: Path) -
         WeightsError, match=r"text.embed.weight holds 1e\+05, more than float16 can store; compile with --dtype"
     ):
         stored_with_a_large_number_in("embed_tokens.weight")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tp", [1, 2])
+@pytest.mark.parametrize("family", ["llava_next", "mllama", "qwen_vl"])
+def test_every_family(tmp_path: Path, family: str, tp: int) -> None:
+    """Certified, and as close to the checkpoint as if it were stored in float32; of one family operator by operator."""
+    folder = tmp_path / "checkpoint"
+    if family == "qwen_vl":
+        shutil.copytree(GOLDEN_QWEN, folder)
+    else:
+        (tiny_llava_next if family == "llava_next" else tiny_mllama)(folder, dtype=torch.bfloat16)
+    images = (1,) if family == "mllama" else None
+    buckets = Buckets(prefill=(16,), decode=(1,), images=images, context=384, slots=1)
+    manifest = build(replace(options(tmp_path, "auto", tp=tp), buckets=buckets)).manifest
+    assert TABLE in in_16_bits(manifest) or family == "qwen_vl"  # whose checkpoint is in float32
+    inspect = ["--inspect", "always"] if family == "mllama" else []
+    assert main(["compare", str(folder), str(tmp_path / "a"), *inspect]) == 0
