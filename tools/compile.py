@@ -147,9 +147,11 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
 
 
 def _form(options: Options) -> str:
-    floats = options.dtype or DTYPES[options.backend][0]
-    floats = "the checkpoint's dtypes" if floats == "auto" else floats
-    return floats if options.quant == "none" else f"{options.quant}, the rest in {floats}"
+    floats = "the checkpoint's dtypes" if options.dtype == "auto" else options.dtype or DTYPES[options.backend][0]
+    if options.quant == "none":
+        return floats
+    table = "" if options.dtype or options.backend == "ascend" else ", but the table as the checkpoint has it"
+    return f"{options.quant}, the rest in {floats}{table}"
 
 
 def _print_report(report: Report, out: Path, seconds: float) -> None:
