@@ -24,7 +24,7 @@ import psutil
 
 from staticvl.model_defs.config import ModelConfig, TiledConfig, read_config
 from staticvl.weights.rules import source_names
-from staticvl.weights.stored import stored_targets
+from staticvl.weights.stored import stored_targets, uniform
 from staticvl.weights.tensors import StoredTensor
 
 SETTINGS = Path(__file__).parent.parent / "tools" / "assets" / "tiny_mllama"
@@ -68,7 +68,7 @@ def large_config(layers: int, vocab: int) -> ModelConfig:
 
 def compare(config: ModelConfig, folder: Path, args: argparse.Namespace) -> dict:
     write_zeros(config, folder)
-    whole = sum(stored.nbytes for stored in stored_targets(config, args.quant, DTYPE).values())
+    whole = sum(stored.nbytes for stored in stored_targets(config, args.quant, uniform(DTYPE)).values())
     result: dict = {"layers": args.layers, "vocab": args.vocab, "quant": args.quant, "whole_mb": whole / 1e6}
     for tp in args.tp:
         command = [sys.executable, __file__, "--measure", folder, folder / "out", "--tp", tp, "--quant", args.quant]
@@ -79,7 +79,7 @@ def compare(config: ModelConfig, folder: Path, args: argparse.Namespace) -> dict
 
 
 def ratio(config: ModelConfig, quant: str, tp: int) -> float:
-    held, whole = (sum(s.nbytes for s in stored_targets(config, quant, DTYPE, n).values()) for n in (tp, 1))
+    held, whole = (sum(s.nbytes for s in stored_targets(config, quant, uniform(DTYPE), n).values()) for n in (tp, 1))
     return round(tp * held / whole, 4)
 
 
@@ -114,7 +114,7 @@ def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: st
     looking.start()
     started = time.perf_counter()
     try:
-        converted = convert(source, config, out, quant=quant, prefix="k", dtype=DTYPE, tp=tp, rank=tp - 1)
+        converted = convert(source, config, out, quant=quant, prefix="k", floats=uniform(DTYPE), tp=tp, rank=tp - 1)
     finally:
         done.set()
         looking.join()
@@ -123,7 +123,7 @@ def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: st
     return {
         "peak_mb": round((peak - before) / 1e6, 1),
         "largest_source_mb": round(max(StoredTensor(DTYPE, shape).nbytes for shape in source_names(config).values()) / 1e6, 1),
-        "largest_held_mb": round(max(s.nbytes for s in stored_targets(config, "none", DTYPE, tp).values()) / 1e6, 1),
+        "largest_held_mb": round(max(s.nbytes for s in stored_targets(config, "none", uniform(DTYPE), tp).values()) / 1e6, 1),
         "files_mb": round(sum(spec.nbytes for spec in converted.files.values()) / 1e6, 1),
         "seconds": round(seconds, 1),
     }

@@ -41,6 +41,9 @@ from ..runtime.artifact import (
     write_manifest,
 )
 from ..runtime.files import write_atomically
+from ..weights.rules import kept_dtypes, match, targets
+from ..weights.stored import Floats
+from ..weights.tensors import WeightsError
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan, stages
@@ -113,7 +116,18 @@ def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
     config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
     options, _ = resolve(options)
     plan = make_plan(config, options)
-    return plan, forecast(config, plan, options)
+    return plan, forecast(config, plan, options, _expected_floats(options, config))
+
+
+def _expected_floats(options: Options, config: ModelConfig) -> Floats:
+    """As the weights will be stored; where no weights are there yet, they are taken to be in 16 bits, as most are."""
+    from ..weights.source import open_source
+
+    try:
+        kept = kept_dtypes(match(config, open_source(options.checkpoint, options.vision_tower).tensors))
+    except WeightsError:
+        kept = dict.fromkeys(targets(config), "float16")
+    return options.floats(kept)
 
 
 def build(options: Options, progress: Progress | None = None) -> Report:
@@ -258,12 +272,13 @@ def _weights(job: _Job, key: str) -> tuple[list[dict[str, WeightSpec]], dict[str
 
     source = _open_source(job)
     options, prefix = job.options, key[:12]
-    quant, dtype, tp = options.stored_quant, options.stored_dtype, options.tp
+    quant, tp = options.stored_quant, options.tp
+    floats = options.floats(kept_dtypes(match(job.config, source.tensors)))
     parts = stages(job.config, options.pp)
-    shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, dtype=dtype, tp=tp))
+    shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, floats=floats, tp=tp))
     with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
         ranks = [
-            convert(source, part, job.out, quant=quant, dtype=dtype, prefix=prefix, tp=tp, rank=rank, progress=advance)
+            convert(source, part, job.out, quant=quant, floats=floats, prefix=prefix, tp=tp, rank=rank, progress=advance)
             for part in parts
             for rank in range(tp)
         ]

@@ -11,7 +11,7 @@ the device.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..model_defs.ops import COLLECTIVES, NAMESPACE
-from ..runtime.artifact import is_cached
+from ..runtime.artifact import WeightSpec, is_cached
 from .graphs import GraphDef, example_inputs
 
 _COLLECTIVES = {f"{NAMESPACE}.{name}" for name in COLLECTIVES}
@@ -37,26 +37,35 @@ class Cost:
     collective_bytes: int = 0  # that the rank brings to them
 
 
-def graph_cost(graph: GraphDef, dtype: str) -> Cost:
-    """The cost of a graph whose weights and cache are stored in `dtype` (8-bit weights stay what they are)."""
+def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | None = None) -> Cost:
+    """The cost of a graph whose cache is stored in `dtype`, and its weights as `stored` says or else in `dtype` as well (8-bit
+    weights stay what they are)."""
     calls = _calls(graph)
     flops = sum(_FLOPS[name](args) for name, args in calls if name in _FLOPS)
     width = _WIDTHS[dtype]
-    weights = sum(p.numel() * (width if p.is_floating_point() else p.element_size()) for p in graph.module.parameters())
+    nbytes = {
+        name: stored[name].nbytes
+        if stored and name in stored
+        else p.numel() * (width if p.is_floating_point() else p.element_size())
+        for name, p in graph.module.named_parameters()
+    }
     inputs = sum(math.prod(spec.shape) * (width if is_cached(spec.name) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
     brought = [args[0].numel() * width for name, args in calls if name in _COLLECTIVES]
     return Cost(
-        flops=flops, nbytes=weights - _unread(graph, width) + inputs, collectives=len(brought), collective_bytes=sum(brought)
+        flops=flops,
+        nbytes=sum(nbytes.values()) - _unread(graph, nbytes) + inputs,
+        collectives=len(brought),
+        collective_bytes=sum(brought),
     )
 
 
-def _unread(graph: GraphDef, width: int) -> int:
+def _unread(graph: GraphDef, nbytes: Mapping[str, int]) -> int:
     """Bytes of the embedding table that a run does not look up."""
     shapes = {spec.name: spec.shape for spec in graph.inputs}
     if "token_ids" not in shapes:
         return 0
-    rows, columns = dict(graph.module.named_parameters())["text.embed.weight"].shape
-    return max(0, rows - math.prod(shapes["token_ids"])) * columns * width
+    rows = len(dict(graph.module.named_parameters())["text.embed.weight"])
+    return max(0, rows - math.prod(shapes["token_ids"])) * (nbytes["text.embed.weight"] // rows)
 
 
 def _calls(graph: GraphDef) -> list[tuple[str, tuple[Any, ...]]]:

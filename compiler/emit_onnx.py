@@ -5,6 +5,7 @@ op without a lowering is an error that names it. Lowerings emit the operators th
 nothing is left for a graph optimiser to find and every bucket refers to the weights in the same form:
 
 - linear: FusedMatMul with transB, which takes weights [N, C] as checkpoints store them; weights in 8 or 4 bits: MatMulNBits;
+  weights in 16 bits, for which there are no kernels, are widened some rows at a time;
 - linear_w8a8: MatMulIntegerToFloat, whose activations are uint8 around 128: kernels of processors with VNNI multiply unsigned
   by signed, and onnxruntime's others are slower by an order of magnitude. What several layers take is quantised once;
 - cached_attention: com.microsoft.GroupQueryAttention, whose present outputs are bound to the memory of its past inputs.
@@ -18,6 +19,7 @@ import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import PurePath
 from typing import Any
 
@@ -43,8 +45,13 @@ _DTYPES = {
     "uint8": TensorProto.UINT8,
     "int64": TensorProto.INT64,
     "int8": TensorProto.INT8,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
 }
-
+NARROW = ("float16", "bfloat16")
+# Matrices in 16 bits are widened by parts of so many bytes, which are still in the cache when they are multiplied: at once, one
+# token takes one and a half times to twice as long, and more memory.
+WIDENED_BYTES = 4 << 20
 
 # Squared and divided by the root of a head's width, it is far beyond any score, and its own products stay exact.
 PADDING_FLAG = 1024.0
@@ -63,6 +70,7 @@ class Emitter:
         self.weights, self.constants, self.exact = weights, constants, exact
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
+        self.narrow: dict[str, tuple[WeightSpec, tuple[int, ...]]] = {}  # weights in 16 bits and their shapes, by alias
         self.names: dict[Node, Any] = {}  # traced node -> ONNX value name, or a tuple of names
         self.memo: dict[tuple, Any] = {}
         self.scope = ""
@@ -94,7 +102,10 @@ class Emitter:
         return name
 
     def weight(self, name: str, shape: Sequence[int] | None = None, *, packed: bool = False) -> str:
-        """A weight by its name in the artifact, perhaps in another shape of the same bytes; `packed`: as numbers of 4 bits."""
+        """A weight by its name in the artifact, perhaps in another shape of the same bytes; `packed`: as numbers of 4 bits.
+
+        One in 16 bits is only there once `rows` or `widened` has been asked for it.
+        """
         if name in self.constants:
             if name not in self.initializers:
                 self.initializers[name] = numpy_helper.from_array(self.constants[name], name)
@@ -102,9 +113,26 @@ class Emitter:
         spec = self.weights[name]
         shape = tuple(spec.shape if shape is None else shape)
         alias = name if shape == tuple(spec.shape) else f"{name}:{'x'.join(map(str, shape))}"
-        if alias not in self.initializers:
+        if spec.dtype in NARROW:
+            self.narrow[alias] = spec, shape
+        elif alias not in self.initializers:
             self.initializers[alias] = _external(alias, shape, spec, TensorProto.UINT4 if packed else _DTYPES[spec.dtype])
         return alias
+
+    def rows(self, alias: str, first: int = 0, end: int | None = None) -> str:
+        """Rows of a weight in 16 bits, as they are stored."""
+        spec, shape = self.narrow[alias]
+        end = shape[0] if end is None else end
+        name = alias if end - first == shape[0] else f"{alias}[{first}:{end}]"
+        if name not in self.initializers:
+            row = spec.nbytes // shape[0]
+            part = msgspec.structs.replace(spec, offset=spec.offset + first * row, nbytes=(end - first) * row)
+            self.initializers[name] = _external(name, (end - first, *shape[1:]), part, _DTYPES[spec.dtype])
+        return name
+
+    def widened(self, value: Any) -> Any:
+        """A value that is computed with: a weight in 16 bits as float32, anything else as it is."""
+        return self.node("Cast", [self.rows(value)], to=TensorProto.FLOAT) if value in self.narrow else value
 
     def __getitem__(self, node: Any) -> str:
         return self.names[node]
@@ -119,13 +147,15 @@ def _external(name: str, shape: tuple[int, ...], spec: WeightSpec, dtype: int) -
 
 Lowering = Callable[..., Any]
 LOWERINGS: dict[str, Lowering] = {}
+WIDENING: set[str] = set()  # ops whose lowerings are given weights in 16 bits as they are
 
 
-def lowers(*ops: str) -> Callable[[Lowering], Lowering]:
+def lowers(*ops: str, widens: bool = False) -> Callable[[Lowering], Lowering]:
     """Register a lowering: called with the emitter, the traced node and its arguments (values as ONNX names)."""
 
     def register(function: Lowering) -> Lowering:
         LOWERINGS.update(dict.fromkeys(ops, function))
+        WIDENING.update(ops if widens else ())
         return function
 
     return register
@@ -138,10 +168,26 @@ def _shape(node: Node) -> tuple[int, ...]:
 # ---- the vocabulary
 
 
-@lowers("staticvl.linear")
+@lowers("staticvl.linear", widens=True)
 def _linear(e: Emitter, node: Node, x: str, weight: str, bias: str | None) -> str:
-    y = e.node("FusedMatMul", [x, weight], domain=CONTRIB, transB=1)
-    return y if bias is None else e.node("Add", [y, bias])
+    y = _widened_product(e, x, weight) if weight in e.narrow else _product(e, x, weight)
+    return y if bias is None else e.node("Add", [y, e.widened(bias)])
+
+
+def _product(e: Emitter, x: str, weight: str) -> str:
+    return e.node("FusedMatMul", [x, weight], domain=CONTRIB, transB=1)
+
+
+def _widened_product(e: Emitter, x: str, weight: str) -> str:
+    """x [..., C] times a weight [N, C] in 16 bits, some rows of it after the others."""
+    n, c = e.narrow[weight][1]
+    parts = math.ceil(4 * n * c / WIDENED_BYTES)
+    edges = [n * i // parts for i in range(parts + 1)]
+    found = []
+    for first, end in pairwise(dict.fromkeys(edges)):
+        wide = e.node("Cast", [e.rows(weight, first, end)], to=TensorProto.FLOAT)
+        found.append(_product(e, x, wide))
+    return found[0] if len(found) == 1 else e.node("Concat", found, axis=-1)
 
 
 @lowers("staticvl.linear_w8")
@@ -161,7 +207,7 @@ def _grouped(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: st
     if e.exact:
         zeros = e[node.args[4]] if zeros else zeros  # by its name, as qweight: both may be read as numbers of 4 bits
         weight = _dequantised(e, e[node.args[1]], scales, zeros, (n, blocks, block), k, bits)
-        y = e.node("FusedMatMul", [x, weight], domain=CONTRIB, transB=1)
+        y = _product(e, x, weight)
     else:
         # Level 4 rounds activations to 8 bits, block by block: the other levels are slower by two orders of magnitude.
         attributes = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
@@ -251,9 +297,11 @@ def _quick_gelu(e: Emitter, node: Node, x: str) -> str:
     return e.node("QuickGelu", [x], domain=CONTRIB, alpha=1.702)
 
 
-@lowers("staticvl.embed")
+@lowers("staticvl.embed", widens=True)
 def _embed(e: Emitter, node: Node, token_ids: str, table: str) -> str:
-    return e.node("Gather", [table, token_ids], axis=0)
+    if table not in e.narrow:
+        return e.node("Gather", [table, token_ids], axis=0)
+    return e.node("Cast", [e.node("Gather", [e.rows(table), token_ids], axis=0)], to=TensorProto.FLOAT)
 
 
 @lowers("staticvl.merge_rows")
@@ -491,17 +539,14 @@ def _emit_part(
     exact: bool,
 ) -> bytes:
     emitter, outputs = _lowered(graph, program, part, weights, exact=exact)
-    if exact:
-        # onnxruntime orders what depends on nothing by its place in this list, the first as late as it can: elsewhere, all
-        # weights would be expanded before the first layer runs.
-        emitter.nodes.sort(key=lambda node: not _of_weights_alone(node))
     return _model(emitter, name, part, outputs).SerializeToString()
 
 
-def _of_weights_alone(node: onnx.NodeProto) -> bool:
-    """Whether a node of a twin belongs to expanding a weight."""
-    known = node.op_type in ("ConstantOfShape", "DequantizeLinear") or node.doc_string == EXPANDS
-    return known or (node.op_type, node.attribute[:1]) == ("Cast", [TO_UINT4])
+def _expands(e: Emitter, node: onnx.NodeProto) -> bool:
+    """Whether a node belongs to expanding a weight."""
+    if node.op_type == "Cast":
+        return node.input[0] in e.initializers or node.attribute[:1] == [TO_UINT4] or node.doc_string == EXPANDS
+    return node.op_type in ("ConstantOfShape", "DequantizeLinear") or node.doc_string == EXPANDS
 
 
 def _lowered(
@@ -512,6 +557,9 @@ def _lowered(
     emitter.names |= _parameters(program) | part.entering
     for node in part.nodes:
         emitter.names[node] = _lower(emitter, node)
+    # onnxruntime orders what depends on nothing by its place in this list, the first as late as it can: elsewhere, all weights
+    # would be expanded before the first layer runs.
+    emitter.nodes.sort(key=lambda node: not _expands(emitter, node))
     return emitter, _own_names(emitter, part)
 
 
@@ -568,7 +616,8 @@ def _lower(e: Emitter, node: Node) -> Any:
 
     def argument(value: Any) -> Any:
         if isinstance(value, Node):
-            return e.weight(e[value]) if _is_parameter(e, value) else e[value]
+            found = e.weight(e[value]) if _is_parameter(e, value) else e[value]
+            return found if name in WIDENING else e.widened(found)
         if isinstance(value, list | tuple):
             return [argument(item) for item in value]
         return value

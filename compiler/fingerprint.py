@@ -82,7 +82,7 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
     """Digest of everything that the weight files are made from."""
     packed = asdict(packing) if packing else None
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    asked = options.stored_quant, options.stored_dtype, options.tp, options.pp
+    asked = options.stored_quant, (options.backend, options.dtype), options.tp, options.pp
     return digest(contents, asdict(config), packed, *asked, _code(_WEIGHT_CODE))
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,13 +21,14 @@ from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec
 from ..runtime.backends.base import Backend, Group, open_backend
 from ..runtime.cores import usable_cores
 from ..runtime.files import write_atomically
+from ..weights.rules import targets
 from .check import Certifier
 from .cost import graph_cost
 from .eager import EagerBackend
 from .graphs import GraphDef, define_graph, fed_inputs
 from .lockstep import ArrayMember, LockstepBackend, widened
 from .pipeline import joined
-from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast
+from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan
 
 SMALL = 50_000_000  # parameters
 
@@ -42,7 +44,7 @@ class GraphMaker:
         first, ranks = self.stage.index * self.tp, self.stage.count * self.tp
         self.weights = [rank_weights(weights, ranks, first + rank) for rank in range(self.tp)]
         self.files: dict[str, FileSpec] = {}
-        self.small = forecast(config, plan, options)["parameters"] < SMALL
+        self.small = sum(map(math.prod, targets(config).values())) < SMALL
         reference, candidate = self._together(self._reference), self._together(self._candidate)
         exact = self._together(self._exact) if options.backend == "ascend" else None
         self.certifier = Certifier(reference, candidate, facts, vocab=config.text.all_embed_rows, exact=exact)
@@ -124,7 +126,7 @@ class GraphMaker:
     def _emit(self, definition: GraphDef, key: str) -> tuple[GraphSpec, dict[str, bytes]]:
         """A graph and its files' contents, not certified yet."""
         backend, dtype = self.options.backend, self.plan.cache.dtype
-        cost, eager = graph_cost(definition, dtype), definition.kind in self.options.eager
+        cost, eager = graph_cost(definition, dtype, self.weights[0]), definition.kind in self.options.eager
         stem = f"{definition.name}-{key[:12]}"
         spec = msgspec.structs.replace(
             definition.spec(f"{stem}{EAGER_SUFFIX if eager else SUFFIXES[backend]}", key),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,13 +13,13 @@ from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
 from ..weights.shard import check_tp, rank_targets
-from ..weights.stored import stored_targets
+from ..weights.stored import FLOAT32, TABLE, Floats, stored_targets, uniform
 
 BACKENDS = ("onnx", "ascend")
 READY_QUANTS = {"onnx": QUANTS, "ascend": QUANTS}
 SUFFIXES = {"onnx": ".onnx", "ascend": ".torchair"}  # of graph files
 EAGER_SUFFIX = ".eager.py"
-DTYPES = {"onnx": ("float32",), "ascend": ("float16", "bfloat16")}  # the first is the default
+DTYPES = {"onnx": ("float32", "float16", "bfloat16", "auto"), "ascend": ("float16", "bfloat16")}  # the first is the default
 DEFAULT_CONTEXT = 2048
 DEFAULT_SLOTS = 4
 DEFAULT_PREFILL = (16, 64, 256)
@@ -114,7 +114,9 @@ class Options:
     lora: Path | None = None
     ignore_config_keys: tuple[str, ...] = ()
     text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelFacts
-    dtype: str = ""  # of weights, cache and arithmetic; "": the backend's default
+    # What floats are stored in; "": the backend's default. On Ascend the cache and arithmetic have it too, on ONNX those are
+    # float32 whatever it is. "auto", ONNX: each matrix as the checkpoint has it.
+    dtype: str = ""
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
 
@@ -147,9 +149,24 @@ class Options:
         return self.quant or "none"
 
     @property
-    def stored_dtype(self) -> str:
-        """dtype of weights and cache."""
-        return self.dtype or DTYPES[self.backend][0]
+    def cache_dtype(self) -> str:
+        """dtype of cache and arithmetic."""
+        return "float32" if self.backend == "onnx" else self.dtype or DTYPES[self.backend][0]
+
+    def floats(self, kept: Mapping[str, str]) -> Floats:
+        """What floats are stored in; `kept` are the dtypes in which parameters lose nothing (weights/rules.py).
+
+        ONNX graphs widen matrices where they multiply, which costs time, and rows of a table as they are looked up, which costs
+        none: so beside quantised layers the table is as the checkpoint has it. Vectors would save nothing, and scales stay in
+        the only type that kernels take.
+        """
+        if self.backend == "ascend":
+            return uniform(self.cache_dtype)
+        if self.dtype == "auto":
+            return replace(FLOAT32, own=kept)
+        if not self.dtype and self.stored_quant != "none":
+            return replace(FLOAT32, own={name: dtype for name, dtype in kept.items() if name == TABLE})
+        return replace(FLOAT32, matrices=self.dtype or "float32")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,7 +222,7 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
             slots=slots,
             context=context,
             rows=rows,
-            dtype=options.stored_dtype,
+            dtype=options.cache_dtype,
             cross=_cross(of_stage, max(images)),
         )
         for of_stage in stages(config, options.pp)
@@ -284,18 +301,18 @@ def _cross(config: ModelConfig, images: int) -> CrossSpec | None:
     return CrossSpec(layers=len(config.text.stage_cross), images=images, rows=vision.rows_per_image, tiles=vision.tiles)
 
 
-def forecast(config: ModelConfig, plan: Plan, options: Options) -> dict[str, int]:
+def forecast(config: ModelConfig, plan: Plan, options: Options, floats: Floats) -> dict[str, int]:
     """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what a rank holds (the most of any).
 
     `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them.
     """
-    quant, tp, dtype = options.stored_quant, options.tp, options.stored_dtype
+    quant, tp = options.stored_quant, options.tp
     parts, caches = stages(config, options.pp), (plan.cache, *plan.later)
     parameters = max(sum(map(math.prod, rank_targets(part, tp).values())) for part in parts)
-    held = [stored_targets(part, quant, dtype, tp).values() for part in parts]
+    held = [stored_targets(part, quant, floats, tp).values() for part in parts]
     return {
         "parameters": sum(map(math.prod, targets(config).values())),
-        "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, dtype).values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, floats).values()),
         "cache_bytes": sum(cache.nbytes for cache in caches) // plan.cache.kv_heads * config.text.kv_heads,
         "rank_parameters": parameters,
         "rank_weight_bytes": max(sum(tensor.nbytes for tensor in tensors) for tensors in held),

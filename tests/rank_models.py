@@ -53,9 +53,8 @@ class Model:
         }
 
     def converted(self, tp: int, rank: int) -> Converted:
-        dtype = self.options(tp).stored_dtype
-        source = open_source(self.folder)
-        return convert(source, self.config, self.out, quant=self.quant, prefix=f"tp{tp}", dtype=dtype, tp=tp, rank=rank)
+        source, floats = open_source(self.folder), self.options(tp).floats({})
+        return convert(source, self.config, self.out, quant=self.quant, prefix=f"tp{tp}", floats=floats, tp=tp, rank=rank)
 
 
 def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:

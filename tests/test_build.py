@@ -365,7 +365,8 @@ def test_plans_that_do_not_fit(checkpoint: Path, tmp_path: Path, changes: dict[s
     ("settings", "message"),
     [
         ({"backend": "cuda"}, "backend 'cuda' is unknown; expected one of onnx, ascend"),
-        ({"dtype": "float16"}, "dtype 'float16' is not available for onnx; available: float32"),
+        ({"dtype": "int8"}, "dtype 'int8' is not available for onnx; available: float32, float16, bfloat16, auto"),
+        ({"backend": "ascend", "dtype": "auto"}, "available: float16, bfloat16"),
         ({"backend": "ascend", "dtype": "float32"}, "available: float16, bfloat16"),
         ({"backend": "ascend", "eager": ("prefil",)}, "eager names prefil; expected some of vision, prefill, decode"),
         ({"eager": ("prefill",)}, "onnx has only compiled ones"),

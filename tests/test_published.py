@@ -13,7 +13,7 @@ from staticvl.model_defs.config import ClipConfig, ModelConfig, ResampledConfig,
 from staticvl.tools.known_models import MODELS, write_known_model
 from staticvl.weights.rules import assign, source_names, targets
 from staticvl.weights.shard import possible_tp, rank_parameters, rank_shape, shard_axis
-from staticvl.weights.stored import QUANTS, stored_targets
+from staticvl.weights.stored import QUANTS, stored_targets, uniform
 
 from .conftest import PUBLISHED
 
@@ -168,7 +168,7 @@ def test_ranks_hold_hardly_more_than_the_model(tmp_path: Path, name: str, quant:
     """Shown with -s: bytes of all ranks together. In 8 bits a row that was cut may have to be stored in smaller blocks."""
     config = config_of(name, tmp_path)
     for dtype in ("float32", "bfloat16"):
-        held = [tp * sum(each.nbytes for each in stored_targets(config, quant, dtype, tp).values()) for tp in TP]
+        held = [tp * sum(each.nbytes for each in stored_targets(config, quant, uniform(dtype), tp).values()) for tp in TP]
         print(f"\n{name} {quant} {dtype}:", *(f"{tp} ranks {total / 1e9:.3f} GB" for tp, total in zip(TP, held, strict=True)))
         assert all(total <= 1.03 * held[0] for total in held)
 
@@ -216,7 +216,7 @@ def test_parameters_of_a_rank(tmp_path: Path, name: str) -> None:
 def test_forecast_of_7b_is_the_published_size() -> None:
     config = read_config(HF)
     options = Options(checkpoint=HF, out=Path("unused"), buckets=Buckets(context=4096, slots=1))
-    sizes = forecast(config, make_plan(config, options), options)
+    sizes = forecast(config, make_plan(config, options), options, options.floats({}))
     # 7,063,427,072 stored, less the last vision layer and the norm after it, which are never run.
     unused = 4 * (1024**2 + 1024) + 2 * 1024 * 4096 + 4096 + 1024 + 4 * 1024 + 2 * 1024
     assert sizes["parameters"] == 7_063_427_072 - unused

@@ -19,7 +19,7 @@ from staticvl.weights.quantize import (
     quantize_w8a8,
 )
 from staticvl.weights.rules import targets
-from staticvl.weights.stored import stored_targets
+from staticvl.weights.stored import stored_targets, uniform
 from staticvl.weights.tensors import StoredTensor
 
 from .checkpoints import tiny_llava
@@ -191,6 +191,6 @@ def test_what_is_stored_in_fewer_bits(tmp_path_factory: pytest.TempPathFactory) 
     four = stored_targets(config, "w4a16")
     assert four["text.layers.0.mlp.down.qweight"].shape == (64, 4, 16)
     assert four["text.lm_head.qweight"] == quantised["text.lm_head.qweight"], "stays in 8 bits"
-    whole = stored_targets(config, "w8a8", "bfloat16")
+    whole = stored_targets(config, "w8a8", uniform("bfloat16"))
     assert whole["text.layers.0.mlp.down.qweight"] == StoredTensor("int8", (112, 64))
     assert whole["text.layers.0.mlp.down.scales"] == StoredTensor("float32", (64,))

@@ -90,8 +90,9 @@ def _add_compile(commands) -> None:
     parser.add_argument("--quant", choices=QUANTS, help="default: what the checkpoint has")
     parser.add_argument(
         "--dtype",
-        choices=("float32", "float16", "bfloat16"),
-        help="of weights, cache and arithmetic; default: float32 for onnx, float16 for ascend",
+        choices=("float32", "float16", "bfloat16", "auto"),
+        help="what floats are stored in. ascend: cache and arithmetic too, default float16. onnx: matrices alone, auto as the "
+        "checkpoint has them; default float32, and beside quantised layers auto for the embedding table",
     )
     parser.add_argument("--eager", metavar="KINDS", help="ascend: graph kinds to run op by op, e.g. prefill or vision,prefill")
     parser.add_argument("--soc", choices=("Ascend910B", "Ascend310P"), help="ascend: family of chips; default: Ascend910B")

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from ..compiler.build import Report, build, plan_only
-from ..compiler.plan import Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
+from ..compiler.plan import DTYPES, Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
 from ..compiler.ready_made import resolve
 from ..runtime.artifact import KINDS
 from .progress import TerminalProgress
@@ -148,7 +148,11 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
 
 
 def _form(options: Options) -> str:
-    return options.stored_dtype if options.stored_quant == "none" else f"{options.quant}, the rest in {options.stored_dtype}"
+    floats = "the checkpoint's dtypes" if options.dtype == "auto" else options.dtype or DTYPES[options.backend][0]
+    if options.stored_quant == "none":
+        return floats
+    table = "" if options.dtype or options.backend == "ascend" else ", but the table as the checkpoint has it"
+    return f"{options.quant}, the rest in {floats}{table}"
 
 
 def _print_report(report: Report, out: Path, seconds: float) -> None:

@@ -30,7 +30,7 @@ from .quantize import quantize
 from .rules import Plan, Recipe, match, targets
 from .shard import rank_span, rank_targets, shard_axis
 from .source import Source
-from .stored import quant_of, stored_parts, stored_targets
+from .stored import FLOAT32, Floats, quant_of, stored_parts, stored_targets
 from .tensors import SourceTensor, StoredTensor, WeightsError
 from .writer import Shard, check_space, lay_out, one_thread, write_shard
 
@@ -59,7 +59,7 @@ def plan_shards(
     quant: str,
     prefix: str,
     shard_bytes: int = 2 << 30,
-    dtype: str = "float32",
+    floats: Floats = FLOAT32,
     *,
     tp: int = 1,
     rank: int = 0,
@@ -69,7 +69,7 @@ def plan_shards(
     A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself. Raises WeightsError as `check_tp`.
     """
     shards: list[Shard] = []
-    for tensors in _groups(config, quant, shard_bytes, dtype, tp):
+    for tensors in _groups(config, quant, shard_bytes, floats, tp):
         shards.append(lay_out(f"{_folder(config, tp, rank)}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
     return tuple(shards)
 
@@ -81,7 +81,7 @@ def convert(
     *,
     quant: str,
     prefix: str,
-    dtype: str = "float32",
+    floats: Floats = FLOAT32,
     shard_bytes: int = 2 << 30,
     tp: int = 1,
     rank: int = 0,
@@ -91,17 +91,17 @@ def convert(
 
     Of a pipeline, `config` is that of one stage, and `rank` one of those that hold this stage.
 
-    `quant`: "none" stores every tensor in `dtype`; others store the decoder's linear layers in fewer bits (see quantize). Those
+    `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
     that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
-    `prefix` has to name source, config, quant, dtype and tp: files of the same prefix that a broken-off run has finished are
+    `prefix` has to name source, config, quant, floats and tp: files of the same prefix that a broken-off run has finished are
     kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
     bytes of each step; they add up to the sizes of `plan_shards`.
     A tensor that is taken as it is is never whole in memory where it is cut; one that is made of others is made whole and then
     cut. Weights are cut before they are quantised.
     Raises WeightsError as `check_tp`, `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
-    shards = plan_shards(config, quant, prefix, shard_bytes, dtype, tp=tp, rank=rank)
-    parts = _Parts(source, match(config, source.tensors), config, quant, dtype, tp, rank)
+    shards = plan_shards(config, quant, prefix, shard_bytes, floats, tp=tp, rank=rank)
+    parts = _Parts(source, match(config, source.tensors), config, quant, floats, tp, rank)
     folder = out / _folder(config, tp, rank)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_partials(folder, prefix)
@@ -130,7 +130,7 @@ def convert(
     for shard in shards:
         assert not weights.keys() & shard.tensors.keys()
         weights |= shard.tensors
-    assert weights.keys() == stored_targets(config, quant, dtype, tp).keys()
+    assert weights.keys() == stored_targets(config, quant, floats, tp).keys()
     files = {shard.file: FileSpec(nbytes=shard.nbytes, sha256=finished[shard.file].sha256) for shard in shards}
     return Converted(weights, files)
 
@@ -150,9 +150,8 @@ def _folder(config: ModelConfig, tp: int, rank: int) -> str:
 class _Parts:
     """Makes what one rank holds of each of our parameters once and hands out what is stored of it."""
 
-    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str, dtype: str, tp: int, rank: int) -> None:
-        self.source, self.plan, self.quant = source, plan, quant
-        self.dtype = dtype
+    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str, floats: Floats, tp: int, rank: int) -> None:
+        self.source, self.plan, self.quant, self.floats = source, plan, quant, floats
         self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
         self.spans = {name: _span(config, name, shape, tp, rank) for name, shape in targets(config).items()}
         self.shapes = rank_targets(config, tp)
@@ -196,7 +195,7 @@ class _Parts:
 
     def _check_range(self, name: str, tensor: Tensor) -> None:
         """float16 ends at 65504; the others hold whatever a checkpoint can."""
-        if self.dtype != "float16":
+        if self.floats.of(name, tuple(tensor.shape)) != "float16":
             return
         largest = max(map(abs, _range(tensor)))
         if largest > torch.finfo(torch.float16).max:
@@ -232,12 +231,12 @@ def _range(tensor: Tensor) -> tuple[float, float]:
     return float(torch.stack([r.min for r in ranges]).min()), float(torch.stack([r.max for r in ranges]).max())
 
 
-def _groups(config: ModelConfig, quant: str, shard_bytes: int, dtype: str, tp: int) -> Iterator[dict[str, StoredTensor]]:
+def _groups(config: ModelConfig, quant: str, shard_bytes: int, floats: Floats, tp: int) -> Iterator[dict[str, StoredTensor]]:
     """Stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
     group: dict[str, StoredTensor] = {}
     size = 0
     for name, shape in rank_targets(config, tp).items():
-        parts = stored_parts(name, shape, quant, dtype)
+        parts = stored_parts(name, shape, quant, floats)
         nbytes = sum(part.nbytes for part in parts.values())
         if group and size + nbytes > shard_bytes:
             yield group

@@ -6,7 +6,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ class AdaptedSource(Source):
 
     def __init__(self, base: Source, adapter: Source, pairs: Mapping[str, _Pair]) -> None:
         """`pairs`: name of a tensor in `base` -> what is added to it."""
-        super().__init__(base.tensors, [*base.files, *adapter.files])
+        merged = {name: replace(base.tensors[name], dtype="float32") for name in pairs}
+        super().__init__(base.tensors | merged, [*base.files, *adapter.files])
         self._base, self._adapter, self._pairs = base, adapter, dict(pairs)
 
     @property

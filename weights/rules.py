@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from ..model_defs.config import ModelConfig, Stage
 from .names import name_table
 from .names.rule import Rule, Shape, SourceRef, Table
+from .names.transforms import moves
 from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
 
 _LAYER = re.compile(r"(text\.layers|cross)\.(\d+)\.")
@@ -107,6 +108,16 @@ def match(config: ModelConfig, source: Mapping[str, SourceTensor]) -> Plan:
         target: Recipe(rule, tuple(chosen[_published(table, ref)] for ref in rule.sources)) for target, rule in rules.items()
     }
     return Plan(recipes, tuple(ignored))
+
+
+def kept_dtypes(plan: Plan) -> dict[str, str]:
+    """Our parameter -> the narrowest dtype that holds all of it as the checkpoint does: that of the tensors that it is made of
+    where they agree and their numbers are only moved, else float32."""
+    found = {}
+    for name, recipe in plan.recipes.items():
+        dtypes = {tensor.dtype for tensor in recipe.tensors}
+        found[name] = dtypes.pop() if len(dtypes) == 1 and moves(recipe.rule.make) else "float32"
+    return found
 
 
 def assign(config: ModelConfig, names: Iterable[str]) -> tuple[dict[str, list[str]], list[str], list[str]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
 from .shard import rank_targets
@@ -11,6 +13,32 @@ from .tensors import StoredTensor
 _QUANTISED = re.compile(r"text\.layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:gate|up|down))\.weight")
 _TOWER = re.compile(r"vision\.(?:global_)?layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:up|down))\.weight")
 _HEAD = "text.lm_head.weight"
+TABLE = "text.embed.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Floats:
+    """In which dtypes an artifact stores what is not quantised: tensors of two axes and more, those of one, scales of blocks.
+
+    `own`: matrices that are stored in a dtype of their own, by name.
+    """
+
+    matrices: str = "float32"
+    vectors: str = "float32"
+    scales: str = "float32"
+    own: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, name: str, shape: tuple[int, ...]) -> str:
+        """The dtype of parameter `name`."""
+        return self.own.get(name, self.matrices) if len(shape) > 1 else self.vectors
+
+
+def uniform(dtype: str) -> Floats:
+    """Everything in one dtype."""
+    return Floats(dtype, dtype, dtype)
+
+
+FLOAT32 = uniform("float32")
 
 
 def quant_of(name: str, quant: str) -> str:
@@ -23,21 +51,21 @@ def quant_of(name: str, quant: str) -> str:
     return text_quant(quant) if _QUANTISED.fullmatch(name) else "none"
 
 
-def stored_parts(name: str, shape: tuple[int, ...], quant: str, dtype: str = "float32") -> dict[str, StoredTensor]:
-    """What parameter `name` of `shape` becomes: itself in `dtype`, or NAME.qweight, NAME.scales and perhaps NAME.zeros for
-    NAME.weight."""
+def stored_parts(name: str, shape: tuple[int, ...], quant: str, floats: Floats = FLOAT32) -> dict[str, StoredTensor]:
+    """What parameter `name` of `shape` becomes: itself, or NAME.qweight, NAME.scales and perhaps NAME.zeros for NAME.weight."""
     kind = quant_of(name, quant)
     if kind == "none":
-        return {name: StoredTensor(dtype, shape)}
+        return {name: StoredTensor(floats.of(name, shape), shape)}
     stem = name.removesuffix(".weight")
-    return {f"{stem}.{key}": StoredTensor(part.dtype or dtype, part.shape) for key, part in quant_parts(kind, *shape).items()}
+    parts = quant_parts(kind, *shape).items()
+    return {f"{stem}.{key}": StoredTensor(part.dtype or floats.scales, part.shape) for key, part in parts}
 
 
-def stored_targets(config: ModelConfig, quant: str, dtype: str = "float32", tp: int = 1) -> dict[str, StoredTensor]:
+def stored_targets(config: ModelConfig, quant: str, floats: Floats = FLOAT32, tp: int = 1) -> dict[str, StoredTensor]:
     """Every tensor that the weight files of one rank of `tp` hold, by name, in the order of `targets`.
 
     Raises WeightsError as `check_tp`.
     """
     assert quant in QUANTS + READY_MADE, quant
     shapes = rank_targets(config, tp)
-    return {k: v for name, shape in shapes.items() for k, v in stored_parts(name, shape, quant, dtype).items()}
+    return {k: v for name, shape in shapes.items() for k, v in stored_parts(name, shape, quant, floats).items()}

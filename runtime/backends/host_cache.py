@@ -25,12 +25,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePath
+from typing import TYPE_CHECKING
 
 import msgspec
 import onnxruntime as ort
 
 from ..artifact import GraphSpec, WeightSpec
 from .packed_file import Entry, is_packed, lay_out
+
+if TYPE_CHECKING:
+    import onnx
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +43,9 @@ log = logging.getLogger(__name__)
 ALIGNED_FROM = 1 << 20
 # A rank's parts of weights are often smaller, so its files are laid out again; below this, sharing saves nothing.
 LAID_OUT_FROM = 1 << 14
+
+# Widened in every run, so that no kernel ever packs them.
+NEVER_PACKED = ("float16", "bfloat16")
 
 FOLDER = ".host"
 SIZES = "sizes.json"  # of all files of one rank's cache
@@ -71,7 +78,7 @@ class HostCache:
     ) -> None:
         self.artifact, self.graphs, self.ranks = folder, tuple(graphs), ranks
         weights = tuple(weights)
-        self.nbytes = sum(weight.nbytes for weight in weights)
+        self.nbytes = sum(weight.nbytes for weight in weights if weight.dtype not in NEVER_PACKED)
         self.weight_files = sorted({weight.file for weight in weights})
         self.graph_files = [file for graph in self.graphs for file in graph.files]
         self.home = folder / FOLDER if ranks == 1 else folder / FOLDER / _rank_name(rank)
@@ -165,7 +172,8 @@ class HostCache:
         import onnx
 
         source, target = work / f"{name}.plain.onnx", work / f"{name}.packed.onnx"
-        shutil.copyfile(self.artifact / file, source)  # beside the links to this rank's weights
+        model = onnx.load(self.artifact / file, load_external_data=False)
+        source.write_bytes(_without_narrow(model).SerializeToString())  # beside the links to this rank's weights
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # initializers keep their names
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry(MAKE, "1")
@@ -202,6 +210,20 @@ def _refer(source: Path, target: Path, packed: dict[str, Entry]) -> None:
             for key, value in packed[tensor.name].items():
                 tensor.external_data.add(key=key, value=value)
     target.write_bytes(model.SerializeToString())
+
+
+def _without_narrow(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`model` with what is never packed as inputs: onnxruntime would write it beside the packed weights."""
+    from onnx import TensorProto, helper
+
+    codes = {TensorProto.DataType.Value(name.upper()) for name in NEVER_PACKED}
+    graph = model.graph
+    narrow = [tensor for tensor in graph.initializer if tensor.data_type in codes]
+    graph.input.extend(helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in narrow)
+    kept = [tensor for tensor in graph.initializer if tensor.data_type not in codes]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return model
 
 
 class _Lock:

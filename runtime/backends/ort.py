@@ -29,6 +29,8 @@ from .host_cache import HostCache
 log = logging.getLogger(__name__)
 SPIN_US = "STATICVL_SPIN_US"
 _PROVIDERS = ["CPUExecutionProvider"]
+# It would keep a float32 copy of every weight in 16 bits in every session.
+_LEFT_OUT = ["ConstantFolding"]
 # onnxruntime follows no path out of a model's folder, but for a model given as bytes it is told where the weights lie: so the
 # segment files are there once, whichever ranks run here, and neither copies nor links of them are needed.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -206,7 +208,7 @@ class OrtBackend:
             weights = self.folder / weights_folder(self.group) if self.group and ranked else self.folder
             options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
             model = self.models.get(segment.file) or (self.folder / segment.file).read_bytes()
-        return ort.InferenceSession(model, options, providers=_PROVIDERS)
+        return ort.InferenceSession(model, options, providers=_PROVIDERS, disabled_optimizers=_LEFT_OUT)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:

@@ -60,7 +60,11 @@ def precision(manifest: Manifest | None) -> str:
     if manifest is None:
         return "float32"
     quant = text_quant(manifest.quant).partition("-")[0]  # w4a16-g32 and -asym have the limits of w4a16
-    return quant if quant in DEFAULTS else manifest.cache.dtype
+    if quant in DEFAULTS:
+        return quant
+    # What was rounded to a dtype that was asked for; "auto" rounds nothing.
+    asked = manifest.build.options.get("dtype", "")
+    return asked if asked in DEFAULTS else manifest.cache.dtype
 
 
 def coarser(a: str, b: str) -> str:

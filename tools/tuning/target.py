@@ -130,7 +130,7 @@ def from_checkpoint(
         costs=costs,
         facts=facts,
         tiles=config.vision.tiles if isinstance(config.vision, TiledConfig) else None,
-        weight_bytes=forecast(config, plan, options)["weight_bytes"],
+        weight_bytes=forecast(config, plan, options, options.floats({}))["weight_bytes"],
         row_bytes=bare // plan.cache.rows,
         picture_bytes=plan.cache.nbytes - bare,
         max_positions=config.text.max_positions,

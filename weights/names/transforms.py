@@ -11,6 +11,13 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from .rule import Make
+
+
+def moves(make: Make | None) -> bool:
+    """Whether every number of the result is one of the sources': such a result fits into whatever they are stored in."""
+    return make is None or getattr(make, "func", make) in (append_row, blockwise_taps, head_slices, transposed)
+
 
 def append_row(sources: Sequence[Tensor]) -> Tensor:
     """A table [R, C] and a vector [C] -> [R + 1, C]."""
