@@ -59,7 +59,7 @@ class GraphMaker:
         with self._twin(definition, spec) as twin:
             certificate, cost = self.certifier.certify(widened(spec, self.tp), previous, twin and widened(twin, self.tp))
         spec = msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost)
-        fed = fed_inputs(self.config, self.facts.image, self.plan.cache, kind, bucket, images)
+        fed = fed_inputs(self.config, self.facts.image, self.plan.cache, kind, bucket, images, self.plan.candidates)
         return joined(spec, self.stage, fed, self.config.text.vocab_size), {name: self.files[name] for name in files}
 
     @property
@@ -68,8 +68,8 @@ class GraphMaker:
         return self.tp * self.stage.count == 1
 
     def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
-        cache, quant = self.plan.cache, self.options.quant
-        return define_graph(self.config, self.facts.image, cache, quant, kind, bucket, images, self.tp)
+        cache, quant, candidates = self.plan.cache, self.options.quant, self.plan.candidates
+        return define_graph(self.config, self.facts.image, cache, quant, kind, bucket, images, self.tp, candidates)
 
     # ---- what graphs are checked on
 
