@@ -48,7 +48,8 @@ def artifact(pristine: Path, tmp_path: Path) -> Path:
 
 
 def compile_into(checkpoint: Path, out: Path, *, quant: str = "none", **changes: object) -> Report:
-    return build(Options(checkpoint=checkpoint, out=out, tp=2, quant=quant, buckets=replace(BUCKETS, **changes)))
+    """With candidates, which are found behind the last collective."""
+    return build(Options(checkpoint=checkpoint, out=out, tp=2, quant=quant, buckets=replace(BUCKETS, **changes), candidates=5))
 
 
 def files(folder: Path) -> dict[str, int]:
