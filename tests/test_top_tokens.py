@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from staticvl import runtime
 from staticvl.compiler.build import build, plan_only, prepare
-from staticvl.compiler.check import CertificateError
+from staticvl.compiler.check import CertificateError, candidates_error
 from staticvl.compiler.emit_onnx import LOWERINGS, emit
 from staticvl.compiler.fingerprint import GraphKeys
-from staticvl.compiler.graphs import GraphDef
+from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CANDIDATES, TensorSpec, read_manifest
+from staticvl.runtime.backends.base import Result
+from staticvl.runtime.candidates import Candidates
+from staticvl.tools.comparing.walk import Walk
 
 from .checkpoints import tiny_llava
 from .fakes import noise
@@ -36,20 +39,23 @@ class Top(nn.Module):
         return torch.ops.staticvl.top_tokens(logits, inverse_temperature, COUNT)
 
 
+def graph_of(given: dict[str, np.ndarray]) -> GraphDef:
+    inputs = [TensorSpec(name=name, dtype="float32", shape=each.shape) for name, each in given.items()]
+    made = zip(CANDIDATES, Top()(*map(torch.from_numpy, given.values())), strict=True)
+    outputs = [TensorSpec(name=name, dtype=str(x.dtype).removeprefix("torch."), shape=tuple(x.shape)) for name, x in made]
+    return GraphDef("decode", len(given["logits"]), 0, Top(), tuple(inputs), tuple(outputs))
+
+
 def by_onnx(logits: Tensor, inverse_temperature: Tensor) -> list[np.ndarray]:
     given = {"logits": logits.numpy(), "inverse_temperature": inverse_temperature.numpy()}
-    inputs = [TensorSpec(name=name, dtype="float32", shape=each.shape) for name, each in given.items()]
-    made = zip(CANDIDATES, Top()(logits, inverse_temperature), strict=True)
-    outputs = [TensorSpec(name=name, dtype=str(x.dtype).removeprefix("torch."), shape=tuple(x.shape)) for name, x in made]
-    graph = GraphDef("decode", len(logits), 0, Top(), tuple(inputs), tuple(outputs))
-    session = ort.InferenceSession(emit(graph, {}), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(emit(graph_of(given), {}), providers=["CPUExecutionProvider"])
     return list(session.run(None, given))  # type: ignore[arg-type]
 
 
 def rows(count: int, vocab: int, levels: int) -> Tensor:
-    """Each value many times, where there are few levels."""
+    """Each value many times, where there are few levels; all below 0, which is no padding."""
     random = torch.Generator().manual_seed(vocab + levels)
-    found = torch.randint(0, levels, (count, vocab), generator=random) * (20 / levels)
+    found = torch.randint(0, levels, (count, vocab), generator=random) * (20 / levels) - 30
     found[0, : vocab // 2] = -torch.inf
     return found
 
@@ -79,6 +85,13 @@ def test_one_temperature_for_all_tokens_of_a_draft() -> None:
     alone, together = by_onnx(logits, torch.tensor([1.5])), by_onnx(logits, torch.full((3,), 1.5))
     for a, b in zip(alone, together, strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_comparison_does_not_mind_the_order_of_equals() -> None:
+    """Operator by operator, ids of equals may be others: certificates look at them."""
+    given = {"logits": np.ones((1, 9), np.float32), "inverse_temperature": np.ones(1, np.float32)}
+    walk = Walk(trace(graph_of(given)), {})
+    assert walk.run([torch.from_numpy(each) for each in given.values()], lambda node, expected: expected.flip(-1)) == {}
 
 
 # --- Artifacts ----------------------------------------------------------------------------------------------------------
@@ -161,6 +174,24 @@ def smallest(right: Callable[..., Any], e: Any, node: Any, logits: str, factor: 
 
 def no_temperature(right: Callable[..., Any], e: Any, node: Any, logits: str, factor: str, count: int) -> Any:
     return right(e, node, logits, e.constant([1.0], "float32"), count)
+
+
+def test_what_certificates_say_of_candidates() -> None:
+    """A row whose second and third are equal, and one that means nothing."""
+    rows = np.array([[1, 3, 2, 2, -1], [9, 9, 9, 9, 9]], np.float32)
+    mass = np.exp((rows[:1] - 3) * 0.5).sum(dtype=np.float32)
+
+    def error(logits: list[float], ids: list[int], factor: float = 1.0) -> float:
+        found = Candidates(np.array([logits, [0] * 3], np.float32), np.array([ids, [0] * 3]), np.array([mass * factor, 0]))
+        feed = {"inverse_temperature": np.array([0.5], np.float32)}
+        return candidates_error(Result(rows.__getitem__, found), feed, np.array([True, False]))
+
+    assert error([3, 2, 2], [1, 2, 3]) == error([3, 2, 2], [1, 3, 2]) < 1e-6
+    assert error([3, 2, 2], [1, 2, 3], 1.01) == pytest.approx(0.01, rel=1e-3)
+    assert error([3, 2, 2], [1, 2, 2]) == np.inf  # one twice
+    assert error([3, 2, 2], [1, 2, 0]) == np.inf  # another one's id
+    assert error([3, 2, 1], [1, 2, 0]) == np.inf  # not the largest
+    assert error([3, 2, 1.9], [1, 2, 3]) == np.inf  # ids without their logits
 
 
 @pytest.mark.parametrize("fault", [of_two_alike, ids_by_one, smallest, no_temperature])
