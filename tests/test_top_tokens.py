@@ -4,9 +4,12 @@ test_lower_ascend.py), artifacts that have them, and faults that certificates se
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import onnxruntime as ort
 import pytest
@@ -23,13 +26,15 @@ from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import CANDIDATES, TensorSpec, read_manifest
+from staticvl.runtime.artifact import CANDIDATES, GraphSpec, TensorSpec, WeightSpec, read_manifest
 from staticvl.runtime.backends.base import Result
+from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.candidates import Candidates
+from staticvl.tools import ascend_acceptance
 from staticvl.tools.comparing.walk import Walk
 
 from .checkpoints import tiny_llava
-from .fakes import noise
+from .fakes import HIDDEN, VOCAB, fake_artifact, noise
 
 COUNT = 6
 
@@ -225,3 +230,24 @@ def test_the_definition_works_without_data() -> None:
     made = Top()(torch.empty(2, 50, device="meta"), torch.empty(2, device="meta"))
     for a, b in zip(made, Top()(torch.zeros(2, 50), torch.ones(2)), strict=True):
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
+
+
+def test_a_card_that_finds_others_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The acceptance command looks at every text graph's candidates."""
+    manifest = fake_artifact(candidates=4, vision={1: 1.0}).manifest
+    table = WeightSpec(file="", dtype="float16", shape=(VOCAB, HIDDEN), offset=0, nbytes=0)
+    manifest = msgspec.structs.replace(manifest, weights={"text.embed.weight": table})
+    backend = FakeBackend(manifest)
+    model = SimpleNamespace(engine=SimpleNamespace(backend=backend, manifest=manifest))
+    assert {name.partition("/")[0] for name in ascend_acceptance._outputs(model, "npu")} == {g.name for g in manifest.graphs}
+    run = backend.run
+
+    def odd(graph: GraphSpec, *given: Any) -> Result:
+        result = run(graph, *given)
+        if graph.kind != "decode" or result.candidates is None:
+            return result
+        return replace(result, candidates=replace(result.candidates, ids=result.candidates.ids[:, ::-1]))
+
+    monkeypatch.setattr(backend, "run", odd)
+    with pytest.raises(SystemExit, match=r"decode-\d on npu gives candidates that are not the largest.*--candidates 0"):
+        ascend_acceptance._outputs(model, "npu")
