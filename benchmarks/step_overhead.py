@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from staticvl.runtime.artifact import Artifact, GraphSpec
+from staticvl.runtime.backends.base import Result
 from staticvl.runtime.engine import Engine
 from staticvl.runtime.request import SamplingParams
 from tests.fakes import fake_artifact, text_prompt
@@ -29,10 +30,11 @@ class Stub:
     """A device that takes no time; see runtime.backends.base.Backend."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self.logits = {g.name: np.zeros(g.outputs[0].shape, np.float32) for g in artifact.manifest.graphs}
+        shapes = {g.name: g.outputs[0].shape for g in artifact.manifest.graphs}
+        self.results = {name: Result(np.zeros(shape, np.float32).__getitem__) for name, shape in shapes.items()}
 
-    def run(self, graph: GraphSpec, feed: Any, slot: int = 0, image: int = 0) -> np.ndarray:
-        return self.logits[graph.name]
+    def run(self, graph: GraphSpec, feed: Any, slot: int = 0, image: int = 0) -> Result:
+        return self.results[graph.name]
 
     def load(self, graph: GraphSpec) -> None: ...
 

@@ -193,6 +193,8 @@ def _kept_options(job: _Job) -> dict[str, str]:
     options = {name: str(getattr(asked, name)) for name in names if getattr(asked, name) != getattr(defaults, name)}
     if asked.quant in READY_MADE:
         del options["quant"]  # the checkpoint brings it
+    if asked.candidates is not None:
+        options["candidates"] = str(asked.candidates)
     if asked.eager:
         options["eager"] = ",".join(asked.eager)
     options |= {name: "FOLDER" for name in ("lora", "vision_tower") if getattr(asked, name)}
@@ -338,7 +340,7 @@ def _graphs(
 
 
 def _graph_keys(job: _Job, key: str) -> dict[tuple[Kind, int, int], str]:
-    graph_keys = GraphKeys(job.options, job.config, job.facts, job.plan.cache, key)
+    graph_keys = GraphKeys(job.options, job.config, job.facts, job.plan, key)
     return {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
 
 

@@ -118,6 +118,8 @@ class CaseMaker:
             self._look(feed, rng)
         if "last_index" in feed:
             feed["last_index"][0] = count - 1
+        if "inverse_temperature" in feed:
+            feed["inverse_temperature"][...] = rng.uniform(0.5, 2, feed["inverse_temperature"].shape)
         if graph.kind != "decode":
             for name in ("token_ids", "hidden"):
                 if name in feed:

@@ -1,7 +1,7 @@
 """Certificates: each compiled graph against its eager definition, at the edges of its bucket (see cases.py).
 
 Compared are the first output and every cache row that the step must have written, and rows that it must not touch have to
-be unchanged; of vision graphs all that they write into the cache.
+be unchanged; of vision graphs all that they write into the cache. Candidates have to be the largest of the graph's own logits.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import time
 import numpy as np
 
 from ..runtime.artifact import Certificate, CertificateCase, GraphSpec, ModelFacts
-from ..runtime.backends.base import Backend, cache_name
-from ..runtime.feeds import new_feed
+from ..runtime.backends.base import Backend, Result, cache_name
+from ..runtime.feeds import Feed, new_feed
 from .cases import Case, CaseMaker, find_cases, rows_of
 
 TOLERANCE = 1e-4  # largest absolute difference over the largest magnitude
@@ -69,8 +69,8 @@ class Certifier:
 
     def _vision(self, graph: GraphSpec, case: Case) -> float:
         feed, tiles = self.maker.feed(graph, case), int(case.count[0])
-        expected = self.reference.run(graph, feed)[:tiles]
-        error = relative_error(self.exact.run(graph, feed)[:tiles], expected)
+        expected = self.reference.run(graph, feed).first[:tiles]
+        error = relative_error(self.exact.run(graph, feed).first[:tiles], expected)
         for name in filter(None, (cache_name(spec.name, 0) for spec in graph.outputs)):
             error = max(error, relative_error(*(each.read_cache(name, 1) for each in (self.exact, self.reference))))
         return error
@@ -78,9 +78,9 @@ class Certifier:
     def _text(self, graph: GraphSpec, case: Case) -> float:
         feed = self.maker.feed(graph, case)
         starts = self.maker.fill(graph, case, _distinct(self.reference, self.exact))
-        expected = self.reference.run(graph, feed).copy()
-        active = rows_of(graph, case)
-        error = relative_error(self.exact.run(graph, feed)[active], expected[active])
+        expected = self.reference.run(graph, feed).first.copy()
+        active, result = rows_of(graph, case), self.exact.run(graph, feed)
+        error = max(relative_error(result.first[active], expected[active]), candidates_error(result, feed, active))
         for spec in graph.inputs:
             if "_cache." in spec.name:
                 error = max(error, self._cache_error(spec.name, case, self.maker.past(spec, case, starts[spec.name])))
@@ -91,8 +91,10 @@ class Certifier:
         feed = self.maker.feed(graph, case)
         if graph.kind != "vision":
             self.maker.fill(graph, case, _distinct(self.reference, self.candidate))
-        expected = self.reference.run(graph, feed).copy()
-        distance = np.linalg.norm(self.candidate.run(graph, feed) - expected) / np.linalg.norm(expected)
+        expected = self.reference.run(graph, feed).first.copy()
+        result = self.candidate.run(graph, feed)
+        distance = np.linalg.norm(result.first - expected) / np.linalg.norm(expected)
+        _require(graph, f"the candidates of {case.name}", candidates_error(result, feed, rows_of(graph, case)), TOLERANCE)
         _require(graph, f"{case.name} with rounding, in length", float(distance), ROUNDING_TOLERANCE)
         return float(distance)
 
@@ -130,6 +132,22 @@ def _require(graph: GraphSpec, case: str, error: float, allowed: float) -> None:
             f"{graph.name} differs from its definition by a relative {error:.2e} at {case} (allowed: {allowed:.0e}); "
             "this build must not be used, please report it"
         )
+
+
+def candidates_error(result: Result, feed: Feed, active: np.ndarray) -> float:
+    """How far candidates are from what the logits beside them say: infinite where they are not the largest, else the relative
+    error of the mass. `active` [R]: rows that mean anything."""
+    if result.candidates is None:
+        return 0.0
+    rows, found = result.first[active].astype(np.float64), result.candidates  # [R, V]
+    logits, ids = found.logits[active], found.ids[active]
+    largest = np.sort(rows, axis=1)[:, : -ids.shape[1] - 1 : -1]
+    distinct = all(len(set(each)) == len(each) for each in ids.tolist())
+    if not (distinct and np.array_equal(logits, largest) and np.array_equal(np.take_along_axis(rows, ids, axis=1), largest)):
+        return float("inf")
+    factor = np.broadcast_to(feed["inverse_temperature"], active.shape)[active]
+    mass = np.exp((rows - largest[:, :1]) * factor[:, None]).sum(axis=1)
+    return float(np.abs(found.mass[active] / mass - 1).max())
 
 
 def relative_error(value: np.ndarray, expected: np.ndarray) -> float:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
 from ..runtime.ascend.weights import map_weight
-from ..runtime.backends.base import cache_name, rows_to_copy
+from ..runtime.backends.base import Result, cache_name, rows_to_copy
+from ..runtime.candidates import candidates_of
 from .graphs import GraphDef
 
 
@@ -74,7 +75,7 @@ class EagerBackend:
         return weight if keep or not weight.is_floating_point() else weight.float()
 
     @torch.inference_mode()
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         self.load(graph)
         inputs = [
             torch.from_numpy(feed[spec.name]) if spec.name in feed else self._rows(spec.name, slot, spec.shape[0])
@@ -83,10 +84,13 @@ class EagerBackend:
         with computing_with(self.threads if graph.kind == "vision" else self.text_threads):
             result = self.modules[graph.name](*inputs)
         results = result if isinstance(result, tuple) else (result,)
+        others: dict[str, np.ndarray] = {}
         for spec, value in zip(graph.outputs, results, strict=True):
             if name := cache_name(spec.name, image):
                 self._rows(name, slot, spec.shape[0]).copy_(value)
-        return results[0].numpy()
+            else:
+                others[spec.name] = value.numpy()
+        return Result(results[0].numpy().__getitem__, candidates_of(others))
 
     def _rows(self, name: str, slot: int, rows: int) -> Tensor:
         return self.caches[name][slot : slot + rows]

@@ -13,7 +13,8 @@ A kernel takes its tensors by position:
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
     outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place
 
-and returns its first output in float32 (logits, rows of pictures), or nothing where every output lies in the cache.
+and returns its first output in float32 (logits, rows of pictures), or nothing where every output lies in the cache. Where
+candidates follow the logits it returns a tuple of them all, floats in float32.
 Weights keep their addresses for as long as a kernel lives; everything else may lie elsewhere at every call.
 """
 
@@ -41,6 +42,7 @@ from . import lower_ascend
 from .graphs import GraphDef, trace
 
 DTYPES = ("float16", "bfloat16")
+KEPT = ("inverse_temperature",)  # inputs that are taken in float32: what they say is not to be rounded
 ADVICE = "Parameters data address remain the same"
 
 
@@ -70,7 +72,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
     _check_heads(definition)
     host = torchair_host.load()
     kernel = make_kernel(definition, getattr(torch, dtype))
-    recorder = _Recorder([spec for spec in definition.outputs[:1] if not is_cached(spec.name)])
+    recorder = _Recorder([spec for spec in definition.outputs if not is_cached(spec.name)])
     # What an earlier graph left behind must not be taken for a part of this one.
     torch._dynamo.reset()
     with (
@@ -239,7 +241,8 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
         written=[(i, place[s.name.removesuffix(".out")]) for i, s in enumerate(definition.outputs) if is_cached(s.name)],
         fixed=len(parameters),
         dtype=dtype,
-        returns=not is_cached(definition.outputs[0].name),
+        returns=sum(not is_cached(spec.name) for spec in definition.outputs),
+        kept={place[name] for name in KEPT if name in place},
     )
     shapes = dict(definition.module.named_parameters())
     wide = {f"{each}.scales" for each, layer in definition.module.named_modules() if getattr(layer, "quant", "") == "w8a8"}
@@ -276,16 +279,18 @@ class _Traced(nn.Module):
         self.graph, self.taken, self.written = graph, tuple(taken), tuple(written)
         self.fixed: int = settings["fixed"]  # tensors that are weights and constants
         self.dtype: torch.dtype = settings["dtype"]
-        self.returns: bool = settings["returns"]
+        self.returns: int = settings["returns"]  # outputs, from the first on
+        self.kept: set[int] = settings["kept"]  # tensors that are not narrowed
 
-    def forward(self, *tensors: Tensor) -> Tensor | None:
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...] | Tensor | None:
         outputs = self.graph(*(self._narrow(i, tensors[i]) for i in self.taken))
         for output, target in self.written:
             tensors[target].copy_(outputs[output])
-        return outputs[0].float() if self.returns else None
+        returned = tuple(x.float() if x.is_floating_point() else x for x in outputs[: self.returns])
+        return returned if self.returns > 1 else returned[0] if returned else None
 
     def _narrow(self, i: int, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if i >= self.fixed and x.dtype == torch.float32 else x
+        return x.to(self.dtype) if i >= self.fixed and i not in self.kept and x.dtype == torch.float32 else x
 
 
 def _with_method(name: str, graph: fx.GraphModule, **settings: Any) -> _Traced:
@@ -320,4 +325,4 @@ class _Recorder:
         return [next(returned) if each is None else each for each in assigned or [None] * len(self.outputs)]
 
     def _returned(self) -> Iterator[Tensor]:
-        return (torch.empty(spec.shape, dtype=torch.float32, device="meta") for spec in self.outputs)
+        return (torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta") for spec in self.outputs)

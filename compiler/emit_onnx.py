@@ -55,6 +55,7 @@ WIDENED_BYTES = 4 << 20
 
 # Squared and divided by the root of a head's width, it is far beyond any score, and its own products stay exact.
 PADDING_FLAG = 1024.0
+TOP_BLOCK = 128  # of a row of logits, when its largest are looked for
 TO_UINT4 = helper.make_attribute("to", TensorProto.UINT4)
 EXPANDS = "expands a weight"  # marks nodes of a twin that depend on weights alone
 
@@ -319,6 +320,35 @@ def _take_token(e: Emitter, node: Node, x: str, index: str) -> str:
     if b > 1:
         index = e.node("Add", [index, e.constant(np.arange(b) * t, "int32")])
     return e.node("Gather", [flat, index], axis=0)
+
+
+@lowers("staticvl.top_tokens")
+def _top_tokens(e: Emitter, node: Node, logits: str, inverse_temperature: str, count: int) -> tuple[str, str, str]:
+    """In two steps, so that no long row is sorted: the blocks with the largest maxima, then the largest of what is in them."""
+    rows, vocab = _shape(node.args[0])  # type: ignore[arg-type]
+    if vocab <= 2 * count * TOP_BLOCK:
+        values, ids = e.node("TopK", [logits, e.constant([count])], outputs=2)
+    else:
+        values, ids = _of_blocks(e, logits, rows, vocab, count)
+    largest = _slice(e, values, 1, 0, 1)
+    factor = e.node("Reshape", [inverse_temperature, e.constant([-1, 1])])
+    shares = e.node("Exp", [e.node("Mul", [e.node("Sub", [logits, largest]), factor])])
+    return values, e.node("Cast", [ids], to=TensorProto.INT32), e.node("ReduceSum", [shares, e.constant([-1])], keepdims=0)
+
+
+def _of_blocks(e: Emitter, logits: str, rows: int, vocab: int, count: int) -> tuple[str, str]:
+    """The `count` largest of each row lie in the `count` blocks with the largest maxima, whichever of equals are taken."""
+    blocks, missing, block = math.ceil(vocab / TOP_BLOCK), -vocab % TOP_BLOCK, e.constant(TOP_BLOCK)
+    if missing:
+        logits = e.node("Pad", [logits, e.constant([0, 0, 0, missing]), e.constant(-math.inf, "float32")])
+    parts = e.node("Reshape", [logits, e.constant([rows * blocks, TOP_BLOCK])])
+    maxima = e.node("Reshape", [e.node("ReduceMax", [parts, e.constant([-1])], keepdims=0), e.constant([rows, blocks])])
+    _, chosen = e.node("TopK", [maxima, e.constant([count])], outputs=2, sorted=0)  # [R, count]
+    place = e.node("Add", [chosen, e.constant(np.arange(rows)[:, None] * blocks)]) if rows > 1 else chosen
+    found = e.node("Reshape", [e.node("Gather", [parts, place], axis=0), e.constant([rows, count * TOP_BLOCK])])
+    values, place = e.node("TopK", [found, e.constant([count])], outputs=2)
+    of = e.node("GatherElements", [chosen, e.node("Div", [place, block])], axis=1)
+    return values, e.node("Add", [e.node("Mul", [of, block]), e.node("Mod", [place, block])])
 
 
 @lowers("staticvl.rope")

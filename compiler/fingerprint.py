@@ -17,11 +17,11 @@ from typing import Any
 import msgspec
 
 from ..model_defs.config import ModelConfig
-from ..runtime.artifact import CacheSpec, FileSpec, Kind, ModelFacts, SourceFile
+from ..runtime.artifact import FileSpec, Kind, ModelFacts, SourceFile
 from ..runtime.ascend import torchair_host
 from ..runtime.files import sha256_file
 from ..weights.packing.settings import Packing
-from .plan import Options
+from .plan import Options, Plan
 from .progress import Progress
 
 HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
@@ -32,7 +32,8 @@ _GRAPH_CODE = (
     *("model_defs", "model_defs/config"),
     *("compiler/graphs.py", "compiler/cases.py", "compiler/check.py", "compiler/cost.py", "compiler/eager.py"),
     *("compiler/make.py", "compiler/lockstep.py"),
-    *("runtime/feeds.py", "runtime/rope.py", "runtime/backends/base.py"),  # what a certificate was measured with
+    # What a certificate was measured with.
+    *("runtime/feeds.py", "runtime/rope.py", "runtime/backends/base.py", "runtime/candidates.py"),
 )
 _BACKEND_CODE = {
     "onnx": ("compiler/emit_onnx.py", "compiler/segments.py", "runtime/backends/ort.py"),
@@ -89,8 +90,9 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
 class GraphKeys:
     """Digests of everything that a graph and its certificate are made from."""
 
-    def __init__(self, options: Options, config: ModelConfig, facts: ModelFacts, cache: CacheSpec, weights: str) -> None:
-        self.image, self.cache = msgspec.to_builtins(facts.image), msgspec.to_builtins(cache)
+    def __init__(self, options: Options, config: ModelConfig, facts: ModelFacts, plan: Plan, weights: str) -> None:
+        self.image, self.cache = msgspec.to_builtins(facts.image), msgspec.to_builtins(plan.cache)
+        self.cache["candidates"] = plan.candidates
         backend = options.backend
         versions = [importlib.metadata.version(name) for name in _PACKAGES[backend]]
         if backend == "ascend":
@@ -100,7 +102,7 @@ class GraphKeys:
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 
     def key(self, kind: Kind, bucket: int, images: int) -> str:
-        seen = dict(self.image if kind == "vision" else self.cache)
+        seen: dict[str, Any] = dict(self.image if kind == "vision" else self.cache)
         if kind in ("prefill", "verify"):
             seen.pop("slots")  # slots only matter to graphs whose rows are slots
         if seen.get("cross"):

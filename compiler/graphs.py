@@ -64,8 +64,11 @@ def define_graph(
     bucket: int,
     images: int,
     ranks: int = 1,
+    candidates: int = 0,
 ) -> GraphDef:
     """The definition of one graph, on the meta device.
+
+    `candidates`: how many of the likeliest tokens a text graph puts out behind its logits.
 
     With several `ranks` it is what each of them runs, `cache` being the cache of one. Of a pipeline it is the graph of the
     config's stage: what it takes from the stage before it is an input, and what it hands on its first output.
@@ -74,11 +77,11 @@ def define_graph(
     with torch.device("meta"):
         if kind == "vision":
             return _vision(config, image, cache, tower_quant(quant), bucket, ranks)
-        return _text(config, image, cache, quant, kind, bucket, images, ranks)
+        return _text(config, image, cache, quant, kind, bucket, images, ranks, candidates)
 
 
 def fed_inputs(
-    config: ModelConfig, image: ImageFacts, cache: CacheSpec, kind: Kind, bucket: int, images: int
+    config: ModelConfig, image: ImageFacts, cache: CacheSpec, kind: Kind, bucket: int, images: int, candidates: int = 0
 ) -> list[TensorSpec]:
     """What a run is fed, whatever the stages of a pipeline take of it: every input but caches."""
     if kind == "vision":
@@ -98,6 +101,8 @@ def fed_inputs(
     if images:
         assert cache.cross is not None
         inputs += [_floats("cross_mask", b, t, images * cache.cross.tiles), _floats("cross_gate", b, t, 2)]
+    if candidates:
+        inputs.append(_floats("inverse_temperature", b))
     return inputs
 
 
@@ -139,9 +144,12 @@ def _text(
     bucket: int,
     images: int,
     ranks: int,
+    candidates: int,
 ) -> GraphDef:
     text, stage = config.text, config.text.stage
-    inputs = [spec for spec in fed_inputs(config, image, cache, kind, bucket, images) if _taken(text, spec.name)]
+    assert stage.count == 1 or not candidates, "stages of a pipeline hand on whole logits"
+    fed = fed_inputs(config, image, cache, kind, bucket, images, candidates)
+    inputs = [spec for spec in fed if _taken(text, spec.name)]
     b, t, _ = next(spec.shape for spec in inputs if spec.name == "rope_cos")
     if not stage.first:
         inputs.insert(0, _floats("hidden", b, t, text.hidden_size))
@@ -154,13 +162,14 @@ def _text(
     inputs += caches
     rows = t if kind == "verify" else b
     first = _floats("logits", rows, text.vocab_size) if stage.last else _floats("next_hidden", b, t, text.hidden_size)
+    likeliest = (_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows))
     return GraphDef(
         kind=kind,
         bucket=bucket,
         images=images,
-        module=TextGraph(text, quant, [spec.name for spec in inputs], images, ranks),
+        module=TextGraph(text, quant, [spec.name for spec in inputs], images, ranks, candidates),
         inputs=tuple(inputs),
-        outputs=(first, *map(_updated, caches)),
+        outputs=(first, *(likeliest if candidates else ()), *map(_updated, caches)),
     )
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..model_defs.group import member_of
 from ..runtime.artifact import GraphSpec, TensorSpec, is_cached
-from ..runtime.backends.base import Backend, cache_name
+from ..runtime.backends.base import Backend, Result, cache_name
 from .check import CertificateError
 
 T = TypeVar("T")
@@ -150,12 +150,12 @@ class LockstepBackend:
             rank.unload(self._of_rank(graph))
         self.narrow.pop(graph.file, None)
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         """As of any backend; raises CertificateError where ranks do not agree on what they all compute."""
         results = self.meeting.together(lambda rank: self.ranks[rank].run(self._of_rank(graph), feed, slot, image), self.pool)
         if cache_name(graph.outputs[0].name, image) is None:
             for rank, result in enumerate(results):
-                if not np.array_equal(result, results[0], equal_nan=True):
+                if not np.array_equal(result.first, results[0].first, equal_nan=True):
                     raise CertificateError(
                         f"{graph.name}: rank {rank} does not find what rank 0 finds; this build must not be used"
                     )

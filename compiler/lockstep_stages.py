@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 
 from ..runtime.artifact import CacheSpec, GraphSpec, Manifest
-from ..runtime.backends.base import Backend
+from ..runtime.backends.base import Backend, Result
 from .lockstep import ArrayMember, LockstepBackend, Meeting, results_of, widened
 
 Ways = dict[tuple[int, int, int], SimpleQueue[np.ndarray | None]]  # by from which stage, to which, and rank
@@ -68,10 +68,10 @@ class PipelineBackend:
             if graph.name in graphs:
                 stage.unload(graphs[graph.name])
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         """What the first stage's first rank has in the end; raises what the first stage raised that failed by itself."""
 
-        def work(stage: int) -> np.ndarray:
+        def work(stage: int) -> Result:
             try:
                 return self.stages[stage].run(self.graphs[stage][graph.name], feed, slot, image)
             except BaseException:

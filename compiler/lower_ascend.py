@@ -31,6 +31,8 @@ HIDDEN_BELOW = -1e4
 TYPE_NUMBERS = {torch.float16: 5, torch.bfloat16: 15}  # torch's own numbers of dtypes (c10::ScalarType)
 # So many out features are the most that CANN's WeightQuantBatchMatmulV2 takes.
 MOST_W8_FEATURES = 65535
+# Of a row of logits, when its largest are looked for: so few that the second search is short, and a whole number of vectors.
+TOP_BLOCK = 64
 
 npu, air, aten, c10d = torch.ops.npu, torch.ops.air, torch.ops.aten, torch.ops._c10d_functional
 
@@ -171,6 +173,36 @@ def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) ->
 def pad_rows(x: Tensor, rows: int) -> Tensor:
     """PadV3."""
     return aten.constant_pad_nd.default(x, [0, 0, 0, rows - x.shape[1]])
+
+
+def top_tokens(logits: Tensor, inverse_temperature: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """In two steps, so that no long row is sorted: the blocks with the largest maxima, then the largest of what is in them.
+
+    Everything in float32: the sum needs it, and all of these operators take it.
+    """
+    logits = logits.float()
+    short = logits.shape[-1] <= 2 * count * TOP_BLOCK
+    values, ids = aten.topk.default(logits, count) if short else _of_blocks(logits, count)
+    below = (logits - values[:, :1]) * inverse_temperature[:, None]
+    return values, ids.int(), below.exp().sum(-1)
+
+
+def _of_blocks(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row lie in the `count` blocks with the largest maxima, whichever of equals are taken."""
+    rows, vocab = logits.shape
+    blocks, missing = math.ceil(vocab / TOP_BLOCK), -vocab % TOP_BLOCK
+    if missing:
+        logits = aten.constant_pad_nd.default(logits, [0, missing], -math.inf)
+    parts = logits.reshape(rows * blocks, TOP_BLOCK)
+    maxima = aten.max.dim(parts, -1)[0].reshape(rows, blocks)  # amax has no converter
+    _, chosen = aten.topk.default(maxima, count)  # [R, count]
+    chosen = chosen.int()
+    first = torch.arange(rows, dtype=torch.int32, device=logits.device)[:, None] * blocks
+    found = parts.index_select(0, (chosen + first).flatten()).reshape(rows, count * TOP_BLOCK)
+    within = torch.arange(TOP_BLOCK, dtype=torch.int32, device=logits.device)
+    ids = (chosen[..., None] * TOP_BLOCK + within).reshape(rows, count * TOP_BLOCK)
+    values, place = aten.topk.default(found, count)
+    return values, ids.gather(1, place)
 
 
 # ---- rotary embedding and attention
@@ -315,6 +347,6 @@ def all_gather(x: Tensor, ranks: int) -> Tensor:
 
 LOWERINGS: tuple[Callable[..., Any], ...] = (
     linear, linear_w8, linear_w4, linear_w8a8, rms_norm, layer_norm, silu_mul, gelu, quick_gelu, embed, merge_rows,
-    take_token, mask_tiles, tile_padding, pad_rows, rope, cached_attention, attention, padded_attention, cross_attention,
-    all_reduce, all_gather,
+    take_token, top_tokens, mask_tiles, tile_padding, pad_rows, rope, cached_attention, attention, padded_attention,
+    cross_attention, all_reduce, all_gather,
 )  # fmt: skip

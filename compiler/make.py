@@ -61,7 +61,7 @@ class GraphMaker:
         with self._twin(definition, spec) as twin:
             certificate, cost = self.certifier.certify(widened(spec, self.tp), previous, twin and widened(twin, self.tp))
         spec = msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost)
-        fed = fed_inputs(self.config, self.facts.image, self.plan.cache, kind, bucket, images)
+        fed = fed_inputs(self.config, self.facts.image, self.plan.cache, kind, bucket, images, self.plan.candidates)
         return joined(spec, self.stage, fed, self.config.text.vocab_size), {name: self.files[name] for name in files}
 
     @property
@@ -70,8 +70,8 @@ class GraphMaker:
         return self.tp * self.stage.count == 1
 
     def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
-        cache, quant = self.plan.cache, self.options.stored_quant
-        return define_graph(self.config, self.facts.image, cache, quant, kind, bucket, images, self.tp)
+        cache, quant, candidates = self.plan.cache, self.options.stored_quant, self.plan.candidates
+        return define_graph(self.config, self.facts.image, cache, quant, kind, bucket, images, self.tp, candidates)
 
     # ---- what graphs are checked on
 

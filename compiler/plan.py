@@ -24,6 +24,9 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_SLOTS = 4
 DEFAULT_PREFILL = (16, 64, 256)
 DEFAULT_IMAGES = (1, 4)
+# The likeliest tokens that text graphs put out: a host that would scan the logits in the memory of a device would copy them.
+DEFAULT_CANDIDATES = {"onnx": 0, "ascend": 64}
+MOST_CANDIDATES = 1024
 MAX_BUCKET = 1 << 16
 TEXT_BEFORE_IMAGE = ("transformers", "meta")
 LISTS = (*KINDS, "images")
@@ -119,6 +122,7 @@ class Options:
     dtype: str = ""
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
+    candidates: int | None = None  # likeliest tokens that text graphs put out, 0: none; None: the backend's default
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -140,6 +144,15 @@ class Options:
             raise PlanError(f"eager graphs know no quantisation, and {self.quant} was asked for; leave out one of the two")
         if self.eager and self.backend != "ascend":
             raise PlanError(f"eager graphs were asked for, but {self.backend} has only compiled ones; leave --eager out")
+        if self.candidates is not None and not _whole_number(self.candidates, MOST_CANDIDATES):
+            raise PlanError(
+                f"candidates is {self.candidates!r}; expected a number of tokens from 1 to {MOST_CANDIDATES}, or 0 for none"
+            )
+        if self.candidates and self.pp > 1:
+            raise PlanError(
+                f"{self.candidates} candidates and a pipeline of {self.pp} stages were asked for, but stages hand on whole "
+                "logits; leave out one of the two"
+            )
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
 
@@ -169,6 +182,10 @@ class Options:
         return replace(FLOAT32, matrices=self.dtype or "float32")
 
 
+def _whole_number(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
     """Everything that will be compiled. Of a pipeline, `cache` and `graphs` are those of its first stage."""
@@ -176,6 +193,7 @@ class Plan:
     cache: CacheSpec
     graphs: tuple[tuple[Kind, int, int], ...]  # (kind, bucket, images), largest first within a kind
     later: tuple[CacheSpec, ...] = ()  # caches of the stages behind the first
+    candidates: int = 0  # likeliest tokens that text graphs put out
 
     def of_stage(self, stage: int) -> Plan:
         """The plan of one stage; pictures that become tokens are only seen by the first."""
@@ -239,7 +257,7 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         for variant in sorted((0,) if kind == "vision" else images, reverse=True)
         for bucket in sorted(buckets, reverse=True)
     )
-    return Plan(cache=first, graphs=graphs, later=tuple(later))
+    return Plan(cache=first, graphs=graphs, later=tuple(later), candidates=_candidates(config, options))
 
 
 def stages(config: ModelConfig, pp: int) -> tuple[ModelConfig, ...]:
@@ -253,6 +271,13 @@ def stages(config: ModelConfig, pp: int) -> tuple[ModelConfig, ...]:
             f"{config.text.layers} layers: use fewer stages"
         )
     return found
+
+
+def _candidates(config: ModelConfig, options: Options) -> int:
+    if options.pp > 1:
+        return 0
+    wanted = DEFAULT_CANDIDATES[options.backend] if options.candidates is None else options.candidates
+    return min(wanted, config.text.vocab_size)
 
 
 def _default_context(config: ModelConfig) -> int:

@@ -151,16 +151,19 @@ class Decoder(nn.Module):
 
 class TextGraph(nn.Module):
     """Tokens in, logits [B, V] and updated caches out: a chunk of one sequence (prefill), or one token of each of B (decode).
-    Behind the T tokens of one sequence that are only guessed (verify) there are logits [T, V], of each of them.
+    Behind the T tokens of one sequence that are only guessed (verify) there are logits [T, V], of each of them. With
+    `candidates` the likeliest tokens of each row follow the logits (ops.top_tokens).
     Of a pipeline, stages hand on what is between their layers, `hidden` [B, T, C].
 
     `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see runtime/artifact.py).
     Of a model cut among `ranks` it is the graph of one rank, the same for all: caches of its kv heads, logits of all rows.
     """
 
-    def __init__(self, config: TextConfig, quant: str, inputs: Sequence[str], images: int, ranks: int = 1) -> None:
+    def __init__(
+        self, config: TextConfig, quant: str, inputs: Sequence[str], images: int, ranks: int = 1, candidates: int = 0
+    ) -> None:
         super().__init__()
-        self.inputs, self.stage = tuple(inputs), config.stage
+        self.inputs, self.stage, self.candidates = tuple(inputs), config.stage, candidates
         self.text = Decoder(config, quant, images, ranks)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -172,4 +175,7 @@ class TextGraph(nn.Module):
         if not self.stage.last:
             return x, *updated
         x = ops.take_token(x, feed["last_index"]) if "last_index" in feed else x.flatten(0, 1)
-        return self.text.logits(x), *updated
+        logits = self.text.logits(x)
+        if not self.candidates:
+            return logits, *updated
+        return logits, *ops.top_tokens(logits, feed["inverse_temperature"], self.candidates), *updated

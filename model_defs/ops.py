@@ -227,6 +227,29 @@ def _(x: Tensor, index: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[2]))
 
 
+@_op("top_tokens")
+def top_tokens(logits: Tensor, inverse_temperature: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What a token can be drawn from without its whole row of logits [R, V]: the `count` largest, falling, and their ids
+    (int32), both [R, count], and the sum of exp((x - largest) * inverse_temperature) over the row, [R] float32.
+
+    inverse_temperature is [R] float32, or [1] for all rows. The order of equals is up to the device, and so is which of those
+    that equal the smallest are among the largest.
+    """
+    wide = logits.float()
+    values, ids = wide.topk(count)
+    below = (wide - values[:, :1]) * inverse_temperature[:, None]
+    return values, ids.int(), below.exp().sum(-1)
+
+
+@top_tokens.register_fake
+def _(logits: Tensor, inverse_temperature: Tensor, count: int):
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return logits.new_empty(shape, dtype=dtype)
+
+    rows = len(logits)
+    return empty(rows, count), empty(rows, count, dtype=torch.int32), empty(rows)
+
+
 @_op("rope")
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding, half-rotation form (Su et al. 2021): x [B, T, H*D], cos and sin [B, T, D] with equal halves."""

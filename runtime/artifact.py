@@ -24,6 +24,11 @@ V vocabulary, P rows per tile):
              rope_cos, rope_sin [1, T, D], k_cache.N, v_cache.N [1, K, S, D]
                                                                  -> logits [T, V] behind each token, the cache updated in place
 
+Text graphs may also put out what a token can nearly always be chosen from, N candidates: top_logits [R, N], the largest of
+each of the R rows of logits, falling; top_ids [R, N]; and mass [R], the sum of exp((x - largest) * inverse_temperature) over
+the row. They then take inverse_temperature [B]. The order of equals is up to the device, and so is which of those that equal
+the smallest of the N are among them. Logits are the first output as ever, but need not be brought to the host.
+
 Where queries are scaled by their position (Qwen's logn attention), text graphs also take query_scale [B, T, 1].
 
 Where pictures enter by cross-attention (Llama-3.2-Vision; X keys per picture, I pictures at most), prefill takes no
@@ -37,9 +42,9 @@ same of cross_v, with cross_mask [B, T, n * tiles] (0 where a token sees a tile,
 (factors 0 or 1 of a cross layer's attention and MLP). A text graph with `images` = 0 has no cross layers at all.
 
 Integers are int32. On Ascend the weights and the cache are float16 or bfloat16 (CacheSpec.dtype); inputs that a step brings
-and the first output are as above, so that the host does the same on both backends. Padding is on the right: a prefill step
-writes T cache rows from `lengths` on, of which only the first last_index + 1 mean anything; the next step overwrites the
-others and no real token attends to them.
+and outputs that are no cache are as above, so that the host does the same on both backends. Padding is on the right: a
+prefill step writes T cache rows from `lengths` on, of which only the first last_index + 1 mean anything; the next step
+overwrites the others and no real token attends to them.
 
 A device without collectives runs a graph of one rank of several as steps: segments, each a file with named inputs and outputs,
 and collectives between them. Their tensors are inputs and outputs of the graph, or buffers that live between segments. The
@@ -72,6 +77,7 @@ WEIGHTS = "weights"
 DEFINITION = "definition.json"
 Kind = Literal["vision", "prefill", "decode", "verify"]
 KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode", "verify")
+CANDIDATES = ("top_logits", "top_ids", "mass")  # outputs of text graphs behind the logits
 CROSS_HIDDEN = -1e30  # added to the score of a key that a token does not see; finite, so that a row may see nothing
 
 
@@ -178,6 +184,11 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     @property
     def name(self) -> str:
         return graph_name(self.kind, self.bucket, self.images)
+
+    @property
+    def candidates(self) -> int:
+        """How many of the likeliest tokens a run puts out behind the logits."""
+        return next((spec.shape[1] for spec in self.outputs if spec.name == CANDIDATES[0]), 0)
 
     @property
     def plan(self) -> tuple[Step, ...]:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 
 from .artifact import Artifact, Kind, Manifest
-from .backends.base import Backend, open_backend
+from .backends.base import Backend, Result, open_backend
 from .cache import SlotCache
 from .content import content_of
 from .feeds import Feed, Feeds
@@ -70,7 +70,7 @@ class Engine:
         self.eos = frozenset(self.manifest.model.eos_token_ids)
         self.timed: list[Sequence] = []  # sequences with a deadline
         self._ids = itertools.count()
-        self._commits: dict[Kind, Callable[[Step, np.ndarray], None]] = {
+        self._commits: dict[Kind, Callable[[Step, Result], None]] = {
             "vision": self._commit_vision,
             "prefill": self._commit_prefill,
             "decode": self._commit_decode,
@@ -136,7 +136,7 @@ class Engine:
         self._commits[step.kind](step, result)
         return step
 
-    def run_graph(self, step: Step, feed: Feed) -> np.ndarray:
+    def run_graph(self, step: Step, feed: Feed) -> Result:
         slot, image = self._place(step)
         started = self.clock()
         for sequence in step.sequences:
@@ -158,7 +158,7 @@ class Engine:
         if sequence.finish_reason is None:
             self._finish(sequence, "cancelled")
 
-    def _commit_vision(self, step: Step, rows: np.ndarray) -> None:
+    def _commit_vision(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
         start, end = sequence.tiles_done, sequence.tiles_done + step.count
         pictures = sequence.content.pictures
@@ -166,6 +166,7 @@ class Engine:
             assert sequence.slot is not None
             self.cache.pictures[sequence.slot] += (pictures[start // sequence.cross_tiles],)
         else:
+            rows = result.first
             per_tile = rows.shape[1]
             sequence.features[start * per_tile : end * per_tile] = rows[: step.count].reshape(-1, rows.shape[2])
             for tile, digest in enumerate(pictures[start:end]):
@@ -173,7 +174,7 @@ class Engine:
         sequence.tiles_done = end
         sequence.vision_s = self.clock() - sequence.started
 
-    def _commit_prefill(self, step: Step, logits: np.ndarray) -> None:
+    def _commit_prefill(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
         assert sequence.slot is not None
         end = sequence.computed + step.count
@@ -182,22 +183,22 @@ class Engine:
         if not sequence.prefilling:
             sequence.first_token = self.clock()
             sequence.prefill_s = sequence.first_token - sequence.started - sequence.vision_s
-            self._choose(sequence, logits[0])
+            self._choose(sequence, result, 0)
 
-    def _commit_decode(self, step: Step, logits: np.ndarray) -> None:
+    def _commit_decode(self, step: Step, result: Result) -> None:
         for sequence in step.sequences:
             assert sequence.slot is not None
             self.cache.append(sequence.slot, sequence.generated[-1], sequence.content.answer)
-            self._choose(sequence, logits[sequence.slot])
+            self._choose(sequence, result, sequence.slot)
 
-    def _commit_verify(self, step: Step, logits: np.ndarray) -> None:
+    def _commit_verify(self, step: Step, result: Result) -> None:
         """Tokens are chosen one by one as ever, for as long as the next one was drafted: it is in the cache already."""
         sequence, before = step.sequences[0], len(step.sequences[0].generated)
         assert sequence.lookup is not None
-        for row, drafted in zip(logits, (*step.draft, None), strict=False):
+        for row, drafted in enumerate((*step.draft, None)):
             assert sequence.slot is not None
             self.cache.append(sequence.slot, sequence.generated[-1], sequence.content.answer)
-            self._choose(sequence, row)
+            self._choose(sequence, result, row)
             if sequence.finish_reason or sequence.generated[-1] != drafted:
                 break
         gained = sequence.generated[before:]
@@ -206,17 +207,15 @@ class Engine:
         self.metrics.drafted += len(step.draft)
         self.metrics.accepted += right
 
-    def _choose(self, sequence: Sequence, logits: np.ndarray) -> None:
+    def _choose(self, sequence: Sequence, result: Result, row: int) -> None:
+        """The next token of a sequence, from one row of logits."""
         params, rules = sequence.params, sequence.rules
-        row = rules.applied(logits) if rules else logits
-        if rules and row.max() == -np.inf:
+        token = self._likely(sequence, result, row)
+        if token is None:
+            token = self._of_whole_row(sequence, result.row(row))
+        if token is None:
             self._finish(sequence, "dead_end")
             return
-        if sequence.keep_logits:
-            sequence.logits.append(logits.copy())
-        token = sample(row, sequence.sampling, len(sequence.generated), self.manifest.model.tokenizer.used)
-        if params.logprobs is not None:
-            sequence.logprobs.append(logprob_of(logits, token, params.logprobs))
         sequence.generated.append(token)
         if rules:
             rules.accept(token)
@@ -226,6 +225,26 @@ class Engine:
             self._finish(sequence, "length")
         if self.on_token:
             self.on_token(sequence)
+
+    def _likely(self, sequence: Sequence, result: Result, row: int) -> int | None:
+        """The token, where the graph's candidates decide it and nothing else is wanted of the row."""
+        if not result.candidates or sequence.rules or sequence.keep_logits or sequence.params.logprobs is not None:
+            return None
+        model, position = self.manifest.model, len(sequence.generated)
+        return result.candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
+
+    def _of_whole_row(self, sequence: Sequence, logits: np.ndarray) -> int | None:
+        """The token, and whatever else is wanted of its row; None where no token may follow."""
+        rules, logprobs = sequence.rules, sequence.params.logprobs
+        row = rules.applied(logits) if rules else logits
+        if rules and row.max() == -np.inf:
+            return None
+        if sequence.keep_logits:
+            sequence.logits.append(logits.copy())
+        token = sample(row, sequence.sampling, len(sequence.generated), self.manifest.model.tokenizer.used)
+        if logprobs is not None:
+            sequence.logprobs.append(logprob_of(logits, token, logprobs))
+        return token
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
         sequence.finish_reason = reason

@@ -10,6 +10,7 @@ import numpy as np
 
 from .artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
 from .cache import SlotCache
+from .likeliest import LARGEST
 from .request import Sequence
 from .rope import query_scales, rope_tables
 from .scheduler import Step
@@ -61,6 +62,7 @@ class Feeds:
             feed["image_rows"][: len(here)] = sequence.features[rows[here]]
         feed["lengths"][0] = start
         feed["last_index"][0] = count - 1
+        self._temper(feed, sequence, 0)
         feed["rope_cos"][0], feed["rope_sin"][0] = (table[start:padded] for table in self._tables(prompt.ntk))
         if "query_scale" in feed:
             feed["query_scale"][0, :, 0] = self.query_scales[start:padded]
@@ -84,6 +86,7 @@ class Feeds:
             slot, prompt = sequence.slot, sequence.prompt
             assert slot is not None
             feed["token_ids"][slot, 0] = sequence.generated[-1]
+            self._temper(feed, sequence, slot)
             if prompt.ntk != 1.0:
                 tables = self._tables(prompt.ntk)
                 feed["rope_cos"][slot, 0], feed["rope_sin"][slot, 0] = (table[lengths[slot]] for table in tables)
@@ -101,6 +104,7 @@ class Feeds:
         feed["token_ids"][0, : step.count] = sequence.generated[-1], *step.draft
         feed["token_ids"][0, step.count :] = 0
         feed["lengths"][0] = start
+        self._temper(feed, sequence, 0)
         feed["rope_cos"][0], feed["rope_sin"][0] = (table[rows] for table in self._tables(prompt.ntk))
         if "query_scale" in feed:
             feed["query_scale"][0, :, 0] = self.query_scales[rows]
@@ -108,6 +112,12 @@ class Feeds:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
             self._look(feed, sequence, np.s_[0, :], np.s_[-1:])
+
+    @staticmethod
+    def _temper(feed: Feed, sequence: Sequence, row: int) -> None:
+        """What candidates are weighed with. Greedy takes no notice of it."""
+        if "inverse_temperature" in feed:
+            feed["inverse_temperature"][row] = min(1 / (sequence.sampling.temperature or 1.0), LARGEST)
 
     @staticmethod
     def _look(feed: Feed, sequence: Sequence, into: tuple | int, positions: slice) -> None:

@@ -36,26 +36,32 @@ def sample(logits: np.ndarray, sampling: ResolvedSampling, position: int, used: 
     row, number = logits[:used], uniform(sampling.seed, position, sampling.index)
     # A few tokens have nearly all of the probability, nearly always; only a draw that is not decided among them needs more.
     for count in (sampling.top_k,) if sampling.top_k else (FEW, MANY, used):
-        token = _drawn(row, sampling, number, count)
+        ids = likeliest(row, count)
+        if row[ids[0]] == -np.inf:
+            return int(ids[0])
+        complete = len(ids) < count or count >= len(row) or bool(sampling.top_k)
+        total = 0.0 if sampling.top_k else mass(row, sampling.temperature)
+        token = drawn(ids, row[ids], sampling, number, total, complete=complete)
         if token is not None:
             return token
     raise AssertionError("all tokens decide a draw")
 
 
-def _drawn(row: np.ndarray, sampling: ResolvedSampling, number: float, count: int) -> int | None:
-    """The token that `number` in [0, 1) draws from row [used], if the `count` likeliest decide it; None if more are needed.
+def drawn(
+    ids: np.ndarray, logits: np.ndarray, sampling: ResolvedSampling, number: float, total: float = 0.0, *, complete: bool
+) -> int | None:
+    """The token that `number` in [0, 1) draws, if the likeliest tokens `ids` [n] decide it; None if more are needed.
 
-    The same token whatever `count` is, to the bit: sums run over the likeliest in order, or over the whole row by id.
+    logits [n] are theirs, falling. `total`: what probabilities are divided by, the `mass` of all tokens that may be drawn; with
+    top_k, whose tokens these then are, what they add up to. `complete`: no other token may be drawn.
+
+    The same token whatever n is, to the bit: sums run over the likeliest in order, or over the whole row by id.
     """
-    ids = likeliest(row, count)
-    if row[ids[0]] == -np.inf:
-        return int(ids[0])
-    below = row[ids].astype(np.float64) - row[ids[0]]
+    below = logits.astype(np.float64) - logits[0]
     with np.errstate(over="ignore"):
         probabilities = np.exp(below / sampling.temperature)
     cumulative = np.cumsum(probabilities)
-    total = float(cumulative[-1]) if sampling.top_k else mass(row, sampling.temperature)
-    complete = len(ids) < count or count >= len(row) or bool(sampling.top_k)
+    total = float(cumulative[-1]) if sampling.top_k else total
     kept = len(ids)
     if sampling.top_p < 1:
         # A token stays while the probability before it is below top_p, so at least one stays.

@@ -37,8 +37,8 @@ def embedded_artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The trained tiny model, cut in two."""
+    """The trained tiny model, cut in two; with candidates, unlike the whole one."""
     out = tmp_path_factory.mktemp("two") / "artifact"
     buckets = Buckets(prefill=(32,), decode=(1, 4), vision=(1,), verify=(4,), context=512, slots=4)
-    build(Options(checkpoint=EMBEDDED, out=out, tp=2, buckets=buckets))
+    build(Options(checkpoint=EMBEDDED, out=out, tp=2, buckets=buckets, candidates=6))
     return out

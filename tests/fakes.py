@@ -79,6 +79,7 @@ def fake_artifact(
     vision: Costs = VISION,
     images: tuple[int, ...] = (),
     rope: RopeFacts = FACTS.rope,
+    candidates: int = 0,
 ) -> Artifact:
     """An artifact in memory whose graphs only the fake backend can run; with `images`, pictures enter by cross-attention."""
     decode = decode or dict.fromkeys({1, slots}, 1.0)
@@ -97,7 +98,7 @@ def fake_artifact(
     sizes: dict[Kind, Costs] = {"prefill": prefill, "decode": decode, "verify": verify or {}}
     graphs = [_vision_graph(bucket, cost, spec) for bucket, cost in ({TILES: 1.0} if images else vision).items()]
     graphs += [
-        _text_graph(kind, bucket, count, cost, spec, scaled=rope.logn_positions is not None)
+        _text_graph(kind, bucket, count, cost, spec, scaled=rope.logn_positions is not None, candidates=candidates)
         for kind, costs in sizes.items()
         for bucket, cost in costs.items()
         for count in (0, *images)
@@ -146,7 +147,9 @@ def _vision_graph(bucket: int, cost_ms: float, spec: CacheSpec) -> GraphSpec:
     )
 
 
-def _text_graph(kind: Kind, bucket: int, images: int, cost_ms: float, spec: CacheSpec, *, scaled: bool) -> GraphSpec:
+def _text_graph(
+    kind: Kind, bucket: int, images: int, cost_ms: float, spec: CacheSpec, *, scaled: bool, candidates: int
+) -> GraphSpec:
     """The inputs and outputs that runtime.artifact describes."""
     b, t = (bucket, 1) if kind == "decode" else (1, bucket)
     inputs = [
@@ -164,6 +167,10 @@ def _text_graph(kind: Kind, bucket: int, images: int, cost_ms: float, spec: Cach
         inputs += [_floats("cross_mask", b, t, images * TILES), _floats("cross_gate", b, t, 2)]
         names = [f"cross_{which}.{i}.{j}" for i in range(cross.layers) for which in "kv" for j in range(images)]
         inputs += [_floats(name, b, 1, cross.rows, HEAD_DIM) for name in names]
+    rows, likeliest = t if kind == "verify" else b, []
+    if candidates:
+        inputs.append(_floats("inverse_temperature", b))
+        likeliest = [_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows)]
     caches = [_floats(f"{which}_cache.0", b, 1, spec.rows, HEAD_DIM) for which in "kv"]
     return GraphSpec(
         kind=kind,
@@ -172,7 +179,7 @@ def _text_graph(kind: Kind, bucket: int, images: int, cost_ms: float, spec: Cach
         file=f"{kind}-{bucket}-{images}",
         key="",
         inputs=(*inputs, *caches),
-        outputs=(_floats("logits", t if kind == "verify" else b, VOCAB), *(_floats(f"{c.name}.out", *c.shape) for c in caches)),
+        outputs=(_floats("logits", rows, VOCAB), *likeliest, *(_floats(f"{c.name}.out", *c.shape) for c in caches)),
         cost_ms=cost_ms,
     )
 

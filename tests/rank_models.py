@@ -68,14 +68,14 @@ def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str])
     """A picture for each of two sequences, two chunks of one and one of the other, a token of both: every first output, then
     the caches."""
     rng = np.random.default_rng(1)
-    found = [backend.run(specs["vision"], feed(specs["vision"], rng, [0]), slot).copy() for slot in range(ROWS)]
+    found = [backend.run(specs["vision"], feed(specs["vision"], rng, [0]), slot).first.copy() for slot in range(ROWS)]
     pictures = np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
     for slot, past in ((0, 0), (0, CHUNK), (1, 0)):
         fed = feed(specs["prefill"], rng, [past])
         if "image_rows" in fed:
             fed["image_rows"] = pictures[slot * CHUNK : (slot + 1) * CHUNK].copy()
-        found.append(backend.run(specs["prefill"], fed, slot).copy())
-    found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).copy())
+        found.append(backend.run(specs["prefill"], fed, slot).first.copy())
+    found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).first.copy())
     return [*found, *(backend.read_cache(name, ROWS) for name in caches)]
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import msgspec
 import pytest
+import torch
 
 from staticvl import runtime
 from staticvl.compiler.build import build
@@ -75,6 +76,28 @@ def test_without_rounding_the_simulator_says_it_exactly(pairs: dict[str, Pair]) 
     assert relative_error(found.logits, expected.logits) <= 1e-4
     with pytest.raises(ArtifactError, match="device 'sim:bfloat16' is unknown; expected sim, or sim:float32"):
         runtime.load(pair.ascend, device="sim:bfloat16")
+
+
+def test_greedy_answers_leave_logits_on_the_device(pairs: dict[str, Pair], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not so the answers of whoever wants to see them; both say the same."""
+    onnx, ascend = pairs["llava"].load()
+    vocab, copied, to_host = ascend.engine.manifest.model.vocab_size, [], torch.Tensor.cpu
+
+    def counted(x: torch.Tensor, *args: Any) -> torch.Tensor:
+        if x.shape[-1:] == (vocab,):
+            copied.append(tuple(x.shape))
+        return to_host(x, *args)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", counted)
+    for settings in ({"temperature": 0.0}, {"temperature": 0.7, "top_k": 20, "seed": 5}):
+        asked: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, **settings}
+        prompts = ["Say one word.", "What is it?"]
+        found, expected = (model.generate(prompts, **asked) for model in (ascend, onnx))
+        assert [out.token_ids for out in found] == [out.token_ids for out in expected]
+        assert not copied
+    logprobs = ascend.generate("Say one word.", max_new_tokens=6, ignore_eos=True, temperature=0.0, logprobs=1)
+    assert logprobs.token_ids == ascend.generate("Say one word.", max_new_tokens=6, ignore_eos=True, temperature=0.0).token_ids
+    assert copied == [(1, vocab)] * 6
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -233,7 +233,7 @@ def test_scale_of_one_layer_doubled(tmp_path: Path, quant: str, bits: int) -> No
 
 
 def test_shard_of_one_rank_shifted(tmp_path: Path) -> None:
-    side = compiled("llava", tmp_path / "artifact", tp=2)
+    side = compiled("llava", tmp_path / "artifact", tp=2, candidates=6)
     reference = reference_of("llava", side)
     samples = samples_of("llava")[1:]
     check_healthy(reference, side, "llava")

@@ -121,6 +121,12 @@ def whole_numbers(*, bias: bool) -> Case:
     return Case("linear_w8a8", given, lambda f, x, q, s, b=None: f(x, q, s, b, False))
 
 
+def likeliest(rows: int, vocab: int, count: int, factors: int | None = None) -> Case:
+    """No two logits of a row are equal: which of equals are taken is open."""
+    order = torch.rand((rows, vocab), generator=_generator()).argsort(-1)
+    return case("top_tokens", (order / 64 - 8).half(), torch.linspace(0.5, 2, factors or rows), then=(count,))
+
+
 def rotary(b: int, t: int, d: int) -> tuple[Tensor, Tensor]:
     cos, sin = rand(b, t, d // 2), rand(b, t, d // 2)
     return torch.cat((cos, cos), -1), torch.cat((sin, sin), -1)
@@ -152,6 +158,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "merge_rows": lambda: case("merge_rows", rand(1, 4, 8), rand(3, 8), ints([-1, 2, 0, -1])),
     "take_token": lambda: case("take_token", rand(1, 4, 8), ints(2)),
     "take_token of rows": lambda: case("take_token", rand(3, 4, 8), ints(2, 0, 3)),
+    "top_tokens": lambda: likeliest(3, 50, 8),
+    "top_tokens, blocks": lambda: likeliest(3, 1030, 8),
+    "top_tokens, whole blocks, a draft": lambda: likeliest(2, 1280, 8, factors=1),
+    "top_tokens, one row": lambda: likeliest(1, 1100, 8),
     "rope": lambda: case("rope", rand(2, 3, 4 * 16), *rotary(2, 3, 16)),
     "cached_attention, decode": lambda: cached(3, 1, 0, 5, 11),
     "cached_attention, prefill": lambda: cached(1, 4, 5),

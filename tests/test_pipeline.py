@@ -50,7 +50,7 @@ def whole(family: str, folder: Path) -> list[np.ndarray]:
     compiled(family, folder, 1, 1)
     manifest = open_artifact(folder).manifest
     backend = open_backend("onnx", folder, manifest.cache, threads=1, manifest=manifest)
-    found = [backend.run(*call).copy() for call in calls(manifest)]
+    found = [backend.run(*call).first.copy() for call in calls(manifest)]
     return [each for each, (graph, *_) in zip(found, calls(manifest), strict=True) if graph.kind != "vision"]
 
 
@@ -91,7 +91,7 @@ def run_world(folder: Path) -> list[np.ndarray]:
         found = []
         for graph, made, slot in calls(manifest):
             if graph.name in graphs:
-                found.append(backend.run(graphs[graph.name], made, slot).copy())
+                found.append(backend.run(graphs[graph.name], made, slot).first.copy())
         return found
 
     with ThreadPoolExecutor(len(members)) as pool:

@@ -20,7 +20,7 @@ import pytest
 
 from staticvl import runtime
 from staticvl.runtime.artifact import Artifact, GraphSpec, open_artifact, write_manifest
-from staticvl.runtime.backends.base import Group
+from staticvl.runtime.backends.base import Group, Result
 from staticvl.runtime.files import sha256_file
 from staticvl.runtime.ranks import crew, launch, start
 from staticvl.runtime.ranks.leader import LeadingBackend
@@ -99,7 +99,7 @@ class Failing(MeetingBackend):
         super().__init__(artifact, group)
         self.mine, self.do, self.left = rank == whose, do, 3
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         self.left -= 1
         if self.mine and not self.left:
             self.do()
@@ -162,7 +162,7 @@ def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long step is none of the control channel's business, as long as everybody answers."""
 
     class Slow(MeetingBackend):
-        def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+        def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
             for _ in range(4):
                 time.sleep(0.2)
                 self.group.all_reduce(np.zeros(1, np.float32))

@@ -182,7 +182,7 @@ def test_awkward_graphs_run(tmp_path: Path) -> None:
         backend = OrtBackend(tmp_path, nothing, threads=1, group=member_in(2))
         expected = awkward(*map(torch.from_numpy, (w, *fed.values()))).numpy()
         for _ in range(2):  # a second run finds what the first has left
-            np.testing.assert_allclose(backend.run(spec, fed), expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(backend.run(spec, fed).first, expected, rtol=1e-5, atol=1e-5)
         assert all(np.array_equal(before[name], fed[name]) for name in fed)
         backend.unload(spec)
         assert not (backend.sessions or backend.buffers or backend.outputs or backend.bound)

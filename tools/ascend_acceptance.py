@@ -114,6 +114,8 @@ def _child(args: argparse.Namespace) -> None:
 def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
     """The first output of every graph in some of its cases."""
     from ..compiler.cases import CaseMaker, rows_of
+    from ..compiler.check import candidates_error
+    from ..runtime.candidates import MASS_ERROR
 
     backend, manifest = model.engine.backend, model.engine.manifest
     maker = CaseMaker(manifest.model, manifest.weights["text.embed.weight"].shape[0])
@@ -125,8 +127,14 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
             if graph.kind != "vision":
                 maker.fill(graph, case, [backend])
             pixels = graph.kind == "vision" and not manifest.cache.cross
-            rows = slice(0, int(case.count[0])) if pixels else rows_of(graph, case)
-            found[f"{graph.name}/{i}"] = backend.run(graph, feed)[rows].copy()
+            rows = np.arange(graph.bucket) < case.count[0] if pixels else rows_of(graph, case)
+            result = backend.run(graph, feed)
+            if candidates_error(result, feed, rows) > MASS_ERROR:
+                raise SystemExit(
+                    f"staticvl: {graph.name} on {device} gives candidates that are not the largest of its own logits; "
+                    "compile the artifact again with --candidates 0, and please report it"
+                )
+            found[f"{graph.name}/{i}"] = result.first[rows].copy()
     return found
 
 

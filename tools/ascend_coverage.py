@@ -104,7 +104,7 @@ def definitions(config: ModelConfig, dtype: str, tp: int = 1) -> Iterator[GraphD
     options = Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=dtype, tp=tp, buckets=buckets)
     plan = make_plan(config, options)
     for kind, bucket, images in plan.graphs:
-        yield define_graph(config, _any_picture(config), plan.cache, "none", kind, bucket, images, tp)
+        yield define_graph(config, _any_picture(config), plan.cache, "none", kind, bucket, images, tp, plan.candidates)
 
 
 def _any_picture(config: ModelConfig) -> ImageFacts:

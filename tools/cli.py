@@ -112,6 +112,12 @@ def _add_compile(commands) -> None:
         help="also compile graphs that verify up to K drafted tokens at once, for --speculate of generate; default: none",
     )
     parser.add_argument(
+        "--candidates",
+        type=int,
+        metavar="N",
+        help="likeliest tokens that text graphs find, so that logits need not be read whole; default: 64 for ascend, else 0",
+    )
+    parser.add_argument(
         "--text-before-image",
         choices=("transformers", "meta"),
         help="Llama-3.2-Vision: whether text before the first picture sees all pictures, as in transformers (the default), or "

@@ -31,6 +31,7 @@ CONFIG_KEYS = (
     "slots",
     "images",
     "speculate",
+    "candidates",
     "text_before_image",
     "buckets",
     "vision_tower",
@@ -70,7 +71,9 @@ def read_options(args: argparse.Namespace) -> Options:
         ignore_config_keys=tuple(keys.split(",") if isinstance(keys, str) else keys),
     )
     simple = {
-        name: given[name] for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "text_before_image") if name in given
+        name: given[name]
+        for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "candidates", "text_before_image")
+        if name in given
     }
     if "eager" in given:
         kinds = given["eager"]

@@ -2,7 +2,8 @@
 
 The backend holds one copy of the weights and of the cache for all buckets, as tensors on the device. What a step brings is
 copied into tensors that stay where they are (addresses of a compiled graph never change), and the first output comes back as
-float32. Weights are read once, when the first graph that needs them is opened.
+float32: at once, or where the graph has candidates, when somebody asks for it. Weights are read once, when the first graph
+that needs them is opened.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, 
 from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
 from ..ascend.weights import map_weight, to_offsets, to_signed
+from ..candidates import candidates_of
 from ..files import sha256_file
-from .base import Group, cache_name, check_group, checked, rows_to_copy, world_rank
+from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,6 +60,7 @@ class _Bound:
     before: list[Transfer]
     after: list[Transfer]
     cached: str | None  # the part of the cache that the first output is, if it is one
+    returned: tuple[str, ...]  # outputs that are no cache
 
     def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
         return self.feed is feed or all(self.arrays.get(name) is array for name, array in feed.items())
@@ -114,7 +117,7 @@ class AscendBackend:
             del self.bound[key]
         self.kernels.pop(graph.file, None)
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         key = (graph.file, slot, image)
         bound = self.bound.get(key)
         if bound is None or not bound.holds(feed):
@@ -125,11 +128,13 @@ class AscendBackend:
             target.copy_(source)
         with self.device.context(self.group):
             output = self.kernels[graph.file](bound.tensors)
+        if len(bound.returned) > 1:
+            return _on_device(dict(zip(bound.returned, output, strict=True)))
         result = self._rows(bound.cached, slot, 1).float().cpu().numpy() if bound.cached else output.cpu().numpy()
         for step in bound.after:
             result = result if step.op == "send" else bound.arrays[step.name]
             self._transfer(step, result)
-        return result
+        return Result(result.__getitem__)
 
     def _transfer(self, step: Transfer, array: np.ndarray) -> None:
         """To or from another stage, through the host."""
@@ -160,7 +165,8 @@ class AscendBackend:
         inputs += [self._rows(name, slot, 1) for name in placed if name and name not in segment.inputs]
         constants = [self._constant(name, values) for name, values in graph.constants.items()]
         tensors = [*map(self._weight, graph.weights), *constants, *inputs]
-        return _Bound(tensors, sources, feed, arrays, before, after, placed[0])
+        returned = tuple(name for name, place in zip(segment.outputs, placed, strict=True) if place is None)
+        return _Bound(tensors, sources, feed, arrays, before, after, placed[0], returned)
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
@@ -199,6 +205,16 @@ class AscendBackend:
         for name, cache in self.caches.items():
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count].copy_(cache[source, :, :count])
+
+
+def _on_device(outputs: Mapping[str, Tensor]) -> Result:
+    """The candidates come to the host, which waits for the device; the rows before them stay until they are asked for."""
+    (_, first), *others = outputs.items()
+
+    def fetch(rows: slice) -> np.ndarray:
+        return first[rows].cpu().numpy()
+
+    return Result(fetch, candidates_of({name: value.cpu().numpy() for name, value in others}), here=False)
 
 
 def simulated(*, wide: bool = False) -> Device:

@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest, TensorSpec, rank_folder
+from ..candidates import Candidates
 
 DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What one run of a graph has put out. It belongs to the backend and holds until the next run of the same graph.
+
+    `fetch` gives the rows of the first output that a slice names, in host memory. Where they lie elsewhere until somebody asks,
+    they are not `here`.
+    """
+
+    fetch: Callable[[slice], np.ndarray]
+    candidates: Candidates | None = None
+    here: bool = True
+
+    @property
+    def first(self) -> np.ndarray:
+        """The first output, whole."""
+        return self.fetch(slice(None))
+
+    def row(self, row: int) -> np.ndarray:
+        """One row of the first output."""
+        return self.fetch(slice(row, row + 1))[0]
 
 
 class Backend(Protocol):
@@ -24,13 +48,12 @@ class Backend(Protocol):
         """Free what `load` or `run` took for a graph."""
         ...
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
-        """Run one graph and return its first output; one that belongs into the cache is written there.
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
+        """Run one graph: its first output, and the candidates where it has some; what belongs into the cache is written there.
 
         `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`; a caller that passes the same
         mapping and arrays again gets them bound by pointer only once. Cache rows of slots slot .. slot + B - 1 are read
-        and written in place; `image` says which picture's entries a vision graph with cross keys writes. The result belongs
-        to the backend and is overwritten by the next run of the same graph.
+        and written in place; `image` says which picture's entries a vision graph with cross keys writes.
         """
         ...
 

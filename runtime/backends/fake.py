@@ -9,6 +9,7 @@ The arithmetic, all of it in integers:
     cache      a position keeps (value + 1) * (position * ntk + 1), where ntk is the factor of dynamic NTK, else 1
     logits     1 at (sum of what the cache keeps, up to the last real token) % V, 0 elsewhere; a verify graph has such a row
                for each of its tokens
+    candidates the likeliest tokens of the rows, and their mass, where the graph has such outputs
 
 So tokens 5, 7 in an empty cache leave 6 * 1 + 8 * 2 = 22, and 22 % V is the next token. Position and factor are read off
 the rope tables, as in a real graph, whose keys are rotated by them. Padding leaves numbers in the cache like any other
@@ -28,7 +29,10 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
+from ..candidates import Candidates
+from ..likeliest import likeliest
 from ..rope import rope_tables
+from .base import Result
 
 PICTURE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that pictures differ from tokens
 
@@ -42,6 +46,7 @@ class FakeBackend:
         self.kept = np.zeros((slots, self.spec.rows), np.int64)  # [slots, S]
         self.tiles = np.zeros((slots, cross.images, cross.tiles) if cross else (slots, 0, 0), np.int64)  # [slots, n, t]
         self.outputs: dict[str, np.ndarray] = {}
+        self.fetched = 0  # rows of first outputs that somebody has asked for
         # The slowest of the rope frequencies: its angle stays below half a turn, so it says the position.
         cos, sin = rope_tables(self.rope, self.spec.head_dim, 2)
         self.frequency = float(np.arctan2(sin[1, -1], cos[1, -1]))
@@ -60,12 +65,22 @@ class FakeBackend:
     def unload(self, graph: GraphSpec) -> None:
         self.outputs.pop(graph.name, None)
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         self.load(graph)
         _check_feed(graph, feed)
         output = self.outputs[graph.name]
         if graph.kind == "vision":
-            return self._vision(feed, output, slot, image)
+            self._vision(feed, output, slot, image)
+        else:
+            self._text(graph, feed, output, slot)
+
+        def fetch(rows: slice) -> np.ndarray:
+            self.fetched += len(output[rows])
+            return output[rows]
+
+        return Result(fetch, _candidates(output, graph.candidates, feed) if graph.candidates else None)
+
+    def _text(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], output: np.ndarray, slot: int) -> None:
         values, last = feed["token_ids"].astype(np.int64), np.zeros(len(feed["token_ids"]), np.int64)  # [B, T], [B]
         if "row_index" in feed:
             taken = np.rint(feed["image_rows"][feed["row_index"], 0]).astype(np.int64)
@@ -82,18 +97,16 @@ class FakeBackend:
         sums = [int(self.kept[row, :end].sum()) for row, end in ends]
         output[...] = 0
         output[np.arange(len(sums)), np.array(sums) % output.shape[1]] = 1
-        return output
 
-    def _vision(self, feed: Mapping[str, np.ndarray], output: np.ndarray, slot: int, image: int) -> np.ndarray:
+    def _vision(self, feed: Mapping[str, np.ndarray], output: np.ndarray, slot: int, image: int) -> None:
         sums = feed["pixels"].astype(np.int64).sum(axis=(1, 2, 3))  # [tiles]
         if not self.spec.cross:
             output[...] = ((sums[:, None] + np.arange(output.shape[1])) % PICTURE_NUMBERS)[..., None]
-            return output
+            return
         place = np.arange(len(sums))
         used = np.where(place < feed["tile_count"], sums, 0)
         self.tiles[slot, image] = (used + (place + 1) * int(feed["aspect_id"][0])) % PICTURE_NUMBERS
         output[...] = np.repeat(self.tiles[slot, image], output.shape[2] // len(sums))[:, None]
-        return output
 
     def _seen(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int) -> np.ndarray:
         """What each token gains by looking at pictures, int64 [B, T]."""
@@ -154,6 +167,12 @@ class FakeBackend:
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         self.kept[target, :rows] = self.kept[source, :rows]
         self.tiles[target, :images] = self.tiles[source, :images]
+
+
+def _candidates(rows: np.ndarray, count: int, feed: Mapping[str, np.ndarray]) -> Candidates:
+    ids = np.stack([likeliest(row, count) for row in rows]).astype(np.int32)
+    logits = np.take_along_axis(rows, ids, axis=1)
+    return Candidates(logits, ids, np.exp((rows - logits[:, :1]) * feed["inverse_temperature"][:, None]).sum(axis=1))
 
 
 def _check_feed(graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:

@@ -22,8 +22,9 @@ import numpy as np
 import onnxruntime as ort
 
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
+from ..candidates import candidates_of
 from ..cores import processor_flags, usable_cores
-from .base import Group, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
+from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
@@ -176,7 +177,8 @@ class OrtBackend:
         # Zeroed pages are only backed by memory once they are written.
         self.caches = {name: np.zeros(shape, cache.dtype) for name, shape in cache.buffers().items()}
         self.sessions: dict[str, ort.InferenceSession] = {}
-        self.outputs: dict[str, np.ndarray] = {}
+        self.outputs: dict[str, dict[str, np.ndarray]] = {}  # by graph: those that are no cache
+        self.results: dict[str, Result] = {}  # of them, by graph
         self.buffers: dict[str, dict[str, np.ndarray]] = {}  # by graph: tensors between its steps
         self.bound: dict[tuple[str, int, int], _Bound] = {}
         self.free: dict[str, np.ndarray] = {}  # outputs of segments that belong to nothing: see `models`
@@ -194,9 +196,10 @@ class OrtBackend:
             if isinstance(step, Segment):
                 self.sessions[step.file] = self._open(graph, step)
         _trim()
-        first = graph.outputs[0]
-        if cache_name(first.name, 0) is None:
-            self.outputs[graph.file] = np.zeros(first.shape, first.dtype)
+        outputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.outputs if cache_name(spec.name, 0) is None}
+        self.outputs[graph.file] = outputs
+        if outputs:
+            self.results[graph.file] = Result(outputs[graph.outputs[0].name].__getitem__, candidates_of(outputs))
         self.buffers[graph.file] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.buffers or ()}
 
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
@@ -217,22 +220,23 @@ class OrtBackend:
             if isinstance(step, Segment):
                 self.sessions.pop(step.file, None)
         self.outputs.pop(graph.file, None)
+        self.results.pop(graph.file, None)
         self.buffers.pop(graph.file, None)
         _trim()
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         key = (graph.file, slot, image)
         bound = self.bound.get(key)
         if bound is None or not bound.holds(feed):
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
         bound.run()
-        if graph.file in self.outputs:
-            return self.outputs[graph.file]
-        return self._rows(f"{graph.outputs[0].name}.{image}", slot, 1)
+        if graph.file in self.results:
+            return self.results[graph.file]
+        return Result(self._rows(f"{graph.outputs[0].name}.{image}", slot, 1).__getitem__)
 
     def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _Bound:
         self.load(graph)
-        arrays = dict(self.buffers[graph.file])
+        arrays = {**self.buffers[graph.file], **self.outputs[graph.file]}
         for spec in graph.inputs:
             if spec.name in feed:
                 arrays[spec.name] = checked(graph, spec, feed[spec.name])
@@ -241,8 +245,8 @@ class OrtBackend:
             else:
                 raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
         for spec in graph.outputs:
-            name = cache_name(spec.name, image)
-            arrays[spec.name] = self._rows(name, slot, spec.shape[0]) if name else self.outputs[graph.file]
+            if name := cache_name(spec.name, image):
+                arrays[spec.name] = self._rows(name, slot, spec.shape[0])
         steps: list[Callable[[], object]] = []
         for step in graph.plan:
             if isinstance(step, Segment):

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from ..artifact import GraphSpec, Manifest, is_cached
-from ..backends.base import Backend, checked
+from ..backends.base import Backend, Result, checked
 from .crew import Crew
 from .frames import Copy, Header, Kind
 
@@ -56,13 +56,16 @@ class LeadingBackend:
         self.messages.pop(graph.file, None)
         self._all(Header(Kind.UNLOAD, self.index[graph.file]), partial(self.local.unload, graph))
 
-    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> np.ndarray:
+    def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         message = self.messages.get(graph.file)
         if message is None or not message.holds(feed):
             message = self.messages[graph.file] = _Message(graph, feed)
         self.step += 1
         header = Header(Kind.RUN, self.index[graph.file], slot, image, self.step, message.nbytes)
-        return self._all(header, partial(self.local.run, graph, feed, slot, image), message.views)
+        result = self._all(header, partial(self.local.run, graph, feed, slot, image), message.views)
+        if result.here:
+            return result
+        return Result(lambda rows: self.crew.together(partial(result.fetch, rows)), result.candidates, here=False)
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         data = msgspec.json.encode(Copy(source, target, rows, images))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...runtime.backends.base import Result
 from ...runtime.chunks import ChunkPlanner
 from ...runtime.engine import Engine
 from ...runtime.feeds import Feed
@@ -37,20 +38,20 @@ class ForcedEngine(Engine):
         super().__init__(*args, **settings, reuse=False)
         self.forced, self.slots, self.watch = {}, {}, None
 
-    def run_graph(self, step: Step, feed: Feed) -> np.ndarray:
+    def run_graph(self, step: Step, feed: Feed) -> Result:
         if self.watch:
             slot, image = self._place(step)
             past = {each.slot: int(self.cache.lengths[each.slot]) for each in step.sequences if each.slot is not None}
             self.watch(Ran(step, feed, slot, image, past))
         return super().run_graph(step, feed)
 
-    def _choose(self, sequence: Sequence, logits: np.ndarray) -> None:
+    def _choose(self, sequence: Sequence, result: Result, row: int) -> None:
         assert sequence.slot is not None
         self.slots[sequence.id] = sequence.slot
         if sequence.id not in self.forced:
-            super()._choose(sequence, logits)
+            super()._choose(sequence, result, row)
             return
-        sequence.logits.append(logits.copy())
+        sequence.logits.append(result.row(row).copy())
         sequence.generated.append(int(self.forced[sequence.id][len(sequence.generated)]))
         if len(sequence.generated) == sequence.params.max_new_tokens:
             self._finish(sequence, "length")

@@ -55,7 +55,7 @@ class GeGraph:
         for name, value in caches.items():
             self.backend.write_cache(name, value)
         self.store.clear()
-        return self.backend.run(self.graph, feed, 0, image)
+        return self.backend.run(self.graph, feed, 0, image).first
 
     @property
     def find(self) -> Find:

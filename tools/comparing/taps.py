@@ -75,7 +75,7 @@ def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.expo
     """One rank's definition of a graph, and its trace. Ascend's graphs are looked into while nothing rounds."""
     assert side.config is not None
     manifest = side.artifact.manifest
-    sizes = graph.kind, graph.bucket, graph.images, manifest.tp
+    sizes = graph.kind, graph.bucket, graph.images, manifest.tp, graph.candidates
     return traced(side.config, side.facts.image, rank_cache(side), manifest.quant, *sizes, rounded=manifest.backend == "onnx")
 
 
@@ -153,7 +153,8 @@ class OnnxGraph:
     def _by_name(self, backend: OrtBackend, image: int) -> Find:
         """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
         arrays = {node: backend.free[name] for part in self.tapped for node, name in part.taps.items()}
-        return named(arrays | outputs_of(self.program, self.definition, backend, backend.outputs.get(self.spec.file), image))
+        result = backend.outputs[self.spec.file].get(self.definition.outputs[0].name)
+        return named(arrays | outputs_of(self.program, self.definition, backend, result, image))
 
 
 def outputs_of(
@@ -164,7 +165,7 @@ def outputs_of(
     outputs: Any = program.graph.output_node().args[0]
     for node, output in zip(outputs, graph.outputs, strict=True):
         name = cache_name(output.name, image)
-        value = backend.read_cache(name, output.shape[0]) if name else result
+        value = backend.read_cache(name, output.shape[0]) if name else result if output is graph.outputs[0] else None
         if value is not None:
             found[node] = value
     return found
