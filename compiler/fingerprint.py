@@ -27,6 +27,7 @@ HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size 
 
 _OURS = Path(__file__).parent.parent
 _WEIGHT_CODE = ("weights", "weights/names", "model_defs/config")
+_CALIBRATION_CODE = ("compiler/calibrate.py", "compiler/calibration.py", "model_defs", "runtime/families", "runtime/rope.py")
 _GRAPH_CODE = (
     *("model_defs", "model_defs/config"),
     *("compiler/graphs.py", "compiler/cases.py", "compiler/check.py", "compiler/cost.py", "compiler/eager.py"),
@@ -80,7 +81,12 @@ def _source_files(options: Options) -> Iterator[tuple[str, Path]]:
 def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: Options) -> str:
     """Digest of everything that the weight files are made from."""
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    return digest(contents, asdict(config), options.quant, options.stored_dtype, options.tp, options.pp, _code(_WEIGHT_CODE))
+    made_by = [asdict(config), options.quant, options.stored_dtype, options.tp, options.pp, _code(_WEIGHT_CODE)]
+    if calibration := options.calibration:
+        # Files beside the weights say how prompts are written and pictures cut.
+        settings = {name: file.sha256 for name, file in source.items() if name not in contents}
+        made_by += [calibration.sha256, settings, options.text_before_image, _code(_CALIBRATION_CODE)]
+    return digest(contents, *made_by)
 
 
 class GraphKeys:

@@ -14,6 +14,7 @@ from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
 from ..weights.shard import check_tp, rank_targets
 from ..weights.stored import stored_targets
+from .calibration import METHODS, Calibration
 
 BACKENDS = ("onnx", "ascend")
 READY_QUANTS = {"onnx": QUANTS, "ascend": QUANTS}
@@ -117,6 +118,7 @@ class Options:
     dtype: str = ""  # of weights, cache and arithmetic; "": the backend's default
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
+    calibration: Calibration | None = None  # what weights are quantised by, besides themselves
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -138,6 +140,8 @@ class Options:
             raise PlanError(f"eager graphs know no quantisation, and {self.quant} was asked for; leave out one of the two")
         if self.eager and self.backend != "ascend":
             raise PlanError(f"eager graphs were asked for, but {self.backend} has only compiled ones; leave --eager out")
+        if self.calibration and self.quant not in METHODS:
+            raise PlanError(f"quantisation {self.quant!r} has nothing to calibrate; calibrated are {', '.join(METHODS)}")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
 
