@@ -4,6 +4,8 @@
         [--calibrate 32]
 
 With --calibrate every quantisation that can be is also measured calibrated with so many prompts about other drawings.
+With --outliers F a few channels behind every norm are made F times as large and the weights behind them as much smaller: the
+same model in floats, whose activations look like those of large models.
 
 Answers are greedy. Logits are compared before each token of the float model's own answers, whatever the quantised model would
 have said before it: the share of equal first choices, and the mean Kullback-Leibler divergence in nats. The last line is JSON.
@@ -13,11 +15,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from staticvl.compiler.build import build
 from staticvl.compiler.calibration import METHODS, Calibration
@@ -34,6 +38,11 @@ from staticvl.tools.training.data import HELD_OUT_SEED
 ASSETS = Path(__file__).parent.parent / "tools" / "assets"
 MODELS = ("tiny_llava15", "tiny_llava16", "tiny_mllama")
 CALIBRATION_SEED = HELD_OUT_SEED + 10_000
+OUTLIERS = (5, 38, 71, 104)  # channels
+BEHIND = {  # a norm, and the weights that take what it puts out
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_attn.q_proj"],
+    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+}
 EXTRA = "two pictures"  # which not every model has learnt well
 
 
@@ -46,16 +55,32 @@ class Answers:
 
 
 def compiled(
-    model: str, quant: str, out: Path, backend: str = "onnx", calibration: Calibration | None = None
+    checkpoint: Path, quant: str, out: Path, backend: str = "onnx", calibration: Calibration | None = None
 ) -> StaticSide:
     """A trained model, compiled and opened."""
-    images = (2,) if model == "tiny_mllama" else None
+    images = (2,) if checkpoint.name == "tiny_mllama" else None
     buckets = Buckets(prefill=(64,), decode=(4,), context=1024, slots=4, images=images)
-    checkpoint = model if isinstance(model, Path) else ASSETS / model
     build(
         Options(checkpoint=checkpoint, out=out, buckets=buckets, quant=quant, backend=backend, calibration=calibration)
     )
     return open_artifact_side(out, device="auto", threads=None, name=out.name)
+
+
+def with_outliers(checkpoint: Path, out: Path, factor: float) -> Path:
+    """The same function in floats: `OUTLIERS` of every decoder norm are larger, and the columns that take them smaller."""
+    shutil.copytree(checkpoint, out)
+    file = out / "model.safetensors"
+    tensors = {name: value.float() for name, value in load_file(file).items()}
+    for name, value in tensors.items():
+        layer, _, norm = name.removesuffix(".weight").rpartition(".")
+        if "language_model" not in name or norm not in BEHIND:
+            continue
+        value[list(OUTLIERS)] *= factor
+        for linear in BEHIND[norm]:
+            if (weight := tensors.get(f"{layer}.{linear}.weight")) is not None:
+                weight[:, list(OUTLIERS)] /= factor
+    save_file(tensors, file)
+    return out
 
 
 def calibration(prompts: int, folder: Path) -> Calibration:
@@ -97,7 +122,7 @@ def forced(side: StaticSide, wanted: list[Case], answers: Answers) -> list[np.nd
 
 
 def measure(
-    model: str, quants: list[str], drawings: int, backend: str, prompts: int, folder: Path
+    checkpoint: Path, quants: list[str], drawings: int, backend: str, prompts: int, folder: Path
 ) -> dict[str, dict[str, float]]:
     """Figures of one model by quantisation."""
     used = calibration(prompts, folder / "calibration") if prompts else None
@@ -105,12 +130,12 @@ def measure(
     if used:
         kinds += [(f"{quant}, calibrated", quant, used) for quant in quants if quant in METHODS]
     wanted = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
-    reference = compiled(model, "none", folder / "none", backend)
+    reference = compiled(checkpoint, "none", folder / "none", backend)
     answers = answered(reference, wanted)
     logits = forced(reference, wanted, answers)
     found = {"none": {"right": float(np.mean(answers.right)), "cases": float(len(wanted))}}
     for label, quant, by in kinds:
-        side = compiled(model, quant, folder / label, backend, by)
+        side = compiled(checkpoint, quant, folder / label, backend, by)
         own = answered(side, wanted)
         figures = [compare_logits(*each) for each in zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)]
         rows = np.array([len(each) for each in answers.tokens])
@@ -132,12 +157,16 @@ def main() -> None:
     parser.add_argument("--quants", default=",".join(QUANTS[1:]))
     parser.add_argument("--drawings", type=int, default=40)
     parser.add_argument("--backend", default="onnx", choices=("onnx", "ascend"))
+    parser.add_argument("--outliers", type=float, default=1.0, metavar="F")
     parser.add_argument("--calibrate", type=int, default=0, metavar="PROMPTS")
     args = parser.parse_args()
     table = {}
     for model in args.models.split(","):
         with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
-            table[model] = measure(model, args.quants.split(","), args.drawings, args.backend, args.calibrate, Path(folder))
+            checkpoint = ASSETS / model
+            if args.outliers > 1:
+                checkpoint = with_outliers(checkpoint, Path(folder) / model, args.outliers)
+            table[model] = measure(checkpoint, args.quants.split(","), args.drawings, args.backend, args.calibrate, Path(folder))
         for quant, f in table[model].items():
             told = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"
             if quant != "none":

@@ -52,10 +52,10 @@ class Store:
 
     def parameter(self, name: str, rank: int) -> Layer:
         """What a rank stores of a parameter: itself, or its quantised parts; nothing if no calibrated layer has it."""
-        at = _LAYER.match(name)
-        if at is None or not self.has(at[1]):
+        stem = layer_of(name)
+        if not stem or not self.has(stem):
             return {}
-        stem, wanted = at[1], [name, *(name.removesuffix("weight") + part for part in ("qweight", "scales"))]
+        wanted = [name, *(name.removesuffix("weight") + part for part in ("qweight", "scales"))]
         with safe_open(self._path(stem), "pt") as file:
             there = set(file.keys())
             keys = {part: f"{rank}/{part.removeprefix(f'{stem}.')}" for part in wanted}
@@ -63,6 +63,12 @@ class Store:
 
     def _path(self, layer: str) -> Path:
         return self.folder / f"{layer}.safetensors"
+
+
+def layer_of(name: str) -> str:
+    """The layer of a parameter that calibration may change, e.g. text.layers.0; "" for all others."""
+    found = _LAYER.match(name)
+    return found[1] if found else ""
 
 
 def folds(text: TextConfig, layer: int) -> dict[str, Fold]:
