@@ -60,9 +60,7 @@ def compiled(
     """A trained model, compiled and opened."""
     images = (2,) if checkpoint.name == "tiny_mllama" else None
     buckets = Buckets(prefill=(64,), decode=(4,), context=1024, slots=4, images=images)
-    build(
-        Options(checkpoint=checkpoint, out=out, buckets=buckets, quant=quant, backend=backend, calibration=calibration)
-    )
+    build(Options(checkpoint=checkpoint, out=out, buckets=buckets, quant=quant, backend=backend, calibration=calibration))
     return open_artifact_side(out, device="auto", threads=None, name=out.name)
 
 
@@ -166,7 +164,9 @@ def main() -> None:
             checkpoint = ASSETS / model
             if args.outliers > 1:
                 checkpoint = with_outliers(checkpoint, Path(folder) / model, args.outliers)
-            table[model] = measure(checkpoint, args.quants.split(","), args.drawings, args.backend, args.calibrate, Path(folder))
+            table[model] = measure(
+                checkpoint, args.quants.split(","), args.drawings, args.backend, args.calibrate, Path(folder)
+            )
         for quant, f in table[model].items():
             told = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"
             if quant != "none":

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
-
 from msgspec import UNSET, UnsetType
 
 from ..model_defs.config import ModelConfig, encode_config, read_config
@@ -281,11 +280,7 @@ def _weights(job: _Job, key: str, tokenizer: str) -> tuple[list[dict[str, Weight
     shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, dtype=dtype, tp=tp))
     with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
         same: dict[str, Any] = {"quant": quant, "dtype": dtype, "prefix": prefix, "calibrated": store, "progress": advance}
-        ranks = [
-            convert(source, part, job.out, tp=tp, rank=rank, **same)
-            for part in parts
-            for rank in range(tp)
-        ]
+        ranks = [convert(source, part, job.out, tp=tp, rank=rank, **same) for part in parts for rank in range(tp)]
     return [rank.weights for rank in ranks[::tp]], {name: spec for rank in ranks for name, spec in rank.files.items()}, True
 
 

@@ -10,9 +10,11 @@ T tokens of a prompt, C hidden size, K kv heads, D head dim, X keys of a picture
 from __future__ import annotations
 
 import contextlib
+import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_defs import ops
-from ..model_defs.config import ModelConfig, TextConfig, text_quant
+from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
 from ..model_defs.decoder import Block, CrossBlock
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelFacts
@@ -28,14 +30,16 @@ from ..runtime.families import family
 from ..runtime.prompt import Message, Prompt
 from ..runtime.rope import query_scales, rope_tables
 from ..runtime.tokenizer import load_tokenizer
-from ..weights.calibrated import Layer, Store, folds, smoothed, stored_by_ranks
+from ..weights.calibrated import Layer, Store, decoder_folds, smoothed, stored_by_ranks, tower_folds
 from ..weights.convert import parameters
-from ..weights.inputs import Gathering, Inputs
+from ..weights.inputs import Gathering
+from ..weights.smoothing import Fold
 from ..weights.source import Source
 from .calibration import Calibration, CalibrationError
 from .graphs import define_graph
 from .progress import Progress
 
+Tower = dict[str, tuple[Layer, dict[str, Gathering]]]  # layer of a vision tower, e.g. vision.layers.0
 CHUNK = 256  # tokens that attend at once
 
 
@@ -90,20 +94,24 @@ def calibrate(
     `config` is that of the whole model and `cache` that of one rank that holds it. Raises WeightsError as `convert`.
     """
     layers = range(config.text.layers)
-    if all(store.has(f"text.layers.{i}") for i in layers):
+    last = f"text.layers.{layers[-1]}"
+    if store.has(last):  # they are made in order, those of the tower first
         return
     read = parameters(source, config)
     passing = [Passing(prompt, text_feed(config.text, facts, prompt)) for prompt in prompts]
     with _emptied(store.folder / "pictures") as work:
         with progress.stage("calibrating: pictures", sum(len(prompt.frames) for prompt in prompts), "picture") as advance:
-            _see(config, facts, cache, passing, read, work, advance)
+            tower = _see(config, facts, cache, passing, read, work, advance, watch=tower_quant(quant) != "none")
+        for stem, (layer, gathered) in tower.items():
+            _quantised(config, stem, layer, gathered, tower_folds(), quant, tp, store)
+        tower.clear()
         table = read("text.embed.weight")
         for each in passing:
             each.x = embedded(table, each)
         del table
         with progress.stage("calibrating: layers", len(layers), "layer") as advance:
             for i in layers:
-                _layer(config, i, passing, read, text_quant(quant), tp, store)
+                _layer(config, i, passing, read, quant, tp, store)
                 advance(1)
 
 
@@ -139,15 +147,18 @@ def _see(
     read: Callable[[str], Tensor],
     work: Path,
     advance: Callable[[int], object],
-) -> None:
-    """Run the pictures of all prompts through the vision graph."""
+    *,
+    watch: bool,
+) -> Tower:
+    """Run the pictures of all prompts through the vision graph; with `watch`, the tower's layers and what they took."""
     seeing = [each for each in passing if len(each.prompt.pixels)]
     if not seeing:
-        return
+        return {}
     tiles = facts.image.tiles if cache.cross else 1
     graph = define_graph(config, facts.image, cache, "none", "vision", tiles, 0)
     own = {name for name, _ in graph.module.named_parameters()} - graph.constants.keys()
     _fill(graph.module, {name: read(name) for name in own} | {k: torch.from_numpy(v) for k, v in graph.constants.items()})
+    tower = _watched_tower(graph.module) if watch else {}
     for number, each in enumerate(seeing):
         pixels = torch.from_numpy(np.array(each.prompt.pixels))
         if cache.cross is None:
@@ -161,6 +172,17 @@ def _see(
                 aspect = torch.tensor([1 + facts.image.grids.index((int(grid[0]), int(grid[1])))], dtype=torch.int32)
                 each.cross.append(_kept(work / f"{number}.{picture}", graph.module(part, count, aspect)))
         advance(len(each.prompt.frames))
+    return tower
+
+
+def _watched_tower(module: nn.Module) -> Tower:
+    """The blocks of a vision graph's tower, whose linear layers' inputs are gathered from now on."""
+    found: Tower = {}
+    for stem, block in module.named_modules():
+        if re.fullmatch(r"vision\.(global_)?layers\.\d+", stem):
+            layer = {name: value.data for name, value in block.named_parameters()}
+            found[stem] = layer, _watched(block, tower_folds(), moment=False)
+    return found
 
 
 @contextlib.contextmanager
@@ -206,21 +228,45 @@ def _layer(
     layer: Layer = {name: read(f"{stem}.{name}").float() for name, _ in block.named_parameters()}
     _fill(block, layer)
     takers = [each for each in passing if each.cross] if crosses else passing
-    places, gathered = folds(text, index), {}
-    if wanted := not store.has(stem):
-        names = {*places, "attn.o"}
-        tokens = sum(each.prompt.length for each in takers)
-        for name in sorted(names):
-            linear = block.get_submodule(name)
-            gathered[name] = Gathering(linear.weight.shape[1], tokens, moment=quant == "w4a16")
-            linear.register_forward_pre_hook(lambda _, args, to=gathered[name]: to.add(args[0]))
+    places = decoder_folds(text, index)
+    gathered = {} if store.has(stem) else _watched(block, {*places, "attn.o"}, moment=quant == "w4a16")
     for each in takers:
         keys = _seen(each, text.cross_layers.index(index)) if crosses else None
         each.x = _through(text, block, each, keys)
-    if wanted:
-        inputs: dict[str, Inputs] = {name: found.found() for name, found in gathered.items()}
-        layer, inputs = smoothed(layer, inputs, places, quant)
-        store.write(stem, stored_by_ranks(config, stem, layer, inputs, quant, tp))
+    if gathered:
+        _quantised(config, stem, layer, gathered, places, quant, tp, store)
+
+
+def _watched(block: nn.Module, names: Iterable[str], *, moment: bool) -> dict[str, Gathering]:
+    """What these linear layers of a block take from now on."""
+    gathered: dict[str, Gathering] = {}
+    for name in sorted(names):
+        linear = block.get_submodule(name)
+        assert isinstance(linear, Linear)
+        gathering = gathered[name] = Gathering(linear.weight.shape[1], moment=moment)
+        linear.register_forward_pre_hook(partial(_note, gathering))
+    return gathered
+
+
+def _note(gathering: Gathering, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+    gathering.add(args[0])
+
+
+def _quantised(
+    config: ModelConfig,
+    stem: str,
+    layer: Layer,
+    gathered: Mapping[str, Gathering],
+    places: Mapping[str, Fold],
+    quant: str,
+    tp: int,
+    store: Store,
+) -> None:
+    """Store a layer as what was seen of its inputs wants it."""
+    inputs = {name: found.found() for name, found in gathered.items()}
+    layer = {name: value.float() for name, value in layer.items()}
+    layer, inputs = smoothed(layer, inputs, places, text_quant(quant))
+    store.write(stem, stored_by_ranks(config, stem, layer, inputs, quant, tp))
 
 
 def _through(text: TextConfig, block: nn.Module, each: Passing, keys: tuple[list[Tensor], list[Tensor]] | None) -> Tensor:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..runtime.prompt import Message
+
+if TYPE_CHECKING:
+    from ..runtime.images import ImageSource
 
 METHODS = {
     "w4a16": "GPTQ",
@@ -24,7 +27,7 @@ class Conversation:
 
     name: str  # for messages
     messages: tuple[Message, ...]
-    images: tuple[Path, ...] = ()
+    images: tuple[ImageSource, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

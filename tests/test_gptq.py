@@ -26,7 +26,7 @@ def random_weight(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def by_least_squares(weight: Tensor, moment: Tensor, spans: Spans) -> Tensor:
-    """The rounded weight [N, K]: no factor of an inverse, no updates in place; every step solves for what is left, in float64."""
+    """The rounded weight [N, K], in float64: no factor of an inverse, every step solves for what is left."""
     wanted = weight.double().numpy()
     metric = moment.double().numpy()
     metric = metric + DAMPING * metric.diagonal().mean() * np.eye(len(metric))

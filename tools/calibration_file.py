@@ -22,18 +22,22 @@ def read_calibration(path: Path) -> Calibration:
         raise CalibrationError(
             f'--calibrate {path} is no file; expected JSON lines such as {{"prompt": "What is this?", "images": ["a.jpg"]}}'
         )
-    conversations = tuple(_conversation(sample) for sample in _longest(read_data(path)))
+    samples = list(_longest(read_data(path)))
     digest = hashlib.sha256(path.read_bytes())
-    for conversation in conversations:
-        for image in conversation.images:
+    for sample in samples:
+        for image in sample.images:
             digest.update(bytes.fromhex(sha256_file(image)))
-    return Calibration(conversations, digest.hexdigest())
+    return Calibration(tuple(map(_conversation, samples)), digest.hexdigest())
 
 
 def _longest(samples: Sequence[Sample]) -> Iterator[Sample]:
     """Without those that are the beginning of the next: a conversation gives one for each answer."""
     for sample, after in zip(samples, (*samples[1:], None), strict=True):
-        if after is None or after.messages[: len(sample.messages)] != sample.messages or len(after.messages) <= len(sample.messages):
+        if (
+            after is None
+            or after.messages[: len(sample.messages)] != sample.messages
+            or len(after.messages) <= len(sample.messages)
+        ):
             yield sample
 
 

@@ -52,9 +52,7 @@ def _calibration(manifest: Manifest) -> dict[str, str]:
     facts = manifest.build.calibration
     if facts is UNSET:
         return {}
-    return {
-        "calibrated": f"{facts.method}, with {facts.prompts} prompts and {facts.pictures} pictures ({facts.sha256[:16]})"
-    }
+    return {"calibrated": f"{facts.method}, with {facts.prompts} prompts and {facts.pictures} pictures ({facts.sha256[:16]})"}
 
 
 def _ranks(manifest: Manifest) -> dict[str, str]:

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import safetensors.torch
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from ..model_defs.config import ModelConfig, TextConfig
+from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..runtime.artifact import WEIGHTS
 from ..runtime.files import write_atomically
 from .cut import Span
@@ -26,7 +27,7 @@ from .shard import rank_span, shard_axis
 from .smoothing import Fold, best_scales
 from .stored import quant_of
 
-_LAYER = re.compile(r"(text\.layers\.\d+)\.")
+_LAYER = re.compile(r"((?:text\.|vision\.|vision\.global_)layers\.\d+)\.")
 Layer = dict[str, Tensor]  # parameters of one layer by their names in it, e.g. attn.q.weight
 
 
@@ -47,12 +48,18 @@ class Store:
     def write(self, layer: str, ranks: Sequence[Layer]) -> None:
         """Of every rank, what it stores of `layer` (e.g. text.layers.0)."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        tensors = {f"{rank}/{name}": value.contiguous() for rank, parts in enumerate(ranks) for name, value in parts.items()}
+        # Copies, since the format refuses what is whole on every rank and so one tensor under several names.
+        tensors = {
+            f"{rank}/{name}": value.clone(memory_format=torch.contiguous_format)
+            for rank, parts in enumerate(ranks)
+            for name, value in parts.items()
+        }
         write_atomically(self._path(layer), safetensors.torch.save(tensors))
 
     def parameter(self, name: str, rank: int) -> Layer:
         """What a rank stores of a parameter: itself, or its quantised parts; nothing if no calibrated layer has it."""
-        stem = layer_of(name)
+        found = _LAYER.match(name)
+        stem = found[1] if found else ""
         if not stem or not self.has(stem):
             return {}
         wanted = [name, *(name.removesuffix("weight") + part for part in ("qweight", "scales"))]
@@ -65,13 +72,13 @@ class Store:
         return self.folder / f"{layer}.safetensors"
 
 
-def layer_of(name: str) -> str:
-    """The layer of a parameter that calibration may change, e.g. text.layers.0; "" for all others."""
+def layer_of(name: str, quant: str) -> str:
+    """The layer of a parameter that calibration changes, e.g. text.layers.0; "" for all others."""
     found = _LAYER.match(name)
-    return found[1] if found else ""
+    return found[1] if found and (name.startswith("text.") or tower_quant(quant) != "none") else ""
 
 
-def folds(text: TextConfig, layer: int) -> dict[str, Fold]:
+def decoder_folds(text: TextConfig, layer: int) -> dict[str, Fold]:
     """Where a decoder's layer takes scales, by the linear layer whose inputs are divided."""
     attends_to_pictures = layer in text.cross_layers
     qkv = ("attn.q.weight",) if attends_to_pictures else ("attn.q.weight", "attn.k.weight", "attn.v.weight")
@@ -86,11 +93,23 @@ def folds(text: TextConfig, layer: int) -> dict[str, Fold]:
     return found
 
 
+def tower_folds() -> dict[str, Fold]:
+    """The same of a vision tower's layer; what goes into `down` has passed an activation, which knows no scales."""
+    qkv = ("attn.q.weight", "attn.k.weight", "attn.v.weight")
+    return {
+        "attn.q": Fold(("attn_norm.weight", "attn_norm.bias"), qkv),
+        "attn.o": Fold(("attn.v.weight", "attn.v.bias"), ("attn.o.weight",)),
+        "mlp.up": Fold(("mlp_norm.weight", "mlp_norm.bias"), ("mlp.up.weight",)),
+    }
+
+
 # linear layer -> the one whose inputs it shares
 SAME_INPUTS = {"attn.k": "attn.q", "attn.v": "attn.q", "mlp.up": "mlp.gate"}
 
 
-def smoothed(layer: Layer, inputs: Mapping[str, Inputs], places: Mapping[str, Fold], quant: str) -> tuple[Layer, dict[str, Inputs]]:
+def smoothed(
+    layer: Layer, inputs: Mapping[str, Inputs], places: Mapping[str, Fold], quant: str
+) -> tuple[Layer, dict[str, Inputs]]:
     """A layer in float32 and its inputs, with the best scales folded in."""
     inputs = dict(inputs)
     for name, fold in places.items():
@@ -113,9 +132,7 @@ def stored_by_ranks(
         if kind == "w4a16":
             known = inputs[SAME_INPUTS.get(linear, linear)].moment
             assert known is not None
-            parts = [
-                {"qweight": q, "scales": scales} for q, scales in gptq_w4(tensor, known, cuts if axis == 1 else None)
-            ]
+            parts = [{"qweight": q, "scales": scales} for q, scales in gptq_w4(tensor, known, cuts if axis == 1 else None)]
             if axis == 0:
                 parts = [{key: value[first:stop] for key, value in parts[0].items()} for first, stop in cuts]
         else:

@@ -38,15 +38,15 @@ def gptq_w4(weight: Tensor, moment: Tensor, spans: Sequence[tuple[int, int]] | N
     block = quant_block(columns, "w4a16")
     factor = _inverse_factor(moment)
     left = weight.float().T.contiguous()  # [K, N]: what is still to be rounded, errors of earlier columns added
+    blocks = [(start, min(start + block, stop)) for first, stop in spans for start in range(first, stop, block)]
+    parts: list[tuple[Tensor, Tensor]] = []
+    for at in range(0, len(blocks), _TOGETHER):
+        parts += _round_blocks(left, factor, blocks[at : at + _TOGETHER])
     found = []
     for first, stop in spans:
-        starts = range(first, stop, block)
-        parts = []
-        for at in range(0, len(starts), _TOGETHER):
-            together = starts[at : at + _TOGETHER]
-            parts += _round_blocks(left, factor, [(start, min(start + block, stop)) for start in together])
-        whole = torch.stack([pad(part.T, (0, block - len(part))) for part, _ in parts], dim=1)
-        found.append((packed_w4(whole), torch.stack([scale for _, scale in parts], dim=1)))
+        mine = [part for part, (start, _) in zip(parts, blocks, strict=True) if first <= start < stop]
+        whole = torch.stack([pad(part.T, (0, block - len(part))) for part, _ in mine], dim=1)
+        found.append((packed_w4(whole), torch.stack([scale for _, scale in mine], dim=1)))
     return found
 
 

@@ -90,8 +90,8 @@ class Comparison:
             result.notes.append("weights were not compared: both sides are cut, among different numbers of ranks")
             return []
         names, found = comparison.names(), comparison.extra()
-        if self._calibrated:
-            names = [name for name in names if not layer_of(name)]
+        if quants := self._calibrated:
+            names = [name for name in names if not any(layer_of(name, quant) for quant in quants)]
             result.notes.append("weights of calibrated layers were not compared one by one: scales are folded into them")
         advance = self.stage("comparing weights", len(names))
         for name in names:
@@ -100,9 +100,10 @@ class Comparison:
         return found
 
     @property
-    def _calibrated(self) -> bool:
+    def _calibrated(self) -> list[str]:
+        """The quantisations that scales are folded in for."""
         manifests = (self.reference.manifest, self.candidate.manifest)
-        return any(manifest.build.calibration is not UNSET for manifest in manifests if manifest)
+        return [manifest.quant for manifest in manifests if manifest and manifest.build.calibration is not UNSET]
 
     def _same_checkpoint(self) -> bool:
         """Whether both sides read the same files, so that there are no two sets of weights."""
