@@ -30,17 +30,34 @@ from ..runtime.families import family
 from ..runtime.prompt import Message, Prompt
 from ..runtime.rope import query_scales, rope_tables
 from ..runtime.tokenizer import load_tokenizer
-from ..weights.calibrated import Layer, Store, decoder_folds, smoothed, stored_by_ranks, tower_folds
+from ..weights.calibrated import Layer, Store, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
 from ..weights.convert import parameters
 from ..weights.inputs import Gathering
 from ..weights.smoothing import Fold
 from ..weights.source import Source
+from ..weights.stored import stored_targets
+from ..weights.writer import check_space
 from .calibration import Calibration, CalibrationError
 from .graphs import define_graph
 from .progress import Progress
 
-Tower = dict[str, tuple[Layer, dict[str, Gathering]]]  # layer of a vision tower, e.g. vision.layers.0
 CHUNK = 256  # tokens that attend at once
+
+
+class Watch:
+    """Gathers what some linear layers of a block take; `weights` [tokens] are those of the tokens that come next."""
+
+    def __init__(self, block: nn.Module, names: Iterable[str], *, moment: bool) -> None:
+        self.weights: Tensor | None = None
+        self.gathered: dict[str, Gathering] = {}
+        for name in sorted(names):
+            linear = block.get_submodule(name)
+            assert isinstance(linear, Linear)
+            self.gathered[name] = Gathering(linear.weight.shape[1], moment=moment)
+            linear.register_forward_pre_hook(partial(self._note, name))
+
+    def _note(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.gathered[name].add(args[0], self.weights)
 
 
 @dataclass(slots=True, eq=False)
@@ -49,6 +66,7 @@ class Passing:
 
     prompt: Prompt
     feed: dict[str, Tensor]
+    weights: Tensor  # [T], what each token counts for
     features: Tensor | None = None  # [tiles * P, C], where pictures are tokens
     cross: list[Path] = field(default_factory=list)
     x: Tensor = field(default_factory=lambda: torch.empty(0))  # [1, T, C]
@@ -91,19 +109,22 @@ def calibrate(
 ) -> None:
     """Fill `store` with every layer of the decoder, whole or cut among `tp` ranks; what is there already is not made again.
 
-    `config` is that of the whole model and `cache` that of one rank that holds it. Raises WeightsError as `convert`.
+    `config` is that of the whole model and `cache` that of one rank that holds it. Raises WeightsError as `convert`, and for
+    want of disk space.
     """
     layers = range(config.text.layers)
     last = f"text.layers.{layers[-1]}"
     if store.has(last):  # they are made in order, those of the tower first
         return
+    pictures = sum(len(prompt.frames) for prompt in prompts)
+    check_space(store.out, _held(config, cache, pictures, quant))
     read = parameters(source, config)
-    passing = [Passing(prompt, text_feed(config.text, facts, prompt)) for prompt in prompts]
+    passing = [Passing(prompt, text_feed(config.text, facts, prompt), token_weights(prompt)) for prompt in prompts]
     with _emptied(store.folder / "pictures") as work:
-        with progress.stage("calibrating: pictures", sum(len(prompt.frames) for prompt in prompts), "picture") as advance:
+        with progress.stage("calibrating: pictures", pictures, "picture") as advance:
             tower = _see(config, facts, cache, passing, read, work, advance, watch=tower_quant(quant) != "none")
-        for stem, (layer, gathered) in tower.items():
-            _quantised(config, stem, layer, gathered, tower_folds(), quant, tp, store)
+        for stem, (layer, watch) in tower.items():
+            _quantised(config, stem, layer, watch, tower_folds(), quant, tp, store)
         tower.clear()
         table = read("text.embed.weight")
         for each in passing:
@@ -113,6 +134,14 @@ def calibrate(
             for i in layers:
                 _layer(config, i, passing, read, quant, tp, store)
                 advance(1)
+
+
+def _held(config: ModelConfig, cache: CacheSpec, pictures: int, quant: str) -> int:
+    """Bytes on disk until the weight files are written: finished layers, and keys and values of pictures."""
+    layers = sum(part.nbytes for name, part in stored_targets(config, quant).items() if layer_of(name, quant))
+    if not (cross := cache.cross):
+        return layers
+    return layers + 2 * 4 * cross.layers * pictures * cache.kv_heads * cross.rows * cache.head_dim
 
 
 def text_feed(text: TextConfig, facts: ModelFacts, prompt: Prompt) -> dict[str, Tensor]:
@@ -125,6 +154,14 @@ def text_feed(text: TextConfig, facts: ModelFacts, prompt: Prompt) -> dict[str, 
         feed["cross_mask"] = np.where(sight.visible, 0, CROSS_HIDDEN).astype(np.float32)[None]
         feed["cross_gate"] = sight.gates[None]
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feed.items()}
+
+
+def token_weights(prompt: Prompt) -> Tensor:
+    """[T]: what each token counts for in second moments. All tokens of pictures together count for no more than the text, of
+    which there is far less and from which answers come."""
+    pictured = torch.from_numpy(np.array(prompt.rows)) >= 0
+    text = int((~pictured).sum())
+    return torch.where(pictured, min(1.0, text / max(len(pictured) - text, 1)), 1.0)
 
 
 def embedded(table: Tensor, each: Passing) -> Tensor:
@@ -149,7 +186,7 @@ def _see(
     advance: Callable[[int], object],
     *,
     watch: bool,
-) -> Tower:
+) -> dict[str, tuple[Layer, Watch]]:
     """Run the pictures of all prompts through the vision graph; with `watch`, the tower's layers and what they took."""
     seeing = [each for each in passing if len(each.prompt.pixels)]
     if not seeing:
@@ -175,13 +212,13 @@ def _see(
     return tower
 
 
-def _watched_tower(module: nn.Module) -> Tower:
+def _watched_tower(module: nn.Module) -> dict[str, tuple[Layer, Watch]]:
     """The blocks of a vision graph's tower, whose linear layers' inputs are gathered from now on."""
-    found: Tower = {}
+    found: dict[str, tuple[Layer, Watch]] = {}
     for stem, block in module.named_modules():
         if re.fullmatch(r"vision\.(global_)?layers\.\d+", stem):
             layer = {name: value.data for name, value in block.named_parameters()}
-            found[stem] = layer, _watched(block, tower_folds(), moment=False)
+            found[stem] = layer, Watch(block, tower_folds(), moment=False)
     return found
 
 
@@ -229,53 +266,46 @@ def _layer(
     _fill(block, layer)
     takers = [each for each in passing if each.cross] if crosses else passing
     places = decoder_folds(text, index)
-    gathered = {} if store.has(stem) else _watched(block, {*places, "attn.o"}, moment=quant == "w4a16")
+    watch = None if store.has(stem) else Watch(block, {*places, "attn.o"}, moment=quant == "w4a16")
     for each in takers:
         keys = _seen(each, text.cross_layers.index(index)) if crosses else None
-        each.x = _through(text, block, each, keys)
-    if gathered:
-        _quantised(config, stem, layer, gathered, places, quant, tp, store)
-
-
-def _watched(block: nn.Module, names: Iterable[str], *, moment: bool) -> dict[str, Gathering]:
-    """What these linear layers of a block take from now on."""
-    gathered: dict[str, Gathering] = {}
-    for name in sorted(names):
-        linear = block.get_submodule(name)
-        assert isinstance(linear, Linear)
-        gathering = gathered[name] = Gathering(linear.weight.shape[1], moment=moment)
-        linear.register_forward_pre_hook(partial(_note, gathering))
-    return gathered
-
-
-def _note(gathering: Gathering, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-    gathering.add(args[0])
+        each.x = _through(text, block, each, keys, watch)
+    if watch:
+        _quantised(config, stem, layer, watch, places, quant, tp, store)
 
 
 def _quantised(
     config: ModelConfig,
     stem: str,
     layer: Layer,
-    gathered: Mapping[str, Gathering],
+    watch: Watch,
     places: Mapping[str, Fold],
     quant: str,
     tp: int,
     store: Store,
 ) -> None:
     """Store a layer as what was seen of its inputs wants it."""
-    inputs = {name: found.found() for name, found in gathered.items()}
+    inputs = {name: found.found() for name, found in watch.gathered.items()}
     layer = {name: value.float() for name, value in layer.items()}
     layer, inputs = smoothed(layer, inputs, places, text_quant(quant))
     store.write(stem, stored_by_ranks(config, stem, layer, inputs, quant, tp))
 
 
-def _through(text: TextConfig, block: nn.Module, each: Passing, keys: tuple[list[Tensor], list[Tensor]] | None) -> Tensor:
+def _through(
+    text: TextConfig,
+    block: nn.Module,
+    each: Passing,
+    keys: tuple[list[Tensor], list[Tensor]] | None,
+    watch: Watch | None,
+) -> Tensor:
     """A prompt's hidden states behind a layer, some tokens at a time."""
     length = each.prompt.length
     cache = torch.zeros(2, 1, text.kv_heads, length, text.head_dim).unbind(0)
     found = []
     for start in range(0, length, CHUNK):
         span = slice(start, start + CHUNK)
+        if watch:
+            watch.weights = each.weights[span]
         feed = {name: value[:, span] for name, value in each.feed.items()}
         if keys:
             found.append(block(each.x[:, span], feed, *keys))

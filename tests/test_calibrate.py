@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.quantisation_accuracy import answered, forced, with_outliers
+from benchmarks.quantisation_accuracy import calibration as drawn
+from benchmarks.quantisation_accuracy import compiled as compiled_side
 from staticvl.compiler import calibrate as calibration_code
 from staticvl.compiler.build import build
 from staticvl.compiler.calibrate import calibrate, prompts_of
@@ -21,18 +27,22 @@ from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import read_manifest
-from staticvl.runtime.prompt import Message
+from staticvl.runtime.prompt import Message, Prompt
 from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.comparing.forced import Ran
+from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
+from staticvl.tools.train_tiny import cases
 from staticvl.weights.calibrated import Store, stored_by_ranks
 from staticvl.weights.inputs import Gathering, Inputs
 from staticvl.weights.quantize import dequantize, dequantize_w4
 from staticvl.weights.source import open_source
+from staticvl.weights.tensors import WeightsError
 
 from .ascend import CHECKPOINTS
 from .checkpoints import tiny_llava
+from .conftest import EMBEDDED
 from .parity import picture
 
 SAMPLES = {
@@ -91,6 +101,18 @@ def run_by_engine(setup: Setup, samples: list[Sample], context: int, *, tower: b
     return {name: torch.cat(each) for name, each in rows.items() if each}
 
 
+def weights_of(prompts: list[Prompt], tokens: int) -> Tensor:
+    """Pictures count for as much as the text beside them, where they are more. Cross layers see prompts with pictures alone."""
+    if tokens < sum(prompt.length for prompt in prompts):
+        prompts = [prompt for prompt in prompts if len(prompt.pixels)]
+    found = []
+    for prompt in prompts:
+        pictured = prompt.image_tokens and (prompt.rows >= 0).sum()
+        text = prompt.length - pictured
+        found += [text / pictured if row >= 0 and pictured > text else 1.0 for row in prompt.rows]
+    return torch.tensor(found, dtype=torch.float32)
+
+
 @contextlib.contextmanager
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Inputs]]]:
     """The inputs of every layer that is quantised meanwhile."""
@@ -137,8 +159,8 @@ def test_statistics_are_of_what_the_engine_feeds_each_layer(
         size = float(rows.abs().max())
         torch.testing.assert_close(inputs.largest, rows.abs().amax(0), rtol=1e-3, atol=1e-4 * size)
         torch.testing.assert_close(inputs.mean, rows.abs().mean(0), rtol=1e-3, atol=1e-4 * size)
-        moment = rows.T @ rows
         if quant == "w4a16":
+            moment = (rows.T * weights_of(setup.prompts, len(rows))) @ rows
             torch.testing.assert_close(inputs.moment, moment, rtol=1e-3, atol=1e-4 * float(moment.abs().max()))
     assert sum(name.startswith("text") for name in expected) == len(LINEAR) * setup.config.text.layers
     assert any(name.startswith("vision") for name in expected) == ("+vision" in quant)
@@ -270,6 +292,12 @@ def test_an_artifact_says_what_it_was_calibrated_with(tmp_path: Path) -> None:
 # ---- what cannot be calibrated
 
 
+def test_a_disk_without_room(small: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    with pytest.raises(WeightsError, match=r"needs \d+ bytes, but only 1000 are free"):
+        small.run(Store(tmp_path, "k"))
+
+
 def test_what_needs_no_calibration() -> None:
     with pytest.raises(PlanError, match=r"'w8a16' has nothing to calibrate; calibrated are w4a16, w8a8, w8a8\+vision"):
         Options(checkpoint=Path(), out=Path(), quant="w8a16", calibration=Calibration((), ""))
@@ -301,3 +329,27 @@ def test_without_pictures_there_is_a_warning(tmp_path: Path) -> None:
     buckets = Buckets(prefill=(16,), decode=(1,), vision=(1,), context=64, slots=1)
     build(Options(checkpoint=folder, out=tmp_path / "out", buckets=buckets, quant="w8a8", calibration=calibration), Says())
     assert sum("no pictures" in line for line in said) == 1
+
+
+# ---- whole models
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", ["w4a16", "w8a8"])
+def test_large_channels_cost_a_calibrated_model_little(quant: str, tmp_path: Path) -> None:
+    """A trained model some channels of which are made large and the weights behind them small: in floats it is the same."""
+    checkpoint = with_outliers(EMBEDDED, tmp_path / "planted", 64.0)
+    wanted = [case for case in cases(3) if not case.turns]
+    plain, reference = (compiled_side(folder, "none", tmp_path / f"none-{folder.name}") for folder in (EMBEDDED, checkpoint))
+    answers = answered(reference, wanted)
+    logits = forced(reference, wanted, answers)
+    for found, expected in zip(forced(plain, wanted, answers), logits, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+    def divergence(name: str, calibration: Calibration | None) -> float:
+        side = compiled_side(checkpoint, quant, tmp_path / name, "onnx", calibration)
+        both = zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)
+        return float(np.mean([compare_logits(*each).kl_mean for each in both]))
+
+    without, by = divergence("plain", None), divergence("calibrated", drawn(12, tmp_path / "prompts"))
+    assert without > 1e-3 and by < without / 10, (without, by)

@@ -20,7 +20,7 @@ class Inputs:
     tokens: int
     largest: Tensor  # [K], largest |x|
     mean: Tensor  # [K], mean |x|
-    moment: Tensor | None  # [K, K], sum of x'x; None: not asked for
+    moment: Tensor | None  # [K, K], weighted sum of x'x; None: not asked for
     rows: Tensor  # [n, K], tokens taken evenly from all of them
 
     def divided(self, scales: Tensor) -> Inputs:
@@ -44,14 +44,14 @@ class Gathering:
         self.moment = torch.zeros(features, features) if moment else None
         self.rows = torch.zeros(0, features)
 
-    def add(self, x: Tensor) -> None:
-        """x [..., K]."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """x [..., K]; `weights` [tokens], what each counts for in the second moment (None: 1)."""
         rows = x.reshape(-1, x.shape[-1]).float()
         size = rows.abs()
         self.largest = torch.maximum(self.largest, size.amax(0))
         self.total += size.sum(0)
         if self.moment is not None:
-            self.moment.addmm_(rows.T, rows)
+            self.moment.addmm_(rows.T if weights is None else rows.T * weights, rows)
         self.rows = torch.cat((self.rows, rows[-self.seen % self.every :: self.every]))
         self.seen += len(rows)
         while len(self.rows) > 2 * SAMPLED:
