@@ -27,6 +27,7 @@ from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import read_manifest
+from staticvl.runtime.ascend.weights import map_weight
 from staticvl.runtime.prompt import Message, Prompt
 from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.comparing.forced import Ran
@@ -35,8 +36,10 @@ from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
 from staticvl.tools.train_tiny import cases
 from staticvl.weights.calibrated import Store, stored_by_ranks
+from staticvl.weights.convert import convert
 from staticvl.weights.inputs import Gathering, Inputs
 from staticvl.weights.quantize import dequantize, dequantize_w4
+from staticvl.weights.rules import targets
 from staticvl.weights.source import open_source
 from staticvl.weights.tensors import WeightsError
 
@@ -233,6 +236,28 @@ def test_ranks_hold_parts_of_what_was_calibrated_as_a_whole(small: Setup, tmp_pa
     norm = "text.layers.1.mlp_norm.weight"
     assert all(torch.equal(two.parameter(norm, rank)[norm], one.parameter(norm, 0)[norm]) for rank in (0, 1))
     assert not one.parameter("text.lm_head.weight", 0) and not one.parameter("vision.layers.0.attn.q.weight", 0)
+
+
+@pytest.mark.parametrize("quant", ["w4a16", "w8a8+vision"])
+def test_weight_files_hold_what_was_calibrated(small: Setup, tmp_path: Path, quant: str) -> None:
+    """Of each rank its own; all else is converted as ever."""
+    store = small.run(Store(tmp_path, "k"), quant, 2)
+    source, out = open_source(small.checkpoint.folder, None), tmp_path / "out"
+    plain = convert(source, small.config, tmp_path / "plain", quant=quant, prefix="p", tp=2, rank=1).weights
+    found = convert(source, small.config, out, quant=quant, prefix="k", tp=2, rank=1, calibrated=store).weights
+    taken = set()
+    for name in targets(small.config):
+        for part, value in store.parameter(name, 1).items():
+            assert torch.equal(map_weight(out, found[part]), value), part
+            taken.add(part)
+    assert taken and found.keys() == plain.keys()
+    assert any(name.startswith("vision.layers.0.attn.q.") for name in taken) == (quant == "w8a8+vision")
+    for name in found.keys() - taken:
+        assert torch.equal(map_weight(out, found[name]), map_weight(tmp_path / "plain", plain[name])), name
+    different = [
+        name for name in taken if not torch.equal(map_weight(out, found[name]), map_weight(tmp_path / "plain", plain[name]))
+    ]
+    assert different, "what was calibrated is not what rounding alone gives"
 
 
 def test_a_cut_weight_is_rounded_as_a_whole(small: Setup) -> None:

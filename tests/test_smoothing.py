@@ -123,6 +123,14 @@ def test_scales_are_ones_where_none_are_better() -> None:
     assert torch.equal(scales, torch.ones(32))
 
 
+def test_it_is_the_rounded_inputs_that_count() -> None:
+    """Weights that are stored exactly: all error is that of the inputs."""
+    x, _ = outliers()
+    layer = {"norm": torch.ones(64), "weight": noise(32, 64, seed=4).sign()}
+    fold = Fold(("norm",), ("weight",))
+    assert len(best_scales(fold, layer, seen(x), "w8a8").unique()) > 1
+
+
 def test_scales_take_what_is_unknown_or_nothing_as_it_is() -> None:
     fold, weight = Fold(("norm",), ("weight",)), noise(8, 32, seed=1)
     nothing = Gathering(32, moment=True).found()
@@ -146,7 +154,7 @@ def test_what_is_gathered() -> None:
     """However the tokens come."""
     x = noise(1, 1000, 12, seed=1)
     gathering = Gathering(12, moment=True)
-    for part in x.split([1, 399, 600], dim=1):
+    for part in x.split([1, 700, 299], dim=1):
         gathering.add(part)
     found = gathering.found()
     rows = x[0]
