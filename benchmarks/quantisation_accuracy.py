@@ -1,6 +1,11 @@
 """What a quantisation costs the trained tiny models: right answers on drawings that they were not trained on, and logits.
 
     python -m benchmarks.quantisation_accuracy [--models tiny_llava15,...] [--quants w8a16,...] [--drawings 40] [--backend onnx]
+        [--calibrate 32]
+
+With --calibrate every quantisation that can be is also measured calibrated with so many prompts about other drawings.
+With --outliers F a few channels behind every norm are made F times as large and the weights behind them as much smaller: the
+same model in floats, whose activations look like those of large models.
 
 Answers are greedy. Logits are compared before each token of the float model's own answers, whatever the quantised model would
 have said before it: the share of equal first choices, and the mean Kullback-Leibler divergence in nats. The last line is JSON.
@@ -10,23 +15,34 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors.torch import load_file, save_file
 
 from staticvl.compiler.build import build
+from staticvl.compiler.calibration import METHODS, Calibration
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import QUANTS
+from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
 from staticvl.tools.drawings import iou, parse_box
 from staticvl.tools.train_tiny import Case, cases
+from staticvl.tools.training.data import HELD_OUT_SEED
 
 ASSETS = Path(__file__).parent.parent / "tools" / "assets"
 MODELS = ("tiny_llava15", "tiny_llava16", "tiny_mllama")
+CALIBRATION_SEED = HELD_OUT_SEED + 10_000
+OUTLIERS = (5, 38, 71, 104)  # channels
+BEHIND = {  # a norm, and the weights that take what it puts out
+    "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_attn.q_proj"],
+    "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+}
 EXTRA = "two pictures"  # which not every model has learnt well
 
 
@@ -38,12 +54,47 @@ class Answers:
     right: list[bool]
 
 
-def compiled(model: str, quant: str, out: Path, backend: str = "onnx") -> StaticSide:
+def compiled(
+    checkpoint: Path, quant: str, out: Path, backend: str = "onnx", calibration: Calibration | None = None
+) -> StaticSide:
     """A trained model, compiled and opened."""
-    images = (2,) if model == "tiny_mllama" else None
+    images = (2,) if checkpoint.name == "tiny_mllama" else None
     buckets = Buckets(prefill=(64,), decode=(4,), context=1024, slots=4, images=images)
-    build(Options(checkpoint=ASSETS / model, out=out, buckets=buckets, quant=quant, backend=backend))
+    build(Options(checkpoint=checkpoint, out=out, buckets=buckets, quant=quant, backend=backend, calibration=calibration))
     return open_artifact_side(out, device="auto", threads=None, name=out.name)
+
+
+def with_outliers(checkpoint: Path, out: Path, factor: float) -> Path:
+    """The same function in floats: `OUTLIERS` of every decoder norm are larger, and the columns that take them smaller."""
+    shutil.copytree(checkpoint, out)
+    file = out / "model.safetensors"
+    tensors = {name: value.float() for name, value in load_file(file).items()}
+    for name, value in tensors.items():
+        layer, _, norm = name.removesuffix(".weight").rpartition(".")
+        if "language_model" not in name or norm not in BEHIND:
+            continue
+        value[list(OUTLIERS)] *= factor
+        for linear in BEHIND[norm]:
+            if (weight := tensors.get(f"{layer}.{linear}.weight")) is not None:
+                weight[:, list(OUTLIERS)] /= factor
+    save_file(tensors, file)
+    return out
+
+
+def calibration(prompts: int, folder: Path) -> Calibration:
+    """Prompts with answers about drawings that nothing else here shows, through the file that a user would write."""
+    asked_for = [case for case in cases(prompts, CALIBRATION_SEED) if not case.turns and case.kind != EXTRA]
+    chosen = asked_for[:: max(1, len(asked_for) // prompts)][:prompts]
+    folder.mkdir()
+    lines = []
+    for i, case in enumerate(chosen):
+        names = [f"{i}-{j}.png" for j in range(len(case.pictures))]
+        for name, picture in zip(names, case.pictures, strict=True):
+            picture.save(folder / name)
+        lines.append(json.dumps({"prompt": case.question, "images": names, "answer": case.answer}))
+    file = folder / "prompts.jsonl"
+    file.write_text("\n".join(lines))
+    return read_calibration(file)
 
 
 def answered(side: StaticSide, wanted: list[Case]) -> Answers:
@@ -68,20 +119,26 @@ def forced(side: StaticSide, wanted: list[Case], answers: Answers) -> list[np.nd
     return [said.logits for said in side.say(prompts, answers.tokens)]
 
 
-def measure(model: str, quants: list[str], drawings: int, backend: str, folder: Path) -> dict[str, dict[str, float]]:
+def measure(
+    checkpoint: Path, quants: list[str], drawings: int, backend: str, prompts: int, folder: Path
+) -> dict[str, dict[str, float]]:
     """Figures of one model by quantisation."""
+    used = calibration(prompts, folder / "calibration") if prompts else None
+    kinds = [(quant, quant, None) for quant in quants]
+    if used:
+        kinds += [(f"{quant}, calibrated", quant, used) for quant in quants if quant in METHODS]
     wanted = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
-    reference = compiled(model, "none", folder / "none", backend)
+    reference = compiled(checkpoint, "none", folder / "none", backend)
     answers = answered(reference, wanted)
     logits = forced(reference, wanted, answers)
     found = {"none": {"right": float(np.mean(answers.right)), "cases": float(len(wanted))}}
-    for quant in quants:
-        side = compiled(model, quant, folder / quant, backend)
+    for label, quant, by in kinds:
+        side = compiled(checkpoint, quant, folder / label, backend, by)
         own = answered(side, wanted)
         figures = [compare_logits(*each) for each in zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)]
         rows = np.array([len(each) for each in answers.tokens])
         roundings = [g.certificate.rounding for g in side.artifact.manifest.graphs if g.certificate and g.certificate.rounding]
-        found[quant] = {
+        found[label] = {
             "right": float(np.mean(own.right)),
             "same answers": float(np.mean([np.array_equal(a, b) for a, b in zip(own.tokens, answers.tokens, strict=True)])),
             "agreement": float(np.average([each.agreement for each in figures], weights=rows)),
@@ -98,13 +155,20 @@ def main() -> None:
     parser.add_argument("--quants", default=",".join(QUANTS[1:]))
     parser.add_argument("--drawings", type=int, default=40)
     parser.add_argument("--backend", default="onnx", choices=("onnx", "ascend"))
+    parser.add_argument("--outliers", type=float, default=1.0, metavar="F")
+    parser.add_argument("--calibrate", type=int, default=0, metavar="PROMPTS")
     args = parser.parse_args()
     table = {}
     for model in args.models.split(","):
         with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
-            table[model] = measure(model, args.quants.split(","), args.drawings, args.backend, Path(folder))
+            checkpoint = ASSETS / model
+            if args.outliers > 1:
+                checkpoint = with_outliers(checkpoint, Path(folder) / model, args.outliers)
+            table[model] = measure(
+                checkpoint, args.quants.split(","), args.drawings, args.backend, args.calibrate, Path(folder)
+            )
         for quant, f in table[model].items():
-            told = f"{model:14} {quant:6} right {100 * f['right']:6.2f} %"
+            told = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"
             if quant != "none":
                 told += f"  same answers {100 * f['same answers']:6.2f} %  agreement {100 * f['agreement']:7.3f} %"
                 told += f"  KL {f['kl']:.2e}  rounding {f['rounding']:.3f}"

@@ -17,9 +17,10 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
+from msgspec import UNSET, UnsetType
 
 from ..model_defs.config import READY_MADE, ModelConfig, encode_config, read_config
 from ..runtime.artifact import (
@@ -29,6 +30,7 @@ from ..runtime.artifact import (
     ArtifactError,
     AscendFacts,
     BuildFacts,
+    CalibrationFacts,
     FileSpec,
     GraphSpec,
     Kind,
@@ -44,6 +46,7 @@ from ..runtime.files import write_atomically
 from ..weights.rules import kept_dtypes, match, targets
 from ..weights.stored import Floats
 from ..weights.tensors import WeightsError
+from .calibration import METHODS
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan, stages
@@ -51,6 +54,7 @@ from .progress import Progress
 from .ready_made import resolve
 
 if TYPE_CHECKING:
+    from ..weights.calibrated import Store
     from ..weights.packing.settings import Packing
     from ..weights.source import Source
 
@@ -144,10 +148,10 @@ def _build(job: _Job) -> Report:
         _open_source(job)  # what cannot be stored is refused before all of the checkpoint is read
     source = fingerprint(job.options, job.old.build.source if job.old else {}, job.progress)
     key = weights_key(source, job.config, job.options, job.packing)
-    weights, weight_files, converted = _weights(job, key)
+    folder, setting_files = _settings(job)
+    weights, weight_files, converted = _weights(job, key, folder)
     report = Report(manifest=job.old, converted=converted)  # type: ignore[arg-type]
     stages, graph_files = _graphs(job, key, weights, report)
-    folder, setting_files = _settings(job)
     manifest = Manifest(
         backend=job.options.backend,  # type: ignore[arg-type]
         quant=job.options.stored_quant,
@@ -166,6 +170,7 @@ def _build(job: _Job) -> Report:
             options=_kept_options(job),
             key=key,
             source=source,
+            calibration=_calibration_facts(job),
         ),
     )
     write_manifest(job.out, manifest)
@@ -185,6 +190,18 @@ def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
     return ascend_facts(torchair_host.VERSION, job.options.soc)
 
 
+def _calibration_facts(job: _Job) -> CalibrationFacts | UnsetType:
+    calibration = job.options.calibration
+    if calibration is None:
+        return UNSET
+    return CalibrationFacts(
+        method=METHODS[job.options.quant],
+        sha256=calibration.sha256,
+        prompts=len(calibration.conversations),
+        pictures=sum(len(each.images) for each in calibration.conversations),
+    )
+
+
 def _kept_options(job: _Job) -> dict[str, str]:
     """What a command that compiles the same again has to say; folders lie elsewhere on another machine."""
     asked, cache = job.options, job.plan.cache
@@ -198,6 +215,8 @@ def _kept_options(job: _Job) -> dict[str, str]:
     if asked.eager:
         options["eager"] = ",".join(asked.eager)
     options |= {name: "FOLDER" for name in ("lora", "vision_tower") if getattr(asked, name)}
+    if asked.calibration:
+        options["calibrate"] = "FILE"
     options |= {"context": str(cache.context), "slots": str(cache.slots)}
     if verify := job.plan.buckets("verify"):
         options["speculate"] = str(max(verify) - 1)
@@ -263,8 +282,9 @@ def _disk_errors(out: Path) -> Iterator[None]:
 # ---- weights
 
 
-def _weights(job: _Job, key: str) -> tuple[list[dict[str, WeightSpec]], dict[str, FileSpec], bool]:
-    """The weights of each stage's first rank, the files of all ranks, and whether they were converted now."""
+def _weights(job: _Job, key: str, tokenizer: str) -> tuple[list[dict[str, WeightSpec]], dict[str, FileSpec], bool]:
+    """The weights of each stage's first rank, the files of all ranks, and whether they were converted now. `tokenizer` is the
+    folder of the settings, by its name."""
     old = job.old
     if old and old.build.key == key:
         files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
@@ -276,21 +296,18 @@ def _weights(job: _Job, key: str) -> tuple[list[dict[str, WeightSpec]], dict[str
     options, prefix = job.options, key[:12]
     quant, tp = options.stored_quant, options.tp
     floats = options.floats(kept_dtypes(match(job.config, source.tensors)))
+    store = _calibrated(job, source, prefix, tokenizer)
     parts = stages(job.config, options.pp)
     shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, floats=floats, tp=tp))
     with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
-        ranks = [
-            convert(source, part, job.out, quant=quant, floats=floats, prefix=prefix, tp=tp, rank=rank, progress=advance)
-            for part in parts
-            for rank in range(tp)
-        ]
+        same: dict[str, Any] = {"quant": quant, "floats": floats, "prefix": prefix, "calibrated": store, "progress": advance}
+        ranks = [convert(source, part, job.out, tp=tp, rank=rank, **same) for part in parts for rank in range(tp)]
     return [rank.weights for rank in ranks[::tp]], {name: spec for rank in ranks for name, spec in rank.files.items()}, True
 
 
 def _open_source(job: _Job) -> Source:
     """The checkpoint as one of plain weights, whatever it is packed as, with the adapter in it."""
     from ..weights.packing.source import check_layers, open_packed
-    from ..weights.rules import match
     from ..weights.source import open_source
 
     source = open_source(job.options.checkpoint, job.options.vision_tower)
@@ -303,6 +320,23 @@ def _open_source(job: _Job) -> Source:
 
         source = open_adapter(job.options.lora, job.config, source)
     return source
+
+
+def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Store | None:
+    """The layers that a calibration quantises; what an interrupted build has left of them is not made again."""
+    calibration, options = job.options.calibration, job.options
+    if calibration is None:
+        return None
+    from ..weights.calibrated import Store
+    from .calibrate import calibrate, prompts_of
+
+    cache = make_plan(job.config, replace(options, tp=1, pp=1)).cache
+    prompts = prompts_of(calibration, job.facts, job.out / tokenizer, cache.context)
+    if not any(each.images for each in calibration.conversations):
+        job.progress.say("the calibration has no pictures: what pictures do to activations is not seen")
+    store = Store(job.out, key)
+    calibrate(source, job.config, job.facts, cache, prompts, options.quant, options.tp, store, job.progress)
+    return store
 
 
 # ---- graphs

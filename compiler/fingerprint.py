@@ -28,6 +28,7 @@ HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size 
 
 _OURS = Path(__file__).parent.parent
 _WEIGHT_CODE = ("weights", "weights/names", "weights/packing", "model_defs/config")
+_CALIBRATION_CODE = ("compiler/calibrate.py", "compiler/calibration.py", "model_defs", "runtime/families", "runtime/rope.py")
 _GRAPH_CODE = (
     *("model_defs", "model_defs/config"),
     *("compiler/graphs.py", "compiler/cases.py", "compiler/check.py", "compiler/cost.py", "compiler/eager.py"),
@@ -83,8 +84,13 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
     """Digest of everything that the weight files are made from."""
     packed = asdict(packing) if packing else None
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    asked = options.stored_quant, (options.backend, options.dtype), options.tp, options.pp
-    return digest(contents, asdict(config), packed, *asked, _code(_WEIGHT_CODE))
+    dtype = (options.backend, options.dtype)
+    made_by = [asdict(config), packed, options.stored_quant, dtype, options.tp, options.pp, _code(_WEIGHT_CODE)]
+    if calibration := options.calibration:
+        # Files beside the weights say how prompts are written and pictures cut.
+        settings = {name: file.sha256 for name, file in source.items() if name not in contents}
+        made_by += [calibration.sha256, settings, options.text_before_image, _code(_CALIBRATION_CODE)]
+    return digest(contents, *made_by)
 
 
 class GraphKeys:

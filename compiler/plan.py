@@ -14,6 +14,7 @@ from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
 from ..weights.shard import check_tp, rank_targets
 from ..weights.stored import FLOAT32, TABLE, Floats, stored_targets, uniform
+from .calibration import METHODS, Calibration
 
 BACKENDS = ("onnx", "ascend")
 READY_QUANTS = {"onnx": QUANTS, "ascend": QUANTS}
@@ -123,6 +124,7 @@ class Options:
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
     candidates: int | None = None  # likeliest tokens that text graphs put out, 0: none; None: the backend's default
+    calibration: Calibration | None = None  # what weights are quantised by, besides themselves
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -153,6 +155,8 @@ class Options:
                 f"{self.candidates} candidates and a pipeline of {self.pp} stages were asked for, but stages hand on whole "
                 "logits; leave out one of the two"
             )
+        if self.calibration and self.quant not in METHODS:
+            raise PlanError(f"quantisation {self.quant!r} has nothing to calibrate; calibrated are {', '.join(METHODS)}")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
 

@@ -378,6 +378,15 @@ class ModelFacts(Record, frozen=True, kw_only=True):
     text_before_image: Literal["transformers", "meta"] = "transformers"
 
 
+class CalibrationFacts(Record, frozen=True, kw_only=True):
+    """What weights were quantised by, besides themselves."""
+
+    method: str  # e.g. "GPTQ"
+    sha256: str  # of the prompts and of their pictures
+    prompts: int
+    pictures: int
+
+
 class BuildFacts(Record, frozen=True, kw_only=True):
     """How the artifact was made."""
 
@@ -386,6 +395,8 @@ class BuildFacts(Record, frozen=True, kw_only=True):
     options: dict[str, str]  # command-line options that were given or derived; folders by the word for them
     key: str  # digest of everything that the weights and the settings were made from
     source: dict[str, SourceFile]
+    # Left out of the manifest where unset, so that what was compiled without reads and is sealed as ever.
+    calibration: CalibrationFacts | UnsetType = UNSET
 
 
 class AscendFacts(Record, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from staticvl.compiler.build import build
+from staticvl.compiler.calibration import Calibration
 from staticvl.compiler.plan import Options, PlanError
 from staticvl.compiler.ready_made import resolve
 from staticvl.model_defs.config import ConfigError, ModelConfig, read_config
@@ -252,6 +253,8 @@ def test_what_was_asked_for(plain: Plain, tmp_path: Path) -> None:
             resolve(Options(checkpoint=folder, out=tmp_path, quant=quant))
     with pytest.raises(PlanError, match=r"adapter .* cannot be merged into .* quantised.* --quant none"):
         resolve(Options(checkpoint=folder, out=tmp_path, lora=tmp_path))
+    with pytest.raises(PlanError, match="is quantised already, so nothing is left to calibrate; leave --calibrate out"):
+        resolve(Options(checkpoint=folder, out=tmp_path, quant="w4a16", calibration=Calibration((), "")))
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:

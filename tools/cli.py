@@ -128,6 +128,13 @@ def _add_compile(commands) -> None:
     )
     parser.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
     parser.add_argument("--lora", type=Path, metavar="DIR", help="LoRA adapter, as PEFT saves it, to merge into the weights")
+    parser.add_argument(
+        "--calibrate",
+        type=Path,
+        metavar="FILE",
+        help="w4a16, w8a8: quantise by what layers take when these prompts with pictures are run, JSON lines as compare --data "
+        "reads them",
+    )
     parser.add_argument("--ignore-config-keys", metavar="A,B", help="config.json keys known not to matter")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the same options in YAML")
     parser.add_argument("--plan-only", action="store_true", help="print graphs and memory, compile nothing")

@@ -36,6 +36,7 @@ CONFIG_KEYS = (
     "buckets",
     "vision_tower",
     "lora",
+    "calibrate",
     "ignore_config_keys",
 )
 
@@ -83,6 +84,10 @@ def read_options(args: argparse.Namespace) -> Options:
         raise PlanError(f"vision tower {tower} is not a folder; expected a local CLIP checkpoint")
     if not (adapter := paths.get("lora", checkpoint)).is_dir():
         raise PlanError(f"adapter {adapter} is not a folder; expected a LoRA adapter as PEFT saves it")
+    if "calibrate" in given:
+        from .calibration_file import read_calibration
+
+        simple["calibration"] = read_calibration(Path(given["calibrate"]))
     return replace(options, **simple, **paths)
 
 
@@ -96,7 +101,9 @@ def _config_file(path: Path | None) -> dict[str, Any]:
         raise PlanError(f"{path}: unknown keys {', '.join(unknown)}; expected {', '.join(CONFIG_KEYS)}")
     # Paths in the file are relative to the file.
     paths = {
-        k: str(path.parent / data[k]) for k in ("checkpoint", "out", "vision_tower", "lora") if isinstance(data.get(k), str)
+        k: str(path.parent / data[k])
+        for k in ("checkpoint", "out", "vision_tower", "lora", "calibrate")
+        if isinstance(data.get(k), str)
     }
     if isinstance(data.get("buckets"), str):
         paths["buckets"] = str(path.parent / data["buckets"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 import msgspec
+from msgspec import UNSET
 from rich.console import Console
 from rich.table import Table
 
@@ -30,6 +31,7 @@ def _facts(manifest: Manifest) -> Table:
         "model": f"{model.family} ({model.layout} layout), hidden {model.hidden_size}, vocabulary {model.vocab_size}",
         "picture": _picture(model),
         "backend": f"{manifest.backend}, quantisation {manifest.quant}",
+        **_calibration(manifest),
         **_ranks(manifest),
         "weights": f"{len(manifest.weights)} tensors, {weights / 1e6:.1f} MB" + (" on each rank" if manifest.ranks > 1 else ""),
         "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
@@ -43,6 +45,14 @@ def _facts(manifest: Manifest) -> Table:
     for name, value in rows.items():
         table.add_row(name, value)
     return table
+
+
+def _calibration(manifest: Manifest) -> dict[str, str]:
+    """What weights were quantised by, besides themselves."""
+    facts = manifest.build.calibration
+    if facts is UNSET:
+        return {}
+    return {"calibrated": f"{facts.method}, with {facts.prompts} prompts and {facts.pictures} pictures ({facts.sha256[:16]})"}
 
 
 def _ranks(manifest: Manifest) -> dict[str, str]:

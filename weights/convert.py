@@ -23,6 +23,7 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
+from .calibrated import Store
 from .cut import Span, read_span
 from .names.rule import Shape
 from .packing.source import PackedSource
@@ -85,6 +86,7 @@ def convert(
     shard_bytes: int = 2 << 30,
     tp: int = 1,
     rank: int = 0,
+    calibrated: Store | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Converted:
     """Write what `rank` of `tp` holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
@@ -95,13 +97,13 @@ def convert(
     that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
     `prefix` has to name source, config, quant, floats and tp: files of the same prefix that a broken-off run has finished are
     kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
-    bytes of each step; they add up to the sizes of `plan_shards`.
+    bytes of each step; they add up to the sizes of `plan_shards`. Layers that `calibrated` holds are taken from there.
     A tensor that is taken as it is is never whole in memory where it is cut; one that is made of others is made whole and then
     cut. Weights are cut before they are quantised.
     Raises WeightsError as `check_tp`, `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
     shards = plan_shards(config, quant, prefix, shard_bytes, floats, tp=tp, rank=rank)
-    parts = _Parts(source, match(config, source.tensors), config, quant, floats, tp, rank)
+    parts = _Parts(source, match(config, source.tensors), config, quant, floats, tp, rank, calibrated)
     folder = out / _folder(config, tp, rank)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_partials(folder, prefix)
@@ -135,6 +137,11 @@ def convert(
     return Converted(weights, files)
 
 
+def parameters(source: Source, config: ModelConfig) -> Callable[[str], Tensor]:
+    """Gives each whole parameter of `config` once, in the checkpoint's dtype; raises WeightsError as `convert`."""
+    return _Parts(source, match(config, source.tensors), config, "none", FLOAT32).take
+
+
 def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> None:
     """Remove what only a resumed conversion needs."""
     folder = out / rank_folder(tp, rank)
@@ -150,8 +157,19 @@ def _folder(config: ModelConfig, tp: int, rank: int) -> str:
 class _Parts:
     """Makes what one rank holds of each of our parameters once and hands out what is stored of it."""
 
-    def __init__(self, source: Source, plan: Plan, config: ModelConfig, quant: str, floats: Floats, tp: int, rank: int) -> None:
-        self.source, self.plan, self.quant, self.floats = source, plan, quant, floats
+    def __init__(
+        self,
+        source: Source,
+        plan: Plan,
+        config: ModelConfig,
+        quant: str,
+        floats: Floats,
+        tp: int = 1,
+        rank: int = 0,
+        calibrated: Store | None = None,
+    ) -> None:
+        self.source, self.plan, self.quant, self.rank = source, plan, quant, rank
+        self.floats, self.calibrated = floats, calibrated
         self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
         self.spans = {name: _span(config, name, shape, tp, rank) for name, shape in targets(config).items()}
         self.shapes = rank_targets(config, tp)
@@ -166,6 +184,10 @@ class _Parts:
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
+        if self.calibrated and (stored := self.calibrated.parameter(name, self.rank)):
+            for part, value in stored.items():
+                self._check_range(part, value)
+            return stored
         kind, stem = quant_of(name, self.quant), name.removesuffix(".weight")
         if kind != "none" and isinstance(self.source, PackedSource):
             parts = self._repacked(self.source, self.plan.recipes[name], self.spans[name], kind)
@@ -195,7 +217,7 @@ class _Parts:
 
     def _check_range(self, name: str, tensor: Tensor) -> None:
         """float16 ends at 65504; the others hold whatever a checkpoint can."""
-        if self.floats.of(name, tuple(tensor.shape)) != "float16":
+        if self.floats.of(name, tuple(tensor.shape)) != "float16" or not tensor.is_floating_point():
             return
         largest = max(map(abs, _range(tensor)))
         if largest > torch.finfo(torch.float16).max:

@@ -79,23 +79,30 @@ def quantize_w4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     q = torch.empty(rows, blocks, block // 2, dtype=torch.uint8)
     scales = torch.empty(rows, blocks, dtype=torch.float32)
     for span, part in _parts(weight, block):
-        scale = _best_scale(part)
-        whole = _whole_w4(part, scale).add_(_ZERO_W4).to(torch.uint8)
-        q[span] = joined_halves(whole)
+        scale = best_scale_w4(part)
+        q[span] = packed_w4(whole_w4(part, scale.unsqueeze(-1)))
         scales[span] = scale
     return q, scales
 
 
-def _best_scale(blocks: Tensor) -> Tensor:
-    """blocks [n, B, block] -> [n, B]: of the scales that are tried the one with the least squared error."""
+def best_scale_w4(blocks: Tensor) -> Tensor:
+    """blocks [..., block] -> [...]: of the scales that are tried for each block the one with the least squared error."""
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
     tried = torch.stack([largest * (part / _LEAST_W4) for part in _STEPS_W4])
-    errors = torch.stack([(_whole_w4(blocks, each) * each.unsqueeze(-1) - blocks).square_().sum(-1) for each in tried])
+    errors = torch.stack(
+        [(whole_w4(blocks, each.unsqueeze(-1)) * each.unsqueeze(-1) - blocks).square_().sum(-1) for each in tried]
+    )
     return tried.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
-def _whole_w4(blocks: Tensor, scale: Tensor) -> Tensor:
-    return (blocks / _divisor(scale).unsqueeze(-1)).round_().clamp_(_LEAST_W4, -_LEAST_W4 - 1)
+def whole_w4(weights: Tensor, scale: Tensor) -> Tensor:
+    """Weights as whole numbers of steps from -8 to 7, in floats; `scale` broadcasts against them."""
+    return (weights / _divisor(scale)).round_().clamp_(_LEAST_W4, -_LEAST_W4 - 1)
+
+
+def packed_w4(whole: Tensor) -> Tensor:
+    """Whole numbers [..., block] from -8 to 7 -> uint8 [..., block / 2], two in each, the first in the low bits."""
+    return joined_halves((whole + _ZERO_W4).to(torch.uint8))
 
 
 def dequantize_w4(q: Tensor, scales: Tensor, columns: int, zeros: Tensor | None = None) -> Tensor:

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from msgspec import UNSET
 
 from ...runtime.engine import ContextError
 from ...runtime.images import ImageError
 from ...runtime.prompt import PromptError
+from ...weights.calibrated import layer_of
 from .checkpoint import Checkpoint
 from .edges import Ask, Edge, edges
 from .findings import Finding
@@ -88,11 +90,20 @@ class Comparison:
             result.notes.append("weights were not compared: both sides are cut, among different numbers of ranks")
             return []
         names, found = comparison.names(), comparison.extra()
+        if quants := self._calibrated:
+            names = [name for name in names if not any(layer_of(name, quant) for quant in quants)]
+            result.notes.append("weights of calibrated layers were not compared one by one: scales are folded into them")
         advance = self.stage("comparing weights", len(names))
         for name in names:
             found += comparison.compare(name)
             advance()
         return found
+
+    @property
+    def _calibrated(self) -> list[str]:
+        """The quantisations that scales are folded in for."""
+        manifests = (self.reference.manifest, self.candidate.manifest)
+        return [manifest.quant for manifest in manifests if manifest and manifest.build.calibration is not UNSET]
 
     def _same_checkpoint(self) -> bool:
         """Whether both sides read the same files, so that there are no two sets of weights."""

@@ -1,0 +1,322 @@
+"""A model run layer by layer over a few prompts, so that its weights can be quantised by what its layers take.
+
+The definitions compute in float32, each layer over all prompts before the next is read: in memory are one layer's weights, the
+second moments of its inputs, and what is between two layers, 4 C bytes for each token. Keys and values of pictures that enter
+by cross-attention lie in files meanwhile.
+
+T tokens of a prompt, C hidden size, K kv heads, D head dim, X keys of a picture, P rows of features per tile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..model_defs import ops
+from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
+from ..model_defs.decoder import Block, CrossBlock
+from ..model_defs.layers import Linear
+from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelFacts
+from ..runtime.families import family
+from ..runtime.prompt import Message, Prompt
+from ..runtime.rope import query_scales, rope_tables
+from ..runtime.tokenizer import load_tokenizer
+from ..weights.calibrated import Layer, Store, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
+from ..weights.convert import parameters
+from ..weights.inputs import Gathering
+from ..weights.smoothing import Fold
+from ..weights.source import Source
+from ..weights.stored import stored_targets
+from ..weights.writer import check_space
+from .calibration import Calibration, CalibrationError
+from .graphs import define_graph
+from .progress import Progress
+
+CHUNK = 256  # tokens that attend at once
+
+
+class Watch:
+    """Gathers what some linear layers of a block take; `weights` [tokens] are those of the tokens that come next."""
+
+    def __init__(self, block: nn.Module, names: Iterable[str], *, moment: bool) -> None:
+        self.weights: Tensor | None = None
+        self.gathered: dict[str, Gathering] = {}
+        for name in sorted(names):
+            linear = block.get_submodule(name)
+            assert isinstance(linear, Linear)
+            self.gathered[name] = Gathering(linear.weight.shape[1], moment=moment)
+            linear.register_forward_pre_hook(partial(self._note, name))
+
+    def _note(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        self.gathered[name].add(args[0], self.weights)
+
+
+@dataclass(slots=True, eq=False)
+class Passing:
+    """One prompt on its way through the model. `cross` are the files of its pictures' keys and values, by picture."""
+
+    prompt: Prompt
+    feed: dict[str, Tensor]
+    weights: Tensor  # [T], what each token counts for
+    features: Tensor | None = None  # [tiles * P, C], where pictures are tokens
+    cross: list[Path] = field(default_factory=list)
+    x: Tensor = field(default_factory=lambda: torch.empty(0))  # [1, T, C]
+
+
+def prompts_of(calibration: Calibration, facts: ModelFacts, tokenizer_folder: Path, context: int) -> list[Prompt]:
+    """The conversations as they are fed; raises CalibrationError naming the one that cannot be."""
+    tokenizer = load_tokenizer(tokenizer_folder, facts.tokenizer)
+    template = (tokenizer_folder / "chat_template.jinja").read_text(encoding="utf-8")
+    found = []
+    for each in calibration.conversations:
+        messages: list[Message] = list(each.messages)
+        open_end = messages[-1].role != "assistant"
+        try:
+            prompt = family(facts.family).chat_prompt(
+                messages, list(each.images), facts, tokenizer, template, add_generation_prompt=open_end
+            )
+        except ValueError as error:
+            raise CalibrationError(f"calibration, {each.name}: {error}") from error
+        if prompt.length > context:
+            raise CalibrationError(
+                f"calibration, {each.name}: {prompt.length} tokens, but the artifact holds {context}; shorten it or give a "
+                "larger --context"
+            )
+        found.append(prompt)
+    return found
+
+
+@torch.inference_mode()
+def calibrate(
+    source: Source,
+    config: ModelConfig,
+    facts: ModelFacts,
+    cache: CacheSpec,
+    prompts: Sequence[Prompt],
+    quant: str,
+    tp: int,
+    store: Store,
+    progress: Progress,
+) -> None:
+    """Fill `store` with every layer of the decoder, whole or cut among `tp` ranks; what is there already is not made again.
+
+    `config` is that of the whole model and `cache` that of one rank that holds it. Raises WeightsError as `convert`, and for
+    want of disk space.
+    """
+    layers = range(config.text.layers)
+    last = f"text.layers.{layers[-1]}"
+    if store.has(last):  # they are made in order, those of the tower first
+        return
+    pictures = sum(len(prompt.frames) for prompt in prompts)
+    check_space(store.out, _held(config, cache, pictures, quant))
+    read = parameters(source, config)
+    passing = [Passing(prompt, text_feed(config.text, facts, prompt), token_weights(prompt)) for prompt in prompts]
+    with _emptied(store.folder / "pictures") as work:
+        with progress.stage("calibrating: pictures", pictures, "picture") as advance:
+            tower = _see(config, facts, cache, passing, read, work, advance, watch=tower_quant(quant) != "none")
+        for stem, (layer, watch) in tower.items():
+            _quantised(config, stem, layer, watch, tower_folds(), quant, tp, store)
+        tower.clear()
+        table = read("text.embed.weight")
+        for each in passing:
+            each.x = embedded(table, each)
+        del table
+        with progress.stage("calibrating: layers", len(layers), "layer") as advance:
+            for i in layers:
+                _layer(config, i, passing, read, quant, tp, store)
+                advance(1)
+
+
+def _held(config: ModelConfig, cache: CacheSpec, pictures: int, quant: str) -> int:
+    """Bytes on disk until the weight files are written: finished layers, and keys and values of pictures."""
+    layers = sum(part.nbytes for name, part in stored_targets(config, quant).items() if layer_of(name, quant))
+    if not (cross := cache.cross):
+        return layers
+    return layers + 2 * 4 * cross.layers * pictures * cache.kv_heads * cross.rows * cache.head_dim
+
+
+def text_feed(text: TextConfig, facts: ModelFacts, prompt: Prompt) -> dict[str, Tensor]:
+    """What layers take besides hidden states, for all tokens of a prompt; names as in runtime/artifact.py."""
+    cos, sin = rope_tables(facts.rope, text.head_dim, prompt.length, prompt.ntk)
+    feed = {"rope_cos": cos[None], "rope_sin": sin[None]}
+    if text.rope.logn_positions:
+        feed["query_scale"] = query_scales(facts.rope, prompt.length)[None, :, None]
+    if sight := prompt.sight:
+        feed["cross_mask"] = np.where(sight.visible, 0, CROSS_HIDDEN).astype(np.float32)[None]
+        feed["cross_gate"] = sight.gates[None]
+    return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feed.items()}
+
+
+def token_weights(prompt: Prompt) -> Tensor:
+    """[T]: what each token counts for in second moments. All tokens of pictures together count for no more than the text, of
+    which there is far less and from which answers come."""
+    pictured = torch.from_numpy(np.array(prompt.rows)) >= 0
+    text = int((~pictured).sum())
+    return torch.where(pictured, min(1.0, text / max(len(pictured) - text, 1)), 1.0)
+
+
+def embedded(table: Tensor, each: Passing) -> Tensor:
+    """[1, T, C]: embeddings, and features where pictures stand."""
+    ids = torch.from_numpy(each.prompt.token_ids)[None]
+    x = ops.embed(ids, table).float()
+    if each.features is None or not len(each.features):
+        return x
+    return ops.merge_rows(x, each.features, torch.from_numpy(each.prompt.rows)[None])
+
+
+# ---- pictures
+
+
+def _see(
+    config: ModelConfig,
+    facts: ModelFacts,
+    cache: CacheSpec,
+    passing: Iterable[Passing],
+    read: Callable[[str], Tensor],
+    work: Path,
+    advance: Callable[[int], object],
+    *,
+    watch: bool,
+) -> dict[str, tuple[Layer, Watch]]:
+    """Run the pictures of all prompts through the vision graph; with `watch`, the tower's layers and what they took."""
+    seeing = [each for each in passing if len(each.prompt.pixels)]
+    if not seeing:
+        return {}
+    tiles = facts.image.tiles if cache.cross else 1
+    graph = define_graph(config, facts.image, cache, "none", "vision", tiles, 0)
+    own = {name for name, _ in graph.module.named_parameters()} - graph.constants.keys()
+    _fill(graph.module, {name: read(name) for name in own} | {k: torch.from_numpy(v) for k, v in graph.constants.items()})
+    tower = _watched_tower(graph.module) if watch else {}
+    for number, each in enumerate(seeing):
+        pixels = torch.from_numpy(np.array(each.prompt.pixels))
+        if cache.cross is None:
+            rows = [graph.module(tile[None]).flatten(0, 1) for tile in pixels]
+            each.features = torch.cat(rows)
+        else:
+            assert each.prompt.grids is not None
+            for picture, grid in enumerate(each.prompt.grids):
+                part = pixels[picture * tiles : (picture + 1) * tiles]
+                count = torch.tensor([int(grid[0] * grid[1])], dtype=torch.int32)
+                aspect = torch.tensor([1 + facts.image.grids.index((int(grid[0]), int(grid[1])))], dtype=torch.int32)
+                each.cross.append(_kept(work / f"{number}.{picture}", graph.module(part, count, aspect)))
+        advance(len(each.prompt.frames))
+    return tower
+
+
+def _watched_tower(module: nn.Module) -> dict[str, tuple[Layer, Watch]]:
+    """The blocks of a vision graph's tower, whose linear layers' inputs are gathered from now on."""
+    found: dict[str, tuple[Layer, Watch]] = {}
+    for stem, block in module.named_modules():
+        if re.fullmatch(r"vision\.(global_)?layers\.\d+", stem):
+            layer = {name: value.data for name, value in block.named_parameters()}
+            found[stem] = layer, Watch(block, tower_folds(), moment=False)
+    return found
+
+
+@contextlib.contextmanager
+def _emptied(folder: Path) -> Iterator[Path]:
+    """A folder for the time being; a broken-off run may have left one."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    yield folder
+    shutil.rmtree(folder)
+
+
+def _kept(folder: Path, keys: Sequence[Tensor]) -> Path:
+    """Keys and values [1, K, X, D] of a picture, layer by layer, written to a folder."""
+    folder.mkdir()
+    for i, value in enumerate(keys):
+        np.save(folder / f"{i}.npy", value.numpy())
+    return folder
+
+
+def _seen(each: Passing, j: int) -> tuple[list[Tensor], list[Tensor]]:
+    """Keys and values of all pictures of a prompt for cross layer `j`."""
+    keys, values = ([torch.from_numpy(np.load(folder / f"{2 * j + i}.npy")) for folder in each.cross] for i in (0, 1))
+    return keys, values
+
+
+# ---- layers
+
+
+def _layer(
+    config: ModelConfig,
+    index: int,
+    passing: Sequence[Passing],
+    read: Callable[[str], Tensor],
+    quant: str,
+    tp: int,
+    store: Store,
+) -> None:
+    """Pass all prompts through one layer, and quantise it unless that is done."""
+    text, stem = config.text, f"text.layers.{index}"
+    crosses = index in text.cross_layers
+    with torch.device("meta"):
+        block = (CrossBlock if crosses else Block)(text, "none", 1)
+    layer: Layer = {name: read(f"{stem}.{name}").float() for name, _ in block.named_parameters()}
+    _fill(block, layer)
+    takers = [each for each in passing if each.cross] if crosses else passing
+    places = decoder_folds(text, index)
+    watch = None if store.has(stem) else Watch(block, {*places, "attn.o"}, moment=quant.startswith("w4a16"))
+    for each in takers:
+        keys = _seen(each, text.cross_layers.index(index)) if crosses else None
+        each.x = _through(text, block, each, keys, watch)
+    if watch:
+        _quantised(config, stem, layer, watch, places, quant, tp, store)
+
+
+def _quantised(
+    config: ModelConfig,
+    stem: str,
+    layer: Layer,
+    watch: Watch,
+    places: Mapping[str, Fold],
+    quant: str,
+    tp: int,
+    store: Store,
+) -> None:
+    """Store a layer as what was seen of its inputs wants it."""
+    inputs = {name: found.found() for name, found in watch.gathered.items()}
+    layer = {name: value.float() for name, value in layer.items()}
+    layer, inputs = smoothed(layer, inputs, places, text_quant(quant))
+    store.write(stem, stored_by_ranks(config, stem, layer, inputs, quant, tp))
+
+
+def _through(
+    text: TextConfig,
+    block: nn.Module,
+    each: Passing,
+    keys: tuple[list[Tensor], list[Tensor]] | None,
+    watch: Watch | None,
+) -> Tensor:
+    """A prompt's hidden states behind a layer, some tokens at a time."""
+    length = each.prompt.length
+    cache = torch.zeros(2, 1, text.kv_heads, length, text.head_dim).unbind(0)
+    found = []
+    for start in range(0, length, CHUNK):
+        span = slice(start, start + CHUNK)
+        if watch:
+            watch.weights = each.weights[span]
+        feed = {name: value[:, span] for name, value in each.feed.items()}
+        if keys:
+            found.append(block(each.x[:, span], feed, *keys))
+        else:
+            x, cache = block(each.x[:, span], feed | {"lengths": torch.tensor([start], dtype=torch.int32)}, cache)
+            found.append(x)
+    return torch.cat(found, dim=1)
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Weights for a definition; linear layers widen theirs by themselves, everything else is computed in float32."""
+    narrow = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Linear)}
+    state = {name: value if name in narrow else value.float() for name, value in tensors.items()}
+    module.load_state_dict(state, strict=True, assign=True)

@@ -1,0 +1,39 @@
+"""What a calibration is asked to run: conversations with pictures, and a digest of them. Needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from ..runtime.prompt import Message
+
+if TYPE_CHECKING:
+    from ..runtime.images import ImageSource
+
+METHODS = {
+    "w4a16": "GPTQ",
+    "w4a16-g32": "GPTQ",
+    "w8a8": "SmoothQuant",
+    "w8a8+vision": "SmoothQuant",
+}  # by quantisation; what is not here has nothing to calibrate
+
+
+class CalibrationError(ValueError):
+    """Prompts that cannot be calibrated with; the message says what to change."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Turns of a chat, the model's answers included where they are known, and its pictures in order."""
+
+    name: str  # for messages
+    messages: tuple[Message, ...]
+    images: tuple[ImageSource, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Calibration:
+    """Everything that a calibration runs. `sha256` is of the file and of all pictures that it names."""
+
+    conversations: tuple[Conversation, ...]
+    sha256: str

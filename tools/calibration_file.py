@@ -1,0 +1,47 @@
+"""`staticvl compile --calibrate FILE`: the file -> what a calibration runs. Its formats are those of `compare --data`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..compiler.calibration import Calibration, CalibrationError, Conversation
+from ..runtime.files import sha256_file
+from ..runtime.prompt import Message
+from .comparing.data import read_data
+from .comparing.samples import Sample
+
+
+def read_calibration(path: Path) -> Calibration:
+    """Every prompt of a file, with its answer where the file has one; pictures lie beside it.
+
+    Raises CalibrationError for a missing file, DataError with file and line for one that cannot be used.
+    """
+    if not path.is_file():
+        raise CalibrationError(
+            f'--calibrate {path} is no file; expected JSON lines such as {{"prompt": "What is this?", "images": ["a.jpg"]}}'
+        )
+    samples = list(_longest(read_data(path)))
+    digest = hashlib.sha256(path.read_bytes())
+    for sample in samples:
+        for image in sample.images:
+            digest.update(bytes.fromhex(sha256_file(image)))
+    return Calibration(tuple(map(_conversation, samples)), digest.hexdigest())
+
+
+def _longest(samples: Sequence[Sample]) -> Iterator[Sample]:
+    """Without those that are the beginning of the next: a conversation gives one for each answer."""
+    for sample, after in zip(samples, (*samples[1:], None), strict=True):
+        if (
+            after is None
+            or after.messages[: len(sample.messages)] != sample.messages
+            or len(after.messages) <= len(sample.messages)
+        ):
+            yield sample
+
+
+def _conversation(sample: Sample) -> Conversation:
+    answer = sample.answer or sample.expected
+    said = (Message("assistant", answer),) if answer else ()
+    return Conversation(sample.name, (*sample.messages, *said), tuple(sample.images))

@@ -1,0 +1,84 @@
+"""4-bit weights by GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and what rounding one
+changes in a layer's output is taken back, as far as can be, by the columns that are still to come.
+
+For inputs x the squared error of an output is d H d', d being what rounding changed in a row of weights and H the second
+moment of x. With H^-1 = U'U, U upper triangular, column j rounded by e is best answered by adding -e / U[j, j] * U[j, k] to
+every column k > j. The stored layout is that of quantize_w4; blocks get their scales when their first column is reached.
+
+N rows (output features), K columns (input features).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from ..model_defs.config import quant_block
+from .quantize import best_scale_w4, packed_w4, whole_w4
+
+# Part of the moment's mean diagonal that is added to all of it, as in the paper: what a few prompts did not show may still
+# come. It also bounds the condition number by 100 K, with which float32 is enough.
+DAMPING = 0.01
+_TOGETHER = 4  # blocks whose later columns are updated at once: less memory traffic than block by block
+
+
+def gptq_w4(
+    weight: Tensor, moment: Tensor, spans: Sequence[tuple[int, int]] | None = None, kind: str = "w4a16"
+) -> list[tuple[Tensor, Tensor]]:
+    """weight [N, K], moment [K, K] of its inputs -> (q [N, B, block / 2] uint8, scales [N, B] float32) of each span.
+
+    `spans` are the equally many columns that each rank holds, first and behind the last (None: all in one): blocks are counted
+    from the first column of each, so that the weight of a cut layer is rounded as a whole. Where nothing is known of the
+    inputs (moment 0) every column is rounded to the nearest.
+    """
+    columns = weight.shape[1]
+    spans = spans or [(0, columns)]
+    assert [first for first, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == columns, spans
+    block = quant_block(spans[0][1], kind)
+    factor = _inverse_factor(moment)
+    left = weight.float().T.contiguous()  # [K, N]: what is still to be rounded, errors of earlier columns added
+    blocks = [(start, min(start + block, stop)) for first, stop in spans for start in range(first, stop, block)]
+    parts: list[tuple[Tensor, Tensor]] = []
+    for at in range(0, len(blocks), _TOGETHER):
+        parts += _round_blocks(left, factor, blocks[at : at + _TOGETHER])
+    found = []
+    for first, stop in spans:
+        mine = [part for part, (start, _) in zip(parts, blocks, strict=True) if first <= start < stop]
+        whole = torch.stack([pad(part.T, (0, block - len(part))) for part, _ in mine], dim=1)
+        found.append((packed_w4(whole), torch.stack([scale for _, scale in mine], dim=1)))
+    return found
+
+
+def _round_blocks(left: Tensor, factor: Tensor, blocks: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    """Round adjoining blocks of columns and pass their errors on to all behind them; (whole numbers [block, N], scale [N])."""
+    first, last = blocks[0][0], blocks[-1][1]
+    inner = factor[first:last, first:last]
+    mine, errors = left[first:last], torch.empty_like(left[first:last])
+    found = []
+    for start, stop in blocks:
+        rows = mine[start - first : stop - first]
+        scale, whole = best_scale_w4(rows.T.contiguous()), torch.empty_like(rows)
+        for i in range(len(rows)):
+            j = start - first + i
+            whole[i] = whole_w4(mine[j], scale)
+            errors[j] = (mine[j] - whole[i] * scale) / inner[j, j]
+            mine[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
+        found.append((whole, scale))
+    left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return found
+
+
+def _inverse_factor(moment: Tensor) -> Tensor:
+    """U [K, K], upper triangular, with U'U the inverse of the damped moment.
+
+    H = R R' with R upper triangular, which is the Cholesky factor of H with rows and columns in reverse; then U = R^-1.
+    """
+    moment = moment.float()
+    level = moment.diagonal().mean()
+    damped = moment + torch.eye(len(moment)) * (DAMPING * level if level > 0 else 1.0)
+    lower = torch.linalg.cholesky(damped.flip(0, 1))
+    del damped
+    return torch.linalg.solve_triangular(lower.flip(0, 1), torch.eye(len(moment)), upper=True)

@@ -1,0 +1,103 @@
+"""Scales that make a linear layer easier to round: its inputs are divided by them, its weight's columns multiplied.
+
+Whatever makes the inputs is divided in its place, a norm's weight or the rows of the layer before, so the graph stays as it is
+and computes the same function. Large channels of the inputs lose their weight in a token's scale (SmoothQuant, Xiao et al.
+2022, arXiv 2211.10438), and columns that matter get finer steps (AWQ, Lin et al. 2023, arXiv 2306.00978). Scales are powers of
+two: dividing and multiplying by them is exact in every float type.
+
+P channels of what makes the inputs, K input features, N output features, n tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs
+from .quantize import dequantize, quantize
+
+# Exponents of the inputs' size that are tried; the weight's size has what is missing to 1 where both matter.
+EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+GAIN = 0.8  # of the squared error without scales: where less is taken off, it is chance
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """One place where scales fit between two things that a layer computes; names are those of parameters in the layer.
+
+    `repeats`: where one key-value head serves several query heads, each run of `run` channels of the producer is followed by
+    so many copies of itself among the input features.
+    """
+
+    producers: tuple[str, ...]  # parameters whose entry or row p makes channel p
+    consumers: tuple[str, ...]  # weights [N, K] that take it
+    repeats: int = 1
+    run: int = 1
+
+    def spread(self, scales: Tensor) -> Tensor:
+        """Scales [P] of channels -> [K] of input features."""
+        return scales.view(-1, 1, self.run).expand(-1, self.repeats, -1).reshape(-1)
+
+    def joined(self, sizes: Tensor) -> Tensor:
+        """Sizes [K] of input features -> [P], the largest of each channel."""
+        return sizes.view(-1, self.repeats, self.run).amax(1).flatten()
+
+    def apply(self, tensors: Mapping[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
+        """`tensors` of a layer, float32, with scales [P] folded in; the function that they compute is the same."""
+        made = dict(tensors)
+        for name in self.producers:
+            if name in tensors:  # a bias may be none
+                tensor = tensors[name]
+                made[name] = tensor / scales.view(-1, *[1] * (tensor.dim() - 1))
+        for name in self.consumers:
+            made[name] = tensors[name] * self.spread(scales)
+        return made
+
+
+def best_scales(fold: Fold, tensors: Mapping[str, Tensor], inputs: Inputs, quant: str) -> Tensor:
+    """Of the scales that are tried, those [P] with which rounding changes the consumers' outputs least; ones unless that takes
+    off a part of the error."""
+    plain, *tried = _candidates(fold, tensors, inputs, quant)
+    best, least = plain, GAIN * _error(fold, tensors, inputs, quant, plain)
+    for scales in tried:
+        if (error := _error(fold, tensors, inputs, quant, scales)) < least:
+            best, least = scales, error
+    return best
+
+
+def _candidates(fold: Fold, tensors: Mapping[str, Tensor], inputs: Inputs, quant: str) -> Iterator[Tensor]:
+    """Ones first."""
+    whole = quant == "w8a8"  # inputs are rounded too
+    size = fold.joined(inputs.largest if whole else inputs.mean)
+    weight = fold.joined(torch.stack([tensors[name].abs().amax(0) for name in fold.consumers]).amax(0))
+    yield torch.ones_like(size)
+    known = (size > 0) & (weight > 0)
+    if not known.any():
+        return
+    for exponent in EXPONENTS:
+        scales = size**exponent / (weight ** (1 - exponent) if whole else 1.0)
+        scales = torch.where(known, scales, scales[known].log().mean().exp()).log2()
+        yield (scales - scales.mean()).round().clamp(-12, 12).exp2()
+
+
+def _error(fold: Fold, tensors: Mapping[str, Tensor], inputs: Inputs, quant: str, scales: Tensor) -> float:
+    """What rounding adds to the consumers' outputs, squared and in relation to each output."""
+    by_feature = fold.spread(scales)
+    x = inputs.rows / by_feature
+    rounded = _rounded(x) if quant == "w8a8" else x
+    total = 0.0
+    for name in fold.consumers:
+        weight = tensors[name]
+        near = dequantize(quant, quantize(quant, weight * by_feature), weight.shape[1])
+        exact = inputs.rows @ weight.T
+        total += float((rounded @ near.T - exact).square().sum() / exact.square().sum().clamp_min(1e-30))
+    return total
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """As ops.linear_w8a8 rounds its input: [n, K], a scale for each row."""
+    scales = x.abs().amax(-1, keepdim=True) / 127
+    return (x / scales.where(scales > 0, 1.0)).round() * scales
