@@ -216,7 +216,7 @@ def test_gate_and_up_swapped_in_the_weights(llava: Pair, tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("quant", "bits"),
-    [pytest.param("w8a16", 8, marks=pytest.mark.slow), pytest.param("w8a8", 8, marks=pytest.mark.slow), ("w4a16", 4)],
+    [pytest.param("w8a16", 8, marks=pytest.mark.slow), pytest.param("w8a8", 8, marks=pytest.mark.slow), ("w4a16-g32", 4)],
 )
 def test_scale_of_one_layer_doubled(tmp_path: Path, quant: str, bits: int) -> None:
     side = compiled("qwen_vl", tmp_path / "artifact", quant=quant)
