@@ -1,10 +1,10 @@
 """Tokens a second of several requests at once against one at a time, and what bounds them.
 
-    python -m benchmarks.throughput [--artifact DIR | --layers 8] [--quant none] [--requests 8] [--tokens 128] [--runs 3]
+    python -m benchmarks.throughput [--artifact DIR | --layers 8] [--quant w8a8] [--requests 8] [--tokens 128] [--runs 3]
 
-Without an artifact the embedded tiny model is measured, and one of random weights, 1B-shaped but for its layers. Equal requests
-are answered one after another and then all at once, in turns; figures are medians. `inside` is the share of the time that the
-backend computed, by graph kind. The last line is JSON.
+Without an artifact the embedded tiny model is measured, and one of random weights, 1B-shaped but for its layers, both of `quant`.
+Equal requests are answered one after another and then all at once, in turns; figures are medians. `inside` is the share of the
+time that the backend computed, by graph kind. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--artifact", type=Path)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--quant", default="none")
+    parser.add_argument("--quant", default="w8a8")
     parser.add_argument("--requests", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--runs", type=int, default=3)
@@ -79,7 +79,7 @@ def main() -> None:
         if args.artifact:
             models = {args.artifact.name: args.artifact}
         else:
-            build(Options(checkpoint=EMBEDDED, out=folder / "tiny", buckets=buckets))
+            build(Options(checkpoint=EMBEDDED, out=folder / "tiny", buckets=buckets, quant=args.quant))
             random = compiled(folder / "random", args.layers, buckets, args.quant)
             models = {"tiny": folder / "tiny", f"1B-shaped, {args.layers} layers, {args.quant}": random}
         for model, artifact in models.items():
