@@ -2,7 +2,7 @@
 
     python -m benchmarks.throughput [--artifact DIR | --layers 8] [--quant w8a8] [--requests 8] [--tokens 128] [--runs 3]
 
-Without an artifact the embedded tiny model is measured, one of random weights, 1B-shaped but for its layers, of that quant.
+Without an artifact the embedded tiny model is measured, and one of random weights, 1B-shaped but for its layers, so quantised.
 Equal requests are answered one after another and then all at once, in turns; figures are medians. `inside` is the share of the
 time that the backend computed, by graph kind. The last line is JSON.
 """

@@ -280,6 +280,7 @@ def test_quantised_weights(pairs: dict[str, Pair], tmp_path: Path, quant: str, d
     assert found.text == expected.text
 
 
+@pytest.mark.slow
 def test_eager_graphs_answer_alike(pairs: dict[str, Pair], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     kinds = ("vision", "prefill", "decode")
     eager = compile_pair("llava", tmp_path, BUCKETS, eager=kinds).ascend

@@ -160,6 +160,7 @@ def test_pixels_normalised_wrongly(llava: Pair, tmp_path: Path) -> None:
     assert "only vision-1 is at fault, of 5 graphs" in result.scope
 
 
+@pytest.mark.slow
 def test_missing_norm_of_queries(mllama: Pair, tmp_path: Path) -> None:
     reference, artifact = mllama
 
@@ -232,6 +233,7 @@ def test_scale_of_one_layer_doubled(tmp_path: Path, quant: str, bits: int) -> No
     assert f"only weights that are stored in {bits} bits are at fault" in result.scope
 
 
+@pytest.mark.slow
 def test_shard_of_one_rank_shifted(tmp_path: Path) -> None:
     side = compiled("llava", tmp_path / "artifact", tp=2, candidates=6)
     reference = reference_of("llava", side)

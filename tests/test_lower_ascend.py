@@ -334,6 +334,7 @@ for path in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_graphs_run_without_the_definitions(tmp_path: Path) -> None:
     folders = []
     for number, (checkpoint, name) in enumerate(GRAPHS):

@@ -116,6 +116,7 @@ def test_stages_compute_what_the_whole_model_computes(family: str, tmp_path: Pat
     check_against_the_whole(family, compiled(family, tmp_path / "cut", tp, pp), tmp_path)
 
 
+@pytest.mark.slow
 def test_stages_that_make_their_own_keys_of_pictures(looking: Path, tmp_path: Path) -> None:
     check_against_the_whole("mllama", looking, tmp_path)
 
@@ -174,6 +175,7 @@ def test_what_ranks_bring_to_others_is_what_show_tells(
     assert all(counted[stage, rank, "send bytes"] for stage in range(2) for rank in range(2))
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_compared(looking: Path, tmp_path: Path) -> None:
     """Logits, keys and values of all stages, weights of all ranks; a wrong weight of the last rank is named."""
     reference = open_side(compiled("mllama", tmp_path / "whole", 1, 1), threads=1)
