@@ -46,7 +46,7 @@ from ..runtime.files import write_atomically
 from ..weights.rules import kept_dtypes, match, targets
 from ..weights.stored import Floats
 from ..weights.tensors import WeightsError
-from .calibration import METHODS
+from .calibration import CACHE_METHOD, METHODS
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan, stages
@@ -103,9 +103,14 @@ class _Job:
         return self.options.out
 
 
+def _config(options: Options) -> ModelConfig:
+    config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
+    return options.defined(config)
+
+
 def prepare(options: Options, progress: Progress) -> _Job:
     """Read the checkpoint's settings and plan the build; raises one of the clear errors of config, facts and plan."""
-    config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
+    config = _config(options)
     options, packing = resolve(options)
     facts, settings = read_facts(
         options.checkpoint, config, vision_tower=options.vision_tower, text_before_image=options.text_before_image
@@ -117,7 +122,7 @@ def prepare(options: Options, progress: Progress) -> _Job:
 
 def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
     """The plan of a build and its forecast in bytes, from the config alone."""
-    config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
+    config = _config(options)
     options, _ = resolve(options)
     plan = make_plan(config, options)
     return plan, forecast(config, plan, options, _expected_floats(options, config))
@@ -195,18 +200,26 @@ def _calibration_facts(job: _Job) -> CalibrationFacts | UnsetType:
     if calibration is None:
         return UNSET
     return CalibrationFacts(
-        method=METHODS[job.options.quant],
+        method=", ".join(_measured(job.options)),
         sha256=calibration.sha256,
         prompts=len(calibration.conversations),
         pictures=sum(len(each.images) for each in calibration.conversations),
     )
 
 
+def _measured(options: Options) -> Iterator[str]:
+    """What a calibration was for."""
+    if options.quant in METHODS:
+        yield METHODS[options.quant]
+    if options.int8_cache:
+        yield CACHE_METHOD
+
+
 def _kept_options(job: _Job) -> dict[str, str]:
     """What a command that compiles the same again has to say; folders lie elsewhere on another machine."""
     asked, cache = job.options, job.plan.cache
     defaults = Options(checkpoint=asked.checkpoint, out=asked.out)
-    names = ("backend", "quant", "dtype", "soc", "tp", "pp")
+    names = ("backend", "quant", "dtype", "soc", "tp", "pp", "kv_cache")
     options = {name: str(getattr(asked, name)) for name in names if getattr(asked, name) != getattr(defaults, name)}
     if asked.quant in READY_MADE:
         del options["quant"]  # the checkpoint brings it

@@ -1,4 +1,5 @@
-"""A model run layer by layer over a few prompts, so that its weights can be quantised by what its layers take.
+"""A model run layer by layer over a few prompts, so that its weights can be quantised by what its layers take, and its cache by
+what it holds.
 
 The definitions compute in float32, each layer over all prompts before the next is read: in memory are one layer's weights, the
 second moments of its inputs, and what is between two layers, 4 C bytes for each token. Keys and values of pictures that enter
@@ -13,7 +14,7 @@ import contextlib
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -33,15 +34,19 @@ from ..runtime.tokenizer import load_tokenizer
 from ..weights.calibrated import Layer, Store, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
 from ..weights.convert import parameters
 from ..weights.inputs import Gathering
+from ..weights.names import is_cache_scale
 from ..weights.smoothing import Fold
 from ..weights.source import Source
 from ..weights.stored import stored_targets
 from ..weights.writer import check_space
-from .calibration import Calibration, CalibrationError
+from .calibration import METHODS, Calibration, CalibrationError
 from .graphs import define_graph
 from .progress import Progress
 
 CHUNK = 256  # tokens that attend at once
+# What a cache in 8 bits can hold, over the largest that the prompts gave: other prompts give more, and so may quantised weights.
+# Steps are wider by as much; docs/quantisation.md has figures.
+CACHE_MARGIN = 1.25
 
 
 class Watch:
@@ -58,6 +63,9 @@ class Watch:
 
     def _note(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
         self.gathered[name].add(args[0], self.weights)
+
+
+Largest = tuple[Tensor, Tensor]  # of keys and of values
 
 
 @dataclass(slots=True, eq=False)
@@ -108,6 +116,7 @@ def calibrate(
     progress: Progress,
 ) -> None:
     """Fill `store` with every layer of the decoder, whole or cut among `tp` ranks; what is there already is not made again.
+    Where weights are not quantised by their inputs it has the scales of a cache in 8 bits alone.
 
     `config` is that of the whole model and `cache` that of one rank that holds it. Raises WeightsError as `convert`, and for
     want of disk space.
@@ -138,7 +147,8 @@ def calibrate(
 
 def _held(config: ModelConfig, cache: CacheSpec, pictures: int, quant: str) -> int:
     """Bytes on disk until the weight files are written: finished layers, and keys and values of pictures."""
-    layers = sum(part.nbytes for name, part in stored_targets(config, quant).items() if layer_of(name, quant))
+    stored = stored_targets(config, quant).items()
+    layers = sum(part.nbytes for name, part in stored if layer_of(name, quant) and (quant in METHODS or is_cache_scale(name)))
     if not (cross := cache.cross):
         return layers
     return layers + 2 * 4 * cross.layers * pictures * cache.kv_heads * cross.rows * cache.head_dim
@@ -258,7 +268,7 @@ def _layer(
     store: Store,
 ) -> None:
     """Pass all prompts through one layer, and quantise it unless that is done."""
-    text, stem = config.text, f"text.layers.{index}"
+    text, stem = replace(config.text, int8_cache=False), f"text.layers.{index}"
     crosses = index in text.cross_layers
     with torch.device("meta"):
         block = (CrossBlock if crosses else Block)(text, "none", 1)
@@ -266,12 +276,36 @@ def _layer(
     _fill(block, layer)
     takers = [each for each in passing if each.cross] if crosses else passing
     places = decoder_folds(text, index)
-    watch = None if store.has(stem) else Watch(block, {*places, "attn.o"}, moment=quant.startswith("w4a16"))
+    missing = not store.has(stem)
+    watch = Watch(block, {*places, "attn.o"}, moment=quant.startswith("w4a16")) if missing and quant in METHODS else None
+    largest: list[Largest] = []
     for each in takers:
         keys = _seen(each, text.cross_layers.index(index)) if crosses else None
-        each.x = _through(text, block, each, keys, watch)
+        each.x, cache = _through(text, block, each, keys, watch)
+        if not crosses:
+            largest.append(largest_in(*cache))
+    scales = cache_scales(largest) if config.text.int8_cache and not crosses else {}
     if watch:
-        _quantised(config, stem, layer, watch, places, quant, tp, store)
+        _quantised(config, stem, layer | scales, watch, places, quant, tp, store)
+    elif missing:
+        store.write(stem, stored_by_ranks(config, stem, scales, {}, "none", tp))
+
+
+def largest_in(keys: Tensor, values: Tensor) -> Largest:
+    """Of a cache [1, K, T, D]: how large each channel of keys and of values becomes, [K * D] each.
+
+    Keys lie there behind the rotary embedding, which turns channels d and d + D / 2 into each other as positions go on: either
+    may become what both are together, at a position that no prompt has.
+    """
+    first, second = keys.chunk(2, dim=-1)
+    turned = first.hypot(second).amax((0, 2))  # [K, D / 2]
+    return torch.cat((turned, turned), dim=-1).flatten(), values.abs().amax((0, 2)).flatten()
+
+
+def cache_scales(largest: Sequence[Largest]) -> Layer:
+    """Scales of one layer's cache; a channel that nothing was seen of has steps of 1."""
+    found = [torch.stack(each).amax(0) * CACHE_MARGIN / 127 for each in zip(*largest, strict=True)]
+    return {f"attn.{which}_scale": scale.where(scale > 0, 1.0) for which, scale in zip("kv", found, strict=True)}
 
 
 def _quantised(
@@ -297,10 +331,11 @@ def _through(
     each: Passing,
     keys: tuple[list[Tensor], list[Tensor]] | None,
     watch: Watch | None,
-) -> Tensor:
-    """A prompt's hidden states behind a layer, some tokens at a time."""
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """A prompt's hidden states behind a layer, some tokens at a time, and its cache."""
     length = each.prompt.length
-    cache = torch.zeros(2, 1, text.kv_heads, length, text.head_dim).unbind(0)
+    keys_values = torch.zeros(2, 1, text.kv_heads, length, text.head_dim)
+    cache = keys_values[0], keys_values[1]
     found = []
     for start in range(0, length, CHUNK):
         span = slice(start, start + CHUNK)
@@ -312,7 +347,7 @@ def _through(
         else:
             x, cache = block(each.x[:, span], feed | {"lengths": torch.tensor([start], dtype=torch.int32)}, cache)
             found.append(x)
-    return torch.cat(found, dim=1)
+    return torch.cat(found, dim=1), cache
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:

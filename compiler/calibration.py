@@ -15,7 +15,8 @@ METHODS = {
     "w4a16-g32": "GPTQ",
     "w8a8": "SmoothQuant",
     "w8a8+vision": "SmoothQuant",
-}  # by quantisation; what is not here has nothing to calibrate
+}  # by quantisation; what is not here has no weights to calibrate
+CACHE_METHOD = "largest keys and values"  # of a cache in 8 bits
 
 
 class CalibrationError(ValueError):

@@ -19,6 +19,7 @@ from ..runtime.feeds import Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
 
 GARBAGE = 30.0
+STEPS = 40.0  # of a cache in 8 bits, that a deviation of the noise is worth
 NOISE = 65521  # a prime, so that repeated noise does not line up with heads and rows
 
 
@@ -93,7 +94,7 @@ class CaseMaker:
         value = self._noise(spec.shape, start)
         for b, past in enumerate(case.past):
             value[b, :, past:] *= GARBAGE
-        return value
+        return np.clip(np.rint(STEPS * value), -128, 127) if spec.dtype == "int8" else value
 
     def _noise(self, shape: tuple[int, ...], start: int) -> np.ndarray:
         """The same noise from another start: drawing afresh for every layer would take longer than the checks."""

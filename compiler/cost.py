@@ -20,11 +20,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..model_defs.ops import COLLECTIVES, NAMESPACE
-from ..runtime.artifact import WeightSpec, is_cached
+from ..runtime.artifact import TensorSpec, WeightSpec, is_cached
 from .graphs import GraphDef, example_inputs
 
 _COLLECTIVES = {f"{NAMESPACE}.{name}" for name in COLLECTIVES}
-_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1}
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1, "int8": 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,8 +38,8 @@ class Cost:
 
 
 def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | None = None) -> Cost:
-    """The cost of a graph whose cache is stored in `dtype`, and its weights as `stored` says or else in `dtype` as well (8-bit
-    weights stay what they are)."""
+    """The cost of a graph whose cache is stored in `dtype`, and its weights as `stored` says or else in `dtype` as well (what
+    is kept in 8 bits stays so)."""
     calls = _calls(graph)
     flops = sum(_FLOPS[name](args) for name, args in calls if name in _FLOPS)
     width = _WIDTHS[dtype]
@@ -49,7 +49,7 @@ def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | N
         else p.numel() * (width if p.is_floating_point() else p.element_size())
         for name, p in graph.module.named_parameters()
     }
-    inputs = sum(math.prod(spec.shape) * (width if is_cached(spec.name) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
+    inputs = sum(math.prod(spec.shape) * (width if _in_floats(spec) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
     brought = [args[0].numel() * width for name, args in calls if name in _COLLECTIVES]
     return Cost(
         flops=flops,
@@ -57,6 +57,11 @@ def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | N
         collectives=len(brought),
         collective_bytes=sum(brought),
     )
+
+
+def _in_floats(spec: TensorSpec) -> bool:
+    """Whether an input is a part of the cache that is not in 8 bits."""
+    return is_cached(spec.name) and spec.dtype != "int8"
 
 
 def _unread(graph: GraphDef, nbytes: Mapping[str, int]) -> int:
@@ -114,5 +119,6 @@ _FLOPS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     f"{NAMESPACE}.attention": _attention,
     f"{NAMESPACE}.padded_attention": _attention,
     f"{NAMESPACE}.cached_attention": _cached_attention,
+    f"{NAMESPACE}.int8_cached_attention": _cached_attention,
     f"{NAMESPACE}.cross_attention": _cross_attention,
 }

@@ -9,7 +9,8 @@ nothing is left for a graph optimiser to find and every bucket refers to the wei
 - linear_w8a8: MatMulIntegerToFloat, whose activations are uint8 around 128: kernels of processors with VNNI multiply unsigned
   by signed, and onnxruntime's others are slower by an order of magnitude. What several layers take is quantised once;
 - cached_attention: com.microsoft.GroupQueryAttention, whose present outputs are bound to the memory of its past inputs.
-  A padded chunk counts as whole: rows past the last real token are written and overwritten by the next step;
+  A padded chunk counts as whole: rows past the last real token are written and overwritten by the next step.
+  int8_cached_attention is the same operator, which takes scales of channels as inputs and rounds as defined;
 - rope: RotaryEmbedding with cos and sin as graph inputs, since their values depend on the request in some families.
 """
 
@@ -367,6 +368,20 @@ def _slice(e: Emitter, x: str, axis: int, start: int, end: int) -> str:
 def _cached_attention(
     e: Emitter, node: Node, q: str, k: str, v: str, k_cache: str, v_cache: str, lengths: str, heads: int
 ) -> tuple[str, ...]:
+    return _group_query_attention(e, node, [q, k, v, k_cache, v_cache], lengths, heads)
+
+
+@lowers("staticvl.int8_cached_attention")
+def _int8_cached_attention(e: Emitter, node: Node, *values: Any) -> tuple[str, ...]:
+    *inputs, k_scale, v_scale, lengths, heads = values
+    scales = ["", "", "", "", "", k_scale, v_scale]  # inputs between are left out
+    quantised = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
+    return _group_query_attention(e, node, inputs, lengths, heads, scales, **quantised)
+
+
+def _group_query_attention(
+    e: Emitter, node: Node, inputs: Sequence[str], lengths: str, heads: int, scales: Sequence[str] = (), **quantised: Any
+) -> tuple[str, ...]:
     t = _shape(node.args[0])[1]  # type: ignore[arg-type]
     kv_heads = _shape(node.args[3])[1]  # type: ignore[arg-type]
     # The operator wants the index of the last key of each row, and the largest number of keys of any row.
@@ -375,8 +390,8 @@ def _cached_attention(
         ("total", lengths),
         lambda: e.node("Add", [e.node("ReduceMax", [last], keepdims=0), e.constant(1, "int32")]),
     )
-    attributes = {"num_heads": heads, "kv_num_heads": kv_heads}
-    inputs = [q, k, v, k_cache, v_cache, last, total]
+    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, **quantised}
+    inputs = [*inputs, last, total, *scales]
     return e.node("GroupQueryAttention", inputs, domain=CONTRIB, outputs=3, **attributes)
 
 
@@ -639,7 +654,7 @@ def _lower(e: Emitter, node: Node) -> Any:
     name = str(node.target).removesuffix(".default") if NAMESPACE in str(node.target) else str(node.target)
     stack = list((node.meta.get("nn_module_stack") or {"": ("graph", None)}).values())
     e.scope = stack[-1][0] or "graph"
-    if name == "aten.flatten.using_ints" and _is_parameter(e, node.args[0]):
+    if name in ("aten.flatten.using_ints", "aten.view.default") and node.args[0] in e.names and e[node.args[0]] in e.weights:
         return e.weight(e[node.args[0]], _shape(node))  # a weight in another shape: same bytes, no node
     if name not in LOWERINGS:
         raise UnsupportedOpError(f"{name} (in {e.scope}) has no ONNX lowering; supported: {', '.join(sorted(LOWERINGS))}")

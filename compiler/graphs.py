@@ -74,6 +74,7 @@ def define_graph(
     config's stage: what it takes from the stage before it is an input, and what it hands on its first output.
     """
     assert cache.kv_heads == config.text.rank_kv_heads(ranks), (cache.kv_heads, ranks)
+    assert config.text.int8_cache == (cache.text_dtype == "int8"), cache
     with torch.device("meta"):
         if kind == "vision":
             return _vision(config, image, cache, tower_quant(quant), bucket, ranks)
@@ -157,7 +158,8 @@ def _text(
         inputs += _pictures(cache, b, images)
     shape = (b, cache.kv_heads, cache.rows, cache.head_dim)
     caches = [
-        TensorSpec(name=f"{which}_cache.{i}", dtype=cache.dtype, shape=shape) for i in range(cache.layers) for which in "kv"
+        TensorSpec(name=name, dtype=cache.dtype_of(name), shape=shape)
+        for name in (f"{which}_cache.{i}" for i in range(cache.layers) for which in "kv")
     ]
     inputs += caches
     rows = t if kind == "verify" else b

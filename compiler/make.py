@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from ..model_defs.config import ModelConfig, text_quant, tower_quant
+from ..model_defs.decoder import over_stored_caches
 from ..model_defs.layers import without_rounding
 from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec, rank_weights
 from ..runtime.backends.base import Backend, Group, open_backend
@@ -95,9 +96,11 @@ class GraphMaker:
         return EagerBackend(self.out, weights, cache, self._unrounded, threads=threads, text_threads=text_threads)
 
     def _unrounded(self, kind: Kind, bucket: int, images: int) -> GraphDef:
-        """The definition, activations left as they are: what compiled graphs add by rounding them is stated apart."""
+        """The definition, activations left as they are: what compiled graphs add by rounding them is stated apart. Roundings
+        in caches are those of the compiled graph (check.py)."""
         definition = self._define(kind, bucket, images)
         without_rounding(definition.module)
+        over_stored_caches(definition.module)
         return definition
 
     @staticmethod

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from msgspec import UNSET, structs
+
 from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.ascend.torchair_host import SOCS
@@ -29,6 +31,7 @@ DEFAULT_IMAGES = (1, 4)
 DEFAULT_CANDIDATES = {"onnx": 0, "ascend": 64}
 MOST_CANDIDATES = 1024
 MAX_BUCKET = 1 << 16
+KV_CACHES = ("float", "int8")  # what keys and values of the text are kept in; the first is the default
 TEXT_BEFORE_IMAGE = ("transformers", "meta")
 LISTS = (*KINDS, "images")
 
@@ -124,7 +127,8 @@ class Options:
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
     candidates: int | None = None  # likeliest tokens that text graphs put out, 0: none; None: the backend's default
-    calibration: Calibration | None = None  # what weights are quantised by, besides themselves
+    calibration: Calibration | None = None  # what weights are quantised by, besides themselves, and a cache in 8 bits
+    kv_cache: str = KV_CACHES[0]
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -155,15 +159,39 @@ class Options:
                 f"{self.candidates} candidates and a pipeline of {self.pp} stages were asked for, but stages hand on whole "
                 "logits; leave out one of the two"
             )
-        if self.calibration and self.quant not in METHODS:
-            raise PlanError(f"quantisation {self.quant!r} has nothing to calibrate; calibrated are {', '.join(METHODS)}")
+        self._check_calibration()
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
+
+    def _check_calibration(self) -> None:
+        """Whether what is to be calibrated can be, and what has to be is."""
+        if self.kv_cache not in KV_CACHES:
+            raise PlanError(f"kv cache {self.kv_cache!r} is unknown; expected one of {', '.join(KV_CACHES)}")
+        if self.int8_cache and self.calibration is None:
+            raise PlanError(
+                "a cache in 8 bits needs to know how large keys and values become; give --calibrate FILE with prompts like "
+                "those that the model is for"
+            )
+        if self.int8_cache and self.eager:
+            raise PlanError("eager graphs know no cache in 8 bits; leave out --kv-cache int8 or --eager")
+        if self.calibration and self.quant not in METHODS and not self.int8_cache:
+            raise PlanError(
+                f"quantisation {self.quant!r} has nothing to calibrate; calibrated are {', '.join(METHODS)}, and with "
+                "--kv-cache int8 the cache"
+            )
 
     @property
     def stored_quant(self) -> str:
         """The quantisation of an artifact."""
         return self.quant or "none"
+
+    @property
+    def int8_cache(self) -> bool:
+        return self.kv_cache == "int8"
+
+    def defined(self, config: ModelConfig) -> ModelConfig:
+        """The config of a checkpoint, with what the options make of its definition."""
+        return replace(config, text=replace(config.text, int8_cache=self.int8_cache))
 
     @property
     def cache_dtype(self) -> str:
@@ -246,6 +274,7 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
             rows=rows,
             dtype=options.cache_dtype,
             cross=_cross(of_stage, max(images)),
+            text_dtype="int8" if options.int8_cache else UNSET,
         )
         for of_stage in stages(config, options.pp)
     )
@@ -333,7 +362,7 @@ def _cross(config: ModelConfig, images: int) -> CrossSpec | None:
 def forecast(config: ModelConfig, plan: Plan, options: Options, floats: Floats) -> dict[str, int]:
     """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what a rank holds (the most of any).
 
-    `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them.
+    `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them, and so is a cache of floats.
     """
     quant, tp = options.stored_quant, options.tp
     parts, caches = stages(config, options.pp), (plan.cache, *plan.later)
@@ -347,4 +376,5 @@ def forecast(config: ModelConfig, plan: Plan, options: Options, floats: Floats) 
         "rank_weight_bytes": max(sum(tensor.nbytes for tensor in tensors) for tensors in held),
         "rank_bfloat16_bytes": 2 * parameters,
         "rank_cache_bytes": max(cache.nbytes for cache in caches),
+        "rank_bfloat16_cache_bytes": max(structs.replace(cache, dtype="bfloat16").nbytes for cache in caches),
     }

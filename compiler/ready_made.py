@@ -30,7 +30,7 @@ def resolve(options: Options) -> tuple[Options, Packing | None]:
             f"--quant {options.quant} was asked for, but {options.checkpoint} is quantised already and would be stored as "
             f"{brought}: leave --quant out, or give --quant none, which stores what it stands for in floating point"
         )
-    if options.calibration:
+    if options.calibration and not options.int8_cache:
         raise PlanError(f"{options.checkpoint} is quantised already, so nothing is left to calibrate; leave --calibrate out")
     if options.lora:
         raise PlanError(

@@ -7,7 +7,7 @@ n pictures of t tiles. Where the model is cut among ranks, H, K and the MLP are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -16,6 +16,7 @@ from .config import TextConfig, head_quant, text_quant
 from .layers import GatheredLinear, Linear, RMSNorm, RowLinear, Table, empty_parameter, share
 
 Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
+Attended = tuple[Tensor, Tensor, Tensor]  # what attention gives, and the updated caches
 
 
 class Attention(nn.Module):
@@ -29,6 +30,9 @@ class Attention(nn.Module):
         self.k = Linear(c, kv_heads * d, bias=bias, quant=quant)
         self.v = Linear(c, kv_heads * d, bias=bias, quant=quant)
         self.o = RowLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
+        self.int8_attention: Callable[..., Attended] | None = ops.int8_cached_attention if config.int8_cache else None
+        if config.int8_cache:
+            self.k_scale, self.v_scale = empty_parameter(kv_heads * d), empty_parameter(kv_heads * d)
 
     def forward(self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         rope = feed["rope_cos"], feed["rope_sin"]
@@ -36,8 +40,21 @@ class Attention(nn.Module):
         k = ops.rope(self.k(x), *rope)  # [B, T, K*D]
         if "query_scale" in feed:
             q = q * feed["query_scale"]
-        out, k_cache, v_cache = ops.cached_attention(q, k, self.v(x), *cache, feed["lengths"], self.heads)
+        out, k_cache, v_cache = self._attend(q, k, self.v(x), cache, feed["lengths"])
         return self.o(out), (k_cache, v_cache)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], lengths: Tensor) -> Attended:
+        if self.int8_attention is None:
+            return ops.cached_attention(q, k, v, *cache, lengths, self.heads)
+        k_scale, v_scale = (scale.view(-1, 1, cache[0].shape[-1]) for scale in (self.k_scale, self.v_scale))  # [K, 1, D]
+        return self.int8_attention(q, k, v, *cache, k_scale, v_scale, lengths, self.heads)
+
+
+def over_stored_caches(module: nn.Module) -> None:
+    """Let attention take rounded keys and values as they lie in its caches (ops.attention_over_stored)."""
+    for each in module.modules():
+        if isinstance(each, Attention) and each.int8_attention:
+            each.int8_attention = ops.attention_over_stored
 
 
 class CrossAttention(nn.Module):

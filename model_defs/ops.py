@@ -273,26 +273,110 @@ def cached_attention(
 
     Token t of row b sees cache rows 0 .. lengths[b] + t. Returns (out [B, T, H*D], k_cache, v_cache).
     """
+    at = _places(q, lengths)
+    k_cache, v_cache = _appended(k_cache, k, at), _appended(v_cache, v, at)
+    return _attended(q, k_cache, v_cache, at, heads), k_cache, v_cache
+
+
+def _places(q: Tensor, lengths: Tensor) -> Tensor:
+    """[B, T]: the cache row of each token."""
+    return lengths[:, None].long() + torch.arange(q.shape[1], device=q.device)
+
+
+def _appended(cache: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    """The cache [B, K, S, D] with new [B, T, K*D] in rows `at` [B, T]."""
+    b, t = at.shape
+    cache = cache.clone()
+    cache[torch.arange(b, device=at.device)[:, None], :, at] = new.view(b, t, cache.shape[1], -1).to(cache.dtype)
+    return cache
+
+
+def _attended(q: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor, heads: int) -> Tensor:
+    """Causal attention with q [B, T, H*D], whose tokens lie in rows `at` [B, T] of the caches [B, K, S, D]: [B, T, H*D]."""
     b, t, _ = q.shape
     kv_heads, s, d = k_cache.shape[1:]
-    at = lengths[:, None].long() + torch.arange(t, device=q.device)  # [B, T]
-    row = torch.arange(b, device=q.device)[:, None]
-    k_cache, v_cache = k_cache.clone(), v_cache.clone()
-    k_cache[row, :, at] = k.view(b, t, kv_heads, d)
-    v_cache[row, :, at] = v.view(b, t, kv_heads, d)
     visible = torch.arange(s, device=q.device) <= at[..., None]  # [B, T, S]
     queries = q.view(b, t, kv_heads, heads // kv_heads, d)
     scores = torch.einsum("btkgd,bksd->bkgts", queries, k_cache).float() / d**0.5
     weights = scores.masked_fill(~visible[:, None, None], float("-inf")).softmax(-1).to(q.dtype)
     # Rows beyond what a token sees may hold anything, and 0 times infinity is not 0.
     values = torch.where((torch.arange(s, device=q.device) <= at.amax(1)[:, None])[:, None, :, None], v_cache, 0)
-    out = torch.einsum("bkgts,bksd->btkgd", weights, values)
-    return out.reshape(b, t, heads * d), k_cache, v_cache
+    return torch.einsum("bkgts,bksd->btkgd", weights, values).reshape(b, t, heads * d)
 
 
 @cached_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, heads: int):
     return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+@_op("int8_cached_attention")
+def int8_cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cached_attention` over caches of int8, whose numbers stand for as many steps of a channel's scale [K, 1, D].
+
+    New keys and values are rounded to the nearest step, halves to even. What is beyond -128 or 127 steps is cut off there.
+    """
+    at = _places(q, lengths)
+    k_cache, v_cache = (
+        _appended(cache, _steps(new, scale).round(), at) for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale))
+    )
+    return _attended(q, _unscaled(k_cache, k_scale, q), _unscaled(v_cache, v_scale, q), at, heads), k_cache, v_cache
+
+
+@int8_cached_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    heads: int,
+):
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+def attention_over_stored(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `int8_cached_attention` is but for its rounding, for whoever checks it closely; no op of any graph.
+
+    The caches, in float, hold the roundings of k and v already, as somebody else has made them; those that are returned hold
+    k and v in steps that are not rounded, so that both can be compared.
+    """
+    at = _places(q, lengths)
+    out = _attended(q, _unscaled(k_cache, k_scale, q), _unscaled(v_cache, v_scale, q), at, heads)
+    return out, _appended(k_cache, _steps(k, k_scale), at), _appended(v_cache, _steps(v, v_scale), at)
+
+
+def _steps(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B, T, K*D] in steps of its channels' scales [K, 1, D], as far as 8 bits reach."""
+    # Kernels multiply by the reciprocal; dividing would round otherwise now and then.
+    return (x.float() * scale.float().reciprocal().flatten()).clamp(-128, 127)
+
+
+def _unscaled(cache: Tensor, scale: Tensor, like: Tensor) -> Tensor:
+    """What a cache [B, K, S, D] stands for, in the type of `like`."""
+    return cache.to(like.dtype) * scale
 
 
 @_op("attention")

@@ -41,6 +41,9 @@ A text graph with `images` = n > 0 reads the first n pictures of its rows: cross
 same of cross_v, with cross_mask [B, T, n * tiles] (0 where a token sees a tile, else CROSS_HIDDEN) and cross_gate [B, T, 2]
 (factors 0 or 1 of a cross layer's attention and MLP). A text graph with `images` = 0 has no cross layers at all.
 
+A cache of text in 8 bits (CacheSpec.text_dtype) holds whole steps of scales, one for each channel of each kv head, which are
+weights: text.layers.L.attn.k_scale and v_scale [K * D]. Keys are scaled as they lie there, behind the rotary embedding.
+
 Integers are int32. On Ascend the weights and the cache are float16 or bfloat16 (CacheSpec.dtype); inputs that a step brings
 and outputs that are no cache are as above, so that the host does the same on both backends. Padding is on the right: a
 prefill step writes T cache rows from `lengths` on, of which only the first last_index + 1 mean anything; the next step
@@ -89,6 +92,9 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the manifest: immutable, and an unknown field is an error."""
 
 
+_WIDTHS = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
+
+
 class TensorSpec(Record, frozen=True, kw_only=True):
     """One named graph input or output."""
 
@@ -98,7 +104,7 @@ class TensorSpec(Record, frozen=True, kw_only=True):
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * {"uint8": 1, "float16": 2, "bfloat16": 2}.get(self.dtype, 4)
+        return math.prod(self.shape) * _WIDTHS[self.dtype]
 
 
 class CertificateCase(Record, frozen=True, kw_only=True):
@@ -249,14 +255,17 @@ class CacheSpec(Record, frozen=True, kw_only=True):
     rows: int  # context plus room for the padding of a last chunk
     dtype: str
     cross: CrossSpec | None = None
+    # Of keys and values of the text, where they are kept in fewer bits than `dtype`, which is then that of pictures alone. Left
+    # out of the manifest where unset.
+    text_dtype: Literal["int8"] | UnsetType = UNSET
 
     @property
     def nbytes(self) -> int:
-        width = {"float32": 4, "float16": 2, "bfloat16": 2}[self.dtype]
-        rows = self.layers * self.rows
-        if self.cross:
-            rows += self.cross.layers * self.cross.images * self.cross.rows
-        return 2 * rows * self.slots * self.kv_heads * self.head_dim * width
+        return sum(math.prod(shape) * _WIDTHS[self.dtype_of(name)] for name, shape in self.buffers().items())
+
+    def dtype_of(self, name: str) -> str:
+        """What the buffer `name` is stored in."""
+        return self.text_dtype or self.dtype if name.startswith(("k_cache.", "v_cache.")) else self.dtype
 
     def buffers(self) -> dict[str, tuple[int, ...]]:
         """Every buffer of the cache by name, with its shape."""

@@ -37,6 +37,7 @@ CONFIG_KEYS = (
     "vision_tower",
     "lora",
     "calibrate",
+    "kv_cache",
     "ignore_config_keys",
 )
 
@@ -73,7 +74,7 @@ def read_options(args: argparse.Namespace) -> Options:
     )
     simple = {
         name: given[name]
-        for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "candidates", "text_before_image")
+        for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "candidates", "text_before_image", "kv_cache")
         if name in given
     }
     if "eager" in given:
@@ -142,18 +143,18 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
         if buckets := plan.buckets(kind):
             print(f"{kind:>8}  {', '.join(map(str, buckets))}")
     cache = plan.cache
-    held = ""
+    held, bits = "", " (int8)" if cache.text_dtype else ""
     if cross := cache.cross:
         seen = sorted({images for kind, _, images in plan.graphs if kind != "vision"})
         print(f"  images  {', '.join(map(str, seen))}; prefill and decode graphs for each")
         held = f" and {cross.images} pictures of {cross.rows} keys"
-    print(f"   cache  {cache.slots} slots of {cache.context} tokens{held}, {sizes['cache_bytes'] / 1e9:.3f} GB")
+    print(f"   cache  {cache.slots} slots of {cache.context} tokens{held}, {sizes['cache_bytes'] / 1e9:.3f} GB{bits}")
     weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({_form(options)})"
     print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {weights}")
     if options.tp * options.pp > 1:
         weights, kept = sizes["rank_weight_bytes"] / 1e9, sizes["rank_cache_bytes"] / 1e9
         print(f"  a rank  of {options.tp * options.pp}: weights {weights:.3f} GB, cache {kept:.3f} GB")
-        half = sizes["rank_bfloat16_bytes"] / 1e9, kept / 2
+        half = sizes["rank_bfloat16_bytes"] / 1e9, sizes["rank_bfloat16_cache_bytes"] / 1e9
         print(f"          in bfloat16: weights {half[0]:.3f} GB, cache {half[1]:.3f} GB")
 
 

@@ -35,7 +35,8 @@ def _facts(manifest: Manifest) -> Table:
         **_ranks(manifest),
         "weights": f"{len(manifest.weights)} tensors, {weights / 1e6:.1f} MB" + (" on each rank" if manifest.ranks > 1 else ""),
         "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
-        f"{cache.head_dim}, {cache.dtype}, {cache.nbytes / 1e6:.1f} MB",
+        f"{cache.head_dim}, {cache.text_dtype or cache.dtype}, {cache.nbytes / 1e6:.1f} MB",
+        **_cut_off(manifest),
         **_cross(manifest),
         **_ascend(manifest),
         "made by": f"staticvl {manifest.build.staticvl}, torch {manifest.build.torch}, schema {manifest.schema_version}",
@@ -53,6 +54,13 @@ def _calibration(manifest: Manifest) -> dict[str, str]:
     if facts is UNSET:
         return {}
     return {"calibrated": f"{facts.method}, with {facts.prompts} prompts and {facts.pictures} pictures ({facts.sha256[:16]})"}
+
+
+def _cut_off(manifest: Manifest) -> dict[str, str]:
+    """What a cache in 8 bits cannot hold."""
+    if not manifest.cache.text_dtype:
+        return {}
+    return {"cut off": "keys and values beyond the largest of their channel in the calibration and a margin"}
 
 
 def _ranks(manifest: Manifest) -> dict[str, str]:

@@ -89,7 +89,7 @@ def decoder_folds(text: TextConfig, layer: int) -> dict[str, Fold]:
     }
     if not attends_to_pictures:  # there the values are made in the vision graph
         shared = {"repeats": text.heads // text.kv_heads, "run": text.head_dim}
-        found["attn.o"] = Fold(("attn.v.weight", "attn.v.bias"), ("attn.o.weight",), **shared)
+        found["attn.o"] = Fold(("attn.v.weight", "attn.v.bias", "attn.v_scale"), ("attn.o.weight",), **shared)
     return found
 
 

@@ -1,7 +1,8 @@
 """How our parameters are cut among the ranks of a tensor-parallel model, so that together they hold the model once.
 
 - By output features (axis 0), with their biases: q, k, v, gate, up of the decoder, of vision towers and of Qwen-VL's
-  resampler, LLaVA's projector.up, keys and values of pictures. Heads stay together and each cut is contiguous.
+  resampler, LLaVA's projector.up, keys and values of pictures, scales of a cache in 8 bits. Heads stay together and each cut is
+  contiguous.
 - By input features (axis 1): o, down, LLaVA's projector.down. Their products are summed over ranks; their biases are whole on
   every rank and added once, to the sum.
 - By output features that are joined again behind the product: lm_head, Llama's and Qwen's projectors, and the resampler's kv.
@@ -37,13 +38,14 @@ _OUTPUT = re.compile(
     r"(?:text\.layers\.\d+\.(?:attn\.[qkv]|mlp\.(?:gate|up))"
     r"|vision\.(?:global_)?layers\.\d+\.(?:attn\.[qkv]|mlp\.up)"
     r"|cross\.\d+\.[kv]|pool\.attn\.[qkv]|pool\.kv|projector\.up|projector|text\.lm_head)\.(?:weight|bias)"
+    r"|text\.layers\.\d+\.attn\.[kv]_scale"
 )
 _INPUT = re.compile(
     r"(?:(?:text\.|vision\.|vision\.global_)layers\.\d+\.(?:attn\.o|mlp\.down)|pool\.attn\.o|projector\.down|text\.embed)\.weight"
 )
 _HEAD = "text.lm_head.weight"
 _POSITIONS = "vision.positions.weight"
-_KEYS_VALUES = re.compile(r"(?:text\.layers\.\d+\.attn|cross\.\d+)\.[kv]\.(?:weight|bias)")
+_KEYS_VALUES = re.compile(r"(?:text\.layers\.\d+\.attn|cross\.\d+)\.[kv](?:\.(?:weight|bias)|_scale)")
 
 
 def shard_axis(config: ModelConfig, name: str) -> Literal[0, 1] | None:

@@ -25,6 +25,8 @@ def encode_config(config: ModelConfig) -> bytes:
     """The whole model's config, whatever stage is meant."""
     data = asdict(config)
     del data["text"]["stage"]
+    if not data["text"]["int8_cache"]:  # so that what has none is written as ever
+        del data["text"]["int8_cache"]
     return json.dumps(data, indent=1).encode() + b"\n"
 
 

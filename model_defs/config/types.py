@@ -50,6 +50,7 @@ class TextConfig:
     cross_layers: tuple[int, ...] = ()  # layers that attend to pictures instead of to the text
     newline: bool = False  # one more embedding row, behind the others: the end of a row of picture features
     stage: Stage = WHOLE  # the part of the depth that is meant: all of it, but in a pipeline
+    int8_cache: bool = False  # keys and values of the text are kept in 8 bits, by scales that lie among the weights
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:

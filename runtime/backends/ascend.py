@@ -96,7 +96,8 @@ class AscendBackend:
         self.group = group
         self.dtype = torch.float32 if device.wide else getattr(torch, cache.dtype)
         self.caches = {
-            name: torch.zeros(shape, dtype=self.dtype, device=device.name) for name, shape in cache.buffers().items()
+            name: torch.zeros(shape, dtype=torch.int8 if cache.dtype_of(name) == "int8" else self.dtype, device=device.name)
+            for name, shape in cache.buffers().items()
         }
         self.weights: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}

@@ -175,7 +175,7 @@ class OrtBackend:
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
         self.pack, self.shared = pack, shared
         # Zeroed pages are only backed by memory once they are written.
-        self.caches = {name: np.zeros(shape, cache.dtype) for name, shape in cache.buffers().items()}
+        self.caches = {name: np.zeros(shape, cache.dtype_of(name)) for name, shape in cache.buffers().items()}
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.outputs: dict[str, dict[str, np.ndarray]] = {}  # by graph: those that are no cache
         self.results: dict[str, Result] = {}  # of them, by graph
