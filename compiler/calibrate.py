@@ -44,9 +44,10 @@ from .graphs import define_graph
 from .progress import Progress
 
 CHUNK = 256  # tokens that attend at once
-# What a cache in 8 bits can hold, over the largest that the prompts gave: other prompts give more, and so may quantised weights.
+# What a cache in 8 bits holds at most, over the largest that the prompts gave: others give more, and so may quantised weights.
 # Steps are wider by as much; docs/quantisation.md has figures.
 CACHE_MARGIN = 1.25
+LEAST_SCALE = 2**-20  # which float16 still holds, of channels that are all but zero
 
 
 class Watch:
@@ -303,9 +304,9 @@ def largest_in(keys: Tensor, values: Tensor) -> Largest:
 
 
 def cache_scales(largest: Sequence[Largest]) -> Layer:
-    """Scales of one layer's cache; a channel that nothing was seen of has steps of 1."""
+    """Scales of one layer's cache."""
     found = [torch.stack(each).amax(0) * CACHE_MARGIN / 127 for each in zip(*largest, strict=True)]
-    return {f"attn.{which}_scale": scale.where(scale > 0, 1.0) for which, scale in zip("kv", found, strict=True)}
+    return {f"attn.{which}_scale": scale.clamp(min=LEAST_SCALE) for which, scale in zip("kv", found, strict=True)}
 
 
 def _quantised(

@@ -104,12 +104,13 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
 
 def _check_heads(definition: GraphDef) -> None:
     """Heads of pictures are filled up where they are used; those of a cache would have to be so in the cache."""
-    widths = {spec.shape[-1] for spec in (*definition.inputs, *definition.outputs) if is_cached(spec.name)}
-    for width in widths:
-        if width % lower_ascend.HEAD_ALIGNMENT:
+    caches = {(spec.shape[-1], spec.dtype) for spec in (*definition.inputs, *definition.outputs) if is_cached(spec.name)}
+    for width, dtype in sorted(caches):
+        multiple = lower_ascend.INT8_HEAD_ALIGNMENT if dtype == "int8" else lower_ascend.HEAD_ALIGNMENT
+        if width % multiple:
             raise EmitError(
                 f"{definition.name}: a head of {width} elements cannot be compiled for Ascend, whose attention takes multiples "
-                f"of {lower_ascend.HEAD_ALIGNMENT}"
+                f"of {multiple}" + (" from a cache in 8 bits; leave out --kv-cache int8" if dtype == "int8" else "")
             )
 
 
@@ -265,7 +266,8 @@ def _frozen(name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> 
 
 
 def _like(spec: TensorSpec, dtype: torch.dtype) -> Tensor:
-    return torch.empty(spec.shape, dtype=dtype if is_cached(spec.name) else getattr(torch, spec.dtype), device="meta")
+    in_floats = is_cached(spec.name) and spec.dtype != "int8"
+    return torch.empty(spec.shape, dtype=dtype if in_floats else getattr(torch, spec.dtype), device="meta")
 
 
 class _Traced(nn.Module):

@@ -23,6 +23,7 @@ from ..runtime.ascend.process_groups import group_of_all
 
 # The fused attention takes heads whose width is a multiple of this, in 16-bit types (CANN, FusedInferAttentionScore).
 HEAD_ALIGNMENT = 16
+INT8_HEAD_ALIGNMENT = 32  # where keys or values are int8
 # The side of the triangle that stands for a causal mask of any size (CANN, FusedInferAttentionScore, sparse_mode 2 to 4).
 CAUSAL_SIDE = 2048
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: the last query sees the last key, at the true lengths
@@ -223,10 +224,46 @@ def cached_attention(
     Lengths go in as a tensor. A chunk counts as whole, its padding included: its last token sees the last row written,
     which is what the operator calls right-down causal at the lengths T and lengths + T.
     """
-    t = q.shape[1]
-    kv_heads, _, d = k_cache.shape[1:]
     k_cache = _append(k_cache, k, lengths)
     v_cache = _append(v_cache, v, lengths)
+    return _over_caches(q, k_cache, v_cache, lengths, heads), k_cache, v_cache
+
+
+def int8_cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same over caches of int8, scales being [K, 1, D].
+
+    For one token of each row the operator takes them as they are. For several it knows no scales of channels (CANN: scales of
+    tokens alone), so what this layer reads of its caches is widened first, a copy that lives as long as the layer.
+    """
+    k_cache = _append(k_cache, _rounded(k, k_scale), lengths)
+    v_cache = _append(v_cache, _rounded(v, v_scale), lengths)
+    if q.shape[1] == 1:
+        scales = {"key_antiquant_scale": k_scale[None], "value_antiquant_scale": v_scale[None]}  # [1, K, 1, D]
+        return _over_caches(q, k_cache, v_cache, lengths, heads, **scales), k_cache, v_cache
+    keys, values = k_cache.to(q.dtype) * k_scale, v_cache.to(q.dtype) * v_scale
+    return _over_caches(q, keys, values, lengths, heads), k_cache, v_cache
+
+
+def _rounded(x: Tensor, scale: Tensor) -> Tensor:
+    """x [B, T, K*D] in whole steps of its channels' scales [K, 1, D], int8; computed in float32."""
+    steps = x.float() * aten.reciprocal.default(scale.float()).flatten()
+    return aten.round.default(steps.clamp(-128, 127)).to(torch.int8)
+
+
+def _over_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, heads: int, **scales: Tensor) -> Tensor:
+    """Fused attention of q [B, T, H*D] to all rows up to its own, those at `lengths` and on."""
+    t = q.shape[1]
+    kv_heads, _, d = k_cache.shape[1:]
     masked: dict[str, Any] = {}
     if t > 1:
         masked = {"atten_mask": _causal_triangle(q.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
@@ -240,8 +277,9 @@ def cached_attention(
         actual_seq_lengths_kv=(lengths + t).long(),
         num_key_value_heads=kv_heads,
         **masked,
+        **scales,
     )
-    return _heads_last(out), k_cache, v_cache
+    return _heads_last(out)
 
 
 def _append(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
@@ -347,6 +385,6 @@ def all_gather(x: Tensor, ranks: int) -> Tensor:
 
 LOWERINGS: tuple[Callable[..., Any], ...] = (
     linear, linear_w8, linear_w4, linear_w8a8, rms_norm, layer_norm, silu_mul, gelu, quick_gelu, embed, merge_rows,
-    take_token, top_tokens, mask_tiles, tile_padding, pad_rows, rope, cached_attention, attention, padded_attention,
-    cross_attention, all_reduce, all_gather,
+    take_token, top_tokens, mask_tiles, tile_padding, pad_rows, rope, cached_attention, int8_cached_attention, attention,
+    padded_attention, cross_attention, all_reduce, all_gather,
 )  # fmt: skip

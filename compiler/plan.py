@@ -31,6 +31,7 @@ DEFAULT_IMAGES = (1, 4)
 DEFAULT_CANDIDATES = {"onnx": 0, "ascend": 64}
 MOST_CANDIDATES = 1024
 MAX_BUCKET = 1 << 16
+INT8_CACHE_LACKS = "Ascend310P"  # whose fused attention takes no int8 keys (torch_npu's documentation of the operator)
 KV_CACHES = ("float", "int8")  # what keys and values of the text are kept in; the first is the default
 TEXT_BEFORE_IMAGE = ("transformers", "meta")
 LISTS = (*KINDS, "images")
@@ -172,6 +173,8 @@ class Options:
                 "a cache in 8 bits needs to know how large keys and values become; give --calibrate FILE with prompts like "
                 "those that the model is for"
             )
+        if self.int8_cache and self.soc == INT8_CACHE_LACKS and self.backend == "ascend":
+            raise PlanError(f"{self.soc} has no attention over a cache in 8 bits; leave out --kv-cache int8")
         if self.int8_cache and self.eager:
             raise PlanError("eager graphs know no cache in 8 bits; leave out --kv-cache int8 or --eager")
         if self.calibration and self.quant not in METHODS and not self.int8_cache:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from msgspec import UNSET
 
+from ...compiler.calibration import METHODS
 from ...runtime.engine import ContextError
 from ...runtime.images import ImageError
 from ...runtime.prompt import PromptError
@@ -103,7 +104,8 @@ class Comparison:
     def _calibrated(self) -> list[str]:
         """The quantisations that scales are folded in for."""
         manifests = (self.reference.manifest, self.candidate.manifest)
-        return [manifest.quant for manifest in manifests if manifest and manifest.build.calibration is not UNSET]
+        calibrated = [manifest.quant for manifest in manifests if manifest and manifest.build.calibration is not UNSET]
+        return [quant for quant in calibrated if quant in METHODS]
 
     def _same_checkpoint(self) -> bool:
         """Whether both sides read the same files, so that there are no two sets of weights."""

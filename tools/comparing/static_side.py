@@ -15,6 +15,7 @@ from ...compiler.lockstep import LockstepBackend, widened
 from ...compiler.lockstep_stages import PipelineBackend, whole_pipeline
 from ...model_defs.config import ModelConfig, decode_config
 from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelFacts, WeightSpec, open_artifact, rank_weights
+from ...runtime.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, Group, open_backend
 from ...runtime.boxes import Box
 from ...runtime.model import Model
@@ -154,10 +155,26 @@ class StaticSide:
 
     def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
         names = [name for name in self.artifact.manifest.cache.buffers() if name[:2] in ("k_", "v_")]
-        found = {name: self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions] for name in names}
+        found = {
+            name: self._unscaled(name, self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions]) for name in names
+        }
         heads = self.config.text.kv_heads if self.config else 0
         # Where there are more ranks than heads, neighbours hold the same one.
         return {name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in found.items()}
+
+    def _unscaled(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """What rows [K, S, D] of a cache stand for."""
+        if not self.artifact.manifest.cache.text_dtype:
+            return rows
+        assert self.config is not None, "a cache in 8 bits is newer than definition.json"
+        which, _, number = name.partition("_cache.")
+        layer = [i for i in range(self.config.text.layers) if i not in self.config.text.cross_layers][int(number)]
+        held = [
+            map_weight(self.artifact.folder, weights[f"text.layers.{layer}.attn.{which}_scale"])
+            for weights in self.rank_weights
+        ]
+        scale = np.concatenate([each.float().numpy().reshape(-1, 1, rows.shape[-1]) for each in held])
+        return rows * scale
 
     def greedy(self, prompt: Prepared, count: int) -> np.ndarray:
         assert isinstance(prompt, StaticPrepared)

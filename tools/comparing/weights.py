@@ -13,6 +13,7 @@ from ...model_defs.config import ModelConfig, quant_bits
 from ...runtime.artifact import WeightSpec
 from ...runtime.ascend.weights import map_weight
 from ...weights.cut import Span
+from ...weights.names import is_cache_scale
 from ...weights.quantize import dequantize
 from ...weights.shard import rank_span, shard_axis
 from ...weights.stored import quant_of
@@ -30,8 +31,9 @@ class Store:
     quant: str = "none"
 
     def names(self) -> list[str]:
-        """Parameters, a quantised one by the name that it would have in float."""
-        found = dict.fromkeys(name for name in self.weights if not name.endswith((".qweight", ".scales", ".zeros")))
+        """Parameters that a checkpoint has, a quantised one by the name that it would have in float."""
+        parts = (".qweight", ".scales", ".zeros")
+        found = dict.fromkeys(name for name in self.weights if not name.endswith(parts) and not is_cache_scale(name))
         return [*found, *(f"{n.removesuffix('.qweight')}.weight" for n in self.weights if n.endswith(".qweight"))]
 
     def quantised(self, name: str) -> bool:

@@ -39,6 +39,8 @@ def fused_infer_attention_score(
     atten_mask: Tensor | None = None,
     actual_seq_lengths: Tensor | None = None,
     actual_seq_lengths_kv: Tensor | None = None,
+    key_antiquant_scale: Tensor | None = None,
+    value_antiquant_scale: Tensor | None = None,
     *,
     num_heads: int,
     scale: float = 1.0,
@@ -66,6 +68,9 @@ def fused_infer_attention_score(
     Modes 2 to 4 want the mask of [2048, 2048] with ones above the diagonal. For one query per row the device takes another
     kernel, which knows no sparse_mode: modes 2 and 4, which mean something there, are refused.
 
+    Keys and values may be int8 where there is one query per row: they stand for so many steps of scales [1, K, 1, D] of query's
+    type (antiquant modes 0), to which they are widened, rounding once.
+
     inner_precise (0 to 3) trades accuracy for speed and is the same here. A query that sees no key gives zeros, and an lse of
     inf, in all of its modes; a device promises that for 2 and 3 only.
     """
@@ -74,6 +79,9 @@ def fused_infer_attention_score(
         raise UnsupportedError(f"attribute input_layout = {input_layout!r} is not supported; expected one of {LAYOUTS}")
     if inner_precise not in (0, 1, 2, 3):
         raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 to 3")
+    if key_antiquant_scale is not None or value_antiquant_scale is not None:
+        key = [_antiquantised(query, key, key_antiquant_scale, "key")]
+        value = [_antiquantised(query, value, value_antiquant_scale, "value")]
     q, k, v = _operands(query, key, value, layout, num_heads, num_key_value_heads or num_heads, run)
     queries = _lengths(actual_seq_lengths, "actual_seq_lengths", q.shape[0], q.shape[2])
     keys = _lengths(actual_seq_lengths_kv, "actual_seq_lengths_kv", q.shape[0], k.shape[2])
@@ -88,6 +96,22 @@ def fused_infer_attention_score(
         rows = (q[b, :, :count], k[b, :, :length], v[b, :, :length])
         out[b, :, :count], lse[b, :, :count] = _attend(*rows, hidden, scale)
     return _arranged(out, out_layout or layout), lse if softmax_lse_flag else torch.empty(run.node.outputs[1].shape or 0)
+
+
+def _antiquantised(query: Tensor, given: list[Tensor], scale: Tensor | None, name: str) -> Tensor:
+    """Keys or values [B, K, S, D] of int8 in query's type. Layouts other than BNSD are not simulated."""
+    (numbers,) = given
+    if numbers.dtype != torch.int8 or scale is None or scale.dtype != query.dtype:
+        raise UnsupportedError(
+            f"{name} is {numbers.dtype}, its antiquant scale {scale if scale is None else scale.dtype}; expected torch.int8 and "
+            f"query's {query.dtype}"
+        )
+    if query.dim() != 4 or query.shape[2] != 1 or tuple(scale.shape) != (1, numbers.shape[1], 1, numbers.shape[3]):
+        raise UnsupportedError(
+            f"antiquant scale {list(scale.shape)} of {name} {list(numbers.shape)} with query {list(query.shape)}; expected "
+            "BNSD, one query per row, and [1, K, 1, D]"
+        )
+    return (numbers.float() * wide(scale)).to(query.dtype)
 
 
 def _operands(
