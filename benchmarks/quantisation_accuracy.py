@@ -1,9 +1,10 @@
 """What a quantisation costs the trained tiny models: right answers on drawings that they were not trained on, and logits.
 
     python -m benchmarks.quantisation_accuracy [--models tiny_llava15,...] [--quants w8a16,...] [--drawings 40] [--backend onnx]
-        [--calibrate 32]
+        [--calibrate 32 [--kv-cache int8]]
 
-With --calibrate every quantisation that can be is also measured calibrated with so many prompts about other drawings.
+With --calibrate every quantisation that can be is also measured calibrated with so many prompts about other drawings. With
+--kv-cache int8 each is measured with a cache in 8 bits alone (`none` may be among them).
 With --outliers F a few channels behind every norm are made F times as large and the weights behind them as much smaller: the
 same model in floats, whose activations look like those of large models.
 
@@ -17,7 +18,7 @@ import argparse
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from staticvl.compiler.build import build
 from staticvl.compiler.calibration import METHODS, Calibration
-from staticvl.compiler.plan import Buckets, Options
+from staticvl.compiler.plan import KV_CACHES, Buckets, Options
 from staticvl.model_defs.config import QUANTS
 from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.comparing.metrics import compare_logits
@@ -55,12 +56,18 @@ class Answers:
 
 
 def compiled(
-    checkpoint: Path, quant: str, out: Path, backend: str = "onnx", calibration: Calibration | None = None
+    checkpoint: Path,
+    quant: str,
+    out: Path,
+    backend: str = "onnx",
+    calibration: Calibration | None = None,
+    kv_cache: str = "float",
 ) -> StaticSide:
     """A trained model, compiled and opened."""
     images = (2,) if checkpoint.name == "tiny_mllama" else None
     buckets = Buckets(prefill=(64,), decode=(4,), context=1024, slots=4, images=images)
-    build(Options(checkpoint=checkpoint, out=out, buckets=buckets, quant=quant, backend=backend, calibration=calibration))
+    options = Options(checkpoint=checkpoint, out=out, buckets=buckets, quant=quant, backend=backend)
+    build(replace(options, calibration=calibration, kv_cache=kv_cache))
     return open_artifact_side(out, device="auto", threads=None, name=out.name)
 
 
@@ -120,12 +127,14 @@ def forced(side: StaticSide, wanted: list[Case], answers: Answers) -> list[np.nd
 
 
 def measure(
-    checkpoint: Path, quants: list[str], drawings: int, backend: str, prompts: int, folder: Path
+    checkpoint: Path, quants: list[str], drawings: int, backend: str, prompts: int, folder: Path, kv_cache: str = "float"
 ) -> dict[str, dict[str, float]]:
     """Figures of one model by quantisation."""
     used = calibration(prompts, folder / "calibration") if prompts else None
     kinds = [(quant, quant, None) for quant in quants]
-    if used:
+    if kv_cache == "int8":
+        kinds = [(f"{quant}, int8 cache", quant, used) for quant in quants]
+    elif used:
         kinds += [(f"{quant}, calibrated", quant, used) for quant in quants if quant in METHODS]
     wanted = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
     reference = compiled(checkpoint, "none", folder / "none", backend)
@@ -133,7 +142,7 @@ def measure(
     logits = forced(reference, wanted, answers)
     found = {"none": {"right": float(np.mean(answers.right)), "cases": float(len(wanted))}}
     for label, quant, by in kinds:
-        side = compiled(checkpoint, quant, folder / label, backend, by)
+        side = compiled(checkpoint, quant, folder / label, backend, by, kv_cache)
         own = answered(side, wanted)
         figures = [compare_logits(*each) for each in zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)]
         rows = np.array([len(each) for each in answers.tokens])
@@ -157,7 +166,10 @@ def main() -> None:
     parser.add_argument("--backend", default="onnx", choices=("onnx", "ascend"))
     parser.add_argument("--outliers", type=float, default=1.0, metavar="F")
     parser.add_argument("--calibrate", type=int, default=0, metavar="PROMPTS")
+    parser.add_argument("--kv-cache", default="float", choices=KV_CACHES)
     args = parser.parse_args()
+    if args.kv_cache == "int8" and not args.calibrate:
+        parser.error("a cache in 8 bits is calibrated; give --calibrate PROMPTS")
     table = {}
     for model in args.models.split(","):
         with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
@@ -165,7 +177,13 @@ def main() -> None:
             if args.outliers > 1:
                 checkpoint = with_outliers(checkpoint, Path(folder) / model, args.outliers)
             table[model] = measure(
-                checkpoint, args.quants.split(","), args.drawings, args.backend, args.calibrate, Path(folder)
+                checkpoint,
+                args.quants.split(","),
+                args.drawings,
+                args.backend,
+                args.calibrate,
+                Path(folder),
+                args.kv_cache,
             )
         for quant, f in table[model].items():
             told = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"

@@ -348,7 +348,7 @@ def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Store | 
     if not any(each.images for each in calibration.conversations):
         job.progress.say("the calibration has no pictures: what pictures do to activations is not seen")
     store = Store(job.out, key)
-    calibrate(source, job.config, job.facts, cache, prompts, options.quant, options.tp, store, job.progress)
+    calibrate(source, job.config, job.facts, cache, prompts, options.stored_quant, options.tp, store, job.progress)
     return store
 
 

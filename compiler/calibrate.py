@@ -46,7 +46,7 @@ from .progress import Progress
 CHUNK = 256  # tokens that attend at once
 # What a cache in 8 bits holds at most, over the largest that the prompts gave: others give more, and so may quantised weights.
 # Steps are wider by as much; docs/quantisation.md has figures.
-CACHE_MARGIN = 1.25
+CACHE_MARGIN = 1.5
 LEAST_SCALE = 2**-20  # which float16 still holds, of channels that are all but zero
 
 

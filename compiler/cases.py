@@ -19,7 +19,9 @@ from ..runtime.feeds import Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
 
 GARBAGE = 30.0
-STEPS = 40.0  # of a cache in 8 bits, that a deviation of the noise is worth
+# Steps of a cache in 8 bits that a deviation of the noise is worth. With more, scores become so large that what float32 loses
+# shows: keys of noise fit a query far better, or worse, than those of a model.
+STEPS = 12.0
 NOISE = 65521  # a prime, so that repeated noise does not line up with heads and rows
 
 

@@ -103,8 +103,8 @@ def _antiquantised(query: Tensor, given: list[Tensor], scale: Tensor | None, nam
     (numbers,) = given
     if numbers.dtype != torch.int8 or scale is None or scale.dtype != query.dtype:
         raise UnsupportedError(
-            f"{name} is {numbers.dtype}, its antiquant scale {scale if scale is None else scale.dtype}; expected torch.int8 and "
-            f"query's {query.dtype}"
+            f"{name} is {numbers.dtype} with an antiquant scale of {'nothing' if scale is None else scale.dtype}; expected "
+            f"torch.int8 and query's {query.dtype}"
         )
     if query.dim() != 4 or query.shape[2] != 1 or tuple(scale.shape) != (1, numbers.shape[1], 1, numbers.shape[3]):
         raise UnsupportedError(
