@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from staticvl.compiler.build import build
 from staticvl.compiler.calibration import METHODS, Calibration
-from staticvl.compiler.plan import KV_CACHES, Buckets, Options
-from staticvl.model_defs.config import QUANTS
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.model_defs.config import KV_CACHES, QUANTS
 from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import asked

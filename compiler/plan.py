@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from msgspec import UNSET, structs
 
-from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, TiledConfig
+from ..model_defs.config import KV_CACHES, QUANTS, READY_MADE, ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.ascend.torchair_host import SOCS
 from ..weights.rules import targets
@@ -32,7 +32,6 @@ DEFAULT_CANDIDATES = {"onnx": 0, "ascend": 64}
 MOST_CANDIDATES = 1024
 MAX_BUCKET = 1 << 16
 INT8_CACHE_LACKS = "Ascend310P"  # whose fused attention takes no int8 keys (torch_npu's documentation of the operator)
-KV_CACHES = ("float", "int8")  # what keys and values of the text are kept in; the first is the default
 TEXT_BEFORE_IMAGE = ("transformers", "meta")
 LISTS = (*KINDS, "images")
 

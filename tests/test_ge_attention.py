@@ -170,6 +170,45 @@ def test_attention_refuses(name: str) -> None:
         )
 
 
+def over_steps(ge: Any, q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, **options: Any) -> Any:
+    return attention(ge, q, k, v, key_antiquant_scale=k_scale, value_antiquant_scale=v_scale, **options)
+
+
+def in_steps() -> list[Tensor]:
+    """A query, keys and values in 8 bits, and their scales, no two channels' alike."""
+    generator = torch.Generator().manual_seed(3)
+    k, v = (torch.randint(-128, 128, (B, K, 5, D), generator=generator, dtype=torch.int8) for _ in "kv")
+    return [rand(B, H, 1, D), k, v, *(rand(1, K, 1, D).abs() / 64 for _ in "kv")]
+
+
+def test_attention_over_steps_is_attention_over_what_they_stand_for() -> None:
+    """Rounded once to the query's type."""
+    q, k, v, *scales = in_steps()
+    for dtype in (torch.float32, *HALVES):
+        wide = dtype == torch.float32
+        given = [q.to(dtype), *(scale.to(dtype) for scale in scales)]
+        stood_for = [(each.float() * scale.float()).to(dtype) for each, scale in zip((k, v), given[1:], strict=True)]
+        found = compute(over_steps, given[0], k, v, *given[1:], wide=wide)[0]
+        assert found.dtype == dtype and torch.equal(found, compute(attention, given[0], *stood_for, wide=wide)[0])
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({0: rand(B, H, 3, D).half()}, "expected BNSD, one query per row"),
+        ({3: rand(1, K, 1, 2 * D).half()}, r"antiquant scale \[1, 2, 1, 16\] of key"),
+        ({3: rand(1, K, 1, D)}, r"antiquant scale of torch\.float32; expected torch\.int8 and query's torch\.float16"),
+        ({2: rand(B, K, 5, D).half()}, r"value is torch\.float16 with"),
+    ],
+)
+def test_attention_over_steps_refuses(changed: dict[int, Tensor], message: str) -> None:
+    given = [each.half() if each.dtype == torch.float32 else each for each in in_steps()]
+    for place, value in changed.items():
+        given[place] = value
+    with pytest.raises(GeGraphError, match=message):
+        compute(over_steps, *given)
+
+
 def test_attention_refuses_float32_and_modes_without_effect() -> None:
     q, k, v = (rand(B, n, 1, D) for n in (H, K, K))
     with pytest.raises(GeGraphError, match=r"query is torch\.float32"):

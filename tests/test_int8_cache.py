@@ -40,6 +40,7 @@ from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import open_artifact_side, open_eager_side
 from staticvl.tools.train_tiny import cases
+from staticvl.tools.tuning.target import from_artifact, from_checkpoint
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.writer import lay_out, write_shard
 
@@ -322,6 +323,14 @@ def test_the_forecast_counts_a_quarter(prompts: Calibration) -> None:
     assert costs[0].flops == costs[1].flops
     saved = (text[0] - text[1]) / caches[0].slots - 4 * 2 * caches[0].layers * config.text.kv_heads * config.text.head_dim
     assert costs[0].nbytes - costs[1].nbytes == saved
+
+
+def test_buckets_are_tuned_for_what_it_takes(eight: Path) -> None:
+    """From the artifact, and from the checkpoint that it is made of."""
+    counted = from_checkpoint(str(EMBEDDED), "910B", 0.0, quant="none", dtype="float32", vision_tower=None, kv_cache="int8")
+    made = from_artifact(eight, "910B", 0.0, 0, None)
+    assert counted.row_bytes == made.row_bytes == 2 * 4 * 2 * 32
+    assert counted.weight_bytes == made.weight_bytes
 
 
 # ---- faults

@@ -86,6 +86,16 @@ def cached(rows: int, tokens: int, *lengths: int, room: int = 12) -> Case:
     return case("cached_attention", q, k, v, *caches, ints(*lengths), then=(heads,))
 
 
+def cached_in_8_bits(rows: int, tokens: int, *lengths: int) -> Case:
+    """The same; some keys lie beyond the last step."""
+    heads, kv_heads, d = 4, 2, 32
+    caches = [torch.randint(-128, 128, (rows, kv_heads, 12, d), generator=_generator(), dtype=torch.int8) for _ in "kv"]
+    scales = [(rand(kv_heads, 1, d).abs() + 0.1) / 50 for _ in "kv"]
+    q, k, v = rand(rows, tokens, heads * d), rand(rows, tokens, kv_heads * d), rand(rows, tokens, kv_heads * d)
+    k[..., :2] = torch.tensor([100.0, -100.0])
+    return case("int8_cached_attention", q, k, v, *caches, *scales, ints(*lengths), then=(heads,))
+
+
 def crossed(tokens: int, images: int) -> Case:
     """Two tiles a picture of three keys each; the first token of a row sees nothing, the last everything."""
     q, keys = rand(2, tokens, 64), [rand(2, 2, 6, 16) for _ in range(2 * images)]
@@ -168,6 +178,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "cached_attention, first chunk": lambda: cached(1, 4, 0),
     "cached_attention, prefill of 1": lambda: cached(1, 1, 3),
     "cached_attention, full": lambda: cached(1, 4, 8),
+    "int8_cached_attention, decode": lambda: cached_in_8_bits(3, 1, 0, 5, 11),
+    "int8_cached_attention, prefill": lambda: cached_in_8_bits(1, 4, 5),
+    "int8_cached_attention, first chunk": lambda: cached_in_8_bits(1, 4, 0),
+    "int8_cached_attention, full": lambda: cached_in_8_bits(1, 4, 8),
     "attention": lambda: case("attention", rand(2, 5, 64), rand(2, 7, 64), rand(2, 7, 64), then=(4,)),
     "attention, odd head": lambda: case("attention", rand(1, 5, 26), rand(1, 5, 26), rand(1, 5, 26), then=(2,)),
     "padded_attention": lambda: case(

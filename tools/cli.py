@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from ..model_defs.config import QUANTS
+from ..model_defs.config import KV_CACHES, QUANTS
 from .cards import CARDS
 from .comparing.arguments import add_arguments as add_compare_arguments
 from .sampling_options import EXAMPLES, add_sampling_options
@@ -138,7 +138,7 @@ def _add_compile(commands) -> None:
     )
     parser.add_argument(
         "--kv-cache",
-        choices=("float", "int8"),
+        choices=KV_CACHES,
         help="int8: keys and values in 8 bits, a quarter of the cache (ascend: half); needs --calibrate; default: float",
     )
     parser.add_argument("--ignore-config-keys", metavar="A,B", help="config.json keys known not to matter")
@@ -311,6 +311,7 @@ def _add_tune_buckets(commands) -> None:
     )
     group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="of every run on a card; default: 0")
     group.add_argument("--quant", choices=QUANTS, default="none", help="with --checkpoint; default: none")
+    group.add_argument("--kv-cache", choices=KV_CACHES, default="float", help="with --checkpoint; default: float")
     group.add_argument("--dtype", choices=("float32", "float16", "bfloat16"), default="", help="with --checkpoint")
     group.add_argument("--costs", type=Path, metavar="FILE", help="YAML with milliseconds: {prefill: {16: 4.1, 64: 9.5}, ...}")
     group.add_argument("--save-costs", type=Path, metavar="FILE", help="write the measured costs as such a table")

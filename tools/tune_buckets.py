@@ -112,7 +112,13 @@ def _target(args: argparse.Namespace) -> Target:
     else:
         checkpoint, card = args.checkpoint or DEFAULT_MODEL, args.card or DEFAULT_CARD
         target = from_checkpoint(
-            checkpoint, card, args.overhead_ms, quant=args.quant, dtype=args.dtype, vision_tower=args.vision_tower
+            checkpoint,
+            card,
+            args.overhead_ms,
+            quant=args.quant,
+            dtype=args.dtype,
+            vision_tower=args.vision_tower,
+            kv_cache=args.kv_cache,
         )
     if args.costs:
         table = parse_costs(_yaml(args.costs), str(args.costs))

@@ -15,7 +15,18 @@ from pathlib import Path
 from .keys import Keys, load_config, read_json
 from .llava import read_llava
 from .mllama import read_mllama
-from .quant import ASYMMETRIC, QUANTS, READY_MADE, head_quant, quant_bits, quant_block, quant_parts, text_quant, tower_quant
+from .quant import (
+    ASYMMETRIC,
+    KV_CACHES,
+    QUANTS,
+    READY_MADE,
+    head_quant,
+    quant_bits,
+    quant_block,
+    quant_parts,
+    text_quant,
+    tower_quant,
+)
 from .qwen_vl import read_qwen_vl
 from .stage import Stage
 from .stored import decode_config, encode_config
@@ -32,6 +43,7 @@ from .types import (
 
 __all__ = [
     "ASYMMETRIC",
+    "KV_CACHES",
     "QUANTISATION_KEYS",
     "QUANTS",
     "READY_MADE",

@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16", "w4a16-g32")  # what can be asked for
+KV_CACHES = ("float", "int8")  # what keys and values of the text are kept in; the first is the default
 ASYMMETRIC, FLOAT_HEAD, SMALL_BLOCKS = "-asym", "+float-head", "-g32"
 GROUPED = ("w8a16", "w8a16-g32", "w4a16", "w4a16-g32")
 READY_MADE = tuple(f"{kind}{FLOAT_HEAD}" for kind in ("w8a8", *GROUPED, *(f"{each}{ASYMMETRIC}" for each in GROUPED)))

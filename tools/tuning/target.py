@@ -81,9 +81,17 @@ def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: in
 
 
 def from_checkpoint(
-    checkpoint: str, card: str, overhead_ms: float, *, quant: str, dtype: str, vision_tower: Path | None
+    checkpoint: str,
+    card: str,
+    overhead_ms: float,
+    *,
+    quant: str,
+    dtype: str,
+    vision_tower: Path | None,
+    kv_cache: str = "float",
 ) -> Target:
     """A checkpoint's folder, of which only the small files are read, or a model known by name; at best on a card."""
+    from ...compiler.calibration import Calibration
     from ...compiler.facts import read_facts
     from ...compiler.plan import Buckets, Options, forecast, make_plan
     from ...model_defs.config import TiledConfig, read_config
@@ -101,8 +109,11 @@ def from_checkpoint(
         backend="onnx" if dtype == "float32" else "ascend",
         dtype=dtype,
         quant=quant,
+        kv_cache=kv_cache,
+        calibration=Calibration((), "") if kv_cache == "int8" else None,  # what it will be does not change a size
         buckets=Buckets(context=config.text.max_positions, slots=1, images=(1,) if crossed else None),
     )
+    config = options.defined(config)
     plan = make_plan(config, options)
     bare = msgspec.structs.replace(plan.cache, cross=None).nbytes
 
