@@ -39,9 +39,6 @@ DEFAULTS = {
     "float16": Thresholds(
         relative=5e-2, kl=2e-2, agreement=0.9, perplexity=0.05, weights=1e-3, inputs=1e-5, operators=2e-3
     ),
-    "int8-cache": Thresholds(
-        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=1e-3, inputs=1e-5, operators=2e-3
-    ),
     "bfloat16": Thresholds(
         relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=1e-2, inputs=1e-5, operators=2e-3
     ),
@@ -53,6 +50,9 @@ DEFAULTS = {
     ),
     "w4a16": Thresholds(
         relative=0.6, kl=0.5, agreement=0.7, perplexity=0.5, weights=0.26, inputs=1e-5, operators=6e-2
+    ),
+    "int8-cache": Thresholds(
+        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=1e-3, inputs=1e-5, operators=2e-3
     ),
 }  # fmt: skip
 _ORDER = ("float32", "float16", "int8-cache", "bfloat16", "w8a16", "w8a8", "w4a16")  # from fine to coarse
