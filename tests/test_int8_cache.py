@@ -31,6 +31,7 @@ from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
+from staticvl.model_defs.decoder import Attention
 from staticvl.runtime.artifact import CacheSpec, Manifest, TensorSpec, WeightSpec, read_manifest
 from staticvl.runtime.ascend.weights import map_weight
 from staticvl.runtime.prompt import Message
@@ -41,6 +42,9 @@ from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import open_artifact_side, open_eager_side
 from staticvl.tools.train_tiny import cases
 from staticvl.tools.tuning.target import from_artifact, from_checkpoint
+from staticvl.weights.calibrated import decoder_folds
+from staticvl.weights.rules import targets
+from staticvl.weights.shard import rank_span
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.writer import lay_out, write_shard
 
@@ -49,6 +53,7 @@ from .checkpoints_mllama import tiny_mllama
 from .conftest import EMBEDDED
 from .fakes import Guess, noise
 from .need_torchair import skip_without_torchair
+from .wide_models import wide_config
 
 HEADS, KV_HEADS, WIDTH, ROOM = 4, 2, 16, 20
 ONE_PICTURE = Calibration((Conversation("line 1", (Message("user", "Say one word.", 1),), (noise(5),)),), "ab" * 32)
@@ -185,6 +190,28 @@ def test_over_stored_numbers_nothing_is_rounded() -> None:
     assert rounding_error(rounded.numpy(), np.full(rounded.shape, np.nan)) == float("inf")
 
 
+def test_the_decoder_scales_keys_as_keys_and_values_as_values() -> None:
+    """Keys a thousand times as large as values, whose steps they would never fit; against the same layer over floats."""
+    config = replace(read_config(EMBEDDED).text, heads=HEADS, kv_heads=KV_HEADS, head_dim=WIDTH, hidden_size=32)
+    layers = [Attention(replace(config, int8_cache=int8), "none", 1) for int8 in (True, False)]
+    random = torch.Generator().manual_seed(4)
+    weights = {name: torch.randn(value.shape, generator=random) for name, value in layers[1].named_parameters()}
+    weights["k.weight"] *= 30
+    weights["v.weight"] /= 30
+    scales = {"k_scale": torch.full((KV_HEADS * WIDTH,), 2.0), "v_scale": torch.full((KV_HEADS * WIDTH,), 0.002)}
+    for layer, held in zip(layers, (weights | scales, weights), strict=True):
+        layer.load_state_dict(held)
+    feed = {name: torch.ones(1, 6, WIDTH) * value for name, value in (("rope_cos", 1.0), ("rope_sin", 0.0))}
+    feed["lengths"] = torch.zeros(1, dtype=torch.int32)
+    x = torch.randn(1, 6, 32, generator=random) / 6
+    caches = [torch.zeros(2, 1, KV_HEADS, 8, WIDTH, dtype=dtype) for dtype in (torch.int8, torch.float32)]
+    (out, (keys, _)), (expected, _) = (
+        layer(x, feed, (cache[0], cache[1])) for layer, cache in zip(layers, caches, strict=True)
+    )
+    assert keys.dtype == torch.int8
+    assert float((out - expected).norm() / expected.norm()) < 0.1
+
+
 # ---- scales
 
 
@@ -241,15 +268,36 @@ def test_what_is_stored_was_measured(eight: Path, prompts: Calibration) -> None:
         torch.testing.assert_close(found[f"text.layers.2.{name}"], expected[name], rtol=1e-4, atol=0)
 
 
-def test_folded_scales_go_along(tmp_path: Path, prompts: Calibration, eight: Path) -> None:
-    """SmoothQuant divides rows of v by powers of two: the values' scales are divided alike, those of keys stay."""
-    out = built(tmp_path / "w8a8", prompts, quant="w8a8", buckets=replace(BUCKETS, prefill=(8,), decode=(4,), verify=None))
-    plain, folded = scales_of(eight), scales_of(out)
-    factors = torch.cat([folded[name] / plain[name] for name in plain if name.endswith(".v_scale")]).log2()
-    torch.testing.assert_close(factors, factors.round(), rtol=0, atol=1e-4)
-    assert all(torch.equal(folded[name], plain[name]) for name in plain if name.endswith(".k_scale"))
-    facts: Any = read_manifest(out).build.calibration
-    assert facts.method == "SmoothQuant, largest keys and values"
+def test_folded_scales_go_along() -> None:
+    """What smoothing divides rows of v by divides their scales: the numbers in the cache stay what they are."""
+    text, random = read_config(EMBEDDED).text, torch.Generator().manual_seed(1)
+    kv, width = text.kv_heads * text.head_dim, text.heads * text.head_dim
+    layer = {
+        "attn.v.weight": torch.randn(kv, 8, generator=random),
+        "attn.o.weight": torch.randn(8, width, generator=random),
+        "attn.v_scale": torch.rand(kv, generator=random),
+        "attn.k_scale": torch.rand(kv, generator=random),
+    }
+    factors = torch.randint(-3, 4, (kv,), generator=random).float().exp2()
+    folded = decoder_folds(text, 0)["attn.o"].apply(layer, factors)
+    assert not torch.equal(folded["attn.v.weight"], layer["attn.v.weight"])
+    steps = [each["attn.v.weight"] / each["attn.v_scale"][:, None] for each in (layer, folded)]
+    assert torch.equal(*steps) and torch.equal(folded["attn.k_scale"], layer["attn.k_scale"])
+
+
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_scales_are_cut_as_the_heads_that_they_are_of(tp: int) -> None:
+    """Also where neighbouring ranks hold the same head."""
+    config = wide_config("mllama", 2)
+    config = replace(config, text=replace(config.text, int8_cache=True))
+    shapes = targets(config)
+    names = [name for name in shapes if name.endswith("_scale")]
+    assert len(names) == 2 * config.text.self_layers and "text.layers.1.attn.k_scale" not in shapes
+    for name in names:
+        linear = name.replace("_scale", ".weight")
+        for rank in range(tp):
+            spans = [rank_span(config, each, shapes[each], tp, rank) for each in (name, linear)]
+            assert spans[0] == spans[1], (name, rank)
 
 
 def test_ranks_and_stages_hold_their_own_scales(tmp_path: Path, prompts: Calibration, eight: Path) -> None:
@@ -283,6 +331,8 @@ def test_a_manifest_says_what_the_cache_is_kept_in(eight: Path, embedded_artifac
     one = manifest.cache.nbytes / (manifest.cache.slots * manifest.cache.rows)
     assert 4 * one == plain.cache.nbytes / (plain.cache.slots * plain.cache.rows)
     assert manifest.build.options["kv_cache"] == "int8" and "--kv-cache int8" in manifest.recompilation()
+    facts: Any = manifest.build.calibration
+    assert facts.method == "largest keys and values"
     caches = {spec.dtype for graph in manifest.graphs for spec in graph.inputs if "_cache." in spec.name}
     assert caches == {"int8"}
     assert all(graph.certificate and graph.certificate.worst < 1e-4 for graph in manifest.graphs)
@@ -493,6 +543,8 @@ def test_it_costs_a_trained_model_little(quant: str, tmp_path: Path, prompts: Ca
 
     def divergence(name: str) -> float:
         side = compiled(EMBEDDED, quant, tmp_path / name, "onnx", prompts, "int8")
+        facts: Any = side.artifact.manifest.build.calibration
+        assert facts.method == ("SmoothQuant, " if quant == "w8a8" else "") + "largest keys and values"
         both = zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)
         return float(np.mean([compare_logits(*each).kl_mean for each in both]))
 
