@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..model_defs.decoder import TextGraph
-from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec, graph_name
+from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kernels, Kind, TensorSpec, graph_name
 
 VISION_GRAPHS: dict[str, type[nn.Module]] = {
     "llava": llava.VisionGraph,
@@ -27,7 +27,8 @@ VISION_GRAPHS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphDef:
-    """One graph before it is compiled; `constants` are parameters whose values are settings, not weights."""
+    """One graph before it is compiled; `constants` are parameters whose values are settings, not weights, and `kernels` is how
+    this machine wants it lowered."""
 
     kind: Kind
     bucket: int
@@ -36,6 +37,7 @@ class GraphDef:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+    kernels: Kernels = field(default_factory=Kernels)
 
     @property
     def name(self) -> str:

@@ -143,7 +143,7 @@ class Decoder(nn.Module):
         """
         updated: list[Tensor] = []
         cross = 0
-        last = next(reversed(self.layers.values()), None)
+        last = [*self.layers.values()][-1]
         for layer in self.layers.values():
             if isinstance(layer, CrossBlock):
                 keys, values = ([feed[f"cross_{which}.{cross}.{j}"] for j in range(self.images)] for which in "kv")

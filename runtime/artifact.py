@@ -41,6 +41,9 @@ A text graph with `images` = n > 0 reads the first n pictures of its rows: cross
 same of cross_v, with cross_mask [B, T, n * tiles] (0 where a token sees a tile, else CROSS_HIDDEN) and cross_gate [B, T, 2]
 (factors 0 or 1 of a cross layer's attention and MLP). A text graph with `images` = 0 has no cross layers at all.
 
+An ONNX graph whose chunk attends piece by piece also has outputs NAME@0, NAME@1 ... for an updated cache NAME: the same cache
+behind each piece but the last. They are bound to the memory of NAME, as the input is.
+
 Integers are int32. On Ascend the weights and the cache are float16 or bfloat16 (CacheSpec.dtype); inputs that a step brings
 and outputs that are no cache are as above, so that the host does the same on both backends. Padding is on the right: a
 prefill step writes T cache rows from `lengths` on, of which only the first last_index + 1 mean anything; the next step
@@ -156,6 +159,16 @@ class Transfer(Record, frozen=True, kw_only=True, tag="transfer"):
 Step = Segment | Collective | Transfer
 
 
+class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """How a graph was lowered where the fastest way depends on the machine. Results are the same whatever it says."""
+
+    cores: int = 0  # that a run is shared among; 0: all that the process may use
+    attention_tokens: int = 0  # tokens of a chunk that attend at a time; 0: all
+    widened_kib: int = 0  # of a matrix in 16 bits that are widened at a time; 0: WIDENED_BYTES of compiler/emit_onnx.py
+    # Milliseconds of each way that was tried, the best of several runs of a model of few layers.
+    measured: dict[str, float] = {}
+
+
 class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
@@ -170,6 +183,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     flops: int = 0  # of one run, on whatever device
     nbytes: int = 0  # that one run has to read or write, the whole cache included
     certificate: Certificate | None = None
+    kernels: Kernels | UnsetType = UNSET  # ONNX: what `--tune` chose; left out of the manifest where it was not asked
     # Ascend: what a kernel takes before its inputs, in order: names of weights, and small tensors that are settings.
     weights: tuple[str, ...] = ()
     constants: dict[str, tuple[float, ...]] = {}

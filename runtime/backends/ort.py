@@ -32,6 +32,7 @@ SPIN_US = "STATICVL_SPIN_US"
 _PROVIDERS = ["CPUExecutionProvider"]
 # It would keep a float32 copy of every weight in 16 bits in every session.
 _LEFT_OUT = ["ConstantFolding"]
+BETWEEN = "@"  # in the name of an output that is a cache behind a piece of a chunk (see artifact.py)
 # onnxruntime follows no path out of a model's folder, but for a model given as bytes it is told where the weights lie: so the
 # segment files are there once, whichever ranks run here, and neither copies nor links of them are needed.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -111,13 +112,16 @@ def _segment(
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             else:
                 binding.bind_output(name, "cpu")
+    for name in (value.name for value in session.get_outputs() if BETWEEN in value.name):
+        array = arrays[name.partition(BETWEEN)[0]]
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
     run = partial(session.run_with_iobinding, binding)
     if all(name in arrays for name in segment.outputs):
         return run
 
     def run_and_keep() -> None:
         run()
-        values = zip(segment.outputs, binding.get_outputs(), strict=True)
+        values = zip(segment.outputs, binding.get_outputs(), strict=False)  # behind them are caches between pieces of a chunk
         free.update({name: value.numpy() for name, value in values if name not in arrays})
 
     return run_and_keep
