@@ -626,7 +626,7 @@ def _lowered(
     graph: GraphDef, program: torch.export.ExportedProgram, part: Part, weights: Mapping[str, WeightSpec], *, exact: bool
 ) -> tuple[Emitter, list[str]]:
     """An emitter that holds the nodes of a part, and the names of what leaves it."""
-    emitter = Emitter(weights, graph.constants, graph.kernels, exact=exact)
+    emitter = Emitter(weights, graph.constants, graph.kernels or DEFAULT_KERNELS, exact=exact)
     emitter.names |= _parameters(program) | part.entering
     for node in part.nodes:
         emitter.names[node] = _lower(emitter, node)

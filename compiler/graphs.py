@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from msgspec import UNSET, UnsetType
 from torch import Tensor, nn
 
 from ..model_defs import llava, mllama, qwen_vl
@@ -37,7 +38,7 @@ class GraphDef:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
-    kernels: Kernels = field(default_factory=Kernels)
+    kernels: Kernels | UnsetType = UNSET
 
     @property
     def name(self) -> str:
@@ -54,6 +55,7 @@ class GraphDef:
             inputs=self.inputs,
             outputs=self.outputs,
             cost_ms=cost_ms,
+            kernels=self.kernels,
         )
 
 

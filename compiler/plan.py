@@ -125,6 +125,7 @@ class Options:
     soc: str = SOCS[0]  # Ascend: family of chips
     candidates: int | None = None  # likeliest tokens that text graphs put out, 0: none; None: the backend's default
     calibration: Calibration | None = None  # what weights are quantised by, besides themselves
+    tune: bool = False  # ONNX: whether text graphs are lowered as is fastest on this machine, see kernels.py
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -157,6 +158,11 @@ class Options:
             )
         if self.calibration and self.quant not in METHODS:
             raise PlanError(f"quantisation {self.quant!r} has nothing to calibrate; calibrated are {', '.join(METHODS)}")
+        if self.tune and (self.backend != "onnx" or self.tp * self.pp > 1):
+            what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
+            raise PlanError(
+                f"tuning of kernels was asked for with {what}; it measures ONNX graphs of one process: leave --tune out"
+            )
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
 

@@ -165,8 +165,19 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
     cores: int = 0  # that a run is shared among; 0: all that the process may use
     attention_tokens: int = 0  # tokens of a chunk that attend at a time; 0: all
     widened_kib: int = 0  # of a matrix in 16 bits that are widened at a time; 0: WIDENED_BYTES of compiler/emit_onnx.py
-    # Milliseconds of each way that was tried, the best of several runs of a model of few layers.
+    # Milliseconds of each way that was tried, by its description: the best of several runs of a model of few layers.
     measured: dict[str, float] = {}
+
+    @property
+    def described(self) -> str:
+        """In words, for people."""
+        words = {
+            f"{self.attention_tokens} tokens attend at a time": self.attention_tokens,
+            f"{self.widened_kib} KiB widened at a time": self.widened_kib,
+            "one core": self.cores == 1,
+            f"{self.cores} cores": self.cores > 1,
+        }
+        return ", ".join(word for word, holds in words.items() if holds) or "as by default"
 
 
 class GraphSpec(Record, frozen=True, kw_only=True):
@@ -411,6 +422,7 @@ class BuildFacts(Record, frozen=True, kw_only=True):
     source: dict[str, SourceFile]
     # Left out of the manifest where unset, so that what was compiled without reads and is sealed as ever.
     calibration: CalibrationFacts | UnsetType = UNSET
+    tuned_on: str | UnsetType = UNSET  # the machine that kernels were chosen on
 
 
 class AscendFacts(Record, frozen=True, kw_only=True):
@@ -474,7 +486,10 @@ class Manifest(Record, frozen=True, kw_only=True):
         """The command that compiles this artifact with some options changed; bucket lists are those of the default."""
         options = {**self.build.options, **changed}
         return " ".join(
-            ["staticvl compile CHECKPOINT --out ARTIFACT", *(f"--{k.replace('_', '-')} {v}" for k, v in options.items())]
+            [
+                "staticvl compile CHECKPOINT --out ARTIFACT",
+                *(f"--{k.replace('_', '-')} {v}".strip() for k, v in options.items()),
+            ]
         )
 
     def graph(self, kind: Kind, bucket: int, images: int = 0) -> GraphSpec:

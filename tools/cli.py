@@ -81,6 +81,7 @@ def _add_compile(commands) -> None:
         "staticvl compile llava-v1.6-vicuna-7b-hf --out llava-next-7b --context 4096 --buckets buckets.yaml --plan-only\n"
         "staticvl compile Llama-3.2-11B-Vision-Instruct --out llama-vision --images 2 --quant w8a16\n"
         "staticvl compile Qwen-VL-Chat --out qwen-vl --context 8192 --lora my-adapter\n"
+        "staticvl compile llava-1.5-7b-hf --out llava-7b --quant w8a8 --tune\n"
         "staticvl compile llava-1.5-7b-hf --out llava-7b-npu --backend ascend --dtype bfloat16"
     )
     parser = _command(commands, "compile", "compile a checkpoint into an artifact", example, _compile)
@@ -134,6 +135,12 @@ def _add_compile(commands) -> None:
         metavar="FILE",
         help="w4a16, w8a8: quantise by what layers take when these prompts with pictures are run, JSON lines as compare --data "
         "reads them",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        default=None,
+        help="onnx: lower each text graph as is fastest on this machine, by a measurement of some seconds a graph",
     )
     parser.add_argument("--ignore-config-keys", metavar="A,B", help="config.json keys known not to matter")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the same options in YAML")

@@ -37,6 +37,7 @@ CONFIG_KEYS = (
     "vision_tower",
     "lora",
     "calibrate",
+    "tune",
     "ignore_config_keys",
 )
 
@@ -73,7 +74,7 @@ def read_options(args: argparse.Namespace) -> Options:
     )
     simple = {
         name: given[name]
-        for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "candidates", "text_before_image")
+        for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "candidates", "text_before_image", "tune")
         if name in given
     }
     if "eager" in given:
