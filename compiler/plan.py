@@ -160,9 +160,7 @@ class Options:
             raise PlanError(f"quantisation {self.quant!r} has nothing to calibrate; calibrated are {', '.join(METHODS)}")
         if self.tune and (self.backend != "onnx" or self.tp * self.pp > 1):
             what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
-            raise PlanError(
-                f"tuning of kernels was asked for with {what}; it measures ONNX graphs of one process: leave --tune out"
-            )
+            raise PlanError(f"tune was asked for with {what}, but it measures ONNX graphs of one process; leave --tune out")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
 
