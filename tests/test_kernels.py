@@ -171,9 +171,8 @@ def test_an_artifact_says_what_was_chosen(
 
 
 def test_sessions_have_the_cores_that_were_chosen(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    graph = replace(
-        define_graph(narrow.config, narrow.facts.image, narrow.cache, "none", "decode", 1, 0), kernels=Kernels(cores=3)
-    )
+    plain = define_graph(narrow.config, narrow.facts.image, narrow.cache, "none", "decode", 1, 0)
+    graph = replace(plain, kernels=Kernels(cores=3))
     (narrow.out / "cores.onnx.partial").write_bytes(emit(graph, narrow.weights))
     seen: list[int | None] = []
     right = ort._options
