@@ -70,8 +70,7 @@ def results(tuner: KernelTuner, kind: Kind, bucket: int, way: Kernels, past: int
 
 
 @pytest.mark.parametrize(("kind", "bucket", "count"), [("prefill", 32, 32), ("prefill", 32, 9), ("verify", 5, 5)])
-@pytest.mark.parametrize("tokens", [1, 3, 8, 31])
-@pytest.mark.parametrize("past", [0, 50])
+@pytest.mark.parametrize(("tokens", "past"), [(1, 50), (3, 0), (8, 50), (31, 0)])
 def test_a_chunk_may_attend_piece_by_piece(
     narrow: KernelTuner, kind: Kind, bucket: int, count: int, tokens: int, past: int
 ) -> None:
