@@ -47,6 +47,7 @@ bench: $(VENV)/.test
 	$(BIN)/python benchmarks/memory_by_buckets.py
 
 # The peers have an environment of their own, so that their dependencies never meet ours. llama.cpp is built for this machine.
+# optimum-intel asks for torchvision, which nothing here needs; built for CUDA, it cannot be imported beside a torch for CPUs.
 PEERS := build/peers-venv
 bench-peers: $(VENV)/.test $(PEERS)/.installed
 	$(BIN)/python -m benchmarks.peers --out build/peers.json --chart build/peers.svg
@@ -54,6 +55,7 @@ bench-peers: $(VENV)/.test $(PEERS)/.installed
 $(PEERS)/.installed: benchmarks/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF" $(PEERS)/bin/pip install --quiet -r benchmarks/peers/requirements.txt
+	$(PEERS)/bin/pip uninstall --quiet --yes torchvision
 	touch $@
 
 $(VENV)/bin/pip:

@@ -18,10 +18,15 @@ SHAPE = {
 }
 
 
+def checkpoint_of(layers: int, folder: Path) -> Path:
+    """The checkpoint, written into `folder`."""
+    overrides = {**SHAPE, "text_config.num_hidden_layers": layers}
+    write_checkpoint(Path("llava-1.5-7b-hf"), folder, dtype="float16", overrides=overrides)
+    return folder
+
+
 def compiled(folder: Path, layers: int, buckets: Buckets, quant: str = "none") -> Path:
     """The artifact, made in `folder`."""
-    checkpoint, out = folder / "checkpoint", folder / "artifact"
-    overrides = {**SHAPE, "text_config.num_hidden_layers": layers}
-    write_checkpoint(Path("llava-1.5-7b-hf"), checkpoint, dtype="float16", overrides=overrides)
+    checkpoint, out = checkpoint_of(layers, folder / "checkpoint"), folder / "artifact"
     build(Options(checkpoint=checkpoint, out=out, buckets=buckets, quant=quant))
     return out

@@ -42,6 +42,7 @@ from ..runtime.artifact import (
     read_manifest,
     write_manifest,
 )
+from ..runtime.cores import processor_name, usable_cores
 from ..runtime.files import write_atomically
 from ..weights.rules import kept_dtypes, match, targets
 from ..weights.stored import Floats
@@ -176,6 +177,7 @@ def _build(job: _Job) -> Report:
             key=key,
             source=source,
             calibration=_calibration_facts(job),
+            tuned_on=_machine() if job.options.tune else UNSET,
         ),
     )
     write_manifest(job.out, manifest)
@@ -215,6 +217,11 @@ def _measured(options: Options) -> Iterator[str]:
         yield CACHE_METHOD
 
 
+def _machine() -> str:
+    """What kernels are chosen for."""
+    return f"{processor_name()}, {usable_cores()} cores, onnxruntime {importlib.metadata.version('onnxruntime')}"
+
+
 def _kept_options(job: _Job) -> dict[str, str]:
     """What a command that compiles the same again has to say; folders lie elsewhere on another machine."""
     asked, cache = job.options, job.plan.cache
@@ -230,6 +237,8 @@ def _kept_options(job: _Job) -> dict[str, str]:
     options |= {name: "FOLDER" for name in ("lora", "vision_tower") if getattr(asked, name)}
     if asked.calibration:
         options["calibrate"] = "FILE"
+    if asked.tune:
+        options["tune"] = ""
     options |= {"context": str(cache.context), "slots": str(cache.slots)}
     if verify := job.plan.buckets("verify"):
         options["speculate"] = str(max(verify) - 1)
@@ -408,7 +417,8 @@ def _describe(graph: GraphSpec) -> str:
     assert certificate is not None
     rounding = "" if certificate.rounding is None else f", rounding {certificate.rounding:.1e}"
     checks = f"{len(certificate.cases)} checks, worst error {certificate.worst:.1e}{rounding}"
-    return f"{graph.name:>20}  {checks}, {graph.cost_ms:.2f} ms"
+    chosen = f", {graph.kernels.described}" if graph.kernels else ""
+    return f"{graph.name:>20}  {checks}, {graph.cost_ms:.2f} ms{chosen}"
 
 
 def _known_graphs(job: _Job) -> dict[str, JournalEntry]:

@@ -32,7 +32,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch.fx import Node
 
 from ..model_defs.ops import NAMESPACE
-from ..runtime.artifact import Collective, Segment, Step, TensorSpec, WeightSpec
+from ..runtime.artifact import Collective, Kernels, Segment, Step, TensorSpec, WeightSpec
 from .graphs import GraphDef, trace
 from .segments import Part, cut
 
@@ -54,6 +54,8 @@ NARROW = ("float16", "bfloat16")
 # token takes one and a half times to twice as long, and more memory.
 WIDENED_BYTES = 4 << 20
 
+DEFAULT_KERNELS = Kernels()
+
 # Squared and divided by the root of a head's width, it is far beyond any score, and its own products stay exact.
 PADDING_FLAG = 1024.0
 TOP_BLOCK = 128  # of a row of logits, when its largest are looked for
@@ -68,21 +70,38 @@ class UnsupportedOpError(NotImplementedError):
 class Emitter:
     """Collects the nodes and initializers of one ONNX graph while the traced nodes are lowered in order."""
 
-    def __init__(self, weights: Mapping[str, WeightSpec], constants: Mapping[str, np.ndarray], *, exact: bool = False) -> None:
-        self.weights, self.constants, self.exact = weights, constants, exact
+    def __init__(
+        self,
+        weights: Mapping[str, WeightSpec],
+        constants: Mapping[str, np.ndarray],
+        kernels: Kernels = DEFAULT_KERNELS,
+        *,
+        exact: bool = False,
+    ) -> None:
+        self.weights, self.constants, self.kernels, self.exact = weights, constants, kernels, exact
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.narrow: dict[str, tuple[WeightSpec, tuple[int, ...]]] = {}  # weights in 16 bits and their shapes, by alias
+        self.between: list[TensorSpec] = []  # further outputs: caches behind a piece of a chunk
         self.names: dict[Node, Any] = {}  # traced node -> ONNX value name, or a tuple of names
         self.memo: dict[tuple, Any] = {}
         self.scope = ""
         self.made = 0
 
-    def node(self, op: str, inputs: Sequence[str], *, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
-        """Add one node; returns its output name, or a tuple of them."""
+    def node(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        *,
+        domain: str = "",
+        outputs: int = 1,
+        names: Sequence[str] = (),
+        **attributes: Any,
+    ) -> Any:
+        """Add one node; returns its output name, or a tuple of them. `names`: what the last outputs are called."""
         self.made += 1
         base = f"{self.scope}/{op}_{self.made}"
-        results = tuple(f"{base}:{i}" for i in range(outputs))
+        results = (*(f"{base}:{i}" for i in range(outputs - len(names))), *names)
         self.nodes.append(helper.make_node(op, list(inputs), list(results), name=base, domain=domain, **attributes))
         return results[0] if outputs == 1 else results
 
@@ -183,7 +202,7 @@ def _product(e: Emitter, x: str, weight: str) -> str:
 def _widened_product(e: Emitter, x: str, weight: str) -> str:
     """x [..., C] times a weight [N, C] in 16 bits, some rows of it after the others."""
     n, c = e.narrow[weight][1]
-    parts = math.ceil(4 * n * c / WIDENED_BYTES)
+    parts = math.ceil(4 * n * c / (e.kernels.widened_kib << 10 or WIDENED_BYTES))
     edges = [n * i // parts for i in range(parts + 1)]
     found = []
     for first, end in pairwise(dict.fromkeys(edges)):
@@ -212,7 +231,7 @@ def _grouped(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: st
         y = _product(e, x, weight)
     else:
         # Level 4 rounds activations to 8 bits, block by block: the other levels are slower by two orders of magnitude.
-        attributes = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
+        attributes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
         inputs = [x, qweight, scales, *([zeros] if zeros else [])]
         y = e.node("MatMulNBits", inputs, domain=CONTRIB, **attributes)
     return y if bias is None else e.node("Add", [y, bias])
@@ -257,21 +276,24 @@ def _linear_w8a8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias
     else:
         q, row_scales = e.once(("rows", x), lambda: _quantised_rows(e, x, _shape(node.args[0])))  # type: ignore[arg-type]
         inputs = [q, qweight, e.constant(1, "float32"), scales, e.constant(128, "uint8")]
-        y = e.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)
-        y = e.node("Mul", [e.node("Reshape", [y, e.constant(_shape(node))]), row_scales])
+        y = e.node("Mul", [e.node("MatMulIntegerToFloat", inputs, domain=CONTRIB), row_scales])
     return y if bias is None else e.node("Add", [y, bias])
 
 
 def _quantised_rows(e: Emitter, x: str, shape: tuple[int, ...]) -> tuple[str, str]:
-    """x [..., K] -> [M, K] uint8 around 128, and the scale of each row, [..., 1].
+    """x [..., K] -> the same in uint8 around 128, and the scale of each row, [..., 1].
 
     A row of zeros has the scale 0, so whatever 0 / 0 is rounded to, its products are 0.
     """
     rows = math.prod(shape[:-1])
+    axis = next((i for i, size in enumerate(shape[:-1]) if size == rows), None)
     largest = e.node("ReduceMax", [e.node("Abs", [x]), e.constant([-1])], keepdims=1)
     scales = e.node("Div", [largest, e.constant(127, "float32")])
-    inputs = [e.node("Reshape", [x, e.constant([rows, shape[-1]])]), e.node("Reshape", [scales, e.constant([rows])])]
-    return e.node("QuantizeLinear", [*inputs, e.constant([128] * rows, "uint8")], axis=0), scales
+    # The operator takes scales along one axis, which a batch of chunks would not have.
+    flat = x if axis is not None else e.node("Reshape", [x, e.constant([rows, shape[-1]])])
+    inputs = [flat, e.node("Reshape", [scales, e.constant([rows])]), e.constant([128] * rows, "uint8")]
+    q = e.node("QuantizeLinear", inputs, axis=axis or 0)
+    return (q if axis is not None else e.node("Reshape", [q, e.constant(shape)])), scales
 
 
 @lowers("staticvl.rms_norm")
@@ -368,31 +390,60 @@ def _slice(e: Emitter, x: str, axis: int, start: int, end: int) -> str:
 def _cached_attention(
     e: Emitter, node: Node, q: str, k: str, v: str, k_cache: str, v_cache: str, lengths: str, heads: int
 ) -> tuple[str, ...]:
-    return _group_query_attention(e, node, [q, k, v, k_cache, v_cache], lengths, heads)
+    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads)
 
 
 @lowers("staticvl.int8_cached_attention")
 def _int8_cached_attention(e: Emitter, node: Node, *values: Any) -> tuple[str, ...]:
-    *inputs, k_scale, v_scale, lengths, heads = values
+    q, k, v, k_cache, v_cache, k_scale, v_scale, lengths, heads = values
     scales = ["", "", "", "", "", k_scale, v_scale]  # inputs between are left out
     quantised = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    return _group_query_attention(e, node, inputs, lengths, heads, scales, **quantised)
+    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads, scales, **quantised)
 
 
 def _group_query_attention(
-    e: Emitter, node: Node, inputs: Sequence[str], lengths: str, heads: int, scales: Sequence[str] = (), **quantised: Any
+    e: Emitter,
+    node: Node,
+    rows: Sequence[str],
+    caches: Sequence[str],
+    lengths: str,
+    heads: int,
+    scales: Sequence[str] = (),
+    **quantised: Any,
 ) -> tuple[str, ...]:
-    t = _shape(node.args[0])[1]  # type: ignore[arg-type]
-    kv_heads = _shape(node.args[3])[1]  # type: ignore[arg-type]
-    # The operator wants the index of the last key of each row, and the largest number of keys of any row.
-    last = e.once(("last", lengths), lambda: e.node("Add", [lengths, e.constant(t - 1, "int32")]) if t > 1 else lengths)
-    total = e.once(
-        ("total", lengths),
-        lambda: e.node("Add", [e.node("ReduceMax", [last], keepdims=0), e.constant(1, "int32")]),
-    )
-    attributes = {"num_heads": heads, "kv_num_heads": kv_heads, **quantised}
-    inputs = [*inputs, last, total, *scales]
-    return e.node("GroupQueryAttention", inputs, domain=CONTRIB, outputs=3, **attributes)
+    """`rows` are q, k, v; `scales` what follows the usual inputs where caches are in 8 bits, and `quantised` how they are."""
+    t, shape = _shape(node.args[0])[1], _shape(node.args[3])  # type: ignore[arg-type]
+    dtype = str(node.args[3].meta["val"].dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    step = e.kernels.attention_tokens or t
+    edges = [*range(0, t, step), t]
+    pieces = [_pieces(e, x, edges) for x in rows]
+    own, out = caches, []
+    for i, end in enumerate(edges[1:]):
+        # The operator wants the index of the last key of each row, and the largest number of keys of any row.
+        last = e.once(("last", lengths, end), lambda end=end: _last_key(e, lengths, end))
+        total = e.once(("total", last), lambda last=last: _most_keys(e, last))
+        attributes = {"num_heads": heads, "kv_num_heads": shape[1], **quantised}
+        # Caches between pieces are outputs too, so that they can be bound to the memory of the caches.
+        names = [f"{name}.out@{i}" for name in own] if end < t else []
+        e.between += [TensorSpec(name=name, dtype=dtype, shape=shape) for name in names]
+        inputs = [*(x[i] for x in pieces), *caches, last, total, *scales]
+        part, *caches = e.node("GroupQueryAttention", inputs, domain=CONTRIB, outputs=3, names=names, **attributes)
+        out.append(part)
+    return (out[0] if len(out) == 1 else e.node("Concat", out, axis=1)), *caches
+
+
+def _pieces(e: Emitter, x: str, edges: Sequence[int]) -> Sequence[str]:
+    """x [B, T, C] cut along T."""
+    sizes = [end - start for start, end in pairwise(edges)]
+    return e.node("Split", [x, e.constant(sizes)], outputs=len(sizes), axis=1) if len(sizes) > 1 else [x]
+
+
+def _last_key(e: Emitter, lengths: str, tokens: int) -> str:
+    return e.node("Add", [lengths, e.constant(tokens - 1, "int32")]) if tokens > 1 else lengths
+
+
+def _most_keys(e: Emitter, last: str) -> str:
+    return e.node("Add", [e.node("ReduceMax", [last], keepdims=0), e.constant(1, "int32")])
 
 
 @lowers("staticvl.attention")
@@ -598,7 +649,7 @@ def _lowered(
     graph: GraphDef, program: torch.export.ExportedProgram, part: Part, weights: Mapping[str, WeightSpec], *, exact: bool
 ) -> tuple[Emitter, list[str]]:
     """An emitter that holds the nodes of a part, and the names of what leaves it."""
-    emitter = Emitter(weights, graph.constants, exact=exact)
+    emitter = Emitter(weights, graph.constants, graph.kernels or DEFAULT_KERNELS, exact=exact)
     emitter.names |= _parameters(program) | part.entering
     for node in part.nodes:
         emitter.names[node] = _lower(emitter, node)
@@ -687,7 +738,7 @@ def _model(e: Emitter, name: str, part: Part, outputs: Sequence[str]) -> onnx.Mo
         e.nodes,
         name,
         [*map(info, part.inputs)],
-        [*map(info, part.outputs)],
+        [*map(info, (*part.outputs, *e.between))],
         [*e.initializers.values()],
     )
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(CONTRIB, 1)]

@@ -19,6 +19,7 @@ import msgspec
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, Kind, ModelFacts, SourceFile
 from ..runtime.ascend import torchair_host
+from ..runtime.cores import processor_name, usable_cores
 from ..runtime.files import sha256_file
 from ..weights.packing.settings import Packing
 from .plan import Options, Plan
@@ -105,6 +106,8 @@ class GraphKeys:
             versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
         code = _code((*_GRAPH_CODE, *_BACKEND_CODE[backend]))
         self.eager = options.eager
+        # What is fastest is measured anew on another machine.
+        self.tuned = (processor_name(), usable_cores(), _code(("compiler/kernels.py",))) if options.tune else None
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 
     def key(self, kind: Kind, bucket: int, images: int) -> str:
@@ -114,7 +117,8 @@ class GraphKeys:
         if seen.get("cross"):
             # A graph reads the pictures that it is told of, however many more a sequence may hold.
             seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
-        return digest(kind, bucket, images, seen, kind in self.eager, *self.common)
+        tuned = self.tuned if kind != "vision" else None
+        return digest(kind, bucket, images, seen, kind in self.eager, tuned, *self.common)
 
 
 def digest(*parts: Any) -> str:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from msgspec import UNSET, UnsetType
 from torch import Tensor, nn
 
 from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..model_defs.decoder import TextGraph
-from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kind, TensorSpec, graph_name
+from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kernels, Kind, TensorSpec, graph_name
 
 VISION_GRAPHS: dict[str, type[nn.Module]] = {
     "llava": llava.VisionGraph,
@@ -27,7 +28,8 @@ VISION_GRAPHS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphDef:
-    """One graph before it is compiled; `constants` are parameters whose values are settings, not weights."""
+    """One graph before it is compiled; `constants` are parameters whose values are settings, not weights, and `kernels` is how
+    this machine wants it lowered."""
 
     kind: Kind
     bucket: int
@@ -36,6 +38,7 @@ class GraphDef:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+    kernels: Kernels | UnsetType = UNSET
 
     @property
     def name(self) -> str:
@@ -52,6 +55,7 @@ class GraphDef:
             inputs=self.inputs,
             outputs=self.outputs,
             cost_ms=cost_ms,
+            kernels=self.kernels,
         )
 
 

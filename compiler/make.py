@@ -11,7 +11,9 @@ import hashlib
 import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -31,6 +33,9 @@ from .lockstep import ArrayMember, LockstepBackend, widened
 from .pipeline import joined
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan
 
+if TYPE_CHECKING:
+    from .kernels import KernelTuner
+
 SMALL = 50_000_000  # parameters
 
 
@@ -45,6 +50,7 @@ class GraphMaker:
         first, ranks = self.stage.index * self.tp, self.stage.count * self.tp
         self.weights = [rank_weights(weights, ranks, first + rank) for rank in range(self.tp)]
         self.files: dict[str, FileSpec] = {}
+        self.tuner = self._tuner() if options.tune else None
         self.small = sum(map(math.prod, targets(config).values())) < SMALL
         reference, candidate = self._together(self._reference), self._together(self._candidate)
         exact = self._together(self._exact) if options.backend == "ascend" else None
@@ -53,6 +59,8 @@ class GraphMaker:
     def make(self, kind: Kind, bucket: int, images: int, key: str) -> tuple[GraphSpec, dict[str, FileSpec]]:
         """A certified graph, and the files that it was written into; raises CertificateError and UnsupportedOpError."""
         definition = self._define(kind, bucket, images)
+        if self.tuner and kind != "vision":
+            definition = replace(definition, kernels=self.tuner.choose(kind, bucket, images))
         spec, files = self._emit(definition, key)
         for name, data in files.items():
             (self.out / name).parent.mkdir(exist_ok=True)
@@ -64,6 +72,20 @@ class GraphMaker:
         spec = msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost)
         fed = fed_inputs(self.config, self.facts.image, self.plan.cache, kind, bucket, images, self.plan.candidates)
         return joined(spec, self.stage, fed, self.config.text.vocab_size), {name: self.files[name] for name in files}
+
+    def _tuner(self) -> KernelTuner:
+        from .kernels import KernelTuner
+
+        plan = self.plan
+        return KernelTuner(
+            config=self.config,
+            facts=self.facts,
+            cache=plan.cache,
+            quant=self.options.stored_quant,
+            candidates=plan.candidates,
+            weights=self.weights[0],
+            out=self.out,
+        )
 
     @property
     def _whole(self) -> bool:

@@ -129,6 +129,7 @@ class Options:
     candidates: int | None = None  # likeliest tokens that text graphs put out, 0: none; None: the backend's default
     calibration: Calibration | None = None  # what weights are quantised by, besides themselves, and a cache in 8 bits
     kv_cache: str = KV_CACHES[0]
+    tune: bool = False  # ONNX: whether text graphs are lowered as is fastest on this machine, see kernels.py
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -160,6 +161,9 @@ class Options:
                 "logits; leave out one of the two"
             )
         self._check_calibration()
+        if self.tune and (self.backend != "onnx" or self.tp * self.pp > 1):
+            what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
+            raise PlanError(f"tune was asked for with {what}, but it measures ONNX graphs of one process; leave --tune out")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
 

@@ -34,14 +34,16 @@ class Attention(nn.Module):
         if config.int8_cache:
             self.k_scale, self.v_scale = empty_parameter(kv_heads * d), empty_parameter(kv_heads * d)
 
-    def forward(self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def forward(
+        self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor], only: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         rope = feed["rope_cos"], feed["rope_sin"]
         q = ops.rope(self.q(x), *rope)  # [B, T, H*D]
         k = ops.rope(self.k(x), *rope)  # [B, T, K*D]
         if "query_scale" in feed:
             q = q * feed["query_scale"]
         out, k_cache, v_cache = self._attend(q, k, self.v(x), cache, feed["lengths"])
-        return self.o(out), (k_cache, v_cache)
+        return self.o(out if only is None else ops.take_token(out, only)), (k_cache, v_cache)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], lengths: Tensor) -> Attended:
         if self.int8_attention is None:
@@ -98,9 +100,13 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = Mlp(config, quant, ranks)
 
-    def forward(self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor]) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        out, cache = self.attn(self.attn_norm(x), feed, cache)
-        x = x + out
+    def forward(
+        self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor], only: Tensor | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x [B, T, C] -> the same behind this layer. With `only` [B] just that token of each row goes on, [B, C]: all the
+        others leave in a last layer is their keys and values."""
+        out, cache = self.attn(self.attn_norm(x), feed, cache, only)
+        x = (x if only is None else ops.take_token(x, only)) + out
         return x + self.mlp(self.mlp_norm(x)), cache
 
 
@@ -147,9 +153,14 @@ class Decoder(nn.Module):
             self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, bias=False, quant=head, ranks=ranks)
 
     def blocks(self, x: Tensor, feed: Feed) -> tuple[Tensor, list[Tensor]]:
-        """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...)."""
+        """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...).
+
+        Where logits are wanted of one token of each row (`last_index`), a last layer that attends to no pictures computes
+        the rest of itself for that token alone, and x is [B, C].
+        """
         updated: list[Tensor] = []
         cross = 0
+        last = [*self.layers.values()][-1]
         for layer in self.layers.values():
             if isinstance(layer, CrossBlock):
                 keys, values = ([feed[f"cross_{which}.{cross}.{j}"] for j in range(self.images)] for which in "kv")
@@ -157,7 +168,8 @@ class Decoder(nn.Module):
                 cross += 1
             else:
                 i = len(updated) // 2
-                x, cache = layer(x, feed, (feed[f"k_cache.{i}"], feed[f"v_cache.{i}"]))
+                only = feed.get("last_index") if layer is last else None
+                x, cache = layer(x, feed, (feed[f"k_cache.{i}"], feed[f"v_cache.{i}"]), only)
                 updated += cache
         return x, updated
 
@@ -191,7 +203,8 @@ class TextGraph(nn.Module):
         x, updated = self.text.blocks(x, feed)
         if not self.stage.last:
             return x, *updated
-        x = ops.take_token(x, feed["last_index"]) if "last_index" in feed else x.flatten(0, 1)
+        if x.dim() == 3:  # else the last layer has left one token of each row
+            x = ops.take_token(x, feed["last_index"]) if "last_index" in feed else x.flatten(0, 1)
         logits = self.text.logits(x)
         if not self.candidates:
             return logits, *updated

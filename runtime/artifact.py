@@ -43,6 +43,8 @@ same of cross_v, with cross_mask [B, T, n * tiles] (0 where a token sees a tile,
 
 A cache of text in 8 bits (CacheSpec.text_dtype) holds whole steps of scales, one for each channel of each kv head, which are
 weights: text.layers.L.attn.k_scale and v_scale [K * D]. Keys are scaled as they lie there, behind the rotary embedding.
+An ONNX graph whose chunk attends piece by piece also has outputs NAME@0, NAME@1 ... for an updated cache NAME: the same cache
+behind each piece but the last. They are bound to the memory of NAME, as the input is.
 
 Integers are int32. On Ascend the weights and the cache are float16 or bfloat16 (CacheSpec.dtype); inputs that a step brings
 and outputs that are no cache are as above, so that the host does the same on both backends. Padding is on the right: a
@@ -162,6 +164,27 @@ class Transfer(Record, frozen=True, kw_only=True, tag="transfer"):
 Step = Segment | Collective | Transfer
 
 
+class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
+    """How a graph was lowered where the fastest way depends on the machine. Results are the same whatever it says."""
+
+    cores: int = 0  # that a run is shared among; 0: all that the process may use
+    attention_tokens: int = 0  # tokens of a chunk that attend at a time; 0: all
+    widened_kib: int = 0  # of a matrix in 16 bits that are widened at a time; 0: WIDENED_BYTES of compiler/emit_onnx.py
+    # Milliseconds of each way that was tried, by its description: the best of several runs of a model of few layers.
+    measured: dict[str, float] = {}
+
+    @property
+    def described(self) -> str:
+        """In words, for people."""
+        words = {
+            f"{self.attention_tokens} tokens attend at a time": self.attention_tokens,
+            f"{self.widened_kib} KiB widened at a time": self.widened_kib,
+            "one core": self.cores == 1,
+            f"{self.cores} cores": self.cores > 1,
+        }
+        return ", ".join(word for word, holds in words.items() if holds) or "as by default"
+
+
 class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
@@ -176,6 +199,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     flops: int = 0  # of one run, on whatever device
     nbytes: int = 0  # that one run has to read or write, the whole cache included
     certificate: Certificate | None = None
+    kernels: Kernels | UnsetType = UNSET  # ONNX: what `--tune` chose; left out of the manifest where it was not asked
     # Ascend: what a kernel takes before its inputs, in order: names of weights, and small tensors that are settings.
     weights: tuple[str, ...] = ()
     constants: dict[str, tuple[float, ...]] = {}
@@ -406,6 +430,7 @@ class BuildFacts(Record, frozen=True, kw_only=True):
     source: dict[str, SourceFile]
     # Left out of the manifest where unset, so that what was compiled without reads and is sealed as ever.
     calibration: CalibrationFacts | UnsetType = UNSET
+    tuned_on: str | UnsetType = UNSET  # the machine that kernels were chosen on
 
 
 class AscendFacts(Record, frozen=True, kw_only=True):
@@ -469,7 +494,10 @@ class Manifest(Record, frozen=True, kw_only=True):
         """The command that compiles this artifact with some options changed; bucket lists are those of the default."""
         options = {**self.build.options, **changed}
         return " ".join(
-            ["staticvl compile CHECKPOINT --out ARTIFACT", *(f"--{k.replace('_', '-')} {v}" for k, v in options.items())]
+            [
+                "staticvl compile CHECKPOINT --out ARTIFACT",
+                *(f"--{k.replace('_', '-')} {v}".strip() for k, v in options.items()),
+            ]
         )
 
     def graph(self, kind: Kind, bucket: int, images: int = 0) -> GraphSpec:

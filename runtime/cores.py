@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import platform
 from pathlib import Path
 
 
@@ -17,8 +18,18 @@ def usable_cores() -> int:
 
 def processor_flags() -> frozenset[str]:
     """Features of an x86 processor by the names that Linux has for them; empty elsewhere."""
+    return frozenset(_told("flags").split())
+
+
+def processor_name() -> str:
+    """What the processor calls itself."""
+    return _told("model name") or platform.processor() or platform.machine()
+
+
+def _told(what: str) -> str:
+    """What Linux says of the first core; empty elsewhere."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return frozenset(line.partition(":")[2].split())
-    return frozenset()
+            if line.startswith(what):
+                return line.partition(":")[2].strip()
+    return ""

@@ -26,6 +26,7 @@ from staticvl.compiler.fingerprint import weights_key
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
+from staticvl.model_defs.decoder import Block
 from staticvl.runtime.artifact import read_manifest
 from staticvl.runtime.ascend.weights import map_weight
 from staticvl.runtime.prompt import Message, Prompt
@@ -95,6 +96,8 @@ def run_by_engine(setup: Setup, samples: list[Sample], context: int, *, tower: b
         side.engine.backend.load(graph)
         for name, module in side.engine.backend.modules[graph.name].named_modules():  # type: ignore[attr-defined]
             kept = rows.setdefault(name, [])
+            if isinstance(module, Block):  # the last one too goes on with all tokens, as in a calibration
+                module.forward = lambda x, feed, cache, only, forward=module.forward: forward(x, feed, cache)
             if graph.kind == "prefill" and name.startswith("text.layers") and name.endswith(LINEAR):
                 module.register_forward_pre_hook(lambda _, args, kept=kept: kept.append(args[0][0, : counts[-1]].clone()))
             elif tower and re.fullmatch(r"vision\.(global_)?layers\.\d+\.(attn\.[qo]|mlp\.up)", name):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from staticvl.model_defs.decoder import CrossAttention
+from staticvl.model_defs.decoder import CrossAttention, Mlp
 from staticvl.runtime import images
 from staticvl.runtime.artifact import ModelFacts, read_manifest
 from staticvl.runtime.feeds import Feeds
@@ -294,6 +294,23 @@ def test_norm_missing_in_the_definition(mllama: Pair, by_transformers: Side, mon
     taps.traced.cache_clear()
     assert (found.stage, found.where) == ("definition", "text.layers.1.attn.q_norm")
     assert "transformers has it, the definition has not" in found.text
+
+
+def test_fault_in_the_last_layer_of_the_definition(llava: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind its attention that layer has one token of a chunk, where transformers' modules have all."""
+
+    def forward(self: Mlp, x):
+        gate, up = (self.gate, self.up) if x.dim() == 3 else (self.up, self.gate)
+        return self.down(torch.ops.staticvl.silu_mul(gate(x), up(x)))
+
+    monkeypatch.setattr(Mlp, "forward", forward)
+    taps.traced.cache_clear()
+    candidate, reference = reference_of("llava", llava[1]), reference_of("llava", llava[1], by="transformers")
+    found = fault(compared(reference, candidate, samples_of("llava")[:1], with_edges=False))
+    for side in (candidate, reference):
+        side.close()
+    taps.traced.cache_clear()
+    assert (found.stage, found.where) == ("definition", "text.layers.3.mlp.down")
 
 
 def test_steps_fed_one_row_late(llava: Pair, monkeypatch: pytest.MonkeyPatch) -> None:

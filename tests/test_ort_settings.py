@@ -41,11 +41,21 @@ def test_cores_sleep_unless_the_environment_says_otherwise(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize(
-    ("nbytes", "given", "threads", "pack"),
-    [(ort.SMALL - 1, None, 1, True), (ort.SMALL - 1, 2, 2, True), (ort.SMALL, None, None, False), (ort.SMALL, 2, 2, False)],
+    ("nbytes", "given", "cores", "pack"),
+    [
+        (ort.SMALL - 1, None, (None, 1), True),
+        (ort.SMALL - 1, 2, (2, 1), True),
+        (ort.SMALL, None, (None, None), False),
+        (ort.SMALL, 2, (2, None), False),
+    ],
 )
 def test_small_models_run_on_one_core_and_are_packed_in_every_session(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nbytes: int, given: int | None, threads: int | None, pack: bool
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    nbytes: int,
+    given: int | None,
+    cores: tuple[int | None, int | None],
+    pack: bool,
 ) -> None:
     made: list[dict[str, Any]] = []
     monkeypatch.setattr(ort, "OrtBackend", lambda *_, **settings: made.append(settings))
@@ -55,4 +65,4 @@ def test_small_models_run_on_one_core_and_are_packed_in_every_session(
     cache = CacheSpec(layers=1, kv_heads=1, head_dim=4, context=8, rows=12, slots=1, dtype="float32")
     manifest = msgspec.structs.replace(fake_manifest(FACTS, cache, ()), weights={"text.embed.weight": weight})
     ort.open_ort(tmp_path, cache, threads=given, manifest=manifest)
-    assert [(each["threads"], each["pack"]) for each in made] == [(threads, pack)]
+    assert [(each["threads"], each["few_cores"], each["pack"]) for each in made] == [(*cores, pack)]

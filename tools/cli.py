@@ -81,6 +81,7 @@ def _add_compile(commands) -> None:
         "staticvl compile llava-v1.6-vicuna-7b-hf --out llava-next-7b --context 4096 --buckets buckets.yaml --plan-only\n"
         "staticvl compile Llama-3.2-11B-Vision-Instruct --out llama-vision --images 2 --quant w8a16\n"
         "staticvl compile Qwen-VL-Chat --out qwen-vl --context 8192 --lora my-adapter\n"
+        "staticvl compile llava-1.5-7b-hf --out llava-7b --quant w8a8 --tune\n"
         "staticvl compile llava-1.5-7b-hf --out llava-7b-kv8 --kv-cache int8 --calibrate prompts.jsonl\n"
         "staticvl compile llava-1.5-7b-hf --out llava-7b-npu --backend ascend --dtype bfloat16"
     )
@@ -140,6 +141,12 @@ def _add_compile(commands) -> None:
         "--kv-cache",
         choices=KV_CACHES,
         help="int8: keys and values in 8 bits, a quarter of the cache (ascend: half); needs --calibrate; default: float",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        default=None,
+        help="onnx: lower each text graph as is fastest on this machine, by a measurement of some seconds a graph",
     )
     parser.add_argument("--ignore-config-keys", metavar="A,B", help="config.json keys known not to matter")
     parser.add_argument("--config", type=Path, metavar="FILE", help="the same options in YAML")

@@ -38,6 +38,7 @@ CONFIG_KEYS = (
     "lora",
     "calibrate",
     "kv_cache",
+    "tune",
     "ignore_config_keys",
 )
 
@@ -74,7 +75,7 @@ def read_options(args: argparse.Namespace) -> Options:
     )
     simple = {
         name: given[name]
-        for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "candidates", "text_before_image", "kv_cache")
+        for name in ("backend", "quant", "dtype", "soc", "tp", "pp", "candidates", "text_before_image", "kv_cache", "tune")
         if name in given
     }
     if "eager" in given:

@@ -32,6 +32,7 @@ def _facts(manifest: Manifest) -> Table:
         "picture": _picture(model),
         "backend": f"{manifest.backend}, quantisation {manifest.quant}",
         **_calibration(manifest),
+        **_tuning(manifest),
         **_ranks(manifest),
         "weights": f"{len(manifest.weights)} tensors, {weights / 1e6:.1f} MB" + (" on each rank" if manifest.ranks > 1 else ""),
         "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
@@ -61,6 +62,12 @@ def _cut_off(manifest: Manifest) -> dict[str, str]:
     if not manifest.cache.text_dtype:
         return {}
     return {"cut off": "keys and values beyond the largest of their channel in the calibration and a margin"}
+
+
+def _tuning(manifest: Manifest) -> dict[str, str]:
+    """Where kernels were chosen."""
+    machine = manifest.build.tuned_on
+    return {"tuned on": machine} if machine else {}
 
 
 def _ranks(manifest: Manifest) -> dict[str, str]:
@@ -103,7 +110,7 @@ def _ascend(manifest: Manifest) -> dict[str, str]:
 
 
 def _graphs(manifest: Manifest) -> Table:
-    crossed = manifest.cache.cross is not None
+    crossed, tuned = manifest.cache.cross is not None, bool(manifest.build.tuned_on)
     table = Table(title="graphs")
     names = (
         "kind",
@@ -114,9 +121,10 @@ def _graphs(manifest: Manifest) -> Table:
         "worst error",
         "allowed",
         "rounding",
+        *(("kernels",) if tuned else ()),
     )
     for column in names:
-        table.add_column(column, justify="left" if column == "kind" else "right")
+        table.add_column(column, justify="left" if column in ("kind", "kernels") else "right")
     for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
         images = ("-" if graph.kind == "vision" else str(graph.images),) if crossed else ()
         table.add_row(
@@ -125,6 +133,7 @@ def _graphs(manifest: Manifest) -> Table:
             *images,
             f"{graph.cost_ms:.2f}",
             *_checks(graph.certificate),
+            *((graph.kernels.described if graph.kernels else "-",) if tuned else ()),
         )
     return table
 

@@ -19,7 +19,7 @@ def _unchecked(_: Certifier, graph: GraphSpec, *__: object) -> tuple[Certificate
     return Certificate(reference="none: made for timing", tolerance=0.0, cases=()), 10.0 + graph.bucket
 
 
-def build_for_timing(checkpoint: Path, out: Path, quant: str, buckets: Buckets, dtype: str = "") -> None:
-    """Compile `checkpoint` into `out`; what is there already is used again."""
+def build_for_timing(checkpoint: Path, out: Path, quant: str, buckets: Buckets, dtype: str = "", *, tune: bool = False) -> None:
+    """Compile `checkpoint` into `out`; what is there already is used again. `tune`: with this machine's fastest kernels."""
     with mock.patch.object(Certifier, "certify", _unchecked):
-        build(Options(checkpoint=checkpoint, out=out, quant=quant, buckets=buckets, dtype=dtype))
+        build(Options(checkpoint=checkpoint, out=out, quant=quant, buckets=buckets, dtype=dtype, tune=tune))

@@ -32,6 +32,7 @@ SPIN_US = "STATICVL_SPIN_US"
 _PROVIDERS = ["CPUExecutionProvider"]
 # It would keep a float32 copy of every weight in 16 bits in every session.
 _LEFT_OUT = ["ConstantFolding"]
+BETWEEN = "@"  # in the name of an output that is a cache behind a piece of a chunk (see artifact.py)
 # onnxruntime follows no path out of a model's folder, but for a model given as bytes it is told where the weights lie: so the
 # segment files are there once, whichever ranks run here, and neither copies nor links of them are needed.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -111,13 +112,16 @@ def _segment(
                 bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
             else:
                 binding.bind_output(name, "cpu")
+    for name in (value.name for value in session.get_outputs() if BETWEEN in value.name):
+        array = arrays[name.partition(BETWEEN)[0]]
+        binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
     run = partial(session.run_with_iobinding, binding)
     if all(name in arrays for name in segment.outputs):
         return run
 
     def run_and_keep() -> None:
         run()
-        values = zip(segment.outputs, binding.get_outputs(), strict=True)
+        values = zip(segment.outputs, binding.get_outputs(), strict=False)  # behind them are caches between pieces of a chunk
         free.update({name: value.numpy() for name, value in values if name not in arrays})
 
     return run_and_keep
@@ -155,6 +159,7 @@ class OrtBackend:
         cache: CacheSpec,
         *,
         threads: int | None = None,
+        few_cores: int | None = None,
         host: HostCache | None = None,
         pack: bool = True,
         shared: bool = True,
@@ -162,6 +167,8 @@ class OrtBackend:
         models: Mapping[str, bytes] | None = None,
     ) -> None:
         """`group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
+
+        `threads`: cores that a run is shared among, whatever its graph was tuned to; `few_cores`: of graphs that were not.
 
         `models`: contents to open in place of those files of the folder. They may have more outputs than the graph, which
         `free` holds after a run.
@@ -173,7 +180,7 @@ class OrtBackend:
         _register_arena()
         self.folder, self.threads, self.group, self.models = folder, threads, group, models or {}
         self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
-        self.pack, self.shared = pack, shared
+        self.pack, self.shared, self.few_cores = pack, shared, few_cores
         # Zeroed pages are only backed by memory once they are written.
         self.caches = {name: np.zeros(shape, cache.dtype_of(name)) for name, shape in cache.buffers().items()}
         self.sessions: dict[str, ort.InferenceSession] = {}
@@ -204,7 +211,8 @@ class OrtBackend:
 
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
         packed = self.host.path(segment.file) if self.host else None
-        options = _options(pack=self.pack or packed is not None, threads=self.threads, shared=self.shared)
+        cores = self.threads or (graph.kernels.cores if graph.kernels else 0) or self.few_cores
+        options = _options(pack=self.pack or packed is not None, threads=cores, shared=self.shared)
         model: bytes | Path = packed or self.folder / segment.file
         ranked = self.group is not None and bool(graph.steps)
         if packed is None and (ranked or segment.file in self.models):
@@ -291,8 +299,6 @@ def open_ort(
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
     check_processor(manifest.quant, processor_flags())
     small = sum(weight.nbytes for weight in manifest.weights.values()) < SMALL
-    if threads is None and small:
-        threads = 1
     host = None
     if (group.stages * group.size if group else 1) == manifest.ranks:  # else no graph can be loaded
         weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
@@ -300,4 +306,5 @@ def open_ort(
     if host and host.nbytes < WORTH_PACKING:
         host = None
     # Where packed weights cannot be shared, float kernels do without; 8-bit kernels need them at any price.
-    return OrtBackend(folder, cache, threads=threads, host=host, pack=small or manifest.quant != "none", group=group)
+    pack = small or manifest.quant != "none"
+    return OrtBackend(folder, cache, threads=threads, few_cores=1 if small else None, host=host, pack=pack, group=group)

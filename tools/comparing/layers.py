@@ -74,13 +74,19 @@ def compare_definition(
             if not name.startswith(("vision.", "projector", "cross.")) or any(key.startswith("vision.") for key in found):
                 missing.append(name)
             continue
-        if found[name].numel() != value.numel():  # a run of padded tiles
+        compared = _last_token(value) if found[name].numel() == _last_token(value).numel() else value
+        if found[name].numel() != compared.numel():  # a run of padded tiles
             continue
-        error = errors[name] = _error(value, found[name])
+        error = errors[name] = _error(compared, found[name])
         if error > SAME:
             lacking = next((each for each in missing if each.rpartition(".")[0] == name.rpartition(".")[0]), None)
-            return [_finding(lacking or name, error, value, bool(lacking))], errors
+            return [_finding(lacking or name, error, compared, bool(lacking))], errors
     return [], errors
+
+
+def _last_token(value: Tensor) -> Tensor:
+    """All that our last layer goes on with behind its attention: of [1, T, C] the last row."""
+    return value[:, -1] if value.dim() == 3 else value
 
 
 def _finding(name: str, error: float, value: Tensor, lacking: bool) -> Finding:

@@ -23,7 +23,7 @@ def prepare(checkpoint: Path, home: Path, quant: str, size: Size) -> None:
     if quant not in READY_QUANTS["onnx"]:
         raise UnsupportedError(f"--quant {quant} is not available; available: {', '.join(READY_QUANTS['onnx'])}")
     buckets = Buckets(prefill=size.prefill_buckets, decode=(1, size.batch), vision=(1,), context=size.context, slots=size.batch)
-    build_for_timing(checkpoint, home, quant, buckets)
+    build_for_timing(checkpoint, home, quant, buckets, tune=True)
     runtime.load(home).close()  # packs the weights for this machine
 
 

@@ -1,0 +1,132 @@
+"""`--tune`: which way of lowering a text graph is the fastest on this machine, by a short measurement.
+
+What is measured is the graph of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so
+a model of 90B takes seconds too. One question is asked after another (`_questions`), each with the answers to those before it.
+All answers take turns, behind half as many tokens as the cache holds, and the best run of each counts: what else the machine
+does only ever adds. An answer has to beat the default by MARGIN. Results do not depend on any of this, and certificates are
+measured with what was chosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from ..model_defs.config import ModelConfig
+from ..runtime.artifact import CacheSpec, GraphSpec, Kernels, Kind, ModelFacts, WeightSpec
+from ..runtime.backends.base import open_backend
+from ..runtime.cores import usable_cores
+from .cases import Case, CaseMaker
+from .emit_onnx import NARROW, emit
+from .graphs import GraphDef, define_graph
+
+LAYERS = 4  # enough of them that the head, which is there once, does not hide what they do
+MARGIN = 0.02
+TURNS, SECONDS = 3, 2.0  # of each question: at least so many turns of each answer, and more for so long
+ATTENTION_TOKENS = (64, 128)
+WIDENED_KIB = (1024, 2048, 8192)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KernelTuner:
+    """Measures graphs of one model. `out`: where the weights lie and files may be written for a while."""
+
+    config: ModelConfig
+    facts: ModelFacts
+    cache: CacheSpec
+    quant: str
+    candidates: int
+    weights: dict[str, WeightSpec]
+    out: Path
+
+    def choose(self, kind: Kind, bucket: int, images: int) -> Kernels:
+        """The fastest kernels found for a text graph, and what they were measured by."""
+        graph, cache = self._shallow(kind, bucket, images)
+        best = Kernels()
+        measured: dict[str, float] = {}
+        for answers in self._questions(graph):
+            ways = [best, *(msgspec.structs.replace(best, **answer) for answer in answers)]
+            times = self._times(graph, cache, ways)
+            measured = {way.described: round(ms, 4) for way, ms in zip(ways, times, strict=True)} | measured
+            fastest = int(np.argmin(times))
+            best = ways[fastest] if times[fastest] < (1 - MARGIN) * times[0] else best
+        return msgspec.structs.replace(best, measured=measured)
+
+    def _questions(self, graph: GraphDef) -> Iterator[list[dict[str, int]]]:
+        """The answers to each, besides the default."""
+        tokens = graph.bucket if graph.kind in ("prefill", "verify") else 1
+        if pieces := [each for each in ATTENTION_TOKENS if each < tokens]:
+            yield [{"attention_tokens": each} for each in pieces]
+        if any(spec.dtype in NARROW and len(spec.shape) == 2 for name, spec in self.weights.items() if ".layers." in name):
+            yield [{"widened_kib": each} for each in WIDENED_KIB]
+        if fewer := _fewer_cores(usable_cores()):
+            yield [{"cores": each} for each in fewer]
+
+    def _shallow(self, kind: Kind, bucket: int, images: int) -> tuple[GraphDef, CacheSpec]:
+        """The graph with a few of the layers, one that attends to pictures among them where the graph has such."""
+        text = self.config.text
+        crossed = text.cross_layers[0] + 1 if images else 0
+        layers = min(text.layers, max(LAYERS, crossed))
+        cross_layers = tuple(layer for layer in text.cross_layers if layer < layers)
+        config = replace(self.config, text=replace(text, layers=layers, cross_layers=cross_layers))
+        cross = self.cache.cross and msgspec.structs.replace(self.cache.cross, layers=len(cross_layers), images=max(images, 1))
+        slots = bucket if kind == "decode" else 1
+        cache = msgspec.structs.replace(self.cache, layers=config.text.self_layers, slots=slots, cross=cross)
+        return define_graph(config, self.facts.image, cache, self.quant, kind, bucket, images, 1, self.candidates), cache
+
+    def _times(self, graph: GraphDef, cache: CacheSpec, ways: Sequence[Kernels]) -> list[float]:
+        """Milliseconds of one run each way."""
+        maker = CaseMaker(self.facts, self.config.text.all_embed_rows)
+        with contextlib.ExitStack() as stack:
+            # Every way has the same caches: what is in memory already is not told apart from what is not.
+            runs = [stack.enter_context(self._opened(replace(graph, kernels=way), cache, maker)) for way in ways]
+            best = [float("inf")] * len(ways)
+            started, turns = time.perf_counter(), 0
+            while turns < TURNS + 1 or time.perf_counter() - started < SECONDS:
+                for i, run in enumerate(runs):
+                    seconds = _timed(run)
+                    best[i] = min(best[i], seconds) if turns else best[i]  # the first turn binds and allocates
+                turns += 1
+        return [1e3 * seconds for seconds in best]
+
+    @contextlib.contextmanager
+    def _opened(self, graph: GraphDef, cache: CacheSpec, maker: CaseMaker) -> Iterator[partial[object]]:
+        """A graph that is ready to run, as a function without arguments."""
+        path = self.out / f"{graph.name}.{id(graph)}.tune.partial"
+        path.write_bytes(emit(graph, self.weights))
+        try:
+            spec = graph.spec(path.name)
+            backend = open_backend("onnx", self.out, cache)
+            maker.restart()
+            case = _half_full(spec)
+            maker.fill(spec, case, [backend])
+            feed = maker.feed(spec, case)
+            yield partial(backend.run, spec, feed)
+        finally:
+            path.unlink()
+
+
+def _half_full(graph: GraphSpec) -> Case:
+    """Every row or the whole bucket, behind as many tokens as half the cache holds."""
+    rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
+    batch, new = (graph.bucket, 1) if graph.kind == "decode" else (1, graph.bucket)
+    past = np.full(batch, (rows - new) // 2, np.int32)
+    return Case("half full", past, np.full(batch, new, np.int32))
+
+
+def _fewer_cores(cores: int) -> list[int]:
+    """A half, a quarter and so on down to one of `cores`."""
+    return [cores >> i for i in range(1, cores.bit_length())]
+
+
+def _timed(run: partial[object]) -> float:
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

@@ -1,0 +1,196 @@
+"""Kernels that a machine chooses: every way gives the same numbers, and the fastest is taken."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+
+from staticvl.compiler import kernels
+from staticvl.compiler.build import build, prepare
+from staticvl.compiler.cases import Case, CaseMaker
+from staticvl.compiler.emit_onnx import emit
+from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.kernels import KernelTuner
+from staticvl.compiler.plan import Buckets, Options, PlanError
+from staticvl.compiler.progress import Progress
+from staticvl.runtime import load
+from staticvl.runtime.artifact import CacheSpec, Kernels, Kind, read_manifest
+from staticvl.runtime.backends import ort
+from staticvl.runtime.backends.base import open_backend
+from staticvl.tools.cli import main
+
+from .checkpoints_mllama import tiny_mllama
+from .conftest import EMBEDDED
+
+BUCKETS = Buckets(prefill=(8, 32), decode=(1, 2), vision=(1,), verify=(5,), context=96, slots=2)
+DEFAULT = "as by default"
+
+
+def options(out: Path, checkpoint: Path = EMBEDDED, **more: Any) -> Options:
+    return Options(checkpoint=checkpoint, out=out, **{"buckets": BUCKETS, **more})
+
+
+def tuner_of(made: Options) -> KernelTuner:
+    """For an artifact that is there."""
+    job, weights = prepare(made, Progress()), read_manifest(made.out).weights
+    settings: dict[str, Any] = {"config": job.config, "facts": job.facts, "cache": job.plan.cache, "weights": weights}
+    return KernelTuner(**settings, quant=made.stored_quant, candidates=0, out=made.out)
+
+
+@pytest.fixture(scope="module")
+def narrow(tmp_path_factory: pytest.TempPathFactory) -> KernelTuner:
+    """The trained tiny model with matrices in 16 bits: every question can be asked of it."""
+    made = options(tmp_path_factory.mktemp("narrow") / "artifact", dtype="float16")
+    build(made)
+    return tuner_of(made)
+
+
+def results(tuner: KernelTuner, kind: Kind, bucket: int, way: Kernels, past: int, count: int) -> list[np.ndarray]:
+    """Logits of the whole model's graph, and all that it has written into the caches."""
+    cache: CacheSpec = tuner.cache
+    graph: GraphDef = define_graph(tuner.config, tuner.facts.image, cache, tuner.quant, kind, bucket, 0)
+    graph = replace(graph, kernels=way)
+    path = tuner.out / "way.onnx.partial"
+    path.write_bytes(emit(graph, tuner.weights))
+    backend, spec = open_backend("onnx", tuner.out, cache), graph.spec(path.name)
+    rows = bucket if kind == "decode" else 1
+    case = Case("", np.full(rows, past, np.int32), np.full(rows, count, np.int32))
+    maker = CaseMaker(tuner.facts, tuner.config.text.all_embed_rows)
+    maker.fill(spec, case, [backend])
+    logits = backend.run(spec, maker.feed(spec, case)).first.copy()
+    path.unlink()
+    return [logits, *(backend.read_cache(name, rows) for name in cache.buffers())]
+
+
+@pytest.mark.parametrize(("kind", "bucket", "count"), [("prefill", 32, 32), ("prefill", 32, 9), ("verify", 5, 5)])
+@pytest.mark.parametrize(("tokens", "past"), [(1, 50), (3, 0), (8, 50), (31, 0)])
+def test_a_chunk_may_attend_piece_by_piece(
+    narrow: KernelTuner, kind: Kind, bucket: int, count: int, tokens: int, past: int
+) -> None:
+    whole = results(narrow, kind, bucket, Kernels(), past, count)
+    pieces = results(narrow, kind, bucket, Kernels(attention_tokens=tokens), past, count)
+    for expected, got in zip(whole, pieces, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("kib", [1, 16, 4096])
+def test_matrices_may_be_widened_by_other_parts(narrow: KernelTuner, kib: int) -> None:
+    expected, *_ = results(narrow, "decode", 2, Kernels(), 20, 1)
+    got, *_ = results(narrow, "decode", 2, Kernels(widened_kib=kib), 20, 1)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+
+
+def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> list[list[str]]:
+    """Let every way take what is said of it, anything else 10 ms; which ways were compared."""
+    asked: list[list[str]] = []
+
+    def measure(self: KernelTuner, graph: GraphDef, cache: CacheSpec, ways: Sequence[Kernels]) -> list[float]:
+        asked.append([way.described for way in ways])
+        return [times.get(way.described, 10.0) for way in ways]
+
+    monkeypatch.setattr(KernelTuner, "_times", measure)
+    monkeypatch.setattr(kernels, "usable_cores", lambda: 8)
+    monkeypatch.setattr(kernels, "ATTENTION_TOKENS", (4, 16))
+    return asked
+
+
+def test_each_question_builds_on_the_answers_before(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    four, two_cores = "4 tokens attend at a time", "4 tokens attend at a time, 8192 KiB widened at a time, 2 cores"
+    asked = timed(monkeypatch, {four: 7.0, "4 tokens attend at a time, 8192 KiB widened at a time": 6.0, two_cores: 5.0})
+    found = narrow.choose("prefill", 32, 0)
+    assert (found.attention_tokens, found.widened_kib, found.cores) == (4, 8192, 2)
+    assert asked[0] == [DEFAULT, four, "16 tokens attend at a time"]
+    assert asked[1][0] == four
+    assert [each.rpartition(", ")[2] for each in asked[2][1:]] == ["4 cores", "2 cores", "one core"]
+    assert found.measured[DEFAULT] == 10.0 and found.measured[two_cores] == 5.0
+    assert len(found.measured) == 3 + 3 + 3
+
+
+def test_the_default_stays_unless_it_is_beaten_clearly(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = timed(monkeypatch, {"one core": 9.9, "4 cores": 9.85})
+    found = narrow.choose("decode", 2, 0)
+    assert msgspec.structs.replace(found, measured={}) == Kernels()
+    assert len(asked) == 2, "a step of one token has no pieces"
+    monkeypatch.setattr(kernels, "MARGIN", 0.005)
+    assert narrow.choose("decode", 2, 0).cores == 4
+
+
+def test_what_is_measured_is_there_for_one_run_only(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernels, "SECONDS", 0.0)
+    before = sorted(narrow.out.iterdir())
+    found = narrow.choose("prefill", 32, 0)
+    assert min(found.measured.values()) > 0
+    assert sorted(narrow.out.iterdir()) == before
+
+
+@pytest.mark.parametrize("images", [0, 1])
+def test_layers_that_attend_to_pictures_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+    made = options(
+        tmp_path / "artifact",
+        tiny_mllama(tmp_path / "checkpoint").folder,
+        buckets=Buckets(prefill=(8,), decode=(1,), images=(1,), context=32, slots=1),
+    )
+    build(made)
+    monkeypatch.setattr(kernels, "SECONDS", 0.0)
+    monkeypatch.setattr(kernels, "usable_cores", lambda: 2)
+    found = tuner_of(made).choose("decode", 1, images)
+    assert set(found.measured) == {DEFAULT, "one core"}
+
+
+def test_an_artifact_says_what_was_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed(monkeypatch, {"4 tokens attend at a time": 5.0})
+    made = options(tmp_path / "artifact", buckets=Buckets(prefill=(8,), decode=(1,), vision=(1,), context=200), tune=True)
+    chosen = {graph.kind: graph.kernels for graph in build(made).manifest.graphs}
+    assert not chosen["vision"] and chosen["prefill"] and chosen["decode"]
+    assert (chosen["prefill"].attention_tokens, chosen["decode"].attention_tokens) == (4, 0)
+    assert build(made).traced == [], "what was measured is not measured again"
+    assert read_manifest(made.out).recompilation(context=300).endswith("--tune --context 300 --slots 1")
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["show", str(made.out)]) == 0
+    told = capsys.readouterr().out
+    assert "tuned on" in told and "4 tokens attend at a time" in told
+
+    plain = options(tmp_path / "plain", buckets=made.buckets)
+    assert not any(graph.kernels for graph in build(plain).manifest.graphs)
+    answers = []
+    for folder in (made.out, plain.out):
+        with load(folder) as model:
+            answers.append(model.generate("What is in the picture?", max_new_tokens=8).token_ids)
+    assert answers[0] == answers[1]
+    shutil.rmtree(tmp_path)
+
+
+def test_sessions_have_the_cores_that_were_chosen(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = define_graph(narrow.config, narrow.facts.image, narrow.cache, "none", "decode", 1, 0)
+    graph = replace(plain, kernels=Kernels(cores=3))
+    (narrow.out / "cores.onnx.partial").write_bytes(emit(graph, narrow.weights))
+    seen: list[int | None] = []
+    right = ort._options
+    monkeypatch.setattr(ort, "_options", lambda **given: (seen.append(given["threads"]), right(**given))[1])
+    for backend in (
+        ort.OrtBackend(narrow.out, narrow.cache, few_cores=1),
+        ort.OrtBackend(narrow.out, narrow.cache, threads=2),
+    ):
+        backend.load(graph.spec("cores.onnx.partial"))
+        backend.load(plain.spec("cores.onnx.partial"))
+        backend.unload(graph.spec("cores.onnx.partial"))
+        backend.load(plain.spec("cores.onnx.partial"))
+    assert seen == [3, 1, 2, 2]
+    (narrow.out / "cores.onnx.partial").unlink()
+
+
+@pytest.mark.parametrize(
+    ("more", "what"), [({"backend": "ascend"}, "backend ascend"), ({"tp": 2}, "2 ranks"), ({"pp": 2}, "2 ranks")]
+)
+def test_only_onnx_graphs_of_one_process_are_measured(more: dict[str, Any], what: str) -> None:
+    with pytest.raises(PlanError, match=f"tune was asked for with {what}, but it measures ONNX graphs .*; leave --tune out"):
+        options(Path("unused"), tune=True, **more)
