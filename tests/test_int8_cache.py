@@ -521,6 +521,7 @@ def test_drafts_are_verified_over_it(eight: Path) -> None:
         assert 0 < model.engine.metrics.accepted < model.engine.metrics.drafted
 
 
+@pytest.mark.slow
 def test_two_ranks_answer_as_one(eight: Path, tmp_path: Path, prompts: Calibration) -> None:
     out = built(tmp_path / "two", prompts, tp=2, buckets=replace(BUCKETS, prefill=(32,), decode=(1,), verify=None, slots=1))
     sides = [open_artifact_side(folder, device="auto", threads=1, name=folder.name) for folder in (eight, out)]
