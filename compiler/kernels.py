@@ -85,7 +85,6 @@ class KernelTuner:
         """Milliseconds of one run each way."""
         maker = CaseMaker(self.facts, self.config.text.all_embed_rows)
         with contextlib.ExitStack() as stack:
-            # Every way has the same caches: what is in memory already is not told apart from what is not.
             runs = [stack.enter_context(self._opened(replace(graph, kernels=way), cache, maker)) for way in ways]
             best = [float("inf")] * len(ways)
             started, turns = time.perf_counter(), 0
