@@ -211,7 +211,9 @@ class OrtBackend:
 
     def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
         packed = self.host.path(segment.file) if self.host else None
-        cores = self.threads or (graph.kernels.cores if graph.kernels else 0) or self.few_cores
+        # An artifact that was tuned on a larger machine may run here.
+        tuned = min(graph.kernels.cores, usable_cores()) if graph.kernels else 0
+        cores = self.threads or tuned or self.few_cores
         options = _options(pack=self.pack or packed is not None, threads=cores, shared=self.shared)
         model: bytes | Path = packed or self.folder / segment.file
         ranked = self.group is not None and bool(graph.steps)
