@@ -372,7 +372,7 @@ def _graphs(
     keys = [_graph_keys(part, key) for part in parts]
     known = _known_graphs(job)
     found = {each: known[each] for of_part in keys for each in of_part.values() if each in known}
-    found = {each: entry for each, entry in found.items() if _all_intact(job.out, entry.files)}
+    found = {k: entry for k, entry in found.items() if _all_intact(job.out, entry.files) and not _disturbed(entry.graph)}
     report.reused = [entry.graph.name for entry in found.values()]
     missing = [[graph for graph, each in of_part.items() if each not in found] for of_part in keys]
     if any(missing):
@@ -410,6 +410,11 @@ def _noted(job: _Job, graph: GraphSpec, files: dict[str, FileSpec]) -> JournalEn
 
 def _all_intact(out: Path, files: Mapping[str, FileSpec]) -> bool:
     return all(intact(out / name, spec) for name, spec in files.items())
+
+
+def _disturbed(graph: GraphSpec) -> bool:
+    """Whether it was to be tuned and the machine was at work: perhaps it is not now."""
+    return bool(graph.kernels and graph.kernels.busy)
 
 
 def _describe(graph: GraphSpec) -> str:

@@ -172,10 +172,13 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
     widened_kib: int = 0  # of a matrix in 16 bits that are widened at a time; 0: WIDENED_BYTES of compiler/emit_onnx.py
     # Milliseconds of each way that was tried, by its description: the best of several runs of a model of few layers.
     measured: dict[str, float] = {}
+    busy: float = 0.0  # part of the cores that other processes took meanwhile; so much that nothing was chosen, else 0
 
     @property
     def described(self) -> str:
         """In words, for people."""
+        if self.busy:
+            return f"as by default: not tuned, other processes took {self.busy:.0%} of the cores"
         words = {
             f"{self.attention_tokens} tokens attend at a time": self.attention_tokens,
             f"{self.widened_kib} KiB widened at a time": self.widened_kib,

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections import namedtuple
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +15,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+import psutil
 import pytest
 
 from staticvl.compiler import kernels
@@ -18,12 +24,14 @@ from staticvl.compiler.cases import Case, CaseMaker
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.kernels import KernelTuner
+from staticvl.compiler.other_work import OtherWork
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.compiler.progress import Progress
 from staticvl.runtime import load
 from staticvl.runtime.artifact import CacheSpec, Kernels, Kind, read_manifest
 from staticvl.runtime.backends import ort
 from staticvl.runtime.backends.base import open_backend
+from staticvl.runtime.cores import usable_cores
 from staticvl.tools.cli import main
 
 from .checkpoints_mllama import tiny_mllama
@@ -96,6 +104,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> list[list
         return [times.get(way.described, 10.0) for way in ways]
 
     monkeypatch.setattr(KernelTuner, "_times", measure)
+    monkeypatch.setattr(OtherWork, "part", lambda self: 0.0)
     monkeypatch.setattr(kernels, "usable_cores", lambda: 8)
     monkeypatch.setattr(kernels, "ATTENTION_TOKENS", (4, 16))
     return asked
@@ -120,6 +129,50 @@ def test_the_default_stays_unless_it_is_beaten_clearly(narrow: KernelTuner, monk
     assert len(asked) == 2, "a step of one token has no pieces"
     monkeypatch.setattr(kernels, "MARGIN", 0.005)
     assert narrow.choose("decode", 2, 0).cores == 4
+
+
+def test_nothing_is_chosen_while_others_are_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    timed(monkeypatch, {"4 tokens attend at a time": 5.0, "4 tokens attend at a time, one core": 2.0, "one core": 2.0})
+    made = options(tmp_path / "artifact", buckets=Buckets(prefill=(8,), decode=(1,), vision=(1,), context=64), tune=True)
+    monkeypatch.setattr(OtherWork, "part", lambda self: 0.6)
+    disturbed = {graph.kind: graph.kernels for graph in build(made).manifest.graphs}
+    for kind in ("prefill", "decode"):
+        found = disturbed[kind]
+        assert found and (found.cores, found.attention_tokens, found.busy) == (0, 0, 0.6)
+        assert found.measured["as by default"] == 10.0
+    monkeypatch.setenv("COLUMNS", "300")
+    assert main(["show", str(made.out)]) == 0
+    assert "not tuned, other processes took 60% of the cores" in capsys.readouterr().out
+
+    monkeypatch.setattr(OtherWork, "part", lambda self: 0.1)
+    again = build(made)
+    assert sorted(again.traced) == ["decode-1", "prefill-8"], "what was tuned for nobody is tuned now, and only that"
+    chosen = {graph.kind: graph.kernels for graph in again.manifest.graphs}
+    assert chosen["prefill"] and chosen["decode"] and (chosen["decode"].cores, chosen["prefill"].cores) == (1, 1)
+    assert build(made).traced == []
+
+
+def test_other_work_is_that_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = OtherWork()
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(1.0)
+        assert begun.part() > 0.25 / usable_cores()
+    finally:
+        other.kill()
+        other.wait()
+
+    fields = namedtuple("fields", ["user", "system", "idle", "iowait", "steal", "guest"])
+    now, own, cores = 100.0, 7.0, [fields(50, 5, 40, 3, 2, 20), fields(9, 9, 9, 9, 9, 9)]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setattr(time, "process_time", lambda: own)
+    monkeypatch.setattr(psutil, "cpu_times", lambda *, percpu: cores)
+    begun = OtherWork()
+    now, own, cores = 110.0, 12.0, [fields(56, 6, 41, 4, 3, 26), fields(90, 90, 9, 9, 9, 9)]
+    assert begun.part() == pytest.approx(0.3), "8 of 10 seconds of core 0 were work, guests' among it, 5 of them its own"
 
 
 def test_what_is_measured_is_there_for_one_run_only(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:

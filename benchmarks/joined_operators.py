@@ -1,0 +1,256 @@
+"""What it would gain to join operators that are emitted apart, or to cut an attention otherwise, each against the way in use.
+
+    python -m benchmarks.joined_operators [--runs 30] [--threads 2] [--only NAME,...]
+
+Graphs hold as many copies as layers of a 1.1B decoder, each with weights or caches of its own, so that they come from memory
+and not from the processor's cache. Both ways take turns; figures are medians of a copy's microseconds, and of the ratio of
+two runs that followed each other (below 1: the other way is faster). The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnxruntime as ort
+from onnx import helper, numpy_helper
+from tqdm import tqdm
+
+from staticvl.runtime.cores import usable_cores
+
+CONTRIB = "com.microsoft"
+COPIES = 22
+HIDDEN, MLP, HEADS, KV_HEADS, WIDTH, CAPACITY = 2048, 5632, 32, 4, 64, 1024
+KV = KV_HEADS * WIDTH
+ROWS = (1, 8, 256)
+PAST = (16, 64, 600)
+BLOCK = 128
+
+
+@dataclass
+class Graph:
+    """Collects the nodes of one way, and the arrays that it runs on."""
+
+    random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
+    nodes: list = field(default_factory=list)
+    constants: dict = field(default_factory=dict)
+    arrays: dict[str, np.ndarray] = field(default_factory=dict)
+    inputs: list[str] = field(default_factory=list)
+    written: dict[str, str] = field(default_factory=dict)  # output: the array that it is written to
+
+    def node(
+        self, op: str, inputs: Sequence[str], outputs: int = 1, domain: str = "", names: Sequence[str] = (), **attributes: Any
+    ) -> list[str]:
+        made = [f"{op}_{len(self.nodes)}_{i}" for i in range(outputs)]
+        made[len(made) - len(names) :] = names
+        self.nodes.append(helper.make_node(op, list(inputs), made, domain=domain, **attributes))
+        return made
+
+    def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
+        array = np.asarray(value, dtype)
+        name = f"constant_{len(self.constants)}"
+        self.constants[name] = numpy_helper.from_array(array, name)
+        return name
+
+    def array(self, name: str, value: np.ndarray) -> str:
+        self.arrays[name] = value
+        self.inputs.append(name)
+        return name
+
+    def normal(self, name: str, *shape: int) -> str:
+        return self.array(name, self.random.standard_normal(shape, np.float32))
+
+    def keep(self, value: str, shape: Sequence[int]) -> None:
+        """Make `value` an output."""
+        self.arrays[f"{value}.kept"] = np.zeros(shape, np.float32)
+        self.written[value] = f"{value}.kept"
+
+    def session(self, threads: int) -> Callable[[], object]:
+        def info(name: str, array: np.ndarray):
+            return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(array.dtype), array.shape)
+
+        inputs = [info(name, self.arrays[name]) for name in self.inputs]
+        outputs = [info(name, self.arrays[array]) for name, array in self.written.items()]
+        graph = helper.make_graph(self.nodes, "way", inputs, outputs, [*self.constants.values()])
+        opsets = [helper.make_opsetid("", 24), helper.make_opsetid(CONTRIB, 1)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 3
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
+        opened = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        binding = opened.io_binding()
+        bound = [(binding.bind_input, name, name) for name in self.inputs]
+        bound += [(binding.bind_output, name, array) for name, array in self.written.items()]
+        for bind, name, key in bound:
+            array = self.arrays[key]
+            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+        return lambda: opened.run_with_iobinding(binding)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How a weight of N rows is stored; `draw` gives numbers and scales, whose axes of N are `axes`."""
+
+    draw: Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
+    axes: tuple[int, int]
+    bits: int = 0  # of blocks; 0: whole rows in int8, times activations in uint8
+
+    def product(self, g: Graph, x: str, q: np.ndarray, scales: np.ndarray) -> str:
+        stored = [g.constant(each, each.dtype) for each in (q, scales)]
+        if self.bits:
+            attributes: dict[str, Any] = {"K": HIDDEN, "N": len(q), "bits": self.bits, "block_size": BLOCK, "accuracy_level": 4}
+            return g.node("MatMulNBits", [x, *stored], domain=CONTRIB, **attributes)[0]
+        inputs = [x, stored[0], g.constant(1, np.float32), stored[1], g.constant(128, np.uint8)]
+        return g.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
+
+
+def grouped(bits: int) -> Kind:
+    def draw(random: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+        blocks = HIDDEN // BLOCK
+        q = random.integers(0, 256, (n, blocks, BLOCK * bits // 8), np.uint8)
+        return q, random.random((n, blocks), np.float32) / np.float32(1e4)
+
+    return Kind(draw, (0, 0), bits)
+
+
+def _whole(random: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
+    return random.integers(-127, 128, (HIDDEN, n), np.int8), random.random(n, np.float32) / np.float32(1e4)
+
+
+KINDS = {"4 bits": grouped(4), "8 bits": grouped(8), "w8a8": Kind(_whole, (1, 0))}
+
+
+def products(kind: Kind, sizes: Sequence[int], rows: int, joined: bool) -> Graph:
+    """Several of the same rows; those of w8a8 were quantised before, as they are once for all of them."""
+    g = Graph()
+    shape = (1, rows, HIDDEN)
+    x = g.normal("x", *shape) if kind.bits else g.array("x", g.random.integers(0, 256, shape, np.uint8))
+    for _ in range(COPIES):
+        drawn = [kind.draw(g.random, size) for size in sizes]
+        if joined:
+            one = [np.concatenate(parts, axis) for parts, axis in zip(zip(*drawn, strict=True), kind.axes, strict=True)]
+            found = g.node("Split", [kind.product(g, x, *one), g.constant(sizes)], len(sizes), axis=-1)
+        else:
+            found = [kind.product(g, x, *each) for each in drawn]
+        for value, size in zip(found, sizes, strict=True):
+            g.keep(value, (1, rows, size))
+    return g
+
+
+def norms(rows: int, fused: bool) -> Graph:
+    """What is added to a residual, and the norm behind it."""
+    g = Graph()
+    x, weight = g.normal("x", 1, rows, HIDDEN), g.normal("weight", HIDDEN)
+    added = g.normal("added", 1, rows, HIDDEN)
+    for _ in range(COPIES):
+        if fused:
+            added, _, _, x = g.node("SkipSimplifiedLayerNormalization", [x, added, weight], 4, CONTRIB, epsilon=1e-5)
+        else:
+            (x,) = g.node("Add", [x, added])
+            (added,) = g.node("SimplifiedLayerNormalization", [x, weight], axis=-1, epsilon=1e-5)
+    for value in (x, added):
+        g.keep(value, (1, rows, HIDDEN))
+    return g
+
+
+def attentions(past: int, heads_as_tokens: bool) -> Graph:
+    """One row. The other way puts keys and values into the caches first, and then lets the heads that share a key-value head
+    look at them as tokens of one head; the operator refuses it where there are fewer keys than such tokens."""
+    g = Graph()
+    q, k, v = g.normal("q", 1, 1, HEADS * WIDTH), g.normal("k", 1, 1, KV), g.normal("v", 1, 1, KV)
+    last = g.array("last", np.array([past], np.int32))
+    total = g.array("total", np.array(past + 1, np.int32))
+    at = g.array("at", np.array([past], np.int64))
+    group = HEADS // KV_HEADS
+    empty = g.constant(np.zeros((1, 0, KV)), np.float32)
+
+    def reshaped(x: str, *shape: int) -> str:
+        return g.node("Reshape", [x, g.constant(shape)])[0]
+
+    def swapped(x: str) -> str:
+        return g.node("Transpose", [x], perm=[0, 2, 1, 3])[0]
+
+    for i in range(COPIES):
+        caches = [g.normal(f"{which}.{i}", 1, KV_HEADS, CAPACITY, WIDTH) for which in "kv"]
+        outs = [f"{name}.out" for name in caches]
+        g.written |= dict(zip(outs, caches, strict=True))
+        attributes: dict[str, Any] = {"domain": CONTRIB, "kv_num_heads": KV_HEADS}
+        if not heads_as_tokens:
+            g.node("GroupQueryAttention", [q, k, v, *caches, last, total], 3, names=outs, num_heads=HEADS, **attributes)
+        else:
+            for new, cache, out in zip((k, v), caches, outs, strict=True):
+                g.node("TensorScatter", [cache, reshaped(new, 1, KV_HEADS, 1, WIDTH), at], names=[out], axis=2)
+            tokens = reshaped(swapped(reshaped(q, 1, KV_HEADS, group, WIDTH)), 1, group, KV)
+            seen = [f"{out}.seen" for out in outs]
+            g.written |= dict(zip(seen, caches, strict=True))
+            inputs = [tokens, empty, empty, *outs, last, total]
+            g.node("GroupQueryAttention", inputs, 3, names=seen, num_heads=KV_HEADS, causal=0, **attributes)
+        y = g.nodes[-1].output[0]
+        if heads_as_tokens:
+            y = reshaped(swapped(reshaped(y, 1, group, KV_HEADS, WIDTH)), 1, 1, HEADS * WIDTH)
+        q = y
+    g.keep(q, (1, 1, HEADS * WIDTH))
+    return g
+
+
+def comparisons() -> dict[str, Callable[[bool], Graph]]:
+    """By what is compared and what the other way is: both ways."""
+    found: dict[str, Callable[[bool], Graph]] = {}
+    for rows in ROWS:
+        for name, sizes in {"q, k, v": (HIDDEN, KV, KV), "gate, up": (MLP, MLP)}.items():
+            for stored, kind in KINDS.items():
+                found[f"one product: {name} in {stored}, rows: {rows}"] = partial(products, kind, sizes, rows)
+        found[f"SkipSimplifiedLayerNormalization, rows: {rows}"] = partial(norms, rows)
+    for past in PAST:
+        found[f"heads as tokens: attention of one row behind {past}"] = partial(attentions, past)
+    return found
+
+
+def compare(make: Callable[[bool], Graph], runs: int, threads: int) -> dict[str, float]:
+    """Times of both ways, and the largest distance of the last output as a part of its largest number."""
+    ways = [make(other) for other in (False, True)]
+    opened = [way.session(threads) for way in ways]
+    times: list[list[float]] = []
+    for _ in range(runs + 1):
+        times.append([])
+        for run in opened:
+            started = time.perf_counter()
+            run()
+            times[-1].append(1e6 * (time.perf_counter() - started) / COPIES)
+    del times[0]  # binds and allocates
+    us, other = (statistics.median(turn[i] for turn in times) for i in (0, 1))
+    a, b = (way.arrays[[*way.written.values()][-1]] for way in ways)
+    return {
+        "us": round(us, 1),
+        "other_us": round(other, 1),
+        "ratio": round(statistics.median(turn[1] / turn[0] for turn in times), 3),
+        "distance": float(f"{np.abs(a - b).max() / np.abs(a).max():.1e}"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    args = parser.parse_args()
+    wanted = {name: make for name, make in comparisons().items() if any(part in name for part in args.only.split(","))}
+    found = {}
+    for name, make in tqdm(wanted.items(), disable=None):
+        found[name] = compare(make, args.runs, args.threads)
+        tqdm.write("{}: {other_us} us instead of {us}, ratio {ratio}".format(name, **found[name]))
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""How much other processes do on the cores that this one computes with."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import psutil
+
+
+class OtherWork:
+    """Counts from when it is made. What the host of a virtual machine takes away counts too."""
+
+    def __init__(self) -> None:
+        every = range(psutil.cpu_count() or 1)
+        self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*every]
+        self.busy, self.own, self.started = self._busy(), time.process_time(), time.perf_counter()
+
+    def part(self) -> float:
+        """Of the time of all cores together, 0 to 1."""
+        others = self._busy() - self.busy - (time.process_time() - self.own)
+        whole = len(self.cores) * (time.perf_counter() - self.started)
+        return min(max(others / whole, 0.0), 1.0)
+
+    def _busy(self) -> float:
+        """Seconds that the cores have worked for anybody."""
+        times = psutil.cpu_times(percpu=True)
+        # Guests are counted among users.
+        idle = ("idle", "iowait", "guest", "guest_nice")
+        return sum(sum(times[core]) - sum(getattr(times[core], name, 0.0) for name in idle) for core in self.cores)
