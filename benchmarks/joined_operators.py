@@ -2,9 +2,9 @@
 
     python -m benchmarks.joined_operators [--runs 30] [--threads 2] [--only NAME,...]
 
-Graphs hold as many copies as layers of a 1.1B decoder, each with weights or caches of its own, so that they come from memory
-and not from the processor's cache. Both ways take turns; figures are medians of a copy's microseconds, and of the ratio of
-two runs that followed each other (below 1: the other way is faster). The last line is JSON.
+Graphs hold as many copies as layers of a 1.1B decoder, or four of a chunk's attention, each with weights or caches of its own,
+so that they come from memory and not from the processor's cache. Both ways take turns; figures are medians of a copy's
+microseconds, and of the ratio of two runs that followed each other (below 1: the other way is faster). The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ BLOCK = 128
 class Graph:
     """Collects the nodes of one way, and the arrays that it runs on."""
 
+    copies: int = COPIES
     random: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     nodes: list = field(default_factory=list)
     constants: dict = field(default_factory=dict)
@@ -203,6 +204,49 @@ def attentions(past: int, heads_as_tokens: bool) -> Graph:
     return g
 
 
+@dataclass(frozen=True)
+class Chunk:
+    """Heads, those of keys and values, how wide they are, and the tokens of a chunk."""
+
+    heads: int
+    kv_heads: int
+    width: int
+    tokens: int
+
+    def __str__(self) -> str:
+        return f"{self.tokens} tokens, {self.heads} heads over {self.kv_heads} of {self.width}"
+
+
+CHUNKS = (Chunk(HEADS, KV_HEADS, WIDTH, 256), Chunk(32, 32, 128, 256), Chunk(32, 8, 128, 256), Chunk(32, 32, 128, 1024))
+PIECE = 128  # tokens
+
+
+def chunks(chunk: Chunk, past: int, in_pieces: bool) -> Graph:
+    """Attention of a chunk, all of it at once or some of its tokens at a time."""
+    g = Graph(copies=4)
+    size = PIECE if in_pieces else chunk.tokens
+    edges = range(0, chunk.tokens, size)
+    kv = chunk.kv_heads * chunk.width
+    rows = [g.normal("q", 1, chunk.tokens, chunk.heads * chunk.width), *(g.normal(x, 1, chunk.tokens, kv) for x in "kv")]
+    sizes = g.constant([size] * len(edges))
+    pieces = [g.node("Split", [x, sizes], len(edges), axis=1) if in_pieces else [x] for x in rows]
+    last = [g.array(f"last.{edge}", np.array([past + edge + size - 1], np.int32)) for edge in edges]
+    total = [g.array(f"total.{edge}", np.array(past + edge + size, np.int32)) for edge in edges]
+    for i in range(g.copies):
+        caches = [g.normal(f"{x}.{i}", 1, chunk.kv_heads, past + chunk.tokens, chunk.width) for x in "kv"]
+        names, out = caches, []
+        for j, each in enumerate(zip(*pieces, strict=True)):
+            inputs = [*each, *names, last[j], total[j]]
+            names = [f"{cache}.out{j}" for cache in caches]
+            g.written |= dict(zip(names, caches, strict=True))
+            attributes: dict[str, Any] = {"num_heads": chunk.heads, "kv_num_heads": chunk.kv_heads}
+            out += g.node("GroupQueryAttention", inputs, 3, CONTRIB, names, **attributes)[:1]
+        if in_pieces:
+            out = g.node("Concat", out, axis=1)
+        g.keep(out[0], (1, chunk.tokens, chunk.heads * chunk.width))
+    return g
+
+
 def comparisons() -> dict[str, Callable[[bool], Graph]]:
     """By what is compared and what the other way is: both ways."""
     found: dict[str, Callable[[bool], Graph]] = {}
@@ -213,6 +257,9 @@ def comparisons() -> dict[str, Callable[[bool], Graph]]:
         found[f"SkipSimplifiedLayerNormalization, rows: {rows}"] = partial(norms, rows)
     for past in PAST:
         found[f"heads as tokens: attention of one row behind {past}"] = partial(attentions, past)
+    for chunk in CHUNKS:
+        for past in (0, 512, 2048):
+            found[f"{PIECE} tokens at a time: {chunk}, behind {past}"] = partial(chunks, chunk, past)
     return found
 
 
@@ -226,7 +273,7 @@ def compare(make: Callable[[bool], Graph], runs: int, threads: int) -> dict[str,
         for run in opened:
             started = time.perf_counter()
             run()
-            times[-1].append(1e6 * (time.perf_counter() - started) / COPIES)
+            times[-1].append(1e6 * (time.perf_counter() - started) / ways[0].copies)
     del times[0]  # binds and allocates
     us, other = (statistics.median(turn[i] for turn in times) for i in (0, 1))
     a, b = (way.arrays[[*way.written.values()][-1]] for way in ways)

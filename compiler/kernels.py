@@ -2,9 +2,9 @@
 
 What is measured is the graph of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so
 a model of 90B takes seconds too. One question is asked after another (`_questions`), each with the answers to those before it.
-All answers take turns, behind half as many tokens as the cache holds, and the best run of each counts: what else the machine
-does only ever adds. An answer has to beat the default by MARGIN. Results do not depend on any of this, and certificates are
-measured with what was chosen.
+All answers take turns, a chunk behind a third of the tokens that the cache holds (where those of prompts of all lengths lie on
+average), anything else behind half of them. The best run of each counts: what else the machine does only ever adds. An answer has
+to beat the default by MARGIN. Results do not depend on any of this, and certificates are measured with what was chosen.
 
 Where other processes take more than BUSY of the cores, nothing is chosen and the graph says so: beside one that keeps a core,
 one core is the fastest, and the artifact would be half as fast from then on. A build that is repeated asks again.
@@ -112,7 +112,7 @@ class KernelTuner:
             spec = graph.spec(path.name)
             backend = open_backend("onnx", self.out, cache)
             maker.restart()
-            case = _half_full(spec)
+            case = _partly_full(spec)
             maker.fill(spec, case, [backend])
             feed = maker.feed(spec, case)
             yield partial(backend.run, spec, feed)
@@ -120,12 +120,12 @@ class KernelTuner:
             path.unlink()
 
 
-def _half_full(graph: GraphSpec) -> Case:
-    """Every row or the whole bucket, behind as many tokens as half the cache holds."""
+def _partly_full(graph: GraphSpec) -> Case:
+    """Every row or the whole bucket, behind as many tokens as a third or half of the cache holds."""
     rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
     batch, new = (graph.bucket, 1) if graph.kind == "decode" else (1, graph.bucket)
-    past = np.full(batch, (rows - new) // 2, np.int32)
-    return Case("half full", past, np.full(batch, new, np.int32))
+    past = np.full(batch, (rows - new) // (3 if graph.kind == "prefill" else 2), np.int32)
+    return Case("partly full", past, np.full(batch, new, np.int32))
 
 
 def _fewer_cores(cores: int) -> list[int]:
