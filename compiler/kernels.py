@@ -3,8 +3,8 @@
 What is measured is the graph of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so
 a model of 90B takes seconds too. One question is asked after another (`_questions`), each with the answers to those before it.
 All answers take turns, a chunk behind a third of the tokens that the cache holds (where those of prompts of all lengths lie on
-average), anything else behind half of them. The best run of each counts: what else the machine does only ever adds. An answer has
-to beat the default by MARGIN. Results do not depend on any of this, and certificates are measured with what was chosen.
+average), anything else behind half of them. The best run of each counts: what else the machine does only ever adds. An answer
+has to beat the default by MARGIN. Results do not depend on any of this, and certificates are measured with what was chosen.
 
 Where other processes take more than BUSY of the cores, nothing is chosen and the graph says so: beside one that keeps a core,
 one core is the fastest, and the artifact would be half as fast from then on. A build that is repeated asks again.
