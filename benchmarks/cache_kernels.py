@@ -13,14 +13,14 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-CONTRIB = "com.microsoft"
+from .onnx_session import CONTRIB, bound, opened
+
 LARGEST = 4.0  # what the largest stored number stands for
 STEPS = (
     (1, 1, 64),
@@ -63,12 +63,7 @@ def session(sizes: Sizes, quantised: str, threads: int) -> ort.InferenceSession:
     outputs = {"y": (number, q), "k_out": (cache, sizes.cache), "v_out": (cache, sizes.cache)}
     node = helper.make_node("GroupQueryAttention", names, list(outputs), domain=CONTRIB, **attributes)
     infos = [[helper.make_tensor_value_info(name, *each) for name, each in part.items()] for part in (inputs, outputs)]
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(CONTRIB, 1)]
-    model = helper.make_model(helper.make_graph([node], "attention", *infos), opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return opened([node], *infos, threads=threads)
 
 
 class Side:
@@ -95,12 +90,8 @@ class Side:
         given = {"q": q, "k": k, "v": v, "k_cache": caches[0], "v_cache": caches[1], **scales}
         given |= {"last": np.full(sizes.rows, total - 1, np.int32), "total": np.array(total, np.int32)}
         self.q, self.caches, self.y = q, caches, np.zeros_like(q)
-        binding = (opened := session(sizes, quantised, threads)).io_binding()
         written = {"y": self.y, "k_out": caches[0], "v_out": caches[1]}
-        for bind, arrays in ((binding.bind_input, given), (binding.bind_output, written)):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        self.run: Callable[[], object] = lambda: opened.run_with_iobinding(binding)
+        self.run = bound(session(sizes, quantised, threads), given, written)
         self.kept = given  # what the binding has pointers to
 
     def errors(self) -> dict[str, float]:

@@ -1,6 +1,6 @@
 """What it would gain to join operators that are emitted apart, or to cut an attention otherwise, each against the way in use.
 
-    python -m benchmarks.joined_operators [--runs 30] [--threads 2] [--only NAME,...]
+    python -m benchmarks.joined_operators [--runs 30] [--threads 2] [--only TEXT ...]
 
 Graphs hold as many copies as layers of a 1.1B decoder, or four of a chunk's attention, each with weights or caches of its own,
 so that they come from memory and not from the processor's cache. Both ways take turns; figures are medians of a copy's
@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import onnxruntime as ort
 from onnx import helper, numpy_helper
 from tqdm import tqdm
 
 from staticvl.runtime.cores import usable_cores
 
-CONTRIB = "com.microsoft"
+from .onnx_session import CONTRIB, bound, opened
+
 COPIES = 22
 HIDDEN, MLP, HEADS, KV_HEADS, WIDTH, CAPACITY = 2048, 5632, 32, 4, 64, 1024
 KV = KV_HEADS * WIDTH
@@ -80,22 +80,10 @@ class Graph:
 
         inputs = [info(name, self.arrays[name]) for name in self.inputs]
         outputs = [info(name, self.arrays[array]) for name, array in self.written.items()]
-        graph = helper.make_graph(self.nodes, "way", inputs, outputs, [*self.constants.values()])
-        opsets = [helper.make_opsetid("", 24), helper.make_opsetid(CONTRIB, 1)]
-        model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-        options = ort.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.intra_op.spin_duration_us", "20")
-        opened = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        binding = opened.io_binding()
-        bound = [(binding.bind_input, name, name) for name in self.inputs]
-        bound += [(binding.bind_output, name, array) for name, array in self.written.items()]
-        for bind, name, key in bound:
-            array = self.arrays[key]
-            bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        return lambda: opened.run_with_iobinding(binding)
+        opening = partial(opened, self.nodes, inputs, outputs, self.constants.values())
+        session = opening(threads=threads, spin_us=20, optimised=False)
+        written = {name: self.arrays[array] for name, array in self.written.items()}
+        return bound(session, {name: self.arrays[name] for name in self.inputs}, written)
 
 
 @dataclass(frozen=True)
@@ -165,43 +153,56 @@ def norms(rows: int, fused: bool) -> Graph:
 
 
 def attentions(past: int, heads_as_tokens: bool) -> Graph:
-    """One row. The other way puts keys and values into the caches first, and then lets the heads that share a key-value head
-    look at them as tokens of one head; the operator refuses it where there are fewer keys than such tokens."""
+    """One row."""
     g = Graph()
     q, k, v = g.normal("q", 1, 1, HEADS * WIDTH), g.normal("k", 1, 1, KV), g.normal("v", 1, 1, KV)
-    last = g.array("last", np.array([past], np.int32))
-    total = g.array("total", np.array(past + 1, np.int32))
-    at = g.array("at", np.array([past], np.int64))
-    group = HEADS // KV_HEADS
-    empty = g.constant(np.zeros((1, 0, KV)), np.float32)
-
-    def reshaped(x: str, *shape: int) -> str:
-        return g.node("Reshape", [x, g.constant(shape)])[0]
-
-    def swapped(x: str) -> str:
-        return g.node("Transpose", [x], perm=[0, 2, 1, 3])[0]
-
+    lengths = [g.array("last", np.array([past], np.int32)), g.array("total", np.array(past + 1, np.int32))]
+    way = HeadsAsTokens(g, g.array("at", np.array([past], np.int64))) if heads_as_tokens else all_heads
     for i in range(COPIES):
-        caches = [g.normal(f"{which}.{i}", 1, KV_HEADS, CAPACITY, WIDTH) for which in "kv"]
-        outs = [f"{name}.out" for name in caches]
-        g.written |= dict(zip(outs, caches, strict=True))
-        attributes: dict[str, Any] = {"domain": CONTRIB, "kv_num_heads": KV_HEADS}
-        if not heads_as_tokens:
-            g.node("GroupQueryAttention", [q, k, v, *caches, last, total], 3, names=outs, num_heads=HEADS, **attributes)
-        else:
-            for new, cache, out in zip((k, v), caches, outs, strict=True):
-                g.node("TensorScatter", [cache, reshaped(new, 1, KV_HEADS, 1, WIDTH), at], names=[out], axis=2)
-            tokens = reshaped(swapped(reshaped(q, 1, KV_HEADS, group, WIDTH)), 1, group, KV)
-            seen = [f"{out}.seen" for out in outs]
-            g.written |= dict(zip(seen, caches, strict=True))
-            inputs = [tokens, empty, empty, *outs, last, total]
-            g.node("GroupQueryAttention", inputs, 3, names=seen, num_heads=KV_HEADS, causal=0, **attributes)
-        y = g.nodes[-1].output[0]
-        if heads_as_tokens:
-            y = reshaped(swapped(reshaped(y, 1, group, KV_HEADS, WIDTH)), 1, 1, HEADS * WIDTH)
-        q = y
+        q = way(g, [q, k, v], [g.normal(f"{which}.{i}", 1, KV_HEADS, CAPACITY, WIDTH) for which in "kv"], lengths)
     g.keep(q, (1, 1, HEADS * WIDTH))
     return g
+
+
+def in_place(g: Graph, caches: Sequence[str], suffix: str) -> list[str]:
+    """Names of outputs that are written to the memory of caches."""
+    names = [f"{cache}{suffix}" for cache in caches]
+    g.written |= dict(zip(names, caches, strict=True))
+    return names
+
+
+def all_heads(g: Graph, rows: Sequence[str], caches: Sequence[str], lengths: Sequence[str]) -> str:
+    attributes: dict[str, Any] = {"num_heads": HEADS, "kv_num_heads": KV_HEADS}
+    outs = in_place(g, caches, ".out")
+    return g.node("GroupQueryAttention", [*rows, *caches, *lengths], 3, CONTRIB, outs, **attributes)[0]
+
+
+class HeadsAsTokens:
+    """Puts keys and values into the caches first, `at` that place, and then lets the heads that share a key-value head look at
+    them as tokens of one head; the operator refuses it where there are fewer keys than such tokens."""
+
+    GROUP = HEADS // KV_HEADS
+
+    def __init__(self, g: Graph, at: str) -> None:
+        self.at, self.empty = at, g.constant(np.zeros((1, 0, KV)), np.float32)
+
+    def __call__(self, g: Graph, rows: Sequence[str], caches: Sequence[str], lengths: Sequence[str]) -> str:
+        q, *new = rows
+        outs = in_place(g, caches, ".out")
+        for row, cache, out in zip(new, caches, outs, strict=True):
+            g.node("TensorScatter", [cache, self._as(g, row, KV_HEADS, 1, WIDTH), self.at], names=[out], axis=2)
+        tokens = self._swapped(g, q, (KV_HEADS, self.GROUP, WIDTH), (self.GROUP, KV))
+        attributes: dict[str, Any] = {"num_heads": KV_HEADS, "kv_num_heads": KV_HEADS, "causal": 0}
+        inputs = [tokens, self.empty, self.empty, *outs, *lengths]
+        y, *_ = g.node("GroupQueryAttention", inputs, 3, CONTRIB, in_place(g, caches, ".seen"), **attributes)
+        return self._swapped(g, y, (self.GROUP, KV_HEADS, WIDTH), (1, HEADS * WIDTH))
+
+    def _as(self, g: Graph, x: str, *shape: int) -> str:
+        return g.node("Reshape", [x, g.constant((1, *shape))])[0]
+
+    def _swapped(self, g: Graph, x: str, three: Sequence[int], shape: Sequence[int]) -> str:
+        """Two axes of a row in `three` parts change places."""
+        return self._as(g, g.node("Transpose", [self._as(g, x, *three)], perm=[0, 2, 1, 3])[0], *shape)
 
 
 @dataclass(frozen=True)
@@ -237,8 +238,7 @@ def chunks(chunk: Chunk, past: int, in_pieces: bool) -> Graph:
         names, out = caches, []
         for j, each in enumerate(zip(*pieces, strict=True)):
             inputs = [*each, *names, last[j], total[j]]
-            names = [f"{cache}.out{j}" for cache in caches]
-            g.written |= dict(zip(names, caches, strict=True))
+            names = in_place(g, caches, f".out{j}")
             attributes: dict[str, Any] = {"num_heads": chunk.heads, "kv_num_heads": chunk.kv_heads}
             out += g.node("GroupQueryAttention", inputs, 3, CONTRIB, names, **attributes)[:1]
         if in_pieces:
@@ -266,11 +266,11 @@ def comparisons() -> dict[str, Callable[[bool], Graph]]:
 def compare(make: Callable[[bool], Graph], runs: int, threads: int) -> dict[str, float]:
     """Times of both ways, and the largest distance of the last output as a part of its largest number."""
     ways = [make(other) for other in (False, True)]
-    opened = [way.session(threads) for way in ways]
+    sessions = [way.session(threads) for way in ways]
     times: list[list[float]] = []
     for _ in range(runs + 1):
         times.append([])
-        for run in opened:
+        for run in sessions:
             started = time.perf_counter()
             run()
             times[-1].append(1e6 * (time.perf_counter() - started) / ways[0].copies)
@@ -289,9 +289,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=30)
     parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="parts of names")
     args = parser.parse_args()
-    wanted = {name: make for name, make in comparisons().items() if any(part in name for part in args.only.split(","))}
+    wanted = {name: make for name, make in comparisons().items() if any(part in name for part in args.only)}
     found = {}
     for name, make in tqdm(wanted.items(), disable=None):
         found[name] = compare(make, args.runs, args.threads)

@@ -1,6 +1,6 @@
 """How fast onnxruntime's kernels multiply with one layer's weights, by how these are stored.
 
-    python benchmarks/matmul_kernels.py [--k 2048] [--n 5632] [--rows 1,8,64,512] [--runs 15] [--only NAME,...]
+    python -m benchmarks.matmul_kernels [--k 2048] [--n 5632] [--rows 1,8,64,512] [--runs 15] [--only NAME,...]
 
 Each graph holds several products, so that weights come from memory and not from the cache; each product quantises its own
 input. Kernels take turns, and the figures are medians: Gop/s (2 M N K a product), and in brackets GB/s of weights. The last
@@ -19,7 +19,8 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-CONTRIB = "com.microsoft"
+from .onnx_session import CONTRIB, opened
+
 WEIGHT_BYTES = 90e6  # of all products of a graph together, more than a cache holds
 
 
@@ -136,19 +137,9 @@ def build(make: Callable[[Graph, str], str], k: int, n: int, m: int) -> tuple[or
     outputs: list[str] = []
     while g.nbytes < WEIGHT_BYTES:
         outputs.append(make(g, f"x{len(outputs)}"))
-    graph = helper.make_graph(
-        g.nodes,
-        "kernels",
-        [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, [m, k]) for i in range(len(outputs))],
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, [m, n]) for name in outputs],
-        g.weights,
-    )
-    opsets = [helper.make_opsetid("", 23), helper.make_opsetid(CONTRIB, 1)]
-    model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 2
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    inputs = [helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, [m, k]) for i in range(len(outputs))]
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [m, n]) for name in outputs]
+    session = opened(g.nodes, inputs, values, g.weights, threads=2)
     return session, len(outputs), g.nbytes
 
 

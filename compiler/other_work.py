@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import psutil
+
+from ..runtime.cores import core_numbers
 
 
 class OtherWork:
     """Counts from when it is made. What the host of a virtual machine takes away counts too."""
 
     def __init__(self) -> None:
-        every = range(psutil.cpu_count() or 1)
-        self.cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*every]
+        self.cores = core_numbers()
         self.busy, self.own, self.started = self._busy(), time.process_time(), time.perf_counter()
 
     def part(self) -> float:

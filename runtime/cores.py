@@ -10,10 +10,15 @@ from pathlib import Path
 
 def usable_cores() -> int:
     """Cores that this process may use."""
+    return len(core_numbers())
+
+
+def core_numbers() -> tuple[int, ...]:
+    """Which these are, as the system counts them."""
     try:
-        return len(os.sched_getaffinity(0))
+        return tuple(sorted(os.sched_getaffinity(0)))
     except AttributeError:  # not Linux
-        return os.cpu_count() or 1
+        return tuple(range(os.cpu_count() or 1))
 
 
 def processor_flags() -> frozenset[str]:

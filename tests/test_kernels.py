@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 
-from staticvl.compiler import kernels
+from staticvl.compiler import kernels, other_work
 from staticvl.compiler.build import build, prepare
 from staticvl.compiler.cases import Case, CaseMaker
 from staticvl.compiler.emit_onnx import emit
@@ -166,7 +165,7 @@ def test_other_work_is_that_of_other_processes(monkeypatch: pytest.MonkeyPatch) 
 
     fields = namedtuple("fields", ["user", "system", "idle", "iowait", "steal", "guest"])
     now, own, cores = 100.0, 7.0, [fields(50, 5, 40, 3, 2, 20), fields(9, 9, 9, 9, 9, 9)]
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(other_work, "core_numbers", lambda: (0,))
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     monkeypatch.setattr(time, "process_time", lambda: own)
     monkeypatch.setattr(psutil, "cpu_times", lambda *, percpu: cores)
