@@ -1,4 +1,4 @@
-"""How many cores there are to compute with, and what they can do."""
+"""How many cores there are to compute with, and what they call themselves."""
 
 from __future__ import annotations
 
@@ -19,11 +19,6 @@ def core_numbers() -> tuple[int, ...]:
         return tuple(sorted(os.sched_getaffinity(0)))
     except AttributeError:  # not Linux
         return tuple(range(os.cpu_count() or 1))
-
-
-def processor_flags() -> frozenset[str]:
-    """Features of an x86 processor by the names that Linux has for them; empty elsewhere."""
-    return frozenset(_told("flags").split())
 
 
 def processor_name() -> str:

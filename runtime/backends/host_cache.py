@@ -5,7 +5,7 @@ the number of buckets, and seconds at every start; without packing, some kernels
 magnitude). onnxruntime can write a model together with its packed weights, and maps them when it opens such a model. So
 here one graph of each set of weights is packed and written, and copies of all graphs are made that refer to the packed
 weights by the same initializer names: all sessions then map the same pages. A graph in steps is packed and copied segment by
-segment.
+segment. Where the processor asks for it, signed bytes are turned over before (see unsigned.py).
 
 The layout depends on the processor and on onnxruntime, so this is a cache beside the artifact and no part of it: the
 folder .host/KEY, where KEY covers both and the very files that were packed, so that a file which was damaged when it was
@@ -31,6 +31,7 @@ import msgspec
 import onnxruntime as ort
 
 from ..artifact import GraphSpec, WeightSpec
+from . import unsigned
 from .packed_file import Entry, is_packed, lay_out
 
 if TYPE_CHECKING:
@@ -79,6 +80,7 @@ class HostCache:
         self.artifact, self.graphs, self.ranks = folder, tuple(graphs), ranks
         weights = tuple(weights)
         self.nbytes = sum(weight.nbytes for weight in weights if weight.dtype not in NEVER_PACKED)
+        self.signed = any(weight.dtype == "int8" for weight in weights)
         self.weight_files = sorted({weight.file for weight in weights})
         self.graph_files = [file for graph in self.graphs for file in graph.files]
         self.home = folder / FOLDER if ranks == 1 else folder / FOLDER / _rank_name(rank)
@@ -122,8 +124,9 @@ class HostCache:
         if not os.access(self.artifact, os.W_OK):
             return f"{self.artifact} is not writable"
         free = shutil.disk_usage(self.artifact).free
-        if free < 2.2 * self.nbytes:
-            return f"{2.2 * self.nbytes / 1e9:.1f} GB are needed beside {self.artifact}, {free / 1e9:.1f} GB are free"
+        needed = (3.2 if self.signed and unsigned.cuts_off() else 2.2) * self.nbytes
+        if free < needed:
+            return f"{needed / 1e9:.1f} GB are needed beside {self.artifact}, {free / 1e9:.1f} GB are free"
         return None
 
     def _make(self, options: Callable[[], ort.SessionOptions]) -> None:
@@ -132,13 +135,17 @@ class HostCache:
         work = Path(tempfile.mkdtemp(prefix="making-", dir=self.home))
         try:
             self._link_weights(work)
+            if self.signed and unsigned.cuts_off():
+                self._write_unsigned(work)
             packed: dict[str, Entry] = {}
             for graph in self._one_of_each():
                 for number, file in enumerate(graph.files):
                     name = f"{graph.kind}.{number:03d}" if graph.steps else graph.kind
                     packed |= self._pack(work, file, name, options())
-            for file in self.graph_files:
-                _refer(self.artifact / file, work / _copy_name(file), packed)
+            read = {name for file in self.graph_files for name in _refer(self.artifact / file, work / _copy_name(file), packed)}
+            for name in self._weight_names():
+                if name + unsigned.SUFFIX not in read:  # whatever it held is packed
+                    (work / (name + unsigned.SUFFIX)).unlink(missing_ok=True)
             if self.ranks > 1:
                 sizes = {path.name: path.stat().st_size for path in work.iterdir()}
                 (work / SIZES).write_bytes(msgspec.json.encode(sizes))
@@ -155,10 +162,20 @@ class HostCache:
 
     def _link_weights(self, work: Path) -> None:
         """The weight files by the names that graphs have for them: onnxruntime follows no path out of a model's folder."""
-        for name in self.weight_files:
-            link = work / (name if self.ranks == 1 else PurePath(name).name)
-            link.parent.mkdir(exist_ok=True)
-            os.link(self.artifact / name, link)
+        for file, name in zip(self.weight_files, self._weight_names(), strict=True):
+            (work / name).parent.mkdir(exist_ok=True)
+            os.link(self.artifact / file, work / name)
+
+    def _weight_names(self) -> list[str]:
+        """The weight files as graphs call them."""
+        return [name if self.ranks == 1 else PurePath(name).name for name in self.weight_files]
+
+    def _write_unsigned(self, work: Path) -> None:
+        needed: dict[str, set[tuple[int, int]]] = {}
+        for file in self.graph_files:
+            for name, parts in unsigned.turn_over(_plain(self.artifact / file)).items():
+                needed.setdefault(name, set()).update(parts)
+        unsigned.write(work, needed)
 
     def _one_of_each(self) -> list[GraphSpec]:
         """Graphs that together hold all weights: decode graphs have those of prefill, and those for pictures all layers. A
@@ -169,10 +186,8 @@ class HostCache:
     def _pack(self, work: Path, file: str, name: str, options: ort.SessionOptions) -> dict[str, Entry]:
         """Let onnxruntime write one graph or segment with packed weights, these into NAME.bin; where each initializer that it
         packed then lies."""
-        import onnx
-
         source, target = work / f"{name}.plain.onnx", work / f"{name}.packed.onnx"
-        model = onnx.load(self.artifact / file, load_external_data=False)
+        model = _turned(self.artifact / file)
         source.write_bytes(_without_narrow(model).SerializeToString())  # beside the links to this rank's weights
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # initializers keep their names
         options.optimized_model_filepath = str(target)
@@ -180,7 +195,7 @@ class HostCache:
         options.add_session_config_entry(FILE_NAME, f"{name}.bin")
         options.add_session_config_entry(MIN_SIZE, str(ALIGNED_FROM if self.ranks == 1 else LAID_OUT_FROM))
         ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
-        model = onnx.load(target, load_external_data=False)
+        model = _plain(target)
         source.unlink()
         target.unlink()
         entries = {t.name: {e.key: e.value for e in t.external_data} for t in model.graph.initializer}
@@ -199,17 +214,30 @@ def _copy_name(file: str) -> str:
     return file.replace("/", ".")
 
 
-def _refer(source: Path, target: Path, packed: dict[str, Entry]) -> None:
-    """A copy of a graph that refers to packed weights where there are some."""
+def _plain(file: Path) -> onnx.ModelProto:
     import onnx
 
-    model = onnx.load(source, load_external_data=False)
+    return onnx.load(file, load_external_data=False)
+
+
+def _turned(file: Path) -> onnx.ModelProto:
+    """A graph as this processor can run it."""
+    model = _plain(file)
+    if unsigned.cuts_off():
+        unsigned.turn_over(model)
+    return model
+
+
+def _refer(source: Path, target: Path, packed: dict[str, Entry]) -> set[str]:
+    """A copy of a graph that refers to packed weights where there are some; the files that it reads."""
+    model = _turned(source)
     for tensor in model.graph.initializer:
         if tensor.name in packed:
             del tensor.external_data[:]
             for key, value in packed[tensor.name].items():
                 tensor.external_data.add(key=key, value=value)
     target.write_bytes(model.SerializeToString())
+    return {entry.value for tensor in model.graph.initializer for entry in tensor.external_data if entry.key == "location"}
 
 
 def _without_narrow(model: onnx.ModelProto) -> onnx.ModelProto:

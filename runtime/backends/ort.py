@@ -14,7 +14,7 @@ import ctypes
 import functools
 import logging
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -23,15 +23,17 @@ import onnxruntime as ort
 
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
 from ..candidates import candidates_of
-from ..cores import processor_flags, usable_cores
+from ..cores import usable_cores
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
+from .unsigned import PRECISE
 
 log = logging.getLogger(__name__)
 SPIN_US = "STATICVL_SPIN_US"
 _PROVIDERS = ["CPUExecutionProvider"]
-# It would keep a float32 copy of every weight in 16 bits in every session.
-_LEFT_OUT = ["ConstantFolding"]
+# The first would keep a float32 copy of every weight in 16 bits in every session. With PRECISE, the second would turn over what
+# is not multiplied too, and fails where scales are those of channels.
+_LEFT_OUT = ["ConstantFolding", "QDQS8ToU8Transformer"]
 BETWEEN = "@"  # in the name of an output that is a cache behind a piece of a chunk (see artifact.py)
 # onnxruntime follows no path out of a model's folder, but for a model given as bytes it is told where the weights lie: so the
 # segment files are there once, whichever ranks run here, and neither copies nor links of them are needed.
@@ -71,6 +73,7 @@ def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.Ses
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1" if shared else "0")
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
+    options.add_session_config_entry(PRECISE, "1")
     return options
 
 
@@ -281,25 +284,12 @@ class OrtBackend:
             cache[target, :, :count] = cache[source, :, :count]
 
 
-def check_processor(quant: str, flags: Collection[str]) -> None:
-    """Raise ArtifactError where this processor would compute an artifact's products wrong.
-
-    x86 processors without VNNI add products of unsigned and signed bytes in 16 bits, two at a time, and cut off what is more.
-    """
-    if quant.startswith("w8a8") and "sse2" in flags and not {"avx512_vnni", "avx_vnni"} & set(flags):
-        raise ArtifactError(
-            f"artifact stored as {quant} needs a processor with VNNI (flag avx512_vnni or avx_vnni), which this one lacks; "
-            f"compile it with --quant {'none' if quant.endswith('+float-head') else 'w8a16'}"
-        )
-
-
 def open_ort(
     folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None, group: Group | None = None
 ) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
-    check_processor(manifest.quant, processor_flags())
     small = sum(weight.nbytes for weight in manifest.weights.values()) < SMALL
     host = None
     if (group.stages * group.size if group else 1) == manifest.ranks:  # else no graph can be loaded
