@@ -169,7 +169,7 @@ def test_workers_do_all_that_is_asked_and_agree(tmp_path: Path, embedded_artifac
 def test_a_quick_run_from_beginning_to_end(tmp_path: Path) -> None:
     """staticvl and transformers, nothing else installed: a peer's environment that is missing is a note, no failure."""
     command = ["-m", "benchmarks.peers", "--quick", "--repeats", "1", "--threads", "1", "--only"]
-    command += ["float32,w8a16,eager,Q4_0", "--out", str(tmp_path / "report.json"), "--work", str(tmp_path / "work")]
+    command += ["staticvl float32,w8a16,eager,Q4_0", "--out", str(tmp_path / "report.json"), "--work", str(tmp_path / "work")]
     command += ["--chart", str(tmp_path / "chart.svg"), "--peers-python", str(tmp_path / "nowhere")]
     done = subprocess.run([sys.executable, *command], cwd=REPO, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,8 @@ CONTESTANTS = (
     Contestant("staticvl w8a8+vision", "ours", "w8a8+vision", 2.6, 0.4, OURS),
     Contestant("staticvl w4a16", "ours", "w4a16", 2.8, 1.0, OURS),
     Contestant("transformers eager", "hf", "eager", 3.6, 0.2, OURS),
+    # What people run where the processor has no bfloat16: without, products in it are five times as slow as in float32.
+    Contestant("transformers float32", "hf", "float32", 5.4, 1e-3, OURS),
     Contestant("transformers compiled", "hf", "compiled", 4.6, 0.2, OURS),
     Contestant("onnxruntime-genai int4", "ort_genai", "int4", 1.6, 1.0),
     Contestant("llama.cpp F16", "llamacpp", "F16", 2.6, 0.1),
