@@ -5,7 +5,7 @@
 
 Every contestant has a process of its own that works only in its turns, and the same number of threads. Figures are medians;
 ratios are taken between turns that follow each other, so whatever else the machine does touches them least. Checkpoints
-and what the libraries make of them stay in --work for the next time: 35 GB when all take part.
+and what the libraries make of them stay in --work for the next time: 35 to 45 GB when all take part.
 """
 
 from __future__ import annotations
