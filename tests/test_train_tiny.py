@@ -44,9 +44,7 @@ def tokenizer_of(name: str) -> Tokenizer:
     return Tokenizer.from_file(str(ASSETS / f"tiny_{name}" / "tokenizer.json"))
 
 
-@pytest.mark.parametrize(
-    "name", [name if name == "llava15" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", [name if name == "llava15" else pytest.param(name, marks=pytest.mark.slow) for name in NAMES])
 def test_a_few_steps_give_a_whole_checkpoint(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     family, out = FAMILIES[name](), tmp_path / name
     monkeypatch.setattr(family, "tokenizer", lambda seed: tokenizer_of(name))
