@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 
 BUCKETS = Buckets(prefill=(8, 32), decode=(1, 4), context=512, slots=4)
 ROUNDING = {"float16": 2e-2, "bfloat16": 1.5e-1}  # 11 and 8 bits
+NEAR = 2e-3  # random weights: logits of 560 tokens lie so close that 11 bits may decide; they were 0.0014 apart, a tie 0.0004
 
 
 @pytest.fixture(scope="module", params=CHECKPOINTS)
@@ -29,7 +30,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_a_batch_of_four(pair: Pair) -> None:
     for expected, found in zip(*map(answer_requests, pair.load()), strict=True):
-        check_alike(expected, found, ROUNDING["float16"])
+        check_alike(expected, found, ROUNDING["float16"], near=0.0 if pair.trained else NEAR)
 
 
 def test_a_chat(pair: Pair) -> None:

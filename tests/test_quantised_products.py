@@ -25,7 +25,7 @@ from staticvl.model_defs import ops
 from staticvl.model_defs.config import quant_parts, tower_quant
 from staticvl.model_defs.layers import Linear, without_rounding
 from staticvl.runtime.artifact import TensorSpec, read_manifest
-from staticvl.runtime.backends.unsigned import PRECISE
+from staticvl.runtime.backends.unsigned_weights import PRECISE
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.writer import lay_out, write_shard
@@ -215,9 +215,10 @@ def test_misread_weights_of_a_tower_are_refused(makers: Callable[[str], GraphMak
     def lower(e: Any, *args: Any) -> Any:
         return (scales_halved if e.scope == "vision.layers.0.mlp.up" else lambda f, *rest: f(*rest))(right, e, *args)
 
+    maker = makers("w8a8+vision")  # compiled before anything is broken
     monkeypatch.setitem(LOWERINGS, name, lower)
     with pytest.raises(CertificateError, match="vision-1 differs from its definition"):
-        makers("w8a8+vision").make("vision", 1, 0, "again")
+        maker.make("vision", 1, 0, "again")
 
 
 @pytest.mark.parametrize(
@@ -235,6 +236,7 @@ def test_misread_weights_are_refused(
     makers: Callable[[str], GraphMaker], monkeypatch: pytest.MonkeyPatch, quant: str, op: str, broken: Callable[..., Any]
 ) -> None:
     right = LOWERINGS[f"{ops.NAMESPACE}.{op}"]
+    maker = makers(quant)  # compiled before anything is broken
     monkeypatch.setitem(LOWERINGS, f"{ops.NAMESPACE}.{op}", lambda e, *args: broken(right, e, *args))
     with pytest.raises(CertificateError, match="decode-2 differs from its definition"):
-        makers(quant).make("decode", 2, 0, "again")
+        maker.make("decode", 2, 0, "again")

@@ -5,7 +5,7 @@ the number of buckets, and seconds at every start; without packing, some kernels
 magnitude). onnxruntime can write a model together with its packed weights, and maps them when it opens such a model. So
 here one graph of each set of weights is packed and written, and copies of all graphs are made that refer to the packed
 weights by the same initializer names: all sessions then map the same pages. A graph in steps is packed and copied segment by
-segment. Where the processor asks for it, signed bytes are turned over before (see unsigned.py).
+segment. Where the processor asks for it, signed bytes are turned over before (see unsigned_weights.py).
 
 The layout depends on the processor and on onnxruntime, so this is a cache beside the artifact and no part of it: the
 folder .host/KEY, where KEY covers both and the very files that were packed, so that a file which was damaged when it was
@@ -31,7 +31,7 @@ import msgspec
 import onnxruntime as ort
 
 from ..artifact import GraphSpec, WeightSpec
-from . import unsigned
+from . import unsigned_weights
 from .packed_file import Entry, is_packed, lay_out
 
 if TYPE_CHECKING:
@@ -86,6 +86,10 @@ class HostCache:
         self.home = folder / FOLDER if ranks == 1 else folder / FOLDER / _rank_name(rank)
         self.folder = self.home / host_key(folder / name for name in (*self.weight_files, *self.graph_files))
 
+    @property
+    def _turns(self) -> bool:
+        return self.signed and unsigned_weights.cuts_off()
+
     def path(self, file: str) -> Path | None:
         """The packed copy of a graph's or a segment's file, or None where there is none."""
         path = self.folder / _copy_name(file)
@@ -124,7 +128,7 @@ class HostCache:
         if not os.access(self.artifact, os.W_OK):
             return f"{self.artifact} is not writable"
         free = shutil.disk_usage(self.artifact).free
-        needed = (3.2 if self.signed and unsigned.cuts_off() else 2.2) * self.nbytes
+        needed = (3.2 if self._turns else 2.2) * self.nbytes
         if free < needed:
             return f"{needed / 1e9:.1f} GB are needed beside {self.artifact}, {free / 1e9:.1f} GB are free"
         return None
@@ -135,17 +139,16 @@ class HostCache:
         work = Path(tempfile.mkdtemp(prefix="making-", dir=self.home))
         try:
             self._link_weights(work)
-            if self.signed and unsigned.cuts_off():
-                self._write_unsigned(work)
+            self._write_unsigned(work)
             packed: dict[str, Entry] = {}
             for graph in self._one_of_each():
                 for number, file in enumerate(graph.files):
                     name = f"{graph.kind}.{number:03d}" if graph.steps else graph.kind
                     packed |= self._pack(work, file, name, options())
-            read = {name for file in self.graph_files for name in _refer(self.artifact / file, work / _copy_name(file), packed)}
+            read = {name for file in self.graph_files for name in _refer(self._read(file), work / _copy_name(file), packed)}
             for name in self._weight_names():
-                if name + unsigned.SUFFIX not in read:  # whatever it held is packed
-                    (work / (name + unsigned.SUFFIX)).unlink(missing_ok=True)
+                if name + unsigned_weights.SUFFIX not in read:  # whatever it held is packed
+                    (work / (name + unsigned_weights.SUFFIX)).unlink(missing_ok=True)
             if self.ranks > 1:
                 sizes = {path.name: path.stat().st_size for path in work.iterdir()}
                 (work / SIZES).write_bytes(msgspec.json.encode(sizes))
@@ -171,11 +174,12 @@ class HostCache:
         return [name if self.ranks == 1 else PurePath(name).name for name in self.weight_files]
 
     def _write_unsigned(self, work: Path) -> None:
+        """What graphs as this processor can run them read, beside the links."""
         needed: dict[str, set[tuple[int, int]]] = {}
-        for file in self.graph_files:
-            for name, parts in unsigned.turn_over(_plain(self.artifact / file)).items():
+        for file in self.graph_files if self._turns else ():
+            for name, parts in unsigned_weights.turn_over(_plain(self.artifact / file)).items():
                 needed.setdefault(name, set()).update(parts)
-        unsigned.write(work, needed)
+        unsigned_weights.write(work, needed)
 
     def _one_of_each(self) -> list[GraphSpec]:
         """Graphs that together hold all weights: decode graphs have those of prefill, and those for pictures all layers. A
@@ -183,11 +187,18 @@ class HostCache:
         smallest = {graph.kind: graph for graph in sorted(self.graphs, key=lambda g: (g.images, -g.bucket))}
         return [smallest[kind] for kind in ("vision", "prefill") if kind in smallest]
 
+    def _read(self, file: str) -> onnx.ModelProto:
+        """A graph as this processor can run it."""
+        model = _plain(self.artifact / file)
+        if self._turns:
+            unsigned_weights.turn_over(model)
+        return model
+
     def _pack(self, work: Path, file: str, name: str, options: ort.SessionOptions) -> dict[str, Entry]:
         """Let onnxruntime write one graph or segment with packed weights, these into NAME.bin; where each initializer that it
         packed then lies."""
         source, target = work / f"{name}.plain.onnx", work / f"{name}.packed.onnx"
-        model = _turned(self.artifact / file)
+        model = self._read(file)
         source.write_bytes(_without_narrow(model).SerializeToString())  # beside the links to this rank's weights
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # initializers keep their names
         options.optimized_model_filepath = str(target)
@@ -220,17 +231,8 @@ def _plain(file: Path) -> onnx.ModelProto:
     return onnx.load(file, load_external_data=False)
 
 
-def _turned(file: Path) -> onnx.ModelProto:
-    """A graph as this processor can run it."""
-    model = _plain(file)
-    if unsigned.cuts_off():
-        unsigned.turn_over(model)
-    return model
-
-
-def _refer(source: Path, target: Path, packed: dict[str, Entry]) -> set[str]:
-    """A copy of a graph that refers to packed weights where there are some; the files that it reads."""
-    model = _turned(source)
+def _refer(model: onnx.ModelProto, target: Path, packed: dict[str, Entry]) -> set[str]:
+    """Write a graph that refers to packed weights where there are some; the files that it reads."""
     for tensor in model.graph.initializer:
         if tensor.name in packed:
             del tensor.external_data[:]

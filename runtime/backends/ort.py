@@ -26,7 +26,7 @@ from ..candidates import candidates_of
 from ..cores import usable_cores
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
-from .unsigned import PRECISE
+from .unsigned_weights import PRECISE
 
 log = logging.getLogger(__name__)
 SPIN_US = "STATICVL_SPIN_US"

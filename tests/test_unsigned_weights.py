@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Options
 from staticvl.runtime import load
-from staticvl.runtime.backends import host_cache, unsigned
+from staticvl.runtime.backends import host_cache, unsigned_weights
 from staticvl.runtime.backends import ort as backend
 
 from .checkpoints import tiny_llava
@@ -77,7 +77,7 @@ def test_products_are_exact(turned: bool, x: np.ndarray, weight: np.ndarray, tmp
         model.graph.node[1].input[1] = "copy"  # onnxruntime itself turns no weight over that two products share
         model.graph.initializer.append(numpy_helper.from_array(weight, "copy"))
     else:
-        unsigned.write(tmp_path, unsigned.turn_over(model))
+        unsigned_weights.write(tmp_path, unsigned_weights.turn_over(model))
         (first, second, other) = model.graph.node
         assert first.input[1] == second.input[1] != other.input[0] == "w"
     y, z, floats = values(model, tmp_path, x)
@@ -88,9 +88,9 @@ def test_products_are_exact(turned: bool, x: np.ndarray, weight: np.ndarray, tmp
 
 
 def test_files_hold_what_is_needed(weight: np.ndarray, tmp_path: Path) -> None:
-    needed = unsigned.turn_over(model_of(weight, tmp_path))
+    needed = unsigned_weights.turn_over(model_of(weight, tmp_path))
     assert needed == {"weights.bin": {(SHIFT, weight.nbytes)}}
-    unsigned.write(tmp_path, needed)
+    unsigned_weights.write(tmp_path, needed)
     held = np.frombuffer((tmp_path / "weights.bin.unsigned").read_bytes(), np.uint8)
     np.testing.assert_array_equal(held[SHIFT:], weight.ravel().astype(np.int16) + 128)
 
@@ -100,7 +100,7 @@ def test_the_processor_is_asked() -> None:
     flags = next((line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), [])
     if "avx2" not in flags:
         pytest.skip("tells of x86 processors from AVX2 on")
-    assert unsigned.cuts_off() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
+    assert unsigned_weights.cuts_off() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
 
 
 @pytest.mark.slow
@@ -115,9 +115,9 @@ def test_packed_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     alone = answer()
     monkeypatch.setattr(backend, "WORTH_PACKING", 0)
-    monkeypatch.setattr(host_cache.unsigned, "cuts_off", lambda: True)
+    monkeypatch.setattr(host_cache.unsigned_weights, "cuts_off", lambda: True)
     packed = answer()
     copies = [*(artifact / host_cache.FOLDER).glob("*/decode-1-*.onnx")]
     tensors = onnx.load(copies[0], load_external_data=False).graph.initializer
-    assert any(tensor.name.endswith(unsigned.SUFFIX) for tensor in tensors)
+    assert any(tensor.name.endswith(unsigned_weights.SUFFIX) for tensor in tensors)
     np.testing.assert_allclose(packed, alone, atol=1e-6 * np.abs(alone).max())
