@@ -38,7 +38,7 @@ _GRAPH_CODE = (
     *("runtime/feeds.py", "runtime/rope.py", "runtime/backends/base.py", "runtime/candidates.py"),
 )
 _BACKEND_CODE = {
-    "onnx": ("compiler/emit_onnx.py", "compiler/segments.py", "runtime/backends/ort.py"),
+    "onnx": ("compiler/emit_onnx.py", "compiler/onnx_graph", "compiler/segments.py", "runtime/backends/ort.py"),
     "ascend": (
         *("compiler/emit_ascend.py", "compiler/emit_eager.py", "compiler/lower_ascend.py", "runtime/backends/ascend.py"),
         *("runtime/ascend", "runtime/ascend/ge_ops"),

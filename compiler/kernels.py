@@ -27,8 +27,9 @@ from ..runtime.artifact import CacheSpec, GraphSpec, Kernels, Kind, ModelFacts, 
 from ..runtime.backends.base import open_backend
 from ..runtime.cores import usable_cores
 from .cases import Case, CaseMaker
-from .emit_onnx import NARROW, emit
+from .emit_onnx import emit
 from .graphs import GraphDef, define_graph
+from .onnx_graph.emitter import NARROW
 from .other_work import OtherWork
 
 LAYERS = 4  # enough of them that the head, which is there once, does not hide what they do

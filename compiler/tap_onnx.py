@@ -16,8 +16,9 @@ from onnx import helper
 from torch.fx import Node
 
 from ..runtime.artifact import WeightSpec
-from .emit_onnx import _DTYPES, emitted_values
+from .emit_onnx import emitted_values
 from .graphs import GraphDef
+from .onnx_graph.emitter import DTYPES
 
 TAP = "tap."  # and the number of the file, and of the tap
 Place = tuple[str, str, int, int]  # module, operator, which of these, which output
@@ -53,7 +54,7 @@ def tap(
                 continue
             taps[node] = f"{TAP}{len(found)}.{len(taps)}"
             model.graph.node.append(helper.make_node("Identity", [actual], [taps[node]], name=taps[node]))
-            dtype = _DTYPES[str(node.meta["val"].dtype).removeprefix("torch.")]
+            dtype = DTYPES[str(node.meta["val"].dtype).removeprefix("torch.")]
             model.graph.output.append(helper.make_tensor_value_info(taps[node], dtype, None))
         found.append(Tapped(model.SerializeToString(), taps))
     return found

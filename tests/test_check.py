@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from staticvl.compiler import emit_onnx
 from staticvl.compiler.build import build, prepare
 from staticvl.compiler.check import CertificateError
-from staticvl.compiler.emit_onnx import LOWERINGS, Emitter
 from staticvl.compiler.make import GraphMaker
+from staticvl.compiler.onnx_graph import LOWERINGS, Emitter
+from staticvl.compiler.onnx_graph.emitter import slice_along
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
 from staticvl.runtime.artifact import read_manifest
@@ -80,7 +80,7 @@ def gates_open(e: Emitter, node: Any, *_: Any) -> str:
 
 
 def gates_swapped(e: Emitter, node: Any, x: str, dim: int, start: int, *_: Any) -> str:
-    return emit_onnx._slice(e, x, dim, 0 if start else 1, 1 if start else 2)
+    return slice_along(e, x, dim, 0 if start else 1, 1 if start else 2)
 
 
 def full_tiles(right: Break, e: Emitter, node: Any, x: str, tile_count: str) -> str:

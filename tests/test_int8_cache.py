@@ -24,9 +24,10 @@ from staticvl.compiler.calibrate import CACHE_MARGIN, LEAST_SCALE, cache_scales,
 from staticvl.compiler.calibration import Calibration, Conversation
 from staticvl.compiler.check import CertificateError, rounding_error
 from staticvl.compiler.cost import graph_cost
-from staticvl.compiler.emit_onnx import LOWERINGS, Emitter, emit
+from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.make import GraphMaker
+from staticvl.compiler.onnx_graph import LOWERINGS, Emitter
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs import ops

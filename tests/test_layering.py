@@ -39,7 +39,7 @@ HOMES = {
         "runtime/backends/ascend.py",
         "runtime/ranks/group.py",
     ),
-    "onnx": ("compiler/emit_onnx.py", "compiler/tap_onnx.py", "runtime/backends"),
+    "onnx": ("compiler/emit_onnx.py", "compiler/onnx_graph", "compiler/tap_onnx.py", "runtime/backends"),
     "tokenizers": ("runtime/vocabularies.py", "tools"),
     "sentencepiece": ("runtime/vocabularies.py", "tools"),
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),

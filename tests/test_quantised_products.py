@@ -16,9 +16,10 @@ from torch import Tensor
 
 from staticvl.compiler.build import build, prepare
 from staticvl.compiler.check import CertificateError
-from staticvl.compiler.emit_onnx import LOWERINGS, emit
+from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef
 from staticvl.compiler.make import GraphMaker
+from staticvl.compiler.onnx_graph import LOWERINGS
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs import ops

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from staticvl import runtime
-from staticvl.compiler import emit_onnx
 from staticvl.compiler.build import build, plan_only
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.fingerprint import weights_key
 from staticvl.compiler.graphs import GraphDef
+from staticvl.compiler.onnx_graph import products
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.layers import Linear, Table
@@ -137,7 +137,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     folder = tmp_path_factory.mktemp("kept")
     tiny = tiny_llava(folder / "checkpoint", dtype=torch.bfloat16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(emit_onnx, "WIDENED_BYTES", 3000)
+        patch.setattr(products, "UPCAST_BYTES", 3000)
         manifest = build(options(folder, "auto")).manifest
     assert in_16_bits(manifest) == {name for name, spec in manifest.weights.items() if len(spec.shape) > 1}
     return folder / "a", tiny.model

@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from staticvl import runtime
 from staticvl.compiler.build import build, plan_only, prepare
 from staticvl.compiler.check import CertificateError, candidates_error
-from staticvl.compiler.emit_onnx import LOWERINGS, emit
+from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.fingerprint import GraphKeys
 from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.make import GraphMaker
+from staticvl.compiler.onnx_graph import LOWERINGS
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
