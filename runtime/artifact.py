@@ -169,9 +169,7 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
 
     cores: int = 0  # that a run is shared among; 0: all that the process may use
     attention_tokens: int = 0  # tokens of a chunk that attend at a time; 0: all
-    widened_kib: int = (
-        0  # of a 16-bit matrix that are upcast at a time; 0: UPCAST_BYTES of compiler/onnx_graph/products.py
-    )
+    widened_kib: int = 0  # of a 16-bit matrix that are upcast at a time; 0: UPCAST_BYTES of compiler/onnx_graph/products.py
     # Milliseconds of each way that was tried, by its description: the best of several runs of a model of few layers.
     measured: dict[str, float] = {}
     busy: float = 0.0  # part of the cores that other processes took meanwhile; so much that nothing was chosen, else 0
