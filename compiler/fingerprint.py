@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,25 +24,14 @@ from ..runtime.files import sha256_file
 from ..weights.packing.settings import Packing
 from .plan import Options, Plan
 from .progress import Progress
+from .source_files import code_digests
 
 HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
 
-_OURS = Path(__file__).parent.parent
-_WEIGHT_CODE = ("weights", "weights/names", "weights/packing", "model_defs/config")
-_CALIBRATION_CODE = ("compiler/calibrate.py", "compiler/calibration.py", "model_defs", "runtime/families", "runtime/rope.py")
-_GRAPH_CODE = (
-    *("model_defs", "model_defs/config"),
-    *("compiler/graphs.py", "compiler/cases.py", "compiler/check.py", "compiler/cost.py", "compiler/eager.py"),
-    *("compiler/make.py", "compiler/lockstep.py"),
-    # What a certificate was measured with.
-    *("runtime/feeds.py", "runtime/rope.py", "runtime/backends/base.py", "runtime/candidates.py"),
-)
-_BACKEND_CODE = {
-    "onnx": ("compiler/emit_onnx.py", "compiler/onnx_graph", "compiler/segments.py", "runtime/backends/ort.py"),
-    "ascend": (
-        *("compiler/emit_ascend.py", "compiler/emit_eager.py", "compiler/lower_ascend.py", "runtime/backends/ascend.py"),
-        *("runtime/ascend", "runtime/ascend/ge_ops"),
-    ),
+# Modules that only the graphs of the other backend need.
+OTHER_BACKENDS = {
+    "onnx": ("compiler.emit_ascend", "compiler.emit_eager", "runtime.backends.ascend", "runtime.ascend.simulator"),
+    "ascend": ("compiler.emit_onnx", "compiler.kernels", "runtime.backends.ort"),
 }
 _PACKAGES = {"onnx": ("torch", "onnx", "onnxruntime"), "ascend": ("torch",)}
 WEIGHT_FILES = (".safetensors", ".bin", ".index.json")
@@ -86,11 +75,11 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
     packed = asdict(packing) if packing else None
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
     dtype = (options.backend, options.dtype)
-    made_by = [asdict(config), packed, options.stored_quant, dtype, options.tp, options.pp, _code(_WEIGHT_CODE)]
+    made_by = [asdict(config), packed, options.stored_quant, dtype, options.tp, options.pp, code_digests("weights.convert")]
     if calibration := options.calibration:
         # Files beside the weights say how prompts are written and pictures cut.
         settings = {name: file.sha256 for name, file in source.items() if name not in contents}
-        made_by += [calibration.sha256, settings, options.text_before_image, _code(_CALIBRATION_CODE)]
+        made_by += [calibration.sha256, settings, options.text_before_image, code_digests("compiler.calibrate")]
     return digest(contents, *made_by)
 
 
@@ -104,10 +93,10 @@ class GraphKeys:
         versions = [importlib.metadata.version(name) for name in _PACKAGES[backend]]
         if backend == "ascend":
             versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
-        code = _code((*_GRAPH_CODE, *_BACKEND_CODE[backend]))
+        code = code_digests("compiler.make", without=OTHER_BACKENDS[backend])
         self.eager = options.eager
         # What is fastest is measured anew on another machine.
-        self.tuned = (processor_name(), usable_cores(), _code(("compiler/kernels.py",))) if options.tune else None
+        self.tuned = (processor_name(), usable_cores()) if options.tune else None
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 
     def key(self, kind: Kind, bucket: int, images: int) -> str:
@@ -124,12 +113,6 @@ class GraphKeys:
 def digest(*parts: Any) -> str:
     """Digest of plain data."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=msgspec.to_builtins).encode()).hexdigest()
-
-
-def _code(paths: Iterable[str]) -> dict[str, str]:
-    """Digests of our own source files: another definition is another graph."""
-    files = [f for p in paths for f in ((_OURS / p).glob("*.py") if (_OURS / p).is_dir() else [_OURS / p])]
-    return {str(f.relative_to(_OURS)): hashlib.sha256(f.read_bytes()).hexdigest() for f in sorted(files)}
 
 
 def intact(path: Path, spec: FileSpec) -> bool:

@@ -1,0 +1,93 @@
+"""Which of our own source files a step of a build can run: its modules and all that they import, at any depth.
+
+Imports are read from the source, those inside functions too. What is imported for type checkers alone is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import functools
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+_ROOT_PACKAGE = __package__.split(".")[0]
+
+
+def code_digests(*modules: str, without: tuple[str, ...] = ()) -> dict[str, str]:
+    """SHA-256 of every source file that `modules` can run, by its path from the root; see `reachable`."""
+    return {name: _digest(ROOT / name) for name in reachable(modules, without)}
+
+
+@functools.cache
+def reachable(modules: tuple[str, ...], without: tuple[str, ...] = ()) -> tuple[str, ...]:
+    """Paths from the root, sorted, of modules such as "compiler.make" and of all that they import.
+
+    `without`: modules that are not followed; a package stands for everything in it. Raises ValueError for an unknown module.
+    """
+    found: set[Path] = set()
+    waiting = [_file(module) for module in modules]
+    while waiting:
+        file = waiting.pop()
+        if file in found:
+            continue
+        found.add(file)
+        waiting += [_file(name) for name in _imports(file) if not _within(name, without)]
+    return tuple(sorted(str(file.relative_to(ROOT)) for file in found))
+
+
+def _within(module: str, packages: tuple[str, ...]) -> bool:
+    return any(module == package or module.startswith(f"{package}.") for package in packages)
+
+
+def _file(module: str) -> Path:
+    path = ROOT / module.replace(".", "/")
+    for file in (path.with_suffix(".py"), path / "__init__.py"):
+        if file.is_file():
+            return file
+    raise ValueError(f"there is no module {module} below {ROOT}")
+
+
+def _is_module(module: str) -> bool:
+    path = ROOT / module.replace(".", "/")
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+@functools.cache
+def _imports(file: Path) -> tuple[str, ...]:
+    """The modules of ours that a file names in its imports. Packages that these lie in are not counted: theirs only re-export."""
+    own = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
+    found: dict[str, None] = {}
+    for node in _statements(ast.parse(file.read_bytes())):
+        if isinstance(node, ast.ImportFrom) and (parts := _base(node, own)) is not None:
+            named = [".".join([*parts, alias.name]) for alias in node.names]
+            modules = [name for name in named if _is_module(name)]
+            if parts and len(modules) < len(named):
+                modules.append(".".join(parts))
+            found |= dict.fromkeys(modules)
+    return tuple(found)
+
+
+def _base(node: ast.ImportFrom, own: list[str]) -> list[str] | None:
+    """The package of ours that names are imported from; None for another project's."""
+    parts = node.module.split(".") if node.module else []
+    if node.level:
+        return [*own[: len(own) - node.level + 1], *parts]
+    return parts[1:] if parts[:1] == [_ROOT_PACKAGE] else None
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those below `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for other in node.orelse:
+                yield other
+                yield from _statements(other)
+            continue
+        yield node
+        yield from _statements(node)
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
