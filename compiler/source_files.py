@@ -56,7 +56,7 @@ def _is_module(module: str) -> bool:
 
 @functools.cache
 def _imports(file: Path) -> tuple[str, ...]:
-    """The modules of ours that a file names in its imports. Packages that these lie in are not counted: theirs only re-export."""
+    """The modules of ours that a file names in its imports, without the packages that they lie in, which only re-export."""
     own = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
     found: dict[str, None] = {}
     for node in _statements(ast.parse(file.read_bytes())):
