@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_ROOT_PACKAGE = __package__.split(".")[0]
+_ROOT_PACKAGE = __name__.split(".")[0]
 
 
 def code_digests(*modules: str, without: tuple[str, ...] = ()) -> dict[str, str]:
