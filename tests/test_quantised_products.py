@@ -25,7 +25,7 @@ from staticvl.model_defs import ops
 from staticvl.model_defs.config import quant_parts, tower_quant
 from staticvl.model_defs.layers import Linear, without_rounding
 from staticvl.runtime.artifact import TensorSpec, read_manifest
-from staticvl.runtime.backends.unsigned_weights import PRECISE
+from staticvl.runtime.backends import ort as backend
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.writer import lay_out, write_shard
@@ -50,9 +50,7 @@ def compiled(module: Linear, x: Tensor, folder: Path | None = None) -> Tensor:
     specs = [TensorSpec(name=name, dtype="float32", shape=tuple(each.shape)) for name, each in (("x", x), ("y", expected))]
     values = {name: each.numpy() for name, each in module.named_parameters()}
     graph = GraphDef("decode", 1, 0, module, (specs[0],), (specs[1],), {} if folder else values)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry(PRECISE, "1")
+    options = backend._options(pack=True, threads=1)
     model: bytes | Path = emit(graph, {}) if not folder else folder / "twin.onnx"
     if folder:
         shard = lay_out(
