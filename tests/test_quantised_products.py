@@ -21,7 +21,7 @@ from staticvl.compiler.graphs import GraphDef
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
-from staticvl.model_defs import ops
+from staticvl.model_defs import ops, whole_products
 from staticvl.model_defs.config import quant_parts, tower_quant
 from staticvl.model_defs.layers import Linear, without_rounding
 from staticvl.runtime.artifact import TensorSpec, read_manifest
@@ -77,6 +77,19 @@ def test_onnx_runtime_multiplies_whole_numbers_as_defined(shape: tuple[int, ...]
     got, expected = compiled(module, x), module(x)
     assert torch.equal(expected.view(-1, n)[-1], module.bias)
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("as_here", [True, False])
+def test_whole_products_are_exact(as_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As this processor computes them, and as those do whose kernels cut off; the largest sums among them."""
+    if not as_here:
+        monkeypatch.setattr(whole_products, "torch_is_exact", lambda: False)
+    x = torch.randint(-127, 128, (3, 2500), dtype=torch.int8, generator=torch.Generator().manual_seed(4))
+    weight = torch.randint(-128, 128, (2500, 5), dtype=torch.int8, generator=torch.Generator().manual_seed(5))
+    x[0], weight[:, 0], weight[:, 1] = 127, -128, 127
+    found = whole_products.whole_product(x, weight)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), x.long() @ weight.long())
 
 
 def test_a_row_is_rounded_by_its_own_scale() -> None:
