@@ -9,7 +9,7 @@ TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
 export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
-.PHONY: demo demo-sim test test-slow ascend-sim chromium soak lint types bench bench-peers clean
+.PHONY: demo demo-sim test test-slow test-isa ascend-sim chromium soak lint types bench bench-peers clean
 
 demo: $(VENV)/.compile
 	$(BIN)/staticvl demo
@@ -22,6 +22,10 @@ test: $(VENV)/.test ascend-sim
 
 test-slow: $(VENV)/.test ascend-sim
 	$(BIN)/python -m pytest -m slow
+
+# Numeric tests under other instruction sets, one thread and two; a few of them are part of `make test`.
+test-isa: $(VENV)/.test ascend-sim
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_instruction_sets.py
 
 ascend-sim: $(ASCEND_SIM)/torch_npu
 

@@ -43,6 +43,7 @@ from .graphs import GraphDef, trace
 
 DTYPES = ("float16", "bfloat16")
 KEPT = ("inverse_temperature",)  # inputs that are taken in float32: what they say is not to be rounded
+NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 
 
@@ -298,9 +299,10 @@ class _Traced(nn.Module):
 def _with_method(name: str, graph: fx.GraphModule, **settings: Any) -> _Traced:
     """A module with a method `name`: torchair names its cache after the method, and wants one of its own for each graph.
 
-    The method's code goes into the cache file, so it says nothing of where it was compiled.
+    The method's code goes into the cache file, so it says nothing of where it was compiled. torch opens the file that code
+    names, where there is one: so the name is that of no file, in whatever folder a build runs.
     """
-    code = _method.__code__.replace(co_name=name, co_qualname=name, co_filename="staticvl")
+    code = _method.__code__.replace(co_name=name, co_qualname=name, co_filename=NO_FILE)
     return type("Graph", (_Traced,), {name: types.FunctionType(code, _method.__globals__, name)})(graph, **settings)
 
 

@@ -24,6 +24,7 @@ from ..runtime.ascend.process_groups import group_of_all
 # The fused attention takes heads whose width is a multiple of this, in 16-bit types (CANN, FusedInferAttentionScore).
 HEAD_ALIGNMENT = 16
 INT8_HEAD_ALIGNMENT = 32  # where keys or values are int8
+MOST_INT8_QUERIES = 16  # of a row, with keys and values of int8 and scales of channels; more than one only in bfloat16
 # The side of the triangle that stands for a causal mask of any size (CANN, FusedInferAttentionScore, sparse_mode 2 to 4).
 CAUSAL_SIDE = 2048
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: the last query sees the last key, at the true lengths
@@ -242,13 +243,17 @@ def int8_cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same over caches of int8, scales being [K, 1, D].
 
-    For one token of each row the operator takes them as they are. For several it knows no scales of channels (CANN: scales of
-    tokens alone), so what this layer reads of its caches is widened first, a copy that lives as long as the layer.
+    The operator takes scales of channels for one token of each row in both 16-bit types, and for up to MOST_INT8_QUERIES in
+    bfloat16 (constraints of torch_npu.npu_fused_infer_attention_score: query bfloat16, scales [K, D], [K, 1, D] or [K * D]).
+    Elsewhere what this layer reads of its caches is widened first, a copy that lives as long as the layer.
     """
     k_cache = _append(k_cache, _rounded(k, k_scale), lengths)
     v_cache = _append(v_cache, _rounded(v, v_scale), lengths)
     if q.shape[1] == 1:
         scales = {"key_antiquant_scale": k_scale[None], "value_antiquant_scale": v_scale[None]}  # [1, K, 1, D]
+        return _over_caches(q, k_cache, v_cache, lengths, heads, **scales), k_cache, v_cache
+    if q.dtype == torch.bfloat16 and q.shape[1] <= MOST_INT8_QUERIES:
+        scales = {"key_antiquant_scale": k_scale, "value_antiquant_scale": v_scale}
         return _over_caches(q, k_cache, v_cache, lengths, heads, **scales), k_cache, v_cache
     keys, values = k_cache.to(q.dtype) * k_scale, v_cache.to(q.dtype) * v_scale
     return _over_caches(q, keys, values, lengths, heads), k_cache, v_cache

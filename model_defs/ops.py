@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from .group import group_of
+from .whole_products import whole_product
 
 NAMESPACE = "staticvl"
 COLLECTIVES = ("all_reduce", "all_gather")
@@ -119,7 +120,7 @@ def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None,
         rows = x.reshape(-1, x.shape[-1]).float()
         row_scales = rows.abs().amax(-1, keepdim=True) / 127
         steps = rows / row_scales.where(row_scales > 0, 1.0)
-        total = torch.ops.aten._int_mm.default(steps.round().to(torch.int8), qweight)
+        total = whole_product(steps.round().to(torch.int8), qweight)
         y = (total.float() * scales * row_scales).view(*x.shape[:-1], -1)
     return (y if bias is None else y + bias).to(x.dtype)
 

@@ -26,6 +26,16 @@ def processor_name() -> str:
     return _told("model name") or platform.processor() or platform.machine()
 
 
+# What the kernels of matrix products differ by, as Linux names it.
+FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
+
+
+def processor_features() -> tuple[str, ...]:
+    """Those of FEATURES that the processor has; none where the system does not list them."""
+    listed = set((_told("flags") or _told("Features")).split())
+    return tuple(name for name in FEATURES if name in listed)
+
+
 def _told(what: str) -> str:
     """What Linux says of the first core; empty elsewhere."""
     with contextlib.suppress(OSError):

@@ -14,6 +14,8 @@ import pytest
 from PIL import Image
 
 from staticvl.runtime import load
+from staticvl.runtime.backends.unsigned_weights import PRECISE, cuts_off
+from staticvl.runtime.cores import processor_name
 from staticvl.runtime.request_log import read_request_log
 from staticvl.runtime.sampling import SETTINGS, SamplingParams
 from staticvl.tools.bench_requests import Asked, arrival_times
@@ -68,7 +70,7 @@ def test_compile_again_reports_nothing_to_do(capsys: pytest.CaptureFixture[str],
 def test_show_and_verify(capsys: pytest.CaptureFixture[str], artifact: Path) -> None:
     status, out, _ = run(capsys, "show", artifact)
     assert status == 0
-    for text in ("llava (hf layout)", "2 slots of 64 tokens", "prefill", "decode", "vision"):
+    for text in ("llava (hf layout)", "2 slots of 64 tokens", "prefill", "decode", "vision", processor_name()):
         assert text in out
     status, out, _ = run(capsys, "verify", artifact)
     assert status == 0
@@ -98,6 +100,7 @@ def test_bench_ends_with_json(capsys: pytest.CaptureFixture[str], artifact: Path
     assert set(result["ttft_ms"]) == {"16"}
     assert set(result["tokens_per_s"]) == {"1", "2"}
     assert result["decode_step_outside_us"] > 0
+    assert result["machine"]["session_entries"] == ({PRECISE: "1"} if cuts_off() else {})
     assert {"uss_mb", "weights_mb", "cache_mb"} <= set(result["memory"])
     status, out, _ = run(capsys, "bench", artifact, "--new-tokens", 4, "--repeats", 1, "--json")
     assert len(out.splitlines()) == 1

@@ -174,10 +174,14 @@ def over_steps(ge: Any, q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, **op
     return attention(ge, q, k, v, key_antiquant_scale=k_scale, value_antiquant_scale=v_scale, **options)
 
 
-def in_steps() -> list[Tensor]:
+def causal_over_steps(ge: Any, q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, mask: Any) -> Any:
+    return over_steps(ge, q, k, v, k_scale, v_scale, atten_mask=mask, sparse_mode=3)
+
+
+def in_steps(keys: int = 5) -> list[Tensor]:
     """A query, keys and values in 8 bits, and their scales, no two channels' alike."""
     generator = torch.Generator().manual_seed(3)
-    k, v = (torch.randint(-128, 128, (B, K, 5, D), generator=generator, dtype=torch.int8) for _ in "kv")
+    k, v = (torch.randint(-128, 128, (B, K, keys, D), generator=generator, dtype=torch.int8) for _ in "kv")
     return [rand(B, H, 1, D), k, v, *(rand(1, K, 1, D).abs() / 64 for _ in "kv")]
 
 
@@ -192,10 +196,26 @@ def test_attention_over_steps_is_attention_over_what_they_stand_for() -> None:
         assert found.dtype == dtype and torch.equal(found, compute(attention, given[0], *stood_for, wide=wide)[0])
 
 
+@pytest.mark.parametrize("shape", [(K, 1, D), (K, D), (K * D,)])
+@pytest.mark.parametrize("queries", [2, 16])
+def test_several_queries_over_steps(queries: int, shape: tuple[int, ...]) -> None:
+    """In bfloat16, the last query right-down causal; against a loop over what the steps stand for."""
+    q, k, v, *scales = [rand(B, H, queries, D).bfloat16(), *in_steps(17)[1:]]
+    scales = [scale.bfloat16() for scale in scales]
+    for dtype in (torch.float32, torch.bfloat16):
+        stood_for = [(each.float() * scale.float()).to(dtype).float() for each, scale in zip((k, v), scales, strict=True)]
+        expected, _ = by_rows(q.float(), *stood_for, [queries] * B, [17] * B, None, 3, (1, 1))
+        given = [q, k, v, *(scale.reshape(shape) for scale in scales), compressed()]
+        close(compute(causal_over_steps, *given, wide=dtype == torch.float32)[0], expected, dtype)
+
+
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({0: rand(B, H, 3, D).half()}, "expected BNSD, one query per row"),
+        ({0: rand(B, H, 3, D).half(), 3: rand(K, D).half()}, "several queries over key in int8 take bfloat16 alone"),
+        ({0: rand(B, H, 17, D).half(), 3: rand(K, D).half()}, r"\[K \* D\] for 2 to 16"),
+        ({0: rand(B, H, 3, D).half()}, "expected BNSD, and"),
+        ({3: rand(K, D).half()}, r"\[1, K, 1, D\] for one query per row"),
         ({3: rand(1, K, 1, 2 * D).half()}, r"antiquant scale \[1, 2, 1, 16\] of key"),
         ({3: rand(1, K, 1, D)}, r"antiquant scale of torch\.float32; expected torch\.int8 and query's torch\.float16"),
         ({2: rand(B, K, 5, D).half()}, r"value is torch\.float16 with"),

@@ -31,6 +31,7 @@ from .ge_formulas import (
 )
 from .ge_graphs import build, compute
 from .need_torchair import skip_without_torchair
+from .test_ge_by_numpy import CASES as BY_NUMPY
 
 skip_without_torchair()
 
@@ -560,4 +561,4 @@ def test_every_operator_has_a_test() -> None:
         "Assign", "FusedInferAttentionScore", "HcomAllGather", "HcomAllReduce", "QuantBatchMatmulV3", "Scatter",
         "ScatterUpdate", "WeightQuantBatchMatmulV2",
     }  # fmt: skip
-    assert set(OPS) == {*FLOAT_CASES, *EXACT_CASES, *elsewhere}
+    assert set(OPS) == {*FLOAT_CASES, *EXACT_CASES, *BY_NUMPY, *elsewhere}

@@ -234,9 +234,8 @@ def test_an_output_is_no_view_of_a_constant() -> None:
 
 
 def test_operands_that_do_not_fit_name_the_operator() -> None:
-    with pytest.raises(RuntimeError) as caught:
+    with pytest.raises(GeGraphError, match=r"Add Add: The size of tensor a \(3\) must match"):
         compute(lambda ge, x, y: ge.Add(x, y), rand(3), rand(4))
-    assert caught.value.__notes__ == ["in Add Add"]
 
 
 def write(ge: Any, cache: Any, at: Any, new: Any, axis: int = 2) -> Any:

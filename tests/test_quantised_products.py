@@ -22,16 +22,17 @@ from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.onnx_graph import LOWERINGS
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
-from staticvl.model_defs import ops
+from staticvl.model_defs import ops, whole_products
 from staticvl.model_defs.config import quant_parts, tower_quant
 from staticvl.model_defs.layers import Linear, without_rounding
 from staticvl.runtime.artifact import TensorSpec, read_manifest
-from staticvl.runtime.backends.unsigned_weights import PRECISE
+from staticvl.runtime.backends import ort as backend
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.writer import lay_out, write_shard
 
 from .checkpoints import tiny_llava
+from .rounding import check_product
 
 QUANTS = ("w8a16", "w8a8+vision", "w4a16")
 
@@ -51,9 +52,7 @@ def compiled(module: Linear, x: Tensor, folder: Path | None = None) -> Tensor:
     specs = [TensorSpec(name=name, dtype="float32", shape=tuple(each.shape)) for name, each in (("x", x), ("y", expected))]
     values = {name: each.numpy() for name, each in module.named_parameters()}
     graph = GraphDef("decode", 1, 0, module, (specs[0],), (specs[1],), {} if folder else values)
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.add_session_config_entry(PRECISE, "1")
+    options = backend._options(pack=True, threads=1)
     model: bytes | Path = emit(graph, {}) if not folder else folder / "twin.onnx"
     if folder:
         shard = lay_out(
@@ -81,6 +80,19 @@ def test_onnx_runtime_multiplies_whole_numbers_as_defined(shape: tuple[int, ...]
     torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.parametrize("as_here", [True, False])
+def test_whole_products_are_exact(as_here: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As this processor computes them, and as those do whose kernels cut off; the largest sums among them."""
+    if not as_here:
+        monkeypatch.setattr(whole_products, "torch_is_exact", lambda: False)
+    x = torch.randint(-127, 128, (3, 2500), dtype=torch.int8, generator=torch.Generator().manual_seed(4))
+    weight = torch.randint(-128, 128, (2500, 5), dtype=torch.int8, generator=torch.Generator().manual_seed(5))
+    x[0], weight[:, 0], weight[:, 1] = 127, -128, 127
+    found = whole_products.whole_product(x, weight)
+    assert found.dtype == torch.int32
+    assert torch.equal(found.long(), x.long() @ weight.long())
+
+
 def test_a_row_is_rounded_by_its_own_scale() -> None:
     """As exact arithmetic in 64 bits has it; without rounding it is the product of the weights alone."""
     module, weight = layer("w8a8", 33, 2100, bias=False)  # the sum of a column is beyond what float32 holds exactly
@@ -90,7 +102,7 @@ def test_a_row_is_rounded_by_its_own_scale() -> None:
     assert ((x - whole).abs() <= 0.5001 * scale).all()
     torch.testing.assert_close(module(x).double(), whole @ weight.double().T, rtol=1e-5, atol=1e-5)
     without_rounding(module)
-    torch.testing.assert_close(module(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+    check_product(module(x), x, weight)
 
 
 @pytest.mark.parametrize(("n", "k"), [(300, 256), (7, 112)])
@@ -99,7 +111,7 @@ def test_4_bits_as_defined(n: int, k: int) -> None:
     module, weight = layer("w4a16", n, k, bias=True)
     x = torch.randn(2, 3, k, generator=torch.Generator().manual_seed(3))
     expected = x @ weight.T + module.bias
-    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-4)
+    check_product(module(x), x, weight, module.bias)
     assert float((compiled(module, x) - expected).abs().max() / expected.abs().max()) < 0.02
 
 
@@ -120,9 +132,10 @@ def test_around_zero_points(kind: str, n: int, k: int, tmp_path: Path) -> None:
     module = Linear(k, n, bias=False, quant=kind)
     module.load_state_dict(parts)
     x = torch.randn(2, 3, k, generator=random)
-    expected = x @ dequantize(kind, parts, k).T
-    torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(compiled(module, x, tmp_path), expected, rtol=1e-5, atol=1e-4)
+    weight = dequantize(kind, parts, k)
+    expected = x @ weight.T
+    check_product(module(x), x, weight)
+    check_product(compiled(module, x, tmp_path), x, weight)
     assert float((compiled(module, x) - expected).abs().max() / expected.abs().max()) < 0.02
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +102,42 @@ def test_the_processor_is_asked() -> None:
     if "avx2" not in flags:
         pytest.skip("tells of x86 processors from AVX2 on")
     assert unsigned_weights.cuts_off() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
+
+
+def test_the_probe_is_one_product_of_bytes() -> None:
+    model = onnx.load_from_string(unsigned_weights.PROBE)
+    onnx.checker.check_model(model)
+    assert [node.op_type for node in model.graph.node] == ["MatMulInteger"]
+    (weight,) = model.graph.initializer
+    assert weight.data_type == TensorProto.INT8
+    np.testing.assert_array_equal(numpy_helper.to_array(weight), [[127], [127]])
+
+
+def test_the_probe_needs_no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnx", None)
+    assert unsigned_weights.cuts_off.__wrapped__() == unsigned_weights.cuts_off()
+
+
+def test_signed_weights_stay_where_their_products_are_exact(
+    weight: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session that turned them over would hold a copy of its own beside those that are packed, and multiply slowly."""
+    monkeypatch.setattr(unsigned_weights, "cuts_off", lambda: True)
+    assert backend._options(pack=True, threads=1).get_session_config_entry(unsigned_weights.PRECISE) == "1"
+    monkeypatch.setattr(unsigned_weights, "cuts_off", lambda: False)
+    options = backend._options(pack=True, threads=1)
+    options.optimized_model_filepath = str(tmp_path / "opened.onnx")
+    model = model_of(weight, tmp_path)
+    model.graph.node[1].input[1] = "copy"
+    model.graph.initializer.append(numpy_helper.from_array(weight, "copy"))
+    (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
+    ort.InferenceSession(
+        tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"], disabled_optimizers=backend._LEFT_OUT
+    )
+    graph = onnx.load(tmp_path / "opened.onnx").graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    products = [node for node in graph.node if node.op_type == "MatMulIntegerToFloat"]
+    assert [types[node.input[1]] for node in products] == [TensorProto.INT8] * 2
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from ..runtime.artifact import ModelFacts
 from ..runtime.prompt import Message, Prompt, Sight
 from ..runtime.request import Output, SamplingParams
 from ..runtime.rope import ntk_factor
+from .machine import machine
 
 TEXT_AROUND_PICTURE = 32  # tokens
 
@@ -128,6 +129,7 @@ class Bench:
             "artifact": artifact.name,
             "backend": self.model.artifact.manifest.backend,
             "quant": self.model.artifact.manifest.quant,
+            "machine": machine(),
             "ttft_ms": {str(p.prompt_tokens): round(p.ttft_ms, 3) for p in points if p.batch == 1 and not p.pictures},
             "ttft_picture_ms": next((round(p.ttft_ms, 3) for p in points if p.pictures), None),
             "tpot_ms": {str(p.prompt_tokens): round(p.tpot_ms, 4) for p in points if p.batch == 1 and not p.pictures},

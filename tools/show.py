@@ -11,6 +11,7 @@ from rich.table import Table
 
 from ..runtime.artifact import Certificate, Manifest, ModelFacts, open_artifact
 from .cards import CARDS, Card
+from .machine import described
 
 
 def run(args: argparse.Namespace) -> int:
@@ -42,6 +43,7 @@ def _facts(manifest: Manifest) -> Table:
         **_ascend(manifest),
         "made by": f"staticvl {manifest.build.staticvl}, torch {manifest.build.torch}, schema {manifest.schema_version}",
         "digest": manifest.digest[:16],
+        **({"this machine": described()} if manifest.backend == "onnx" else {}),
     }
     table = Table(show_header=False, box=None)
     for name, value in rows.items():

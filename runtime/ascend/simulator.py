@@ -20,6 +20,9 @@ from . import ge_ops
 from .ge_graph import INPUT_TYPES, OUTPUT_TYPE, Constant, GeGraph, GeGraphError, Node, Source, parse
 from .ge_ops.registry import HALVES, Bound
 
+# What torch raises for operands that it cannot compute with; errors of other kinds, such as those of a group, are no operand's.
+_TORCH_ERRORS = (RuntimeError, IndexError, TypeError, NotImplementedError, ZeroDivisionError)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -107,9 +110,10 @@ class Simulator:
             self._check_outputs(node, outputs)
         except GeGraphError as error:
             raise GeGraphError(f"{node.type} {node.name}: {error}") from error
-        except (RuntimeError, IndexError, TypeError) as error:
-            error.add_note(f"in {node.type} {node.name}")
-            raise
+        except Exception as error:
+            if type(error) not in _TORCH_ERRORS:
+                raise
+            raise GeGraphError(f"{node.type} {node.name}: {str(error).splitlines()[0]}") from error
         values.update({Source(node.name, i): output for i, output in enumerate(outputs)})
         for source in step.last:
             values.pop(source, None)

@@ -24,15 +24,15 @@ import onnxruntime as ort
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
 from ..candidates import candidates_of
 from ..cores import usable_cores
+from . import unsigned_weights
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
-from .unsigned_weights import PRECISE
 
 log = logging.getLogger(__name__)
 SPIN_US = "STATICVL_SPIN_US"
 _PROVIDERS = ["CPUExecutionProvider"]
-# The first would keep a float32 copy of every weight in 16 bits in every session. With PRECISE, the second would turn over what
-# is not multiplied too, and fails where scales are those of channels.
+# The first would keep a float32 copy of every weight in 16 bits in every session. Where weights are turned over, the second
+# would turn over what is not multiplied too, and fails where scales are those of channels.
 _LEFT_OUT = ["ConstantFolding", "QDQS8ToU8Transformer"]
 BETWEEN = "@"  # in the name of an output that is a cache behind a piece of a chunk (see artifact.py)
 # onnxruntime follows no path out of a model's folder, but for a model given as bytes it is told where the weights lie: so the
@@ -73,7 +73,8 @@ def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.Ses
     options.log_severity_level = 3
     options.add_session_config_entry("session.use_env_allocators", "1" if shared else "0")
     options.add_session_config_entry("session.disable_prepacking", "0" if pack else "1")
-    options.add_session_config_entry(PRECISE, "1")
+    for key, value in unsigned_weights.entries().items():
+        options.add_session_config_entry(key, value)
     return options
 
 

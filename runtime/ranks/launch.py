@@ -20,7 +20,7 @@ from .crew import GRACE_S
 from .verdict import RankError
 from .world import LOOPBACK
 
-ENTRY = (sys.executable, "-m", "staticvl.runtime.ranks")
+ENTRY = (sys.executable, "-P", "-m", "staticvl.runtime.ranks")
 FAREWELL_S = 0.5  # for the system to say how a process ended
 
 

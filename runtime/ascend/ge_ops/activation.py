@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -45,7 +46,11 @@ def gelu_v2(x: Tensor, *, approximate: str = "none") -> Tensor:
     """The erf form for "none", the tanh form for "tanh"."""
     if approximate not in ("none", "tanh"):
         raise UnsupportedError(f"attribute approximate = {approximate!r} is not supported; expected 'none' or 'tanh'")
-    return functional.gelu(wide(x), approximate=approximate).to(x.dtype)
+    y = wide(x)
+    if approximate == "tanh":
+        return functional.gelu(y, approximate=approximate).to(x.dtype)
+    # torch's own, where it computes several values at a time, has 0 times infinity in it.
+    return (y * 0.5 * torch.special.erfc(y * -(0.5**0.5))).to(x.dtype)
 
 
 @ge_op("FastGelu")
@@ -59,10 +64,20 @@ def _swish(x: Tensor, scale: float) -> Tensor:
     return (y * (y * scale).sigmoid()).to(x.dtype)
 
 
+@ge_op("LogSoftmaxV2")
+def log_softmax_v2(logits: Tensor, *, axes: Sequence[int] = (-1,)) -> Tensor:
+    """The logarithm of the softmax over one axis."""
+    return wide(logits).log_softmax(_one_axis(axes)).to(logits.dtype)
+
+
 @ge_op("SoftmaxV2")
 def softmax_v2(x: Tensor, *, axes: Sequence[int] = (-1,), half_to_float: bool = False) -> Tensor:
     """Softmax over one axis; half_to_float leaves a half's result in float32."""
+    y = wide(x).softmax(_one_axis(axes))
+    return y if half_to_float else y.to(x.dtype)
+
+
+def _one_axis(axes: Sequence[int]) -> int:
     if len(axes) != 1:
         raise UnsupportedError(f"attribute axes = {axes} is not supported; expected one axis")
-    y = wide(x).softmax(axes[0])
-    return y if half_to_float else y.to(x.dtype)
+    return axes[0]

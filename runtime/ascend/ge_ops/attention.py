@@ -18,6 +18,7 @@ from .registry import HALVES, Run, UnsupportedError, ge_op, integers, same_dtype
 
 EVERYTHING = 2147483647  # pre_tokens and next_tokens that hide nothing
 COMPRESSED = 2048  # rows and columns of the mask that stands for any causal one
+MOST_INT8_QUERIES = 16  # of a row, over keys and values of int8
 DEFAULT, ALL, LEFT_UP, RIGHT_DOWN, BAND = range(5)  # sparse_mode
 LAYOUTS = ("BNSD", "BSND", "BSH")
 
@@ -68,8 +69,9 @@ def fused_infer_attention_score(
     Modes 2 to 4 want the mask of [2048, 2048] with ones above the diagonal. For one query per row the device takes another
     kernel, which knows no sparse_mode: modes 2 and 4, which mean something there, are refused.
 
-    Keys and values may be int8 where there is one query per row: they stand for so many steps of scales [1, K, 1, D] of query's
-    type (antiquant modes 0), to which they are widened, rounding once.
+    Keys and values may be int8 in the layout BNSD: they stand for so many steps of their channels' scales (antiquant modes 0)
+    of query's type, to which they are widened, rounding once. One query per row takes scales [1, K, 1, D]; up to 16 take
+    scales [K, 1, D], [K, D] or [K * D], in bfloat16 alone.
 
     inner_precise (0 to 3) trades accuracy for speed and is the same here. A query that sees no key gives zeros, and an lse of
     inf, in all of its modes; a device promises that for 2 and 3 only.
@@ -106,12 +108,22 @@ def _antiquantised(query: Tensor, given: list[Tensor], scale: Tensor | None, nam
             f"{name} is {numbers.dtype} with an antiquant scale of {'nothing' if scale is None else scale.dtype}; expected "
             f"torch.int8 and query's {query.dtype}"
         )
-    if query.dim() != 4 or query.shape[2] != 1 or tuple(scale.shape) != (1, numbers.shape[1], 1, numbers.shape[3]):
+    if query.dim() != 4 or tuple(scale.shape) not in _channel_shapes(query.shape[2], numbers):
         raise UnsupportedError(
             f"antiquant scale {list(scale.shape)} of {name} {list(numbers.shape)} with query {list(query.shape)}; expected "
-            "BNSD, one query per row, and [1, K, 1, D]"
+            f"BNSD, and [1, K, 1, D] for one query per row, or [K, 1, D], [K, D] or [K * D] for 2 to {MOST_INT8_QUERIES}"
         )
-    return (numbers.float() * wide(scale)).to(query.dtype)
+    if query.shape[2] > 1 and query.dtype == torch.float16:
+        raise UnsupportedError(f"query {list(query.shape)} in float16; several queries over {name} in int8 take bfloat16 alone")
+    return (numbers.float() * wide(scale).reshape(numbers.shape[1], 1, numbers.shape[3])).to(query.dtype)
+
+
+def _channel_shapes(queries: int, numbers: Tensor) -> list[tuple[int, ...]]:
+    """Shapes that scales of the channels of numbers [B, K, S, D] may have."""
+    heads, width = numbers.shape[1], numbers.shape[3]
+    if queries == 1:
+        return [(1, heads, 1, width)]
+    return [(heads, 1, width), (heads, width), (heads * width,)] if queries <= MOST_INT8_QUERIES else []
 
 
 def _operands(

@@ -54,12 +54,19 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "Sub": torch.sub,
 }
 
+# Operators whose definitions list no bool.
+_NUMBERS_ONLY = frozenset(
+    "Abs Add Div FloorDiv FloorMod Maximum Minimum Neg Pow RealDiv Reciprocal Sign Square Sub TruncateDiv".split()
+)
+_QUOTIENTS = ("FloorDiv", "FloorMod")
+
 _NATURAL = {"base": -1.0, "scale": 1.0, "shift": 0.0}  # base e, of x itself
 
 
 def _register_unary(name: str, function: Callable[[Tensor], Tensor]) -> None:
     @ge_op(name, **(_NATURAL if name in ("Exp", "Log") else {}))
     def _(x: Tensor) -> Tensor:
+        _check_numbers(name, x)
         return function(x)
 
 
@@ -67,7 +74,21 @@ def _register_binary(name: str, function: Callable[[Tensor, Tensor], Tensor]) ->
     @ge_op(name)
     def _(x1: Tensor, x2: Tensor) -> Tensor:
         same_dtypes(x1=x1, x2=x2)
+        _check_numbers(name, x1)
+        if name in _QUOTIENTS:
+            _check_divisor(x2)
         return function(x1, x2)
+
+
+def _check_numbers(name: str, x: Tensor) -> None:
+    if x.dtype == torch.bool and name in _NUMBERS_ONLY:
+        raise UnsupportedError("operands are bool; the operator takes numbers")
+
+
+def _check_divisor(x2: Tensor) -> None:
+    """What a device makes of an integer divided by 0 is left open."""
+    if not x2.is_floating_point() and bool((x2 == 0).any()):
+        raise UnsupportedError("input x2 holds 0; an integer cannot be divided by it")
 
 
 for _name, _function in _UNARY.items():
@@ -80,6 +101,8 @@ for _name, _function in _BINARY.items():
 def divide(x1: Tensor, x2: Tensor) -> Tensor:
     """The quotient; of integers, rounded towards zero."""
     same_dtypes(x1=x1, x2=x2)
+    _check_numbers("RealDiv", x1)
+    _check_divisor(x2)
     return x1 / x2 if x1.is_floating_point() else torch.div(x1, x2, rounding_mode="trunc")
 
 
@@ -87,6 +110,8 @@ def divide(x1: Tensor, x2: Tensor) -> Tensor:
 def truncate_div(x1: Tensor, x2: Tensor) -> Tensor:
     """The quotient rounded towards zero."""
     same_dtypes(x1=x1, x2=x2)
+    _check_numbers("TruncateDiv", x1)
+    _check_divisor(x2)
     return torch.div(x1, x2, rounding_mode="trunc")
 
 
@@ -109,11 +134,18 @@ def axpy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
     return torch.add(x1, x2, alpha=number(alpha, "alpha"))
 
 
-@ge_op("ClipByValueV2", "ClipByValue")
-def clip_by_value(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
-    """x held between two bounds."""
+@ge_op("ClipByValueV2")
+def clip_by_value_v2(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
+    """x held between two bounds; the upper one where it is below the lower one."""
     same_dtypes(x=x, clip_value_min=clip_value_min, clip_value_max=clip_value_max)
     return torch.clamp(x, clip_value_min, clip_value_max)
+
+
+@ge_op("ClipByValue")
+def clip_by_value(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
+    """x held between two bounds; the lower one where it is above the upper one, as in TensorFlow's operator of this name."""
+    same_dtypes(x=x, clip_value_min=clip_value_min, clip_value_max=clip_value_max)
+    return torch.maximum(torch.minimum(x, clip_value_max), clip_value_min)
 
 
 @ge_op("SelectV2")

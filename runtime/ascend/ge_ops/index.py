@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .registry import Run, UnsupportedError, ge_op, number
+from .reduce import wide
+from .registry import Run, UnsupportedError, ge_op, number, same_dtypes
 
 
 @ge_op("GatherV2", batch_dims=0, is_preprocessed=False)
@@ -31,7 +32,7 @@ def _gather(x: Tensor, indices: Tensor, axis: int, negative: bool) -> Tensor:
     _check_range(indices, -size if negative else 0, size)
     flat = indices.reshape(-1).long()
     flat = torch.where(flat < 0, flat + size, flat)
-    return x.index_select(axis, flat).reshape(*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :])
+    return x.index_select(axis, flat).reshape([*x.shape[:axis], *indices.shape, *x.shape[axis + 1 :]])
 
 
 @ge_op("GatherElements")
@@ -39,6 +40,30 @@ def gather_elements(x: Tensor, index: Tensor, *, dim: int = 0) -> Tensor:
     """One value of x along an axis for every place of index."""
     _check_range(index, 0, x.shape[dim])
     return x.gather(dim, index.long())
+
+
+@ge_op("ScatterElements")
+def scatter_elements(data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none") -> Tensor:
+    """A copy of data with one value of updates at every place of indices along an axis: put there, added or multiplied.
+
+    data and indices have as many axes, indices and updates one shape. A place that is put to twice is an error here; a device
+    leaves open which value stays. Sums and products are in float32, rounded once.
+    """
+    same_dtypes(data=data, updates=updates)
+    reductions = {"none": None, "add": "sum", "mul": "prod"}
+    if reduction not in reductions:
+        raise UnsupportedError(f"attribute reduction = {reduction!r} is not supported; expected none, add or mul")
+    if indices.shape != updates.shape or indices.dim() != data.dim():
+        shapes = f"data {list(data.shape)}, indices {list(indices.shape)}, updates {list(updates.shape)}"
+        raise UnsupportedError(f"{shapes} do not fit each other")
+    places = indices.long()
+    _check_range(places, 0, data.shape[axis])
+    found = wide(data).clone()
+    if how := reductions[reduction]:
+        return found.scatter_reduce(axis, places, wide(updates), how).to(data.dtype)
+    if torch.zeros(data.shape).scatter_add(axis, places, torch.ones(places.shape)).gt(1).any():
+        raise UnsupportedError("input indices names a place twice; which value stays is left open")
+    return found.scatter(axis, places, wide(updates)).to(data.dtype)
 
 
 @ge_op("IndexByTensor")

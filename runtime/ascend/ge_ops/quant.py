@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .matmul import exact_product
 from .reduce import wide
-from .registry import Run, UnsupportedError, ge_op, same_dtypes
+from .registry import HALVES, Run, UnsupportedError, ge_op, same_dtypes
 
 
 @ge_op("WeightQuantBatchMatmulV2", dtype=-1)
@@ -39,6 +39,7 @@ def weight_quant_batch_matmul_v2(
     same_dtypes(x=x, antiquant_scale=antiquant_scale)
     left = x.T if transpose_x else x
     right = weight.T if transpose_weight else weight
+    _check_group(antiquant_group_size, left)
     right = _unpacked(right, left.shape[1]) if right.dtype == torch.int32 else right
     scale, offset = antiquant_scale, antiquant_offset
     if transpose_weight:  # then scale and offset are transposed too
@@ -48,6 +49,17 @@ def weight_quant_batch_matmul_v2(
     shift = 0 if offset is None else wide(_per_row(offset, right, antiquant_group_size, "antiquant_offset"))
     product = wide(left) @ wide(((right.float() + shift) * dense).to(x.dtype))
     return (product if bias is None else product + wide(bias)).to(x.dtype)
+
+
+def _check_group(group: int, x: Tensor) -> None:
+    """What a card takes for x [M, K]."""
+    if x.dim() != 2:
+        raise UnsupportedError(f"input x has the shape {list(x.shape)}; expected two axes")
+    if group and (group % 32 or not 0 < group < x.shape[1]):
+        raise UnsupportedError(
+            f"attribute antiquant_group_size = {group} with {x.shape[1]} input features; expected 0, or a multiple of 32 below "
+            "that number"
+        )
 
 
 def _unpacked(weight: Tensor, rows: int) -> Tensor:
@@ -94,6 +106,7 @@ def quant_batch_matmul_v3(
         raise UnsupportedError(f"operands are {x1.dtype} and {x2.dtype}; only int8 is supported")
     if scale.dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedError(f"input scale is {scale.dtype}; only float32 and bfloat16 are supported")
+    _check_types_out(scale, bias, run, dtype)
     left, right = x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2
     total = left @ right.float() if left.is_floating_point() else exact_product(left, right)
     if bias is not None and bias.dtype == torch.int32:
@@ -103,6 +116,15 @@ def quant_batch_matmul_v3(
     y = total.float() * wide(scale)
     y = y if pertoken_scale is None else y * pertoken_scale[..., None]
     return (y if bias is None else y + wide(bias)).to(run.dtype(dtype))
+
+
+def _check_types_out(scale: Tensor, bias: Tensor | None, run: Run, dtype: int) -> None:
+    """What a card takes with an output in 16 bits: with float16 a scale in float32, and a bias in 16 bits of the same type."""
+    out = run.dtype(dtype)
+    if out == torch.float16 and scale.dtype != torch.float32:
+        raise UnsupportedError(f"input scale is {scale.dtype}; an output in float16 takes float32")
+    if out in HALVES and bias is not None and bias.dtype in HALVES and bias.dtype != out:
+        raise UnsupportedError(f"input bias is {bias.dtype}; an output in {out} takes {out}, float32 or int32")
 
 
 @ge_op("DynamicQuant")

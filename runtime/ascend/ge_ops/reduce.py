@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .registry import HALVES, Run, ge_op, integers
+from .registry import HALVES, Run, ge_op, integers, number
 
 
 def wide(x: Tensor) -> Tensor:
@@ -29,6 +29,26 @@ def reduce_sum_d(x: Tensor, *, axes: list[int], keep_dims: bool = False) -> Tens
 
 def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
     return wide(x).sum(axes, keepdim=keep).to(x.dtype) if axes else x
+
+
+@ge_op("Cumsum")
+def cumsum(x: Tensor, axis: Tensor, *, exclusive: bool = False, reverse: bool = False) -> Tensor:
+    """Sums along an axis up to each place, without its own value where `exclusive`; from the end where `reverse`."""
+    return _cumsum(x, int(number(axis, "axis")), exclusive, reverse)
+
+
+@ge_op("CumsumD")
+def cumsum_d(x: Tensor, *, axis: int, exclusive: bool = False, reverse: bool = False) -> Tensor:
+    """As Cumsum."""
+    return _cumsum(x, axis, exclusive, reverse)
+
+
+def _cumsum(x: Tensor, axis: int, exclusive: bool, reverse: bool) -> Tensor:
+    y = wide(x).flip(axis) if reverse else wide(x)
+    total = y.cumsum(axis, dtype=y.dtype)
+    if exclusive:
+        total = torch.cat((torch.zeros_like(total.narrow(axis, 0, 1)), total), axis).narrow(axis, 0, total.shape[axis])
+    return (total.flip(axis) if reverse else total).to(x.dtype)
 
 
 @ge_op("ReduceMean", noop_with_empty_axes=True)

@@ -44,6 +44,24 @@ def unsqueeze(x: Tensor, *, axes: Sequence[int] = ()) -> Tensor:
     return x
 
 
+@ge_op("ExpandDims")
+def expand_dims(x: Tensor, axis: Tensor) -> Tensor:
+    """x with one more axis of size 1, at the place `axis` of the result."""
+    return x.unsqueeze(int(number(axis, "axis")))
+
+
+@ge_op("Tril")
+def tril(x: Tensor, *, diagonal: int = 0) -> Tensor:
+    """The last two axes with zeros above a diagonal, the main one (0), one above it (1) or below it (-1), ..."""
+    return x.tril(diagonal)
+
+
+@ge_op("Triu")
+def triu(x: Tensor, *, diagonal: int = 0) -> Tensor:
+    """The last two axes with zeros below a diagonal."""
+    return x.triu(diagonal)
+
+
 @ge_op("Squeeze")
 def squeeze(x: Tensor, *, axis: Sequence[int] = ()) -> Tensor:
     """x without the axes `axis`, which have size 1; without all such axes where the list is empty."""
