@@ -104,7 +104,7 @@ class Engine:
             features=np.empty((rows, model.hidden_size), np.float32),
             content=content_of(prompt, model.image.rows, cross=cross is not None),
             cross_tiles=cross.tiles if cross else 0,
-            rules=rules_for(params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, guides),
+            rules=rules_for(params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, guides, model.sampling),
             lookup=self._lookup(prompt, params),
             keep_logits=return_logits,
             arrived=self.clock(),

@@ -79,13 +79,20 @@ READERS: dict[str, Reader] = {
 }
 
 
-def read_config(checkpoint: Path, *, vision_tower: Path | None = None, ignore_keys: Collection[str] = ()) -> ModelConfig:
+def read_config(
+    checkpoint: Path,
+    *,
+    vision_tower: Path | None = None,
+    ignore_keys: Collection[str] = (),
+    notes: list[str] | None = None,
+) -> ModelConfig:
     """Read `checkpoint`/config.json; `vision_tower` is the folder of a tower stored apart (original LLaVA layout).
 
+    `notes` gains a sentence for every setting that the file has twice and differently: which of the two counts.
     Raises ConfigError for a missing, malformed or unsupported config.
     """
     data = load_config(checkpoint)
-    keys = Keys(data, str(checkpoint / "config.json"), ignore_keys)
+    keys = Keys(data, str(checkpoint / "config.json"), ignore_keys, notes)
     model_type = keys.get("model_type")
     for name in QUANTISATION_KEYS:  # weights/packing/ reads what they say
         keys.get(name)
