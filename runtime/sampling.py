@@ -22,8 +22,8 @@ class SamplingParams:
     `seed` None draws a fresh one for each request; `n` answers to one prompt draw independently of each other.
 
     repetition_penalty divides positive logits, and multiplies negative ones, of tokens in the prompt or the answer (Keskar et
-    al. 2019), 1 changes nothing; frequency_penalty is subtracted as often as a token is in the answer, presence_penalty once. logit_bias is added
-    by token id.
+    al. 2019); 1 changes nothing. frequency_penalty is subtracted as often as a token is in the answer, presence_penalty once.
+    logit_bias is added by token id.
 
     An answer ends before a text of `stop` (one text or several), at a token of `stop_token_ids`, after max_new_tokens, or
     `deadline_s` seconds after it was asked for; none of the first two before min_new_tokens. No text of bad_words is in it.
