@@ -46,7 +46,8 @@ class Restricted:
 def reference(tiny: Tiny, ids: np.ndarray, config: GenerationConfig) -> list[int]:
     """transformers' answer under a generation config, over the prompt's token ids."""
     inputs = torch.from_numpy(ids.astype(np.int64))[None]
-    out: Any = tiny.model.generate(
+    model: Any = tiny.model
+    out = model.generate(
         input_ids=inputs, attention_mask=torch.ones_like(inputs), generation_config=config,
         max_new_tokens=TOKENS, pad_token_id=0,
     )  # fmt: skip
