@@ -84,6 +84,49 @@ def test_a_tower_is_listed_apart(tmp_path: Path) -> None:
     assert_same(source, {"same.name": torch.full((2,), 1.0), "tower/same.name": torch.full((2,), 2.0)})
 
 
+@pytest.mark.parametrize("zipped", [None, True, False], ids=["safetensors", "zip", "before 2020"])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "base_model.model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "module.base_model.model._orig_mod.",
+    ],
+)
+def test_prefixes_of_training_tools(tmp_path: Path, prefix: str, zipped: bool | None) -> None:
+    expected = some_tensors()
+    wrapped = {prefix + name: tensor for name, tensor in expected.items()}
+    if zipped is None:
+        write_weights(tmp_path, wrapped, fmt="safetensors", sharded=True)
+    else:
+        torch.save(wrapped, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert_same(open_source(tmp_path), expected)
+
+
+def test_prefixes_as_torch_writes_them(tmp_path: Path) -> None:
+    """Whole modules and some of their parts compiled by torch, in DataParallel, in any order; a tower apart as well."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4)))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model[1][0] = torch.compile(model[1][0])  # type: ignore[index]
+    for wrapped in (model, torch.compile(model), torch.nn.DataParallel(torch.compile(model))):
+        state = wrapped.state_dict()  # type: ignore[attr-defined]
+        assert state.keys() != expected.keys()
+        save_file(state, tmp_path / "model.safetensors")
+        assert_same(open_source(tmp_path), expected)
+    (tmp_path / "tower").mkdir()
+    save_file(state, tmp_path / "tower" / "model.safetensors")
+    assert open_source(tmp_path, tmp_path / "tower").tensors.keys() == {*expected, *(f"tower/{name}" for name in expected)}
+
+
+def test_one_name_with_and_without_a_prefix(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "module.a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"holds (module\.)?a, and .* holds (module\.)?a, which mean the same; keep one"):
+        open_source(tmp_path)
+
+
 def strided_tensors() -> dict[str, Tensor]:
     base = torch.arange(60, dtype=torch.float32).reshape(5, 12)
     return {

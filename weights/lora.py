@@ -16,6 +16,7 @@ from ..model_defs.config import ModelConfig
 from .rules import published_names
 from .source import Source, open_file
 from .tensors import FLOATS, SourceTensor, WeightsError
+from .wrappers import unwrapped
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -125,7 +126,7 @@ def _modules(adapter: Source) -> dict[str, dict[str, SourceTensor]]:
     for name, tensor in adapter.tensors.items():
         if "lora_embedding" in name:
             raise WeightsError(f"{tensor.file}: {name} adapts an embedding, which is not supported; {_MERGE_FIRST}")
-        key = _KEY.fullmatch(name)
+        key = _KEY.fullmatch(unwrapped(name, ("module.",)))
         if key is None:
             raise WeightsError(
                 f"{tensor.file}: {name} is not one of a linear layer's low-rank factors, base_model.model.MODULE.lora_A.weight "

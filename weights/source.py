@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
+from .wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Source:
         """The same of whole numbers too. Raises WeightsError when the file ends before the tensor does."""
         tensor = self.tensors[name]
         if tensor.offset is None:
-            whole = self._load_whole(tensor.file)[name.removeprefix(TOWER)]
+            whole = self._load_whole(tensor.file)[tensor.stored or name.removeprefix(TOWER)]
             return (whole[slice(*rows)] if rows else whole).clone().contiguous()
         return _read_strided(*_cut(tensor, tensor.offset, rows))
 
@@ -84,14 +85,30 @@ class Source:
 def open_source(folder: Path, extra: Path | None = None) -> Source:
     """List the tensors of the checkpoint in `folder`: safetensors where there are any, else .bin; shards or one file.
 
-    `extra` is the folder of a vision tower stored apart; its tensors are listed as "tower/" + their own names.
-    Raises WeightsError for missing, damaged or refused files.
+    `extra` is the folder of a vision tower stored apart; its tensors are listed as "tower/" + their own names. What training
+    tools put before names (see wrappers.py) is taken off. Raises WeightsError for missing, damaged or refused files.
     """
     tensors, files = _list_folder(folder, "")
+    tensors = _unwrapped(tensors, "")
     if extra is not None:
         tower, tower_files = _list_folder(extra, TOWER)
-        tensors, files = tensors | tower, files + tower_files
+        tensors, files = tensors | _unwrapped(tower, TOWER), files + tower_files
     return Source(tensors, files)
+
+
+def _unwrapped(tensors: Mapping[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
+    """The same tensors by the names that they have in the module itself; raises WeightsError where two have one name."""
+    found: dict[str, SourceTensor] = {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(prefix)
+        plain = prefix + unwrapped(own)
+        if twin := found.get(plain):
+            raise WeightsError(
+                f"{tensor.file} holds {own}, and {twin.file} holds {twin.stored or twin.name.removeprefix(prefix)}, which mean "
+                "the same; keep one of them"
+            )
+        found[plain] = tensor if plain == name else replace(tensor, name=plain, stored=own)
+    return found
 
 
 def open_file(path: Path) -> Source:
