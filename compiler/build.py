@@ -43,6 +43,7 @@ from ..runtime.artifact import (
     read_manifest,
     write_manifest,
 )
+from ..runtime.ascend import torchair_host
 from ..runtime.cores import processor_name, usable_cores
 from ..runtime.files import write_atomically
 from ..weights.rules import kept_dtypes, match, targets
@@ -165,8 +166,10 @@ def build(options: Options, progress: Progress | None = None) -> Report:
 
 
 def _build(job: _Job) -> Report:
-    if job.packing:
-        _open_source(job)  # what cannot be stored is refused before all of the checkpoint is read
+    if job.packing or not job.old:
+        # What cannot be stored is refused before all of the checkpoint is read, and what cannot be compiled before that.
+        _check_compiler(job.options)
+        match(job.config, _open_source(job).tensors)
     source = fingerprint(job.options, job.old.build.source if job.old else {}, job.progress)
     key = weights_key(source, job.config, job.options, job.packing)
     folder, setting_files = _settings(job)
@@ -202,11 +205,16 @@ def _build(job: _Job) -> Report:
     return report
 
 
+def _check_compiler(options: Options) -> None:
+    """What makes graphs is there; raises ArtifactError otherwise."""
+    if options.backend == "ascend":
+        torchair_host.wheel_folder()
+
+
 def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
     """What the graphs depend on; they are keyed by it, so where none was traced it is what it was."""
     if job.old and job.old.ascend and not report.traced:
         return job.old.ascend
-    from ..runtime.ascend import torchair_host
     from ..runtime.ascend.kernel import ascend_facts
 
     torchair_host.load()

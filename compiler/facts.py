@@ -85,6 +85,7 @@ def read_facts(
         sampling=read_sampling(checkpoint / "generation_config.json", generation, eos, [] if notes is None else notes),
         chat=chat,
         text_before_image=text_before_image,
+        max_positions=config.text.max_positions,
     )
     _try_chat(template, facts, tokenizer)
     return facts, {f"tokenizer/{path.name}": path.read_bytes(), TEMPLATE_FILE: template.encode("utf-8")}

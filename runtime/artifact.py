@@ -418,6 +418,11 @@ class ModelFacts(Record, frozen=True, kw_only=True):
     # Llama-3.2-Vision: what a token before the first picture sees of the pictures behind it. transformers: the average of
     # all their keys; meta: nothing.
     text_before_image: Literal["transformers", "meta"] = "transformers"
+    max_positions: int | UnsetType = UNSET  # the largest context that the model can be compiled for
+
+    def can_hold(self, tokens: int) -> bool:
+        """Whether a context of so many tokens can be compiled, as far as the artifact says."""
+        return self.max_positions is UNSET or tokens <= self.max_positions
 
 
 class CalibrationFacts(Record, frozen=True, kw_only=True):

@@ -61,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
 def read_options(args: argparse.Namespace) -> Options:
     """Command line over config file over defaults."""
     given = {**_config_file(args.config), **{k: v for k, v in vars(args).items() if k in CONFIG_KEYS and v is not None}}
+    if args.plan_only:
+        given.setdefault("out", "ARTIFACT")  # nothing is written
     for name in ("checkpoint", "out"):
         if name not in given:
             raise PlanError(
