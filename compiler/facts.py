@@ -23,7 +23,7 @@ from ..runtime.tokenizer import Tokenizer
 from .image_facts import image_facts
 from .sampling_facts import read_sampling
 from .settings import read_settings
-from .tokenizer_facts import check_mark_name, read_tokenizer, tokenizer_file
+from .tokenizer_facts import MOST_IDS, check_mark_name, read_tokenizer, tokenizer_file
 
 TEMPLATE_FILE = "tokenizer/chat_template.jinja"
 
@@ -174,8 +174,8 @@ def _eos(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) -
     if value is None:
         return config.eos_token_ids
     ids = value if isinstance(value, list) else [value]
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MOST_IDS for i in ids):
         raise ConfigError(
-            f"{checkpoint / 'generation_config.json'}: eos_token_id is {value!r}; expected a token id or a list of them"
+            f"{checkpoint / 'generation_config.json'}: eos_token_id is {value!r:.200}; expected a token id or a list of them"
         )
     return tuple(ids)

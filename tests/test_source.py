@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -234,12 +237,73 @@ def test_truncated_safetensors(tmp_path: Path, keep: int) -> None:
         b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}',
         b'{"a":{"dtype":"F32","shape":[2]}}',
+        b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F16","shape":[3],"data_offsets":[2,8]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b'{"a":{"dtype":"XX","shape":[1],"data_offsets":[8,0]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}',
         b'{"a":[1]}',
     ],
 )
 def test_damaged_safetensors_header(tmp_path: Path, entry: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(entry).to_bytes(8, "little") + entry + bytes(8))
     with pytest.raises(WeightsError, match=r"model\.safetensors has a damaged safetensors header .*; fetch the file again"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+         "tensor b lies at 0 to 8, but a ends at 8"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "tensor a lies at 4 to 8, but the header ends at 0"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}',
+         "'a' is there twice"),
+    ],
+)  # fmt: skip
+def test_tensors_that_hide_each_other(tmp_path: Path, entry: bytes, message: str) -> None:
+    """The safetensors library reads none of these either, except that of two entries of one name it takes the last."""
+    (tmp_path / "model.safetensors").write_bytes(len(entry).to_bytes(8, "little") + entry + bytes(8))
+    with pytest.raises(WeightsError, match=message):
+        open_source(tmp_path)
+    if "twice" not in message:
+        with pytest.raises(SafetensorError):
+            load_file(tmp_path / "model.safetensors")
+
+
+def test_an_index_that_names_a_tensor_twice(tmp_path: Path) -> None:
+    index = '{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=r"'a' is there twice, as 'one\.safetensors' and 'two\.safetensors'"):
+        open_source(tmp_path)
+
+
+def make_irregular(path: Path, kind: str) -> None:
+    match kind:
+        case "a pipe":
+            os.mkfifo(path)
+        case "a folder":
+            path.mkdir()
+        case "a device":
+            path.symlink_to("/dev/zero")
+        case "a socket":
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
+                bound.bind(str(path))
+        case _:
+            path.symlink_to(path.with_name("gone"))
+
+
+IRREGULAR = ["a pipe", "a folder", "a device", "a socket", "a link to nothing"]
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("name", ["model.safetensors", "loose.safetensors", "pytorch_model.bin.index.json"])
+def test_what_is_no_file_is_not_opened(tmp_path: Path, kind: str, name: str) -> None:
+    """Nor passed over for another file."""
+    write_weights(tmp_path, some_tensors(), fmt="bin", sharded=False)
+    make_irregular(tmp_path / name, kind)
+    with pytest.raises(WeightsError, match=f"{name} is {kind}.*; expected a file"):
         open_source(tmp_path)
 
 

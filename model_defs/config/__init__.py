@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from .json_files import irregular, parse_object
 from .keys import Keys, load_config, read_json
 from .llava import read_llava
 from .mllama import read_mllama
@@ -59,6 +60,8 @@ __all__ = [
     "decode_config",
     "encode_config",
     "head_quant",
+    "irregular",
+    "parse_object",
     "quant_bits",
     "quant_block",
     "quant_parts",

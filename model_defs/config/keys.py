@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from .json_files import irregular, parse_object
 from .types import ConfigError
 
 # Keys that never change what is computed at inference: bookkeeping, training, choices between kernels of one result, and
@@ -126,6 +126,8 @@ class Keys:
 
 def load_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    if reason := irregular(folder):
+        raise ConfigError(reason)
     if not path.is_file():
         raise ConfigError(f"{folder} holds no config.json; expected a checkpoint folder as saved by transformers or by LLaVA")
     return read_json(path)
@@ -133,13 +135,7 @@ def load_config(folder: Path) -> dict[str, Any]:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; raises ConfigError for anything else."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(data, dict):
-        raise ConfigError(f"{path} holds a {type(data).__name__}; expected a JSON object")
-    return data
+    return parse_object(path.read_bytes(), path)
 
 
 def bos_eos(*sections: Keys, default: tuple[int, int] = (1, 2)) -> tuple[int, tuple[int, ...]]:
