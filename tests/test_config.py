@@ -9,6 +9,7 @@ import pytest
 
 from staticvl.model_defs.config import ConfigError, read_config
 
+from .checkpoints import tiny_llava
 from .conftest import REPO
 
 ASSETS = REPO / "tools" / "assets"
@@ -68,6 +69,21 @@ def test_settings_that_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(changed(family, tmp_path, section, **settings))
+
+
+def test_unknown_keys_of_a_tower_apart(tmp_path: Path) -> None:
+    tiny = tiny_llava(tmp_path / "tiny", layout="original")
+    assert tiny.vision_tower
+    path = tiny.vision_tower / "config.json"
+    data = json.loads(path.read_text())
+    before = read_config(tiny.folder, vision_tower=tiny.vision_tower)
+    for changed in (data["vision_config"], data | {"vision_config": data["vision_config"] | {"mystery": 1}}):
+        path.write_text(json.dumps(changed))
+        if "vision_config" not in changed:  # the file of a tower alone
+            assert read_config(tiny.folder, vision_tower=tiny.vision_tower) == before
+            continue
+        with pytest.raises(ConfigError, match=r"clip/config\.json, vision_config: unknown keys mystery"):
+            read_config(tiny.folder, vision_tower=tiny.vision_tower)
 
 
 # --- Keys that say nothing about the computation --------------------------------------------------------------------------

@@ -140,8 +140,11 @@ def _tower_keys(name: str, checkpoint: Path, vision_tower: Path | None, keys: Ke
                 f"{keys.where}: the vision tower {name!r} is not a folder here; give its folder with --vision-tower PATH"
             )
         return Keys(KNOWN_TOWERS[name], f"built-in sizes of {name}", keys.ignored, keys.notes)
-    data = load_config(folder)
-    return Keys(data.get("vision_config", data), f"{folder / 'config.json'}, vision_config", keys.ignored, keys.notes)
+    whole = Keys(load_config(folder), str(folder / "config.json"), keys.ignored, keys.notes)
+    own = whole.section("vision_config")
+    tower = own if own.data else whole
+    keys.sections["vision tower"] = tower  # its keys are checked with the others
+    return tower
 
 
 def _clip(keys: Keys, *, layer: Any, keep_class_token: bool) -> ClipConfig:
