@@ -120,6 +120,12 @@ def test_sizes_beside_text_config(tmp_path: Path, family: str) -> None:
     assert read(written(family, tmp_path, {}, same))[1] == []
 
 
+def test_two_quantisations(tmp_path: Path) -> None:
+    top = {"quantization_config": {"quant_method": "gptq"}, "compression_config": {"quant_method": "awq"}}
+    notes = read(written("llava", tmp_path, {}, top))[1]
+    assert len(notes) == 1 and "the first counts" in notes[0] and "gptq" in notes[0]
+
+
 def test_heads_of_a_tower(tmp_path: Path) -> None:
     data = json.loads((CONFIGS["mllama"] / "config.json").read_text())
     data["vision_config"] |= {"attention_heads": 2, "num_attention_heads": 4}

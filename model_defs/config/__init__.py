@@ -97,8 +97,7 @@ def read_config(
     data = load_config(checkpoint)
     keys = Keys(data, str(checkpoint / "config.json"), ignore_keys, notes)
     model_type = keys.get("model_type")
-    for name in QUANTISATION_KEYS:  # weights/packing/ reads what they say
-        keys.get(name)
+    keys.get(QUANTISATION_KEYS[0], also=QUANTISATION_KEYS[1:])  # weights/packing/ reads what it says
     if model_type not in READERS:
         raise ConfigError(f"{keys.where}: model_type {model_type!r} is not supported; supported: {', '.join(READERS)}")
     config = READERS[model_type](keys, checkpoint, vision_tower)
