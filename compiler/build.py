@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import functools
 import hashlib
 import importlib.metadata
 import re
@@ -42,6 +43,7 @@ from ..runtime.artifact import (
     read_manifest,
     write_manifest,
 )
+from ..runtime.ascend import torchair_host
 from ..runtime.cores import processor_name, usable_cores
 from ..runtime.files import write_atomically
 from ..weights.rules import kept_dtypes, match, targets
@@ -98,32 +100,46 @@ class _Job:
     old: Manifest | None
     progress: Progress
     packing: Packing | None  # of a checkpoint that is quantised
+    notes: tuple[str, ...]  # on settings of the checkpoint that are contradictory or not used
 
     @property
     def out(self) -> Path:
         return self.options.out
 
 
-def _config(options: Options) -> ModelConfig:
-    config = read_config(options.checkpoint, vision_tower=options.vision_tower, ignore_keys=options.ignore_config_keys)
-    return options.defined(config)
+def _config(options: Options, notes: list[str]) -> ModelConfig:
+    tower, ignored = options.vision_tower, options.ignore_config_keys
+    return options.defined(read_config(options.checkpoint, vision_tower=tower, ignore_keys=ignored, notes=notes))
 
 
 def prepare(options: Options, progress: Progress) -> _Job:
     """Read the checkpoint's settings and plan the build; raises one of the clear errors of config, facts and plan."""
-    config = _config(options)
+    notes: list[str] = []
+    config = _config(options, notes)
     options, packing = resolve(options)
     facts, settings = read_facts(
-        options.checkpoint, config, vision_tower=options.vision_tower, text_before_image=options.text_before_image
+        options.checkpoint,
+        config,
+        vision_tower=options.vision_tower,
+        text_before_image=options.text_before_image,
+        notes=notes,
     )
     plan = make_plan(config, options)
     settings[DEFINITION] = encode_config(config)
-    return _Job(options, config, facts, settings, plan, _old_manifest(options.out), progress, packing)
+    return _Job(
+        options, config, facts, settings, plan, _old_manifest(options.out), progress, packing, _without_folders(options, notes)
+    )
 
 
-def plan_only(options: Options) -> tuple[Plan, dict[str, int]]:
-    """The plan of a build and its forecast in bytes, from the config alone."""
-    config = _config(options)
+def _without_folders(options: Options, notes: list[str]) -> tuple[str, ...]:
+    """Notes for a manifest: folders lie elsewhere on another machine."""
+    folders = [folder for folder in (options.checkpoint, options.vision_tower) if folder]
+    return tuple(functools.reduce(lambda note, folder: note.replace(f"{folder}/", ""), folders, note) for note in notes)
+
+
+def plan_only(options: Options, notes: list[str] | None = None) -> tuple[Plan, dict[str, int]]:
+    """The plan of a build and its forecast in bytes, from the config alone; `notes` as in read_config."""
+    config = _config(options, [] if notes is None else notes)
     options, _ = resolve(options)
     plan = make_plan(config, options)
     return plan, forecast(config, plan, options, _expected_floats(options, config))
@@ -150,8 +166,10 @@ def build(options: Options, progress: Progress | None = None) -> Report:
 
 
 def _build(job: _Job) -> Report:
-    if job.packing:
-        _open_source(job)  # what cannot be stored is refused before all of the checkpoint is read
+    if job.packing or not job.old:
+        # What cannot be stored is refused before all of the checkpoint is read, and what cannot be compiled before that.
+        _check_compiler(job.options)
+        match(job.config, _open_source(job).tensors)
     source = fingerprint(job.options, job.old.build.source if job.old else {}, job.progress)
     key = weights_key(source, job.config, job.options, job.packing)
     folder, setting_files = _settings(job)
@@ -178,6 +196,7 @@ def _build(job: _Job) -> Report:
             source=source,
             calibration=_calibration_facts(job),
             tuned_on=_machine() if job.options.tune else UNSET,
+            notes=job.notes or UNSET,
         ),
     )
     write_manifest(job.out, manifest)
@@ -186,11 +205,16 @@ def _build(job: _Job) -> Report:
     return report
 
 
+def _check_compiler(options: Options) -> None:
+    """What makes graphs is there; raises ArtifactError otherwise."""
+    if options.backend == "ascend":
+        torchair_host.wheel_folder()
+
+
 def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
     """What the graphs depend on; they are keyed by it, so where none was traced it is what it was."""
     if job.old and job.old.ascend and not report.traced:
         return job.old.ascend
-    from ..runtime.ascend import torchair_host
     from ..runtime.ascend.kernel import ascend_facts
 
     torchair_host.load()

@@ -96,9 +96,9 @@ def prompts_of(calibration: Calibration, facts: ModelFacts, tokenizer_folder: Pa
         except ValueError as error:
             raise CalibrationError(f"calibration, {each.name}: {error}") from error
         if prompt.length > context:
+            more = f", or give --context {prompt.length} or more" if facts.can_hold(prompt.length) else ""
             raise CalibrationError(
-                f"calibration, {each.name}: {prompt.length} tokens, but the artifact holds {context}; shorten it or give a "
-                "larger --context"
+                f"calibration, {each.name}: {prompt.length} tokens, but the artifact holds {context}; shorten it{more}"
             )
         found.append(prompt)
     return found

@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..model_defs.config import ConfigError, ModelConfig
-from ..runtime.artifact import Llama3Scaling, ModelFacts, RopeFacts, SamplingDefaults
+from ..runtime.artifact import Llama3Scaling, ModelFacts, RopeFacts
 from ..runtime.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, LLAVA_ORIGINAL, MLLAMA_BASE, ChatTemplateError
 from ..runtime.families import family
 from ..runtime.prompt import Message, PromptError
 from ..runtime.tokenizer import Tokenizer
 from .image_facts import image_facts
-from .settings import integer, number, read_settings
-from .tokenizer_facts import check_mark_name, read_tokenizer, tokenizer_file
+from .sampling_facts import read_sampling
+from .settings import read_settings
+from .tokenizer_facts import MOST_IDS, check_mark_name, read_tokenizer, tokenizer_file
 
 TEMPLATE_FILE = "tokenizer/chat_template.jinja"
 
@@ -51,11 +52,12 @@ def read_facts(
     *,
     vision_tower: Path | None,
     text_before_image: Literal["transformers", "meta"] = "transformers",
+    notes: list[str] | None = None,
 ) -> tuple[ModelFacts, dict[str, bytes]]:
     """Facts for the manifest, and the files to store: path under the artifact -> content.
 
-    `vision_tower` is the folder of a tower stored apart; its preprocessor_config.json stands in for a missing one.
-    Raises ConfigError.
+    `vision_tower` is the folder of a tower stored apart; its preprocessor_config.json stands in for a missing one. `notes`
+    gains a sentence about settings that are not used. Raises ConfigError.
     """
     processor = read_settings(checkpoint / "processor_config.json")
     tokenizer_config = read_settings(checkpoint / "tokenizer_config.json")
@@ -80,9 +82,10 @@ def read_facts(
         stop_strings=("</s>",) if config.layout == "original" else (),
         image=image_facts(checkpoint, config, processor, vision_tower, mark),
         tokenizer=tokenizer.facts,
-        sampling=_sampling(checkpoint / "generation_config.json", generation),
+        sampling=read_sampling(checkpoint / "generation_config.json", generation, eos, [] if notes is None else notes),
         chat=chat,
         text_before_image=text_before_image,
+        max_positions=config.text.max_positions,
     )
     _try_chat(template, facts, tokenizer)
     return facts, {f"tokenizer/{path.name}": path.read_bytes(), TEMPLATE_FILE: template.encode("utf-8")}
@@ -171,25 +174,8 @@ def _eos(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) -
     if value is None:
         return config.eos_token_ids
     ids = value if isinstance(value, list) else [value]
-    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
+    if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MOST_IDS for i in ids):
         raise ConfigError(
-            f"{checkpoint / 'generation_config.json'}: eos_token_id is {value!r}; expected a token id or a list of them"
+            f"{checkpoint / 'generation_config.json'}: eos_token_id is {value!r:.200}; expected a token id or a list of them"
         )
     return tuple(ids)
-
-
-def _sampling(path: Path, generation: Mapping[str, Any]) -> SamplingDefaults:
-    """Only what is sampled from; lengths, penalties and bookkeeping in this file belong to other programs."""
-    where, default = str(path), SamplingDefaults()
-    do_sample = generation.get("do_sample")
-    if not isinstance(do_sample, bool | None):
-        raise ConfigError(f"{where}: do_sample is {do_sample!r}; expected true or false")
-    top_p = number(generation, "top_p", default.top_p, where, above=0)
-    if top_p > 1:
-        raise ConfigError(f"{where}: top_p is {top_p!r}; expected at most 1")
-    return SamplingDefaults(
-        do_sample=bool(do_sample),
-        temperature=number(generation, "temperature", default.temperature, where, least=0),
-        top_p=top_p,
-        top_k=integer(generation, "top_k", default.top_k, where, least=0),
-    )

@@ -265,7 +265,8 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         )
     if max(prefill) > context:
         raise PlanError(
-            f"prefill bucket {max(prefill)} exceeds the context {context}; use smaller buckets or a larger --context"
+            f"prefill bucket {max(prefill)} exceeds the context {context}; use smaller buckets"
+            + (f" or --context {max(prefill)}" if max(prefill) <= text.max_positions else "")
         )
     images = _image_buckets(config, wanted)
     # A last chunk writes its padding too, which the smallest bucket bounds.

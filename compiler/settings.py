@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,15 @@ def only(settings: Mapping[str, Any], name: str, expected: bool, where: str) -> 
         raise ConfigError(f"{where}: {name} is {settings[name]!r}; supported: {str(expected).lower()}")
 
 
+LARGEST = (1 << 31) - 1
+
+
 def integer(settings: Mapping[str, Any], name: str, default: int, where: str, *, least: int) -> int:
     value = settings.get(name)
     if value is None:
         return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{where}: {name} is {value!r}; expected an integer of at least {least}")
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
+        raise ConfigError(f"{where}: {name} is {value!r:.200}; expected an integer of at least {least} and at most {LARGEST}")
     return value
 
 
@@ -40,10 +44,10 @@ def number(
     value = settings.get(name)
     if value is None:
         return default
-    sound = isinstance(value, int | float) and not isinstance(value, bool)
+    sound = _finite(value)
     if not sound or (least is not None and value < least) or (above is not None and value <= above):
         wanted = f"above {above:g}" if above is not None else f"of at least {least:g}"
-        raise ConfigError(f"{where}: {name} is {value!r}; expected a number {wanted}")
+        raise ConfigError(f"{where}: {name} is {value!r:.200}; expected a number {wanted}")
     return float(value)
 
 
@@ -53,6 +57,10 @@ def three(
     value = settings.get(name)
     if value is None:
         return default
-    if not isinstance(value, list) or len(value) != 3 or not all(isinstance(v, int | float) for v in value):
-        raise ConfigError(f"{where}: {name} is {value!r}; expected three numbers")
+    if not isinstance(value, list) or len(value) != 3 or not all(map(_finite, value)):
+        raise ConfigError(f"{where}: {name} is {value!r:.200}; expected three numbers")
     return float(value[0]), float(value[1]), float(value[2])
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf

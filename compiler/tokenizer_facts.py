@@ -14,6 +14,7 @@ from .settings import only, read_settings
 from .tiktoken_forms import LLAMA3, QWEN
 
 MARK = "<image>"
+MOST_IDS = 1 << 22  # no vocabulary comes near it; libraries make tables as long as the largest id
 FORMS = {"mllama": LLAMA3, "qwen_vl": QWEN}  # families whose tokenizer may be a tiktoken file
 QWEN_FILE, QWEN_MARK, QWEN_PAD = "qwen.tiktoken", "<img>", "<imgpad>"
 
@@ -55,12 +56,30 @@ def read_tokenizer(path: Path, config: ModelConfig, settings: Mapping[str, Any])
 def _read_vocabulary(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
     """The vocabulary in a file, and those facts that say how to read the file again."""
     if path.suffix == ".json":
+        _check_ids(path)
         return read_vocabulary(path), {"kind": "tokenizers"}
     if path.name == QWEN_FILE or is_tiktoken(path):
         return _read_tiktoken(path, config, settings)
     legacy, added = bool(settings.get("legacy")), _added_tokens(path, settings)
     facts = {"kind": "sentencepiece", "added_tokens": added, "legacy": legacy}
     return read_vocabulary(path, added_tokens=added, legacy=legacy), facts
+
+
+def _check_ids(path: Path) -> None:
+    """Ids of a tokenizer.json before the library makes tables of them; forms that are not known here are left to it."""
+    settings = read_settings(path)
+    model, added = settings.get("model"), settings.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    given = list(vocab.items()) if isinstance(vocab, dict) else []
+    given += [(entry.get("content"), entry.get("id")) for entry in added or () if isinstance(entry, dict)]
+    for token, token_id in given:
+        _check_id(token, token_id, str(path))
+
+
+def _check_id(token: Any, token_id: Any, where: str) -> int:
+    if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < MOST_IDS:
+        raise ConfigError(f"{where}: token {token!r:.100} has the id {token_id!r:.100}; expected a number below {MOST_IDS}")
+    return token_id
 
 
 def _read_tiktoken(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
@@ -143,9 +162,11 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     base = read_vocabulary(path)
     where = str(path.with_name("tokenizer_config.json"))
     found = _added_by_config(settings, where)
-    for token, token_id in read_settings(path.with_name("added_tokens.json")).items():
+    beside = path.with_name("added_tokens.json")
+    for token, token_id in read_settings(beside).items():
+        _check_id(token, token_id, str(beside))
         if found.setdefault(token, token_id) != token_id:
-            raise ConfigError(f"{path.with_name('added_tokens.json')}: {token!r} is {token_id} but {where} says {found[token]}")
+            raise ConfigError(f"{beside}: {token!r} is {token_id} but {where} says {found[token]}")
     for token, token_id in found.items():
         known = base.token(token_id)
         if known is not None and known != token:
@@ -157,7 +178,13 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
 
 def _added_by_config(settings: Mapping[str, Any], where: str) -> dict[str, int]:
     entries = settings.get("added_tokens_decoder") or {}
-    return {_added_token(entry, where): int(key) for key, entry in entries.items()}
+    if not isinstance(entries, dict):
+        raise ConfigError(f"{where}: added_tokens_decoder is {entries!r:.200}; expected an object of token ids and tokens")
+    found = {}
+    for key, entry in entries.items():
+        token = _added_token(entry, where)
+        found[token] = _check_id(token, int(key) if key.isascii() and key.isdigit() and len(key) < 20 else key, where)
+    return found
 
 
 def _added_token(entry: Any, where: str) -> str:

@@ -369,12 +369,18 @@ class TokenizerFacts(Record, frozen=True, kw_only=True):
 
 
 class SamplingDefaults(Record, frozen=True, kw_only=True):
-    """Defaults from the checkpoint's generation_config.json, for what a request leaves open."""
+    """Defaults from the checkpoint's generation_config.json, for what a request leaves open, and what it always forbids."""
 
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
+    # Left out of the manifest where unset, so that it reads and is sealed as ever.
+    min_p: float | UnsetType = UNSET
+    repetition_penalty: float | UnsetType = UNSET
+    bad_words_ids: tuple[tuple[int, ...], ...] | UnsetType = UNSET  # sequences of tokens that no answer completes
+    suppress_tokens: tuple[int, ...] | UnsetType = UNSET  # tokens that no answer has
+    begin_suppress_tokens: tuple[int, ...] | UnsetType = UNSET  # tokens that no answer begins with
 
 
 class Llama3Scaling(Record, frozen=True, kw_only=True):
@@ -412,6 +418,11 @@ class ModelFacts(Record, frozen=True, kw_only=True):
     # Llama-3.2-Vision: what a token before the first picture sees of the pictures behind it. transformers: the average of
     # all their keys; meta: nothing.
     text_before_image: Literal["transformers", "meta"] = "transformers"
+    max_positions: int | UnsetType = UNSET  # the largest context that the model can be compiled for
+
+    def can_hold(self, tokens: int) -> bool:
+        """Whether a context of so many tokens can be compiled, as far as the artifact says."""
+        return self.max_positions is UNSET or tokens <= self.max_positions
 
 
 class CalibrationFacts(Record, frozen=True, kw_only=True):
@@ -434,6 +445,7 @@ class BuildFacts(Record, frozen=True, kw_only=True):
     # Left out of the manifest where unset, so that what was compiled without reads and is sealed as ever.
     calibration: CalibrationFacts | UnsetType = UNSET
     tuned_on: str | UnsetType = UNSET  # the machine that kernels were chosen on
+    notes: tuple[str, ...] | UnsetType = UNSET  # sentences about settings of the checkpoint that are contradictory or not used
 
 
 class AscendFacts(Record, frozen=True, kw_only=True):

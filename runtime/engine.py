@@ -104,7 +104,7 @@ class Engine:
             features=np.empty((rows, model.hidden_size), np.float32),
             content=content_of(prompt, model.image.rows, cross=cross is not None),
             cross_tiles=cross.tiles if cross else 0,
-            rules=rules_for(params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, guides),
+            rules=rules_for(params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, guides, model.sampling),
             lookup=self._lookup(prompt, params),
             keep_logits=return_logits,
             arrived=self.clock(),
@@ -278,17 +278,31 @@ class Engine:
         if needed > context:
             raise ContextError(
                 f"the prompt has {prompt.text_tokens} text tokens and {prompt.image_tokens} image tokens, and max_new_tokens "
-                f"is {max_new_tokens}: {needed} in all, but the artifact holds {context}; ask for less, or compile a larger "
-                f"one: {self.manifest.recompilation(context=needed)}"
+                f"is {max_new_tokens}: {needed} in all, but the artifact holds {context}; "
+                + self._fitting(prompt.length, needed)
             )
+
+    def _fitting(self, prompt: int, needed: int) -> str:
+        """What can be done about a prompt of so many tokens that needs a larger context than there is."""
+        model, context = self.manifest.model, self.manifest.cache.context
+        less = f"give at most {context - prompt} new tokens" if prompt < context else "give a shorter prompt"
+        if model.can_hold(needed):
+            return f"{less}, or compile a larger one: {self.manifest.recompilation(context=needed)}"
+        most = model.max_positions
+        assert isinstance(most, int)
+        if context < most and prompt < most:
+            larger = self.manifest.recompilation(context=most)
+            return f"{less}, or compile all {most} positions of the model, for at most {most - prompt} new tokens: {larger}"
+        return f"{less}: the model has {most} positions"
 
     def _drafted(self, wanted: int) -> int:
         """So many tokens of a draft, if a graph can verify them."""
         most = max(self.manifest.buckets("verify"), default=1) - 1
         if not 0 <= wanted <= most:
+            possible = 0 < wanted < self.manifest.cache.context  # a draft and the token before it have to fit
+            more = f", or compile one for more: {self.manifest.recompilation(speculate=wanted)}" if possible else ""
             raise ValueError(
-                f"speculate is {wanted}, but the artifact verifies at most {most} drafted tokens; ask for 0 to {most}, or "
-                f"compile one for more: {self.manifest.recompilation(speculate=max(wanted, 1))}"
+                f"speculate is {wanted}, but the artifact verifies at most {most} drafted tokens; give 0 to {most}{more}"
             )
         return wanted
 

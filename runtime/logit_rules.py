@@ -6,12 +6,17 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 
+from .artifact import SamplingDefaults
+from .bans import bans_of
 from .prompt import Prompt
 from .sampling import SamplingParams
+
+DEFAULTS = SamplingDefaults()
 
 
 class Guide(Protocol):
@@ -95,7 +100,7 @@ _Change = Callable[[LogitRules, np.ndarray], None]
 # In the order in which they apply: whether a request asks for a change, and the change.
 _CHANGES: tuple[tuple[Callable[[SamplingParams], object], _Change], ...] = (
     (lambda params: params.logit_bias, LogitRules._add_bias),
-    (lambda params: params.repetition_penalty != 1, LogitRules._penalise_repetition),
+    (lambda params: params.repetition_penalty not in (None, 1), LogitRules._penalise_repetition),
     (lambda params: params.presence_penalty or params.frequency_penalty, LogitRules._penalise_counts),
     (lambda params: params.min_new_tokens, LogitRules._forbid_ends),
 )
@@ -106,9 +111,19 @@ def changes_asked(params: SamplingParams, guides: tuple[Guide, ...]) -> list[_Ch
 
 
 def rules_for(
-    params: SamplingParams, prompt: Prompt, ends: Iterable[int], vocab: int, guides: tuple[Guide, ...]
+    params: SamplingParams,
+    prompt: Prompt,
+    ends: Iterable[int],
+    vocab: int,
+    guides: tuple[Guide, ...],
+    defaults: SamplingDefaults = DEFAULTS,
 ) -> LogitRules | None:
-    """The rules that a request needs, or None; raises ValueError for a token id that the model does not have."""
+    """The rules that a request needs, those of its checkpoint among them, or None.
+
+    Raises ValueError for a token id that the model does not have.
+    """
     if unknown := [token for token in (*params.logit_bias, *params.stop_token_ids) if token >= vocab]:
         raise ValueError(f"token {unknown[0]} is named in logit_bias or stop_token_ids; the model has {vocab} tokens")
+    params = replace(params, repetition_penalty=params.penalty(defaults))
+    guides = (*guides, *bans_of(defaults, prompt, vocab))
     return LogitRules(params, prompt, ends, vocab, guides) if changes_asked(params, guides) else None

@@ -14,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 
 from .artifact import Artifact, ArtifactError, Manifest, open_artifact
+from .backends.base import check_device
 from .chat import Chat
 from .constraints import Constraints
 from .engine import NGRAMS, Engine
@@ -81,6 +82,7 @@ def load(
         )
     if world is not None and world.size != manifest.ranks:
         raise ArtifactError(_wrong_number(artifact, manifest, world.size))
+    check_device(manifest.backend, opened.folder, device)  # before other ranks are started
     log = RequestLog(Path(request_log)) if request_log is not None else None
     settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
     settings |= {"speculate": speculate, "ngrams": ngrams}

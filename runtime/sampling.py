@@ -17,12 +17,13 @@ from .artifact import SamplingDefaults
 class SamplingParams:
     """How tokens are chosen. Left at None, a setting is taken from the checkpoint's generation_config.json.
 
-    temperature 0 is greedy. top_k 0 means no limit. min_p leaves out what is less likely than that share of the likeliest.
+    temperature 0 is greedy. top_k 0 means no limit. min_p leaves out what is less likely than that share of the likeliest; 0
+    leaves out nothing.
     `seed` None draws a fresh one for each request; `n` answers to one prompt draw independently of each other.
 
     repetition_penalty divides positive logits, and multiplies negative ones, of tokens in the prompt or the answer (Keskar et
-    al. 2019); frequency_penalty is subtracted as often as a token is in the answer, presence_penalty once. logit_bias is added
-    by token id.
+    al. 2019); 1 changes nothing. frequency_penalty is subtracted as often as a token is in the answer, presence_penalty once.
+    logit_bias is added by token id.
 
     An answer ends before a text of `stop` (one text or several), at a token of `stop_token_ids`, after max_new_tokens, or
     `deadline_s` seconds after it was asked for; none of the first two before min_new_tokens. No text of bad_words is in it.
@@ -40,10 +41,10 @@ class SamplingParams:
     temperature: float | None = None
     top_k: int | None = None
     top_p: float | None = None
-    min_p: float = 0.0
+    min_p: float | None = None
     seed: int | None = None
     n: int = 1
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -97,18 +98,22 @@ class SamplingParams:
     def constrained(self) -> bool:
         return self.json_schema is not None or self.regex is not None or bool(self.choice)
 
+    def penalty(self, defaults: SamplingDefaults) -> float:
+        """The repetition penalty, filled from the checkpoint where it is left open."""
+        return (defaults.repetition_penalty or 1.0) if self.repetition_penalty is None else self.repetition_penalty
+
     def resolved(self, defaults: SamplingDefaults, index: int = 0) -> ResolvedSampling:
         """Every choice made for answer `index` of n: what is left open here is filled from the checkpoint."""
         temperature = self.temperature
         if temperature is None:
             # Naming top_k, top_p, min_p, a seed or several answers asks for sampling.
-            asked = any(value is not None for value in (self.top_k, self.top_p, self.seed)) or self.n > 1 or self.min_p > 0
+            asked = any(value is not None for value in (self.top_k, self.top_p, self.seed)) or self.n > 1 or bool(self.min_p)
             temperature = defaults.temperature if defaults.do_sample or asked else 0.0
         return ResolvedSampling(
             temperature=temperature,
             top_k=defaults.top_k if self.top_k is None else self.top_k,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
-            min_p=self.min_p,
+            min_p=(defaults.min_p or 0.0) if self.min_p is None else self.min_p,
             seed=int(np.random.SeedSequence().entropy) % 2**63 if self.seed is None else self.seed,  # type: ignore[arg-type]
             index=index,
         )

@@ -9,6 +9,7 @@ import pytest
 
 from staticvl.model_defs.config import ConfigError, read_config
 
+from .checkpoints import tiny_llava
 from .conftest import REPO
 
 ASSETS = REPO / "tools" / "assets"
@@ -66,5 +67,126 @@ def test_unknown_keys(tmp_path: Path, family: str, section: str | None) -> None:
 def test_settings_that_are_refused(
     tmp_path: Path, family: str, section: str | None, settings: dict[str, object], message: str
 ) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read_config(changed(family, tmp_path, section, **settings))
+
+
+def test_unknown_keys_of_a_tower_apart(tmp_path: Path) -> None:
+    tiny = tiny_llava(tmp_path / "tiny", layout="original")
+    assert tiny.vision_tower
+    path = tiny.vision_tower / "config.json"
+    data = json.loads(path.read_text())
+    before = read_config(tiny.folder, vision_tower=tiny.vision_tower)
+    for changed in (data["vision_config"], data | {"vision_config": data["vision_config"] | {"mystery": 1}}):
+        path.write_text(json.dumps(changed))
+        if "vision_config" not in changed:  # the file of a tower alone
+            assert read_config(tiny.folder, vision_tower=tiny.vision_tower) == before
+            continue
+        with pytest.raises(ConfigError, match=r"clip/config\.json, vision_config: unknown keys mystery"):
+            read_config(tiny.folder, vision_tower=tiny.vision_tower)
+
+
+# --- Keys that say nothing about the computation --------------------------------------------------------------------------
+
+INERT = {
+    "_attn_implementation": "sdpa",
+    "_attn_implementation_autoset": True,
+    "_attn_implementation_internal": "eager",
+    "_flash_attn_2_enabled": True,
+    "attn_implementation": "flash_attention_2",
+    "base_model_tp_plan": {"layers.*.mlp.up_proj": "colwise"},
+    "gradient_checkpointing": False,
+    "keys_to_ignore_at_inference": ["past_key_values"],
+    "mystery_that_is_null": None,
+    "quantization_config": None,
+    "sliding_window": None,
+    "tp_plan": None,
+    "unsloth_fixed": True,
+    "unsloth_version": "2025.1",
+    "use_flash_attention_2": True,
+}
+SAVED = sorted((REPO / "tests" / "golden" / "configs").glob("*.json"))
+
+
+@pytest.mark.parametrize(("family", "section"), SECTIONS)
+def test_inert_keys(tmp_path: Path, family: str, section: str | None) -> None:
+    notes: list[str] = []
+    assert read_config(changed(family, tmp_path, section, **INERT), notes=notes) == read_config(CONFIGS[family])
+    assert notes == []
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "mllama"])
+def test_attention_of_every_layer_is_full(tmp_path: Path, family: str) -> None:
+    layers = read_config(CONFIGS[family]).text.layers
+    full = ["full_attention"] * layers
+    folder = changed(family, tmp_path, "text_config", layer_types=full, use_sliding_window=False)
+    assert read_config(folder) == read_config(CONFIGS[family])
+    for settings in (
+        {"layer_types": [*full[1:], "sliding_attention"]},
+        {"layer_types": full[1:]},
+        {"use_sliding_window": True},
+    ):
+        with pytest.raises(ConfigError, match=rf"{next(iter(settings))} is .*; supported: "):
+            read_config(changed(family, tmp_path, "text_config", **settings))
+
+
+@pytest.mark.parametrize("path", SAVED, ids=lambda path: path.stem)
+def test_saved_by_versions_that_note_how_attention_was_chosen(tmp_path: Path, path: Path) -> None:
+    """Files as transformers 4.46.3 and 4.49.0 wrote them."""
+    (tmp_path / "config.json").write_bytes(path.read_bytes())
+    notes: list[str] = []
+    assert read_config(tmp_path, notes=notes).family == path.stem.rpartition("-")[0]
+    assert notes == []
+
+
+def test_there_are_such_files() -> None:
+    assert len(SAVED) == 6
+    assert sum("_attn_implementation_autoset" in path.read_text() for path in SAVED) == 3
+
+
+# --- Numbers out of all bounds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "name"),
+    [
+        ("llava", "text_config", "num_hidden_layers"),
+        ("llava", "text_config", "vocab_size"),
+        ("llava", "text_config", "max_position_embeddings"),
+        ("llava", "vision_config", "num_hidden_layers"),
+        ("llava_next", "vision_config", "image_size"),
+        ("mllama", "text_config", "vocab_size"),
+        ("mllama", "vision_config", "max_num_tiles"),
+        ("mllama", "vision_config", "num_global_layers"),
+        ("qwen_vl", None, "num_hidden_layers"),
+        ("qwen_vl", None, "vocab_size"),
+        ("qwen_vl", "visual", "layers"),
+        ("qwen_vl", "visual", "n_queries"),
+    ],
+)
+@pytest.mark.parametrize("value", [10**9, 10**30])
+def test_sizes_are_bounded(tmp_path: Path, family: str, section: str | None, name: str, value: int) -> None:
+    """Before anything as large as that is made."""
+    with pytest.raises(ConfigError, match=rf"{name} is {value}; expected at most \d+: correct the file"):
+        read_config(changed(family, tmp_path, section, **{name: value}))
+
+
+@pytest.mark.parametrize(
+    ("family", "section", "settings", "message"),
+    [
+        (
+            "mllama",
+            "text_config",
+            {"cross_attention_layers": 3},
+            "cross_attention_layers is 3; expected a list of whole numbers",
+        ),
+        ("mllama", "vision_config", {"intermediate_layers_indices": ["a"]}, "expected a list of whole numbers"),
+        ("mllama", "vision_config", {"supported_aspect_ratios": [[1]]}, "expected a list of pairs, rows and columns"),
+        ("llava", None, {"eos_token_id": "x"}, "eos_token_id is 'x'; expected a token id"),
+        ("llava", "text_config", {"bos_token_id": [1]}, r"bos_token_id is \[1\]; expected a token id"),
+        ("llava", "text_config", {"rope_theta": float("inf")}, "rope_theta is inf; expected a positive number"),
+    ],
+)
+def test_kinds_of_values(tmp_path: Path, family: str, section: str | None, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(changed(family, tmp_path, section, **settings))

@@ -18,8 +18,10 @@ from staticvl.runtime.artifact import ModelFacts, SamplingDefaults
 from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL
 
 from .checkpoints import CHAT_TEMPLATE, MEAN, STD, tiny_llava, write_json
+from .test_source import IRREGULAR, make_irregular
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "published"
+SILENT = SamplingDefaults(top_k=50)  # what transformers makes of a file that says nothing of sampling
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +72,7 @@ def test_hf_layout(hf: Path) -> None:
     reference = AutoTokenizer.from_pretrained(hf)
     assert tokenizer.image_token_id == reference.convert_tokens_to_ids("<image>")
     assert tokenizer.used == len(reference) < facts.vocab_size
-    assert facts.sampling == SamplingDefaults()
+    assert facts.sampling == SILENT
     assert files == {
         "tokenizer/tokenizer.json": (hf / "tokenizer.json").read_bytes(),
         "tokenizer/chat_template.jinja": CHAT_TEMPLATE.encode(),
@@ -102,7 +104,7 @@ def test_published_settings_are_understood(hf: Path, original: Path) -> None:
     for name in ("chat_template.json", "generation_config.json", "tokenizer_config.json"):
         shutil.copy(theirs / name, hf / name)
     facts, files = read(hf)
-    assert (facts.image.mode, facts.tokenizer.add_bos, facts.sampling) == ("crop", True, SamplingDefaults())
+    assert (facts.image.mode, facts.tokenizer.add_bos, facts.sampling) == ("crop", True, SILENT)
     assert b"{% generation %}" in files["tokenizer/chat_template.jinja"]
 
     theirs = PUBLISHED / "openai--clip-vit-large-patch14-336"
@@ -176,14 +178,14 @@ def test_full_strategy_keeps_the_class_row(hf: Path) -> None:
 def test_generation_config(hf: Path) -> None:
     change(
         hf / "generation_config.json", eos_token_id=[2, 7], do_sample=True, temperature=0.6, top_p=0.9, top_k=5, max_length=20,
-        length_penalty=1.5, bad_words_ids=[[1]],
+        length_penalty=1.5,
     )  # fmt: skip
     facts, _ = read(hf)
     assert facts.eos_token_ids == (2, 7)
     assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=5)
     (hf / "generation_config.json").unlink()
     facts, _ = read(hf)
-    assert (facts.eos_token_ids, facts.sampling) == ((2,), SamplingDefaults())
+    assert (facts.eos_token_ids, facts.sampling) == ((2,), SILENT)
 
 
 def test_sources_of_the_template(hf: Path) -> None:
@@ -324,6 +326,64 @@ def test_refused_image_settings(hf: Path, values: dict[str, Any], message: str) 
 def test_refused_settings(hf: Path, file: str, values: dict[str, Any], message: str) -> None:
     change(hf / file, **values)
     fails(hf, rf"{file}: {message}")
+
+
+@pytest.mark.parametrize("token_id", [10**9, 1 << 22, -1, 1.5])
+@pytest.mark.parametrize("place", ["vocab", "added"])
+def test_ids_of_tokens_are_bounded(hf: Path, place: str, token_id: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the library makes a table that long."""
+    data = json.loads((hf / "tokenizer.json").read_text())
+    if place == "vocab":
+        data["model"]["vocab"]["far"] = token_id
+    else:
+        data["added_tokens"].append({**data["added_tokens"][-1], "content": "far", "id": token_id})
+    write_json(hf / "tokenizer.json", data)
+    monkeypatch.setattr("tokenizers.Tokenizer.from_file", None)
+    fails(hf, rf"tokenizer\.json: token 'far' has the id {token_id}; expected a number below 4194304")
+
+
+@pytest.mark.parametrize("token_id", ["1000000000", "x", "9" * 5000])
+def test_ids_of_added_tokens_are_bounded(hf: Path, original: Path, token_id: str) -> None:
+    folder, flags = sentencepiece_only(hf, original)
+    change(folder / "tokenizer_config.json", added_tokens_decoder={token_id: {"content": "<image>", **flags}})
+    fails(folder, r"tokenizer_config\.json: token '<image>' has the id .*; expected a number below 4194304")
+    change(folder / "tokenizer_config.json", added_tokens_decoder=[1])
+    fails(folder, r"added_tokens_decoder is \[1\]; expected an object")
+    change(folder / "tokenizer_config.json", added_tokens_decoder=None)
+    write_json(folder / "added_tokens.json", {"<image>": 10**9})
+    fails(folder, r"added_tokens\.json: token '<image>' has the id 1000000000; expected a number below")
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize(
+    "name", ["config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "spiece.model"]
+)
+def test_what_is_no_file_is_not_opened(hf: Path, kind: str, name: str) -> None:
+    (hf / name).unlink(missing_ok=True)
+    make_irregular(hf / name, kind)
+    fails(hf, rf"{name} is {kind}.*; expected a file")
+
+
+def test_a_tower_folder_with_a_pipe(original: Path) -> None:
+    make_irregular(original / "clip" / "pytorch_model.bin.index.json", "a pipe")
+    fails(original, r"clip/pytorch_model\.bin\.index\.json is a pipe; expected a file")
+
+
+def test_json_that_cannot_be_read_as_it_is(hf: Path) -> None:
+    path = hf / "generation_config.json"
+    for text, message in (
+        ('{"top_k": 1, "top_k": 2}', "'top_k' is there twice, as 1 and 2"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"top_k": ' + "9" * 5000 + "}", "is not valid JSON"),
+        ('{"temperature": NaN}', "temperature is nan; expected a number"),
+        ('{"temperature": Infinity}', "temperature is inf; expected a number"),
+        ('{"top_k": 1' + "0" * 30 + "}", "expected an integer of at least 0 and at most 2147483647"),
+        ('{"eos_token_id": 1' + "0" * 30 + "}", "expected a token id or a list of them"),
+    ):
+        path.write_text(text)
+        fails(hf, message)
+    path.write_text('{"top_k": 7, "top_k": 7}')
+    assert read(hf)[0].sampling.top_k == 7
 
 
 def test_refused_templates(hf: Path) -> None:

@@ -100,7 +100,7 @@ def test_mllama(name: str, checkpoint: Any, tmp_path: Path) -> None:
     assert tokenizer.image_token_id == config["image_token_index"] == facts.vocab_size == tokenizer.used == vocab
     assert tokenizer.add_bos and tokenizer.bos_token_id == vocab - 256
     assert facts.eos_token_ids == tuple(vocab - 256 + i for i in (1, 8, 9))
-    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9)
+    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=50)
     loaded = stored_tokenizer(facts, files, tmp_path / "artifact")
     assert loaded.encode("<|image|><|eot_id|>", add_bos=True) == [vocab - 256, vocab, vocab - 256 + 9]
     assert read(folder, text_before_image="meta")[0].text_before_image == "meta"
@@ -186,7 +186,7 @@ def test_published_mllama(llama_11b: tuple[ModelFacts, dict[str, bytes], Tokeniz
     assert (tokenizer.kind, tokenizer.bos_token_id, tokenizer.add_bos) == ("tiktoken", 128000, True)
     assert (tokenizer.image_token_id, tokenizer.used, facts.vocab_size) == (128256, 128256, 128256)
     assert facts.eos_token_ids == (128001, 128008, 128009)
-    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9)
+    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=50)
     assert facts.rope.theta == 500000.0
     assert facts.rope.llama3 == Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
     assert (facts.image.size, facts.image.rows, facts.image.tiles) == (560, 1601, 4)
@@ -298,7 +298,7 @@ def test_chat_formats_of_qwen_vl(checkpoint: Any) -> None:
     fails(folder, r"generation_config\.json: chat_format is 'other'; expected 'chatml' \(Qwen-VL-Chat\) or 'raw' \(Qwen-VL\)")
     settings.unlink()
     facts, _ = read(folder)
-    assert (facts.chat, facts.eos_token_ids, facts.sampling) == ("chatml", (338, 337, 336), SamplingDefaults())
+    assert (facts.chat, facts.eos_token_ids, facts.sampling) == ("chatml", (338, 337, 336), SamplingDefaults(top_k=50))
 
 
 def test_refused_tokenizers_of_qwen_vl(checkpoint: Any) -> None:

@@ -147,6 +147,32 @@ def test_unknown_tensors_are_named(hf: ModelConfig, name: str) -> None:
         match(hf, tensors_of(hf) | {name: tensor(name, (1,))})
 
 
+@pytest.mark.parametrize("prefix", ["student.", "vlm.backbone.", "ema."])
+def test_a_foreign_prefix_is_named(hf: ModelConfig, prefix: str) -> None:
+    """On all tensors, and on some of them."""
+    tensors = {prefix + name: tensor(prefix + name, t.shape) for name, t in tensors_of(hf).items()}
+    message = (
+        rf"unknown tensors: {prefix}\S+ .* \({len(tensors)} tensors\); {len(tensors)} of them are known without the prefix"
+    )
+    with pytest.raises(WeightsError, match=rf"{message} '{prefix}': save the weights without it"):
+        match(hf, tensors)
+    name = "language_model.lm_head.weight"
+    some = tensors_of(hf)
+    some[prefix + name] = some.pop(name)
+    with pytest.raises(WeightsError, match=rf"unknown tensors: {prefix}{name} \(1 tensor\); 1 of them are known without"):
+        match(hf, some)
+
+
+def test_an_adapter_beside_the_weights(hf: ModelConfig) -> None:
+    """As peft keeps them in one module until they are merged."""
+    name = "language_model.model.layers.0.self_attn.q_proj"
+    tensors = tensors_of(hf)
+    shape = tensors.pop(f"{name}.weight").shape
+    unmerged = {f"{name}.base_layer.weight": shape, f"{name}.lora_A.default.weight": (2, shape[1])}
+    with pytest.raises(WeightsError, match=r"holds an adapter beside its weights: .*base_layer.*; merge it first"):
+        match(hf, tensors | {name: tensor(name, size) for name, size in unmerged.items()})
+
+
 def test_the_same_tensor_twice(hf: ModelConfig) -> None:
     extra = tensor("model.norm.weight", (hf.text.hidden_size,))
     with pytest.raises(WeightsError, match=r"there twice: language_model\.model\.norm\.weight and model\.norm\.weight \(1"):

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import socket
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -82,6 +85,49 @@ def test_a_tower_is_listed_apart(tmp_path: Path) -> None:
         save_file({"same.name": torch.full((2,), value)}, tmp_path / folder / "model.safetensors")
     source = open_source(tmp_path / "llava", tmp_path / "clip")
     assert_same(source, {"same.name": torch.full((2,), 1.0), "tower/same.name": torch.full((2,), 2.0)})
+
+
+@pytest.mark.parametrize("zipped", [None, True, False], ids=["safetensors", "zip", "before 2020"])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        "module.",
+        "_orig_mod.",
+        "base_model.model.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+        "module.base_model.model._orig_mod.",
+    ],
+)
+def test_prefixes_of_training_tools(tmp_path: Path, prefix: str, zipped: bool | None) -> None:
+    expected = some_tensors()
+    wrapped = {prefix + name: tensor for name, tensor in expected.items()}
+    if zipped is None:
+        write_weights(tmp_path, wrapped, fmt="safetensors", sharded=True)
+    else:
+        torch.save(wrapped, tmp_path / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    assert_same(open_source(tmp_path), expected)
+
+
+def test_prefixes_as_torch_writes_them(tmp_path: Path) -> None:
+    """Whole modules and some of their parts compiled by torch, in DataParallel, in any order; a tower apart as well."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.LayerNorm(4)))
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model[1][0] = torch.compile(model[1][0])  # type: ignore[index]
+    for wrapped in (model, torch.compile(model), torch.nn.DataParallel(torch.compile(model))):
+        state = wrapped.state_dict()  # type: ignore[attr-defined]
+        assert state.keys() != expected.keys()
+        save_file(state, tmp_path / "model.safetensors")
+        assert_same(open_source(tmp_path), expected)
+    (tmp_path / "tower").mkdir()
+    save_file(state, tmp_path / "tower" / "model.safetensors")
+    assert open_source(tmp_path, tmp_path / "tower").tensors.keys() == {*expected, *(f"tower/{name}" for name in expected)}
+
+
+def test_one_name_with_and_without_a_prefix(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1), "module.a": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"holds (module\.)?a, and .* holds (module\.)?a, which mean the same; keep one"):
+        open_source(tmp_path)
 
 
 def strided_tensors() -> dict[str, Tensor]:
@@ -191,12 +237,73 @@ def test_truncated_safetensors(tmp_path: Path, keep: int) -> None:
         b'{"a":{"dtype":"F32","shape":[3],"data_offsets":[0,8]}}',
         b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[-8,0]}}',
         b'{"a":{"dtype":"F32","shape":[2]}}',
+        b'{"a":{"dtype":"F32","shape":[-2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F16","shape":[3],"data_offsets":[2,8]}}',
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}',
+        b'{"a":{"dtype":"XX","shape":[1],"data_offsets":[8,0]}}',
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}',
         b'{"a":[1]}',
     ],
 )
 def test_damaged_safetensors_header(tmp_path: Path, entry: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(len(entry).to_bytes(8, "little") + entry + bytes(8))
     with pytest.raises(WeightsError, match=r"model\.safetensors has a damaged safetensors header .*; fetch the file again"):
+        open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"b":{"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
+         "tensor b lies at 0 to 8, but a ends at 8"),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}', "tensor a lies at 4 to 8, but the header ends at 0"),
+        (b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F16","shape":[4],"data_offsets":[0,8]}}',
+         "'a' is there twice"),
+    ],
+)  # fmt: skip
+def test_tensors_that_hide_each_other(tmp_path: Path, entry: bytes, message: str) -> None:
+    """The safetensors library reads none of these either, except that of two entries of one name it takes the last."""
+    (tmp_path / "model.safetensors").write_bytes(len(entry).to_bytes(8, "little") + entry + bytes(8))
+    with pytest.raises(WeightsError, match=message):
+        open_source(tmp_path)
+    if "twice" not in message:
+        with pytest.raises(SafetensorError):
+            load_file(tmp_path / "model.safetensors")
+
+
+def test_an_index_that_names_a_tensor_twice(tmp_path: Path) -> None:
+    index = '{"weight_map": {"a": "one.safetensors", "a": "two.safetensors"}}'
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(WeightsError, match=r"'a' is there twice, as 'one\.safetensors' and 'two\.safetensors'"):
+        open_source(tmp_path)
+
+
+def make_irregular(path: Path, kind: str) -> None:
+    match kind:
+        case "a pipe":
+            os.mkfifo(path)
+        case "a folder":
+            path.mkdir()
+        case "a device":
+            path.symlink_to("/dev/zero")
+        case "a socket":
+            with contextlib.closing(socket.socket(socket.AF_UNIX)) as bound:
+                bound.bind(str(path))
+        case _:
+            path.symlink_to(path.with_name("gone"))
+
+
+IRREGULAR = ["a pipe", "a folder", "a device", "a socket", "a link to nothing"]
+
+
+@pytest.mark.parametrize("kind", IRREGULAR)
+@pytest.mark.parametrize("name", ["model.safetensors", "loose.safetensors", "pytorch_model.bin.index.json"])
+def test_what_is_no_file_is_not_opened(tmp_path: Path, kind: str, name: str) -> None:
+    """Nor passed over for another file."""
+    write_weights(tmp_path, some_tensors(), fmt="bin", sharded=False)
+    make_irregular(tmp_path / name, kind)
+    with pytest.raises(WeightsError, match=f"{name} is {kind}.*; expected a file"):
         open_source(tmp_path)
 
 

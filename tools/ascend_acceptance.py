@@ -29,6 +29,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ..runtime.artifact import ArtifactError, GraphSpec, Manifest, open_artifact
+from ..runtime.ascend.readiness import check_ready
 
 PICTURE = Path(__file__).parent / "assets" / "shapes.png"
 QUESTION = "What is in the picture?"
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _child(args)
         return 0
     open_artifact(args.artifact)  # what is wrong with it is said before anything is started
+    for device in (REFERENCE, args.device):
+        check_ready(device)
     with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
         (reference, expected), (device, answered) = (
             _run(args, each, Path(folder) / f"{i}.npz") for i, each in enumerate((REFERENCE, args.device))

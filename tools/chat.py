@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from .. import runtime
+from .ready import require
 from .sampling_options import read_sampling
 
 HELP = "type a message; /image PATH_OR_URL adds a picture to the next one, /quit or end of input leaves"
@@ -13,6 +14,8 @@ HELP = "type a message; /image PATH_OR_URL adds a picture to the next one, /quit
 
 def run(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
+    if sampling.constrained:
+        require("llguidance")
     pictures = list(args.image)
     print(HELP)
     with runtime.load(args.artifact, device=args.device, threads=args.threads) as model, model.chat() as chat:

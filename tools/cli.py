@@ -13,7 +13,12 @@ from .comparing.arguments import add_arguments as add_compare_arguments
 from .sampling_options import EXAMPLES, add_sampling_options
 from .serving.arguments import add_arguments as add_serve_arguments
 
-EXTRAS = {"matplotlib": "tune", **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve")}
+EXTRAS = {
+    "matplotlib": "tune",
+    "llguidance": "constrain",
+    "transformers": "test",
+    **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve"),
+}
 Handler = Callable[[argparse.Namespace], int]
 
 
@@ -380,7 +385,9 @@ def _add_demo(commands) -> None:
     parser = _command(commands, "demo", "compile an embedded tiny model and ask it about a picture", example, _demo)
     parser.add_argument("--model", choices=("llava15", "llava16", "mllama"), default="llava15", help="default: llava15")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the artifact there; default: a temporary folder")
-    parser.add_argument("--device", default="cpu", help="cpu or sim (Ascend's graphs, simulated); default: cpu")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim (Ascend's graphs, simulated); default: cpu"
+    )
 
 
 def _demo(args: argparse.Namespace) -> int:

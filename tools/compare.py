@@ -14,12 +14,13 @@ from ..compiler.eager import computing_with
 from ..runtime.files import write_atomically
 from .comparing.compare import Comparison
 from .comparing.data import read_data
-from .comparing.opening import is_artifact, open_side
+from .comparing.opening import check_side, open_side
 from .comparing.report import tables, verdict
 from .comparing.result import Result
 from .comparing.samples import Sample, built_in_samples
 from .comparing.sides import SideError
 from .comparing.thresholds import read_thresholds
+from .ready import require
 
 WIDTH = 160  # of tables in a file
 SMALL = 200_000_000  # bytes of weights: below, handing work to threads takes longer than the work
@@ -62,14 +63,21 @@ def _samples(args: argparse.Namespace) -> list[Sample]:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be wrong with the command line, before anything slow."""
-    for folder in (args.reference, args.candidate):
-        is_artifact(folder)
     for name in ("new_tokens", "samples", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise SideError(f"--{name.replace('_', '-')} is {value}; expected at least 1")
-    if args.report and args.report.is_dir():
-        raise SideError(f"--report {args.report} is a folder; expected a file to write")
+    for folder, by, device in (
+        (args.reference, args.reference_by, args.reference_device),
+        (args.candidate, args.candidate_by, args.device),
+    ):
+        check_side(folder, by=by, device=device)
+    if args.report:
+        require("matplotlib")
+        if args.report.is_dir():
+            raise SideError(f"--report {args.report} is a folder; expected a file to write")
+        if not args.report.parent.is_dir():
+            raise SideError(f"{args.report.parent} is not a folder; make it, or write {args.report.name} elsewhere")
 
 
 def _threads(args: argparse.Namespace) -> int | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -46,8 +47,10 @@ CONFIG_KEYS = (
 def run(args: argparse.Namespace) -> int:
     options = read_options(args)
     if args.plan_only:
-        plan, sizes = plan_only(options)
+        notes: list[str] = []
+        plan, sizes = plan_only(options, notes)
         _print_plan(plan, sizes, resolve(options)[0])
+        _print_notes(notes)
         return 0
     started = time.perf_counter()
     report = build(options, TerminalProgress())
@@ -58,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
 def read_options(args: argparse.Namespace) -> Options:
     """Command line over config file over defaults."""
     given = {**_config_file(args.config), **{k: v for k, v in vars(args).items() if k in CONFIG_KEYS and v is not None}}
+    if args.plan_only:
+        given.setdefault("out", "ARTIFACT")  # nothing is written
     for name in ("checkpoint", "out"):
         if name not in given:
             raise PlanError(
@@ -174,3 +179,10 @@ def _print_report(report: Report, out: Path, seconds: float) -> None:
         f"{out}: {len(report.traced)} graphs compiled, {len(report.reused)} unchanged, weights {weights}, "
         f"{total / 1e6:.1f} MB, {seconds:.1f} s"
     )
+    _print_notes(report.manifest.build.notes or ())
+
+
+def _print_notes(notes: Iterable[str]) -> None:
+    """What a checkpoint says twice and differently, or says and is not used."""
+    for note in notes:
+        print(f"note: {note}")

@@ -13,6 +13,10 @@ from pathlib import Path
 from .. import runtime
 from ..compiler.build import build
 from ..compiler.plan import Buckets, Options
+from ..runtime.artifact import ArtifactError
+from ..runtime.ascend import torchair_host
+from ..runtime.ascend.readiness import check_ready
+from ..runtime.backends.base import DEVICES
 from .generate import answer_lines
 from .progress import TerminalProgress
 
@@ -29,10 +33,20 @@ QUESTIONS = (
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args.device)
     if args.out is not None:
         return _demo(args.model, args.out, args.device)
     with tempfile.TemporaryDirectory(prefix="staticvl-demo-") as folder:
         return _demo(args.model, Path(folder) / "artifact", args.device)
+
+
+def _check(device: str) -> None:
+    """Whether the device is there, before anything is compiled for it."""
+    if device.partition(":")[0] not in (usable := [each for devices in DEVICES.values() for each in devices]):
+        raise ArtifactError(f"device {device[:200]!r} is unknown; expected one of {', '.join(usable)}")
+    if device != "cpu":
+        check_ready(device)
+        torchair_host.wheel_folder()  # compiles the graphs
 
 
 def _demo(name: str, out: Path, device: str) -> int:

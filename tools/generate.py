@@ -13,17 +13,31 @@ from ..runtime.request import Output
 from ..runtime.sampler import TokenLogprob
 from ..runtime.tokenizer import Tokenizer
 from .draw import draw
+from .ready import require
 from .sampling_options import read_sampling
 
 
 def run(args: argparse.Namespace) -> int:
+    sampling = read_sampling(args)
+    _check(args, sampling)
     with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log) as model:
-        out = model.generate(args.prompt, args.image, sampling=read_sampling(args), raw=args.raw)
+        out = model.generate(args.prompt, args.image, sampling=sampling, raw=args.raw)
         told = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.tokenizer)
     print(told)
     if args.draw is not None:
         draw(args.image, out.boxes, args.draw)
     return 0
+
+
+def _check(args: argparse.Namespace, sampling: runtime.SamplingParams) -> None:
+    """What can be wrong with the command line, before the model is loaded."""
+    if sampling.constrained:
+        require("llguidance")
+    if args.draw is not None:
+        if not args.image:
+            raise ValueError("--draw was given without --image; give the image to draw on")
+        if args.draw.is_dir() or not args.draw.parent.is_dir():
+            raise ValueError(f"--draw {args.draw} cannot be written; expected a file in a folder that is there")
 
 
 def as_json(out: Output) -> dict:

@@ -24,13 +24,23 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
     group = parser.add_argument_group("how tokens are chosen")
     add = _adder(group)
     add("--temperature", type=float, metavar="T", help="0: greedy; default: the checkpoint's")
-    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: no limit")
-    add("--top-p", type=float, metavar="P", help="only the likeliest tokens that have this share of the probability")
-    add("--min-p", type=float, metavar="P", help="least share of the likeliest token's probability")
+    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: no limit; default: the checkpoint's")
+    add(
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="only the likeliest tokens that have this share of the probability; default: the checkpoint's",
+    )
+    add("--min-p", type=float, metavar="P", help="least share of the likeliest token's probability; default: the checkpoint's")
     add("--seed", type=int, metavar="N", help="the same draws in every run; default: others in each")
     if several:
         add("--n", type=int, metavar="N", help="answers to the prompt, drawn one by one; default: 1")
-    add("--repetition-penalty", type=float, metavar="X", help="for tokens of the prompt or the answer; 1 changes nothing")
+    add(
+        "--repetition-penalty",
+        type=float,
+        metavar="X",
+        help="for tokens of the prompt or the answer; 1: none; default: the checkpoint's",
+    )
     add("--presence-penalty", type=float, metavar="X", help="for tokens that are in the answer")
     add("--frequency-penalty", type=float, metavar="X", help="for tokens, as often as they are in the answer")
     add("--logit-bias", type=_bias, action="append", metavar="ID=X", help="add X to the logit of a token; may be repeated")

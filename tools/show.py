@@ -7,9 +7,10 @@ import argparse
 import msgspec
 from msgspec import UNSET
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from ..runtime.artifact import Certificate, Manifest, ModelFacts, open_artifact
+from ..runtime.artifact import Certificate, Manifest, ModelFacts, SamplingDefaults, open_artifact
 from .cards import CARDS, Card
 from .machine import described
 
@@ -41,14 +42,33 @@ def _facts(manifest: Manifest) -> Table:
         **_cut_off(manifest),
         **_cross(manifest),
         **_ascend(manifest),
+        "sampling": sampling_line(model.sampling),
+        **_banned(model.sampling),
         "made by": f"staticvl {manifest.build.staticvl}, torch {manifest.build.torch}, schema {manifest.schema_version}",
         "digest": manifest.digest[:16],
         **({"this machine": described()} if manifest.backend == "onnx" else {}),
     }
     table = Table(show_header=False, box=None)
-    for name, value in rows.items():
-        table.add_row(name, value)
+    for name, value in (*rows.items(), *(("note", note) for note in manifest.build.notes or ())):
+        table.add_row(name, escape(value))
     return table
+
+
+def sampling_line(defaults: SamplingDefaults) -> str:
+    """What a request gets that leaves everything open, and what one gets that asks for sampling and nothing else."""
+    drawn = [f"temperature {defaults.temperature:g}", f"top_k {defaults.top_k or 'unlimited'}", f"top_p {defaults.top_p:g}"]
+    if defaults.min_p:
+        drawn.append(f"min_p {defaults.min_p:g}")
+    penalty = f"; repetition_penalty {defaults.repetition_penalty:g}" if defaults.repetition_penalty else ""
+    start = "by default" if defaults.do_sample else "greedy by default; where sampling is requested"
+    return f"{start}: {', '.join(drawn)}{penalty}"
+
+
+def _banned(defaults: SamplingDefaults) -> dict[str, str]:
+    """Tokens that no answer has."""
+    lists = {name: getattr(defaults, name) or () for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")}
+    named = ", ".join(f"{len(ids)} of {name}" for name, ids in lists.items() if ids)
+    return {"forbidden": f"{named} (generation_config.json)"} if named else {}
 
 
 def _calibration(manifest: Manifest) -> dict[str, str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from ..runtime.files import write_atomically
 from .cards import CARDS
+from .ready import require
 from .tuning.arrivals import rate_of, timed
 from .tuning.choose import Result, choose
 from .tuning.columns import Request, TraceError
@@ -33,6 +34,8 @@ _BUSY = 0.98  # the share of time above which requests wait longer and longer
 
 def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
+    if args.report:
+        require("matplotlib")
     _check(args)
     limits, target = _limits(args), _target(args)
     workload = _workload(args, target)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -12,10 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model_defs.config import ModelConfig
+from ..model_defs.config import ConfigError, ModelConfig, irregular, parse_object
 from .rules import published_names
 from .source import Source, open_file
 from .tensors import FLOATS, SourceTensor, WeightsError
+from .wrappers import unwrapped
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -82,6 +82,8 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
     Raises WeightsError when one is missing, and for an adapter of LLaVA's own training code, which keeps more than LoRA.
     """
     settings = folder / _CONFIG
+    if reason := irregular(folder):
+        raise WeightsError(reason)
     if not settings.is_file():
         raise WeightsError(f"{folder} holds no {_CONFIG}; expected the folder of a LoRA adapter as peft saves it")
     weights = next((folder / name for name in _WEIGHTS if (folder / name).is_file()), None)
@@ -125,7 +127,7 @@ def _modules(adapter: Source) -> dict[str, dict[str, SourceTensor]]:
     for name, tensor in adapter.tensors.items():
         if "lora_embedding" in name:
             raise WeightsError(f"{tensor.file}: {name} adapts an embedding, which is not supported; {_MERGE_FIRST}")
-        key = _KEY.fullmatch(name)
+        key = _KEY.fullmatch(unwrapped(name, ("module.",)))
         if key is None:
             raise WeightsError(
                 f"{tensor.file}: {name} is not one of a linear layer's low-rank factors, base_model.model.MODULE.lora_A.weight "
@@ -189,11 +191,9 @@ def _by_pattern(settings: Mapping[str, Any], path: Path, name: str, module: str,
 def _read_settings(path: Path) -> dict[str, Any]:
     """adapter_config.json, refused when it says anything that changes the result and is not done here."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise WeightsError(f"{path} is not valid JSON ({error}); fetch the file again") from error
-    if not isinstance(settings, dict):
-        raise WeightsError(f"{path} holds a {type(settings).__name__}; expected a JSON object")
+        settings = parse_object(path.read_bytes(), path)
+    except ConfigError as error:
+        raise WeightsError(str(error)) from error
     if settings.get("peft_type") != "LORA":
         raise WeightsError(f"{path}: peft_type is {settings.get('peft_type')!r}; only 'LORA' is supported: {_MERGE_FIRST}")
     if settings.get("bias", "none") != "none":

@@ -15,6 +15,7 @@ from .names import name_table
 from .names.rule import Rule, Shape, SourceRef, Table
 from .names.transforms import moves
 from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
+from .wrappers import foreign_prefix
 
 _LAYER = re.compile(r"(text\.layers|cross)\.(\d+)\.")
 
@@ -80,6 +81,8 @@ def match(config: ModelConfig, source: Mapping[str, SourceTensor]) -> Plan:
     used = {_published(table, ref): ref for rule in rules.values() for ref in rule.sources}
     found, ignored, unknown = assign(config, source)
     missing = [name for name in used if name not in found]
+    if unknown and missing:
+        _refuse_foreign(config, unknown)
     if config.vision_tower and missing and all(used[name].part == table.tower for name in missing):
         _refuse_without_tower(config, source)
     _refuse("the checkpoint lacks", missing, "fetch all of its weight files")
@@ -161,6 +164,16 @@ def _refuse_without_tower(config: ModelConfig, source: Collection[str]) -> None:
     raise WeightsError(
         f"the checkpoint holds no vision tower; fetch {config.vision_tower} and give its folder with --vision-tower PATH"
     )
+
+
+def _refuse_foreign(config: ModelConfig, unknown: Collection[str]) -> None:
+    """Unknown tensors that a prefix or an adapter explains: they are named before those that are missing because of it."""
+    if lora := [name for name in unknown if ".lora_" in name or ".base_layer." in name]:
+        _refuse("the checkpoint holds an adapter beside its weights:", lora, "merge it first, with peft's merge_and_unload")
+    prefix, count = foreign_prefix(unknown, published_names(config))
+    if count:
+        remedy = f"{count} of them are known without the prefix {prefix!r}: save the weights without it"
+        _refuse("the checkpoint holds unknown tensors:", unknown, remedy)
 
 
 def _refuse(what: str, found: Collection[str], remedy: str, limit: int = 5) -> None:

@@ -6,7 +6,6 @@ checkpoint must convert on a small machine.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import pickle
@@ -21,7 +20,9 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..model_defs.config import ConfigError, irregular, parse_object
 from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
+from .wrappers import unwrapped
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ class Source:
         """The same of whole numbers too. Raises WeightsError when the file ends before the tensor does."""
         tensor = self.tensors[name]
         if tensor.offset is None:
-            whole = self._load_whole(tensor.file)[name.removeprefix(TOWER)]
+            whole = self._load_whole(tensor.file)[tensor.stored or name.removeprefix(TOWER)]
             return (whole[slice(*rows)] if rows else whole).clone().contiguous()
         return _read_strided(*_cut(tensor, tensor.offset, rows))
 
@@ -84,14 +85,30 @@ class Source:
 def open_source(folder: Path, extra: Path | None = None) -> Source:
     """List the tensors of the checkpoint in `folder`: safetensors where there are any, else .bin; shards or one file.
 
-    `extra` is the folder of a vision tower stored apart; its tensors are listed as "tower/" + their own names.
-    Raises WeightsError for missing, damaged or refused files.
+    `extra` is the folder of a vision tower stored apart; its tensors are listed as "tower/" + their own names. What training
+    tools put before names (see wrappers.py) is taken off. Raises WeightsError for missing, damaged or refused files.
     """
     tensors, files = _list_folder(folder, "")
+    tensors = _unwrapped(tensors, "")
     if extra is not None:
         tower, tower_files = _list_folder(extra, TOWER)
-        tensors, files = tensors | tower, files + tower_files
+        tensors, files = tensors | _unwrapped(tower, TOWER), files + tower_files
     return Source(tensors, files)
+
+
+def _unwrapped(tensors: Mapping[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
+    """The same tensors by the names that they have in the module itself; raises WeightsError where two have one name."""
+    found: dict[str, SourceTensor] = {}
+    for name, tensor in tensors.items():
+        own = name.removeprefix(prefix)
+        plain = prefix + unwrapped(own)
+        if twin := found.get(plain):
+            raise WeightsError(
+                f"{tensor.file} holds {own}, and {twin.file} holds {twin.stored or twin.name.removeprefix(prefix)}, which mean "
+                "the same; keep one of them"
+            )
+        found[plain] = tensor if plain == name else replace(tensor, name=plain, stored=own)
+    return found
 
 
 def open_file(path: Path) -> Source:
@@ -102,6 +119,8 @@ def open_file(path: Path) -> Source:
 def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], list[Path]]:
     if not folder.is_dir():
         raise WeightsError(f"{folder} is not a folder; expected a checkpoint folder with safetensors or .bin weights")
+    if reason := irregular(folder):
+        raise WeightsError(reason)
     index, files = _weight_files(folder)
     if index is None:
         return _merge(files, prefix), files
@@ -145,9 +164,9 @@ def _read_index(path: Path) -> dict[str, str]:
     """Tensor name -> file name."""
     _refuse_lfs_pointer(path)
     try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} is not an index of weights ({error!r}); fetch the file again") from error
+        weight_map = parse_object(path.read_bytes(), path)["weight_map"]
+    except (ConfigError, KeyError) as error:
+        raise WeightsError(f"{path} is not an index of weights ({error!s:.200}); fetch the file again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path} has no tensors in its weight_map; fetch the file again")
     for name, shard in weight_map.items():
@@ -190,25 +209,36 @@ def _list_safetensors(path: Path) -> _Listing:
             raise WeightsError(f"{path} is not a safetensors file or is cut short ({size} bytes); fetch the file again")
         raw = file.read(length)
     listed: _Listing = {}
-    end = 0
+    places: list[tuple[int, int, str]] = []
     try:
-        for name, entry in json.loads(raw).items():
+        for name, entry in parse_object(raw, "it").items():
             if name == "__metadata__":
                 continue
             begin, stop = map(int, entry["data_offsets"])
             shape = tuple(map(int, entry["shape"]))
             dtype = str(_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
-            if begin < 0 or (dtype in _DTYPES and stop - begin != math.prod(shape) * _DTYPES[dtype].itemsize):
-                raise ValueError(f"tensor {name} of shape {list(shape)} lies at {begin} to {stop}")
+            if min(shape, default=1) < 0 or (dtype in _DTYPES and stop - begin != math.prod(shape) * _DTYPES[dtype].itemsize):
+                raise ValueError(f"tensor {name:.200} of shape {list(shape)} lies at {begin} to {stop}")
             listed[name] = dtype, shape, 8 + length + begin, _contiguous(shape)
-            end = max(end, stop)
+            places.append((begin, stop, name))
+        end = _end_of(places)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise WeightsError(f"{path} has a damaged safetensors header ({error}); fetch the file again") from error
+        raise WeightsError(f"{path} has a damaged safetensors header ({error!s:.300}); fetch the file again") from error
     if 8 + length + end != size:
         raise WeightsError(
             f"{path} has {size} bytes, but its header describes {8 + length + end}; it is cut short or damaged: fetch it again"
         )
     return listed
+
+
+def _end_of(places: Iterable[tuple[int, int, str]]) -> int:
+    """Where the last tensor ends; raises ValueError unless each begins where the one before it ends, as the format demands."""
+    end, before = 0, "the header"
+    for begin, stop, name in sorted(places):
+        if begin != end or stop < begin:
+            raise ValueError(f"tensor {name:.200} lies at {begin} to {stop}, but {before:.200} ends at {end}")
+        end, before = stop, name
+    return end
 
 
 def _list_bin(path: Path) -> _Listing:

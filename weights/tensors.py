@@ -23,7 +23,7 @@ class SourceTensor:
     """One tensor of a checkpoint.
 
     `offset` is the position of its first element in `file`; None: the file has to be loaded whole (old .bin format).
-    `stride` counts elements, as in torch.
+    `stride` counts elements, as in torch. `stored` is its name in the file where that is another.
     """
 
     name: str
@@ -32,6 +32,7 @@ class SourceTensor:
     file: Path
     offset: int | None
     stride: tuple[int, ...]
+    stored: str = ""
 
 
 @dataclass(frozen=True, slots=True)

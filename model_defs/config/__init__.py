@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+from .json_files import irregular, parse_object
 from .keys import Keys, load_config, read_json
 from .llava import read_llava
 from .mllama import read_mllama
@@ -59,6 +60,8 @@ __all__ = [
     "decode_config",
     "encode_config",
     "head_quant",
+    "irregular",
+    "parse_object",
     "quant_bits",
     "quant_block",
     "quant_parts",
@@ -79,16 +82,22 @@ READERS: dict[str, Reader] = {
 }
 
 
-def read_config(checkpoint: Path, *, vision_tower: Path | None = None, ignore_keys: Collection[str] = ()) -> ModelConfig:
+def read_config(
+    checkpoint: Path,
+    *,
+    vision_tower: Path | None = None,
+    ignore_keys: Collection[str] = (),
+    notes: list[str] | None = None,
+) -> ModelConfig:
     """Read `checkpoint`/config.json; `vision_tower` is the folder of a tower stored apart (original LLaVA layout).
 
+    `notes` gains a sentence for every setting that the file has twice and differently: which of the two counts.
     Raises ConfigError for a missing, malformed or unsupported config.
     """
     data = load_config(checkpoint)
-    keys = Keys(data, str(checkpoint / "config.json"), ignore_keys)
+    keys = Keys(data, str(checkpoint / "config.json"), ignore_keys, notes)
     model_type = keys.get("model_type")
-    for name in QUANTISATION_KEYS:  # weights/packing/ reads what they say
-        keys.get(name)
+    keys.get(QUANTISATION_KEYS[0], also=QUANTISATION_KEYS[1:])  # weights/packing/ reads what it says
     if model_type not in READERS:
         raise ConfigError(f"{keys.where}: model_type {model_type!r} is not supported; supported: {', '.join(READERS)}")
     config = READERS[model_type](keys, checkpoint, vision_tower)

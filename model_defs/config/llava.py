@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..clip_sizes import KNOWN_TOWERS
-from .keys import Keys, bos_eos, load_config, select
+from .keys import MOST_LAYERS, MOST_PIXELS, Keys, bos_eos, load_config, select
 from .llama import llama
 from .types import ClipConfig, ConfigError, ModelConfig
 
@@ -28,8 +28,7 @@ def _hf(keys: Keys) -> ModelConfig:
     text_keys = keys.section("text_config")
     text_keys.only("model_type", "llama")
     text = llama(text_keys, newline=next_generation)
-    bos, eos = bos_eos(text_keys, keys)
-    keys.get("vocab_size")  # repeats text_config's
+    bos, eos = bos_eos(keys, text_keys)
     keys.only("tie_word_embeddings", False)
     keys.only("projector_hidden_act", "gelu")
     vision_keys = keys.section("vision_config")
@@ -44,13 +43,15 @@ def _hf(keys: Keys) -> ModelConfig:
         keep_class_token=select(keys, "vision_feature_select_strategy", FULL),
     )
     grids = _grids(keys, keys.get("image_grid_pinpoints", PINPOINTS), vision, wide_first=False) if next_generation else ()
+    image_token_id = keys.size("image_token_id", 32000, also=["image_token_index"])
+    keys.overruled_by(text_keys)
     return ModelConfig(
         family="llava_next" if next_generation else "llava",
         layout="hf",
         text=text,
         vision=vision,
         projector_bias=bool(keys.get("multimodal_projector_bias", True)),
-        image_token_id=keys.size("image_token_index", 32000, also=["image_token_id"]),
+        image_token_id=image_token_id,
         bos_token_id=bos,
         eos_token_ids=eos,
         image_mode="anyres" if next_generation else "crop",
@@ -138,14 +139,17 @@ def _tower_keys(name: str, checkpoint: Path, vision_tower: Path | None, keys: Ke
             raise ConfigError(
                 f"{keys.where}: the vision tower {name!r} is not a folder here; give its folder with --vision-tower PATH"
             )
-        return Keys(KNOWN_TOWERS[name], f"built-in sizes of {name}", keys.ignored)
-    data = load_config(folder)
-    return Keys(data.get("vision_config", data), f"{folder / 'config.json'}, vision_config", keys.ignored)
+        return Keys(KNOWN_TOWERS[name], f"built-in sizes of {name}", keys.ignored, keys.notes)
+    whole = Keys(load_config(folder), str(folder / "config.json"), keys.ignored, keys.notes)
+    own = whole.section("vision_config")
+    tower = own if own.data else whole
+    keys.sections["vision tower"] = tower  # its keys are checked with the others
+    return tower
 
 
 def _clip(keys: Keys, *, layer: Any, keep_class_token: bool) -> ClipConfig:
     """Defaults are those of transformers' CLIPVisionConfig; `layer` indexes hidden states, 0 = before the first layer."""
-    layers = keys.size("num_hidden_layers", 12)
+    layers = keys.size("num_hidden_layers", 12, most=MOST_LAYERS)
     if not isinstance(layer, int):
         raise ConfigError(f"{keys.where}: the vision feature layer is {layer!r}; only a single integer is supported")
     keys.only("num_channels", 3)
@@ -157,7 +161,7 @@ def _clip(keys: Keys, *, layer: Any, keep_class_token: bool) -> ClipConfig:
         used_layers=layer if layer >= 0 else layers + 1 + layer,
         heads=keys.size("num_attention_heads", 12),
         intermediate_size=keys.size("intermediate_size", 3072),
-        image_size=keys.size("image_size", 224),
+        image_size=keys.size("image_size", 224, most=MOST_PIXELS),
         patch_size=keys.size("patch_size", 32),
         layer_norm_eps=keys.number("layer_norm_eps", 1e-5),
         activation=keys.get("hidden_act", "quick_gelu"),

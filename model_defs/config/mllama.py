@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .keys import Keys, bos_eos
+from .keys import MOST_LAYERS, MOST_PIXELS, MOST_TILES, Keys, bos_eos
 from .llama import llama
 from .types import ConfigError, ModelConfig, TiledConfig
 
@@ -28,18 +28,20 @@ def read_mllama(keys: Keys, checkpoint: Path, vision_tower: Path | None) -> Mode
     text_keys, vision_keys = keys.section("text_config"), keys.section("vision_config")
     text_keys.only("model_type", "mllama_text_model")
     vision_keys.only("model_type", "mllama_vision_model")
-    bos, eos = bos_eos(text_keys, keys, default=(128000, 128001))
+    bos, eos = bos_eos(keys, text_keys, default=(128000, 128001))
     keys.only("tie_word_embeddings", False)
-    cross = text_keys.get("cross_attention_layers", CROSS_LAYERS)
+    cross = text_keys.numbers("cross_attention_layers", CROSS_LAYERS)
     vocab = text_keys.size("vocab_size", TEXT_DEFAULTS["vocab_size"])
     text = llama(text_keys, TEXT_DEFAULTS, cross_layers=tuple(sorted(cross)), embed_rows=vocab + EXTRA_ROWS)
     vision = _tiled(vision_keys)
+    image_token_id = keys.size("image_token_id", vocab, also=["image_token_index"])
+    keys.overruled_by(text_keys)
     return ModelConfig(
         family="mllama",
         layout="hf",
         text=text,
         vision=vision,
-        image_token_id=keys.size("image_token_index", vocab, also=["image_token_id"]),
+        image_token_id=image_token_id,
         bos_token_id=bos,
         eos_token_ids=eos,
         image_mode="tiles",
@@ -54,16 +56,16 @@ def _tiled(keys: Keys) -> TiledConfig:
         keys.get(unused)
     config = TiledConfig(
         hidden_size=keys.size("hidden_size", 1280),
-        layers=keys.size("num_hidden_layers", 32),
-        global_layers=keys.size("num_global_layers", 8),
-        heads=keys.size("attention_heads", 16, also=["num_attention_heads"]),
+        layers=keys.size("num_hidden_layers", 32, most=MOST_LAYERS),
+        global_layers=keys.size("num_global_layers", 8, most=MOST_LAYERS),
+        heads=keys.size("num_attention_heads", 16, also=["attention_heads"]),
         intermediate_size=keys.size("intermediate_size", 5120),
-        image_size=keys.size("image_size", 448),
+        image_size=keys.size("image_size", 448, most=MOST_PIXELS),
         patch_size=keys.size("patch_size", 14),
         norm_eps=keys.number("norm_eps", 1e-5),
-        tiles=keys.size("max_num_tiles", 4),
-        ratios=tuple((rows, columns) for rows, columns in keys.get("supported_aspect_ratios", RATIOS)),
-        taps=tuple(keys.get("intermediate_layers_indices", [3, 7, 15, 23, 30])),
+        tiles=keys.size("max_num_tiles", 4, most=MOST_TILES),
+        ratios=_ratios(keys),
+        taps=keys.numbers("intermediate_layers_indices", [3, 7, 15, 23, 30]),
     )
     # Known by the sizes above; a file that says otherwise is not understood.
     keys.only("max_aspect_ratio_id", len(config.ratios))
@@ -73,3 +75,13 @@ def _tiled(keys: Keys) -> TiledConfig:
             f"{len(config.taps)} intermediate_layers_indices make {config.feature_size}"
         )
     return config
+
+
+def _ratios(keys: Keys) -> tuple[tuple[int, int], ...]:
+    found = keys.get("supported_aspect_ratios", RATIOS)
+    for pair in found if isinstance(found, list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
+            raise ConfigError(
+                f"{keys.where}: supported_aspect_ratios is {found!r:.200}; expected a list of pairs, rows and columns of tiles"
+            )
+    return tuple((rows, columns) for rows, columns in found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from .keys import Keys
+from .keys import MOST_LAYERS, MOST_PIXELS, Keys
 from .types import ConfigError, ModelConfig, ResampledConfig, RopeConfig, TextConfig
 
 STORED_POSITIONS = 256  # a 16 x 16 table, whatever the picture's size
@@ -55,7 +55,7 @@ def _text(keys: Keys) -> TextConfig:
     vocab, trained = keys.size("vocab_size", 151936), keys.size("seq_length", 2048)
     return TextConfig(
         hidden_size=hidden,
-        layers=keys.size("num_hidden_layers", 32),
+        layers=keys.size("num_hidden_layers", 32, most=MOST_LAYERS),
         heads=heads,
         kv_heads=heads,
         head_dim=keys.size("kv_channels", 128),
@@ -77,10 +77,10 @@ def _resampled(keys: Keys) -> ResampledConfig:
     width = keys.size("width", 1664)
     return ResampledConfig(
         hidden_size=width,
-        layers=keys.size("layers", 48),
+        layers=keys.size("layers", 48, most=MOST_LAYERS),
         heads=keys.size("heads", 16),
         intermediate_size=int(width * keys.number("mlp_ratio", 4.9231)),
-        image_size=keys.size("image_size", 448),
+        image_size=keys.size("image_size", 448, most=MOST_PIXELS),
         patch_size=keys.size("patch_size", 14),
         output_size=keys.size("output_dim", 4096),
         queries=keys.size("n_queries", QUERIES),

@@ -22,6 +22,7 @@ import numpy as np
 from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, Segment, Transfer, WeightSpec, rank_weights
 from ..ascend import torchair_host
 from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
+from ..ascend.readiness import card_index, missing
 from ..ascend.weights import map_weight, to_offsets, to_signed
 from ..candidates import candidates_of
 from ..files import sha256_file
@@ -311,15 +312,13 @@ def _card(device: str) -> tuple[Device, str]:
         import torch_npu  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         if "torch_npu" in str(error):
-            raise ArtifactError(
-                f"device {device} needs torch_npu, which is not installed: pip install torch_npu=={torchair_host.VERSION}"
-            ) from error
+            raise ArtifactError(missing(device)) from error
         raise ArtifactError(
             f"torch_npu cannot be imported ({error}): CANN was not found; install the CANN toolkit and "
             "`source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
         ) from error
     npu: Any = torch_npu.npu
-    index, count = int(device.partition(":")[2] or 0), npu.device_count()
+    index, count = card_index(device), npu.device_count()
     if index >= count:
         visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
         raise ArtifactError(

@@ -144,6 +144,14 @@ def rows_to_copy(name: str, rows: int, images: int) -> int | None:
     return None if int(name.rsplit(".", 1)[1]) < images else 0
 
 
+def check_device(name: str, folder: Path, device: str) -> None:
+    """Raises ArtifactError where graphs of kind `name` never run on such a device."""
+    if device.partition(":")[0] not in DEVICES.get(name, ()):
+        usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
+        remedy = f"use device {' or '.join(usable)}" + (f", or compile it with --backend {wanted}" if wanted else "")
+        raise ArtifactError(f"device {device[:200]!r} cannot run {folder}, which was compiled for {name}; {remedy}")
+
+
 def open_backend(
     name: str,
     folder: Path,
@@ -159,10 +167,7 @@ def open_backend(
     With a `manifest` (that of the rank's stage) the graphs share what can be shared; without one, while an artifact is being
     built, each stands alone. `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
     """
-    if device.partition(":")[0] not in DEVICES.get(name, ()):
-        usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
-        remedy = f"use device {' or '.join(usable)}" + (f", or compile it with --backend {wanted}" if wanted else "")
-        raise ArtifactError(f"device {device!r} cannot run {folder}, which was compiled for {name}; {remedy}")
+    check_device(name, folder, device)
     if name == "onnx":
         from .ort import open_ort
 

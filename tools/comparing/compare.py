@@ -139,7 +139,7 @@ class Comparison:
                 result.samples.append(found)
             advance()
         if not result.samples:
-            raise DataError("no sample fits both sides; compile with a larger --context, or give shorter ones with --data")
+            raise DataError("no sample fits both sides; give shorter ones with --data, or compile with a larger --context")
 
     def _sample(self, sample: Sample, result: Result, told: set[str]) -> SampleResult:
         pair = [self._prepare(side, sample) for side in (self.reference, self.candidate)]

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...runtime.artifact import MANIFEST, Manifest, read_manifest
+from ...runtime.ascend.readiness import check_ready
+from ...runtime.backends.base import check_device
+from ..ready import require
 from .checkpoint import Checkpoint
 from .hf_side import FAMILIES, open_hf_side
 from .sides import Side, SideError
@@ -22,6 +25,19 @@ def is_artifact(folder: Path) -> bool:
     if (folder / "config.json").is_file():
         return False
     raise SideError(f"{folder} holds neither {MANIFEST} nor config.json; expected an artifact or a checkpoint")
+
+
+def check_side(folder: Path, *, by: str = "auto", device: str = "auto") -> None:
+    """Raises what `open_side` would raise for a missing device or package, before anything is opened."""
+    if not is_artifact(folder):
+        if by == "transformers":
+            require("transformers")
+        return
+    backend = read_manifest(folder).backend
+    if device != "auto":
+        check_device(backend, folder, device)
+    if backend == "ascend":
+        check_ready("sim" if device == "auto" else device)
 
 
 def open_side(

@@ -78,7 +78,16 @@ def by_variant(counted: Mapping[int, Mapping[int, int]], variants: tuple[int, ..
 def choose(workload: Workload, target: Target, limits: Limits) -> Result:
     """Raises LimitError, TraceError, CostError."""
     if not workload.requests:
-        raise TraceError(f"all {workload.dropped} requests are longer than the context allows; give a larger --context")
+        most = target.max_positions
+        raise TraceError(
+            f"all {workload.dropped} requests are longer than the context of {limits.context or most} tokens"
+            + ("; give a larger --context" if limits.context and (most is None or limits.context < most) else "")
+            + (
+                f"; the model has {most} positions, so give shorter requests"
+                if most and (limits.context or most) >= most
+                else ""
+            )
+        )
     return _Choice(workload, target, limits).run()
 
 
@@ -181,7 +190,8 @@ class _Choice:
         sizes = limits.candidates or candidate_sizes(every, limits.granularity, min(limits.largest, self.context))
         if max(sizes) > self.context:
             raise LimitError(
-                f"candidate {max(sizes)} exceeds the context {self.context}; leave it out or give a larger --context"
+                f"candidate {max(sizes)} exceeds the context {self.context}; leave it out"
+                + (f" or give --context {max(sizes)}" if max(sizes) <= (self.target.max_positions or max(sizes)) else "")
             )
         tables = [self.costs.table("prefill", sizes, images) for images in self.variants]
         loads = {size: sum(compile_s(self.costs, "prefill", size, images) for images in self.variants) for size in sizes}

@@ -39,7 +39,7 @@ class Target:
     weight_bytes: int = 0
     row_bytes: int = 0  # of the cache: one token of one slot
     picture_bytes: int = 0  # of the cache: one picture of one slot
-    max_positions: int | None = None  # an artifact does not say; compiling checks the context against it
+    max_positions: int | None = None  # None: not known, as in old artifacts; compiling checks the context against it
 
     @property
     def crossed(self) -> bool:
@@ -73,6 +73,7 @@ def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: in
         name=folder.name,
         costs=lambda context, slots: costs,
         facts=manifest.model,
+        max_positions=manifest.model.max_positions or None,
         tiles=cache.cross.tiles if cache.cross else None,
         weight_bytes=sum(weight.nbytes for weight in manifest.weights.values()) * manifest.tp,
         row_bytes=bare // (cache.slots * cache.rows),
