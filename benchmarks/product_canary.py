@@ -9,8 +9,8 @@ have no effect, or packed weights that no session uses, show as a rate below 0.8
 before, in a process of its own that has loaded the artifact and run all text graphs: at most 1.15 times the cache and the
 weights that these read whole.
 
-The machine has to be at rest. Of the turns, the first counts for nothing; a rate is the median of the quotients of two runs that followed each other. The
-last line is JSON.
+The machine has to be at rest. Of the turns, the first counts for nothing; a rate is the median of the quotients of two runs
+that followed each other. The last line is JSON.
 """
 
 from __future__ import annotations
