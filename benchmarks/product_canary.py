@@ -1,6 +1,6 @@
 """Products inside a graph against the same kernels alone, on the processor at hand; exit status 1 where the graph's are slow.
 
-    python -m benchmarks.product_canary [--quants w8a8 ...] [--layers 4] [--runs 9] [--threads 2]
+    python -m benchmarks.product_canary [--quants w8a8 ...] [--layers 22] [--runs 9] [--threads 2]
 
 A model of random weights, 1B-shaped but for its number of layers, is compiled, and its graphs are opened as the runtime opens
 them. The products of each graph are then taken out of it into a graph of nothing else, which onnxruntime opens with settings of
@@ -9,8 +9,8 @@ have no effect, or packed weights that no session uses, show as a rate below 0.8
 before, in a process of its own that has loaded the artifact and run all text graphs: at most 1.15 times the cache and the
 weights that these read whole.
 
-Of the turns, the first counts for nothing; a rate is the median of the quotients of two runs that followed each other. The
-last line is JSON.
+The machine has to be at rest. Of the turns, the first counts for nothing; a rate is the median of the quotients of two runs
+that followed each other. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -179,7 +179,7 @@ def faults(found: dict[str, dict[str, Any]]) -> list[str]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quants", nargs="+", default=QUANTS)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=22, help="fewer are enough for rates")
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
