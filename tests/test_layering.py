@@ -45,7 +45,7 @@ HOMES = {
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),
     "llguidance": ("runtime/constraints.py",),
     "jinja2": ("runtime/chat_template.py",),
-    "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
+    "PIL": ("runtime/images.py", "runtime/image_files.py", "runtime/image_modes.py", "tools"),
     "rich": ("tools",),
     "matplotlib": ("tools/pages.py",),
     "fastapi": ("tools/serving",),

@@ -19,6 +19,7 @@ import openai
 import pytest
 from PIL import Image
 
+from staticvl.runtime import image_urls
 from staticvl.runtime.image_urls import ImageError, download
 from staticvl.tools.serving import addresses
 from staticvl.tools.serving.addresses import connect_publicly, is_public
@@ -153,7 +154,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(host: int, monkeyp
         used.append(place[0])
         return socket.create_connection(("127.0.0.1", place[1]))
 
-    monkeypatch.setattr(addresses, "_opened", opened)
+    monkeypatch.setattr(image_urls, "_opened", opened)
     with names(monkeypatch, turning=["8.8.8.8", "127.0.0.1"]) as asked:
         url = f"http://turning.example:{host}/noise.png"
         assert download(url, timeout_s=5, max_bytes=1 << 20, connect=connect_publicly)
