@@ -140,14 +140,16 @@ def _open_path(path: Path) -> BinaryIO:
 
 
 def _base64_image(text: str, max_bytes: int) -> bytes | None:
-    """The image that a text without "data:" holds in base64, if it does; raises ImageError where it is too large."""
+    """The image that a text holds in base64 without "data:", if it does; raises ImageError where it is damaged or too large."""
+    name = "the base64 text"
     try:
-        head = decode_base64(re.sub(r"\s", "", text[:100])[:32], "the base64 text", max_bytes)
+        head = decode_base64(re.sub(r"\s", "", text[:100])[:32], name, max_bytes)[:16]
     except ImageError:
         return None
-    if not any(accepts and accepts(head[:16]) is True for _, accepts in (Image.OPEN[name] for name in _formats())):
+    accepts = (Image.OPEN[form][1] for form in _formats())
+    if len(head) < 16 or not any(accept and accept(head) is True for accept in accepts):
         return None
-    return decode_base64(text, "the base64 text", max_bytes)
+    return decode_base64(text, name, max_bytes)
 
 
 def _formats() -> list[str]:

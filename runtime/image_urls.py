@@ -26,16 +26,18 @@ Connect: TypeAlias = Callable[[tuple[str, int], float | None], socket.socket]
 
 
 class _Connections:
-    """The connections of one download. None of them outlives it: a socket's own timeout bounds one read, and a host that sends
-    a byte now and then would hold the socket and the thread that reads it for ever."""
+    """The connections of one download, one after another: a redirect ends the one before. None outlives the download: a
+    socket's own timeout bounds one read, and a host that sends a byte now and then would hold socket and thread for ever."""
 
     def __init__(self, connect: Connect, timeout_s: float) -> None:
         self._connect, self._deadline = connect, time.monotonic() + timeout_s
         self._lock, self._over = threading.Lock(), False
-        self._open: list[socket.socket] = []
+        self._current: socket.socket | None = None
 
     def connect(self, address: tuple[str, int]) -> socket.socket:
         """A connection to a host in the time that is left; raises TimeoutError when there is none."""
+        with self._lock:
+            self._drop()
         left = self._deadline - time.monotonic()
         if left <= 0:
             raise TimeoutError
@@ -44,18 +46,21 @@ class _Connections:
             if self._over:
                 connection.close()
                 raise TimeoutError
-            self._open.append(connection.dup())  # TLS takes the descriptor of the connection itself away
+            self._current = connection.dup()  # TLS takes the descriptor of the connection itself away
         return connection
 
     def end(self) -> None:
-        """Whoever reads from one of them finds its end."""
+        """Close the connection; a thread that waits for it finds its end."""
         with self._lock:
             self._over = True
-            for connection in self._open:
-                with contextlib.suppress(OSError):  # the host may have ended it
-                    connection.shutdown(socket.SHUT_RDWR)
-                connection.close()
-            self._open.clear()
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._current is not None:
+            with contextlib.suppress(OSError):  # the host may have ended it
+                self._current.shutdown(socket.SHUT_RDWR)
+            self._current.close()
+            self._current = None
 
 
 def connect_in_time(
