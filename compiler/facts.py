@@ -19,6 +19,7 @@ from ..runtime.artifact import Llama3Scaling, ModelFacts, RopeFacts, SamplingDef
 from ..runtime.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, LLAVA_ORIGINAL, MLLAMA_BASE, ChatTemplateError
 from ..runtime.families import family
 from ..runtime.prompt import Message, PromptError
+from ..runtime.shown import quoted
 from ..runtime.tokenizer import Tokenizer
 from .image_facts import image_facts
 from .settings import integer, number, read_settings
@@ -98,7 +99,7 @@ def _chat(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) 
     value = generation.get("chat_format") or "chatml"
     if value not in ("chatml", "raw"):
         raise ConfigError(
-            f"{checkpoint / 'generation_config.json'}: chat_format is {value!r}; expected 'chatml' (Qwen-VL-Chat) or "
+            f"{checkpoint / 'generation_config.json'}: chat_format is {quoted(value)}; expected 'chatml' (Qwen-VL-Chat) or "
             "'raw' (Qwen-VL)"
         )
     return value
@@ -173,7 +174,7 @@ def _eos(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) -
     ids = value if isinstance(value, list) else [value]
     if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
         raise ConfigError(
-            f"{checkpoint / 'generation_config.json'}: eos_token_id is {value!r}; expected a token id or a list of them"
+            f"{checkpoint / 'generation_config.json'}: eos_token_id is {quoted(value)}; expected a token id or a list of them"
         )
     return tuple(ids)
 
@@ -183,10 +184,10 @@ def _sampling(path: Path, generation: Mapping[str, Any]) -> SamplingDefaults:
     where, default = str(path), SamplingDefaults()
     do_sample = generation.get("do_sample")
     if not isinstance(do_sample, bool | None):
-        raise ConfigError(f"{where}: do_sample is {do_sample!r}; expected true or false")
+        raise ConfigError(f"{where}: do_sample is {quoted(do_sample)}; expected true or false")
     top_p = number(generation, "top_p", default.top_p, where, above=0)
     if top_p > 1:
-        raise ConfigError(f"{where}: top_p is {top_p!r}; expected at most 1")
+        raise ConfigError(f"{where}: top_p is {quoted(top_p)}; expected at most 1")
     return SamplingDefaults(
         do_sample=bool(do_sample),
         temperature=number(generation, "temperature", default.temperature, where, least=0),

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..model_defs.config import ConfigError, ModelConfig
 from ..runtime.artifact import TokenizerFacts
+from ..runtime.shown import quoted
 from ..runtime.tiktoken_vocabulary import TiktokenVocabulary, is_tiktoken, read_ranks
 from ..runtime.tokenizer import Tokenizer, TokenizerError, Vocabulary, read_vocabulary
 from .settings import only, read_settings
@@ -107,7 +108,8 @@ def check_mark_name(checkpoint: Path, mark: str, processor: Mapping[str, Any], t
         named = _content(settings.get("image_token"))
         if named is not None and named != mark:
             raise ConfigError(
-                f"{checkpoint / name}: image_token is {named!r} but the image token of config.json is written {mark!r}; "
+                f"{checkpoint / name}: image_token is {quoted(named)} but the image token of config.json is "
+                f"written {quoted(mark)}; "
                 "make them agree"
             )
 
@@ -118,7 +120,9 @@ def _bos(vocabulary: Vocabulary, settings: Mapping[str, Any], config: ModelConfi
         return config.bos_token_id
     found = vocabulary.token_id(token)
     if found is None:
-        raise ConfigError(f"{where}: bos_token is {token!r}, which the tokenizer does not know; expected one of its tokens")
+        raise ConfigError(
+            f"{where}: bos_token is {quoted(token)}, which the tokenizer does not know; expected one of its tokens"
+        )
     return found
 
 
@@ -129,7 +133,7 @@ def _adds_bos(path: Path, settings: Mapping[str, Any], config: ModelConfig, wher
     given = settings.get("add_bos_token")
     if given is not None:
         if not isinstance(given, bool):
-            raise ConfigError(f"{where}: add_bos_token is {given!r}; expected true or false")
+            raise ConfigError(f"{where}: add_bos_token is {quoted(given)}; expected true or false")
         return given
     if path.suffix == ".model":
         return True
@@ -145,12 +149,15 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     found = _added_by_config(settings, where)
     for token, token_id in read_settings(path.with_name("added_tokens.json")).items():
         if found.setdefault(token, token_id) != token_id:
-            raise ConfigError(f"{path.with_name('added_tokens.json')}: {token!r} is {token_id} but {where} says {found[token]}")
+            raise ConfigError(
+                f"{path.with_name('added_tokens.json')}: {quoted(token)} is {token_id} but {where} says {found[token]}"
+            )
     for token, token_id in found.items():
         known = base.token(token_id)
         if known is not None and known != token:
             raise ConfigError(
-                f"{where}: token {token_id} is {token!r} but tokenizer.model has {known!r} there; expected one of them"
+                f"{where}: token {token_id} is {quoted(token)} but tokenizer.model has {quoted(known)} there; "
+                "expected one of them"
             )
     return {token: token_id for token, token_id in found.items() if not base.is_special(token_id)}
 
@@ -167,7 +174,7 @@ def _added_token(entry: Any, where: str) -> str:
     if token is None or odd or flags.get("special") is False:
         what = ", ".join(odd) or "special false"
         raise ConfigError(
-            f"{where}: the added token {token!r} has {what}, which is not supported with tokenizer.model; "
+            f"{where}: the added token {quoted(token)} has {what}, which is not supported with tokenizer.model; "
             "save the tokenizer as tokenizer.json"
         )
     return token

@@ -19,7 +19,7 @@ FOLDERS = ("compiler", "model_defs", "runtime", "tools", "weights")
 ALLOWED = {
     "model_defs": ("model_defs",),
     "runtime": ("runtime",),
-    "weights": ("weights", "model_defs.config", "runtime.artifact", "runtime.files"),
+    "weights": ("weights", "model_defs.config", "runtime.artifact", "runtime.files", "runtime.shown"),
     "compiler": ("compiler", "model_defs", "weights", "runtime"),
     "tools": FOLDERS,
 }

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..model_defs.config import ModelConfig, Stage
+from ..runtime.shown import shown
 from .names import name_table
 from .names.rule import Rule, Shape, SourceRef, Table
 from .names.transforms import moves
@@ -167,4 +168,4 @@ def _refuse(what: str, found: Collection[str], remedy: str, limit: int = 5) -> N
     if found:
         rest = f" and {len(found) - limit} more" if len(found) > limit else ""
         noun = "tensor" if len(found) == 1 else "tensors"
-        raise WeightsError(f"{what} {', '.join(list(found)[:limit])}{rest} ({len(found)} {noun}); {remedy}")
+        raise WeightsError(f"{what} {shown(', '.join(list(found)[:limit]))}{rest} ({len(found)} {noun}); {remedy}")

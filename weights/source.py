@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ..runtime.shown import quoted, shown
 from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
 
 log = logging.getLogger(__name__)
@@ -101,7 +102,7 @@ def open_file(path: Path) -> Source:
 
 def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], list[Path]]:
     if not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder; expected a checkpoint folder with safetensors or .bin weights")
+        raise WeightsError(f"{shown(folder)} is not a folder; expected a checkpoint folder with safetensors or .bin weights")
     index, files = _weight_files(folder)
     if index is None:
         return _merge(files, prefix), files
@@ -110,13 +111,15 @@ def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], li
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise WeightsError(
-            f"{index} names {_some(missing)}, which {'is' if len(missing) == 1 else 'are'} not in {folder}; "
+            f"{index} names {shown(_some(missing))}, which {'is' if len(missing) == 1 else 'are'} not in {folder}; "
             "fetch the missing files"
         )
     found = {shard: _list_file(shard, prefix) for shard in shards}
     lacking = [f"{name} (in {shard})" for name, shard in wanted.items() if prefix + name not in found[folder / shard]]
     if lacking:
-        raise WeightsError(f"{index} names tensors that their files lack: {_some(lacking)}; fetch index and weights again")
+        raise WeightsError(
+            f"{index} names tensors that their files lack: {shown(_some(lacking))}; fetch index and weights again"
+        )
     return {prefix + name: found[folder / shard][prefix + name] for name, shard in wanted.items()}, [index, *shards]
 
 
@@ -147,12 +150,14 @@ def _read_index(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise WeightsError(f"{path} is not an index of weights ({error!r}); fetch the file again") from error
+        raise WeightsError(f"{path} is not an index of weights ({quoted(error)}); fetch the file again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path} has no tensors in its weight_map; fetch the file again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise WeightsError(f"{path} places tensor {name} in {shard!r}; expected the name of a file in the same folder")
+            raise WeightsError(
+                f"{path} places tensor {name} in {quoted(shard)}; expected the name of a file in the same folder"
+            )
     return weight_map
 
 
@@ -271,7 +276,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} holds a {type(state).__name__}; expected tensors by name, as saved from a state_dict")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise WeightsError(f"{path}: entry {name!r} is not a plain tensor; expected tensors by name, as in a state_dict")
+            raise WeightsError(
+                f"{path}: entry {quoted(name)} is not a plain tensor; expected tensors by name, as in a state_dict"
+            )
     return dict(state)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...runtime.artifact import MANIFEST, Manifest, read_manifest
+from ...runtime.shown import shown
 from .checkpoint import Checkpoint
 from .hf_side import FAMILIES, open_hf_side
 from .sides import Side, SideError
@@ -16,7 +17,7 @@ BY = ("auto", "transformers", "eager")
 def is_artifact(folder: Path) -> bool:
     """Raises SideError for a folder that is neither an artifact nor a checkpoint."""
     if not folder.is_dir():
-        raise SideError(f"{folder} is not a folder; expected a checkpoint or an artifact made by `staticvl compile`")
+        raise SideError(f"{shown(folder)} is not a folder; expected a checkpoint or an artifact made by `staticvl compile`")
     if (folder / MANIFEST).is_file():
         return True
     if (folder / "config.json").is_file():

@@ -15,7 +15,7 @@ from ...runtime.image_data import decode_data_url, is_data_url
 from ...runtime.image_files import Alpha, load_image
 from ...runtime.image_urls import ImageError, download
 from ...runtime.images import Frame
-from ...runtime.shown import shown
+from ...runtime.shown import quoted
 from .addresses import connect_publicly
 from .settings import Settings
 
@@ -55,7 +55,7 @@ class Pictures:
             return decode_data_url(url, most)
         if url.partition(":")[0].lower() not in ("http", "https"):
             raise ImageError(
-                f"picture {index + 1} is {shown(repr(url))}; expected an http, https or data:image/...;base64,... URL (files "
+                f"picture {index + 1} is {quoted(url)}; expected an http, https or data:image/...;base64,... URL (files "
                 "of the server are not read)"
             )
         connect = None if self.settings.allow_private_urls else connect_publicly
