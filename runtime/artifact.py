@@ -569,7 +569,7 @@ def open_artifact(folder: str | Path, rank: int | None = None) -> Artifact:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder; expected an artifact made by `staticvl compile`")
+        raise ArtifactError(f"{shown(folder)} is not a folder; expected an artifact made by `staticvl compile`")
     manifest = read_manifest(folder)
     for name, spec in manifest.files.items():
         if rank is None or not _belongs_to_another(name, manifest.ranks, rank):

@@ -22,6 +22,7 @@ from staticvl.weights.source import open_source
 from .conftest import REPO
 
 LONG = "long " * 2000
+AWAY = "away/" * 700  # longer ones are refused by the system, in its own words, before anything of ours sees them
 # Values there are the simulator's own; ascend.py's and ranks' come from cards and peers.
 INTERNAL = ("runtime/ascend/",)
 
@@ -49,7 +50,9 @@ def test_no_message_repeats_a_value_as_it_is() -> None:
             for call in error_calls(path):
                 parts = [each for each in ast.walk(call) if isinstance(each, ast.FormattedValue)]
                 seen += len(parts)
-                found += [f"{where}:{call.lineno}" for each in parts if each.conversion == ord("r")]
+                found += [
+                    f"{where}:{call.lineno}" for each in parts if each.conversion == ord("r") and each.format_spec is None
+                ]
     assert seen > 500
     assert [each for each in found if not each.startswith(INTERNAL) and "sampling_options" not in each] == []
 
@@ -61,7 +64,7 @@ def written(folder: Path, text: str) -> Path:
 
 
 MESSAGES: dict[str, Callable[[Path], Any]] = {
-    "artifact": lambda _: runtime.load(LONG),
+    "artifact": lambda _: runtime.load(AWAY),
     "device": lambda _: Options(checkpoint=Path("x"), out=Path("y"), backend=LONG),
     "bucket key": lambda _: parse_buckets({LONG: 1}, "buckets"),
     "bucket value": lambda _: parse_buckets({"prefill": LONG}, "buckets"),
@@ -71,11 +74,11 @@ MESSAGES: dict[str, Callable[[Path], Any]] = {
     "stop": lambda _: SamplingParams(stop=(LONG, 3)),  # type: ignore[arg-type]
     "data, value": lambda folder: read_data(written(folder, f'"{LONG}"')),
     "data, key": lambda folder: read_data(written(folder, f'{{"{LONG}": 1}}')),
-    "data, file": lambda folder: read_data(written(folder, f'{{"prompt": "x", "image": "{LONG[:250]}"}}'), Path("a/" * 500)),
+    "data, file": lambda folder: read_data(written(folder, f'{{"prompt": "x", "image": "{LONG[:250]}"}}'), Path(AWAY)),
     "thresholds": lambda folder: read_thresholds(written(folder, f"{{float32: '{LONG}'}}")),
     "thresholds, key": lambda folder: read_thresholds(written(folder, f"'{LONG}': 1")),
     "not YAML": lambda folder: read_thresholds(written(folder, f"'{LONG}")),
-    "weights": lambda _: open_source(Path(LONG)),
+    "weights": lambda _: open_source(Path(AWAY)),
 }
 
 

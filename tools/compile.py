@@ -66,7 +66,9 @@ def read_options(args: argparse.Namespace) -> Options:
             )
     checkpoint = Path(given["checkpoint"])
     if not checkpoint.is_dir():
-        raise PlanError(f"checkpoint {checkpoint} is not a folder; expected a local checkpoint (models are never downloaded)")
+        raise PlanError(
+            f"checkpoint {shown(checkpoint)} is not a folder; expected a local checkpoint (models are never downloaded)"
+        )
     keys = given.get("ignore_config_keys", ())
     options = Options(
         checkpoint=checkpoint,
