@@ -168,4 +168,4 @@ def _refuse(what: str, found: Collection[str], remedy: str, limit: int = 5) -> N
     if found:
         rest = f" and {len(found) - limit} more" if len(found) > limit else ""
         noun = "tensor" if len(found) == 1 else "tensors"
-        raise WeightsError(f"{what} {shown(', '.join(list(found)[:limit]))}{rest} ({len(found)} {noun}); {remedy}")
+        raise WeightsError(f"{what} {', '.join(map(shown, list(found)[:limit]))}{rest} ({len(found)} {noun}); {remedy}")

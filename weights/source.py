@@ -111,15 +111,13 @@ def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], li
     missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise WeightsError(
-            f"{index} names {shown(_some(missing))}, which {'is' if len(missing) == 1 else 'are'} not in {folder}; "
+            f"{index} names {_some(missing)}, which {'is' if len(missing) == 1 else 'are'} not in {folder}; "
             "fetch the missing files"
         )
     found = {shard: _list_file(shard, prefix) for shard in shards}
     lacking = [f"{name} (in {shard})" for name, shard in wanted.items() if prefix + name not in found[folder / shard]]
     if lacking:
-        raise WeightsError(
-            f"{index} names tensors that their files lack: {shown(_some(lacking))}; fetch index and weights again"
-        )
+        raise WeightsError(f"{index} names tensors that their files lack: {_some(lacking)}; fetch index and weights again")
     return {prefix + name: found[folder / shard][prefix + name] for name, shard in wanted.items()}, [index, *shards]
 
 
@@ -327,4 +325,4 @@ def _refuse_lfs_pointer(path: Path) -> None:
 def _some(names: Collection[str], limit: int = 5) -> str:
     """The first few names and how many more there are."""
     names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(map(shown, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")
