@@ -6,10 +6,10 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
 
 from ..model_defs.config import KV_CACHES, QUANTS
 from .cards import CARDS
+from .command_errors import Parser, sentence_of
 from .comparing.arguments import add_arguments as add_compare_arguments
 from .sampling_options import EXAMPLES, add_sampling_options
 from .serving.arguments import add_arguments as add_serve_arguments
@@ -37,35 +37,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if args.traceback:
             raise
-        print(f"staticvl: {_said(error)}", file=sys.stderr)
+        print(f"staticvl: {sentence_of(error)}", file=sys.stderr)
         return 1
 
 
-def _said(error: Exception) -> str:
-    """An error's own sentence; those of the system name a file in full, however long."""
-    from ..runtime.shown import shown
-
-    name = error.filename if isinstance(error, OSError) else None
-    return str(error) if name is None else str(error).replace(str(name), shown(name))
-
-
-class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument without repeating a long one."""
-
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        self.given = sys.argv[1:] if args is None else list(args)
-        return super().parse_known_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        from ..runtime.shown import shown
-
-        for each in self.given:
-            message = message.replace(each, shown(each))
-        super().error(message)
-
-
 def build_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="staticvl", description="Vision-language models compiled to graphs of fixed, bucketed shapes.")
+    parser = Parser(prog="staticvl", description="Vision-language models compiled to graphs of fixed, bucketed shapes.")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_compile(commands)
