@@ -38,6 +38,7 @@ from torch import Tensor, fx, nn
 from ..runtime.artifact import TensorSpec, is_cached
 from ..runtime.ascend import torchair_host
 from ..runtime.ascend.weights import to_offsets, to_signed
+from ..runtime.shown import quoted
 from . import lower_ascend
 from .graphs import GraphDef, trace
 
@@ -69,7 +70,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
     Raises EmitError for another dtype or heads that Ascend cannot attend with, and ArtifactError where torchair is missing.
     """
     if dtype not in DTYPES:
-        raise EmitError(f"dtype {dtype!r} cannot be compiled for Ascend; use one of {', '.join(DTYPES)}")
+        raise EmitError(f"dtype {quoted(dtype)} cannot be compiled for Ascend; use one of {', '.join(DTYPES)}")
     _check_heads(definition)
     host = torchair_host.load()
     kernel = make_kernel(definition, getattr(torch, dtype))

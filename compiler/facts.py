@@ -19,6 +19,7 @@ from ..runtime.artifact import Llama3Scaling, ModelFacts, RopeFacts
 from ..runtime.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, LLAVA_ORIGINAL, MLLAMA_BASE, ChatTemplateError
 from ..runtime.families import family
 from ..runtime.prompt import Message, PromptError
+from ..runtime.shown import quoted
 from ..runtime.tokenizer import Tokenizer
 from .image_facts import image_facts
 from .sampling_facts import read_sampling
@@ -101,7 +102,7 @@ def _chat(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) 
     value = generation.get("chat_format") or "chatml"
     if value not in ("chatml", "raw"):
         raise ConfigError(
-            f"{checkpoint / 'generation_config.json'}: chat_format is {value!r}; expected 'chatml' (Qwen-VL-Chat) or "
+            f"{checkpoint / 'generation_config.json'}: chat_format is {quoted(value)}; expected 'chatml' (Qwen-VL-Chat) or "
             "'raw' (Qwen-VL)"
         )
     return value
@@ -176,6 +177,6 @@ def _eos(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) -
     ids = value if isinstance(value, list) else [value]
     if not ids or not all(isinstance(i, int) and not isinstance(i, bool) and 0 <= i < MOST_IDS for i in ids):
         raise ConfigError(
-            f"{checkpoint / 'generation_config.json'}: eos_token_id is {value!r:.200}; expected a token id or a list of them"
+            f"{checkpoint / 'generation_config.json'}: eos_token_id is {quoted(value)}; expected a token id or a list of them"
         )
     return tuple(ids)

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..model_defs.config import ClipConfig, ConfigError, ModelConfig, TiledConfig
 from ..runtime.artifact import ImageFacts
+from ..runtime.shown import quoted
 from .settings import integer, number, only, read_settings, three
 
 # Of every CLIP tower that LLaVA uses, and of Qwen-VL; transformers' OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
@@ -37,7 +38,7 @@ def image_facts(
     if isinstance(config.vision, TiledConfig):
         return _tiles(settings, where, config, config.vision, mark)
     if not isinstance(config.vision, ClipConfig):
-        raise TypeError(f"a {config.family} model cannot have the image mode {config.image_mode!r}")
+        raise TypeError(f"a {config.family} model cannot have the image mode {quoted(config.image_mode)}")
     only(settings, "do_center_crop", True, where)
     _check_rows(checkpoint, config.vision, processor)
     return (_anyres if config.image_mode == "anyres" else _one_square)(settings, where, config, mark)
@@ -63,7 +64,7 @@ def _anyres(settings: Mapping[str, Any], where: str, config: ModelConfig, mark: 
     _check_side("size", _side(settings, "size", keys, where), config, where)
     _check_side("crop_size", _side(settings, "crop_size", {"height", "width"}, where), config, where)
     if settings.get("aspect_ratio_setting", "anyres") != "anyres":
-        raise ConfigError(f"{where}: aspect_ratio_setting is {settings['aspect_ratio_setting']!r}; supported: 'anyres'")
+        raise ConfigError(f"{where}: aspect_ratio_setting is {quoted(settings['aspect_ratio_setting'])}; supported: 'anyres'")
     _check_pinpoints(settings, config, where)
     return ImageFacts(
         mode="anyres",
@@ -147,10 +148,10 @@ def _side(settings: Mapping[str, Any], name: str, keys: set[str], where: str) ->
     if isinstance(value, dict):
         given = {key: side for key, side in value.items() if side is not None}
         if not set(given) <= keys or len(set(given.values())) != 1:
-            raise ConfigError(f"{where}: {name} is {value!r}; expected one number under {' and '.join(sorted(keys))}")
+            raise ConfigError(f"{where}: {name} is {quoted(value)}; expected one number under {' and '.join(sorted(keys))}")
         value = next(iter(given.values()))
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-        raise ConfigError(f"{where}: {name} is {value!r}; expected a positive number of pixels")
+        raise ConfigError(f"{where}: {name} is {quoted(value)}; expected a positive number of pixels")
     return value
 
 
@@ -170,7 +171,8 @@ def _check_pinpoints(settings: Mapping[str, Any], config: ModelConfig, where: st
     expected = [[rows * side, columns * side] for rows, columns in config.grids]
     if given is not None and given != expected:
         raise ConfigError(
-            f"{where}: image_grid_pinpoints is {given!r} but that of config.json means {expected!r}; make them agree"
+            f"{where}: image_grid_pinpoints is {quoted(given)} but that of config.json means "
+            f"{quoted(expected)}; make them agree"
         )
 
 
@@ -203,7 +205,7 @@ def _resample(settings: Mapping[str, Any], default: int, where: str) -> int:
     if value is None:
         return default
     if value not in (0, 1, 2, 3, 4, 5) or isinstance(value, bool):
-        raise ConfigError(f"{where}: resample is {value!r}; expected a PIL filter number, 0 to 5")
+        raise ConfigError(f"{where}: resample is {quoted(value)}; expected a PIL filter number, 0 to 5")
     return int(value)
 
 
@@ -216,6 +218,7 @@ def _check_rows(checkpoint: Path, vision: ClipConfig, processor: Mapping[str, An
     rows = (vision.image_size // patch) ** 2 + extra - int(strategy == "default")
     if rows != vision.rows_per_tile:
         raise ConfigError(
-            f"{where}: patch_size {patch}, num_additional_image_tokens {extra} and vision_feature_select_strategy {strategy!r} "
+            f"{where}: patch_size {patch}, num_additional_image_tokens {extra} and "
+            f"vision_feature_select_strategy {quoted(strategy)} "
             f"make {rows} tokens per image but the vision tower gives {vision.rows_per_tile}; correct that file"
         )

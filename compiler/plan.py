@@ -13,6 +13,7 @@ from msgspec import UNSET, structs
 from ..model_defs.config import KV_CACHES, QUANTS, READY_MADE, ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.ascend.torchair_host import SOCS
+from ..runtime.shown import quoted, shown
 from ..weights.rules import targets
 from ..weights.shard import check_tp, rank_targets
 from ..weights.stored import FLOAT32, TABLE, Floats, stored_targets, uniform
@@ -69,7 +70,7 @@ class Buckets:
         for name in ("context", "slots"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise PlanError(f"buckets: {name} is {value!r}; expected a positive integer")
+                raise PlanError(f"buckets: {name} is {quoted(value)}; expected a positive integer")
 
     def merged(self, other: Buckets) -> Buckets:
         """These buckets, with every setting of `other` that is given."""
@@ -87,13 +88,13 @@ def parse_buckets(data: Any, where: str) -> Buckets:
     known = {f.name for f in fields(Buckets)}
     unknown = sorted(str(key) for key in set(data) - known)
     if unknown:
-        raise PlanError(f"{where}: unknown keys {', '.join(unknown)}; expected {', '.join(sorted(known))}")
+        raise PlanError(f"{where}: unknown keys {shown(', '.join(unknown))}; expected {', '.join(sorted(known))}")
     given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
     if "images" in given:
         given["images"] = image_buckets(given["images"], where)
     for name in LISTS:
         if name in given and not isinstance(given[name], tuple):
-            raise PlanError(f"{where}: {name} is {data[name]!r}; expected a list of integers")
+            raise PlanError(f"{where}: {name} is {quoted(data[name])}; expected a list of integers")
     return Buckets(**given)
 
 
@@ -102,7 +103,7 @@ def image_buckets(images: Any, where: str) -> tuple[int, ...]:
     if isinstance(images, list | tuple):
         return tuple(images)
     if not isinstance(images, int) or isinstance(images, bool) or images < 1:
-        raise PlanError(f"{where}: images is {images!r}; expected a positive integer or a list of them")
+        raise PlanError(f"{where}: images is {quoted(images)}; expected a positive integer or a list of them")
     return (1,) if images == 1 else (1, images)
 
 
@@ -133,27 +134,28 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
-            raise PlanError(f"backend {self.backend!r} is unknown; expected one of {', '.join(BACKENDS)}")
+            raise PlanError(f"backend {quoted(self.backend)} is unknown; expected one of {', '.join(BACKENDS)}")
         if self.quant not in ("", *READY_QUANTS[self.backend], *READY_MADE):
             raise PlanError(
-                f"quantisation {self.quant!r} is not available for {self.backend}; available: "
+                f"quantisation {quoted(self.quant)} is not available for {self.backend}; available: "
                 f"{', '.join(READY_QUANTS[self.backend])}"
             )
         if self.dtype not in ("", *DTYPES[self.backend]):
             raise PlanError(
-                f"dtype {self.dtype!r} is not available for {self.backend}; available: {', '.join(DTYPES[self.backend])}"
+                f"dtype {quoted(self.dtype)} is not available for {self.backend}; available: {', '.join(DTYPES[self.backend])}"
             )
         if self.soc not in SOCS:
-            raise PlanError(f"soc {self.soc!r} is unknown; expected one of {', '.join(SOCS)}")
+            raise PlanError(f"soc {quoted(self.soc)} is unknown; expected one of {', '.join(SOCS)}")
         if unknown := set(self.eager) - set(KINDS):
-            raise PlanError(f"eager names {', '.join(sorted(unknown))}; expected some of {', '.join(KINDS)}")
+            raise PlanError(f"eager names {shown(', '.join(sorted(unknown)))}; expected some of {', '.join(KINDS)}")
         if self.eager and self.stored_quant != "none":
             raise PlanError(f"eager graphs know no quantisation, and {self.quant} was asked for; leave out one of the two")
         if self.eager and self.backend != "ascend":
             raise PlanError(f"eager graphs were asked for, but {self.backend} has only compiled ones; leave --eager out")
         if self.candidates is not None and not _whole_number(self.candidates, MOST_CANDIDATES):
             raise PlanError(
-                f"candidates is {self.candidates!r}; expected a number of tokens from 1 to {MOST_CANDIDATES}, or 0 for none"
+                f"candidates is {quoted(self.candidates)}; expected a number of tokens from 1 to "
+                f"{MOST_CANDIDATES}, or 0 for none"
             )
         if self.candidates and self.pp > 1:
             raise PlanError(
@@ -165,12 +167,14 @@ class Options:
             what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
             raise PlanError(f"tune was asked for with {what}, but it measures ONNX graphs of one process; leave --tune out")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
-            raise PlanError(f"text before image is {self.text_before_image!r}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}")
+            raise PlanError(
+                f"text before image is {quoted(self.text_before_image)}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}"
+            )
 
     def _check_calibration(self) -> None:
         """Whether what is to be calibrated can be, and what has to be is."""
         if self.kv_cache not in KV_CACHES:
-            raise PlanError(f"kv cache {self.kv_cache!r} is unknown; expected one of {', '.join(KV_CACHES)}")
+            raise PlanError(f"kv cache {quoted(self.kv_cache)} is unknown; expected one of {', '.join(KV_CACHES)}")
         if self.int8_cache and self.calibration is None:
             raise PlanError(
                 "a cache in 8 bits needs to know how large keys and values become; give --calibrate FILE with prompts like "
@@ -182,7 +186,7 @@ class Options:
             raise PlanError("eager graphs know no cache in 8 bits; leave out --kv-cache int8 or --eager")
         if self.calibration and self.quant not in METHODS and not self.int8_cache:
             raise PlanError(
-                f"quantisation {self.quant!r} has nothing to calibrate; calibrated are {', '.join(METHODS)}, and with "
+                f"quantisation {quoted(self.quant)} has nothing to calibrate; calibrated are {', '.join(METHODS)}, and with "
                 "--kv-cache int8 the cache"
             )
 

@@ -14,6 +14,7 @@ from msgspec import UNSET
 
 from ..model_defs.config import ConfigError
 from ..runtime.artifact import SamplingDefaults
+from ..runtime.shown import quoted
 from .settings import integer, number
 
 TOP_K = 50  # transformers' GenerationConfig, where a file is silent
@@ -68,7 +69,7 @@ def read_sampling(path: Path, generation: Mapping[str, Any], eos: Iterable[int],
     where, default = str(path), SamplingDefaults()
     do_sample = generation.get("do_sample")
     if not isinstance(do_sample, bool | None):
-        raise ConfigError(f"{where}: do_sample is {do_sample!r:.200}; expected true or false")
+        raise ConfigError(f"{where}: do_sample is {quoted(do_sample)}; expected true or false")
     notes += _unused(where, generation)
     return SamplingDefaults(
         do_sample=bool(do_sample),
@@ -89,7 +90,7 @@ def _unless(neutral: float, value: float) -> Any:
 
 def _share(value: float, name: str, where: str) -> float:
     if value > 1:
-        raise ConfigError(f"{where}: {name} is {value!r}; expected at most 1")
+        raise ConfigError(f"{where}: {name} is {quoted(value)}; expected at most 1")
     return value
 
 
@@ -97,7 +98,7 @@ def _bad_words(generation: Mapping[str, Any], where: str, ends: list[tuple[int, 
     """Sequences of tokens; an end-of-sequence token alone is no bad word, as in transformers."""
     words = generation.get("bad_words_ids") or []
     if not isinstance(words, list):
-        raise ConfigError(f"{where}: bad_words_ids is {words!r:.200}; expected a list of lists of token ids")
+        raise ConfigError(f"{where}: bad_words_ids is {quoted(words)}; expected a list of lists of token ids")
     found = (_ids(word, "bad_words_ids", where) for word in words)
     return tuple(word for word in found if word and word not in ends)
 
@@ -106,7 +107,7 @@ def _ids(value: Any, name: str, where: str) -> tuple[int, ...]:
     if not isinstance(value, list) or not all(
         isinstance(i, int) and not isinstance(i, bool) and 0 <= i < 1 << 31 for i in value
     ):
-        raise ConfigError(f"{where}: {name} has {value!r:.200}; expected a list of token ids")
+        raise ConfigError(f"{where}: {name} has {quoted(value)}; expected a list of token ids")
     return tuple(value)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..model_defs.config import ConfigError, read_json
+from ..runtime.shown import quoted
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -17,7 +18,7 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def only(settings: Mapping[str, Any], name: str, expected: bool, where: str) -> None:
     if settings.get(name, expected) not in (expected, None):
-        raise ConfigError(f"{where}: {name} is {settings[name]!r}; supported: {str(expected).lower()}")
+        raise ConfigError(f"{where}: {name} is {quoted(settings[name])}; supported: {str(expected).lower()}")
 
 
 LARGEST = (1 << 31) - 1
@@ -28,7 +29,7 @@ def integer(settings: Mapping[str, Any], name: str, default: int, where: str, *,
     if value is None:
         return default
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST:
-        raise ConfigError(f"{where}: {name} is {value!r:.200}; expected an integer of at least {least} and at most {LARGEST}")
+        raise ConfigError(f"{where}: {name} is {quoted(value)}; expected an integer of at least {least} and at most {LARGEST}")
     return value
 
 
@@ -47,7 +48,7 @@ def number(
     sound = _finite(value)
     if not sound or (least is not None and value < least) or (above is not None and value <= above):
         wanted = f"above {above:g}" if above is not None else f"of at least {least:g}"
-        raise ConfigError(f"{where}: {name} is {value!r:.200}; expected a number {wanted}")
+        raise ConfigError(f"{where}: {name} is {quoted(value)}; expected a number {wanted}")
     return float(value)
 
 
@@ -58,7 +59,7 @@ def three(
     if value is None:
         return default
     if not isinstance(value, list) or len(value) != 3 or not all(map(_finite, value)):
-        raise ConfigError(f"{where}: {name} is {value!r:.200}; expected three numbers")
+        raise ConfigError(f"{where}: {name} is {quoted(value)}; expected three numbers")
     return float(value[0]), float(value[1]), float(value[2])
 
 

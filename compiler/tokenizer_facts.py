@@ -8,6 +8,7 @@ from typing import Any
 
 from ..model_defs.config import ConfigError, ModelConfig
 from ..runtime.artifact import TokenizerFacts
+from ..runtime.shown import quoted
 from ..runtime.tiktoken_vocabulary import TiktokenVocabulary, is_tiktoken, read_ranks
 from ..runtime.tokenizer import Tokenizer, TokenizerError, Vocabulary, read_vocabulary
 from .settings import only, read_settings
@@ -78,7 +79,7 @@ def _check_ids(path: Path) -> None:
 
 def _check_id(token: Any, token_id: Any, where: str) -> int:
     if not isinstance(token_id, int) or isinstance(token_id, bool) or not 0 <= token_id < MOST_IDS:
-        raise ConfigError(f"{where}: token {token!r:.100} has the id {token_id!r:.100}; expected a number below {MOST_IDS}")
+        raise ConfigError(f"{where}: token {quoted(token)} has the id {quoted(token_id)}; expected a number below {MOST_IDS}")
     return token_id
 
 
@@ -126,7 +127,8 @@ def check_mark_name(checkpoint: Path, mark: str, processor: Mapping[str, Any], t
         named = _content(settings.get("image_token"))
         if named is not None and named != mark:
             raise ConfigError(
-                f"{checkpoint / name}: image_token is {named!r} but the image token of config.json is written {mark!r}; "
+                f"{checkpoint / name}: image_token is {quoted(named)} but the image token of config.json is "
+                f"written {quoted(mark)}; "
                 "make them agree"
             )
 
@@ -137,7 +139,9 @@ def _bos(vocabulary: Vocabulary, settings: Mapping[str, Any], config: ModelConfi
         return config.bos_token_id
     found = vocabulary.token_id(token)
     if found is None:
-        raise ConfigError(f"{where}: bos_token is {token!r}, which the tokenizer does not know; expected one of its tokens")
+        raise ConfigError(
+            f"{where}: bos_token is {quoted(token)}, which the tokenizer does not know; expected one of its tokens"
+        )
     return found
 
 
@@ -148,7 +152,7 @@ def _adds_bos(path: Path, settings: Mapping[str, Any], config: ModelConfig, wher
     given = settings.get("add_bos_token")
     if given is not None:
         if not isinstance(given, bool):
-            raise ConfigError(f"{where}: add_bos_token is {given!r}; expected true or false")
+            raise ConfigError(f"{where}: add_bos_token is {quoted(given)}; expected true or false")
         return given
     if path.suffix == ".model":
         return True
@@ -166,12 +170,13 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     for token, token_id in read_settings(beside).items():
         _check_id(token, token_id, str(beside))
         if found.setdefault(token, token_id) != token_id:
-            raise ConfigError(f"{beside}: {token!r} is {token_id} but {where} says {found[token]}")
+            raise ConfigError(f"{beside}: {quoted(token)} is {token_id} but {where} says {found[token]}")
     for token, token_id in found.items():
         known = base.token(token_id)
         if known is not None and known != token:
             raise ConfigError(
-                f"{where}: token {token_id} is {token!r} but tokenizer.model has {known!r} there; expected one of them"
+                f"{where}: token {token_id} is {quoted(token)} but tokenizer.model has {quoted(known)} there; "
+                "expected one of them"
             )
     return {token: token_id for token, token_id in found.items() if not base.is_special(token_id)}
 
@@ -179,7 +184,7 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
 def _added_by_config(settings: Mapping[str, Any], where: str) -> dict[str, int]:
     entries = settings.get("added_tokens_decoder") or {}
     if not isinstance(entries, dict):
-        raise ConfigError(f"{where}: added_tokens_decoder is {entries!r:.200}; expected an object of token ids and tokens")
+        raise ConfigError(f"{where}: added_tokens_decoder is {quoted(entries)}; expected an object of token ids and tokens")
     found = {}
     for key, entry in entries.items():
         token = _added_token(entry, where)
@@ -194,7 +199,7 @@ def _added_token(entry: Any, where: str) -> str:
     if token is None or odd or flags.get("special") is False:
         what = ", ".join(odd) or "special false"
         raise ConfigError(
-            f"{where}: the added token {token!r} has {what}, which is not supported with tokenizer.model; "
+            f"{where}: the added token {quoted(token)} has {what}, which is not supported with tokenizer.model; "
             "save the tokenizer as tokenizer.json"
         )
     return token

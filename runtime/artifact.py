@@ -75,6 +75,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from .files import sha256_file, write_atomically
+from .shown import quoted, shown
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
@@ -554,7 +555,7 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST
     if not path.is_file():
         hint = "; it looks like a checkpoint: compile it first" if (folder / "config.json").is_file() else ""
-        raise ArtifactError(f"{folder} holds no {MANIFEST}; expected a folder made by `staticvl compile`{hint}")
+        raise ArtifactError(f"{shown(folder)} holds no {MANIFEST}; expected a folder made by `staticvl compile`{hint}")
     data = path.read_bytes()
     try:
         version = msgspec.json.decode(data, type=_Version).schema_version
@@ -580,7 +581,7 @@ def open_artifact(folder: str | Path, rank: int | None = None) -> Artifact:
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ArtifactError(f"{folder} is not a folder; expected an artifact made by `staticvl compile`")
+        raise ArtifactError(f"{shown(folder)} is not a folder; expected an artifact made by `staticvl compile`")
     manifest = read_manifest(folder)
     for name, spec in manifest.files.items():
         if rank is None or not _belongs_to_another(name, manifest.ranks, rank):
@@ -595,7 +596,7 @@ def _belongs_to_another(name: str, ranks: int, rank: int) -> bool:
 def _check_size(folder: Path, name: str, spec: FileSpec) -> None:
     relative = Path(name)
     if relative.is_absolute() or ".." in relative.parts:
-        raise ArtifactError(f"{folder / MANIFEST} names {name!r}, a path outside the artifact; fetch the artifact again")
+        raise ArtifactError(f"{folder / MANIFEST} names {quoted(name)}, a path outside the artifact; fetch the artifact again")
     try:
         size = (folder / name).stat().st_size
     except FileNotFoundError:

@@ -18,6 +18,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from .shown import shown
+
 # LLaVA's conversations: 1.5 is trained and answers with "vicuna_v1"; for 1.6 the model's page gives "llava_v1", which calls
 # the user a human.
 _VICUNA = """\
@@ -114,7 +116,9 @@ def render(
             eos_token=eos_token,
         )
     except jinja2.TemplateSyntaxError as error:
-        raise ChatTemplateError(f"the chat template is not valid Jinja (line {error.lineno}: {error.message})") from error
+        raise ChatTemplateError(
+            f"the chat template is not valid Jinja (line {error.lineno}: {shown(error.message)})"
+        ) from error
     except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         # A template is a program: whatever its expressions raise is a refusal.
-        raise ChatTemplateError(f"the chat template refuses these messages: {error}") from error
+        raise ChatTemplateError(f"the chat template refuses these messages: {shown(error)}") from error

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .sampling import SamplingParams
+from .shown import shown
 from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ class Constraints:
 
         name, grammar = _grammar(params)
         if problem := LLMatcher.validate_grammar(grammar, self.tokenizer):
-            raise ConstraintError(f"{name} cannot be used: {' '.join(problem.split())}")
+            raise ConstraintError(f"{name} cannot be used: {shown(' '.join(problem.split()))}")
         return Constraint(self.tokenizer, grammar, self.ends)
 
 

@@ -1,27 +1,51 @@
-"""Pictures from a path, URL or object to RGB."""
+"""Images from a path, URL, bytes or object to RGB."""
 
 from __future__ import annotations
 
 import io
 import re
-import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias
+from typing import BinaryIO, TypeAlias, cast
 
-import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 
-from .image_urls import MIB, ImageError, decode_data_url, download, short_name
+from .freed import give_back
+from .image_data import ImageError, data_url_name, decode_base64, decode_data_url, is_data_url
+from .image_modes import Alpha, orientation_of, to_rgb
+from .image_urls import MIB, download
+from .pillow_quiet import quiet_pillow
+from .shown import shown
 
 __all__ = ["Alpha", "ImageError", "ImageSource", "load_image"]
 
-ImageSource: TypeAlias = str | Path | BinaryIO | Image.Image
-Alpha: TypeAlias = Literal["white", "drop"]
+ImageSource: TypeAlias = str | Path | bytes | BinaryIO | Image.Image
 
 # What PIL would open further needs outside programs (EPS, WMF) or is no picture that people send.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
-# PIL reports damaged files with any of these.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, struct.error, TypeError, IndexError)
+PNG_HEAD = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass(frozen=True, slots=True)
+class _Limits:
+    """Of one image, checked before anything is decoded."""
+
+    pixels: int
+    side: int
+    ratio: int
+
+    def check(self, name: str, size: tuple[int, int]) -> None:
+        width, height = size
+        what = f"{name} is {width} x {height} pixels"
+        if width < 1 or height < 1:
+            raise ImageError(f"{what}; expected at least 1 x 1")
+        if width * height > self.pixels:
+            raise ImageError(f"{what}, more than the {self.pixels} allowed; scale it down first")
+        if max(size) > self.side or max(size) > min(size) * self.ratio:
+            raise ImageError(
+                f"{what}; expected sides of at most {self.side}, and at most {self.ratio} times as long as each other; cut it "
+                "into parts first"
+            )
 
 
 def load_image(
@@ -31,14 +55,19 @@ def load_image(
     timeout_s: float = 20,
     max_bytes: int = 32 * MIB,
     max_pixels: int = 100_000_000,
+    max_side: int = 65_535,
+    max_ratio: int = 1000,
 ) -> Image.Image:
-    """Open a picture as RGB.
+    """Open an image as RGB.
 
-    `source` is a path, an http(s) or data: URL, a binary file object or a PIL image. `timeout_s` is the time that a download
-    may take in all, `max_bytes` the most that it (or a data: URL) may hold. The first frame of an animation is taken; EXIF
-    orientation is not applied, as in the processors of every family. 16-bit greyscale is scaled to 8 bits, where PIL would
-    clip it to white. `alpha` (ImageFacts.alpha) is what becomes of transparent parts: "white" lays them over white
-    (transformers 5.23, image_transforms.convert_to_rgb), "drop" shows their hidden colours (Qwen-VL).
+    `source` is a path, an http(s) or data: URL, base64, the bytes of a file, a binary file object or a PIL image. `timeout_s`
+    is the time that a download may take in all, `max_bytes` the most that it (or text) may hold. `max_pixels`, `max_side`
+    (pixels) and `max_ratio` (of the longer side to the shorter) are checked before anything is decoded.
+
+    A file is turned as its EXIF orientation says; a PIL image is taken as it is: both as transformers does. The first frame of
+    an animation is taken. More than 8 bits are scaled to 8, where PIL would clip them (image_modes.py). `alpha`
+    (ImageFacts.alpha) is what becomes of transparent parts: "white" lays them over white, "drop" shows their hidden colours
+    (Qwen-VL).
 
     The result may be given to `load_image` again and stays what it is.
 
@@ -47,68 +76,136 @@ def load_image(
 
     Raises ImageError.
     """
+    limits = _Limits(max_pixels, max_side, max_ratio)
     if isinstance(source, Image.Image):
-        return _to_rgb(source, "the picture", max_pixels, alpha)
+        with quiet_pillow:
+            return _decoded(source, "the picture", limits, alpha)
+    file, name = _file_of(source, timeout_s, max_bytes)
+    try:
+        with quiet_pillow:
+            image = _upright(file, name, limits, alpha)
+    finally:
+        if file is not source:
+            file.close()
+    give_back(image.width * image.height)  # of the file's own mode
+    return image
+
+
+def _upright(file: BinaryIO, name: str, limits: _Limits, alpha: Alpha) -> Image.Image:
+    """The image in a file as RGB, turned as a person sees it."""
+    image = _opened(file, name, limits)
+    plain, turn = _decoded(image, name, limits, alpha), orientation_of(image)
+    return plain if turn is None else plain.transpose(turn)
+
+
+def _file_of(source: ImageSource, timeout_s: float, max_bytes: int) -> tuple[BinaryIO, str]:
+    """A file that holds the image, and what messages call it."""
     if isinstance(source, str):
-        name = short_name(source)
-        if source.startswith("data:"):
-            return _open(io.BytesIO(decode_data_url(source, max_bytes)), name, max_pixels, alpha)
-        if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", source):
-            return _open(io.BytesIO(download(source, timeout_s=timeout_s, max_bytes=max_bytes)), name, max_pixels, alpha)
-        return _open_path(Path(source), max_pixels, alpha)
+        return _file_of_text(source, timeout_s, max_bytes)
     if isinstance(source, Path):
-        return _open_path(source, max_pixels, alpha)
+        return _open_path(source), shown(source)
+    if isinstance(source, bytes | bytearray):
+        return io.BytesIO(source), "the image"
     if hasattr(source, "read"):
-        return _open(source, str(getattr(source, "name", "the file object")), max_pixels, alpha)
-    raise ImageError(f"a picture was given as {type(source).__name__}; expected a path, a URL, a binary file or a PIL image")
+        return cast(BinaryIO, source), shown(getattr(source, "name", "the file object"))
+    kind = type(source).__name__
+    raise ImageError(f"a picture was given as {kind}; expected a path, a URL, bytes, a binary file or a PIL image")
 
 
-def _open_path(path: Path, max_pixels: int, alpha: Alpha) -> Image.Image:
+def _file_of_text(text: str, timeout_s: float, max_bytes: int) -> tuple[BinaryIO, str]:
+    """A text is a URL, the path of a file that is there, or an image in base64."""
+    if not text:
+        raise ImageError("an image was given as an empty text; expected the path or URL of an image")
+    if is_data_url(text):
+        return io.BytesIO(decode_data_url(text, max_bytes)), data_url_name(text)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
+        return io.BytesIO(download(text, timeout_s=timeout_s, max_bytes=max_bytes)), shown(text)
     try:
-        file = path.open("rb")
+        return _open_path(Path(text)), shown(text)
+    except ImageError:
+        data = _base64_image(text, max_bytes)
+        if data is None:
+            raise
+        return io.BytesIO(data), "the base64 text"
+
+
+def _open_path(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
     except FileNotFoundError:
-        raise ImageError(f"{path} does not exist; give the path or URL of a picture") from None
+        raise ImageError(f"{shown(path)} does not exist; give the path or URL of a picture") from None
     except (OSError, ValueError) as error:
-        raise ImageError(f"{str(path)!r} cannot be read ({error})") from error
-    with file:
-        return _open(file, str(path), max_pixels, alpha)
+        reason = error.strerror if isinstance(error, OSError) else error  # without the path, which may be long
+        raise ImageError(f"{shown(repr(str(path)))} cannot be read ({reason})") from None
 
 
-def _open(file: BinaryIO, name: str, max_pixels: int, alpha: Alpha) -> Image.Image:
-    Image.init()
+def _base64_image(text: str, max_bytes: int) -> bytes | None:
+    """The image that a text holds in base64 without "data:", if it does; raises ImageError where it is damaged or too large."""
+    name = "the base64 text"
     try:
-        image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
+        head = decode_base64(re.sub(r"\s", "", text[:100])[:32], name, max_bytes)[:16]
+    except ImageError:
+        return None
+    accepts = (Image.OPEN[form][1] for form in _formats())
+    if len(head) < 16 or not any(accept and accept(head) is True for accept in accepts):
+        return None
+    return decode_base64(text, name, max_bytes)
+
+
+def _formats() -> list[str]:
+    """FORMATS that this build of Pillow opens."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _opened(file: BinaryIO, name: str, limits: _Limits) -> Image.Image:
+    try:
+        if not hasattr(file, "seekable") or not file.seekable():
+            file = io.BytesIO(file.read())
+        _check_icon(file, name, limits)
+        return Image.open(file, formats=_formats())
+    except ImageError:
+        raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name} is refused: {error}") from error
+        raise ImageError(f"{name} is refused: {error}") from None
     except UnidentifiedImageError:
         raise ImageError(f"{name} is not a picture in a known format ({', '.join(FORMATS)})") from None
-    except DAMAGED as error:
-        raise ImageError(f"{name} is damaged or not a picture ({error})") from error
-    return _to_rgb(image, name, max_pixels, alpha)
+    except Exception as error:  # decoders raise anything for a damaged file
+        raise ImageError(f"{name} is damaged or not a picture ({_reason(error)})") from error
 
 
-def _to_rgb(image: Image.Image, name: str, max_pixels: int, alpha: Alpha) -> Image.Image:
-    """Decode and convert; the size is checked before any pixel is decoded."""
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name} is {width} x {height} pixels; expected at least 1 x 1")
-    if width * height > max_pixels:
-        raise ImageError(f"{name} is {width} x {height} pixels, more than the {max_pixels} allowed; scale it down first")
+def _check_icon(file: BinaryIO, name: str, limits: _Limits) -> None:
+    """The size of the image in an icon: Pillow decodes it as it opens the file, and the icon's head may state another size."""
+    file.seek(0)
+    head = file.read(4)
+    file.seek(0)
+    if head != b"\0\0\1\0":
+        return
+    file.seek(IcoImagePlugin.IcoFile(file).entry[0].offset)
+    if file.read(8) == PNG_HEAD:
+        file.seek(-8, io.SEEK_CUR)
+        size = PngImagePlugin.PngImageFile(file).size
+    else:
+        file.seek(-8, io.SEEK_CUR)
+        width, height = BmpImagePlugin.DibImageFile(file).size
+        size = width, height // 2  # the other half is its mask
+    limits.check(name, size)
+    file.seek(0)
+
+
+def _decoded(image: Image.Image, name: str, limits: _Limits, alpha: Alpha) -> Image.Image:
+    """As RGB; the size is checked before any pixel is decoded."""
+    limits.check(name, image.size)
     try:
         image.load()
-        return _convert(image, alpha)
-    except DAMAGED as error:
-        raise ImageError(f"{name} is damaged or cut short ({error})") from error
+        return to_rgb(image, name, alpha)
+    except ImageError:
+        raise
+    except MemoryError:
+        raise ImageError(f"{name} is {image.width} x {image.height} pixels, which do not fit in memory") from None
+    except Exception as error:  # decoders raise anything for a damaged file
+        raise ImageError(f"{name} is damaged or cut short ({_reason(error)})") from error
 
 
-def _convert(image: Image.Image, alpha: Alpha) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        # PIL would clip every value above 255 to white.
-        return Image.fromarray((np.asarray(image) >> 8).astype(np.uint8)).convert("RGB")
-    if alpha == "white" and ("A" in image.getbands() or image.info.get("transparency") is not None):
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    shown = image.convert("RGB")
-    shown.info.pop("transparency", None)  # of a palette or a colour key; it would count again in the next conversion
-    return shown
+def _reason(error: Exception) -> str:
+    return shown(error) or type(error).__name__

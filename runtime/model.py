@@ -27,6 +27,7 @@ from .ranks.world import World, started_world
 from .request import Output, SamplingParams, Sequence
 from .request_log import RequestLog, record_of
 from .sampling import SETTINGS
+from .shown import shown
 from .text import AnswerText
 from .token_bytes import BadWords, TokenBytes
 from .tokenizer import load_tokenizer
@@ -332,7 +333,7 @@ class Model:
 def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
     """`sampling` with the settings given by name; an unknown one is an error."""
     if unknown := sorted(set(settings) - set(SETTINGS)):
-        raise TypeError(f"unknown settings {', '.join(unknown)}; expected {', '.join(sorted(SETTINGS))}")
+        raise TypeError(f"unknown settings {shown(', '.join(unknown))}; expected {', '.join(sorted(SETTINGS))}")
     return dataclasses.replace(sampling or SamplingParams(), **settings)
 
 

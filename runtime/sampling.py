@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .artifact import SamplingDefaults
+from .shown import quoted, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +72,7 @@ class SamplingParams:
         for name, (usable, expected) in _NUMBERS.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and usable(value)):
-                raise ValueError(f"{name} is {value}; expected {expected}")
+                raise ValueError(f"{name} is {shown(value)}; expected {expected}")
         for token, bias in self.logit_bias.items():
             if not isinstance(bias, Real) or not math.isfinite(bias):
                 raise ValueError(f"the logit_bias of token {token} is {bias}; expected a finite number")
@@ -153,7 +154,7 @@ def _check_integer(name: str, value: Any, least: int | None) -> None:
     if value is None:
         return
     if not isinstance(value, Integral):
-        raise ValueError(f"{name} is {value!r}; expected an integer")
+        raise ValueError(f"{name} is {quoted(value)}; expected an integer")
     if least is not None and value < least:  # type: ignore[operator]
         raise ValueError(f"{name} is {value}; expected {_WORDS.get(name, f'at least {least}')}")
 
@@ -161,5 +162,5 @@ def _check_integer(name: str, value: Any, least: int | None) -> None:
 def _texts(name: str, value: Any) -> tuple[str, ...]:
     texts = (value,) if isinstance(value, str) else tuple(value)
     if not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} is {texts}; expected text or a sequence of texts")
+        raise ValueError(f"{name} is {shown(texts)}; expected text or a sequence of texts")
     return texts

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tiktoken
 
+from .shown import quoted
 from .vocabularies import TokenizerError
 
 # Qwen-VL's tags say what an answer points at: they are text to whoever reads it, though special to the tokenizer.
@@ -42,7 +43,7 @@ class TiktokenVocabulary:
                 path.name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=dict(added_tokens)
             )
         except ValueError as error:
-            raise TokenizerError(f"the pattern {pattern!r} for {path} is not a regular expression ({error})") from error
+            raise TokenizerError(f"the pattern {quoted(pattern)} for {path} is not a regular expression ({error})") from error
         self._nfc = nfc
         self._special = dict(added_tokens)
         self._hidden = {i for token, i in added_tokens.items() if token not in visible}
@@ -101,7 +102,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
         token, rank = _read_line(line, f"{path}, line {number}")
         if rank != len(ranks) or token in ranks:
             raise TokenizerError(
-                f"{path}, line {number}: {token!r} has rank {rank}; expected a new token of rank {len(ranks)}: "
+                f"{path}, line {number}: {quoted(token)} has rank {rank}; expected a new token of rank {len(ranks)}: "
                 "fetch the file again"
             )
         ranks[token] = rank
@@ -118,4 +119,6 @@ def _read_line(line: bytes, where: str) -> tuple[bytes, int]:
             raise binascii.Error
         return base64.b64decode(match[1], validate=True), int(match[2])
     except binascii.Error:
-        raise TokenizerError(f"{where} is {line[:40]!r}; expected base64, a blank and a rank: fetch the file again") from None
+        raise TokenizerError(
+            f"{where} is {quoted(line[:40])}; expected base64, a blank and a rank: fetch the file again"
+        ) from None

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from staticvl import runtime
 
@@ -67,6 +67,12 @@ def picture_files(folder: Path) -> dict[str, Path]:
     for name, (image, options) in kinds.items():
         image.save(folder / name, **options)
     return {name: folder / name for name in kinds}
+
+
+def opened(path: Path) -> Image.Image:
+    """A file as transformers' loader opens and turns it; its conversion to RGB is left to the processor, since the loader's
+    own drops transparency."""
+    return ImageOps.exif_transpose(Image.open(path))
 
 
 def generated(model: Any, inputs: dict[str, torch.Tensor], new_tokens: int = NEW_TOKENS) -> Answer:

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
+from PIL import Image
 
 from staticvl.model_defs.config import ConfigError, decode_config, encode_config, read_config
 from staticvl.runtime.artifact import DEFINITION, read_manifest, write_manifest
@@ -23,6 +25,7 @@ from staticvl.tools.drawings import parse_box
 
 from .ascend import CHECKPOINTS
 from .comparisons import check_healthy, compared, compiled, reference_of, samples_of
+from .parity import picture_files
 from .seeded import copied, weight, with_facts
 
 
@@ -39,15 +42,23 @@ def test_a_healthy_artifact_of_llava_next_raises_no_alarm(tmp_path: Path) -> Non
 
 
 def test_transformers_and_an_artifact_agree_on_everything(llava: Path, tmp_path: Path) -> None:
-    """Among other things on answers, boxes and how pictures are cut."""
+    """Among other things on answers, boxes and how images are cut, which are given as objects and as files."""
     reference = reference_of("llava", llava, by="transformers")
     box = next(each for each in built_in_samples() if each.name == "picture, box")
     right = parse_box(box.answer or "")
     assert right is not None
     known = asked("known", box.messages[0].text, box.images, expected=box.answer, boxes=(right,))
-    result = compared(reference, llava, [*samples_of("llava"), known], new_tokens=20)
+    paths = picture_files(tmp_path)
+    deep = paths["16-bit.png"] = tmp_path / "16-bit.png"
+    Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(deep)
+    names = ("turned.jpg", "rgba.png", "palette_transparent.png", "16-bit.png")
+    files = [asked(name, "What is this?", (paths[name],)) for name in names]
+    result = compared(reference, llava, [*samples_of("llava"), *files, known], new_tokens=20)
+    frames = reference.prepare(files[0]).frames
     reference.close()
+    assert [(frame.image_width, frame.image_height) for frame in frames] == [(61, 90)], "turned, for its boxes too"
     assert result.passed, (result.broken, result.findings)
+    assert set(names) < {sample.name for sample in result.samples}
     scores = result.samples[-1].scores
     assert scores == Scores(reference_exact=True, candidate_exact=True, reference_iou=1.0, candidate_iou=1.0)
 

@@ -39,6 +39,17 @@ def test_a_box_is_a_frame(tmp_path: Path) -> None:
     assert (found[~expected] == 0).all()
 
 
+def test_boxes_of_a_turned_file_are_where_a_person_sees_them(tmp_path: Path) -> None:
+    path, exif = tmp_path / "turned.png", Image.Exif()
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    black(100, 80).save(path, exif=exif)
+    draw([path], [box((10, 20, 60, 90))], tmp_path / "out.png")
+    found = np.asarray(Image.open(tmp_path / "out.png"))
+    assert found.shape == (100, 80, 3)
+    rows, columns = np.nonzero((found == COLOURS[0]).all(axis=-1))
+    assert (columns.min(), rows.min(), columns.max(), rows.max()) == (10, 20, 60, 90)
+
+
 def test_a_quad_is_a_closed_line(tmp_path: Path) -> None:
     points = ((50, 10), (90, 40), (50, 70), (10, 40))
     quad = Quad(normalised=((0.5, 0.1),) * 4, pixels=points)

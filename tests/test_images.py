@@ -179,12 +179,29 @@ def test_sources_give_the_same_picture(tmp_path: Path) -> None:
         np.testing.assert_array_equal(np.asarray(image), array)
 
 
-def test_exif_is_not_applied_and_the_first_frame_counts(tmp_path: Path) -> None:
-    turned = tmp_path / "turned.png"
+def test_a_file_is_turned_and_an_object_is_not(tmp_path: Path) -> None:
+    """Boxes and frames are in the turned pixels; tests/test_image_kinds.py has all containers."""
+    path, array = tmp_path / "turned.png", noise(6, 4)
     exif = Image.Exif()
-    exif[0x0112] = 6  # rotate by 90 degrees
-    Image.fromarray(noise(6, 4)).save(turned, exif=exif)
-    assert load_image(turned).size == (6, 4)
+    exif[0x0112] = 6  # to be shown turned clockwise by 90 degrees
+    Image.fromarray(array).save(path, exif=exif)
+    np.testing.assert_array_equal(np.asarray(load_image(path)), np.rot90(array, k=-1))
+    assert load_image(Image.open(path)).size == (6, 4)
+    once = load_image(path)
+    assert load_image(once).size == (4, 6)
+    frame = frame_of(once.size, facts("pad"))
+    assert (frame.image_width, frame.image_height) == (4, 6)
+
+
+def test_exif_that_cannot_be_read_turns_nothing() -> None:
+    file = io.BytesIO()
+    Image.fromarray(noise(6, 4)).save(file, "PNG", exif=b"Exif\0\0no TIFF at all")
+    with pytest.raises(SyntaxError):
+        Image.open(file).getexif()
+    assert load_image(file.getvalue()).size == (6, 4)
+
+
+def test_the_first_frame_counts(tmp_path: Path) -> None:
     moving = tmp_path / "moving.gif"
     frames = [Image.new("RGB", (3, 3), colour) for colour in ("red", "blue")]
     frames[0].save(moving, save_all=True, append_images=frames[1:])
@@ -216,7 +233,8 @@ def test_wrong_files(tmp_path: Path) -> None:
     (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
     with pytest.raises(ImageError, match="not a picture in a known format"):
         load_image(tmp_path / "page.eps")
-    with pytest.raises(ImageError, match="a picture was given as int; expected a path, a URL, a binary file or a PIL image"):
+    expected = "a path, a URL, bytes, a binary file or a PIL image"
+    with pytest.raises(ImageError, match=f"a picture was given as int; expected {expected}"):
         load_image(3)  # type: ignore[arg-type]
 
 
@@ -237,6 +255,8 @@ def test_wrong_data_urls() -> None:
     with pytest.raises(ImageError, match="is not a picture; expected data:image/"):
         load_image("data:text/plain;base64,aGk=")
     with pytest.raises(ImageError, match="is not a picture; expected data:image/"):
+        load_image("data:image/png;base64")
+    with pytest.raises(ImageError, match=r"data:image/png,\.\.\. is not a picture in a known format"):
         load_image("data:image/png,abc")
     with pytest.raises(ImageError, match="is not valid base64"):
         load_image("data:image/png;base64,!!!!")

@@ -19,7 +19,7 @@ FOLDERS = ("compiler", "model_defs", "runtime", "tools", "weights")
 ALLOWED = {
     "model_defs": ("model_defs",),
     "runtime": ("runtime",),
-    "weights": ("weights", "model_defs.config", "runtime.artifact", "runtime.files"),
+    "weights": ("weights", "model_defs.config", "runtime.artifact", "runtime.files", "runtime.shown"),
     "compiler": ("compiler", "model_defs", "weights", "runtime"),
     "tools": FOLDERS,
 }
@@ -45,7 +45,7 @@ HOMES = {
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),
     "llguidance": ("runtime/constraints.py",),
     "jinja2": ("runtime/chat_template.py",),
-    "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
+    "PIL": ("runtime/images.py", "runtime/image_files.py", "runtime/image_modes.py", "tools"),
     "rich": ("tools",),
     "matplotlib": ("tools/pages.py",),
     "fastapi": ("tools/serving",),

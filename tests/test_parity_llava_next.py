@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import sentencepiece
 import torch
-from PIL import Image
 from transformers import AutoProcessor
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
@@ -19,7 +18,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
 from .checkpoints_llava_next import TinyNext, tiny_llava_next
-from .parity import Case, Size, as_answer, check, generated, ours, picture, picture_files
+from .parity import Case, Size, as_answer, check, generated, opened, ours, picture, picture_files
 
 BUCKETS = Buckets(prefill=(8, 48), decode=(1, 2, 4), vision=(1, 3), context=512, slots=4)
 # Every grid, upright and lying pictures, ties between grids, pictures so narrow that all rows of their tiles are unpadded away.
@@ -82,13 +81,13 @@ def test_several_pictures_equal_transformers(hf: tuple[TinyNext, runtime.Model],
 
 
 def test_every_kind_of_file_equals_transformers(hf: tuple[TinyNext, runtime.Model], tmp_path: Path) -> None:
-    """The processor gets the opened file, as the model cards have it: it converts to RGB itself and turns nothing."""
+    """The processor gets the file as transformers' loader turns it, and converts to RGB itself."""
     tiny, model = hf
     inputs = hf_inputs(tiny.folder)
     for name, path in picture_files(tmp_path).items():
         prompt = "USER: <image>\nWhat is in the picture? ASSISTANT:"
         found = ours(model, Case(prompt, [path]), new_tokens=8)
-        check(found, generated(tiny.model, inputs(Case(prompt, [Image.open(path)])), new_tokens=8), name)
+        check(found, generated(tiny.model, inputs(Case(prompt, [opened(path)])), new_tokens=8), name)
 
 
 def test_chat_template_equals_transformers(hf: tuple[TinyNext, runtime.Model]) -> None:

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import pytest
 import torch
-from PIL import Image
 from transformers import AutoProcessor, MllamaForConditionalGeneration
 
 from staticvl import runtime
@@ -19,7 +18,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
 from .checkpoints_mllama import RATIOS, TinyMllama, tiny_mllama
-from .parity import Answer, Case, Size, as_answer, check, forced, generated, ours, picture, picture_files
+from .parity import Answer, Case, Size, as_answer, check, forced, generated, opened, ours, picture, picture_files
 
 BUCKETS = Buckets(prefill=(8, 32), decode=(4,), images=(1, 3), context=384, slots=4)
 FEW_BUCKETS = Buckets(prefill=(16,), decode=(1,), images=(3,), context=320, slots=1)
@@ -107,13 +106,13 @@ def test_text_alone_equals_transformers(pair: tuple[TinyMllama, runtime.Model], 
 
 
 def test_every_kind_of_file_equals_transformers(pair: tuple[TinyMllama, runtime.Model], tmp_path: Path) -> None:
-    """The processor gets the opened file, as the model card has it: it converts to RGB itself and turns nothing."""
+    """The processor gets the file as transformers' loader turns it, and converts to RGB itself."""
     tiny, model = pair
     inputs = hf_inputs(tiny.folder)
     for name, path in picture_files(tmp_path).items():
         prompt = "<|image|>What is in the picture?"
         found = ours(model, Case(prompt, [path]), new_tokens=8)
-        check(found, generated(tiny.model, inputs(Case(prompt, [Image.open(path)])), new_tokens=8), name)
+        check(found, generated(tiny.model, inputs(Case(prompt, [opened(path)])), new_tokens=8), name)
 
 
 def test_chat_template_equals_transformers(pair: tuple[TinyMllama, runtime.Model]) -> None:

@@ -22,7 +22,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.request import SamplingParams
 
-from .parity import TOLERANCE, Answer, Case, as_answer, check, ours, picture, picture_files, relative_error
+from .parity import TOLERANCE, Answer, Case, as_answer, check, opened, ours, picture, picture_files, relative_error
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen_vl_tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -257,9 +257,9 @@ def test_pictures_fill_their_marks_in_order(golden: runtime.Model) -> None:
 
 
 def test_every_kind_of_file_is_dropped_to_rgb(golden: runtime.Model, tmp_path: Path) -> None:
-    """As PIL's convert("RGB") does, which shows hidden colours of transparent parts."""
+    """As PIL's convert("RGB") does, which shows hidden colours of transparent parts; turned as transformers' loader does."""
     for name, path in picture_files(tmp_path).items():
         found = golden.prepare("<img>x</img>", [path], True).pixels
         side = golden.facts.image.size
-        expected = Image.open(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        expected = opened(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         assert (found[0] == np.asarray(expected)).all(), name

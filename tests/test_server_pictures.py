@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import contextlib
 import http.server
@@ -19,6 +20,7 @@ import openai
 import pytest
 from PIL import Image
 
+from staticvl.runtime import image_urls
 from staticvl.runtime.image_urls import ImageError, download
 from staticvl.tools.serving import addresses
 from staticvl.tools.serving.addresses import connect_publicly, is_public
@@ -153,7 +155,7 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(host: int, monkeyp
         used.append(place[0])
         return socket.create_connection(("127.0.0.1", place[1]))
 
-    monkeypatch.setattr(addresses, "_opened", opened)
+    monkeypatch.setattr(image_urls, "_opened", opened)
     with names(monkeypatch, turning=["8.8.8.8", "127.0.0.1"]) as asked:
         url = f"http://turning.example:{host}/noise.png"
         assert download(url, timeout_s=5, max_bytes=1 << 20, connect=connect_publicly)
@@ -217,11 +219,20 @@ def encoded(picture: Image.Image, form: str) -> bytes:
     return file.getvalue()
 
 
+def damaged_avif() -> bytes:
+    """Its head is whole; its decoder raises RuntimeError."""
+    head, mark, pixels = encoded(noise(1), "AVIF").partition(b"mdat")
+    return head + mark + bytes(len(pixels))
+
+
 HOSTILE = {
+    "avif": (raw(damaged_avif(), "avif"), "picture 1 is damaged or cut short"),
     "bomb": (png(30_000, 30_000, b"\0" * 1000), "picture 1 is refused"),
     "limit": (png(1001, 1000, b"\0" * 1_002_000), "1001 x 1000 pixels, more than the 1000000 allowed"),
     "line": (png(1, 2900, b"\0\0" * 2900), "at most 200 times as long as each other"),
     "side": (png(3001, 100, b"\0" * 300_200), "sides of at most 3000"),
+    "tape": (png(1, 40_000_000, b""), "1 x 40000000 pixels, more than the 1000000 allowed"),
+    "float": (raw(encoded(Image.new("F", (9, 9), 1e6), "TIFF"), "tiff"), "values from 1e+06 to 1e+06; expected 0 to 1"),
     "nothing": (png(0, 5, b""), "picture 1"),
     "short": (png(500, 500, b"\0" * 40), "damaged or cut short"),
     "half": (raw(encoded(noise(1, (200, 200)), "PNG")[:40_000]), "damaged"),
@@ -234,9 +245,11 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pictures(server: Running, name: str) -> None:
+def test_hostile_pictures(server: Running, name: str, caplog: pytest.LogCaptureFixture) -> None:
     url, message = HOSTILE[name]
-    assert message in refusal(server, url)
+    said = refusal(server, url)
+    assert message in said and len(said) < 700
+    assert not caplog.records or all(record.levelname == "INFO" for record in caplog.records)
 
 
 def test_pictures_at_the_limits(server: Running) -> None:
@@ -245,3 +258,26 @@ def test_pictures_at_the_limits(server: Running) -> None:
     for form in ("JPEG", "WEBP", "GIF", "BMP"):
         url = raw(encoded(noise(5, (60, 40)), form), form.lower())
         assert server.chat(asking("What?", url), max_tokens=2).usage.completion_tokens <= 2
+
+
+@pytest.mark.parametrize("head", ["data:image/png;base64,", "DATA:image/PNG;BASE64,", "data:;base64,"])
+def test_spellings_of_data_urls(server: Running, head: str) -> None:
+    coded = base64.encodebytes(encoded(noise(5), "PNG")).decode()
+    assert "\n" in coded.strip()
+    assert server.chat(asking("What?", head + coded), max_tokens=2).usage.completion_tokens <= 2
+
+
+@pytest.mark.parametrize("url", ["A" * 150_000, "data:" + "A" * 150_000, "http://" + "a" * 150_000])
+def test_a_refusal_never_repeats_a_long_url(server: Running, url: str) -> None:
+    assert len(refusal(server, url)) < 700
+
+
+def test_a_photograph_is_turned(server: Running) -> None:
+    """Of a wide picture that is to be shown upright, the tokens and the size are those of the upright one."""
+    photo, exif = noise(5, (80, 40)), Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    photo.save(file, "PNG", exif=exif)
+    (turned,) = asyncio.run(server.service.pictures.decoded([file.getvalue()]))
+    assert turned.size == (40, 80)
+    assert turned.tobytes() == photo.transpose(Image.Transpose.ROTATE_270).tobytes()

@@ -9,6 +9,7 @@ from pathlib import Path
 from ..compiler.calibration import Calibration, CalibrationError, Conversation
 from ..runtime.files import sha256_file
 from ..runtime.prompt import Message
+from ..runtime.shown import shown
 from .comparing.data import read_data
 from .comparing.samples import Sample
 
@@ -20,7 +21,8 @@ def read_calibration(path: Path) -> Calibration:
     """
     if not path.is_file():
         raise CalibrationError(
-            f'--calibrate {path} is no file; expected JSON lines such as {{"prompt": "What is this?", "images": ["a.jpg"]}}'
+            f"--calibrate {shown(path)} is no file; expected JSON lines such as "
+            '{"prompt": "What is this?", "images": ["a.jpg"]}'
         )
     samples = list(_longest(read_data(path)))
     digest = hashlib.sha256(path.read_bytes())

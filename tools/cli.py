@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..model_defs.config import KV_CACHES, QUANTS
 from .cards import CARDS
+from .command_errors import Parser, sentence_of
 from .comparing.arguments import add_arguments as add_compare_arguments
 from .sampling_options import EXAMPLES, add_sampling_options
 from .serving.arguments import add_arguments as add_serve_arguments
@@ -41,14 +42,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, RuntimeError, OSError) as error:
         if args.traceback:
             raise
-        print(f"staticvl: {error}", file=sys.stderr)
+        print(f"staticvl: {sentence_of(error)}", file=sys.stderr)
         return 1
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="staticvl", description="Vision-language models compiled to graphs of fixed, bucketed shapes."
-    )
+    parser = Parser(prog="staticvl", description="Vision-language models compiled to graphs of fixed, bucketed shapes.")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_compile(commands)

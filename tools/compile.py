@@ -15,6 +15,7 @@ from ..compiler.build import Report, build, plan_only
 from ..compiler.plan import DTYPES, Buckets, Options, Plan, PlanError, image_buckets, parse_buckets
 from ..compiler.ready_made import resolve
 from ..runtime.artifact import KINDS
+from ..runtime.shown import quoted, shown
 from .progress import TerminalProgress
 
 # Keys of a --config file: the command line's options, with underscores.
@@ -70,7 +71,9 @@ def read_options(args: argparse.Namespace) -> Options:
             )
     checkpoint = Path(given["checkpoint"])
     if not checkpoint.is_dir():
-        raise PlanError(f"checkpoint {checkpoint} is not a folder; expected a local checkpoint (models are never downloaded)")
+        raise PlanError(
+            f"checkpoint {shown(checkpoint)} is not a folder; expected a local checkpoint (models are never downloaded)"
+        )
     keys = given.get("ignore_config_keys", ())
     options = Options(
         checkpoint=checkpoint,
@@ -88,9 +91,9 @@ def read_options(args: argparse.Namespace) -> Options:
         simple["eager"] = tuple(kinds.split(",") if isinstance(kinds, str) else kinds)
     paths = {name: Path(given[name]) for name in ("vision_tower", "lora") if name in given}
     if not (tower := paths.get("vision_tower", checkpoint)).is_dir():
-        raise PlanError(f"vision tower {tower} is not a folder; expected a local CLIP checkpoint")
+        raise PlanError(f"vision tower {shown(tower)} is not a folder; expected a local CLIP checkpoint")
     if not (adapter := paths.get("lora", checkpoint)).is_dir():
-        raise PlanError(f"adapter {adapter} is not a folder; expected a LoRA adapter as PEFT saves it")
+        raise PlanError(f"adapter {shown(adapter)} is not a folder; expected a LoRA adapter as PEFT saves it")
     if "calibrate" in given:
         from .calibration_file import read_calibration
 
@@ -105,7 +108,7 @@ def _config_file(path: Path | None) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise PlanError(f"{path} holds {type(data).__name__}; expected a mapping of options")
     if unknown := sorted(str(key) for key in set(data) - set(CONFIG_KEYS)):
-        raise PlanError(f"{path}: unknown keys {', '.join(unknown)}; expected {', '.join(CONFIG_KEYS)}")
+        raise PlanError(f"{path}: unknown keys {shown(', '.join(unknown))}; expected {', '.join(CONFIG_KEYS)}")
     # Paths in the file are relative to the file.
     paths = {
         k: str(path.parent / data[k])
@@ -121,9 +124,9 @@ def _yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise PlanError(f"{path} does not exist; expected a YAML file") from None
+        raise PlanError(f"{shown(path)} does not exist; expected a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise PlanError(f"{path} is not valid YAML: {shown(' '.join(str(error).split()))}") from error
 
 
 def _buckets(given: dict[str, Any]) -> Buckets:
@@ -140,7 +143,7 @@ def _buckets(given: dict[str, Any]) -> Buckets:
 def _verify(drafted: Any) -> tuple[int, ...]:
     """Drafts of so many tokens, and the token before them."""
     if not isinstance(drafted, int) or isinstance(drafted, bool) or drafted < 1:
-        raise PlanError(f"speculate is {drafted!r}; expected a number of tokens from 1 on")
+        raise PlanError(f"speculate is {quoted(drafted)}; expected a number of tokens from 1 on")
     return (drafted + 1,)
 
 

@@ -33,6 +33,7 @@ from ..model_defs.config import (
     read_json,
 )
 from ..runtime.files import write_atomically
+from ..runtime.shown import shown
 from ..weights.packing.settings import SETTINGS_FILES
 from ..weights.rules import source_names
 from ..weights.tensors import TOWER, StoredTensor, WeightsError
@@ -126,7 +127,9 @@ def _stage(config_folder: Path, overrides: Mapping[str, Any], folder: Path) -> M
     elif config_folder.is_dir():
         _copy_files(config_folder, folder)
     else:
-        raise RandomCheckpointError(f"{config_folder} is not a folder; expected one with config.json, or {', '.join(MODELS)}")
+        raise RandomCheckpointError(
+            f"{shown(config_folder)} is not a folder; expected one with config.json, or {', '.join(MODELS)}"
+        )
     if overrides and (folder / "config.json").is_file():
         data = read_json(folder / "config.json")
         for key, value in overrides.items():

@@ -9,4 +9,4 @@ def require(*packages: str) -> None:
     """Raises ModuleNotFoundError for the first package that is not installed; the command line says how to get it."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            raise ModuleNotFoundError(f"No module named {package!r}", name=package)
+            raise ModuleNotFoundError(f"No module named '{package}'", name=package)

@@ -11,6 +11,7 @@ import yaml
 from rich.console import Console
 
 from ..runtime.files import write_atomically
+from ..runtime.shown import quoted, shown
 from .cards import CARDS
 from .ready import require
 from .tuning.arrivals import rate_of, timed
@@ -98,7 +99,7 @@ def _check(args: argparse.Namespace) -> None:
             raise TraceError(f"--{name.replace('_', '-')} is {value}; expected a positive number")
     for path in filter(None, (args.out, args.report, args.save_costs)):
         if not path.parent.is_dir():
-            raise TraceError(f"{path.parent} is not a folder; make it, or write {path.name} elsewhere")
+            raise TraceError(f"{shown(path.parent)} is not a folder; make it, or write {path.name} elsewhere")
         if path.is_dir():
             raise TraceError(f"{path} is a folder; expected the name of a file to write")
     if args.artifact and args.checkpoint:
@@ -133,9 +134,9 @@ def _yaml(path: Path) -> object:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise CostError(f"{path} does not exist; expected a YAML file with costs") from None
+        raise CostError(f"{shown(path)} does not exist; expected a YAML file with costs") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CostError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise CostError(f"{path} is not valid YAML: {shown(' '.join(str(error).split()))}") from error
 
 
 def _workload(args: argparse.Namespace, target: Target) -> Workload:
@@ -159,7 +160,7 @@ def _requests(args: argparse.Namespace) -> Iterator[Request]:
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and 0 < int(width) <= 1 << 16 and 0 < int(height) <= 1 << 16):
-        raise TraceError(f"--image-size is {text!r}; expected width and height in pixels, e.g. 1024x768")
+        raise TraceError(f"--image-size is {quoted(text)}; expected width and height in pixels, e.g. 1024x768")
     return int(width), int(height)
 
 
@@ -193,7 +194,7 @@ def _candidates(text: str | None) -> tuple[int, ...]:
         return ()
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise TraceError(f"--candidates is {text!r}; expected sizes separated by commas, e.g. 32,64,128,256")
+        raise TraceError(f"--candidates is {quoted(text)}; expected sizes separated by commas, e.g. 32,64,128,256")
     return tuple(sorted({int(part) for part in parts}))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from ..model_defs.config import ConfigError, ModelConfig, irregular, parse_object
+from ..runtime.shown import quoted
 from .rules import published_names
 from .source import Source, open_file
 from .tensors import FLOATS, SourceTensor, WeightsError
@@ -171,9 +172,9 @@ def _scale(settings: Mapping[str, Any], path: Path, module: str) -> tuple[int, f
     rank = _by_pattern(settings, path, "rank_pattern", module, settings.get("r", 8))
     alpha = _by_pattern(settings, path, "alpha_pattern", module, settings.get("lora_alpha", 8))
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-        raise WeightsError(f"{path}: the rank of {module} is {rank!r}; expected a positive integer")
+        raise WeightsError(f"{path}: the rank of {module} is {quoted(rank)}; expected a positive integer")
     if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-        raise WeightsError(f"{path}: lora_alpha of {module} is {alpha!r}; expected a number")
+        raise WeightsError(f"{path}: lora_alpha of {module} is {quoted(alpha)}; expected a number")
     return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
 
 
@@ -184,7 +185,7 @@ def _by_pattern(settings: Mapping[str, Any], path: Path, name: str, module: str,
             if re.fullmatch(rf"(?:.*\.)?(?:{pattern})", module):
                 return value
         except re.error as error:
-            raise WeightsError(f"{path}: {name} has {pattern!r}, which is not a regular expression ({error})") from error
+            raise WeightsError(f"{path}: {name} has {quoted(pattern)}, which is not a regular expression ({error})") from error
     return default
 
 
@@ -195,12 +196,14 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except ConfigError as error:
         raise WeightsError(str(error)) from error
     if settings.get("peft_type") != "LORA":
-        raise WeightsError(f"{path}: peft_type is {settings.get('peft_type')!r}; only 'LORA' is supported: {_MERGE_FIRST}")
+        raise WeightsError(
+            f"{path}: peft_type is {quoted(settings.get('peft_type'))}; only 'LORA' is supported: {_MERGE_FIRST}"
+        )
     if settings.get("bias", "none") != "none":
-        raise WeightsError(f"{path}: bias is {settings['bias']!r}; only 'none' is supported: {_MERGE_FIRST}")
+        raise WeightsError(f"{path}: bias is {quoted(settings['bias'])}; only 'none' is supported: {_MERGE_FIRST}")
     start = settings.get("init_lora_weights", True)
     if start not in _PLAIN_STARTS:
-        raise WeightsError(f"{path}: init_lora_weights {start!r} changes the model's own weights; {_MERGE_FIRST}")
+        raise WeightsError(f"{path}: init_lora_weights {quoted(start)} changes the model's own weights; {_MERGE_FIRST}")
     for name, value in settings.items():
         if name not in _USED | _INERT and value:
             raise WeightsError(f"{path}: {name} is {value!r:.80}, which is not supported; {_MERGE_FIRST}")

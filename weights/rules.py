@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ..model_defs.config import ModelConfig, Stage
+from ..runtime.shown import quoted, shown
 from .names import name_table
 from .names.rule import Rule, Shape, SourceRef, Table
 from .names.transforms import moves
@@ -172,7 +173,7 @@ def _refuse_foreign(config: ModelConfig, unknown: Collection[str]) -> None:
         _refuse("the checkpoint holds an adapter beside its weights:", lora, "merge it first, with peft's merge_and_unload")
     prefix, count = foreign_prefix(unknown, published_names(config))
     if count:
-        remedy = f"{count} of them are known without the prefix {prefix!r}: save the weights without it"
+        remedy = f"{count} of them are known without the prefix {quoted(prefix)}: save the weights without it"
         _refuse("the checkpoint holds unknown tensors:", unknown, remedy)
 
 
@@ -180,4 +181,4 @@ def _refuse(what: str, found: Collection[str], remedy: str, limit: int = 5) -> N
     if found:
         rest = f" and {len(found) - limit} more" if len(found) > limit else ""
         noun = "tensor" if len(found) == 1 else "tensors"
-        raise WeightsError(f"{what} {', '.join(list(found)[:limit])}{rest} ({len(found)} {noun}); {remedy}")
+        raise WeightsError(f"{what} {', '.join(map(shown, list(found)[:limit]))}{rest} ({len(found)} {noun}); {remedy}")

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ..model_defs.config import ConfigError, irregular, parse_object
+from ..runtime.shown import quoted, shown
 from .tensors import FLOATS, TOWER, SourceTensor, WeightsError
 from .wrappers import unwrapped
 
@@ -118,7 +119,7 @@ def open_file(path: Path) -> Source:
 
 def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], list[Path]]:
     if not folder.is_dir():
-        raise WeightsError(f"{folder} is not a folder; expected a checkpoint folder with safetensors or .bin weights")
+        raise WeightsError(f"{shown(folder)} is not a folder; expected a checkpoint folder with safetensors or .bin weights")
     if reason := irregular(folder):
         raise WeightsError(reason)
     index, files = _weight_files(folder)
@@ -171,7 +172,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise WeightsError(f"{path} has no tensors in its weight_map; fetch the file again")
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
-            raise WeightsError(f"{path} places tensor {name} in {shard!r}; expected the name of a file in the same folder")
+            raise WeightsError(
+                f"{path} places tensor {name} in {quoted(shard)}; expected the name of a file in the same folder"
+            )
     return weight_map
 
 
@@ -301,7 +304,9 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
         raise WeightsError(f"{path} holds a {type(state).__name__}; expected tensors by name, as saved from a state_dict")
     for name, tensor in state.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.is_quantized:
-            raise WeightsError(f"{path}: entry {name!r} is not a plain tensor; expected tensors by name, as in a state_dict")
+            raise WeightsError(
+                f"{path}: entry {quoted(name)} is not a plain tensor; expected tensors by name, as in a state_dict"
+            )
     return dict(state)
 
 
@@ -350,4 +355,4 @@ def _refuse_lfs_pointer(path: Path) -> None:
 def _some(names: Collection[str], limit: int = 5) -> str:
     """The first few names and how many more there are."""
     names = list(names)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(map(shown, names[:limit])) + (f" and {len(names) - limit} more" if len(names) > limit else "")

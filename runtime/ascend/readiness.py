@@ -11,6 +11,7 @@ import subprocess
 import sys
 
 from ..artifact import ArtifactError
+from ..shown import quoted
 from . import torchair_host
 
 _COUNT = "import torch_npu; print('cards:', torch_npu.npu.device_count())"
@@ -41,7 +42,7 @@ def card_index(device: str) -> int:
     """1 of "npu:1", 0 of "npu"; raises ArtifactError for anything else."""
     kind, colon, number = device.partition(":")
     if kind != "npu" or (colon and not (number.isascii() and number.isdigit())):
-        raise ArtifactError(f"device {device[:200]!r} is unknown; expected npu, or npu:1 for the second card")
+        raise ArtifactError(f"device {quoted(device)} is unknown; expected npu, or npu:1 for the second card")
     return int(number or 0)
 
 

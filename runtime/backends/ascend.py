@@ -26,6 +26,7 @@ from ..ascend.readiness import card_index, missing
 from ..ascend.weights import map_weight, to_offsets, to_signed
 from ..candidates import candidates_of
 from ..files import sha256_file
+from ..shown import quoted
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
 
 if TYPE_CHECKING:
@@ -269,7 +270,9 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
 def _is_wide(device: str) -> bool:
     """Whether the simulator is to compute in float32, whatever the graphs say: then what remains is no rounding."""
     if device not in ("sim", "sim:float32"):
-        raise ArtifactError(f"device {device!r} is unknown; expected sim, or sim:float32, which does not round to 16 bits")
+        raise ArtifactError(
+            f"device {quoted(device)} is unknown; expected sim, or sim:float32, which does not round to 16 bits"
+        )
     return device == "sim:float32"
 
 

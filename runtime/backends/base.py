@@ -11,6 +11,7 @@ import numpy as np
 
 from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest, TensorSpec, rank_folder
 from ..candidates import Candidates
+from ..shown import quoted
 
 DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
 
@@ -149,7 +150,7 @@ def check_device(name: str, folder: Path, device: str) -> None:
     if device.partition(":")[0] not in DEVICES.get(name, ()):
         usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
         remedy = f"use device {' or '.join(usable)}" + (f", or compile it with --backend {wanted}" if wanted else "")
-        raise ArtifactError(f"device {device[:200]!r} cannot run {folder}, which was compiled for {name}; {remedy}")
+        raise ArtifactError(f"device {quoted(device)} cannot run {folder}, which was compiled for {name}; {remedy}")
 
 
 def open_backend(

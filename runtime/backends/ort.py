@@ -24,6 +24,7 @@ import onnxruntime as ort
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
 from ..candidates import candidates_of
 from ..cores import usable_cores
+from ..shown import quoted
 from . import unsigned_weights
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .host_cache import HostCache
@@ -82,7 +83,9 @@ def _spin_us() -> int:
     """Microseconds that a core waits in a loop for the next operator of a run before it sleeps."""
     given = os.environ.get(SPIN_US, "0")
     if not given.isdecimal():
-        raise ArtifactError(f"{SPIN_US} is {given!r}; expected microseconds, such as 20, or 0 for cores that sleep at once")
+        raise ArtifactError(
+            f"{SPIN_US} is {quoted(given)}; expected microseconds, such as 20, or 0 for cores that sleep at once"
+        )
     return int(given)
 
 

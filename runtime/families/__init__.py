@@ -9,6 +9,7 @@ from ..artifact import ModelFacts
 from ..boxes import Box
 from ..images import Frame, ImageSource
 from ..prompt import Message, Prompt
+from ..shown import quoted
 from ..tokenizer import Tokenizer
 from . import llava, llava_next, mllama, qwen_vl
 
@@ -49,5 +50,5 @@ FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next, "mllama
 def family(name: str) -> Family:
     """The family that a manifest names; raises ValueError for one that this runtime does not know."""
     if name not in FAMILIES:
-        raise ValueError(f"the model family {name!r} is not known to this runtime; known: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"the model family {quoted(name)} is not known to this runtime; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]

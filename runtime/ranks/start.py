@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ..artifact import Artifact, ArtifactError, GraphSpec, open_artifact
 from ..backends.base import Backend, open_backend
+from ..shown import quoted
 from .control import Members, Store, join
 from .crew import Crew
 from .follower import Follower, Watched
@@ -38,7 +39,7 @@ def read_timeout(given: float | None) -> float:
         seconds = 0.0
     if not 0 < seconds < float("inf"):
         name = "timeout" if given is not None else "STATICVL_TIMEOUT"
-        raise ArtifactError(f"{name} is {value!r}; expected seconds above 0 that ranks wait for each other")
+        raise ArtifactError(f"{name} is {quoted(value)}; expected seconds above 0 that ranks wait for each other")
     return seconds
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..artifact import ArtifactError
+from ..shown import quoted
 
 LOOPBACK = "127.0.0.1"
 HERE = (LOOPBACK, "localhost", "::1")
@@ -61,5 +62,5 @@ def started_world(env: Mapping[str, str] = os.environ) -> World | None:
 
 def _number(env: Mapping[str, str], name: str) -> int:
     if not env[name].isdecimal():
-        raise ArtifactError(f"the environment variable {name} is {env[name]!r}; expected a number, as torchrun sets it")
+        raise ArtifactError(f"the environment variable {name} is {quoted(env[name])}; expected a number, as torchrun sets it")
     return int(env[name])

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ...runtime.prompt import Message
+from ...runtime.shown import quoted, shown
 from .samples import Box, DataError, Sample, asked
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -85,17 +86,19 @@ def _past(text: str, at: int, characters: str) -> int:
 
 def _samples(record: Any, where: _Where, folder: Path) -> list[Sample]:
     if not isinstance(record, Mapping):
-        raise where.error(f'{_short(record)} is no object; expected {{"prompt": ...}} or {{"conversations": ...}}')
+        raise where.error(f'{quoted(record)} is no object; expected {{"prompt": ...}} or {{"conversations": ...}}')
     if "conversations" in record:
         return _conversation(record, where, folder)
     if "prompt" in record:
         return [_prompt(record, where, folder)]
-    raise where.error(f"neither prompt nor conversations among {', '.join(map(str, record)) or 'no keys'}; add one of them")
+    raise where.error(
+        f"neither prompt nor conversations among {shown(', '.join(map(str, record))) or 'no keys'}; add one of them"
+    )
 
 
 def _prompt(record: Mapping[str, Any], where: _Where, folder: Path) -> Sample:
     if unknown := sorted(set(record) - set(PROMPT_KEYS)):
-        raise where.error(f"unknown keys {', '.join(unknown)}; expected {', '.join(PROMPT_KEYS)}")
+        raise where.error(f"unknown keys {shown(', '.join(unknown))}; expected {', '.join(PROMPT_KEYS)}")
     texts = {key: _text(record[key], key, where) for key in ("prompt", "answer", "expected") if record.get(key) is not None}
     images = _images(record, where, folder)
     name = str(record.get("id", f"line {where.line}"))
@@ -110,7 +113,7 @@ def _prompt(record: Mapping[str, Any], where: _Where, folder: Path) -> Sample:
 def _conversation(record: Mapping[str, Any], where: _Where, folder: Path) -> list[Sample]:
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise where.error(f"conversations is {_short(turns)}; expected a list of turns")
+        raise where.error(f"conversations is {quoted(turns)}; expected a list of turns")
     name = str(record.get("id", f"line {where.line}"))
     given = list(_images(record, where, folder))
     marked = given != []
@@ -137,9 +140,9 @@ def _conversation(record: Mapping[str, Any], where: _Where, folder: Path) -> lis
 
 def _turn(turn: Any, number: int, where: _Where) -> tuple[str, str]:
     if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-        raise where.error(f"turn {number} is {_short(turn)}; expected from and value")
+        raise where.error(f"turn {number} is {quoted(turn)}; expected from and value")
     if turn["from"] not in ROLES:
-        raise where.error(f"turn {number} is from {turn['from']!r}; expected one of {', '.join(ROLES)}")
+        raise where.error(f"turn {number} is from {quoted(turn['from'])}; expected one of {', '.join(ROLES)}")
     text = _text(turn["value"], f"turn {number}", where)
     if not text.strip():
         raise where.error(f"turn {number} is empty; expected text")
@@ -175,10 +178,10 @@ def _images(record: Mapping[str, Any], where: _Where, folder: Path) -> tuple[Pat
 
 def _file(name: Any, where: _Where, folder: Path) -> Path:
     if not isinstance(name, str):
-        raise where.error(f"a picture is {_short(name)}; expected the path of a file")
+        raise where.error(f"a picture is {quoted(name)}; expected the path of a file")
     path = folder / name
     if not path.is_file():
-        raise where.error(f"the picture {path} is not there; paths are relative to the file, or to --image-folder")
+        raise where.error(f"the picture {shown(path)} is not there; paths are relative to the file, or to --image-folder")
     return path
 
 
@@ -187,7 +190,7 @@ def _boxes(value: Any, where: _Where) -> tuple[Box, ...]:
         return ()
     if not isinstance(value, list) or not value or not all(_is_box(box) for box in value):
         raise where.error(
-            f"boxes is {_short(value)}; expected a list of [x1, y1, x2, y2] as fractions of the picture, x1 <= x2 and y1 <= y2"
+            f"boxes is {quoted(value)}; expected a list of [x1, y1, x2, y2] as fractions of the picture, x1 <= x2 and y1 <= y2"
         )
     return tuple((float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in value)
 
@@ -205,10 +208,5 @@ def _is_box(value: Any) -> bool:
 
 def _text(value: Any, what: str, where: _Where) -> str:
     if not isinstance(value, str):
-        raise where.error(f"{what} is {_short(value)}; expected text")
+        raise where.error(f"{what} is {quoted(value)}; expected text")
     return value
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ...model_defs.config import ModelConfig
@@ -85,7 +86,7 @@ class HfSide:
         ]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         bos = self.tokenizer.token(self.facts.tokenizer.bos_token_id)
-        images = [load_image(image, alpha=self.facts.image.alpha) for image in sample.images]
+        images = [_opened(image) for image in sample.images]
         given = self.processor(
             text=text, images=images or None, return_tensors="pt", add_special_tokens=not text.startswith(bos)
         )
@@ -156,6 +157,16 @@ class HfSide:
             counts = [image_size_to_num_patches(size, grids, side) for size in tensors["image_sizes"].tolist()]
             return torch.cat([each[:count] for each, count in zip(pixels, counts, strict=True)])
         return pixels
+
+
+def _opened(source: Any) -> Image.Image:
+    """What the processor is given, which converts to RGB itself: a file as transformers' loader turns it, or a PIL image.
+
+    Grey of more than 8 bits is scaled as ours is, on purpose: transformers clips it. Raises ImageError.
+    """
+    ours = load_image(source)
+    image = source if isinstance(source, Image.Image) else ImageOps.exif_transpose(Image.open(source))
+    return ours if image.mode[0] in "IF" else image
 
 
 def lengthened(tensors: Mapping[str, Tensor], length: int, more: Tensor) -> dict[str, Tensor]:

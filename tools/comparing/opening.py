@@ -7,6 +7,7 @@ from pathlib import Path
 from ...runtime.artifact import MANIFEST, Manifest, read_manifest
 from ...runtime.ascend.readiness import check_ready
 from ...runtime.backends.base import check_device
+from ...runtime.shown import shown
 from ..ready import require
 from .checkpoint import Checkpoint
 from .hf_side import FAMILIES, open_hf_side
@@ -19,7 +20,7 @@ BY = ("auto", "transformers", "eager")
 def is_artifact(folder: Path) -> bool:
     """Raises SideError for a folder that is neither an artifact nor a checkpoint."""
     if not folder.is_dir():
-        raise SideError(f"{folder} is not a folder; expected a checkpoint or an artifact made by `staticvl compile`")
+        raise SideError(f"{shown(folder)} is not a folder; expected a checkpoint or an artifact made by `staticvl compile`")
     if (folder / MANIFEST).is_file():
         return True
     if (folder / "config.json").is_file():

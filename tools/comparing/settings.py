@@ -8,6 +8,7 @@ from typing import Any
 import msgspec
 
 from ...runtime.artifact import ModelFacts
+from ...runtime.shown import quoted
 from .findings import Finding
 
 # How an answer is chosen, how files are called: nothing that forced tokens depend on.
@@ -21,7 +22,7 @@ def compare_settings(reference: ModelFacts, candidate: ModelFacts) -> list[Findi
     for name in sorted(a.keys() | b.keys()):
         if name.startswith(IGNORED) or _alike(a.get(name), b.get(name)):
             continue
-        text = f"{name} is {_short(b.get(name))}; the reference has {_short(a.get(name))}"
+        text = f"{name} is {quoted(b.get(name))}; the reference has {quoted(a.get(name))}"
         found.append(Finding(stage="settings", where=name, text=text))
     return found
 
@@ -38,8 +39,3 @@ def _alike(a: Any, b: Any) -> bool:
     if isinstance(a, float) and isinstance(b, float | int):
         return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
     return a == b
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."

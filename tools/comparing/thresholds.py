@@ -12,6 +12,7 @@ import yaml
 
 from ...model_defs.config import text_quant
 from ...runtime.artifact import Manifest
+from ...runtime.shown import quoted, shown
 from .metrics import Figures
 
 
@@ -82,13 +83,15 @@ def read_thresholds(path: Path | None) -> dict[str, Thresholds]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ThresholdError(f"{path} is not YAML ({' '.join(str(error).split())}); write e.g. float32: {{kl: 1e-4}}") from None
+        raise ThresholdError(
+            f"{path} is not YAML ({shown(' '.join(str(error).split()))}); write e.g. float32: {{kl: 1e-4}}"
+        ) from None
     if not isinstance(data, Mapping):
         raise ThresholdError(f"{path} holds {type(data).__name__}; expected a mapping from {', '.join(DEFAULTS)} to limits")
     found = dict(DEFAULTS)
     for name, limits in data.items():
         if name not in DEFAULTS:
-            raise ThresholdError(f"{path}: {name!r} is no precision; expected one of {', '.join(DEFAULTS)}")
+            raise ThresholdError(f"{path}: {quoted(name)} is no precision; expected one of {', '.join(DEFAULTS)}")
         found[name] = replace(DEFAULTS[name], **_limits(limits, f"{path}: {name}"))
     return found
 
@@ -96,11 +99,11 @@ def read_thresholds(path: Path | None) -> dict[str, Thresholds]:
 def _limits(data: Any, where: str) -> dict[str, float]:
     known = [field.name for field in dataclasses.fields(Thresholds)]
     if not isinstance(data, Mapping):
-        raise ThresholdError(f"{where} is {data!r}; expected limits such as {{kl: 1e-4}}")
+        raise ThresholdError(f"{where} is {quoted(data)}; expected limits such as {{kl: 1e-4}}")
     limits = {}
     for name, value in data.items():
         if name not in known:
-            raise ThresholdError(f"{where}: {name!r} is no limit; expected some of {', '.join(known)}")
+            raise ThresholdError(f"{where}: {quoted(name)} is no limit; expected some of {', '.join(known)}")
         limits[name] = _number(value, f"{where}: {name}")
     return limits
 
@@ -112,7 +115,7 @@ def _number(value: Any, where: str) -> float:
     except ValueError:
         number = -1.0
     if not 0 <= number < float("inf"):
-        raise ThresholdError(f"{where} is {value!r}; expected a number from 0 on")
+        raise ThresholdError(f"{where} is {quoted(value)}; expected a number from 0 on")
     return number
 
 

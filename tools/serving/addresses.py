@@ -9,7 +9,8 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from ...runtime.image_urls import ImageError
+from ...runtime.image_urls import ImageError, connect_in_time
+from ...runtime.shown import shown
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: the last 32 bits are an IPv4 address
@@ -18,32 +19,15 @@ COMPATIBLE = ipaddress.IPv6Network("::/96")  # RFC 4291, long deprecated: likewi
 
 def connect_publicly(address: tuple[str, int], timeout: float | None) -> socket.socket:
     """A connection to a host; see image_urls.Connect. Raises ImageError unless all addresses of the host are public."""
-    host, port = address
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for *_, place in found:
-        if not is_public(ipaddress.ip_address(str(place[0]).partition("%")[0])):
+
+    def check(place: str) -> None:
+        if not is_public(ipaddress.ip_address(place.partition("%")[0])):
             raise ImageError(
-                f"the host {host[:100]} is refused because it does not lie on the public internet; send the picture as a data: "
-                "URL, or start the server with --allow-private-urls"
+                f"the host {shown(address[0])} is refused because it does not lie on the public internet; send the picture as "
+                "a data: URL, or start the server with --allow-private-urls"
             )
-    last: OSError = OSError("the host has no address")
-    for family, kind, protocol, _, place in found:
-        try:
-            return _opened(family, kind, protocol, place, timeout)
-        except OSError as error:
-            last = error
-    raise last
 
-
-def _opened(family: int, kind: int, protocol: int, place: tuple, timeout: float | None) -> socket.socket:
-    connection = socket.socket(family, kind, protocol)
-    try:
-        connection.settimeout(timeout)
-        connection.connect(place)
-    except OSError:
-        connection.close()
-        raise
-    return connection
+    return connect_in_time(address, timeout, check)
 
 
 def is_public(address: Address) -> bool:

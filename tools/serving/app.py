@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...runtime.model import Model
+from ...runtime.shown import quoted
 from .answers import Wording
 from .connections import EventStream, read_body, unless_gone
 from .errors import ApiError, add_handlers
@@ -71,7 +72,9 @@ def _add_routes(app: FastAPI, settings: Settings, created: int) -> None:
         keys.check(request.headers.get("authorization"))
         if name != settings.model_name:
             raise ApiError(
-                404, f"the model {name[:100]!r} is not served here; expected {settings.model_name!r}", code="model_not_found"
+                404,
+                f"the model {quoted(name)} is not served here; expected {quoted(settings.model_name)}",
+                code="model_not_found",
             )
         return JSONResponse(_card(service_of(request), created))
 

@@ -10,8 +10,12 @@ from functools import partial
 
 from PIL import Image
 
+from ...runtime.freed import give_back
+from ...runtime.image_data import decode_data_url, is_data_url
 from ...runtime.image_files import Alpha, load_image
-from ...runtime.image_urls import ImageError, decode_data_url, download
+from ...runtime.image_urls import ImageError, download
+from ...runtime.images import Frame
+from ...runtime.shown import quoted
 from .addresses import connect_publicly
 from .settings import Settings
 
@@ -36,18 +40,23 @@ class Pictures:
         """RGB pictures; raises ImageError."""
         return await asyncio.get_running_loop().run_in_executor(self._decoding, partial(self._decode_all, files))
 
+    async def forget(self, frames: Sequence[Frame]) -> None:
+        """Give the memory of decoded images back, which nothing holds any more."""
+        pixels = sum(frame.image_width * frame.image_height for frame in frames)
+        await asyncio.get_running_loop().run_in_executor(self._decoding, give_back, pixels)
+
     def close(self) -> None:
         for pool in (self._fetching, self._decoding):
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _fetch(self, index: int, url: str) -> bytes:
         most = self.settings.max_image_bytes
-        if url[:5].lower() == "data:":
+        if is_data_url(url):
             return decode_data_url(url, most)
         if url.partition(":")[0].lower() not in ("http", "https"):
             raise ImageError(
-                f"picture {index + 1} is {url[:60]!r}; expected an http, https or data:image/...;base64,... URL (files of the "
-                "server are not read)"
+                f"picture {index + 1} is {quoted(url)}; expected an http, https or data:image/...;base64,... URL (files "
+                "of the server are not read)"
             )
         connect = None if self.settings.allow_private_urls else connect_publicly
         return download(url, timeout_s=self.settings.fetch_s, max_bytes=most, connect=connect)
@@ -58,11 +67,8 @@ class Pictures:
     def _decode(self, index: int, data: bytes) -> Image.Image:
         file = io.BytesIO(data)
         file.name = f"picture {index + 1}"  # type: ignore[attr-defined]  (what messages call it)
-        picture = load_image(file, alpha=self.alpha, max_pixels=self.settings.max_image_pixels)
-        short, long = sorted(picture.size)
-        if long > self.settings.max_image_side or long > short * self.settings.max_image_ratio:
-            raise ImageError(
-                f"picture {index + 1} is {picture.width} x {picture.height} pixels; expected sides of at most "
-                f"{self.settings.max_image_side}, and at most {self.settings.max_image_ratio} times as long as each other"
-            )
-        return picture
+        limits = self.settings
+        return load_image(
+            file, alpha=self.alpha, max_pixels=limits.max_image_pixels, max_side=limits.max_image_side,
+            max_ratio=limits.max_image_ratio,
+        )  # fmt: skip

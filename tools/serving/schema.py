@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from ...runtime.shown import shown
 from .errors import ApiError
 
 # Of the client's own book-keeping, or without effect here: taken and not looked at.
@@ -158,7 +159,7 @@ def _check_unknown(given: dict[str, Any], where: str, allowed: frozenset[str]) -
     why = "; ".join(dict.fromkeys(REFUSED[name] for name in unknown if name in REFUSED))
     raise ApiError(
         400,
-        f"the fields {names} cannot be used{': ' + why if why else ''}; leave them out",
+        f"the fields {shown(names)} cannot be used{': ' + why if why else ''}; leave them out",
         param=where + _shown(unknown[0]),
         code="unsupported_parameter",
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 from ...runtime.prompt import Message
 from ...runtime.request import SamplingParams
+from ...runtime.shown import quoted
 from .errors import ApiError
 from .schema import ChatRequest, JsonObject, JsonSchema
 from .settings import Settings
@@ -17,7 +18,7 @@ MAX_SCHEMA = 32_768  # characters of JSON; a larger one takes seconds to compile
 def check_request(request: ChatRequest, settings: Settings, context: int) -> None:
     """Raise ApiError for what can be refused before any work; `context` is the artifact's, in tokens."""
     if request.model != settings.model_name:
-        told = f"the model {request.model[:100]!r} is not served here; expected {settings.model_name!r}"
+        told = f"the model {quoted(request.model)} is not served here; expected {quoted(settings.model_name)}"
         raise ApiError(404, told, param="model", code="model_not_found")
     for place, message in enumerate(request.messages):
         if message.urls and message.role != "user":

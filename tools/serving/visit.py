@@ -68,7 +68,9 @@ class Visit:
         if not files:
             return await service.engine.prepare(messages)
         async with service.ready:
-            return await service.engine.prepare(messages, await service.pictures.decoded(files))
+            prompt = await service.engine.prepare(messages, await service.pictures.decoded(files))
+        await service.pictures.forget(prompt.frames)
+        return prompt
 
     async def _items(self) -> AsyncGenerator[tuple[int, Piece | Output], None]:
         assert self.answers is not None

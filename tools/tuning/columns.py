@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from ...runtime.shown import quoted
+
 MOST_TOKENS = 1 << 20  # of one request; more is taken for an error in the trace
 MOST_IMAGES = 1 << 10
 # Meaning -> the names under which it is known, the first that a trace has being taken. Each was met in a public trace or in the
@@ -88,11 +90,11 @@ def _count(value: Any, what: str, where: str, *, least: int, most: int = MOST_TO
         number = float(value) if isinstance(value, str) else value
         whole = int(number)
     except (TypeError, ValueError, OverflowError):
-        raise TraceError(f"{where}: {what} is {_short(value)}; expected a whole number") from None
+        raise TraceError(f"{where}: {what} is {quoted(value)}; expected a whole number") from None
     if isinstance(value, bool) or whole != number or whole < least:
-        raise TraceError(f"{where}: {what} is {_short(value)}; expected a whole number of at least {least}")
+        raise TraceError(f"{where}: {what} is {quoted(value)}; expected a whole number of at least {least}")
     if whole > most:
-        raise TraceError(f"{where}: {what} is {_short(value)}, more than {most}; correct the trace or take the line out")
+        raise TraceError(f"{where}: {what} is {quoted(value)}, more than {most}; correct the trace or take the line out")
     return whole
 
 
@@ -106,7 +108,7 @@ def _time(value: Any, column: str, where: str) -> float:
         if abs(seconds) >= _MILLISECONDS or column.lower().endswith("ms"):
             seconds /= 1e3
     if not abs(seconds) < _MILLISECONDS:
-        raise TraceError(f"{where}: the time is {_short(value)}; expected seconds, milliseconds or a date with a time")
+        raise TraceError(f"{where}: the time is {quoted(value)}; expected seconds, milliseconds or a date with a time")
     return seconds
 
 
@@ -115,7 +117,7 @@ def _moment(value: Any, where: str) -> float:
         moment = datetime.fromisoformat(str(value).strip())
     except ValueError:
         raise TraceError(
-            f"{where}: the time is {_short(value)}; expected seconds or a date with a time such as 2023-11-16 18:15:46.68"
+            f"{where}: the time is {quoted(value)}; expected seconds or a date with a time such as 2023-11-16 18:15:46.68"
         ) from None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
@@ -128,7 +130,7 @@ def _images(value: Any, where: str) -> tuple[int, tuple[tuple[int, int], ...]]:
         try:
             value = json.loads(value)
         except ValueError:
-            raise TraceError(f"{where}: images are {_short(value)}; expected a list of sizes such as [[640, 480]]") from None
+            raise TraceError(f"{where}: images are {quoted(value)}; expected a list of sizes such as [[640, 480]]") from None
     if isinstance(value, str) and _SIZE.match(value):
         value = re.split(r"[;,|\s]+", value.strip())
     if isinstance(value, list | tuple):
@@ -145,11 +147,6 @@ def _size(value: Any, where: str) -> tuple[int, int]:
     if isinstance(value, Mapping):
         value = [value.get("width"), value.get("height")]
     if not isinstance(value, list | tuple) or len(value) != 2:
-        raise TraceError(f"{where}: the size of an image is {_short(value)}; expected its width and height, e.g. 640x480")
+        raise TraceError(f"{where}: the size of an image is {quoted(value)}; expected its width and height, e.g. 640x480")
     width, height = (_count(each, "an edge of an image", where, least=1) for each in value)
     return width, height
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

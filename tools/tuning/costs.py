@@ -17,6 +17,7 @@ import numpy as np
 from tqdm import tqdm
 
 from ...runtime.artifact import KINDS, GraphSpec, Kind, Manifest, open_artifact
+from ...runtime.shown import quoted
 from ..cards import Card
 from .curves import CostError, Curve, fit
 
@@ -130,7 +131,7 @@ def parse_costs(data: Any, where: str) -> Costs:
         )
     past_ms = data.get("past_ms", 0.0)
     if not isinstance(past_ms, int | float) or isinstance(past_ms, bool) or not 0 <= past_ms < float("inf"):
-        raise CostError(f"{where}: past_ms is {past_ms!r}; expected milliseconds of at least 0")
+        raise CostError(f"{where}: past_ms is {quoted(past_ms)}; expected milliseconds of at least 0")
     points: dict[Key, dict[int, float]] = {}
     for kind in KINDS:
         if kind not in data:
@@ -141,7 +142,7 @@ def parse_costs(data: Any, where: str) -> Costs:
         )
         if not sound:
             raise CostError(
-                f"{where}: {kind} is {table!r}; expected a mapping of size to milliseconds, e.g. {{16: 4.1, 64: 9.5}}"
+                f"{where}: {kind} is {quoted(table)}; expected a mapping of size to milliseconds, e.g. {{16: 4.1, 64: 9.5}}"
             )
         points[kind, 0] = {size: float(cost) for size, cost in table.items()}
         try:

@@ -11,6 +11,7 @@ import msgspec
 from tqdm import tqdm
 
 from ...runtime.artifact import Kind, ModelFacts, open_artifact
+from ...runtime.shown import shown
 from ..cards import CARDS, Card
 from .costs import (
     Costs,
@@ -158,7 +159,9 @@ def _settings(checkpoint: str, scratch: Path) -> Path:
     if Path(checkpoint).is_dir():
         return Path(checkpoint)
     if checkpoint not in MODELS:
-        raise ConfigError(f"{checkpoint} is not a folder; expected a checkpoint's, or one of the names {', '.join(MODELS)}")
+        raise ConfigError(
+            f"{shown(checkpoint)} is not a folder; expected a checkpoint's, or one of the names {', '.join(MODELS)}"
+        )
     write_known_model(checkpoint, scratch)
     write_tokenizer(read_config(scratch), scratch)
     return scratch

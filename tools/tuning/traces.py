@@ -14,6 +14,7 @@ import msgspec
 import numpy as np
 from tqdm import tqdm
 
+from ...runtime.shown import quoted, shown
 from .columns import Request, TraceError, find_columns, read_row
 
 _BAR_FROM = 16 << 20  # bytes: less is read in a moment
@@ -25,7 +26,7 @@ _SEED = 20240
 def read_trace(path: Path) -> Iterator[Request]:
     """Every request of a file, with a progress bar for large ones; raises TraceError."""
     if not path.is_file():
-        raise TraceError(f"{path} is not a file; expected a trace of requests as CSV or JSON lines")
+        raise TraceError(f"{shown(path)} is not a file; expected a trace of requests as CSV or JSON lines")
     size = path.stat().st_size
     with (
         path.open("rb") as file,
@@ -129,7 +130,7 @@ def parse_distribution(text: str, option: str) -> Distribution:
         match = re.fullmatch(r"\s*(\d{1,7})(?:-(\d{1,7}))?(?::(\d+(?:\.\d+)?))?\s*", part)
         low, high, share = (int(match[1]), int(match[2] or match[1]), float(match[3] or 1)) if match else (1, 0, 0.0)
         if low > high or share <= 0:
-            raise TraceError(f"{option} holds {part!r}; expected N, N-M, N:SHARE or N-M:SHARE, e.g. 100-500:3,1020:1")
+            raise TraceError(f"{option} holds {quoted(part)}; expected N, N-M, N:SHARE or N-M:SHARE, e.g. 100-500:3,1020:1")
         values.append(np.arange(low, high + 1))
         shares.append(np.full(high - low + 1, share / (high - low + 1)))
     every = np.concatenate(shares)

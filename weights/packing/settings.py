@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from ...model_defs.config import ASYMMETRIC, QUANTISATION_KEYS, ConfigError, read_json
 from ...model_defs.config.quant import FLOAT_HEAD, SMALL_BLOCKS
+from ...runtime.shown import quoted
 
 READ = "int8 and int4 of compressed-tensors (W8A8, W8A16, W4A16), GPTQ with 4 or 8 bits, and AWQ in its layout gemm"
 REMEDY = f"read are {READ}: give one of these or the unquantised checkpoint"
@@ -87,13 +88,15 @@ class _Reader:
             method = "compressed-tensors"
         readers = {"compressed-tensors": self._compressed, "gptq": self._gptq, "awq": self._awq}
         if method not in readers:
-            raise ConfigError(f"{self.where}: quant_method of the quantisation is {method!r}, which is not read; {REMEDY}")
+            raise ConfigError(
+                f"{self.where}: quant_method of the quantisation is {quoted(method)}, which is not read; {REMEDY}"
+            )
         return readers[method]()
 
     def _only(self, name: str, value: Any, *allowed: Any) -> Any:
         if value not in allowed:
             expected = " or ".join(map(repr, allowed))
-            raise ConfigError(f"{self.where}: {name} of the quantisation is {value!r}, expected {expected}; {REMEDY}")
+            raise ConfigError(f"{self.where}: {name} of the quantisation is {quoted(value)}, expected {expected}; {REMEDY}")
         return value
 
     def _group(self, value: Any) -> int:
@@ -101,7 +104,9 @@ class _Reader:
         if value in (None, -1):
             return 0
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{self.where}: group_size of the quantisation is {value!r}; expected a positive integer or -1")
+            raise ConfigError(
+                f"{self.where}: group_size of the quantisation is {quoted(value)}; expected a positive integer or -1"
+            )
         return value
 
     def _gptq(self) -> Packing:
