@@ -83,8 +83,7 @@ class Feeds:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
         for sequence in step.sequences:
-            slot, prompt = sequence.slot, sequence.prompt
-            assert slot is not None
+            slot, prompt = sequence.held_slot, sequence.prompt
             feed["token_ids"][slot, 0] = sequence.generated[-1]
             self._temper(feed, sequence, slot)
             if prompt.ntk != 1.0:
@@ -97,8 +96,7 @@ class Feeds:
     def _verify(self, feed: Feed, step: Step, cache: SlotCache) -> None:
         """The last token of an answer and its draft; padding behind them as in a chunk of a prompt."""
         sequence = step.sequences[0]
-        prompt, slot = sequence.prompt, sequence.slot
-        assert slot is not None
+        prompt, slot = sequence.prompt, sequence.held_slot
         start = int(cache.lengths[slot])
         rows = slice(start, start + step.bucket)
         feed["token_ids"][0, : step.count] = sequence.generated[-1], *step.draft
