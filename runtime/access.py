@@ -7,7 +7,6 @@ collector does, in any thread and at any point, is left to the thread that has t
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections import deque
@@ -45,6 +44,7 @@ class EngineAccess:
         self._later: deque[Callable[[], object]] = deque()
         self._news = threading.Condition()
         self._leader: object = None  # who runs steps for all
+        self._sleepers = 0  # threads that wait for news; each counts itself before it looks for the last time
         self._interrupted = interrupted
 
     @property
@@ -57,13 +57,15 @@ class EngineAccess:
         try:
             with self._door:  # a thread that steps in a loop queues behind the one that waits here
                 self._lock.acquire()
-            if self.inside:
+            if self._thread is not None:  # this one, since the lock is held
                 raise RuntimeError("the model was called in the middle of its own step, by a signal handler; call it later")
             return self._work(work, *args)
         finally:
             self._release()
-            self._clear_up()
-            self._tell()
+            if self._later:
+                self._clear_up()
+            if self._sleepers:
+                self._tell()
 
     def soon(self, work: Callable[..., object], *args: object) -> None:
         """Leave work to the thread that has the engine, or do it now where none has. Never waits; errors are logged."""
@@ -86,15 +88,23 @@ class EngineAccess:
         while not done():
             me = object()
             try:
-                with self._news:
-                    self._news.wait_for(lambda: done() or self._leader is None)
-                    self._leader = self._leader or me
+                self._sleep(done, me)
                 while self._leader is me and not done():
                     self.exclusively(step)
             finally:
                 if self._leader is me:
                     self._leader = None
                     self._tell()
+
+    def _sleep(self, done: Callable[[], bool], me: object) -> None:
+        """Until done(), or until nobody runs steps: then this thread will."""
+        with self._news:
+            try:
+                self._sleepers += 1
+                self._news.wait_for(lambda: done() or self._leader is None)
+                self._leader = self._leader or me
+            finally:
+                self._sleepers -= 1
 
     def _work(self, work: Callable[..., T], *args: object) -> T:
         """The lock is held."""
@@ -126,8 +136,10 @@ class EngineAccess:
                 log.error("%s", error)
 
     def _release(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it was not acquired: taken, or interrupted before
+        try:
             self._lock.release()
+        except RuntimeError:
+            return  # it was not acquired: taken, or interrupted before
 
     def _tell(self) -> None:
         with self._news:
