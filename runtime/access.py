@@ -7,6 +7,7 @@ collector does, in any thread and at any point, is left to the thread that has t
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 from collections import deque
@@ -14,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
+AWAKE_S = 1.0  # between two looks of a thread that sleeps
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -33,8 +35,8 @@ class InterruptedStepError(RuntimeError):
 class EngineAccess:
     """The lock of one engine.
 
-    Every acquired lock is released in a `finally` that is entered before, so that an interrupt (KeyboardInterrupt) at any
-    point leaves none of them held.
+    An interrupt (KeyboardInterrupt) leaves no lock held: signals are handled between calls, and `with` acquires and releases a
+    lock of the interpreter without one between.
     """
 
     def __init__(self, interrupted: Callable[[BaseException], object]) -> None:
@@ -55,23 +57,25 @@ class EngineAccess:
     def exclusively(self, work: Callable[..., T], *args: object) -> T:
         """work(*args) between two steps. Raises RuntimeError in the middle of one of this thread."""
         try:
-            with self._door:  # a thread that steps in a loop queues behind the one that waits here
-                self._lock.acquire()
-            if self._thread is not None:  # this one, since the lock is held
-                raise RuntimeError("the model was called in the middle of its own step, by a signal handler; call it later")
-            return self._work(work, *args)
+            with self._door, self._lock:
+                return self._work(work, *args)
         finally:
-            self._release()
-            if self._later:
-                self._clear_up()
-            if self._sleepers:
-                self._tell()
+            self._left()
+
+    def step(self, work: Callable[..., T], *args: object) -> T:
+        """As `exclusively`, but behind all that wait there: a thread that runs steps in a loop lets them in."""
+        try:
+            with self._door:
+                pass
+            with self._lock:
+                return self._work(work, *args)
+        finally:
+            self._left()
 
     def soon(self, work: Callable[..., object], *args: object) -> None:
         """Leave work to the thread that has the engine, or do it now where none has. Never waits; errors are logged."""
         self._later.append(partial(work, *args))
-        self._clear_up()
-        self._tell()
+        self._left()
 
     def at_last(self, work: Callable[..., object], *args: object) -> None:
         """As `exclusively`; in the middle of a step of this thread, as `soon`."""
@@ -90,24 +94,27 @@ class EngineAccess:
             try:
                 self._sleep(done, me)
                 while self._leader is me and not done():
-                    self.exclusively(step)
+                    self.step(step)
             finally:
                 if self._leader is me:
                     self._leader = None
-                    self._tell()
+                    self._left()
 
     def _sleep(self, done: Callable[[], bool], me: object) -> None:
         """Until done(), or until nobody runs steps: then this thread will."""
         with self._news:
             try:
                 self._sleepers += 1
-                self._news.wait_for(lambda: done() or self._leader is None)
-                self._leader = self._leader or me
+                # An interrupt of another thread may swallow a notification, hence the limit.
+                if self._news.wait_for(lambda: done() or self._leader is None, timeout=AWAKE_S):
+                    self._leader = self._leader or me
             finally:
                 self._sleepers -= 1
 
     def _work(self, work: Callable[..., T], *args: object) -> T:
         """The lock is held."""
+        if self._thread is not None:  # it is this one
+            raise RuntimeError("the model was called in the middle of its own step, by a signal handler; call it later")
         try:
             self._thread = threading.get_ident()
             return work(*args)
@@ -118,15 +125,23 @@ class EngineAccess:
         finally:
             self._thread = None
 
+    def _left(self) -> None:
+        """The engine is free, if this thread had it: what was left for later, and the news."""
+        if self._later:
+            self._clear_up()
+        if self._sleepers:
+            with self._news:
+                self._news.notify_all()
+
     def _clear_up(self) -> None:
-        """What was left to this thread, or to whoever had the engine a moment ago."""
         while self._later and not self.inside:
             try:
                 if not self._lock.acquire(blocking=False):
                     return  # its holder looks here after it has released it
                 self._work(self._do_later)
             finally:
-                self._release()
+                with contextlib.suppress(RuntimeError):  # it was not acquired
+                    self._lock.release()
 
     def _do_later(self) -> None:
         while self._later:
@@ -134,13 +149,3 @@ class EngineAccess:
                 self._later.popleft()()
             except Exception as error:
                 log.error("%s", error)
-
-    def _release(self) -> None:
-        try:
-            self._lock.release()
-        except RuntimeError:
-            return  # it was not acquired: taken, or interrupted before
-
-    def _tell(self) -> None:
-        with self._news:
-            self._news.notify_all()

@@ -332,7 +332,7 @@ class Model:
         Does nothing but end them where all that is left has passed its deadline. What a step raises is the `error` of the
         sequences that it concerns.
         """
-        return self.access.exclusively(self._advance)
+        return self.access.step(self._advance)
 
     def _advance(self) -> SequenceOf[Sequence]:
         engine = self.engine
