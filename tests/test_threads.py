@@ -304,9 +304,7 @@ def test_an_interrupt_between_runs_ends_what_runs_with_a_clear_error(
         patch.setattr(model.engine.cache, "append", interrupted)
         with pytest.raises(KeyboardInterrupt):
             model.generate("Hello!", **LONG)
-    with pytest.raises(
-        InterruptedStepError, match="KeyboardInterrupt ended a step in the middle, and every request"
-    ):
+    with pytest.raises(InterruptedStepError, match="KeyboardInterrupt ended a step in the middle, and every request"):
         next(stream)
     assert model.generate("Hello!", **LONG).text == wanted
     check_idle(model)
