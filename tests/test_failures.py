@@ -54,7 +54,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., runtime.Mode
 
 
 class Faulty(FakeBackend):
-    """Every so many calls, one raises: before it has done anything, after half of its work, or after all of it."""
+    """Every so many calls, one raises: before it has done anything, after all of it, or, where it copies, in between."""
 
     every: int | None = None
     calls = raised = 0
@@ -78,10 +78,10 @@ class Faulty(FakeBackend):
         raise self.error()
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
-        fails = self.fails()
-        super().copy_slot(source, target, self.rng.randint(0, rows) if fails else rows, images)
-        if fails:
+        if self.fails():
+            self.kept[target, :rows] = self.rng.randint(0, 10**6)  # whatever half a copy leaves
             raise self.error()
+        super().copy_slot(source, target, rows, images)
 
 
 def make_faulty(model: runtime.Model, seed: int) -> Faulty:
