@@ -43,7 +43,7 @@ class Feeds:
         feed["pixels"][: step.count] = prompt.pixels[start : start + step.count]
         feed["pixels"][step.count :] = 0
         if "aspect_id" in feed:
-            assert prompt.grids is not None
+            assert prompt.grids is not None, "a family with tiles says how each image was cut"
             rows, columns = map(int, prompt.grids[start // step.bucket])
             feed["tile_count"][0] = rows * columns
             feed["aspect_id"][0] = 1 + self.manifest.model.image.grids.index((rows, columns))

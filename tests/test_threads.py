@@ -197,6 +197,57 @@ def test_a_chat_that_is_forked_taken_back_and_closed_by_others(model: runtime.Mo
     assert model.engine.cache.free == BUCKETS.slots
 
 
+def test_the_garbage_collector_in_the_middle_of_a_step(model: runtime.Model) -> None:
+    """It closes a stream and a chat of another thread there, which takes effect behind the step."""
+    wanted = model.generate("Hello!", **LONG).text
+    device, running = model.engine.backend.run, []
+
+    def run(*args: Any) -> Any:
+        gc.collect()
+        running.append(len(model.engine.scheduler.running))
+        return device(*args)
+
+    def leave() -> None:
+        chat = model.chat()
+        chat.send("Where is the circle?", max_new_tokens=2)
+        streams = [model.stream("Why?", **LONG), chat.stream("Why?", **LONG)]
+        cycle: list[Any] = [chat, *map(next, streams), *streams]
+        cycle.append(cycle)
+
+    gc.disable()
+    try:
+        together(leave)
+        assert len(model.engine.scheduler.running) == 2
+        model.engine.backend.run = run  # type: ignore[method-assign]
+        assert model.generate("Hello!", **LONG).text == wanted
+    finally:
+        gc.enable()
+    assert running[0] == 3 and set(running[1:]) == {1}
+    assert model.engine.metrics.finished["cancelled"] == 2
+    check_idle(model)
+    assert model.engine.cache.free == BUCKETS.slots
+
+
+def test_closing_a_chat_whose_turn_is_sent(model: runtime.Model) -> None:
+    """The answer comes as far as it got, and is not kept; here the step's own thread closes it, which waits for the step."""
+    device, left = model.engine.backend.run, iter(range(9))
+    chat = model.chat()
+
+    def run(*args: Any) -> Any:
+        if next(left, None) is None:
+            chat.close()
+        return device(*args)
+
+    wanted = model.generate("Hello!", **LONG)
+    model.engine.backend.run = run  # type: ignore[method-assign]
+    out = chat.send("Hello!", **LONG)
+    assert out.finish_reason == "cancelled" and 0 < len(out.token_ids) < 12
+    assert out.token_ids == wanted.token_ids[: len(out.token_ids)]
+    assert chat.messages == [] and chat.slot is None
+    check_idle(model)
+    assert model.engine.cache.free == BUCKETS.slots
+
+
 # ---- close, and interrupts
 
 
