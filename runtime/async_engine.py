@@ -235,9 +235,9 @@ class AsyncEngine:
         try:
             self._give(answer)
         except Exception as error:
+            self._check_ranks(error)  # first: who gets the error may look at `failure`
             self._post(answer, error)
             self._forget(answer)
-            self._check_ranks(error)
 
     def _give(self, answer: _Answer) -> None:
         sequence = answer.sequence
@@ -267,10 +267,10 @@ class AsyncEngine:
 
     def _fail(self, error: Exception) -> None:
         """End all answers that wait."""
+        self._check_ranks(error)
         for answer in list(self._answers.values()):
             self._post(answer, error)
             self._forget(answer)
-        self._check_ranks(error)
 
     def _check_ranks(self, error: Exception) -> None:
         """After a rank has failed nothing is answered any more."""
