@@ -5,12 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .access import InterruptedStepError
 from .async_engine import AsyncEngine
-from .model import Model, load
+from .model import Model, ModelClosedError, load
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams
 
-__all__ = ["AsyncEngine", "Model", "Output", "RankError", "SamplingParams", "generate", "load"]
+__all__ = [
+    "AsyncEngine",
+    "InterruptedStepError",
+    "Model",
+    "ModelClosedError",
+    "Output",
+    "RankError",
+    "SamplingParams",
+    "generate",
+    "load",
+]
 
 
 def generate(

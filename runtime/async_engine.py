@@ -1,6 +1,6 @@
 """Many requests at once for asyncio: a thread runs the engine's steps, and answers arrive in pieces.
 
-The thread is the only one that touches the engine; everybody else leaves it commands, which it takes between two steps.
+Tasks leave the thread commands, which it takes between two steps. Other threads may use the model meanwhile (access.py).
 Prompts are prepared by a second thread, so that reading pictures holds up no stream.
 """
 
@@ -16,11 +16,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .model import Model, as_list, grouped, merge_params, one_answer
+from .arguments import as_list, grouped, merge_params, one_answer
+from .model import Model
 from .prompt import Message, Prompt
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams, Sequence
 from .sampler import TokenLogprob
+from .text import AnswerText
 
 Images = Any
 Asked = str | SequenceOf[Message]
@@ -52,6 +54,7 @@ class _Answer:
     items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
     given: int = 0  # pieces
     told: int = 0  # log-probabilities
+    text: AnswerText | None = None  # once it is queued
 
 
 class Answers:
@@ -87,7 +90,7 @@ class Answers:
 
 
 class AsyncEngine:
-    """Answers prompts of a model that nobody else uses meanwhile; use it in an `async with` block or close it.
+    """Answers prompts of a model; use it in an `async with` block or close it.
 
     A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose pictures are `images` in order;
     what an earlier turn left in the cache is taken over, so that no chat needs to be kept.
@@ -199,7 +202,7 @@ class AsyncEngine:
         while True:
             with self._wake:
                 self._wake.wait_for(
-                    lambda: self._commands or self._closing or not self.model.engine.scheduler.idle,
+                    lambda: self._commands or self._closing or self._answers,
                     timeout=CHECK_S if self.model.check and self.failure is None else None,
                 )
                 commands, self._commands = self._commands, []
@@ -210,32 +213,36 @@ class AsyncEngine:
                 return
             try:
                 if self.model.check and self.failure is None and self.model.engine.scheduler.idle:
-                    self.model.check()
-                for sequence in self.model.advance():
-                    if answer := self._answers.get(sequence.id):
-                        self._deliver(answer)
-            except Exception as error:  # whatever a device raises; it belongs to those who wait, and others may still come
-                known = self.failure
-                if isinstance(error, RankError):
-                    self.failure = known or error
+                    self.model.access.exclusively(self.model.check)
+                if self._answers:
+                    self.model.advance()
+            except Exception as error:  # concerns all; what concerns single requests is their own error
                 self._fail(error)
-                if self.failure is not known:
-                    self.on_failure()
+            for answer in list(self._answers.values()):  # another thread may have run steps as well
+                self._deliver(answer)
 
     def _start(self, answer: _Answer) -> None:
         try:
             if self.failure is not None:
                 raise self.failure
-            self.model.start(answer.sequence)
+            answer.text = self.model.start(answer.sequence, streamed=True)
             self._answers[answer.sequence.id] = answer
-        except RuntimeError as error:
+        except Exception as error:
             self._post(answer, error)
 
     def _deliver(self, answer: _Answer) -> None:
-        """What is new of an answer, to its loop."""
+        """What is new of an answer, or what has ended it, to its loop."""
+        try:
+            self._give(answer)
+        except Exception as error:
+            self._check_ranks(error)  # first: who gets the error may look at `failure`
+            self._post(answer, error)
+            self._forget(answer)
+
+    def _give(self, answer: _Answer) -> None:
         sequence = answer.sequence
         output = self.model.output(sequence) if sequence.finish_reason else None
-        pieces = self.model.texts[sequence.id].pieces
+        pieces = answer.text.given if answer.text else []
         new, answer.given = pieces[answer.given :], len(pieces)
         logprobs = tuple(sequence.logprobs[answer.told :])
         if output and logprobs and not new:
@@ -255,10 +262,18 @@ class AsyncEngine:
         if self._answers.pop(answer.sequence.id, None):
             try:
                 self.model.end(answer.sequence)
-            except OSError as error:  # of the request log: no reason to fail whoever else is served
+            except Exception as error:  # of the request log, above all: no reason to fail whoever else is served
                 log.error("%s", error)
 
     def _fail(self, error: Exception) -> None:
+        """End all answers that wait."""
+        self._check_ranks(error)
         for answer in list(self._answers.values()):
             self._post(answer, error)
             self._forget(answer)
+
+    def _check_ranks(self, error: Exception) -> None:
+        """After a rank has failed nothing is answered any more."""
+        if isinstance(error, RankError) and self.failure is None:
+            self.failure = error
+            self.on_failure()

@@ -10,9 +10,12 @@ from .images import Frame
 
 Corners = tuple[float, float, float, float]  # x1, y1, x2, y2
 
+# Models that write Chinese mix in the wide forms of digits and punctuation: one character each, so that places stay.
+_NARROW = str.maketrans("０１２３４５６７８９，、．；％［］【】（）\u3000", "0123456789,,.;%[][]() ")
+
 _NUMBER = r"[-+]?(?:\d+\.\d*|\.\d+|\d+)"
 # As many comma-separated numbers as stand together, with or without brackets.
-_NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:\s*,\s*{_NUMBER})*(?!\w|\.\d|%)")
+_NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:\s*,\s*{_NUMBER})*(?!\w|\.\d|%)", re.ASCII)
 # Models write two decimals: a coordinate may miss the edge of the picture by this share of the square.
 ROUNDING = 0.005
 
@@ -37,13 +40,18 @@ class Box:
     quad: Quad | None = None  # the points, where the model wrote four: the box is what encloses them
 
 
+def narrow(text: str) -> str:
+    """A text of the same length with ASCII digits and punctuation in place of wide ones."""
+    return text.translate(_NARROW)
+
+
 def parse_corners(text: str) -> list[Corners]:
     """Normalised boxes in a text, in order: "[0.61, 0.36, 0.92, 0.83]" or the same without brackets.
 
     A list counts when it has exactly four numbers in 0..1 with x1 <= x2 and y1 <= y2, written in brackets or with decimals
-    ("0, 1, 1, 1" in running text is no box).
+    ("0, 1, 1, 1" in running text is no box). Wide digits, commas and brackets count as those of ASCII.
     """
-    found = []
+    text, found = narrow(text), []
     for match in _NUMBERS.finditer(text):
         words = match[0].split(",")
         numbers = [float(word) for word in words]
@@ -56,7 +64,12 @@ def parse_corners(text: str) -> list[Corners]:
 
 
 def _in_brackets(text: str, match: re.Match[str]) -> bool:
-    return text[: match.start()].rstrip().endswith("[") and text[match.end() :].lstrip().startswith("]")
+    before, after = match.start() - 1, match.end()
+    while before >= 0 and text[before].isspace():
+        before -= 1
+    while after < len(text) and text[after].isspace():
+        after += 1
+    return before >= 0 and text[before] == "[" and text[after : after + 1] == "]"
 
 
 def place(corners: Corners, frame: Frame) -> tuple[int, int, int, int]:

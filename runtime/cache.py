@@ -24,10 +24,16 @@ class SlotCache:
         self.spec, self.keep = spec, keep
         self.lengths = np.zeros(spec.slots, np.int32)
         self.keys = np.zeros((spec.slots, spec.rows, KEY), np.int64)
-        self.pictures: list[tuple[bytes, ...]] = [()] * spec.slots
-        self.touched = [0] * spec.slots  # when each slot was last of use, as a count of events
+        self.reset()
+
+    def reset(self) -> None:
+        """Every slot is free and holds nothing."""
+        slots = self.spec.slots
+        self.lengths[:] = 0
+        self.pictures: list[tuple[bytes, ...]] = [()] * slots
+        self.touched = [0] * slots  # when each slot was last of use, as a count of events
         self.parked: dict[object, int] = {}  # by whom they are parked for, the one parked longest ago first
-        self._free = list(range(spec.slots))  # ascending
+        self._free = list(range(slots))  # ascending
         self._events = 0
 
     @property

@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from .access import InterruptedStepError
 from .artifact import Artifact, Kind, Manifest
 from .backends.base import Backend, Result, open_backend
 from .cache import SlotCache
@@ -34,7 +35,11 @@ class ContextError(ValueError):
 
 
 class Engine:
-    """Runs the graphs of one artifact on one backend."""
+    """Runs the graphs of one artifact on one backend.
+
+    For one thread at a time (access.py). An exception leaves it fit for use: it ends the sequences that it concerns, each with
+    the exception as its `error`, and what their slots hold is forgotten; all others go on.
+    """
 
     def __init__(
         self,
@@ -66,9 +71,13 @@ class Engine:
         prefixes = SharedPrefixes(self.manifest, self.cache, self.backend, self.metrics, self.features) if reuse else None
         self.scheduler = Scheduler(self.cache, self._costs(), prefill_budget=prefill_budget, reuse=prefixes)
         self.speculate, self.ngrams = self._drafted(speculate), _sizes(ngrams)
-        self.on_token: Callable[[Sequence], object] | None = None  # called whenever a sequence has gained a token
+        # Called whenever a sequence has gained a token; whether a stop string has ended it.
+        self.on_token: Callable[[Sequence], bool] | None = None
         self.eos = frozenset(self.manifest.model.eos_token_ids)
         self.timed: list[Sequence] = []  # sequences with a deadline
+        self.failed: list[Sequence] = []  # sequences that the latest step has ended with an exception
+        self.computing = False  # in the backend: what an interrupt stops there can be run again
+        self.torn: BaseException | None = None  # what stopped a change in the middle, until `reset` is through
         self._ids = itertools.count()
         self._commits: dict[Kind, Callable[[Step, Result], None]] = {
             "vision": self._commit_vision,
@@ -111,7 +120,10 @@ class Engine:
         )
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence."""
+        """Queue a sequence; not one that was cancelled before."""
+        self._mend()
+        if sequence.finish_reason is not None:
+            return
         if sequence.params.deadline_s is not None:
             self.timed.append(sequence)
         self.scheduler.add(sequence)
@@ -129,19 +141,85 @@ class Engine:
         return late
 
     def step(self) -> Step:
-        """Run one graph and hand its result to the sequences that took part."""
-        step = self.scheduler.next_step()
-        feed = self.feeds(step, self.cache)
-        result = self.run_graph(step, feed)  # logits [B, V] float32; vision: image rows [tiles, P, C], or already in the cache
+        """Run one graph and hand its result to the sequences that took part.
+
+        Raises what the device, or the choice of a token, has raised, after the sequences in `failed` have ended with it.
+        """
+        self._mend()
+        self.failed = []
+        try:
+            step = self._attempt()
+        except Exception as error:
+            self.reset(error)
+            raise
+        if self.failed and (error := self.failed[0].error):
+            raise error
+        assert step is not None, "an attempt gives a step or ends a sequence"
+        return step
+
+    def _attempt(self) -> Step | None:
+        """A step; sequences that it fails are in `failed`. What it raises has left nothing that can be relied on."""
+        try:
+            step = self.scheduler.next_step()
+        except Exception as error:
+            sequence, self.scheduler.preparing = self.scheduler.preparing, None
+            if sequence is None:
+                raise
+            self._fail(sequence, error)
+            return None
+        try:
+            feed = self.feeds(step, self.cache)
+            # logits [B, V] float32; vision: image rows [tiles, P, C], or already in the cache
+            result = self.run_graph(step, feed)
+        except Exception as error:
+            for sequence in step.sequences:
+                self._fail(sequence, error)
+            return step
         self._commits[step.kind](step, result)
         return step
+
+    def interrupted(self, error: BaseException) -> None:
+        """An exception such as KeyboardInterrupt has ended a call to the engine; it belongs to the thread, not to a request."""
+        if self.computing:
+            self.computing = False  # nothing has changed but rows of the cache that the next run writes again
+        else:
+            self.reset(error)
+
+    def reset(self, error: BaseException) -> None:
+        """End all sequences with an error and forget what the cache holds."""
+        self.torn = error
+        cause = error if isinstance(error, Exception) else InterruptedStepError.by(error)
+        for sequence in self.scheduler.sequences():
+            if sequence.finish_reason is None:
+                self.failed.append(sequence)
+                sequence.slot, sequence.error, sequence.finished = None, cause, self.clock()
+                self.metrics.count_end(sequence, "failed")
+                sequence.finish_reason = "failed"
+        self.scheduler.clear()
+        self.cache.reset()
+        self.features.clear()
+        self.timed, self.computing, self.torn = [], False, None
+
+    def _mend(self) -> None:
+        if self.torn is not None:
+            self.reset(self.torn)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End a sequence with an error; its slot may hold anything."""
+        if sequence.slot is not None:
+            self.cache.clear(sequence.slot)
+        sequence.error = error
+        self._finish(sequence, "failed")
+        self.failed.append(sequence)
 
     def run_graph(self, step: Step, feed: Feed) -> Result:
         slot, image = self._place(step)
         started = self.clock()
         for sequence in step.sequences:
             sequence.started = sequence.started or started
+        self.computing = True
         result = self.backend.run(self.graphs[step.kind, step.bucket, step.images], feed, slot, image)
+        self.computing = False
         self.metrics.count(step, self.clock() - started)
         return result
 
@@ -150,8 +228,7 @@ class Engine:
         first, cross = step.sequences[0], self.manifest.cache.cross
         if step.kind == "decode" or (step.kind == "vision" and not cross):
             return 0, 0
-        assert first.slot is not None
-        return first.slot, first.tiles_done // step.bucket if step.kind == "vision" else 0
+        return first.held_slot, first.tiles_done // step.bucket if step.kind == "vision" else 0
 
     def cancel(self, sequence: Sequence) -> None:
         """Drop a sequence that has not finished."""
@@ -163,8 +240,7 @@ class Engine:
         start, end = sequence.tiles_done, sequence.tiles_done + step.count
         pictures = sequence.content.pictures
         if sequence.cross_tiles:
-            assert sequence.slot is not None
-            self.cache.pictures[sequence.slot] += (pictures[start // sequence.cross_tiles],)
+            self.cache.pictures[sequence.held_slot] += (pictures[start // sequence.cross_tiles],)
         else:
             rows = result.first
             per_tile = rows.shape[1]
@@ -176,29 +252,27 @@ class Engine:
 
     def _commit_prefill(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
-        assert sequence.slot is not None
         end = sequence.computed + step.count
-        self.cache.extend(sequence.slot, sequence.content.keys[sequence.computed : end])
+        self.cache.extend(sequence.held_slot, sequence.content.keys[sequence.computed : end])
         sequence.computed = end
         if not sequence.prefilling:
             sequence.first_token = self.clock()
             sequence.prefill_s = sequence.first_token - sequence.started - sequence.vision_s
-            self._choose(sequence, result, 0)
+            self._gain(sequence, result, 0)
 
     def _commit_decode(self, step: Step, result: Result) -> None:
         for sequence in step.sequences:
-            assert sequence.slot is not None
-            self.cache.append(sequence.slot, sequence.generated[-1], sequence.content.answer)
-            self._choose(sequence, result, sequence.slot)
+            slot = sequence.held_slot
+            self.cache.append(slot, sequence.generated[-1], sequence.content.answer)
+            self._gain(sequence, result, slot)
 
     def _commit_verify(self, step: Step, result: Result) -> None:
         """Tokens are chosen one by one as ever, for as long as the next one was drafted: it is in the cache already."""
         sequence, before = step.sequences[0], len(step.sequences[0].generated)
-        assert sequence.lookup is not None
+        assert sequence.lookup is not None, "only a lookup makes drafts"
         for row, drafted in enumerate((*step.draft, None)):
-            assert sequence.slot is not None
-            self.cache.append(sequence.slot, sequence.generated[-1], sequence.content.answer)
-            self._choose(sequence, result, row)
+            self.cache.append(sequence.held_slot, sequence.generated[-1], sequence.content.answer)
+            self._gain(sequence, result, row)
             if sequence.finish_reason or sequence.generated[-1] != drafted:
                 break
         gained = sequence.generated[before:]
@@ -207,24 +281,33 @@ class Engine:
         self.metrics.drafted += len(step.draft)
         self.metrics.accepted += right
 
-    def _choose(self, sequence: Sequence, result: Result, row: int) -> None:
-        """The next token of a sequence, from one row of logits."""
+    def _gain(self, sequence: Sequence, result: Result, row: int) -> None:
+        """The next token of a sequence, from one row of logits, and its end if that is the last one."""
+        try:
+            reason = self._choose(sequence, result, row)
+        except Exception as error:  # of its rules, its text, or its row: no other sequence is concerned
+            self._fail(sequence, error)
+            return
+        if reason is not None:
+            self._finish(sequence, reason)
+
+    def _choose(self, sequence: Sequence, result: Result, row: int) -> str | None:
+        """Add the next token to a sequence; why it ends there, if it does."""
         params, rules = sequence.params, sequence.rules
         token = self._likely(sequence, result, row)
         if token is None:
             token = self._of_whole_row(sequence, result.row(row))
         if token is None:
-            self._finish(sequence, "dead_end")
-            return
+            return "dead_end"
         sequence.generated.append(token)
         if rules:
             rules.accept(token)
+        stopped = self.on_token is not None and self.on_token(sequence)
         if (token in self.eos and not params.ignore_eos) or token in params.stop_token_ids or (rules and rules.done):
-            self._finish(sequence, "stop")
-        elif len(sequence.generated) == params.max_new_tokens:
-            self._finish(sequence, "length")
-        if self.on_token:
-            self.on_token(sequence)
+            return "stop"
+        if stopped:
+            return "stop"
+        return "length" if len(sequence.generated) == params.max_new_tokens else None
 
     def _likely(self, sequence: Sequence, result: Result, row: int) -> int | None:
         """The token, where the graph's candidates decide it and nothing else is wanted of the row."""
@@ -247,10 +330,10 @@ class Engine:
         return token
 
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        sequence.finish_reason = reason
         sequence.finished = self.clock()
-        self.metrics.count_end(sequence)
+        self.metrics.count_end(sequence, reason)
         self.scheduler.finish(sequence)
+        sequence.finish_reason = reason  # at last: another thread may wait for it
 
     def stop(self, sequence: Sequence) -> None:
         """End a sequence because its text holds a stop string."""

@@ -43,7 +43,7 @@ class Feeds:
         feed["pixels"][: step.count] = prompt.pixels[start : start + step.count]
         feed["pixels"][step.count :] = 0
         if "aspect_id" in feed:
-            assert prompt.grids is not None
+            assert prompt.grids is not None, "a family with tiles says how each image was cut"
             rows, columns = map(int, prompt.grids[start // step.bucket])
             feed["tile_count"][0] = rows * columns
             feed["aspect_id"][0] = 1 + self.manifest.model.image.grids.index((rows, columns))
@@ -83,8 +83,7 @@ class Feeds:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
         for sequence in step.sequences:
-            slot, prompt = sequence.slot, sequence.prompt
-            assert slot is not None
+            slot, prompt = sequence.held_slot, sequence.prompt
             feed["token_ids"][slot, 0] = sequence.generated[-1]
             self._temper(feed, sequence, slot)
             if prompt.ntk != 1.0:
@@ -97,8 +96,7 @@ class Feeds:
     def _verify(self, feed: Feed, step: Step, cache: SlotCache) -> None:
         """The last token of an answer and its draft; padding behind them as in a chunk of a prompt."""
         sequence = step.sequences[0]
-        prompt, slot = sequence.prompt, sequence.slot
-        assert slot is not None
+        prompt, slot = sequence.prompt, sequence.held_slot
         start = int(cache.lengths[slot])
         rows = slice(start, start + step.bucket)
         feed["token_ids"][0, : step.count] = sequence.generated[-1], *step.draft

@@ -39,9 +39,9 @@ class Metrics:
         self.padded[step.kind] += step.bucket
         self.buckets[graph_name(step.kind, step.bucket, step.images)] += 1
 
-    def count_end(self, sequence: Sequence) -> None:
+    def count_end(self, sequence: Sequence, reason: str) -> None:
         """A request ended, at whatever point of its way."""
-        self.finished[sequence.finish_reason or ""] += 1
+        self.finished[reason] += 1
         self.prompt_tokens += sequence.computed
         self.reused_tokens += sequence.reused
         self.tiles += sequence.tiles_done

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import itertools
 import os
 import time
 from collections.abc import Callable, Generator
 from collections.abc import Sequence as SequenceOf
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import numpy as np
 
+from .access import EngineAccess
+from .arguments import Images, as_list, check_text, grouped, merge_params, one_answer, pair_up
 from .artifact import Artifact, ArtifactError, Manifest, open_artifact
 from .backends.base import check_device
 from .chat import Chat
@@ -21,18 +24,14 @@ from .engine import NGRAMS, Engine
 from .families import family
 from .images import ImageSource
 from .logit_rules import Guide
-from .prompt import Message, Prompt, PromptError
+from .prompt import Message, Prompt
 from .ranks.start import follow, lead, meet, read_timeout, spawn
 from .ranks.world import World, started_world
 from .request import Output, SamplingParams, Sequence
 from .request_log import RequestLog, record_of
-from .sampling import SETTINGS
-from .shown import shown
 from .text import AnswerText
 from .token_bytes import BadWords, TokenBytes
 from .tokenizer import load_tokenizer
-
-Images = SequenceOf[ImageSource] | ImageSource | None
 
 
 def load(
@@ -111,8 +110,16 @@ def _wrong_number(artifact: str | Path, manifest: Manifest, started: int) -> str
     return f"{artifact} was compiled for {compiled}, but WORLD_SIZE says that {started} were started; start it with {right}"
 
 
+class ModelClosedError(RuntimeError):
+    """The model was closed, before a call or in the middle of one."""
+
+
 class Model:
-    """A loaded artifact; a context manager that closes it. Not for use from several threads at once."""
+    """A loaded artifact; a context manager that closes it.
+
+    For any number of threads: what they ask for at the same time runs in one batch. A generator belongs to one thread at a
+    time, as everywhere in Python; it may be dropped in any.
+    """
 
     def __init__(
         self,
@@ -125,6 +132,7 @@ class Model:
         """on_close: what `close` does besides; default: free the graphs. check: raises RankError if the model's other ranks
         are not well, which somebody who does nothing else should ask now and then; None for a model of one rank."""
         self.artifact, self.engine, self.request_log = artifact, engine, request_log
+        self.access = EngineAccess(engine.interrupted)
         self.check = check
         self._on_close, self.closed = on_close or engine.unload, False
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
@@ -136,10 +144,17 @@ class Model:
         self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
 
     def close(self) -> None:
-        """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more."""
+        """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more.
+
+        Waits for the step that runs. Calls of other threads that have no answer yet raise ModelClosedError.
+        """
         if not self.closed:
             self.closed = True
-            self._on_close()
+            self.access.at_last(self._close)
+
+    def _close(self) -> None:
+        self.engine.reset(ModelClosedError("the model was closed before the answer was complete; load the artifact again"))
+        self._on_close()
 
     def __enter__(self) -> Model:
         return self
@@ -217,8 +232,7 @@ class Model:
         try:
             for sequence in sequences:
                 self.start(sequence)
-            while not all(sequence.finish_reason for sequence in sequences):
-                self.advance()
+            self.access.until(lambda: all(sequence.finish_reason for sequence in sequences), self._advance)
             return [self.output(sequence) for sequence in sequences]
         finally:
             for sequence in sequences:
@@ -229,18 +243,24 @@ class Model:
 
         Between two pieces other requests may be made of the model: what they let this sequence gain is given out later.
         """
-        text, given = self.start(sequence), 0
+        text = self.start(sequence, streamed=True)
         try:
-            while given < len(text.pieces) or not sequence.finish_reason:
-                if given == len(text.pieces):
-                    self.advance()
-                else:
-                    given += 1
-                    yield text.pieces[given - 1]
+            for given in itertools.count():
+                self.access.until(partial(_has_news, sequence, text, given), self._advance)
+                if given == len(text.given):
+                    break
+                yield text.given[given]
+            if sequence.error is not None:
+                raise sequence.error
             if last := text.finish():
                 yield last
-        finally:
+        except GeneratorExit:  # perhaps of the garbage collector, which comes at any time and must not wait
+            self.access.soon(self._drop, sequence)
+            raise
+        except BaseException:
             self.end(sequence)
+            raise
+        self.end(sequence)
 
     def new_sequence(self, prompt: Prompt, params: SamplingParams, return_logits: bool = False, index: int = 0) -> Sequence:
         """Answer `index` of n to a prompt, checked and not queued; raises ContextError or ConstraintError."""
@@ -271,55 +291,87 @@ class Model:
             return self.family.raw_prompt(text, images, self.facts, self.tokenizer)
         return self.prepare_messages([Message("user", text, len(images))], images)
 
-    def start(self, sequence: Sequence) -> AnswerText:
-        """Queue a sequence; its text grows with every step, whoever takes it."""
-        if self.closed:
-            raise RuntimeError("the model was closed; load the artifact again")
-        stops = self.stops(sequence)
-        text = self.texts[sequence.id] = AnswerText(self.tokenizer, stops, from_token=sequence.params.min_new_tokens)
-        self.engine.add(sequence)
+    def start(self, sequence: Sequence, *, streamed: bool = False) -> AnswerText:
+        """Queue a sequence; its text grows with every step, of whichever thread. `streamed`: see AnswerText."""
+        stops, least = self.stops(sequence), sequence.params.min_new_tokens
+        text = AnswerText(self.tokenizer, stops, from_token=least, streamed=streamed)
+        self.access.exclusively(self._start, sequence, text)
         return text
+
+    def _start(self, sequence: Sequence, text: AnswerText) -> None:
+        if self.closed:
+            raise ModelClosedError("the model was closed; load the artifact again")
+        self.texts[sequence.id] = text
+        self.engine.add(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a sequence that has not finished, between two steps."""
+        if sequence.finish_reason is None:
+            self.access.at_last(self.engine.cancel, sequence)
 
     def end(self, sequence: Sequence) -> None:
         """Forget a sequence that was started; one that has not finished is cancelled."""
+        self.cancel(sequence)
+        self._forget(sequence)
+
+    def _drop(self, sequence: Sequence) -> None:
+        """As `end`, where this thread has the engine."""
         self.engine.cancel(sequence)
+        self._forget(sequence)
+
+    def _forget(self, sequence: Sequence) -> None:
         try:
             if self.request_log and sequence.id in self.texts:
                 sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
                 arrived = time.time() - (self.engine.clock() - sequence.arrived)
-                self.request_log.write(record_of(self.output(sequence), arrived, sizes, sequence.reused))
+                self.request_log.write(record_of(self._output(sequence), arrived, sizes, sequence.reused))
         finally:
             self.texts.pop(sequence.id, None)
 
     def advance(self) -> SequenceOf[Sequence]:
         """One engine step, and the new text of each sequence that gained a token; the sequences that have changed.
 
-        Does nothing but end them where all that is left has passed its deadline.
+        Does nothing but end them where all that is left has passed its deadline. What a step raises is the `error` of the
+        sequences that it concerns.
         """
-        expired = self.engine.expire()
-        if self.engine.scheduler.idle:
-            return expired
-        return (*expired, *self.engine.step().sequences)
+        return self.access.step(self._advance)
 
-    def _gained(self, sequence: Sequence) -> None:
-        """The text of a sequence's latest token; it may be the last one."""
+    def _advance(self) -> SequenceOf[Sequence]:
+        engine = self.engine
+        expired = engine.expire()
+        if engine.scheduler.idle:
+            return expired
+        try:
+            return (*expired, *engine.step().sequences)
+        except Exception:
+            if not engine.failed:
+                raise
+            return (*expired, *engine.failed)
+
+    def _gained(self, sequence: Sequence) -> bool:
+        """The text of a sequence's latest token; whether it completes a stop string."""
         text = self.texts.get(sequence.id)
         if text is None:  # the engine was given it by somebody else
-            return
+            return False
         text.add_unread(sequence.generated[-1])
-        if text.stopped:
-            self.engine.stop(sequence)
+        return text.stopped
 
     def output(self, sequence: Sequence) -> Output:
-        """The answer of a sequence that has finished and is not forgotten."""
-        text = self.texts[sequence.id]
+        """The answer of a sequence that has finished and is not forgotten; raises what has ended it, where it failed."""
+        if sequence.error is not None:
+            raise sequence.error
+        return self._output(sequence)
+
+    def _output(self, sequence: Sequence) -> Output:
+        text, reason = self.texts[sequence.id], sequence.finish_reason or "cancelled"
         text.finish()
-        if text.stopped:  # perhaps only by what was held back
-            self.engine.stop(sequence)
+        if text.stopped and reason == "length":  # a stop string in what was held back
+            self.access.soon(self.engine.stop, sequence)
+            reason = "stop"
         return Output(
             text=text.text,
             token_ids=list(sequence.generated),
-            finish_reason=sequence.finish_reason or "cancelled",
+            finish_reason=reason,
             boxes=list(self.family.parse_boxes(text.text, sequence.prompt.frames)),
             prompt_tokens=sequence.prompt.length,
             image_tokens=sequence.prompt.image_tokens,
@@ -330,48 +382,6 @@ class Model:
         )
 
 
-def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
-    """`sampling` with the settings given by name; an unknown one is an error."""
-    if unknown := sorted(set(settings) - set(SETTINGS)):
-        raise TypeError(f"unknown settings {shown(', '.join(unknown))}; expected {', '.join(sorted(SETTINGS))}")
-    return dataclasses.replace(sampling or SamplingParams(), **settings)
-
-
-def one_answer(params: SamplingParams) -> SamplingParams:
-    """The params of an answer that is streamed or kept in a conversation; raises ValueError where several are asked for."""
-    if params.n > 1:
-        raise ValueError(f"n is {params.n}; a stream or a chat's turn has one answer, so use generate for several")
-    return params
-
-
-def grouped(outputs: list[Output], n: int) -> list[Output]:
-    """The answers to each prompt as one: the first, which has the others."""
-    groups = (outputs[start : start + n] for start in range(0, len(outputs), n))
-    return [dataclasses.replace(first, others=tuple(others)) for first, *others in groups]
-
-
-def check_text(text: Any) -> None:
-    if not isinstance(text, str):
-        raise PromptError(f"a prompt is {type(text).__name__}; expected text")
-
-
-def as_list(images: Any) -> list[ImageSource]:
-    """One picture, several or none -> a list."""
-    if images is None:
-        return []
-    return list(images) if isinstance(images, list | tuple) else [images]
-
-
-def pair_up(prompts: SequenceOf[str], images: Any) -> list[tuple[str, Any]]:
-    """Each prompt with its pictures."""
-    if not isinstance(prompts, list | tuple):
-        raise PromptError(f"prompts is {type(prompts).__name__}; expected a text or a list of texts")
-    if images is None:
-        return [(prompt, None) for prompt in prompts]
-    if not isinstance(images, list | tuple) or len(images) != len(prompts):
-        count = len(images) if isinstance(images, list | tuple) else "one entry that is no list"
-        raise PromptError(
-            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: a picture, "
-            "a list of them, or None"
-        )
-    return list(zip(prompts, images, strict=True))
+def _has_news(sequence: Sequence, text: AnswerText, given: int) -> bool:
+    """Whether there are more than `given` pieces, or there will be none."""
+    return sequence.finish_reason is not None or len(text.given) > given

@@ -67,7 +67,8 @@ class Sequence:
     holder: object | None = None  # for whom its slot is parked when it ends: a chat
     computed: int = 0  # tokens of the prompt in the cache
     generated: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
+    finish_reason: str | None = None  # as in Output, or "failed"; the last of its fields to change
+    error: Exception | None = None  # what ended it, where it failed
     keep_logits: bool = False
     logits: list[np.ndarray] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -77,6 +78,13 @@ class Sequence:
     finished: float = 0.0
     vision_s: float = 0.0
     prefill_s: float = 0.0
+
+    @property
+    def held_slot(self) -> int:
+        """Its slot; raises RuntimeError where it holds none, which no step may meet."""
+        if self.slot is None:
+            raise RuntimeError(f"request {self.id} holds no slot of the cache; load the artifact again")
+        return self.slot
 
     @property
     def prefilling(self) -> bool:

@@ -35,6 +35,10 @@ class FeatureCache:
             self._rows.move_to_end(digest)
         return rows
 
+    def clear(self) -> None:
+        self._rows.clear()
+        self.nbytes = 0
+
     def put(self, digest: bytes, rows: np.ndarray) -> None:
         """Keep a copy."""
         if digest in self._rows or rows.nbytes > self.limit:
@@ -90,8 +94,7 @@ class SharedPrefixes:
     def prepare(self, sequence: Sequence) -> None:
         """Take over features, and the longest beginning that any slot holds if the sequence's own holds less."""
         self._take_features(sequence)
-        cache, content, own = self.cache, sequence.content, sequence.slot
-        assert own is not None
+        cache, content, own = self.cache, sequence.content, sequence.held_slot
         tiles = sequence.cross_tiles
         found = [
             (cache.common(slot, content.keys), cache.common_pictures(slot, content.pictures) if tiles else 0, slot)

@@ -76,17 +76,29 @@ class Scheduler:
         self.costs = costs
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
         self.may_draft: set[int] = set()  # sequences of the last decode step that no draft has brought on since
+        self.preparing: Sequence | None = None  # it gets its slot, or what it shares: the device copies for it
         self._admitted = 0
+
+    def sequences(self) -> list[Sequence]:
+        """Whatever runs or waits."""
+        return [*self.running, *self.waiting]
+
+    def clear(self) -> None:
+        """Forget all of them, and who holds what."""
+        self.running, self.waiting, self.preparing = [], [], None
+        self.spent, self.may_draft = 0.0, set()
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; one that brings its slot does not wait.
+        """Queue a sequence; one that brings its slot, or whose slot is parked for it, does not wait.
 
         A priority of p is worth as much as having come p * AGING admissions earlier, so nobody waits for ever.
         """
+        if sequence.slot is None and sequence.holder is not None:
+            sequence.slot = self.cache.take_back(sequence.holder)
         if sequence.slot is not None:
             self._enter(sequence)
             return
@@ -117,12 +129,11 @@ class Scheduler:
 
     def finish(self, sequence: Sequence) -> None:
         """Take a sequence out, wherever it is; its slot is freed, or parked for the chat that goes on in it."""
-        if sequence in self.running:
-            self.running.remove(sequence)
-        elif sequence in self.waiting:
-            self.waiting.remove(sequence)
-        if sequence.slot is None:
+        if sequence not in self.running or sequence.slot is None:
+            if sequence in self.waiting:
+                self.waiting.remove(sequence)
             return
+        self.running.remove(sequence)
         if sequence.holder is None:
             self.cache.release(sequence.slot)
         else:
@@ -131,10 +142,13 @@ class Scheduler:
 
     def _admit(self) -> None:
         while self.waiting and (self.cache.free or self.cache.reclaim()):
-            sequence = self.waiting.pop(0)
-            sequence.slot = self.cache.acquire(self.reuse.slot_for(sequence, self._near()) if self.reuse else None)
+            sequence = self.preparing = self.waiting[0]
+            slot = self.reuse.slot_for(sequence, self._near()) if self.reuse else None
+            self.preparing = None
+            sequence.slot = self.cache.acquire(slot)
             self._admitted += 1
             self._enter(sequence)
+            del self.waiting[0]
 
     def _near(self) -> SequenceOf[int]:
         """The free slots that a batch reaches whichever of them is taken."""
@@ -145,16 +159,17 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> None:
         """The sequence has its slot: what that holds of its prompt need not be run."""
-        assert sequence.slot is not None
         content, tiles = sequence.content, sequence.cross_tiles
-        sequence.computed, pictures = self.cache.settle(sequence.slot, content.keys, content.pictures if tiles else ())
+        sequence.computed, pictures = self.cache.settle(sequence.held_slot, content.keys, content.pictures if tiles else ())
         sequence.tiles_done = max(sequence.tiles_done, pictures * tiles)
         self.running.append(sequence)
 
     def _prepare(self, sequence: Sequence) -> None:
         """As late as can be: what ran before it may be of use."""
         if self.reuse:
+            self.preparing = sequence
             self.reuse.prepare(sequence)
+            self.preparing = None
         sequence.prepared, sequence.reused, sequence.reused_tiles = True, sequence.computed, sequence.tiles_done
 
     def _vision(self, sequence: Sequence) -> tuple[Step, float, float]:
@@ -194,9 +209,9 @@ class Scheduler:
     def _draft(self, sequence: Sequence, decode: Step) -> Step | None:
         """A step that verifies a draft, if there is one and, by the times of both graphs, more tokens come of it than of
         `decode` meanwhile."""
-        assert sequence.lookup is not None and sequence.slot is not None
+        assert sequence.lookup is not None, "only a lookup makes drafts"
         images = _enough(self.verify, sequence.images)
-        room = self.cache.spec.rows - int(self.cache.lengths[sequence.slot])
+        room = self.cache.spec.rows - int(self.cache.lengths[sequence.held_slot])
         buckets = [bucket for bucket in self.verify[images] if bucket <= room]
         left = sequence.params.max_new_tokens - len(sequence.generated)
         draft = sequence.lookup.draft(sequence.generated, min(left, max(buckets, default=0)) - 1)

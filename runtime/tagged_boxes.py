@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
-from .boxes import Box, Quad
+from .boxes import Box, Quad, narrow
 from .images import Frame
 
 Point = tuple[int, int]
 
+_TAG = re.compile(r"<(/?)(ref|box|quad)>")
 _POINT = r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)"
-_TWO, _FOUR = (r"\s*,\s*".join([_POINT] * n) for n in (2, 4))
-# A prompt may end in <box> or <quad>: then the answer begins with the points.
-_TAG = re.compile(
-    r"<ref>(?P<label>[^<]*)</ref>"
-    rf"|(?:<box>|\A)\s*(?P<box>{_TWO})\s*</box>"
-    rf"|(?:<quad>|\A)\s*(?P<quad>{_FOUR})\s*</quad>"
-)
-_PICTURE = re.compile(r"Picture (\d{1,4})\b")
+_POINTS = re.compile(rf"\s*{_POINT}(?:[\s,;]*{_POINT})*\s*")
+_CORNERS = {"box": 2, "quad": 4}  # points of one
+# "Picture 2" is how prompts name images; answers also say "picture 2" and, in Chinese, "图2" and "图片2".
+_PICTURE = re.compile(r"(?:(?<![a-z])picture|图片?) ?(\d{1,4})(?![\da-z])", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class _Element:
+    """A tag, its contents, and where both begin and end."""
+
+    tag: str
+    text: str
+    start: int
+    end: int
 
 
 def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
@@ -26,22 +34,40 @@ def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
 
     A box is called what the <ref> before it says, with nothing but other boxes and punctuation between. It belongs to the
     picture that the answer named last ("Picture 2"), else to the last picture given, on which the original code draws.
-    Without pictures the result is empty.
+    Several boxes may stand in one tag, and the last tag may lack its end. Wide digits and punctuation count as those of ASCII.
+    Without pictures the result is empty. The time is linear in the length of the text.
     """
     found, label, end, image = [], None, 0, len(frames) - 1
-    for match in _TAG.finditer(text) if frames else ():
-        between, end = text[end : match.start()], match.end()
+    for element in _elements(text) if frames else ():
+        groups = _groups(element) if element.tag != "ref" else []
+        if groups is None:
+            continue
+        between, end = text[end : element.start], element.end
         image = _named(between, image, len(frames))
-        if match["label"] is not None:
-            label = match["label"].strip() or None
-            image = _named(match["label"], image, len(frames))
+        if element.tag == "ref":
+            label = element.text.strip() or None
+            image = _named(element.text, image, len(frames))
             continue
         if re.search(r"\w", between):
             label = None
-        points = _points(match["box"] or match["quad"])
-        if points is not None:
-            found.append(_box(points, label, image, frames[image]))
+        found += [_box(points, label, image, frames[image]) for points in groups]
     return tuple(found)
+
+
+def _elements(text: str) -> Iterator[_Element]:
+    """What stands between a tag and its end, with no other tag between. A box or quad may begin with the text, since a prompt
+    may end in its tag, and end with it, where the answer was cut."""
+    opened, start, begin = "text", 0, 0
+    for tag in _TAG.finditer(text):
+        ends, name = tag.groups()
+        if not ends:
+            opened, start, begin = name, tag.start(), tag.end()
+            continue
+        if opened == name or (opened == "text" and name != "ref"):
+            yield _Element(name, text[begin : tag.start()], start, tag.end())
+        opened = ""
+    if opened in _CORNERS:
+        yield _Element(opened, text[begin:], start, len(text))
 
 
 def _named(text: str, image: int, count: int) -> int:
@@ -50,14 +76,21 @@ def _named(text: str, image: int, count: int) -> int:
     return next((k - 1 for k in reversed(numbers) if 1 <= k <= count), image)
 
 
-def _points(text: str) -> list[Point] | None:
-    """The points of a box or quad; None where they make none."""
-    points = [(int(x), int(y)) for x, y in re.findall(_POINT, text)]
+def _groups(element: _Element) -> list[list[Point]] | None:
+    """The points of each box or quad of a tag; None where they make none, or not all of them do."""
+    content, size = narrow(element.text), _CORNERS[element.tag]
+    if not _POINTS.fullmatch(content):
+        return None
+    points = [(int(x), int(y)) for x, y in re.findall(_POINT, content)]
+    groups = [points[at : at + size] for at in range(0, len(points), size)]
+    return groups if all(map(_valid, groups)) and len(points) % size == 0 else None
+
+
+def _valid(points: Sequence[Point]) -> bool:
+    """Whether coordinates are in 0..1000, and of two points the first is left of and above the second."""
     if any(value > 1000 for point in points for value in point):
-        return None
-    if len(points) == 2 and (points[0][0] > points[1][0] or points[0][1] > points[1][1]):
-        return None
-    return points
+        return False
+    return len(points) != 2 or (points[0][0] <= points[1][0] and points[0][1] <= points[1][1])
 
 
 def _box(points: Sequence[Point], label: str | None, image: int, frame: Frame) -> Box:

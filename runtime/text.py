@@ -13,11 +13,12 @@ class AnswerText:
     What may still turn out to be a stop string, or a blank at the end, is held back; the pieces together are the text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], from_token: int = 0) -> None:
-        """`from_token`: how many tokens there must be before a stop string counts."""
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], from_token: int = 0, *, streamed: bool = False) -> None:
+        """`from_token`: how many tokens there must be before a stop string counts. `streamed`: pieces are in `given` as soon as
+        they are certain, where a thread may read them that does not add tokens."""
         self.tokens, self.from_token = 0, from_token
         self.detokenizer = Detokenizer(tokenizer)
-        self.stops = tuple(stop for stop in stops if stop)
+        self.stops, self.streamed = tuple(stop for stop in stops if stop), streamed
         self.given: list[str] = []
         self.unread: list[int] = []  # tokens whose text nobody has asked for
         self.held = ""
@@ -33,9 +34,9 @@ class AnswerText:
         return "".join(self.pieces)
 
     def add_unread(self, token_id: int) -> None:
-        """As `add`, but what nobody asks for piece by piece is turned into text at the end, unless a stop string may end it."""
+        """As `add`, but what is not streamed is turned into text at the end, unless a stop string may end it."""
         self.unread.append(token_id)
-        if self.stops:
+        if self.stops or self.streamed:
             self._read()
 
     def add(self, token_id: int) -> str:

@@ -5,6 +5,7 @@ One thing differs from transformers on purpose: a text that already begins with 
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,10 +76,14 @@ def check_unicode(text: str) -> None:
 
 
 class Detokenizer:
-    """Text piece by piece as tokens arrive; the pieces joined equal `Tokenizer.decode` of all ids.
+    """Text piece by piece as tokens arrive; the pieces joined equal `Tokenizer.decode` of all ids, but for the very end.
 
     Text is held back while a later token could still change it: an unfinished character, and a run of byte tokens, whose
     characters all turn into U+FFFD when one byte of the run is wrong.
+
+    Tokens that end inside a character (an answer that was cut) give all characters that are complete, and one U+FFFD for the
+    one that is not, whatever the vocabulary. transformers does so for vocabularies of bytes; of a run of byte tokens it would
+    leave nothing but U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
@@ -93,16 +98,31 @@ class Detokenizer:
         if token is None or (self._skip_special and self._vocabulary.is_special(token_id)):
             return ""
         self._held.append(token_id)
-        if BYTE_PIECE.fullmatch(token):
+        if self._is_byte(token_id, token):
             return ""
         text = self._new_text()
         return "" if text.endswith("\ufffd") else self._give_out(text)
 
     def finish(self) -> str:
         """What is still held back; afterwards the next token starts a new text."""
-        text = self._new_text() if self._held else ""
+        cut = self._unfinished()
+        self._held = self._held[: len(self._held) - cut]
+        text = (self._new_text() if self._held else "") + "\ufffd" * (cut > 0)
         self._before, self._held = [], []
         return text
+
+    def _is_byte(self, token_id: int, token: str) -> bool:
+        """Whether a token of a vocabulary of pieces stands for one byte."""
+        return BYTE_PIECE.fullmatch(token) is not None and len(self._vocabulary.token_bytes(token_id)) == 1
+
+    def _unfinished(self) -> int:
+        """How many byte tokens at the end are the beginning of a character."""
+        last = self._held[-3:]
+        is_byte = [self._is_byte(token_id, self._vocabulary.token(token_id) or "") for token_id in last]
+        for start in range(len(last)):
+            if all(is_byte[start:]) and _begins_character(b"".join(map(self._vocabulary.token_bytes, last[start:]))):
+                return len(last) - start
+        return 0
 
     def _new_text(self) -> str:
         before = self._vocabulary.decode(self._before, skip_special=self._skip_special)
@@ -111,6 +131,15 @@ class Detokenizer:
     def _give_out(self, text: str) -> str:
         self._before, self._held = self._held, []
         return text
+
+
+def _begins_character(data: bytes) -> bool:
+    """Whether bytes are some of a character's in UTF-8, from its first on, and not all."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        return not decoder.decode(data) and len(decoder.getstate()[0]) == len(data)
+    except UnicodeDecodeError:
+        return False
 
 
 def read_vocabulary(path: Path, *, added_tokens: Mapping[str, int] | None = None, legacy: bool = False) -> Vocabulary:

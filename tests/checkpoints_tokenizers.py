@@ -5,14 +5,37 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 from functools import cache
 from pathlib import Path
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from staticvl.runtime.tokenizer import Tokenizer as OurTokenizer
+
 from .checkpoints_files import write_json
 
+# Text in many scripts: characters of one to four bytes, and what joins them.
+SCRIPTS = (
+    "한국어 음절\n두 번째 줄입니다",
+    "日本語のかな、漢字。",
+    "这是一张图片：红色的圆形。",
+    "\U0001f600\U0001f469\u200d\U0001f469\u200d\U0001f467\U0001f3fd ok",
+    "Ελληνικά και λοιπά",
+    "кириллица\nдва",
+    "العربية ٱلنص",
+    "עברית",
+    "हिन्दी क्षत्रिय",
+    "ไทยแลนด์",
+    "தமிழ்",
+    "ქართული",
+    "e\u0301 na\xefve caf\xe9",
+    "𝒜𝔘 𐍈",
+    "mixed 한 a 日 b\n😀",
+    "\n\n\t",
+    "a b\nc",
+)
 SENTENCES = (
     "What is in the picture? A red circle and a blue square.",
     "Describe the image in English: two green triangles lie on a white table.",
@@ -172,3 +195,24 @@ def _byte_letters() -> dict[int, str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]
     return {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def text_of(tokenizer: OurTokenizer, ids: list[int], *, skip_special: bool = True) -> str:
+    """The text of an answer of these tokens: as decoded, but for byte tokens at the end that only begin a character, which are
+    one U+FFFD."""
+    vocabulary = tokenizer.vocabulary
+    shown = [i for i in ids if vocabulary.token(i) is not None and not (skip_special and vocabulary.is_special(i))]
+    last = [re.fullmatch("<0x(..)>", vocabulary.token(i) or "") for i in shown[-3:]]
+    for count in (3, 2, 1):
+        run = last[-count:]
+        if len(run) == count and all(run) and _unfinished(bytes(int(byte[1], 16) for byte in run if byte)):
+            return tokenizer.decode(shown[:-count], skip_special=skip_special) + "\ufffd"
+    return tokenizer.decode(ids, skip_special=skip_special)
+
+
+def _unfinished(data: bytes) -> bool:
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        return error.start == 0 and error.reason == "unexpected end of data"
+    return False

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from staticvl.runtime import tagged_boxes
 from staticvl.runtime.boxes import Box, parse_boxes, parse_corners
@@ -34,6 +38,13 @@ CROPPED = Frame(left=50, top=0, width=100, height=100, image_width=200, image_he
         ("[0.5, 0.2, 0.3, 0.4]", []),
         ("[0.1, 0.5, 0.3, 0.4]", []),
         ("[10, 20, 30, 40]", []),
+        ("［0.61，0.36，0.92，0.83］", [BUS]),
+        ("【0.61、0.36、0.92、0.83】", [BUS]),
+        ("（０．６１，　0.36，0.92，0.83）。", [BUS]),
+        ("汽车在0.61，0.36，0.92，0.83处", [BUS]),
+        ("【0，0，1，1】", [(0, 0, 1, 1)]),
+        ("数：0，0，1，1", []),
+        ("0.1，0.2，0.3，0.4％", []),
         ("0.1%, 0.2, 0.3, 0.4%", []),
         ("0.1, 0.2, 0.3, 0.4%", []),
         ("v0.1, 0.2, 0.3, 0.4", []),
@@ -126,6 +137,15 @@ def test_a_quad() -> None:
         (" (1,2),(3,4),(5,6),(7,8)</quad>", [(None, 1)]),
         ("<box>(0,0),(1000,1000)</box>", [(None, 0)]),
         ("<box>(5,5),(5,5)</box>", [(None, 5)]),
+        ("<ref>dogs</ref><box>(1,2),(3,4),(5,6),(7,8)</box>", [("dogs", 1), ("dogs", 5)]),
+        ("<ref>dogs</ref><box>(1,2),(3,4)(5,6),(7,8); (9,9),(9,9)</box>", [("dogs", 1), ("dogs", 5), ("dogs", 9)]),
+        ("<quad>(1,1),(9,1),(9,9),(1,9),(20,1),(29,1),(29,9),(20,9)</quad>", [(None, 1), (None, 20)]),
+        ("<ref>狗</ref><box>（１，2），（3，4）</box>，<box>(5，6)、(7,8)</box>", [("狗", 1), ("狗", 5)]),
+        ("<ref>a < b</ref><box>(1,2),(3,4)</box>", [("a < b", 1)]),
+        ("<ref><3 </refs></ref><box>(1,2),(3,4)</box>", [("<3 </refs>", 1)]),
+        ("<ref>a</ref><box>(1,2),(3,4)", [("a", 1)]),  # cut, or without the last tag
+        ("<ref>a</ref><box>(1,2),(3,4)</box><quad>(5,6),(7,6),(7,8),(5,8)\n", [("a", 1), ("a", 5)]),
+        ("<box>(1,2),(3,4)<box>(5,6),(7,8)</box>", [(None, 5)]),
     ],
 )
 def test_labels(text: str, expected: list[tuple[str | None, int]]) -> None:
@@ -138,8 +158,11 @@ def test_labels(text: str, expected: list[tuple[str | None, int]]) -> None:
     [
         "",
         "no box",
-        "<box>(1,2),(3,4)",
         "<box>(1,2),(3,4",
+        "<box>(1,2),(3,4),(5,6)",
+        "<box>(1,2),(3,4),(9,8),(7,6)</box>",  # the second is none: perhaps a quad
+        "<quad>(1,2),(3,4),(5,6)",
+        "<ref>a</ref><box>",
         "<box>(1,2)</box>",
         "<box>(1,2),(3,4),(5,6)</box>",
         "<box>(1,2),(3,1001)</box>",
@@ -174,6 +197,17 @@ def test_malformed_boxes_are_left_out(text: str) -> None:
         ("Picture 1 and Picture 2: <box>(0,0),(500,500)</box>", 1),
         ("Picture 1 and Picture 9: <box>(0,0),(500,500)</box>", 0),
         ("Picture 0: <box>(0,0),(500,500)</box>", 2),
+        ("Picture1:<box>(0,0),(500,500)</box>", 0),
+        ("picture 2:\n<box>(0,0),(500,500)</box>", 1),
+        ("PICTURE 2 <box>(0,0),(500,500)</box>", 1),
+        ("Picture 1: <img>a.jpg</img>\n<box>(0,0),(500,500)</box>", 0),
+        ("在Picture 2中，<ref>狗</ref><box>(0,0),(500,500)</box>", 1),
+        ("图1中的<ref>狗</ref><box>(0,0),(500,500)</box>", 0),
+        ("<ref>图片 2 的狗</ref><box>(0,0),(500,500)</box>", 1),
+        ("图１：<box>(0,0),(500,500)</box>", 0),
+        ("Picture 1st <box>(0,0),(500,500)</box>", 2),
+        ("Picture 12345 <box>(0,0),(500,500)</box>", 2),
+        ("epicture 1 <box>(0,0),(500,500)</box>", 2),
         ("<box>(0,0),(500,500)</box> is in Picture 1", 2),
     ],
 )
@@ -182,6 +216,51 @@ def test_the_picture_of_a_box(text: str, image: int) -> None:
     (box,) = tagged_boxes.parse_boxes(text, frames)
     assert box.image == image
     assert box.pixels == (0, 0, int(frames[image].width / 2), int(frames[image].height / 2))
+
+
+def test_an_unclosed_tag_before_others_is_left_out() -> None:
+    (box,) = tagged_boxes.parse_boxes("<box>(1,2),(3,4) <ref>b</ref><box>(5,6),(7,8)</box>", [PHOTO])
+    assert box.label == "b"
+
+
+SCRAPS = (
+    "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "(1,2)", "(", "1", "23", ",", "，", ")", "（3，4）", " ", "\n",
+    "<", "Picture", "图", "[", "]", "0.5", ".", "-", "%", "a", "的", ";", "(999,1000)", "0.1,0.2,0.3,0.4",
+)  # fmt: skip
+LONG = (
+    "<box>", "<box>(1,2),", "(1,2),(3,4)", "<ref>", "<ref>a", "<ref>a</ref>", "<quad>(1,2)", "Picture 1", "1", "1,", "0,0,1,1 ",
+    "[0,0,1,1]", "0.5,", "(1 ", "( ", "1.", " ", "<", "<box>(1,2),(3,4)</box>", "图", "[0,0,1,1", "</box>", "(1,2) x",
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(parts=st.lists(st.sampled_from(SCRAPS), max_size=40) | st.text(max_size=40).map(lambda text: [text]))
+def test_any_text_can_be_parsed(parts: list[str]) -> None:
+    text = "".join(parts)
+    for box in (*tagged_boxes.parse_boxes(text, [PHOTO, WHOLE]), *parse_boxes(text, [WHOLE])):
+        assert all(0 <= n <= 1 for n in box.normalised) and box.image in (0, 1)
+
+
+class Counted(str):
+    """A text that counts the characters that are copied out of it."""
+
+    copied = 0
+
+    def __getitem__(self, key: Any) -> str:
+        found = super().__getitem__(key)
+        Counted.copied += len(found)
+        return found
+
+
+@pytest.mark.parametrize("unit", LONG)
+def test_a_long_text_takes_linear_time(unit: str) -> None:
+    """100,000 characters: a quadratic parser would take minutes."""
+    text = Counted(unit * (100_000 // len(unit)))
+    for whole in (Counted(text + "x"), Counted("<box>" + text), Counted(text + "</box>")):
+        Counted.copied = 0
+        tagged_boxes.parse_boxes(whole, [PHOTO])
+        assert Counted.copied <= 4 * len(whole)
+        parse_boxes(whole, [PHOTO])
 
 
 def test_tags_without_pictures_mean_nothing() -> None:

@@ -141,6 +141,8 @@ def test_a_fault_is_told_by_all(
         assert len(lines) == 2
         assert all(f"rank {whose} (pid" in line and told in line for line in lines)
         assert sorted(line.split(":")[1] for line in lines) == [" rank 1 stops", " rank 2 stops"]
+        assert engine.scheduler.idle  # the request has ended with the step
+        engine.add_request(text_prompt(3, 4, 5), PARAMS)
         with pytest.raises(runtime.RankError, match=rf"stopped earlier \(rank {whose} .*\); load the artifact again"):
             run_all(engine)
 

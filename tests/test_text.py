@@ -10,6 +10,7 @@ from staticvl.runtime.artifact import TokenizerFacts
 from staticvl.runtime.text import AnswerText
 from staticvl.runtime.tokenizer import load_tokenizer
 
+from .checkpoints_tokenizers import SCRIPTS, text_of
 from .conftest import EMBEDDED
 
 FACTS = TokenizerFacts(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=574, used=576)
@@ -42,7 +43,7 @@ def encode(text: str) -> list[int]:
 
 def expected(ids: list[int], stops: list[str]) -> str:
     """All tokens at once, cut at the first stop string, without blanks around."""
-    text = TOKENIZER.decode(ids)
+    text = text_of(TOKENIZER, ids)
     return text[: min((at for at in map(text.find, stops) if at >= 0), default=len(text))].strip()
 
 
@@ -139,6 +140,20 @@ def test_a_stop_string_of_bytes_that_only_the_end_completes() -> None:
     answer = read(encode("a 日"), "日")
     assert answer.text == "a"
     assert answer.stopped
+
+
+@pytest.mark.parametrize("text", SCRIPTS)
+def test_an_answer_that_is_cut_keeps_what_is_complete(text: str) -> None:
+    """Newlines and whole characters before the cut; and a stop string among them counts."""
+    ids = encode(text)
+    for end in range(len(ids)):
+        got = read(ids[:end]).text
+        assert text.startswith(got.removesuffix("\ufffd"))
+        data = b"".join(map(TOKENIZER.vocabulary.token_bytes, ids[:end]))
+        assert got == data.decode(errors="replace").strip()
+        if len(got) > 2:
+            stopped = read(ids[:end], got[1:-1])
+            assert stopped.stopped and stopped.text == got[: got.index(got[1:-1])].rstrip()
 
 
 def test_special_tokens_are_not_text() -> None:

@@ -21,6 +21,7 @@ from staticvl.runtime.artifact import TokenizerFacts
 from staticvl.runtime.tiktoken_vocabulary import TAGS, TiktokenVocabulary, is_tiktoken, read_ranks
 from staticvl.runtime.tokenizer import Detokenizer, Tokenizer, TokenizerError, load_tokenizer
 
+from .checkpoints_tokenizers import SCRIPTS
 from .tiktoken_files import TEXTS, as_tokenizer_json, filler, trained, write_ranks
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen_vl_tiny"
@@ -198,6 +199,18 @@ def test_pieces_joined_equal_the_whole(llama: tuple[Tokenizer, Tokenizer, PreTra
         for tokenizer in (*llama[:2], qwen_tokenizer):
             for skip in (True, False):
                 assert "".join(pieces(tokenizer, ids, skip_special=skip)) == tokenizer.decode(ids, skip_special=skip), ids
+
+
+def test_what_is_complete_before_a_cut_is_kept(llama: tuple[Tokenizer, Tokenizer, PreTrainedTokenizerFast]) -> None:
+    """As transformers decodes the same ids."""
+    by_bytes = {token: rank for rank, token in enumerate(trained())}
+    for text in SCRIPTS:
+        whole, single = llama[0].encode(text, add_bos=False), [by_bytes[bytes([byte])] for byte in text.encode()]
+        for ids in (*(whole[:end] for end in range(len(whole))), *(single[:end] for end in range(len(single)))):
+            theirs = llama[2].decode(ids)
+            assert theirs.removesuffix("\ufffd") == text[: len(theirs.removesuffix("\ufffd"))]
+            for tokenizer in llama[:2]:
+                assert "".join(pieces(tokenizer, ids, skip_special=True)) == theirs, (text, ids)
 
 
 def test_a_character_is_held_back_until_it_is_whole(llama: tuple[Tokenizer, Tokenizer, PreTrainedTokenizerFast]) -> None:

@@ -14,6 +14,7 @@ from staticvl.runtime.artifact import TokenizerFacts
 from staticvl.runtime.tokenizer import PICTURE, Detokenizer, Tokenizer, TokenizerError, load_tokenizer, read_vocabulary
 
 from .checkpoints import tiny_llava
+from .checkpoints_tokenizers import SCRIPTS, text_of
 
 WORDS = [
     *(
@@ -230,7 +231,38 @@ def test_pieces_joined_equal_the_whole(kind: str, request: pytest.FixtureRequest
     cases += [[rng.choice([*range(3 + 0x80, 3 + 0x100), 2, 1]) for _ in range(8)] for _ in range(100)]  # broken UTF-8
     for ids in cases:
         for skip in (True, False):
-            assert "".join(stream(tokenizer, ids, skip_special=skip)) == tokenizer.decode(ids, skip_special=skip), ids
+            assert "".join(stream(tokenizer, ids, skip_special=skip)) == text_of(tokenizer, ids, skip_special=skip), ids
+
+
+@pytest.mark.parametrize("kind", ["hf", "published", "original"])
+def test_what_is_complete_before_a_cut_is_kept(kind: str, request: pytest.FixtureRequest) -> None:
+    """At every token of texts in many scripts, of which this vocabulary writes most in bytes."""
+    folder = request.getfixturevalue(kind)
+    tokenizer = load_tokenizer(folder, sp_facts() if kind == "original" else hf_facts(folder))
+    cut_inside = 0
+    for text in SCRIPTS:
+        ids = tokenizer.encode(text, add_bos=False)
+        assert "".join(stream(tokenizer, ids, skip_special=True)) == text
+        for end in range(len(ids)):
+            data = b"".join(map(tokenizer.vocabulary.token_bytes, ids[:end]))
+            expected = data.decode(errors="replace").removeprefix(" ")
+            got = "".join(stream(tokenizer, ids[:end], skip_special=True))
+            assert got == expected, (text, end)
+            assert text.startswith(got.removesuffix("\ufffd"))
+            cut_inside += got.endswith("\ufffd")
+    assert cut_inside > 100
+
+
+def test_sentencepiece_keeps_what_is_complete_too(original: Path) -> None:
+    """Its own decoder, which gives one U+FFFD for each byte of an unfinished character."""
+    tokenizer = load_tokenizer(original, sp_facts())
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(original / "tokenizer.model"))
+    for text in SCRIPTS:
+        ids = plain.encode(text)
+        for end in range(1, len(ids)):
+            theirs = plain.decode(ids[:end])
+            ours = "".join(stream(tokenizer, ids[:end], skip_special=True))
+            assert ours == theirs.rstrip("\ufffd") + "\ufffd" * theirs.endswith("\ufffd"), (text, end)
 
 
 def test_text_is_given_out_as_soon_as_it_is_certain(hf: Path, original: Path) -> None:

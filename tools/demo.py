@@ -17,6 +17,7 @@ from ..runtime.artifact import ArtifactError
 from ..runtime.ascend import torchair_host
 from ..runtime.ascend.readiness import check_ready
 from ..runtime.backends.base import DEVICES
+from ..runtime.shown import quoted
 from .generate import answer_lines
 from .progress import TerminalProgress
 
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 def _check(device: str) -> None:
     """Whether the device is there, before anything is compiled for it."""
     if device.partition(":")[0] not in (usable := [each for devices in DEVICES.values() for each in devices]):
-        raise ArtifactError(f"device {device[:200]!r} is unknown; expected one of {', '.join(usable)}")
+        raise ArtifactError(f"device {quoted(device)} is unknown; expected one of {', '.join(usable)}")
     if device != "cpu":
         check_ready(device)
         torchair_host.wheel_folder()  # compiles the graphs

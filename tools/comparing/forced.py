@@ -45,16 +45,13 @@ class ForcedEngine(Engine):
             self.watch(Ran(step, feed, slot, image, past))
         return super().run_graph(step, feed)
 
-    def _choose(self, sequence: Sequence, result: Result, row: int) -> None:
-        assert sequence.slot is not None
-        self.slots[sequence.id] = sequence.slot
+    def _choose(self, sequence: Sequence, result: Result, row: int) -> str | None:
+        self.slots[sequence.id] = sequence.held_slot
         if sequence.id not in self.forced:
-            super()._choose(sequence, result, row)
-            return
+            return super()._choose(sequence, result, row)
         sequence.logits.append(result.row(row).copy())
         sequence.generated.append(int(self.forced[sequence.id][len(sequence.generated)]))
-        if len(sequence.generated) == sequence.params.max_new_tokens:
-            self._finish(sequence, "length")
+        return "length" if len(sequence.generated) == sequence.params.max_new_tokens else None
 
     @contextlib.contextmanager
     def only(self, route: Mapping[str, int] | None) -> Iterator[None]:

@@ -27,7 +27,7 @@ PARSED_AT_ONCE = 1 << 16  # bytes of a body; larger ones are parsed in a thread
 
 
 def create_app(model: Model, settings: Settings) -> FastAPI:
-    """An application that serves a model, which nobody else uses meanwhile; `app.state.service` is there once it runs."""
+    """An application that serves a model; `app.state.service` is there once it runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
