@@ -7,10 +7,11 @@ from typing import Any
 
 from .async_engine import AsyncEngine
 from .model import Model, load
+from .prompt import IMAGE, Message
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams
 
-__all__ = ["AsyncEngine", "Model", "Output", "RankError", "SamplingParams", "generate", "load"]
+__all__ = ["IMAGE", "AsyncEngine", "Message", "Model", "Output", "RankError", "SamplingParams", "generate", "load"]
 
 
 def generate(

@@ -23,7 +23,7 @@ from .request import Output, SamplingParams, Sequence
 from .sampler import TokenLogprob
 
 Images = Any
-Asked = str | SequenceOf[Message]
+Asked = str | Message | SequenceOf[Message]
 CHECK_S = 2.0  # between two looks at ranks that have nothing to do
 log = logging.getLogger(__name__)
 

@@ -35,14 +35,14 @@ class Chat:
 
     def send(
         self,
-        text: str,
+        text: str | Message,
         images: Any = None,
         *,
         sampling: SamplingParams | None = None,
         return_logits: bool = False,
         **settings: Any,
     ) -> Output:
-        """One turn: the user's text and new pictures in, the answer out. Arguments as in Model.generate."""
+        """One turn: the user's text or message and its images in, the answer out. Arguments as in Model.generate."""
         message, new, sequence = self._begin(text, images, sampling, return_logits, settings)
         try:
             output = self.model.run([sequence])[0]
@@ -52,7 +52,7 @@ class Chat:
             self._end(sequence)
 
     def stream(
-        self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any
+        self, text: str | Message, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any
     ) -> Iterator[str]:
         """As `send`, in pieces; a turn whose pieces are not all taken is forgotten, at the latest when the next one begins."""
         message, new, sequence = self._begin(text, images, sampling, False, settings)
@@ -104,12 +104,19 @@ class Chat:
     def __del__(self) -> None:
         self.close()
 
-    def _begin(self, text: str, images: Any, sampling: SamplingParams | None, return_logits: bool, settings: dict[str, Any]):
-        from .model import as_list, check_text, merge_params, one_answer
+    def _begin(
+        self,
+        text: str | Message,
+        images: Any,
+        sampling: SamplingParams | None,
+        return_logits: bool,
+        settings: dict[str, Any],
+    ):
+        from .model import as_list, merge_params, one_answer
 
-        check_text(text)
-        new = [load_image(image, alpha=self.model.facts.image.alpha) for image in as_list(images)]
-        message = Message("user", text, len(new))
+        given = as_list(images)
+        message = self.model.turn(text, len(given))
+        new = [load_image(image, alpha=self.model.facts.image.alpha) for image in given]
         prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
         sequence = self.model.new_sequence(prompt, one_answer(merge_params(sampling, settings)), return_logits)
         self._end(self.turn)

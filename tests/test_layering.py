@@ -44,7 +44,7 @@ HOMES = {
     "sentencepiece": ("runtime/vocabularies.py", "tools"),
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),
     "llguidance": ("runtime/constraints.py",),
-    "jinja2": ("runtime/chat_template.py",),
+    "jinja2": ("runtime/chat_template.py", "runtime/template_sandbox.py"),
     "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
     "rich": ("tools",),
     "matplotlib": ("tools/pages.py",),
