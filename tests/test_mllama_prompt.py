@@ -289,7 +289,7 @@ def test_a_system_message_beside_pictures(model: tuple[ModelFacts, Tokenizer, Ml
     plain, asked = (mllama.to_text(kept, TEMPLATE, facts, tokenizer, system_in_user=moves) for moves in (False, True))
     assert plain == asked, "what the template takes stays where it is"
     refusing = "{{ raise_exception('no') }}"
-    with pytest.raises(ChatTemplateError, match="refuses these messages: no$"):
+    with pytest.raises(ChatTemplateError, match=r"refuses these messages: no$"):
         mllama.to_text(turns, refusing, facts, tokenizer)
 
 

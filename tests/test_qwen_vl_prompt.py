@@ -79,7 +79,7 @@ def test_golden_prompts(name: str, chat_model: tuple[ModelFacts, Tokenizer]) -> 
     images = [GOLDEN / "images" / image for image in case["images"]]
     expected = tensors["input_ids"][0].tolist()
     if case["kind"] == "chat":
-        prompt = chat([Message("user", case["text"], len(images))], images, chat_model)
+        prompt = chat([turn(case["text"], len(images), chat_model)], images, chat_model)
     else:
         prompt = qwen_vl.raw_prompt(case["text"], images, *chat_model)
     assert prompt.length == case["prompt_tokens"] == len(expected)

@@ -114,7 +114,6 @@ def parts_in_order(message: Message, mark: str, words: Callable[[str], str]) -> 
     for part in message.parts:
         if part == ImagePart(inline=False):
             content.append({"type": "image"})
-            goes_on = False
             continue
         inline = isinstance(part, ImagePart)
         text = words(part) if isinstance(part, str) else mark
