@@ -110,7 +110,7 @@ def render(
     {"type": "text", "text": ...}.
 
     Raises ChatTemplateError when the template cannot be read or refuses the messages, TemplateLimitError when it goes on for
-    more than 10 s or about a million steps, or makes more than a million characters and four times those of the messages.
+    more than 10 s or about a million steps, or makes more than 200 000 characters and four times those of the messages.
     """
     values = {
         "messages": messages,

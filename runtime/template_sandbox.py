@@ -21,7 +21,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 SECONDS = 10.0  # that one rendering may take
 STEPS = 1_000_000  # of one rendering, and one more for each character of the messages
-ROOM, GROWTH = 1_000_000, 4  # characters of a value or of the output: ROOM and GROWTH for each character of the messages
+ROOM, GROWTH = 200_000, 4  # characters of a value or of the output: ROOM and GROWTH for each character of the messages
 TOTAL = 32  # so many times as much may be made in all
 MOST_BITS = 4096  # of an integer
 
@@ -114,7 +114,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
         meter = _METER.get()
         meter.step()
-        owner = getattr(__obj, "__self__", None)
+        owner = getattr(getattr(__obj, "__wrapped__", __obj), "__self__", None)  # the sandbox wraps a text's format
         name = __obj.__name__ if isinstance(owner, str) else "lipsum" if __obj is __self.globals["lipsum"] else ""
         if name == "join":
             args = tuple(meter.weigh([*_counted(None, each)]) for each in args)
@@ -241,8 +241,10 @@ class _Given:
         """The largest number, or weight of an argument."""
         return max([self.number, *(weight_of(each, self.most) for each in self.others)])
 
-    def length(self, place: int) -> int:
-        return len(self.others[place]) if len(self.others) > place and hasattr(self.others[place], "__len__") else 0
+    @property
+    def length(self) -> int:
+        """Of the first argument."""
+        return len(self.others[0]) if self.others and hasattr(self.others[0], "__len__") else 0
 
 
 def _padded(given: _Given) -> int:
@@ -264,8 +266,8 @@ _ESTIMATES: dict[str, Callable[[_Given], int]] = {
     **dict.fromkeys(("indent", "expandtabs", "tojson", "wordwrap"), _repeated),
     **dict.fromkeys(("format", "format_map"), _formatted),
     "replace": lambda given: given.count(given.others[0] if given.others else "") * given.largest,
-    "join": lambda given: given.size * given.length(0),
-    "sum": lambda given: given.size**2 if given.length(1) else 0,
+    "join": lambda given: given.size * given.length,
+    "sum": lambda given: given.size**2 if any(isinstance(each, list | tuple) for each in given.others) else 0,
     "round": lambda given: given.number**2,
     "lipsum": lambda given: given.number**2,
 }
