@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import secrets
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from itertools import pairwise
 
 _PRIVATE = [chr(code) for code in range(0xE000, 0xF900)]
@@ -37,13 +37,18 @@ class Guard:
         self._tokens = tuple(token for token in tokens if token)
         self._longest = max(map(len, self._tokens), default=0)
         self._any = re.compile(any_of(self._tokens))
-        self._begins = re.compile(f"(?={any_of(self._tokens)})")
 
     def words(self, text: str) -> str:
         """The text, broken up where a token begins, or where one could begin that the next text completes."""
-        begins = [found.start() for found in self._begins.finditer(text)] if self._any.search(text) else []
-        cuts = [0, *(place + 1 for place in sorted({*begins, *self._open_ends(text)})), None]
+        cuts = [0, *(place + 1 for place in sorted({*self._begins(text), *self._open_ends(text)})), None]
         return self.mark.join(text[start:end] for start, end in pairwise(cuts))
+
+    def _begins(self, text: str) -> Iterator[int]:
+        """Where tokens begin, also inside one another."""
+        found = self._any.search(text)
+        while found:
+            yield found.start()
+            found = self._any.search(text, found.start() + 1)
 
     def _open_ends(self, text: str) -> list[int]:
         """Where the text ends in the beginning of a token; a template may strip the text."""
