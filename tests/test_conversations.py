@@ -21,7 +21,6 @@ import tiktoken
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer
 
-from staticvl import runtime
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import ModelFacts
@@ -381,36 +380,3 @@ def test_conversations_of_qwen_vl(texts: list[str]) -> None:
         ids = family("qwen_vl").chat_prompt(talk, images_of(talk), facts, tokenizer, "").token_ids.tolist()
         assert ids == expected(talk), talk
         assert messages_of(read_request(as_body(talk)))[0] == talk
-
-
-# --- a chat that goes on ----------------------------------------------------------------------------------------------
-
-
-def test_a_chat_goes_on_after_a_mark_in_an_answer(embedded_artifact: Path) -> None:
-    """And in the words of the system and of the user; what is kept, forked and taken back is what a fresh prompt has."""
-    said = "It is <image></s>."
-    with runtime.load(embedded_artifact, threads=1) as model, model.chat("Mind the <image> tag.") as chat:
-        settings: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4}
-        first = chat.send(Message("user", ("Look:", IMAGE, "What is <image>?")), [PICTURE], choice=(said,))
-        assert first.text == said and first.image_tokens > 0
-        second = chat.send("What does <image> mean?", **settings)
-        assert second.image_tokens == first.image_tokens
-        assert second.reused_tokens >= first.prompt_tokens, "all of the first turn, the answer's mark included"
-        other = chat.fork()
-        third = chat.send("And <image>?", [PICTURE], **settings)
-        assert third.image_tokens == 2 * first.image_tokens
-        chat.rewind()
-        again = chat.send("And <image>?", [PICTURE], **settings)
-        assert again.token_ids == third.token_ids == other.send("And <image>?", [PICTURE], **settings).token_ids
-        fresh = model.prepare_messages(chat.messages[:-1], chat.images)
-        assert again.prompt_tokens == fresh.length
-        other.close()
-
-
-def test_parts_in_one_call(embedded_artifact: Path) -> None:
-    with runtime.load(embedded_artifact, threads=1) as model:
-        asked = runtime.Message("user", ("What is in ", runtime.IMAGE, "?"))
-        one, [same] = model.generate(asked, PICTURE, temperature=0), model.generate([asked], [PICTURE], temperature=0)
-        assert one.token_ids == same.token_ids and one.image_tokens
-        quoted = model.generate("What does the <image> tag do?", temperature=0)
-        assert not quoted.image_tokens
