@@ -175,7 +175,7 @@ GROWING = {
     "padding by a width": "{{ '{:>{}}'.format(1, 999999999) }}",
     "tabs": "{{ ('\\t' * 90000).expandtabs(90000) }}",
     "indent": "{{ ('\\n' * 90000) | indent(90000, blank=true) }}",
-    "indented JSON": "{{ [[1, 2]] * 90000 | tojson(indent=90000) }}",
+    "indented JSON": "{{ ([[1, 2]] * 9000) | tojson(indent=90000) }}",
     "replacement": "{{ ('x' * 90000).replace('x', 'y' * 90000) }}",
     "replacement by a filter": "{{ ('x' * 90000) | replace('x', 'y' * 90000) }}",
     "join": "{{ range(99999) | join('y' * 90000) }}",
@@ -194,7 +194,8 @@ GROWING = {
 
 @pytest.mark.parametrize("name", GROWING)
 def test_every_template_ends(name: str) -> None:
-    with pytest.raises(ChatTemplateError) as caught:
+    endless = name in ("recursive loop", "a macro that calls itself")  # these end where Python's stack does
+    with pytest.raises(ChatTemplateError if endless else TemplateLimitError) as caught:
         ours(GROWING[name], CHATS[0])
     assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 

@@ -1,4 +1,4 @@
-"""Chats whose words spell marks and special tokens, images among the texts of a turn, and instructions that move to the user."""
+"""Chats whose words spell marks and special tokens, images among texts, and instructions that move to the user."""
 
 from __future__ import annotations
 
