@@ -8,12 +8,15 @@ from typing import Any
 from .access import InterruptedStepError
 from .async_engine import AsyncEngine
 from .model import Model, ModelClosedError, load
+from .prompt import IMAGE, Message
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams
 
 __all__ = [
+    "IMAGE",
     "AsyncEngine",
     "InterruptedStepError",
+    "Message",
     "Model",
     "ModelClosedError",
     "Output",

@@ -7,12 +7,13 @@ from collections.abc import Sequence as SequenceOf
 from typing import Any
 
 from .images import ImageSource
-from .prompt import PromptError
+from .prompt import Message, PromptError
 from .request import Output, SamplingParams
 from .sampling import SETTINGS
 from .shown import shown
 
 Images = SequenceOf[ImageSource] | ImageSource | None
+Turn = str | Message  # of the user
 
 
 def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
@@ -35,9 +36,10 @@ def grouped(outputs: list[Output], n: int) -> list[Output]:
     return [dataclasses.replace(first, others=tuple(others)) for first, *others in groups]
 
 
-def check_text(text: Any) -> None:
+def check_text(text: Any) -> str:
     if not isinstance(text, str):
         raise PromptError(f"a prompt is {type(text).__name__}; expected text")
+    return text
 
 
 def as_list(images: Any) -> list[ImageSource]:
@@ -47,7 +49,7 @@ def as_list(images: Any) -> list[ImageSource]:
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
-def pair_up(prompts: SequenceOf[str], images: Any) -> list[tuple[str, Any]]:
+def pair_up(prompts: SequenceOf[Turn], images: Any) -> list[tuple[Turn, Any]]:
     """Each prompt with its pictures."""
     if not isinstance(prompts, list | tuple):
         raise PromptError(f"prompts is {type(prompts).__name__}; expected a text or a list of texts")

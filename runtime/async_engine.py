@@ -25,7 +25,7 @@ from .sampler import TokenLogprob
 from .text import AnswerText
 
 Images = Any
-Asked = str | SequenceOf[Message]
+Asked = str | Message | SequenceOf[Message]
 CHECK_S = 2.0  # between two looks at ranks that have nothing to do
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import as_list, check_text, merge_params, one_answer
+from .arguments import as_list, merge_params, one_answer
 from .images import ImageSource, load_image
 from .prompt import Message
 from .request import Output, SamplingParams, Sequence
@@ -44,14 +44,14 @@ class Chat:
 
     def send(
         self,
-        text: str,
+        text: str | Message,
         images: Any = None,
         *,
         sampling: SamplingParams | None = None,
         return_logits: bool = False,
         **settings: Any,
     ) -> Output:
-        """One turn: the user's text and new pictures in, the answer out. Arguments as in Model.generate."""
+        """One turn: the user's text or message and its images in, the answer out. Arguments as in Model.generate."""
         with self._sending:
             message, new, sequence = self._begin(text, images, sampling, return_logits, settings)
             try:
@@ -62,7 +62,7 @@ class Chat:
                 self._end(sequence)
 
     def stream(
-        self, text: str, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any
+        self, text: str | Message, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any
     ) -> Iterator[str]:
         """As `send`, in pieces; a turn whose pieces are not all taken is forgotten, at the latest when the next one begins."""
         with self._sending:
@@ -128,10 +128,17 @@ class Chat:
         if "tiles" in self.__dict__:  # the garbage collector calls this at any time, and must not wait
             self.model.access.soon(self._release, self.model.engine, self.holder, self.turn)
 
-    def _begin(self, text: str, images: Any, sampling: SamplingParams | None, return_logits: bool, settings: dict[str, Any]):
-        check_text(text)
-        new = [load_image(image, alpha=self.model.facts.image.alpha) for image in as_list(images)]
-        message = Message("user", text, len(new))
+    def _begin(
+        self,
+        text: str | Message,
+        images: Any,
+        sampling: SamplingParams | None,
+        return_logits: bool,
+        settings: dict[str, Any],
+    ):
+        given = as_list(images)
+        message = self.model.turn(text, len(given))
+        new = [load_image(image, alpha=self.model.facts.image.alpha) for image in given]
         with self._words:  # a turn that ends meanwhile would be missing from the prompt
             prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
             sequence = self.model.new_sequence(prompt, one_answer(merge_params(sampling, settings)), return_logits)

@@ -1,7 +1,8 @@
 """Chat templates: a checkpoint's Jinja text and messages to one prompt.
 
 The environment is the one that transformers gives a template (utils/chat_template_utils.py): sandboxed, blocks trimmed,
-`raise_exception`, `strftime_now`, a `tojson` that escapes no HTML, break and continue, and the {% generation %} tag.
+`raise_exception`, `strftime_now`, a `tojson` that escapes no HTML, break and continue, and the {% generation %} tag. Besides,
+a rendering is bounded in time and size (template_sandbox.py).
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import lru_cache
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from .shown import shown
+from .template_sandbox import BoundedEnvironment, Meter
+from .template_sandbox import TemplateLimitError as _Limit
 
 # LLaVA's conversations: 1.5 is trained and answers with "vicuna_v1"; for 1.6 the model's page gives "llava_v1", which calls
 # the user a human.
@@ -69,6 +71,10 @@ class ChatTemplateError(ValueError):
     """A template that is wrong, or that refuses these messages; the message says why."""
 
 
+class TemplateLimitError(ChatTemplateError):
+    """A template that goes on for too long or makes too much, whatever the messages are."""
+
+
 class _Generation(Extension):
     """{% generation %} marks what an assistant wrote, for training; here its body is simply rendered."""
 
@@ -91,8 +97,8 @@ def _to_json(
 
 @lru_cache(maxsize=16)
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
-    environment.filters["tojson"] = _to_json
+    environment = BoundedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols])
+    environment.add_filter("tojson", _to_json)
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
     return environment.from_string(template)
@@ -104,21 +110,39 @@ def render(
     """The prompt text of `messages`: dicts with "role" and "content", where content is a list of {"type": "image"} and
     {"type": "text", "text": ...}.
 
-    Raises ChatTemplateError when the template cannot be read or refuses the messages.
+    Raises ChatTemplateError when the template cannot be read or refuses the messages, TemplateLimitError when it goes on for
+    more than 10 s or about a million steps, or makes more than 200 000 characters and four times those of the messages.
     """
+    values = {
+        "messages": messages,
+        "tools": None,
+        "documents": None,
+        "add_generation_prompt": add_generation_prompt,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
+    }
     try:
-        return _compile(template).render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            bos_token=bos_token,
-            eos_token=eos_token,
-        )
-    except jinja2.TemplateSyntaxError as error:
-        raise ChatTemplateError(
-            f"the chat template is not valid Jinja (line {error.lineno}: {shown(error.message)})"
-        ) from error
-    except (jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
-        # A template is a program: whatever its expressions raise is a refusal.
+        compiled = _compile(template)
+        meter = Meter.for_messages(_characters(messages))
+        return cast(BoundedEnvironment, compiled.environment).write(compiled, meter, values)
+    except (jinja2.TemplateSyntaxError, SyntaxError) as error:
+        raise ChatTemplateError(f"the chat template is not valid Jinja (line {error.lineno}: {_reason(error)})") from error
+    except _Limit as error:
+        raise TemplateLimitError(f"the chat template was stopped: {error}") from error
+    except _REFUSALS as error:
         raise ChatTemplateError(f"the chat template refuses these messages: {shown(error)}") from error
+
+
+# A template is a program: whatever its expressions raise is a refusal.
+_REFUSALS = (
+    *(jinja2.TemplateError, ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError),
+)
+
+
+def _characters(messages: Sequence[Mapping[str, Any]]) -> int:
+    contents = (message["content"] for message in messages)
+    return sum(len(each) if isinstance(each, str) else sum(len(part.get("text", "")) + 1 for part in each) for each in contents)
+
+
+def _reason(error: jinja2.TemplateSyntaxError | SyntaxError) -> str:
+    return shown(error.msg if isinstance(error, SyntaxError) else error.message)

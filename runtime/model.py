@@ -15,7 +15,7 @@ from typing import Any, overload
 import numpy as np
 
 from .access import EngineAccess
-from .arguments import Images, as_list, check_text, grouped, merge_params, one_answer, pair_up
+from .arguments import Images, Turn, as_list, check_text, grouped, merge_params, one_answer, pair_up
 from .artifact import Artifact, ArtifactError, Manifest, open_artifact
 from .backends.base import check_device
 from .chat import Chat
@@ -47,6 +47,7 @@ def load(
     speculate: int = 0,
     ngrams: tuple[int, int] = NGRAMS,
     request_log: str | Path | None = None,
+    system_in_user: bool = False,
 ) -> Model:
     """Open an artifact for use.
 
@@ -62,6 +63,8 @@ def load(
     speculate: draft up to so many tokens of every answer from what was said before, where the artifact has graphs that verify
     them (compile with --speculate); ngrams: the fewest and the most last tokens that must have been said before.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
+    system_in_user: where the checkpoint's template refuses a system message, as Llama-3.2-Vision's does beside images, put its
+    text into the first user turn; default: an error.
 
     An artifact of several ranks runs as so many processes. Called by itself, `load` starts the others on this machine; they
     end with the model. Called in processes that torchrun has started, one for each rank, it returns the model in rank 0; in
@@ -87,10 +90,12 @@ def load(
     settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
     settings |= {"speculate": speculate, "ngrams": ngrams}
     if manifest.ranks == 1:
-        return Model(opened, Engine(opened, device=device, threads=threads, **settings), log)
+        engine = Engine(opened, device=device, threads=threads, **settings)
+        return Model(opened, engine, log, system_in_user=system_in_user)
     start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
     backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
-    return Model(opened, Engine(opened, backend=backend, **settings), log, backend.close, backend.crew.check)
+    engine = Engine(opened, backend=backend, **settings)
+    return Model(opened, engine, log, backend.close, backend.crew.check, system_in_user=system_in_user)
 
 
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None) -> int:
@@ -128,12 +133,15 @@ class Model:
         request_log: RequestLog | None = None,
         on_close: Callable[[], object] | None = None,
         check: Callable[[], None] | None = None,
+        *,
+        system_in_user: bool = False,
     ) -> None:
         """on_close: what `close` does besides; default: free the graphs. check: raises RankError if the model's other ranks
         are not well, which somebody who does nothing else should ask now and then; None for a model of one rank."""
         self.artifact, self.engine, self.request_log = artifact, engine, request_log
         self.access = EngineAccess(engine.interrupted)
         self.check = check
+        self.system_in_user = system_in_user
         self._on_close, self.closed = on_close or engine.unload, False
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
         engine.on_token = self._gained
@@ -165,7 +173,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompts: str,
+        prompts: Turn,
         images: Any = None,
         *,
         sampling: SamplingParams | None = None,
@@ -177,7 +185,7 @@ class Model:
     @overload
     def generate(
         self,
-        prompts: list[str] | tuple[str, ...],
+        prompts: list[str] | list[Message] | tuple[Turn, ...],
         images: Any = None,
         *,
         sampling: SamplingParams | None = None,
@@ -188,7 +196,7 @@ class Model:
 
     def generate(
         self,
-        prompts: str | SequenceOf[str],
+        prompts: Turn | SequenceOf[Turn],
         images: Any = None,
         *,
         sampling: SamplingParams | None = None,
@@ -198,9 +206,11 @@ class Model:
     ) -> Output | list[Output]:
         """Answer one prompt (-> Output) or a list of them (-> list of Output), batched.
 
-        prompts: a text is one user turn, rendered through the checkpoint's chat template; with raw=True it is passed as it
-        is, picture marks included. images: for one prompt a picture or a list of them (path, http(s) URL, data URL or PIL
-        image); for a list of prompts one such entry, or None, for each. Pictures stand first unless the text holds marks.
+        prompts: a text, or a Message of the user, is one turn, rendered through the checkpoint's chat template; with raw=True a
+        text is passed as it is, image marks and special tokens included. images: for one prompt an image or a list of them
+        (path, http(s) URL, data URL or PIL image); for a list of prompts one such entry, or None, for each. Images stand first
+        unless the text holds a mark for each, or a Message has them in its parts. Nothing else in a turn is a mark or a special
+        token, whatever it spells.
         settings: fields of SamplingParams (max_new_tokens, temperature, top_k, seed, stop, json_schema ...) over `sampling`.
         Of n answers the first is the result and the others are its `others`.
         return_logits: keep the logits of every generated token, float32 [generated, V].
@@ -208,16 +218,16 @@ class Model:
         Raises PromptError, ImageError, ContextError for input that cannot be answered; then nothing is generated at all.
         """
         params = merge_params(sampling, settings)
-        if isinstance(prompts, str):
+        if isinstance(prompts, str | Message):
             prepared = [self.prepare(prompts, as_list(images), raw)]
         else:
             prepared = [self.prepare(text, as_list(some), raw) for text, some in pair_up(prompts, images)]
         sequences = [self.new_sequence(prompt, params, return_logits, i) for prompt in prepared for i in range(params.n)]
         outputs = grouped(self.run(sequences), params.n)
-        return outputs[0] if isinstance(prompts, str) else outputs
+        return outputs[0] if isinstance(prompts, str | Message) else outputs
 
     def stream(
-        self, prompt: str, images: Images = None, *, sampling: SamplingParams | None = None, raw: bool = False, **settings: Any
+        self, prompt: Turn, images: Images = None, *, sampling: SamplingParams | None = None, raw: bool = False, **settings: Any
     ) -> Generator[str, None, None]:
         """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
         params = one_answer(merge_params(sampling, settings))
@@ -282,14 +292,20 @@ class Model:
 
     def prepare_messages(self, messages: list[Message], images: list[ImageSource]) -> Prompt:
         """A chat's prompt, up to the place where the assistant answers."""
-        return self.family.chat_prompt(messages, images, self.facts, self.tokenizer, self.template)
+        settings = self.facts, self.tokenizer, self.template
+        return self.family.chat_prompt(messages, images, *settings, system_in_user=self.system_in_user)
 
-    def prepare(self, text: str, images: list[ImageSource], raw: bool) -> Prompt:
+    def prepare(self, text: Turn, images: list[ImageSource], raw: bool) -> Prompt:
         """The prompt of one user turn, or of a text as it is."""
-        check_text(text)
         if raw:
-            return self.family.raw_prompt(text, images, self.facts, self.tokenizer)
-        return self.prepare_messages([Message("user", text, len(images))], images)
+            return self.family.raw_prompt(check_text(text), images, self.facts, self.tokenizer)
+        return self.prepare_messages([self.turn(text, len(images))], images)
+
+    def turn(self, text: Turn, images: int) -> Message:
+        """A user's turn: a message as it is, or one made of a plain text, in which marks say where images stand."""
+        if isinstance(text, Message):
+            return text
+        return Message("user", self.family.parts_of(check_text(text), images, self.facts))
 
     def start(self, sequence: Sequence, *, streamed: bool = False) -> AnswerText:
         """Queue a sequence; its text grows with every step, of whichever thread. `streamed`: see AnswerText."""

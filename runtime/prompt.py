@@ -5,6 +5,7 @@ Legend: L positions of the prompt, S side of a tile, P rows of features per tile
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +18,67 @@ class PromptError(ValueError):
 
 
 @dataclass(frozen=True, slots=True)
+class ImagePart:
+    """An image in a message; the images of a conversation are given beside its messages, in the same order.
+
+    inline: a mark in a plain text said where the image stands, so nothing is put around it and no template moves it.
+    """
+
+    inline: bool = False
+
+
+IMAGE = ImagePart()
+Part = str | ImagePart
+
+
+@dataclass(frozen=True, slots=True, init=False)
 class Message:
-    """One turn of a chat: who speaks, the text, and how many pictures come with it."""
+    """One turn of a chat: who speaks, and the texts and images of the turn in order.
+
+    Images come from image parts alone: a mark or a special token that a text part spells is words.
+    """
 
     role: str  # system | user | assistant
-    text: str
-    images: int = 0
+    parts: tuple[Part, ...]
+
+    def __init__(self, role: str, text: str | Sequence[Part] = "", images: int = 0) -> None:
+        """`text`: parts in order, or one text, before which `images` images stand."""
+        parts = (text,) if isinstance(text, str) else tuple(text)
+        if wrong := next((part for part in parts if not isinstance(part, str | ImagePart)), None):
+            raise PromptError(f"a part of a message is {type(wrong).__name__}; expected text or IMAGE")
+        object.__setattr__(self, "role", role)
+        object.__setattr__(self, "parts", (IMAGE,) * images + parts)
+
+    @property
+    def images(self) -> int:
+        """How many images the turn has."""
+        return sum(isinstance(part, ImagePart) for part in self.parts)
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        return tuple(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def text(self) -> str:
+        """All texts, one after the other."""
+        return "".join(self.texts)
+
+
+def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
+    """The conversation with its system message as text of the first user turn, after images that the turn begins with.
+
+    None where there is nothing to move, or no turn to move it to.
+    """
+    first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
+    if not messages or messages[0].role != "system" or first is None:
+        return None
+    parts = messages[first].parts
+    start = next((place for place, part in enumerate(parts) if isinstance(part, str)), len(parts))
+    instruction = "\n".join(messages[0].texts).strip() + "\n\n"
+    text = parts[start] if start < len(parts) else ""
+    assert isinstance(text, str)
+    turn = Message("user", (*parts[:start], instruction + text, *parts[start + 1 :]))
+    return [*messages[1:first], turn, *messages[first + 1 :]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

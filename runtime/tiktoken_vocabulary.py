@@ -14,6 +14,7 @@ from pathlib import Path
 
 import tiktoken
 
+from .guards import any_of, unguarded
 from .shown import quoted
 from .vocabularies import TokenizerError
 
@@ -53,14 +54,28 @@ class TiktokenVocabulary:
     def size(self) -> int:
         return 1 + max(self._bytes)
 
-    def encode(self, text: str, *, specials: Collection[str] | None = None) -> list[int]:
-        """Ids of a text; of the special tokens written in it only those in `specials` (default: all) are recognised."""
+    def encode(self, text: str, *, guard: str = "", specials: Collection[str] | None = None) -> list[int]:
+        """Ids of a text; of the special tokens written in it only those in `specials` (default: all) are recognised, and none
+        that `guard` breaks up, which is taken out."""
         text = unicodedata.normalize("NFC", text) if self._nfc else text
         allowed = set(self._special if specials is None else specials)
+        if not guard or guard not in text:
+            return self._encode(text, allowed)
+        ids: list[int] = []
+        for place, part in enumerate(re.split(f"({any_of(allowed)})", text)):
+            ids += [self._special[part]] if place % 2 else self._encode(unguarded(part, guard), set())
+        return ids
+
+    def _encode(self, text: str, allowed: set[str]) -> list[int]:
         try:
             return self._encoding.encode(text, allowed_special=allowed, disallowed_special=())
         except ValueError as error:
             raise TokenizerError(f"the text cannot be cut into words ({error}); shorten its longest run of blanks") from error
+
+    def control_tokens(self) -> frozenset[str]:
+        return frozenset(self._special)
+
+    added_tokens = control_tokens
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         shown = (i for i in ids if not (skip_special and i in self._hidden))

@@ -35,14 +35,17 @@ class Tokenizer:
     facts: TokenizerFacts
     vocabulary: Vocabulary
 
-    def encode(self, text: str, *, add_bos: bool) -> list[int]:
-        """Ids of a text; with `add_bos` exactly one BOS comes first, also when the text begins with it."""
+    def encode(self, text: str, *, add_bos: bool, guard: str = "") -> list[int]:
+        """Ids of a text; with `add_bos` exactly one BOS comes first, also when the text begins with it.
+
+        `guard` is taken out; a special token that it breaks up is words (guards.py).
+        """
         check_unicode(text)
-        ids = self.vocabulary.encode(text)
+        ids = self.vocabulary.encode(text, guard=guard)
         bos = self.facts.bos_token_id
         return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
 
-    def encode_with_images(self, text: str, mark: str) -> list[int]:
+    def encode_with_images(self, text: str, mark: str, guard: str = "") -> list[int]:
         """Ids of a prompt with PICTURE (-1) where a picture stands; BOS comes first if the checkpoint says so.
 
         hf: the mark is a token. original: the text is cut at the mark and each piece tokenised afresh, as LLaVA's
@@ -50,12 +53,12 @@ class Tokenizer:
         """
         add_bos = self.facts.add_bos
         if self.facts.style == "hf":
-            ids = self.encode(text, add_bos=add_bos)
+            ids = self.encode(text, add_bos=add_bos, guard=guard)
             return [PICTURE if i == self.facts.image_token_id else i for i in ids]
         first, *others = text.split(mark)
-        ids = self.encode(first, add_bos=add_bos)
+        ids = self.encode(first, add_bos=add_bos, guard=guard)
         for piece in others:
-            ids += [PICTURE, *self.encode(piece, add_bos=False)]
+            ids += [PICTURE, *self.encode(piece, add_bos=False, guard=guard)]
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -65,6 +68,15 @@ class Tokenizer:
     def token(self, token_id: int) -> str:
         """How a token is written; empty for an unknown id."""
         return self.vocabulary.token(token_id) or ""
+
+
+def control_tokens(tokenizer: Tokenizer, template: str, mark: str, eos: Sequence[int]) -> frozenset[str]:
+    """The tokens that words of a conversation must not become: the special ones, the mark of an image, BOS, those that end an
+    answer, and added tokens that the template writes though they are not marked as special."""
+    named = (mark, *(tokenizer.token(i) for i in (tokenizer.facts.bos_token_id, *eos)))
+    vocabulary = tokenizer.vocabulary
+    written = (token for token in vocabulary.added_tokens() if token in template)
+    return frozenset(token for token in (*vocabulary.control_tokens(), *written, *named) if token)
 
 
 def check_unicode(text: str) -> None:

@@ -1,10 +1,12 @@
 """Vocabularies: what a tokenizer.json or a sentencepiece tokenizer.model says about text and ids.
 
-Special tokens written in a text ("</s>", "<image>") become those tokens wherever they stand, as in transformers.
+Special tokens written in a text ("</s>", "<image>") become those tokens wherever they stand, as in transformers, except those
+that a `guard` breaks up (guards.py): they are words.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +15,8 @@ from typing import Protocol
 
 import sentencepiece
 import tokenizers
+
+from .guards import any_of, new_guard, unguarded
 
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -32,8 +36,16 @@ class Vocabulary(Protocol):
         """Highest known id plus one."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of the text alone: no BOS, no EOS."""
+    def encode(self, text: str, *, guard: str = "") -> list[int]:
+        """Ids of the text alone: no BOS, no EOS. `guard` is taken out; a special token that it breaks up stays text."""
+        ...
+
+    def control_tokens(self) -> frozenset[str]:
+        """The special tokens as they are written."""
+        ...
+
+    def added_tokens(self) -> frozenset[str]:
+        """All tokens that are found in a text before it is cut into pieces: the special ones, and others that a file adds."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
@@ -71,8 +83,20 @@ class TokenizersVocabulary:
     def size(self) -> int:
         return self._size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, guard: str = "") -> list[int]:
+        if guard and guard in text:
+            return self._respelt.encode(text, guard)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    @functools.cached_property
+    def _respelt(self) -> RespeltTokenizer:
+        return RespeltTokenizer(self._tokenizer)
+
+    def control_tokens(self) -> frozenset[str]:
+        return frozenset(self._added[i] for i in self._special)
+
+    def added_tokens(self) -> frozenset[str]:
+        return frozenset(self._added.values())
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
@@ -91,6 +115,33 @@ class TokenizersVocabulary:
 
     def is_special(self, token_id: int) -> bool:
         return token_id in self._special
+
+
+class RespeltTokenizer:
+    """A tokenizer.json whose added tokens are spelt in a way that no text can hold, so that their usual spelling is words.
+
+    Everything else about a special token stays as the file has it: blanks that it takes, and what a text after it begins with.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        data = json.loads(tokenizer.to_str())
+        self._prefix = new_guard()
+        ids = {}
+        for token in data["added_tokens"]:
+            ids[token["content"]] = token["id"]
+            token["content"] = self._prefix + token["content"]
+        data["post_processor"] = None
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(data))
+        # A token that the file's vocabulary has too gets a new id when it is spelt anew.
+        self._ids = {self._tokenizer.token_to_id(self._prefix + token): token_id for token, token_id in ids.items()}
+        self._cut = re.compile(f"({any_of(ids)})")
+
+    def encode(self, text: str, guard: str) -> list[int]:
+        """Ids of a text; the added tokens that `guard` breaks up are words."""
+        parts = self._cut.split(text)
+        parts[1::2] = [self._prefix + token for token in parts[1::2]]
+        ids = self._tokenizer.encode(unguarded("".join(parts), guard), add_special_tokens=False).ids
+        return [self._ids.get(i, i) for i in ids]
 
 
 class SentencePieceVocabulary:
@@ -112,22 +163,26 @@ class SentencePieceVocabulary:
         self._added = {i: token for token, i in added_tokens.items()}
         self._special_ids = set(self._special.values())
         self._size = 1 + max([pieces - 1, *self._added])
-        longest_first = sorted(self._special, key=len, reverse=True)
-        self._cut = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._cut = re.compile(f"({any_of(self._special)})")
         self._wall = self._model.encode(_WALL)
 
     @property
     def size(self) -> int:
         return self._size
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, guard: str = "") -> list[int]:
         ids: list[int] = []
         for place, part in enumerate(self._cut.split(text)):
             if place % 2:
                 ids.append(self._special[part])
-            elif part:
+            elif part := unguarded(part, guard):
                 ids += self._encode_part(part, blank=place == 0 or self._legacy)
         return ids
+
+    def control_tokens(self) -> frozenset[str]:
+        return frozenset(self._special)
+
+    added_tokens = control_tokens
 
     def _encode_part(self, part: str, *, blank: bool) -> list[int]:
         """Sentencepiece puts a blank before every text; behind a wall it does so before the wall."""

@@ -152,8 +152,8 @@ def test_a_conversation_without_a_chat(model: runtime.Model) -> None:
 def test_errors_reach_whoever_asked(model: runtime.Model) -> None:
     async def work() -> str:
         async with AsyncEngine(model) as engine:
-            with pytest.raises(PromptError, match="1 <image> mark but 0 images"):
-                await engine.generate("<image> what?")
+            with pytest.raises(PromptError, match="1 <image> mark but 2 images"):
+                await engine.generate("<image> what?", [noise(1), noise(2)])
             with pytest.raises(ContextError):
                 await engine.generate("Hello", max_new_tokens=600)
             with pytest.raises(TypeError, match="unknown settings beams"):

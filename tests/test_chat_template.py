@@ -10,12 +10,14 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from staticvl.runtime import template_sandbox
 from staticvl.runtime.chat_template import (
     LLAVA_HF,
     LLAVA_NEXT_ORIGINAL,
     LLAVA_ORIGINAL,
     MLLAMA_BASE,
     ChatTemplateError,
+    TemplateLimitError,
     render,
 )
 
@@ -148,3 +150,69 @@ def test_what_templates_may_use(name: str) -> None:
 def test_errors(template: str, message: str) -> None:
     with pytest.raises(ChatTemplateError, match=message):
         ours(template, CHATS[0])
+
+
+GROWING = {
+    "nested loops": "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    "loops over a list": "{% set r = range(99999) | list %}{% for i in r %}{% for j in r if j < 0 %}{% endfor %}{% endfor %}",
+    "recursive loop": "{% for i in range(2) recursive %}{{ loop(range(9)) }}{% endfor %}",
+    "a macro that calls itself": "{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}",
+    "output": "{% for i in range(99999) %}{% for j in range(99) %}text{% endfor %}{% endfor %}",
+    "output into a variable": "{% set x %}{% for i in range(99999) %}{{ 'x' * 10000 }}{% endfor %}{% endset %}",
+    "text of a template into a variable": "{% set x %}{% for i in range(99999) %}" + "x" * 2000 + "{% endfor %}{% endset %}",
+    "repeated text": "{{ 'x' * 999999999 }}",
+    "repeated list": "{{ [1, 2] * 999999999 }}",
+    "doubling": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s + n.s %}{% endfor %}",
+    "joining": "{% set n = namespace(s='x') %}{% for i in range(99) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
+    "nested lists": "{% set n = namespace(s=[]) %}{% for i in range(99) %}{% set n.s = [n.s, n.s] %}{% endfor %}{{ n.s }}",
+    "nested tuples": "{% set n = namespace(s=()) %}{% for i in range(99) %}{% set n.s = (n.s, n.s) %}{% endfor %}",
+    "nested mappings": "{% set n = namespace(s={}) %}{% for i in range(99) %}{% set n.s = {1: n.s, 2: n.s} %}{% endfor %}",
+    "padding": "{{ 'x' | center(999999999) }}",
+    "padding by a method": "{{ 'x'.ljust(999999999) }}",
+    "padding by a format": "{{ '%999999999d' % 1 }}",
+    "padding by a star": "{{ '%*d' % (999999999, 1) }}",
+    "padding by braces": "{{ '{:>999999999}'.format(1) }}",
+    "padding by a width": "{{ '{:>{}}'.format(1, 999999999) }}",
+    "tabs": "{{ ('\\t' * 90000).expandtabs(90000) }}",
+    "indent": "{{ ('\\n' * 90000) | indent(90000, blank=true) }}",
+    "indented JSON": "{{ ([[1, 2]] * 9000) | tojson(indent=90000) }}",
+    "replacement": "{{ ('x' * 90000).replace('x', 'y' * 90000) }}",
+    "replacement by a filter": "{{ ('x' * 90000) | replace('x', 'y' * 90000) }}",
+    "join": "{{ range(99999) | join('y' * 90000) }}",
+    "join by a method": "{{ ('y' * 90000).join('x' * 90000) }}",
+    "sum of lists": "{{ ([[1] * 300] * 300) | sum(start=[]) | length }}{{ ('x' * 9000) | list | sum(start='') }}",
+    "format by a filter": "{{ ('%s' * 90000) | format('y' * 90000) }}",
+    "mapped": "{{ range(99999) | map('center', 90000) | list | length }}",
+    "a batch": "{{ [1] | batch(999999999, 0) | list }}",
+    "slices": "{{ [1] | slice(999999999) | list }}",
+    "power": "{{ 10 ** 99999999 }}",
+    "large numbers": "{% set n = namespace(s=9) %}{% for i in range(99) %}{% set n.s = n.s * n.s %}{% endfor %}",
+    "rounding": "{{ 1.5 | round(999999999, 'ceil') }}",
+    "random text": "{{ lipsum(99999) }}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GROWING)
+def test_every_template_ends(name: str) -> None:
+    endless = name in ("recursive loop", "a macro that calls itself")  # these end where Python's stack does
+    with pytest.raises(ChatTemplateError if endless else TemplateLimitError) as caught:
+        ours(GROWING[name], CHATS[0])
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
+
+
+def test_a_template_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter(range(1000))
+    monkeypatch.setattr(template_sandbox.time, "monotonic", lambda: float(next(clock)))
+    with pytest.raises(TemplateLimitError, match="the chat template was stopped: it takes more than 10 s; correct its loops"):
+        ours("{% for i in range(50) %}{% endfor %}", CHATS[0])
+
+
+def test_limits_grow_with_the_messages() -> None:
+    """Long conversations are not cut by them: each of 2000 turns, and three million characters."""
+    talk = [turn("user", "x" * 1500), turn("assistant", "y")] * 2000
+    for template in (CHAT_TEMPLATE, LLAVA_HF, LLAVA_ORIGINAL, MLLAMA_BASE):
+        assert ours(template, talk) == theirs(template, talk)
+    looping = (
+        "{% for m in messages %}{{ (messages | length) ~ loop.last ~ loop.length ~ (m.content[0].text | trim) }}{% endfor %}"
+    )
+    assert ours(looping, talk[:200]) == theirs(looping, talk[:200])

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from staticvl.runtime.prompt import Message
+from staticvl.runtime.prompt import IMAGE, Message
 from staticvl.tools.comparing.data import read_data
 from staticvl.tools.comparing.samples import DataError
 
@@ -66,6 +66,19 @@ def test_conversations_of_llava(folder: Path, tmp_path: Path) -> None:
     (sample,) = read_data(written(folder, record), folder)
     assert sample.messages == (Message("user", "What is it?", 1),) and sample.images == (folder / "a.png",)
     assert sample.answer == "A cat." and sample.name == "line 1"
+
+
+def test_images_keep_their_places(folder: Path) -> None:
+    """Among the texts of a turn, without the lines that end at a mark."""
+    expected = Message("user", ("First:", IMAGE, "Second: ", IMAGE, "Which?"))
+    for text, more in (
+        ("First:\nPicture 1: <img>a.png</img>\nSecond: <img>b.png</img>Which?\n", {}),
+        (" First:\n<image>\nSecond: <image>Which?", {"images": ["a.png", "b.png"]}),
+    ):
+        (sample,) = read_data(written(folder, turns(("user", text), ("assistant", "The first."), **more)))
+        assert sample.messages == (expected,) and sample.images == (folder / "a.png", folder / "b.png")
+    (sample,) = read_data(written(folder, turns(("user", "<img>a.png</img>"), ("assistant", "A cat."))))
+    assert sample.messages == (Message("user", "", 1),)
 
 
 def turns(*pairs: tuple[str, str], **more: Any) -> dict[str, Any]:

@@ -121,7 +121,8 @@ def test_a_chat_in_the_original_layout_goes_on_after_the_answer(original: tuple[
 
 def test_marks_in_the_text_say_where_pictures_stand(hf: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
     _, facts, tokenizer, template = hf
-    text = llava.to_text([Message("user", "Is <image> like <image>?", images=2)], template, facts, tokenizer)
+    parts = llava.parts_of("Is <image> like <image>?", 2, facts)
+    text = llava.to_text([Message("user", parts)], template, facts, tokenizer)
     assert text == "USER: Is <image> like <image>? ASSISTANT:"
     prompt = llava.raw_prompt(text, [picture(9, 9), picture(30, 9, seed=1)], facts, tokenizer)
     assert prompt.image_tokens == 32

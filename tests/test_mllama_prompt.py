@@ -27,6 +27,7 @@ from staticvl.runtime.artifact import ImageFacts, ModelFacts, RopeFacts, Tokeniz
 from staticvl.runtime.chat_template import MLLAMA_BASE, ChatTemplateError
 from staticvl.runtime.families import mllama
 from staticvl.runtime.images import ImageError
+from staticvl.runtime.prompt import IMAGE as IMAGE_PART
 from staticvl.runtime.prompt import Message, Prompt, PromptError
 from staticvl.runtime.tokenizer import Tokenizer, read_vocabulary
 
@@ -244,7 +245,7 @@ ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 def test_conversations(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
     one = chat(model, TEMPLATE, Message("user", " What? ", images=1))
     assert one == f"{USER}{IMAGE} What? {ANSWER}"
-    placed = chat(model, TEMPLATE, Message("user", f"Is {IMAGE} like {IMAGE}?", images=2))
+    placed = chat(model, TEMPLATE, Message("user", mllama.parts_of(f"Is {IMAGE} like {IMAGE}?", 2, model[0])))
     assert placed == f"{USER}Is {IMAGE} like {IMAGE}?{ANSWER}", "the template was told of the pictures: no system block"
     assert "Today" in chat(model, TEMPLATE, Message("user", "Hello"))
     assert "system<|end_header_id|>\n\nBe brief.<|eot_id|>" in chat(
@@ -256,7 +257,8 @@ def test_conversations(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> 
 
 def test_base_models_continue_text(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
     assert chat(model, MLLAMA_BASE, Message("user", "If I had", images=1)) == f"{IMAGE}If I had"
-    assert chat(model, MLLAMA_BASE, Message("user", f"See {IMAGE} and", images=1)) == f"See {IMAGE} and"
+    placed = Message("user", mllama.parts_of(f"See {IMAGE} and", 1, model[0]))
+    assert chat(model, MLLAMA_BASE, placed) == f"See {IMAGE} and"
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
@@ -270,9 +272,25 @@ def test_the_published_template(model: tuple[ModelFacts, Tokenizer, MllamaProces
 
 
 def test_a_system_message_beside_pictures(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
+    """Refused, with what can be done; or the instruction moves to the first user turn, after its leading images."""
+    facts, tokenizer, _ = model
+    system = Message("system", " Be brief. ")
     for text in ("What?", f"What is {IMAGE}?"):
-        with pytest.raises(ChatTemplateError, match=r"refuses these messages: .* incompatible with system messages"):
-            chat(model, TEMPLATE, Message("system", "Be brief."), Message("user", text, images=1))
+        turns = [system, Message("user", mllama.parts_of(text, 1, facts))]
+        with pytest.raises(ChatTemplateError, match=r"incompatible with system messages; put the .*--system-in-user"):
+            chat(model, TEMPLATE, *turns)
+        moved = mllama.to_text(turns, TEMPLATE, facts, tokenizer, system_in_user=True).removeprefix(BOS)
+        shown = f"{IMAGE}Be brief.\n\nWhat?" if IMAGE not in text else f"Be brief.\n\n{text}"
+        assert moved == f"{USER}{shown}{ANSWER}"
+    turns = [system, Message("user", (IMAGE_PART,)), Message("assistant", "A."), Message("user", "B?")]
+    moved = mllama.to_text(turns, TEMPLATE, facts, tokenizer, system_in_user=True).removeprefix(BOS)
+    assert moved == f"{USER}{IMAGE}Be brief.\n\n{ANSWER}A.<|eot_id|>{USER}B?{ANSWER}"
+    kept = [system, Message("user", "Hello")]
+    plain, asked = (mllama.to_text(kept, TEMPLATE, facts, tokenizer, system_in_user=moves) for moves in (False, True))
+    assert plain == asked, "what the template takes stays where it is"
+    refusing = "{{ raise_exception('no') }}"
+    with pytest.raises(ChatTemplateError, match=r"refuses these messages: no$"):
+        mllama.to_text(turns, refusing, facts, tokenizer)
 
 
 def test_earlier_text_depends_on_later_pictures(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:

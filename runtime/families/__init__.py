@@ -8,7 +8,7 @@ from typing import Protocol
 from ..artifact import ModelFacts
 from ..boxes import Box
 from ..images import Frame, ImageSource
-from ..prompt import Message, Prompt
+from ..prompt import Message, Part, Prompt
 from ..shown import quoted
 from ..tokenizer import Tokenizer
 from . import llava, llava_next, mllama, qwen_vl
@@ -26,8 +26,20 @@ class Family(Protocol):
         template: str,
         *,
         add_generation_prompt: bool = True,
+        system_in_user: bool = False,
     ) -> Prompt:
-        """The prompt of a conversation, whose pictures are `images` in order; raises as raw_prompt, or ChatTemplateError."""
+        """The prompt of a conversation, whose images are `images` in order; raises as raw_prompt, or ChatTemplateError.
+
+        system_in_user: where the template refuses a system message, its text goes to the first user turn.
+        """
+        ...
+
+    @staticmethod
+    def parts_of(text: str, images: int, facts: ModelFacts) -> tuple[Part, ...]:
+        """A user's plain text and its images as parts: images stand first unless marks in the text say where.
+
+        Without images a mark in the text is words. Raises PromptError when marks and images differ in number.
+        """
         ...
 
     @staticmethod

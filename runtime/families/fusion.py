@@ -20,15 +20,20 @@ PictureRows = Callable[[tuple[int, int], ModelFacts], np.ndarray]
 
 
 def fused_prompt(
-    text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer, picture_rows: PictureRows
+    text: str,
+    images: Sequence[ImageSource],
+    facts: ModelFacts,
+    tokenizer: Tokenizer,
+    picture_rows: PictureRows,
+    guard: str = "",
 ) -> Prompt:
-    """The prompt of a text in which the i-th mark stands for the i-th picture.
+    """The prompt of a text in which the i-th mark that no `guard` breaks up stands for the i-th picture.
 
     Features are those of all tiles in order, so row t * P + p is patch p of tile t.
 
     Raises PromptError when marks and pictures differ in number, ImageError, TokenizerError.
     """
-    ids = np.array(tokenizer.encode_with_images(text, facts.image.mark), dtype=np.int32)
+    ids = np.array(tokenizer.encode_with_images(text, facts.image.mark, guard), dtype=np.int32)
     return fuse(ids, images, facts, picture_rows)
 
 

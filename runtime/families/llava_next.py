@@ -17,16 +17,16 @@ from ..prompt import Prompt
 from ..tiles import grid_of
 from ..tokenizer import Tokenizer
 from .fusion import fused_prompt
-from .marks import chat_by, to_text
+from .marks import chat_by, parts_of, rendered, to_text
 
-__all__ = ["chat_prompt", "parse_boxes", "raw_prompt", "to_text"]
-
-
-def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
-    return fused_prompt(text, images, facts, tokenizer, picture_rows)
+__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
 
 
-chat_prompt = chat_by(to_text, raw_prompt)
+def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
+    return fused_prompt(text, images, facts, tokenizer, picture_rows, guard)
+
+
+chat_prompt = chat_by(rendered, raw_prompt)
 
 
 def picture_rows(size: tuple[int, int], facts: ModelFacts) -> np.ndarray:

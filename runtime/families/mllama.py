@@ -5,7 +5,9 @@ Legend: L positions of the prompt, N pictures of t tiles each, S side of a tile.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -17,39 +19,33 @@ from ..tiles import grid_of
 from ..tokenizer import PICTURE, Tokenizer
 from . import marks
 
-__all__ = ["chat_prompt", "parse_boxes", "raw_prompt", "to_text"]
+__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
+
+parts_of = marks.parts_of
 
 
-def to_text(
-    messages: Sequence[Message], template: str, facts: ModelFacts, tokenizer: Tokenizer, *, add_generation_prompt: bool = True
-) -> str:
-    """As marks.to_text; the published template refuses a system message together with pictures."""
-    return marks.to_text(messages, template, facts, tokenizer, add_generation_prompt=add_generation_prompt, content=_content)
+def to_text(messages: Sequence[Message], template: str, facts: ModelFacts, tokenizer: Tokenizer, **settings: Any) -> str:
+    """As marks.to_text."""
+    return marks.to_text(messages, template, facts, tokenizer, content=_content, **settings)
 
 
-def _content(message: Message, mark: str) -> marks.Content:
-    """The template must know of every picture: with one it leaves out its system block. So marks are parts of their own.
+def _content(message: Message, mark: str, words: Callable[[str], str]) -> marks.Content:
+    """The template must know of every image: with one it leaves out its system block. So inline images are parts too.
 
     A system message is plain text: the template writes it out as it is.
     """
-    if message.role == "system":
-        return message.text
-    first, *others = message.text.split(mark)
-    if not others:
-        return marks.pictures_first(message, mark)
-    parts = [{"type": "text", "text": first}]
-    for text in others:
-        parts += [{"type": "image"}, {"type": "text", "text": text}]
-    return parts
+    if message.role == "system" and not message.images:
+        return words("\n".join(message.texts))
+    return [{"type": "text", "text": words(part)} if isinstance(part, str) else {"type": "image"} for part in message.parts]
 
 
-def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
+def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
     """Ids, tiles and sight of a text; BOS is put in when the text holds none.
 
     Raises PromptError when marks and pictures differ in number, ImageError, TokenizerError.
     """
     begun = _with_bos(text, tokenizer.token(facts.tokenizer.bos_token_id), facts.image.mark)
-    token_ids = np.array(tokenizer.encode(begun, add_bos=False), dtype=np.int32)
+    token_ids = np.array(tokenizer.encode(begun, add_bos=False, guard=guard), dtype=np.int32)
     shown = token_ids == facts.tokenizer.image_token_id
     marks.check_ids(np.where(shown, PICTURE, token_ids), len(images), facts)
     loaded = [load_image(image, alpha=facts.image.alpha) for image in images]
@@ -67,7 +63,7 @@ def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, toke
     )
 
 
-chat_prompt = marks.chat_by(to_text, raw_prompt)
+chat_prompt = marks.chat_by(functools.partial(marks.rendered, content=_content), raw_prompt)
 
 
 def _with_bos(text: str, bos: str, mark: str) -> str:

@@ -1,8 +1,9 @@
 """Qwen-VL: a picture is a span <img>...</img> whose inside is replaced by rows of features; chats are ChatML.
 
-Text becomes ids piece by piece, as in the original code: in a chat only the tags of pictures and boxes count as special
-tokens, so that "<|im_end|>" typed by a user stays text. One thing differs: between <img> and </img> the original writes the
-bytes of the picture's path, which the network never sees; here the padding token stands in every position.
+Text becomes ids piece by piece, as in the original code: in a chat only the tags of boxes count as special tokens, so that
+"<|im_end|>" typed by a user stays text. Two things differ: between <img> and </img> the original writes the bytes of the
+picture's path, which the network never sees; here the padding token stands in every position. And only image parts make such a
+span: <img> in a text is words, where the original opens what stands in it.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import numpy as np
 
 from ..artifact import ModelFacts
 from ..images import ImageSource
-from ..prompt import Message, Prompt, PromptError
+from ..prompt import ImagePart, Message, Part, Prompt, PromptError
 from ..rope import ntk_factor
 from ..tagged_boxes import parse_boxes
 from ..tiktoken_vocabulary import TAGS, TiktokenVocabulary
 from ..tokenizer import PICTURE, Tokenizer, check_unicode
 from .fusion import fuse
 from .llava import picture_rows
+from .marks import check_images
 
-__all__ = ["chat_prompt", "parse_boxes", "raw_prompt"]
+__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt"]
 
 OPEN, CLOSE = "<img>", "</img>"
 SPAN = re.compile(re.escape(OPEN) + "(.*?)" + re.escape(CLOSE), re.DOTALL)
-# An assistant's earlier words may point at things; they bring no pictures.
+# Words may point at things; they bring no images.
 POINTING = TAGS - {OPEN, CLOSE, "<imgpad>"}
 SYSTEM = Message("system", "You are a helpful assistant.")
 
@@ -40,21 +42,23 @@ def chat_prompt(
     template: str,
     *,
     add_generation_prompt: bool = True,
+    system_in_user: bool = False,
 ) -> Prompt:
     """The prompt of a conversation: ChatML, or for a base model (facts.chat "raw") its turns as lines of text.
 
-    Pictures stand as "Picture k: <img>...</img>" lines before the text of their message, k counting over the conversation,
-    unless the text says where. A mark for which no picture was given is refused: what stands in it is never opened.
-    The whole conversation is kept, however long. `template` is not used.
+    An image part is a line "Picture k: <img>...</img>", k counting over the conversation, or the span alone where it is inline.
+    What a text says in <img>...</img> is words and never opened. The whole conversation is kept, however long. `template` and
+    `system_in_user` are not used: a system message has its place here.
 
     Raises PromptError, ImageError, TokenizerError.
     """
-    marked = mark_pictures(messages)
+    check_images(messages, images)
+    if facts.chat != "raw" and (not messages or messages[0].role != "system"):
+        messages = [SYSTEM, *messages]
+    turns = [(message.role, runs) for message, runs in zip(messages, runs_of(messages), strict=True)]
     if facts.chat == "raw":
-        return _prompt(_lines(marked, tokenizer), images, facts)
-    if not marked or marked[0].role != "system":
-        marked = [SYSTEM, *marked]
-    return _prompt(_chatml(marked, tokenizer, add_generation_prompt=add_generation_prompt), images, facts)
+        return _prompt(_lines([runs for _, runs in turns], tokenizer), images, facts)
+    return _prompt(_chatml(turns, tokenizer, add_generation_prompt=add_generation_prompt), images, facts)
 
 
 def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
@@ -72,23 +76,32 @@ def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, toke
         raise PromptError(
             f"the prompt has an empty {OPEN}{CLOSE} mark and no images were given; write the path inside or give images"
         )
-    return _prompt(_encode_spans(text, tokenizer, None), images or paths, facts)
+    return _prompt(_encode_runs(SPAN.split(text)[::2], tokenizer, None), images or paths, facts)
 
 
-def mark_pictures(messages: Sequence[Message]) -> list[Message]:
-    """Messages whose texts hold a mark for each of their pictures; raises PromptError where marks and pictures differ."""
-    marked, seen = [], 0
+def parts_of(text: str, images: int, facts: ModelFacts) -> tuple[Part, ...]:
+    """See Family.parts_of; a mark is <img>...</img>, whatever stands inside."""
+    if not images or (OPEN not in text and CLOSE not in text):
+        return Message("user", text, images).parts
+    _check_count(len(spans(text)), images, "the message")
+    first, *others = SPAN.split(text)[::2]
+    return (first, *(part for other in others for part in (ImagePart(inline=True), other)))
+
+
+def runs_of(messages: Sequence[Message]) -> list[list[str]]:
+    """The runs of text of each message, between which its images stand, with what is written around these."""
+    found, seen = [], 0
     for message in messages:
-        text = message.text
-        if message.role == "user":
-            if OPEN in text or CLOSE in text:
-                _check_count(len(spans(text)), message.images, "the message")
-            else:
-                lines = (f"Picture {k}: {OPEN}{CLOSE}\n" for k in range(seen + 1, seen + 1 + message.images))
-                text = "".join(lines) + text
-            seen += message.images
-        marked.append(dataclasses.replace(message, text=text))
-    return marked
+        runs = [""]
+        for part in message.parts:
+            if isinstance(part, str):
+                runs[-1] += part
+                continue
+            seen += 1
+            runs[-1] += "" if part.inline else f"Picture {seen}: "
+            runs.append("" if part.inline else "\n")
+        found.append(runs)
+    return found
 
 
 def spans(text: str) -> list[str]:
@@ -104,42 +117,36 @@ def _check_count(marks: int, images: int, where: str) -> None:
         given = f"{images} image{' was' if images == 1 else 's were'} given"
         raise PromptError(
             f"{where} has {marks} {OPEN}...{CLOSE} mark{'' if marks == 1 else 's'} but {given} with it; write one mark for "
-            "each image, or leave all marks out; only raw prompts without images may name pictures by their path"
+            "each image, or leave all marks out; only raw prompts without images may name images by their path, and to quote a "
+            "mark give a Message, in whose text a mark is words"
         )
 
 
-def _lines(messages: Sequence[Message], tokenizer: Tokenizer) -> list[int]:
+def _lines(turns: Sequence[list[str]], tokenizer: Tokenizer) -> list[int]:
     newline = _encode("\n", tokenizer, ())
     ids: list[int] = []
-    for place, message in enumerate(messages):
-        ids += [*(newline if place else ()), *_encode_text(message, tokenizer)]
+    for place, runs in enumerate(turns):
+        ids += [*(newline if place else ()), *_encode_runs(runs, tokenizer, POINTING)]
     return ids
 
 
-def _chatml(messages: Sequence[Message], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> list[int]:
+def _chatml(turns: Sequence[tuple[str, list[str]]], tokenizer: Tokenizer, *, add_generation_prompt: bool) -> list[int]:
     newline = _encode("\n", tokenizer, ())
     start, end = (_token_id(tokenizer, name) for name in ("<|im_start|>", "<|im_end|>"))
     ids: list[int] = []
-    for message in messages:
-        role, text = _encode(message.role, tokenizer, ()), _encode_text(message, tokenizer)
-        ids += [*(newline if ids else ()), start, *role, *newline, *text, end]
+    for role, runs in turns:
+        text = _encode_runs(runs, tokenizer, POINTING)
+        ids += [*(newline if ids else ()), start, *_encode(role, tokenizer, ()), *newline, *text, end]
     if add_generation_prompt:
         ids += [*newline, start, *_encode("assistant", tokenizer, ()), *newline]
     return ids
 
 
-def _encode_text(message: Message, tokenizer: Tokenizer) -> list[int]:
-    """Ids of one message with PICTURE in the spans of a user's."""
-    if message.role == "user":
-        return _encode_spans(message.text, tokenizer, TAGS)
-    return _encode(message.text, tokenizer, POINTING)
-
-
-def _encode_spans(text: str, tokenizer: Tokenizer, specials: Collection[str] | None) -> list[int]:
-    first, *others = SPAN.split(text)[::2]
-    ids = _encode(first, tokenizer, specials)
-    for piece in others:
-        ids += [_token_id(tokenizer, OPEN), PICTURE, _token_id(tokenizer, CLOSE), *_encode(piece, tokenizer, specials)]
+def _encode_runs(runs: Sequence[str], tokenizer: Tokenizer, specials: Collection[str] | None) -> list[int]:
+    """Ids of runs of text with the span of an image between each two, PICTURE in it."""
+    ids = _encode(runs[0], tokenizer, specials)
+    for run in runs[1:]:
+        ids += [_token_id(tokenizer, OPEN), PICTURE, _token_id(tokenizer, CLOSE), *_encode(run, tokenizer, specials)]
     return ids
 
 

@@ -5,7 +5,7 @@
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}]}
 
 One object a line, or a JSON list of them. Every turn of the assistant in a conversation becomes a sample, behind the
-turns before it. Pictures stand first in their turn, where both formats' own training code puts them.
+turns before it. Images stand in their turn where its marks stand.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...runtime.prompt import Message
+from ...runtime.prompt import IMAGE, Message, Part
 from ...runtime.shown import quoted, shown
 from .samples import Box, DataError, Sample, asked
 
@@ -128,9 +128,9 @@ def _conversation(record: Mapping[str, Any], where: _Where, folder: Path) -> lis
             samples.append(Sample(name=label, messages=tuple(messages), images=tuple(shown), answer=text))
             messages.append(Message(role, text))
             continue
-        text, pictures = _cut(text, given, marked, number, where, folder)
+        parts, pictures = _cut(text, given, marked, number, where, folder)
         shown += pictures
-        messages.append(Message(role, text, len(pictures)))
+        messages.append(Message(role, parts))
     if given:
         raise where.error(f"{len(given)} of the pictures have no {MARK} mark; write {MARK} where each stands")
     if not samples:
@@ -156,16 +156,28 @@ def _check_order(messages: list[Message], role: str, number: int, where: _Where)
         raise where.error(f"turn {number} is the {role}'s behind {before or 'nothing'}; expected the {' or '.join(allowed)}'s")
 
 
-def _cut(text: str, given: list[Path], marked: bool, number: int, where: _Where, folder: Path) -> tuple[str, list[Path]]:
-    """A turn's text without its pictures, and these."""
+def _cut(
+    text: str, given: list[Path], marked: bool, number: int, where: _Where, folder: Path
+) -> tuple[tuple[Part, ...], list[Path]]:
+    """A turn's texts and images in order, and the files of these."""
     if not marked and MARK not in text:
-        pictures = [_file(name, where, folder) for name in QWEN_PICTURE.findall(text)]
-        return QWEN_PICTURE.sub("", text).strip(), pictures
-    count = text.count(MARK)
+        first, *others = QWEN_PICTURE.split(text)
+        return _parts([first, *others[1::2]]), [_file(name, where, folder) for name in others[::2]]
+    pieces = text.split(MARK)
+    count = len(pieces) - 1
     if count > len(given):
         raise where.error(f"turn {number} has {count} {MARK} marks, but {len(given)} pictures are left; give image or images")
-    pictures = [given.pop(0) for _ in range(count)]
-    return text.replace(MARK, "").strip(), pictures
+    return _parts(pieces), [given.pop(0) for _ in range(count)]
+
+
+def _parts(pieces: list[str]) -> tuple[Part, ...]:
+    """Texts with an image between each two; lines that end at an image, and texts that are empty, are left out."""
+    pieces = [piece.strip("\n") for piece in pieces]
+    pieces[0], pieces[-1] = pieces[0].lstrip(), pieces[-1].rstrip()
+    parts: list[Part] = []
+    for place, piece in enumerate(pieces):
+        parts += [*([IMAGE] if place else []), *([piece] if piece.strip() else [])]
+    return tuple(parts) if any(isinstance(part, str) for part in parts) else (*parts, "")
 
 
 def _images(record: Mapping[str, Any], where: _Where, folder: Path) -> tuple[Path, ...]:

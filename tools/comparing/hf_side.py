@@ -17,6 +17,7 @@ from ...runtime.boxes import Box
 from ...runtime.families import family
 from ...runtime.image_files import load_image
 from ...runtime.images import Frame, frame_of
+from ...runtime.prompt import Message
 from .checkpoint import Checkpoint
 from .samples import Sample
 from .sides import HIDDEN_TOKEN, Prepared, Said, SideError
@@ -77,13 +78,7 @@ class HfSide:
         self.checkpoint.close()
 
     def prepare(self, sample: Sample) -> HfPrepared:
-        messages = [
-            {
-                "role": message.role,
-                "content": [{"type": "image"}] * message.images + [{"type": "text", "text": message.text}],
-            }
-            for message in sample.messages
-        ]
+        messages = [{"role": each.role, "content": self._content(each)} for each in sample.messages]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
         bos = self.tokenizer.token(self.facts.tokenizer.bos_token_id)
         images = [_opened(image) for image in sample.images]
@@ -92,6 +87,12 @@ class HfSide:
         )
         frames = tuple(frame_of(image.size, self.facts.image) for image in images)
         return HfPrepared(self, dict(given), frames)
+
+    def _content(self, message: Message) -> str | list[dict[str, str]]:
+        """As the template expects it; that of Llama-3.2-Vision trims a system message as one text."""
+        if message.role == "system" and self.config.family == "mllama":
+            return message.text
+        return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts]
 
     def say(
         self,

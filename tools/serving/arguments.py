@@ -29,6 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tp", type=int, metavar="N", help="ranks of each layer; default: what the artifact was compiled for")
     group.add_argument("--threads", type=int, metavar="N", help="default: every core")
     group.add_argument("--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers")
+    group.add_argument(
+        "--system-in-user",
+        action="store_true",
+        help="put a system message that the checkpoint's template refuses, as Llama-3.2-Vision's does beside images, into the "
+        "first user turn; default: an error",
+    )
     group.add_argument("--no-reuse", action="store_true", help="compute every request afresh")
     group.add_argument(
         "--speculate",

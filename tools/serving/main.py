@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
             speculate=args.speculate,
             image_cache_mb=args.image_cache_mb,
             request_log=args.request_log,
+            system_in_user=args.system_in_user,
         ) as model,
     ):
         return serve(model, settings, sock)

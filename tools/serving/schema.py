@@ -63,8 +63,8 @@ class ChatMessage(BaseModel):
     name: str | None = None
 
     @property
-    def text(self) -> str:
-        return "\n".join(part.text for part in self.content if isinstance(part, TextPart))
+    def characters(self) -> int:
+        return sum(len(part.text) for part in self.content if isinstance(part, TextPart))
 
     @property
     def urls(self) -> list[str]:

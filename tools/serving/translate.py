@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ...runtime.prompt import Message
+from ...runtime.prompt import IMAGE, Message
 from ...runtime.request import SamplingParams
 from ...runtime.shown import quoted
 from .errors import ApiError
-from .schema import ChatRequest, JsonObject, JsonSchema
+from .schema import ChatMessage, ChatRequest, JsonObject, JsonSchema, TextPart
 from .settings import Settings
 
 MAX_SCHEMA = 32_768  # characters of JSON; a larger one takes seconds to compile and to follow, for all who are answered
@@ -27,7 +27,7 @@ def check_request(request: ChatRequest, settings: Settings, context: int) -> Non
     if (count := sum(len(message.urls) for message in request.messages)) > settings.max_images:
         told = f"{count} pictures were sent; expected at most {settings.max_images}"
         raise ApiError(400, told, param="messages", code="too_many_images")
-    chars, most = sum(len(message.text) for message in request.messages), context * settings.max_chars_per_token
+    chars, most = sum(message.characters for message in request.messages), context * settings.max_chars_per_token
     if chars > most:
         told = f"the messages have {chars} characters, more than the {most} that can fit a context of {context} tokens"
         raise ApiError(400, told, param="messages", code="context_length_exceeded")
@@ -41,10 +41,13 @@ def check_request(request: ChatRequest, settings: Settings, context: int) -> Non
 
 
 def messages_of(request: ChatRequest) -> tuple[list[Message], list[str]]:
-    """The conversation, and the URLs of its pictures in order. Pictures of a message stand before its text."""
-    roles = {"developer": "system"}
-    messages = [Message(roles.get(each.role, each.role), each.text, len(each.urls)) for each in request.messages]
-    return messages, [url for each in request.messages for url in each.urls]
+    """The conversation, its parts in the order of the request, and the URLs of its images in order."""
+    return [_message(each) for each in request.messages], [url for each in request.messages for url in each.urls]
+
+
+def _message(given: ChatMessage) -> Message:
+    parts = [part.text if isinstance(part, TextPart) else IMAGE for part in given.content]
+    return Message("system" if given.role == "developer" else given.role, parts or "")
 
 
 def sampling_of(request: ChatRequest, room: int, seconds: float) -> SamplingParams:
