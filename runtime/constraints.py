@@ -106,7 +106,8 @@ class Constraints:
 
         if not (problem := self.process.problem_of(grammar)):
             matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=parser_limits())
-            matcher.compute_bitmask()
+            if not matcher.is_error():
+                matcher.compute_bitmask()
             if not (problem := matcher.get_error()):
                 return matcher
         told = " ".join(problem.split())

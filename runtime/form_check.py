@@ -45,11 +45,9 @@ def problem_of(grammar: str, tokenizer: LLTokenizer) -> str:
     """Why a grammar cannot be compiled, or why its first token cannot be found; empty where both can."""
     from llguidance import LLMatcher
 
-    limits = parser_limits()
-    if problem := LLMatcher.validate_grammar(grammar, tokenizer, limits=limits):
-        return problem
-    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
-    matcher.compute_bitmask()
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
+    if not matcher.is_error():
+        matcher.compute_bitmask()
     return matcher.get_error()
 
 

@@ -43,7 +43,7 @@ HOMES = {
     "tokenizers": ("runtime/vocabularies.py", "tools"),
     "sentencepiece": ("runtime/vocabularies.py", "tools"),
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),
-    "llguidance": ("runtime/constraints.py",),
+    "llguidance": ("runtime/constraints.py", "runtime/form_check.py"),
     "jinja2": ("runtime/chat_template.py",),
     "PIL": ("runtime/images.py", "runtime/image_files.py", "tools"),
     "rich": ("tools",),
