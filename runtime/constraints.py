@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import logging
-import weakref
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +26,9 @@ MOST_REGEX = 10_000  # characters
 MOST_JSON = 32_768  # characters of a schema
 MOST_CHOICES, MOST_CHOICE_TEXT = 1000, 32_768  # texts, and characters of all of them
 MOST_TOLD = 300  # characters of what llguidance says about a form, which repeats it
+# What a form leaves no choice about is written in tokens of the model's choice, like all else. Otherwise llguidance writes all
+# that is forced in tokens, again for each token of the answer: minutes for a text of 10,000 characters.
+OPTIONS = '%llguidance {"no_forcing": true}\n'
 log = logging.getLogger(__name__)
 
 
@@ -40,7 +42,7 @@ class Constraint:
     def __init__(self, maker: Constraints, matcher: LLMatcher) -> None:
         import llguidance.numpy
 
-        self.maker, self.matcher, self.ends = maker, matcher, maker.ends
+        self.matcher, self.ends = matcher, maker.ends
         self.mask = llguidance.numpy.allocate_token_bitmask(1, maker.tokenizer.vocab_size)
         self._fill = llguidance.numpy.fill_next_token_bitmask
         self.ended = self.lost = False
@@ -87,7 +89,7 @@ class Constraints:
                 "json_schema, regex and choice need the package llguidance; install it with: pip install 'staticvl[constrain]'"
             ) from None
         self.ends = np.array(eos, np.int64)
-        tokens = _Tokens(table, eos[0], weakref.ref(self))
+        tokens = _Tokens(table, eos[0])
         self.tokenizer = LLTokenizer(tokens, n_vocab=len(table.tokens), eos_token=eos[0])  # type: ignore[arg-type]
         self.process = FormProcess()
         self._latest: tuple[str, LLMatcher] | None = None  # a grammar that was compiled: n answers have one
@@ -126,13 +128,14 @@ def _grammar(params: SamplingParams) -> tuple[str, str]:
     if params.choice:
         _check_size("choice", len(params.choice), MOST_CHOICES, "texts")
         _check_size("choice", sum(map(len, params.choice)), MOST_CHOICE_TEXT, "characters")
-        return "choice", 'start: " "? body\nbody: ' + " | ".join(json.dumps(text) for text in params.choice)
+        return "choice", f'{OPTIONS}start: " "? body\nbody: ' + " | ".join(json.dumps(text) for text in params.choice)
     if params.regex is not None:
         _check_size("regex", len(params.regex), MOST_REGEX, "characters")
-        return "regex", LLMatcher.grammar_from_regex(f" ?({params.regex})")
+        of_regex = json.loads(LLMatcher.grammar_from_regex(f" ?({params.regex})"))["grammars"][0]["lark_grammar"]
+        return "regex", OPTIONS + of_regex
     text = _schema_text(params.json_schema)
     _check_size("json_schema", len(text), MOST_JSON, "characters of JSON")
-    return "json_schema", f'start: " "? body\nbody: %json {text}'
+    return "json_schema", f'{OPTIONS}start: " "? body\nbody: %json {text}'
 
 
 def _schema_text(schema: Any) -> str:
@@ -158,20 +161,11 @@ class _Tokens:
     is_tokenizer_wrapper = True
     bos_token_id = None
 
-    def __init__(self, table: TokenBytes, eos: int, maker: weakref.ref[Constraints]) -> None:
-        # `maker` is a weak reference: llguidance holds this object where the garbage collector does not look.
+    def __init__(self, table: TokenBytes, eos: int) -> None:
         # Hidden tokens are marked with 0xFF, which no text holds, so that no grammar ever lets them in.
         hidden = {i: b"\xff<%d>" % i for i in table.hidden}
         self.tokens = [hidden.get(i, token) for i, token in enumerate(table.tokens)]
         self.eos_token_id, self.special_token_ids = eos, table.hidden
-        self.maker = maker
 
     def __call__(self, text: str) -> list[int]:
-        """Tokens that write a text which the form leaves no choice about: at each place the longest.
-
-        It is called for every token of an answer with all that is forced from there on, so its time must not grow faster
-        than the text.
-        """
-        maker = self.maker()
-        assert maker is not None, "every constraint holds its maker"
-        return maker.tokenizer.greedy_tokenize(text)
+        raise AssertionError(f"no grammar forces tokens, and {text[:60]!r} was to be written in them")

@@ -1,4 +1,5 @@
-"""A process that compiles a form before the engine's process does: `python -P form_check.py`, started by form_process.py.
+"""A process that compiles a form before the engine's process does: `python -P form_check.py SECONDS`, started by
+form_process.py.
 
 llguidance bounds most of what a form may cost (`parser_limits`), but not all of it: the remainders of a large multipleOf and
 intersections of patterns take minutes or gigabytes, and a long chain of references overflows the stack, which ends a process.
@@ -51,13 +52,14 @@ def problem_of(grammar: str, tokenizer: LLTokenizer) -> str:
     return matcher.get_error()
 
 
-def _serve() -> None:
+def _serve(seconds: float) -> None:
+    """`seconds`: of processor time that one form may take."""
     from llguidance import LLTokenizer
 
     tokenizer = LLTokenizer("byte")
     while line := sys.stdin.buffer.readline():
         grammar = sys.stdin.buffer.read(int(line)).decode()
-        signal.setitimer(signal.ITIMER_PROF, PROCESSOR_S)  # of processor time; its signal ends the process
+        signal.setitimer(signal.ITIMER_PROF, seconds)  # of processor time; its signal ends the process
         problem = problem_of(grammar, tokenizer)
         signal.setitimer(signal.ITIMER_PROF, 0)
         sys.stdout.write(json.dumps(problem) + "\n")
@@ -68,6 +70,6 @@ if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     threading.stack_size(STACK_BYTES)
-    thread = threading.Thread(target=_serve)
+    thread = threading.Thread(target=_serve, args=(float(sys.argv[1]),))
     thread.start()
     thread.join()

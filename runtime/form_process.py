@@ -15,41 +15,41 @@ from .form_check import MEMORY_BYTES, PROCESSOR_S
 
 SCRIPT = Path(__file__).with_name("form_check.py")
 PATIENCE_S = 60.0  # for an answer, on a machine that is busy with other things
-TOO_COSTLY = (
-    f"it takes more than {PROCESSOR_S:g} s of processor time or {MEMORY_BYTES >> 20} MiB to compile, or nests too deeply"
-)
+TOO_COSTLY = "it takes more than {:g} s of processor time or {} MiB to compile, or nests too deeply"
 
 
 class FormProcess:
     """Started by the first form, and again by the next one after it has ended; ends with this object. For any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, seconds: float = PROCESSOR_S) -> None:
+        """`seconds`: of processor time that one form may take."""
+        self.seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
         self._end = lambda: None
 
     def problem_of(self, grammar: str) -> str:
-        """See form_check.problem_of; also where the process did not survive the grammar. Raises OSError if there is none."""
+        """See form_check.problem_of; also where the process did not survive the grammar.
+
+        Raises OSError or RuntimeError where there is no such process.
+        """
         data = grammar.encode()
         with self._lock:
             process = self._process if self._process and self._process.poll() is None else self._start()
-            assert process.stdin and process.stdout
-            try:
-                process.stdin.write(b"%d\n%b" % (len(data), data))
-                process.stdin.flush()
-                answer = process.stdout.readline() if _readable(process) else b""
-            except BrokenPipeError:
-                answer = b""
-            if not answer:
-                self._end()
-                return TOO_COSTLY
-            return json.loads(answer)
+            answer = _asked(process, b"%d\n%b" % (len(data), data))
+            if answer:
+                return json.loads(answer)
+            status = None if answer is None else process.wait()
+            self._end()
+            if status is not None and status >= 0:
+                raise RuntimeError(f"the process that compiles forms ended by itself, with status {status}")
+            return TOO_COSTLY.format(self.seconds, MEMORY_BYTES >> 20)
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._end()
         # -P: modules of ours stand beside the script, and none of them may take the place of another package.
         process = self._process = subprocess.Popen(
-            [sys.executable, "-P", str(SCRIPT)],
+            [sys.executable, "-P", str(SCRIPT), str(self.seconds)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,  # of a process that runs out of memory or stack
@@ -59,11 +59,17 @@ class FormProcess:
         return process
 
 
-def _readable(process: subprocess.Popen[bytes]) -> bool:
-    assert process.stdout
+def _asked(process: subprocess.Popen[bytes], form: bytes) -> bytes | None:
+    """The answer to a form; empty where the process has ended, None where it takes too long."""
+    assert process.stdin and process.stdout
+    try:
+        process.stdin.write(form)
+        process.stdin.flush()
+    except BrokenPipeError:
+        return b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        return bool(selector.select(PATIENCE_S))
+        return process.stdout.readline() if selector.select(PATIENCE_S) else None
 
 
 def _ended(process: subprocess.Popen[bytes]) -> None:

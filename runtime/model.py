@@ -136,6 +136,7 @@ class Model:
         """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more."""
         if not self.closed:
             self.closed = True
+            self.__dict__.pop("_constraints", None)  # its process ends with it
             self._on_close()
 
     def __enter__(self) -> Model:
