@@ -104,9 +104,17 @@ class AsyncEngine:
         self.failure: RankError | None = None  # after it nothing is answered any more
         self.on_failure: Callable[[], object] = lambda: None  # called once, in the engine's thread
         self._wake = threading.Condition()
+        self._turn: float | None = None  # when the turn that runs began, by the engine's clock
         self._preparing = ThreadPoolExecutor(1, "staticvl-prepare")
+        self._forming = ThreadPoolExecutor(1, "staticvl-form")  # forms take seconds at worst, and prompts go on meanwhile
         self._worker = threading.Thread(target=self._work, name="staticvl-engine", daemon=True)
         self._worker.start()
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds for which the engine has been in its present turn, one step at most; 0 while nothing is to be done."""
+        began = self._turn
+        return 0.0 if began is None else self.model.engine.clock() - began
 
     async def generate(
         self,
@@ -141,18 +149,20 @@ class AsyncEngine:
 
     async def prepare(self, prompt: Asked, images: Images = None, *, raw: bool = False) -> Prompt:
         """A prompt made ready, so that its length is known before it is asked; raises PromptError, ImageError."""
-        return await self._aside(lambda: self._prepared(prompt, images, raw))
+        return await self._aside(self._preparing, lambda: self._prepared(prompt, images, raw))
 
     async def ask(self, prompt: Asked | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
         """All of the params.n answers to a prompt, which is queued; errors of what was asked as of `generate`."""
 
+        ready = prompt if isinstance(prompt, Prompt) else await self.prepare(prompt, images, raw=raw)
+
         def sequences() -> list[Sequence]:
-            ready = prompt if isinstance(prompt, Prompt) else self._prepared(prompt, images, raw)
             return [self.model.new_sequence(ready, params, index=index) for index in range(params.n)]
 
+        pool = self._forming if params.constrained else self._preparing
         items: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        asked = [_Answer(sequence, loop, items) for sequence in await self._aside(sequences)]
+        asked = [_Answer(sequence, loop, items) for sequence in await self._aside(pool, sequences)]
         self._command(lambda: [self._start(answer) for answer in asked])
         return Answers(items, len(asked), lambda: self._command(lambda: [self._forget(answer) for answer in asked]))
 
@@ -162,7 +172,8 @@ class AsyncEngine:
             self._closing = True
             self._wake.notify()
         await asyncio.to_thread(self._worker.join)
-        self._preparing.shutdown(cancel_futures=True)
+        for pool in (self._preparing, self._forming):
+            pool.shutdown(cancel_futures=True)
 
     async def __aenter__(self) -> AsyncEngine:
         return self
@@ -172,14 +183,14 @@ class AsyncEngine:
 
     # ---- in the caller's thread
 
-    async def _aside(self, work: Callable[[], Any]) -> Any:
+    async def _aside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
         """The result of work that must not hold up the loop."""
         if self._closing:
             raise EngineClosedError("the engine was closed; open another one")
         if self.failure is not None:
             raise self.failure
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._preparing, work)
+            return await asyncio.get_running_loop().run_in_executor(pool, work)
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if self._closing and task is not None and not task.cancelling():
@@ -200,12 +211,14 @@ class AsyncEngine:
 
     def _work(self) -> None:
         while True:
+            self._turn = None
             with self._wake:
                 self._wake.wait_for(
                     lambda: self._commands or self._closing or self._answers,
                     timeout=CHECK_S if self.model.check and self.failure is None else None,
                 )
                 commands, self._commands = self._commands, []
+            self._turn = self.model.engine.clock()
             for command in commands:
                 command()
             if self._closing:

@@ -1,6 +1,9 @@
 """Answers of a given form: a JSON schema, a regular expression, or one of several texts, by llguidance's automata.
 
 A blank before the answer is allowed: many tokenizers begin a word with one, and the text is given out without it.
+
+What a form may cost is bounded: its size here, compiling it in a process of its own (form_process.py), and each of its
+tokens by llguidance's limits (form_check.py).
 """
 
 from __future__ import annotations
@@ -11,14 +14,22 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .form_check import parser_limits
+from .form_process import FormProcess
 from .sampling import SamplingParams
 from .shown import shown
 from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
-    from llguidance import LLTokenizer
+    from llguidance import LLMatcher
 
-
+MOST_REGEX = 10_000  # characters
+MOST_JSON = 32_768  # characters of a schema
+MOST_CHOICES, MOST_CHOICE_TEXT = 1000, 32_768  # texts, and characters of all of them
+MOST_TOLD = 300  # characters of what llguidance says about a form, which repeats it
+# What a form leaves no choice about is written in tokens of the model's choice, like all else. Otherwise llguidance writes all
+# that is forced in tokens, again for each token of the answer: minutes for a text of 10,000 characters.
+OPTIONS = '%llguidance {"no_forcing": true}\n'
 log = logging.getLogger(__name__)
 
 
@@ -29,12 +40,11 @@ class ConstraintError(ValueError):
 class Constraint:
     """The automaton of one answer; see logit_rules.Guide."""
 
-    def __init__(self, tokenizer: LLTokenizer, grammar: str, ends: np.ndarray) -> None:
+    def __init__(self, maker: Constraints, matcher: LLMatcher) -> None:
         import llguidance.numpy
-        from llguidance import LLMatcher
 
-        self.matcher, self.ends = LLMatcher(tokenizer, grammar), ends
-        self.mask = llguidance.numpy.allocate_token_bitmask(1, tokenizer.vocab_size)
+        self.matcher, self.ends = matcher, maker.ends
+        self.mask = llguidance.numpy.allocate_token_bitmask(1, maker.tokenizer.vocab_size)
         self._fill = llguidance.numpy.fill_next_token_bitmask
         self.ended = self.lost = False
 
@@ -43,6 +53,10 @@ class Constraint:
             row[:] = -np.inf
             return
         self._fill(self.matcher, self.mask)
+        if self.matcher.is_error():
+            self._lose()
+            row[:] = -np.inf
+            return
         allowed = np.unpackbits(self.mask.view(np.uint8)[0], bitorder="little")[: len(row)].astype(bool)
         allowed[self.ends] = self.matcher.is_accepting()
         np.copyto(row[: len(allowed)], -np.inf, where=~allowed)
@@ -52,9 +66,12 @@ class Constraint:
         if token in self.ends:
             self.ended = True
         elif not self.matcher.consume_token(token):
-            # A form may be too large to follow, which shows only here; `forbid` lets nothing in any more.
-            log.warning("an answer ends early, its form cannot be followed: %s", _first_line(self.matcher.get_error()))
-            self.lost = True
+            self._lose()
+
+    def _lose(self) -> None:
+        """A form may prove too large to follow only now; `forbid` lets nothing in any more."""
+        self.lost = True
+        log.warning("an answer ends early, its form cannot be followed: %s", _first_line(self.matcher.get_error()))
 
     @property
     def done(self) -> bool:
@@ -73,16 +90,30 @@ class Constraints:
                 "json_schema, regex and choice need the package llguidance; install it with: pip install 'staticvl[constrain]'"
             ) from None
         self.ends = np.array(eos, np.int64)
-        self.tokenizer = LLTokenizer(_Tokens(table, eos[0]), n_vocab=len(table.tokens), eos_token=eos[0])  # type: ignore[arg-type]
+        tokens = _Tokens(table, eos[0])
+        self.tokenizer = LLTokenizer(tokens, n_vocab=len(table.tokens), eos_token=eos[0])  # type: ignore[arg-type]
+        self.process = FormProcess()
+        self._latest: tuple[str, LLMatcher] | None = None  # a grammar that was compiled: n answers have one
 
     def make(self, params: SamplingParams) -> Constraint:
-        """Raises ConstraintError for a schema or an expression that llguidance refuses."""
+        """Raises ConstraintError for a schema or an expression that is too large, or that llguidance refuses."""
+        name, grammar = _grammar(params)
+        latest = self._latest
+        if latest is None or latest[0] != grammar:
+            latest = self._latest = grammar, self._compiled(name, grammar)
+        return Constraint(self, latest[1].deep_copy())
+
+    def _compiled(self, name: str, grammar: str) -> LLMatcher:
+        """A matcher that knows its first tokens. First another process compiles the grammar, which may not survive it."""
         from llguidance import LLMatcher
 
-        name, grammar = _grammar(params)
-        if problem := LLMatcher.validate_grammar(grammar, self.tokenizer):
-            raise ConstraintError(f"{name} cannot be used: {shown(' '.join(problem.split()))}")
-        return Constraint(self.tokenizer, grammar, self.ends)
+        if not (problem := self.process.problem_of(grammar)):
+            matcher = LLMatcher(self.tokenizer, grammar, log_level=0, limits=parser_limits())
+            if not matcher.is_error():
+                matcher.compute_bitmask()
+            if not (problem := matcher.get_error()):
+                return matcher
+        raise ConstraintError(f"{name} cannot be used: {shown(' '.join(problem.split()))}; give a simpler one")
 
 
 def _first_line(text: str) -> str:
@@ -90,19 +121,37 @@ def _first_line(text: str) -> str:
 
 
 def _grammar(params: SamplingParams) -> tuple[str, str]:
-    """Which field says the form, and its grammar."""
+    """Which field says the form, and its grammar; raises ConstraintError for one that is too large."""
     from llguidance import LLMatcher
 
     if params.choice:
-        return "choice", 'start: " "? body\nbody: ' + " | ".join(json.dumps(text) for text in params.choice)
+        _check_size("choice", len(params.choice), MOST_CHOICES, "texts")
+        _check_size("choice", sum(map(len, params.choice)), MOST_CHOICE_TEXT, "characters")
+        return "choice", f'{OPTIONS}start: " "? body\nbody: ' + " | ".join(json.dumps(text) for text in params.choice)
     if params.regex is not None:
-        return "regex", LLMatcher.grammar_from_regex(f" ?({params.regex})")
-    schema: Any = params.json_schema
+        _check_size("regex", len(params.regex), MOST_REGEX, "characters")
+        of_regex = json.loads(LLMatcher.grammar_from_regex(f" ?({params.regex})"))["grammars"][0]["lark_grammar"]
+        return "regex", OPTIONS + of_regex
+    text = _schema_text(params.json_schema)
+    _check_size("json_schema", len(text), MOST_JSON, "characters of JSON")
+    return "json_schema", f'{OPTIONS}start: " "? body\nbody: %json {text}'
+
+
+def _schema_text(schema: Any) -> str:
     try:
-        schema = json.loads(schema) if isinstance(schema, str) else schema
-        return "json_schema", f'start: " "? body\nbody: %json {json.dumps(schema)}'
-    except (TypeError, ValueError) as error:
+        if isinstance(schema, str):
+            _check_size("json_schema", len(schema), 2 * MOST_JSON, "characters")  # blanks included
+            schema = json.loads(schema)
+        return json.dumps(schema)
+    except ConstraintError:
+        raise
+    except (TypeError, ValueError, RecursionError) as error:
         raise ConstraintError(f"json_schema is not JSON ({error}); expected a JSON schema as text or as a dict") from None
+
+
+def _check_size(name: str, size: int, most: int, unit: str) -> None:
+    if size > most:
+        raise ConstraintError(f"{name} has {size} {unit}; expected at most {most}, so give a simpler one")
 
 
 class _Tokens:
@@ -116,15 +165,6 @@ class _Tokens:
         hidden = {i: b"\xff<%d>" % i for i in table.hidden}
         self.tokens = [hidden.get(i, token) for i, token in enumerate(table.tokens)]
         self.eos_token_id, self.special_token_ids = eos, table.hidden
-        self._longest: dict[bytes, int] = {token: i for i, token in reversed(list(enumerate(table.tokens))) if token}
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        """Any tokens that write the text: it is asked only to find forced ones ahead, which we do not use."""
-        data, ids = text.encode() if isinstance(text, str) else bytes(text), []
-        while data:
-            size = next((n for n in range(len(data), 0, -1) if data[:n] in self._longest), 0)
-            if not size:
-                break
-            ids.append(self._longest[data[:size]])
-            data = data[size:]
-        return ids
+    def __call__(self, text: str) -> list[int]:
+        raise AssertionError(f"no grammar forces tokens, and {text[:60]!r} was to be written in them")

@@ -43,7 +43,7 @@ HOMES = {
     "tokenizers": ("runtime/vocabularies.py", "tools"),
     "sentencepiece": ("runtime/vocabularies.py", "tools"),
     "tiktoken": ("runtime/tiktoken_vocabulary.py",),
-    "llguidance": ("runtime/constraints.py",),
+    "llguidance": ("runtime/constraints.py", "runtime/form_check.py"),
     "PIL": ("runtime/images.py", "runtime/image_files.py", "runtime/image_modes.py", "tools"),
     "jinja2": ("runtime/chat_template.py", "runtime/template_sandbox.py"),
     "rich": ("tools",),

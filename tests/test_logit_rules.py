@@ -290,7 +290,7 @@ def test_a_form_that_leaves_nothing_ends_the_answer(model: runtime.Model) -> Non
 
 def test_a_form_too_large_to_follow_ends_its_answer_alone(model: runtime.Model, caplog: pytest.LogCaptureFixture) -> None:
     """Which shows only when the answer has begun; those beside it go on."""
-    schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": "(a|b)*c{1,50}"} for i in range(700)}}
+    schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": "(a|b)*c{1,50}"} for i in range(560)}}
     prompt = model.prepare(QUESTION, [], False)
     free = model.generate(QUESTION, max_new_tokens=12, temperature=0.0)
     forms: tuple[dict, ...] = ({"json_schema": schema}, {})

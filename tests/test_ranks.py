@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 
 from staticvl import runtime
@@ -20,8 +22,10 @@ from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
 from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.engine import Engine
+from staticvl.runtime.ranks.group import meet_store
 from staticvl.runtime.ranks.launch import threads_each
 from staticvl.runtime.ranks.leader import LeadingBackend
+from staticvl.runtime.ranks.world import LOOPBACK, World, started_world
 
 from .checkpoints import tiny_llava
 from .conftest import EMBEDDED, REPO
@@ -228,6 +232,39 @@ def test_closing_ends_the_other_process(cut: runtime.Model) -> None:
     assert not any(map(running, others))
     with pytest.raises(RuntimeError, match="the model was closed"):
         cut.generate("Hello")
+
+
+def listeners(*processes: int) -> set[str]:
+    """Addresses at which processes listen."""
+    found = (psutil.Process(pid).net_connections("inet") for pid in processes)
+    return {each.laddr.ip for some in found for each in some if each.status == psutil.CONN_LISTEN}
+
+
+def test_ranks_of_one_machine_listen_to_it_alone(two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever interface the environment names, and whoever starts the ranks: the store, the control port and gloo."""
+    [outer] = [name for _, name in socket.if_nameindex() if name != "lo"][:1] or ["lo"]
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", outer)
+    before = listeners(os.getpid())
+    with runtime.load(two_ranks, tp=2, timeout=PATIENCE) as model:
+        heard = listeners(os.getpid(), *pids(model))
+    assert heard - before <= {LOOPBACK} and heard
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_the_store_of_ranks_that_others_have_started(host: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server((LOOPBACK, 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in (("MASTER_ADDR", host), ("MASTER_PORT", port), ("RANK", 0), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    before = listeners(os.getpid())
+    world = started_world()
+    assert world is not None and world.together
+    store = meet_store(world, PATIENCE)
+    store.set("key", "value")
+    assert listeners(os.getpid()) - before <= {LOOPBACK}
+    monkeypatch.setenv("RANK", "1")
+    other = meet_store(World(1, 2, 2, host), PATIENCE)
+    assert other.get("key") == b"value"
 
 
 # --- Under a launcher --------------------------------------------------------------------------------------------------------

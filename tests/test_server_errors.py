@@ -20,7 +20,7 @@ from .servers import HEAD, Running, asking, far_model, serving, slow_down, until
 USER = {"role": "user", "content": "Hello!"}
 GOOD = {"model": "model", "messages": [USER], "max_tokens": 3}
 FORM = {"type": "json_schema"}
-DEEP = b'{"model": "model", "messages": ' + b"[" * 100_000
+DEEP = b'{"model": "model", "messages": ' + b"[" * 50_000
 
 
 @pytest.fixture(scope="module")

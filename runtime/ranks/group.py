@@ -5,7 +5,9 @@ The process group is constructed directly: the caller's default group, if he has
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -16,7 +18,7 @@ import torch.distributed
 
 from .control import Store
 from .verdict import MeetingError, RankError
-from .world import LOOPBACK, Seat, World
+from .world import HERE, LOOPBACK, Seat, World
 
 TAG = 0  # what two ranks hand to each other comes in order
 dist: Any = torch.distributed  # its type stubs leave out what is made in C++
@@ -24,9 +26,19 @@ dist: Any = torch.distributed  # its type stubs leave out what is made in C++
 
 def host_store(seconds: float) -> tuple[Store, int]:
     """A store for processes of this machine, and the port that it listens on."""
-    wait = timedelta(seconds=seconds)
-    store = dist.TCPStore(LOOPBACK, 0, None, is_master=True, timeout=wait, wait_for_workers=False)
+    store = _loopback_store(LOOPBACK, 0, seconds)
     return _own_part(store), store.port
+
+
+def _loopback_store(host: str, port: int, seconds: float) -> Any:
+    """A store that listens at a loopback address alone. torch would listen at every interface, and a store gives and takes
+    keys from whoever connects. Raises OSError."""
+    host = LOOPBACK if host == "localhost" else host
+    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port, wait = listener.getsockname()[1], timedelta(seconds=seconds)
+    return dist.TCPStore(
+        host, port, None, is_master=True, timeout=wait, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def meet_store(world: World, seconds: float) -> Store:
@@ -36,9 +48,9 @@ def meet_store(world: World, seconds: float) -> Store:
     """
     where = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR (not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT not set)')}"
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
-    except (dist.DistError, ValueError, RuntimeError) as error:
-        if "EADDRINUSE" in str(error):
+        store = _met(world, seconds)
+    except (dist.DistError, ValueError, RuntimeError, OSError) as error:
+        if "EADDRINUSE" in str(error) or (isinstance(error, OSError) and error.errno == errno.EADDRINUSE):
             raise RankError(
                 f"rank 0 cannot listen at {where}, which another program uses; give another MASTER_PORT to all ranks, or "
                 "leave the choice to torchrun --standalone"
@@ -46,6 +58,14 @@ def meet_store(world: World, seconds: float) -> Store:
         told = str(error).splitlines()[0]
         raise RankError(f"rank {world.rank} found no store at {where}: {told}; start the ranks with torchrun") from error
     return _own_part(store)
+
+
+def _met(world: World, seconds: float) -> Any:
+    port, of_launcher = os.environ.get("MASTER_PORT", ""), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if world.rank == 0 and world.together and world.address in HERE and port.isdecimal() and not of_launcher:
+        return _loopback_store(world.address, int(port), seconds)
+    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
+    return store
 
 
 def _own_part(store: Store) -> Store:
@@ -65,14 +85,14 @@ class GlooGroup:
         """store: where all ranks find each other; `self.store` is the part of it that is this stage's alone.
 
         timeout: seconds that a rank waits for others. address: of the network interface by which the others are reached; where
-        GLOO_SOCKET_IFNAME names one, that is taken.
+        GLOO_SOCKET_IFNAME names one, that is taken, unless all ranks are on this machine.
         """
         self.rank, self.size, self.stage, self.stages = seat.rank, seat.size, seat.stage, seat.stages
         self.store = dist.PrefixStore(f"stage-{seat.stage}", store)
         self.meeting = False
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout)
-        if "GLOO_SOCKET_IFNAME" not in os.environ:
+        if address == LOOPBACK or "GLOO_SOCKET_IFNAME" not in os.environ:
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
         place = dist.PrefixStore(f"place-{seat.rank}", store)
         try:

@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ...runtime.model import Model
 from ...runtime.shown import quoted
 from .answers import Wording
+from .bodies import SMALL, check_values
 from .connections import EventStream, read_body, unless_gone
 from .errors import ApiError, add_handlers
 from .keys import KeyRing
@@ -23,7 +24,7 @@ from .service import Service
 from .settings import Settings
 from .visit import Visit
 
-PARSED_AT_ONCE = 1 << 16  # bytes of a body; larger ones are parsed in a thread
+SAFE = ["GET", "HEAD"]
 
 
 def create_app(model: Model, settings: Settings) -> FastAPI:
@@ -48,26 +49,27 @@ def _add_routes(app: FastAPI, settings: Settings, created: int) -> None:
     def service_of(request: Request) -> Service:
         return request.app.state.service
 
-    @app.get("/")
+    @app.api_route("/", methods=SAFE)
     async def page() -> Response:
         return page_response()
 
-    @app.get("/health")
+    @app.api_route("/health", methods=SAFE)
     async def health(request: Request) -> Response:
-        trouble = service_of(request).trouble
+        service = service_of(request)
+        trouble = service.trouble or service.stall
         return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=SAFE)
     async def metrics(request: Request) -> Response:
         keys.check(request.headers.get("authorization"))
         return Response(service_of(request).figures.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=SAFE)
     async def models(request: Request) -> Response:
         keys.check(request.headers.get("authorization"))
         return JSONResponse({"object": "list", "data": [_card(service_of(request), created)]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=SAFE)
     async def one_model(request: Request, name: str) -> Response:
         keys.check(request.headers.get("authorization"))
         if name != settings.model_name:
@@ -115,5 +117,6 @@ async def _answer(service: Service, request: Request) -> Response:
 
 
 async def _asked(visit: Visit, body: bytes) -> tuple[ChatRequest, Wording]:
-    asked = read_request(body) if len(body) <= PARSED_AT_ONCE else await asyncio.to_thread(read_request, body)
+    check_values(body, visit.service.spec.context)
+    asked = read_request(body) if len(body) <= SMALL else await asyncio.to_thread(read_request, body)
     return asked, await visit.ask(asked)

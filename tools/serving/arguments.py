@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--request-s", type=float, default=600, metavar="S", help="that a request may take; default: 600")
     group.add_argument("--fetch-s", type=float, default=20, metavar="S", help="that a picture's download may take; default: 20")
     group.add_argument("--send-s", type=float, default=60, metavar="S", help="that an answer may stay unread; default: 60")
+    group.add_argument("--stall-s", type=float, default=60, metavar="S", help="of one step, then /health is 503; default: 60")
     group.add_argument(
         "--drain-s",
         type=float,
@@ -65,7 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings_of(args: argparse.Namespace, keys: tuple[str, ...]) -> Settings:
     """Raises ValueError for a limit that would let nobody be served."""
-    for name in ("max_body_mb", "max_image_mb", "max_image_pixels", "request_s", "fetch_s", "send_s"):
+    for name in ("max_body_mb", "max_image_mb", "max_image_pixels", "request_s", "fetch_s", "send_s", "stall_s"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; expected more than 0")
     for name in ("max_waiting", "max_images", "drain_s"):
@@ -83,5 +84,6 @@ def settings_of(args: argparse.Namespace, keys: tuple[str, ...]) -> Settings:
         request_s=args.request_s,
         fetch_s=args.fetch_s,
         send_s=args.send_s,
+        stall_s=args.stall_s,
         drain_s=args.drain_s,
     )

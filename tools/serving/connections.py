@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
+import h11
 import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -20,13 +21,28 @@ T = TypeVar("T")
 
 def protocol_with(settings: Settings) -> type[H11Protocol]:
     """uvicorn's protocol, with two more limits: on the time to a connection's first request, and to the reading of the end
-    of an answer. Routes find `abort` in the request's state: it drops the connection with all that is not sent."""
+    of an answer. Routes find `abort` in the request's state: it drops the connection with all that is not sent. What is no
+    HTTP gets an error in the API's form, or the end of the connection where an answer has begun."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.app_state = {**self.app_state, "abort": transport.abort}
             self.timer = self.loop.call_later(settings.header_s, self._expect_a_request)
+
+        def send_400_response(self, msg: str) -> None:
+            data = msgspec.json.encode(ApiError(400, f"{msg} Expected HTTP/1.1.", code="invalid_http").body())
+            headers = [("content-type", "application/json"), ("content-length", str(len(data))), ("connection", "close")]
+            try:
+                head = self.conn.send(h11.Response(status_code=400, headers=headers, reason=b"Bad Request"))
+            except h11.LocalProtocolError:  # it comes behind the request that is answered
+                self.transport.abort()
+                return
+            self.transport.write((head or b"") + data)
+            self.transport.close()
+
+        def _unsupported_upgrade_warning(self) -> None:
+            """An upgrade that is not offered is no reason for a line in the log; the request is answered as it is."""
 
         def _expect_a_request(self) -> None:
             if self.cycle is None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import logging
+import secrets
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...runtime.async_engine import EngineClosedError
 from ...runtime.constraints import ConstraintError
 from ...runtime.engine import ContextError
 from ...runtime.images import ImageError
 from ...runtime.ranks.verdict import RankError
+from .quiet import brief
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +68,10 @@ def of_engine(error: Exception) -> ApiError:
         return ApiError(503, "a part of the model is gone, and the server is about to end; try another one", code="rank_failed")
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server ends before the answer is complete; try another one", code="unavailable")
-    log.error("a request failed", exc_info=error)
-    return ApiError(500, "the request failed inside the server, whose log says why; try again", code="internal_error")
+    name = secrets.token_hex(4)
+    log.error("request %s failed: %s", name, brief(error))
+    told = f"the request failed inside the server, whose log says why under {name}; try again"
+    return ApiError(500, told, code="internal_error")
 
 
 def response(error: ApiError) -> JSONResponse:
@@ -88,10 +93,35 @@ def add_handlers(app: FastAPI) -> None:
     async def gone(*_: object) -> JSONResponse:
         return JSONResponse(None, 499)  # which nobody reads
 
-    async def unexpected(_: Request, error: Exception) -> JSONResponse:
-        return response(of_engine(error))
-
     app.add_exception_handler(ApiError, known)
     app.add_exception_handler(HTTPException, routing)
     app.add_exception_handler(ClientGoneError, gone)
-    app.add_exception_handler(Exception, unexpected)
+    app.add_middleware(_Unexpected)
+
+
+class _Unexpected:
+    """Around all routes: what none of the handlers knows is answered too. A handler for every exception would be called by
+    starlette, which then raises it again, and the log gets its traceback."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        begun = False
+
+        async def watched(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:  # whichever, this is the last place
+            told = of_engine(error)
+            if begun:
+                scope["state"]["abort"]()
+            else:
+                await response(told)(scope, receive, send)

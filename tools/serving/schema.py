@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -29,6 +30,10 @@ REFUSED = {
     "reasoning_effort": "these models do not reason apart from their answers",
 }
 MOST_SHOWN = 60  # characters of a value that an error repeats
+MOST_NAMED = 5  # fields that an error names
+MOST_MESSAGES, MOST_PARTS = 4096, 1024  # of a conversation, of a message
+MOST_BIASES = 1024
+Whole = Annotated[int, Field(lt=2**31)]  # more is a mistake, or meant to take long
 
 
 class _Part(BaseModel):
@@ -59,7 +64,11 @@ def _parts(given: Any) -> Any:
 class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[list[Annotated[TextPart | ImagePart, Field(discriminator="type")]], BeforeValidator(_parts)]
+    content: Annotated[
+        list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
+        Field(max_length=MOST_PARTS, fail_fast=True),
+        BeforeValidator(_parts),
+    ]
     name: str | None = None
 
     @property
@@ -98,8 +107,16 @@ class JsonSchema(_Part):
 
 Texts = Annotated[
     list[Annotated[str, Field(max_length=1000)]],
+    Field(fail_fast=True),
     BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
 ]
+
+
+def _few(given: Any) -> Any:
+    """Counted before any is looked at: each that is wrong would be written down."""
+    if isinstance(given, dict) and len(given) > MOST_BIASES:
+        raise ValueError(f"{len(given)} tokens are named; expected at most {MOST_BIASES}")
+    return given
 
 
 class ChatRequest(BaseModel):
@@ -107,29 +124,29 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
     model: str
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128)
-    max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
+    max_tokens: Whole | None = Field(None, ge=1)
+    max_completion_tokens: Whole | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
     stop: Annotated[Texts, Field(max_length=16)] | None = None
     seed: int | None = Field(None, ge=-(2**63), lt=2**64)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=20)
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = Field(None, max_length=1024)
+    logit_bias: Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]] | None, BeforeValidator(_few)] = None
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     response_format: Annotated[TextFormat | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
     # What staticvl can do besides; clients send it as extra_body.
-    top_k: int | None = Field(None, ge=-1)
+    top_k: Whole | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
-    min_tokens: int | None = Field(None, ge=0)
+    min_tokens: Whole | None = Field(None, ge=0)
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] | None = None
+    stop_token_ids: Annotated[list[Annotated[Whole, Field(ge=0)]], Field(max_length=64, fail_fast=True)] | None = None
     regex: str | None = Field(None, max_length=10_000)
     choice: Annotated[Texts, Field(max_length=1000)] | None = None
     deadline_s: float | None = Field(None, gt=0)
@@ -155,7 +172,9 @@ def _check_unknown(given: dict[str, Any], where: str, allowed: frozenset[str]) -
         unknown.remove("modalities")
     if not unknown:
         return
-    names = ", ".join(where + _shown(name) for name in unknown)
+    names = ", ".join(where + _shown(name) for name in unknown[:MOST_NAMED])
+    if len(unknown) > MOST_NAMED:
+        names += f" and {len(unknown) - MOST_NAMED} more"
     why = "; ".join(dict.fromkeys(REFUSED[name] for name in unknown if name in REFUSED))
     raise ApiError(
         400,
@@ -178,8 +197,10 @@ def _explained(error: ValidationError) -> ApiError:
 
 
 def _shown(value: Any) -> str:
+    """The first characters of a value, which may be large."""
     try:
-        text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+        pieces = [value] if isinstance(value, str) else json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value)
+        text = "".join(islice(pieces, MOST_SHOWN))
     except (ValueError, RecursionError):
         text = type(value).__name__
     return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."

@@ -43,11 +43,22 @@ class Service:
             return "a part of the model is gone"
         return "the server is shutting down" if self.draining else None
 
+    @property
+    def stall(self) -> str | None:
+        """What is wrong with an engine that has requests and does not step, if it is so; requests may wait meanwhile."""
+        seconds = self.engine.turn_s
+        return f"the engine has not ended a step for {seconds:.0f} s" if seconds > self.settings.stall_s else None
+
+    @property
+    def places(self) -> int:
+        """Answers that can be here at once: in slots, and those that wait."""
+        return self.spec.slots + self.settings.max_waiting
+
     def enter(self, count: int = 1) -> None:
         """Let in a request, or so many more answers of one; raises ApiError, status 503 or 429."""
         if self.trouble:
             raise ApiError(503, f"{self.trouble}; try another one", code="unavailable", headers={"Retry-After": "5"})
-        if self.figures.active + count > self.spec.slots + self.settings.max_waiting:
+        if self.figures.active + count > self.places:
             seconds = min(max(math.ceil(self._mean_s * self.figures.active / self.spec.slots / 2), 1), 60)
             told = f"{self.figures.active} answers run or wait already; try again in {seconds} s"
             raise ApiError(429, told, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})

@@ -26,6 +26,7 @@ class Settings:
     body_s: float = 30  # until the body has arrived
     header_s: float = 30  # until a new connection has sent a request
     fetch_s: float = 20  # of one picture behind a URL
+    stall_s: float = 60  # that the engine may need for one step before /health says so
     send_s: float = 60  # that a client may leave its answer unread
     drain_s: float = 30
     max_connections: int = 1000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ...runtime.prompt import IMAGE, Message
@@ -12,11 +11,12 @@ from .errors import ApiError
 from .schema import ChatMessage, ChatRequest, JsonObject, JsonSchema, TextPart
 from .settings import Settings
 
-MAX_SCHEMA = 32_768  # characters of JSON; a larger one takes seconds to compile and to follow, for all who are answered
 
+def check_request(request: ChatRequest, settings: Settings, context: int, places: int) -> None:
+    """Raise ApiError for what can be refused before any work.
 
-def check_request(request: ChatRequest, settings: Settings, context: int) -> None:
-    """Raise ApiError for what can be refused before any work; `context` is the artifact's, in tokens."""
+    `context` is the artifact's, in tokens; `places`: answers that can be here at once.
+    """
     if request.model != settings.model_name:
         told = f"the model {quoted(request.model)} is not served here; expected {quoted(settings.model_name)}"
         raise ApiError(404, told, param="model", code="model_not_found")
@@ -31,6 +31,9 @@ def check_request(request: ChatRequest, settings: Settings, context: int) -> Non
     if chars > most:
         told = f"the messages have {chars} characters, more than the {most} that can fit a context of {context} tokens"
         raise ApiError(400, told, param="messages", code="context_length_exceeded")
+    if request.n and request.n > places:
+        told = f"n is {request.n}, but this server holds at most {places} answers at once; give a smaller n"
+        raise ApiError(400, told, param="n", code="invalid_value")
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs was given without logprobs; set logprobs to true", param="top_logprobs")
     if request.stream_options and not request.stream:
@@ -87,9 +90,6 @@ def sampling_of(request: ChatRequest, room: int, seconds: float) -> SamplingPara
 def _schema(request: ChatRequest) -> dict[str, Any] | None:
     match request.response_format:
         case JsonSchema(json_schema=named):
-            if (size := len(json.dumps(named.form))) > MAX_SCHEMA:
-                told = f"the JSON schema has {size} characters; expected at most {MAX_SCHEMA}"
-                raise ApiError(400, told, param="response_format", code="invalid_form")
             return named.form
         case JsonObject():
             return {"type": "object"}

@@ -47,7 +47,7 @@ class Visit:
         """Queue a request that can be answered; raises ApiError for any other."""
         service = self.service
         try:
-            check_request(request, service.settings, service.spec.context)
+            check_request(request, service.settings, service.spec.context, service.places)
             self._enter((request.n or 1) - 1)
             limit = self.started + service.settings.request_s
             async with asyncio.timeout(limit - time.monotonic()):
