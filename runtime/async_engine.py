@@ -16,7 +16,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from .artifact import ArtifactError
 from .model import Model, as_list, grouped, merge_params, one_answer
+from .opening import RunError
 from .prompt import Message, Prompt
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams, Sequence
@@ -38,6 +40,11 @@ class Piece:
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether it would meet every later request too: a rank is gone, or a file of the artifact cannot be opened."""
+    return isinstance(error, RankError | ArtifactError) and not isinstance(error, RunError)
 
 
 Item = Piece | Output | Exception  # pieces, then the whole answer or what went wrong
@@ -98,7 +105,7 @@ class AsyncEngine:
         self._answers: dict[int, _Answer] = {}  # by the id of the sequence; the worker's own
         self._commands: list[Callable[[], None]] = []
         self._closing = False
-        self.failure: RankError | None = None  # after it nothing is answered any more
+        self.failure: Exception | None = None  # of a rank, or of a file: after it nothing is answered any more
         self.on_failure: Callable[[], object] = lambda: None  # called once, in the engine's thread
         self._wake = threading.Condition()
         self._preparing = ThreadPoolExecutor(1, "staticvl-prepare")
@@ -216,7 +223,7 @@ class AsyncEngine:
                         self._deliver(answer)
             except Exception as error:  # whatever a device raises; it belongs to those who wait, and others may still come
                 known = self.failure
-                if isinstance(error, RankError):
+                if _is_final(error):
                     self.failure = known or error
                 self._fail(error)
                 if self.failure is not known:

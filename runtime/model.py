@@ -13,24 +13,27 @@ from typing import Any, overload
 
 import numpy as np
 
-from .artifact import Artifact, ArtifactError, Manifest, open_artifact
+from .artifact import Artifact, ArtifactError, Manifest
 from .chat import Chat
 from .constraints import Constraints
 from .engine import NGRAMS, Engine
 from .families import family
 from .images import ImageSource
 from .logit_rules import Guide
+from .opening import Checks, open_checked, reading
 from .prompt import Message, Prompt, PromptError
 from .ranks.start import follow, lead, meet, read_timeout, spawn
 from .ranks.world import World, started_world
 from .request import Output, SamplingParams, Sequence
 from .request_log import RequestLog, record_of
 from .sampling import SETTINGS
+from .soundness import TEMPLATE
 from .text import AnswerText
 from .token_bytes import BadWords, TokenBytes
-from .tokenizer import load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer
 
 Images = SequenceOf[ImageSource] | ImageSource | None
+MOST_TOKENS = 1 << 24  # of a vocabulary
 
 
 def load(
@@ -46,6 +49,8 @@ def load(
     speculate: int = 0,
     ngrams: tuple[int, int] = NGRAMS,
     request_log: str | Path | None = None,
+    verify: bool = False,
+    verify_key: str | Path | None = None,
 ) -> Model:
     """Open an artifact for use.
 
@@ -61,6 +66,11 @@ def load(
     speculate: draft up to so many tokens of every answer from what was said before, where the artifact has graphs that verify
     them (compile with --speculate); ngrams: the fewest and the most last tokens that must have been said before.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
+    verify: check the digest of every file, weights too, before anything is used; without it those of weights are only checked
+    on Ascend. verify_key: a file with a public key; an artifact that is not signed with its private key is refused before
+    anything of it is used. It includes `verify`.
+
+    The files stay until the model is closed: a build that replaces the artifact meanwhile leaves them where they are.
 
     An artifact of several ranks runs as so many processes. Called by itself, `load` starts the others on this machine; they
     end with the model. Called in processes that torchrun has started, one for each rank, it returns the model in rank 0; in
@@ -69,10 +79,11 @@ def load(
 
     Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
+    checks = Checks(verify, Path(verify_key) if verify_key is not None else None)
     world = started_world() if tp != 1 else None
     if world is not None and world.rank > 0:
-        raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout))
-    opened = open_artifact(artifact, rank=0)
+        raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout, checks))
+    opened = open_checked(Path(artifact), checks, rank=0)
     manifest = opened.manifest
     if tp is not None and tp != manifest.tp:
         raise ArtifactError(
@@ -85,15 +96,17 @@ def load(
     settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
     settings |= {"speculate": speculate, "ngrams": ngrams}
     if manifest.ranks == 1:
-        return Model(opened, Engine(opened, device=device, threads=threads, **settings), log)
-    start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
+        engine = Engine(opened, device=device, threads=threads, verify=checks.all_files, **settings)
+        return Model(opened, engine, log)
+    start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
     backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
     return Model(opened, Engine(opened, backend=backend, **settings), log, backend.close, backend.crew.check)
 
 
-def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None) -> int:
+def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None, checks: Checks) -> int:
     """Run as a rank that a launcher has started, to the end; the exit status."""
-    status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=read_timeout(timeout))
+    seconds = read_timeout(timeout)
+    status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=seconds, checks=checks)
     if stuck:  # in a collective that does not end, and that the interpreter would wait for
         os._exit(status)
     return status
@@ -129,14 +142,24 @@ class Model:
         self.facts = artifact.manifest.model
         self.family = family(self.facts.family)
         folder = artifact.path(artifact.manifest.tokenizer)
-        self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
-        self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        with reading(folder, artifact.folder):
+            self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
+            _check_size(self.tokenizer)
+        with reading(folder / TEMPLATE, artifact.folder):
+            self.template = (folder / TEMPLATE).read_text(encoding="utf-8")
 
     def close(self) -> None:
         """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more."""
         if not self.closed:
             self.closed = True
-            self._on_close()
+            try:
+                self._on_close()
+            finally:
+                self.artifact.close()
+
+    def open_graphs(self) -> None:
+        """Open every graph now, not at its first run; raises ArtifactError naming one that cannot be opened."""
+        self.engine.load()
 
     def __enter__(self) -> Model:
         return self
@@ -325,6 +348,12 @@ class Model:
             logprobs=sequence.logprobs if sequence.params.logprobs is not None else None,
             reused_tokens=sequence.reused,
         )
+
+
+def _check_size(tokenizer: Tokenizer) -> None:
+    """Tables are made of all ids, so a single large one would take all memory."""
+    if (size := tokenizer.vocabulary.size) > MOST_TOKENS:
+        raise ValueError(f"a token has the id {size - 1}; expected less than {MOST_TOKENS}")
 
 
 def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:

@@ -8,11 +8,14 @@ import logging
 import os
 import socket
 import sys
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from ... import runtime
+from ...runtime.artifact import read_manifest
+from ..show import CODE
 from .app import create_app
 from .arguments import settings_of
 from .connections import protocol_with
@@ -29,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if not settings.keys and args.host not in LOCAL:
         print(f"anybody who reaches {args.host} is served, because no API key was given (--api-key-file)", file=sys.stderr)
+    warn_of_code(args.artifact, args.verify_key)
     with (
         listening(args.host, args.port) as sock,
         runtime.load(
@@ -41,9 +45,19 @@ def run(args: argparse.Namespace) -> int:
             speculate=args.speculate,
             image_cache_mb=args.image_cache_mb,
             request_log=args.request_log,
+            verify=args.verify,
+            verify_key=args.verify_key,
         ) as model,
     ):
+        model.open_graphs()  # what cannot be opened is known before anybody is served
         return serve(model, settings, sock)
+
+
+def warn_of_code(folder: Path, key: Path | None) -> None:
+    """Said before anything of an artifact with code in it is run."""
+    manifest = read_manifest(folder)
+    if manifest.ascend is not None and key is None:
+        print(f"staticvl: {folder} holds {CODE}", file=sys.stderr)
 
 
 def listening(host: str, port: int) -> socket.socket:
