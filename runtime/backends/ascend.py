@@ -96,7 +96,7 @@ class AscendBackend:
 
         self.folder, self.specs, self.files, self.device, self.keep = folder, weights, files, device, keep
         self.group = group
-        self.kept = hold(keep) if keep else Hold(None)
+        self.kept = Hold(None)  # of `keep`, while graphs are open
         self.dtype = torch.float32 if device.wide else getattr(torch, cache.dtype)
         self.caches = {
             name: torch.zeros(shape, dtype=torch.int8 if cache.dtype_of(name) == "int8" else self.dtype, device=device.name)
@@ -110,6 +110,8 @@ class AscendBackend:
     def load(self, graph: GraphSpec) -> None:
         if graph.file in self.kernels:
             return
+        if self.keep and not self.kept.held:
+            self.kept = hold(self.keep)
         path, spec = self.folder / graph.file, self.files[graph.file]
         with reading(path, self.folder):
             if graph.eager:
@@ -121,6 +123,8 @@ class AscendBackend:
         for key in [key for key in self.bound if key[0] == graph.file]:
             del self.bound[key]
         self.kernels.pop(graph.file, None)
+        if not self.kernels:
+            self.kept.close()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         key = (graph.file, slot, image)

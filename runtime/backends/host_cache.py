@@ -112,6 +112,15 @@ class HostCache:
         self.hold = held
         return True
 
+    def take(self) -> None:
+        """Hold the cache again, if it was released."""
+        if not self.hold.held and self.folder.is_dir():
+            self.hold = hold(self.folder)
+
+    def release(self) -> None:
+        """Let others remove the cache."""
+        self.hold.close()
+
     def ensure(self, options: Callable[[], ort.SessionOptions], *, verify: bool = False) -> bool:
         """Make what is missing or damaged; False, with a logged reason, where that is not possible. `options` are for packing.
 

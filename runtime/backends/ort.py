@@ -215,6 +215,8 @@ class OrtBackend:
             alone = self.group.size if self.group else 1
             ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), alone)
             check_group(graph.name, ranks, self.group)
+        if self.host:
+            self.host.take()
         for step in graph.plan:
             if isinstance(step, Segment):
                 packed = self.host.path(step.file) if self.host else None
@@ -254,6 +256,8 @@ class OrtBackend:
         self.outputs.pop(graph.file, None)
         self.results.pop(graph.file, None)
         self.buffers.pop(graph.file, None)
+        if self.host and not self.sessions:
+            self.host.release()
         _trim()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from ... import runtime
-from ...runtime.artifact import read_manifest
+from ...runtime.artifact import ArtifactError, read_manifest
 from ..show import CODE
 from .app import create_app
 from .arguments import settings_of
@@ -32,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if not settings.keys and args.host not in LOCAL:
         print(f"anybody who reaches {args.host} is served, because no API key was given (--api-key-file)", file=sys.stderr)
-    warn_of_code(args.artifact, args.verify_key)
     with (
         listening(args.host, args.port) as sock,
+        warned_of_code(args.artifact, args.verify_key),
         runtime.load(
             args.artifact,
             device=args.device,
@@ -53,11 +55,13 @@ def run(args: argparse.Namespace) -> int:
         return serve(model, settings, sock)
 
 
-def warn_of_code(folder: Path, key: Path | None) -> None:
-    """Said before anything of an artifact with code in it is run."""
-    manifest = read_manifest(folder)
-    if manifest.ascend is not None and key is None:
-        print(f"staticvl: {folder} holds {CODE}", file=sys.stderr)
+@contextlib.contextmanager
+def warned_of_code(folder: Path, key: Path | None) -> Iterator[None]:
+    """Said before anything of an artifact with code in it is run; what is wrong with the artifact, loading it says."""
+    with contextlib.suppress(ArtifactError):
+        if read_manifest(folder).ascend is not None and key is None:
+            print(f"staticvl: {folder} holds {CODE}", file=sys.stderr)
+    yield
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -9,6 +9,7 @@ from typing import Any
 from ...runtime.artifact import MANIFEST, Artifact, ArtifactError, read_manifest
 
 CHECK_S = 5.0
+_MISSING = "missing"
 log = logging.getLogger(__name__)
 
 
@@ -17,7 +18,8 @@ class Newer:
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
-        self._seen: Any = None
+        # An artifact in memory alone was never there.
+        self._seen: Any = _MISSING if self._state() == _MISSING else None
         self.note: str | None = None
 
     def look(self) -> str | None:
@@ -40,7 +42,7 @@ class Newer:
         try:
             stat = self._artifact.path(MANIFEST).stat()
         except OSError:
-            return "missing"
+            return _MISSING
         return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
     def _read(self) -> str | None:
