@@ -175,8 +175,8 @@ def _build(job: _Job) -> Report:
         ),
     )
     write_manifest(job.out, manifest)
-    _tidy(job, manifest)
     report.manifest = read_manifest(job.out)
+    _tidy(job, report.manifest)
     return report
 
 

@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from .artifact import Artifact, ArtifactError, Manifest
+from .artifact import MANIFEST, Artifact, ArtifactError, Manifest
 from .chat import Chat
 from .constraints import Constraints
 from .engine import NGRAMS, Engine
@@ -30,10 +30,9 @@ from .sampling import SETTINGS
 from .soundness import TEMPLATE
 from .text import AnswerText
 from .token_bytes import BadWords, TokenBytes
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import load_tokenizer
 
 Images = SequenceOf[ImageSource] | ImageSource | None
-MOST_TOKENS = 1 << 24  # of a vocabulary
 
 
 def load(
@@ -140,11 +139,11 @@ class Model:
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
         engine.on_token = self._gained
         self.facts = artifact.manifest.model
-        self.family = family(self.facts.family)
+        with reading(artifact.path(MANIFEST), artifact.folder):
+            self.family = family(self.facts.family)
         folder = artifact.path(artifact.manifest.tokenizer)
         with reading(folder, artifact.folder):
             self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
-            _check_size(self.tokenizer)
         with reading(folder / TEMPLATE, artifact.folder):
             self.template = (folder / TEMPLATE).read_text(encoding="utf-8")
 
@@ -348,12 +347,6 @@ class Model:
             logprobs=sequence.logprobs if sequence.params.logprobs is not None else None,
             reused_tokens=sequence.reused,
         )
-
-
-def _check_size(tokenizer: Tokenizer) -> None:
-    """Tables are made of all ids, so a single large one would take all memory."""
-    if (size := tokenizer.vocabulary.size) > MOST_TOKENS:
-        raise ValueError(f"a token has the id {size - 1}; expected less than {MOST_TOKENS}")
 
 
 def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:

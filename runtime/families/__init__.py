@@ -49,5 +49,5 @@ FAMILIES: dict[str, Family] = {"llava": llava, "llava_next": llava_next, "mllama
 def family(name: str) -> Family:
     """The family that a manifest names; raises ValueError for one that this runtime does not know."""
     if name not in FAMILIES:
-        raise ValueError(f"the model family {name!r} is not known to this runtime; known: {', '.join(sorted(FAMILIES))}")
+        raise ValueError(f"the model family {name[:100]!r} is not known to this runtime; known: {', '.join(sorted(FAMILIES))}")
     return FAMILIES[name]
