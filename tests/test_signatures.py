@@ -141,7 +141,7 @@ def test_compiled_again(signed: Path, keys: Path, tmp_path: Path, capsys: pytest
     build(Options(checkpoint=EMBEDDED, out=signed, buckets=SMALL_BUCKETS))
     runtime.load(signed, verify_key=keys / "own.pub").close()
     build(
-        Options(checkpoint=EMBEDDED, out=signed, buckets=Buckets(prefill=(8,), decode=(1,), vision=(1,), context=512, slots=4))
+        Options(checkpoint=EMBEDDED, out=signed, buckets=Buckets(prefill=(8,), decode=(1,), vision=(1,), context=512, slots=1))
     )
     assert not (signed / SIGNATURE).exists()
     assert "is not signed" in refused(signed, keys / "own.pub")
