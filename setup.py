@@ -38,10 +38,12 @@ ASCEND = [*COMPILE, "torch_npu==2.13.0"]  # on a machine with CANN; elsewhere to
 CONSTRAIN = ["llguidance>=1.3,<2"]  # answers by JSON schema, regular expression or choice
 TUNE = [*COMPILE, "matplotlib>=3.9,<4"]  # tune-buckets; matplotlib draws its report
 SERVE = ["fastapi>=0.160,<0.170", "uvicorn>=0.50,<0.60", "pydantic>=2.12,<3", "prometheus-client>=0.22,<0.30"]
+SIGN = ["cryptography>=44,<52"]  # sign, and --key of verify, --verify-key of what runs an artifact
 TEST = [
     *TUNE,
     *CONSTRAIN,
     *SERVE,
+    *SIGN,
     "openai>=3,<4",
     "httpx2>=2,<3",  # as openai's client does
     "playwright>=1.56,<2",  # drives a Chromium where there is one
@@ -73,6 +75,7 @@ setup(
         "constrain": CONSTRAIN,
         "tune": TUNE,
         "serve": SERVE,
+        "sign": SIGN,
         "test": TEST,
     },
     entry_points={"console_scripts": ["staticvl = staticvl.tools.cli:main"]},

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import functools
 import hashlib
 import importlib.metadata
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,8 +24,7 @@ from msgspec import UNSET, UnsetType
 from ..model_defs.config import READY_MADE, ModelConfig, encode_config, read_config
 from ..runtime.artifact import (
     DEFINITION,
-    KINDS,
-    WEIGHTS,
+    SIGNATURE,
     ArtifactError,
     AscendFacts,
     BuildFacts,
@@ -46,13 +43,15 @@ from ..runtime.artifact import (
 from ..runtime.ascend import torchair_host
 from ..runtime.cores import processor_name, usable_cores
 from ..runtime.files import write_atomically
+from ..runtime.locks import alone
 from ..weights.rules import kept_dtypes, match, targets
 from ..weights.stored import Floats
 from ..weights.tensors import WeightsError
 from .calibration import CACHE_METHOD, METHODS
 from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
-from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan, forecast, make_plan, stages
+from .leftovers import JOURNAL, LOCK, is_ours, remove_unreferenced
+from .plan import Options, Plan, forecast, make_plan, stages
 from .progress import Progress
 from .ready_made import resolve
 
@@ -60,11 +59,6 @@ if TYPE_CHECKING:
     from ..weights.calibrated import Store
     from ..weights.packing.settings import Packing
     from ..weights.source import Source
-
-JOURNAL = ".build.jsonl"
-LOCK = ".build.lock"
-HOST = ".host"  # what machines keep beside an artifact
-STEPS = re.compile(rf"({'|'.join(KINDS)})-.+(-[0-9a-f]{{12}}|\.twin\.partial)")  # folders of graphs in steps
 
 
 class BuildError(RuntimeError):
@@ -200,8 +194,8 @@ def _build(job: _Job) -> Report:
         ),
     )
     write_manifest(job.out, manifest)
-    _remove_unreferenced(job.out, manifest)
     report.manifest = read_manifest(job.out)
+    _tidy(job, report.manifest)
     return report
 
 
@@ -286,29 +280,19 @@ def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise BuildError(f"--out {out} is a file; expected a folder, new or made by an earlier compile")
     if out.is_dir():
-        allowed = {"manifest.json", JOURNAL, LOCK, WEIGHTS}
-        foreign = [p.name for p in out.iterdir() if p.name not in allowed and not _is_ours(p)]
+        foreign = [p.name for p in out.iterdir() if not is_ours(p)]
         if foreign and not (out / "manifest.json").exists():
             raise BuildError(
                 f"--out {out} holds other files ({foreign[0]}, ...); give a new folder or an artifact of an earlier compile"
             )
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether a build made this file or folder, by its name."""
-    if path.is_dir():
-        return path.name == HOST or path.name.startswith("tokenizer-") or STEPS.fullmatch(path.name) is not None
-    return path.name.endswith((".partial", EAGER_SUFFIX, *SUFFIXES.values()))
-
-
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
     """One build at a time in one folder."""
-    with (out / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BuildError(f"another staticvl compile is writing {out}; wait for it or choose another --out") from None
+    with alone(out / LOCK) as free:
+        if not free:
+            raise BuildError(f"another staticvl compile is writing {out}; wait for it or choose another --out")
         yield
 
 
@@ -482,15 +466,15 @@ def _settings(job: _Job) -> tuple[str, dict[str, FileSpec]]:
     return folder, files
 
 
-def _remove_unreferenced(out: Path, manifest: Manifest) -> None:
-    """Remove what an earlier build or an interrupted one left and the manifest does not name."""
-    suffixes = (*SUFFIXES.values(), EAGER_SUFFIX, ".partial")
-    folders = [out / WEIGHTS, *(path for path in out.iterdir() if path.is_dir() and path.name != HOST and _is_ours(path))]
-    found = [path for folder in folders for path in folder.rglob("*")]
-    files = [out / JOURNAL, *(path for suffix in suffixes for path in out.glob(f"*{suffix}")), *found]
-    for path in files:
-        if not path.is_dir() and str(path.relative_to(out)) not in manifest.files:
-            path.unlink(missing_ok=True)
-    for path in sorted((path for path in (*folders, *found) if path.is_dir()), reverse=True):  # what lies inside comes first
-        with contextlib.suppress(OSError):  # not empty: it is in use
-            path.rmdir()
+def _tidy(job: _Job, manifest: Manifest) -> None:
+    """Remove what the manifest does not name, and say what could not go and what has to be made again."""
+    signed = (job.out / SIGNATURE).exists()
+    if kept := remove_unreferenced(job.out, manifest):
+        job.progress.say(
+            f"the earlier artifact is in use: {kept} of its files stay until it is not, and the next build or "
+            f"`staticvl verify {job.out}` removes them; restart what serves it to serve this one"
+        )
+    if signed and not (job.out / SIGNATURE).exists():
+        job.progress.say(
+            f"the signature was of the earlier artifact and was removed; sign it again: staticvl sign {job.out} ..."
+        )

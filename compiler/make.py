@@ -28,6 +28,7 @@ from ..weights.rules import targets
 from .check import Certifier
 from .cost import graph_cost
 from .eager import EagerBackend
+from .fingerprint import digest
 from .graphs import GraphDef, define_graph, fed_inputs
 from .lockstep import ArrayMember, LockstepBackend, widened
 from .pipeline import joined
@@ -152,7 +153,7 @@ class GraphMaker:
         """A graph and its files' contents, not certified yet."""
         backend, dtype = self.options.backend, self.plan.cache.dtype
         cost, eager = graph_cost(definition, dtype, self.weights[0]), definition.kind in self.options.eager
-        stem = f"{definition.name}-{key[:12]}"
+        stem = f"{definition.name}-{self._stem(definition, key)[:12]}"
         spec = msgspec.structs.replace(
             definition.spec(f"{stem}{EAGER_SUFFIX if eager else SUFFIXES[backend]}", key),
             eager=eager,
@@ -168,6 +169,13 @@ class GraphMaker:
         emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, dtype)
         constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
         return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), {spec.file: emitted.data}
+
+    @staticmethod
+    def _stem(definition: GraphDef, key: str) -> str:
+        """What a graph's file is named by. Another measurement may choose other kernels: then it is another file."""
+        if not (chosen := definition.kernels):
+            return key
+        return digest(key, msgspec.structs.replace(chosen, measured={}, busy=0.0))
 
     def _emit_onnx(self, definition: GraphDef, spec: GraphSpec, *, exact: bool = False) -> tuple[GraphSpec, dict[str, bytes]]:
         from .emit_onnx import emit, emit_steps

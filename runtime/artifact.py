@@ -9,6 +9,9 @@ An artifact is a folder that can be moved or copied; every path in it is relativ
                              lie in weights/rank-R/, in files of the same names with the same tensors at the same offsets
     tokenizer-*/             tokenizer files and the chat template, as the checkpoint gave them; definition.json, the sizes
                              of the model, which tools that check an artifact trace its definition from
+    manifest.sig             where the artifact was signed: see signature.py
+
+Files whose names begin with a dot are no part of it: what a build notes, locks, and what machines keep beside it (.host/).
 
 Names of graph inputs and outputs (B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size,
 V vocabulary, P rows per tile):
@@ -65,20 +68,24 @@ enter by cross-attention; the last stage gives `logits` back to the first.
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET, Meta, UnsetType
 
-from .files import sha256_file, write_atomically
-from .shown import quoted, shown
+from .files import open_regular, read_regular, sha256_file, write_atomically
+from .locks import Hold, hold
+from .shown import shown
+from .soundness import faults, leads_out
 
 SCHEMA_VERSION = 4
 MANIFEST = "manifest.json"
+SIGNATURE = "manifest.sig"
 WEIGHTS = "weights"
 DEFINITION = "definition.json"
 Kind = Literal["vision", "prefill", "decode", "verify"]
@@ -95,15 +102,25 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of everything in the manifest: immutable, and an unknown field is an error."""
 
 
-_WIDTHS = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
+# Ranges of numbers: a manifest from elsewhere must not make its reader take memory or time without end.
+Count = Annotated[int, Meta(ge=1, le=1 << 24)]
+Number = Annotated[int, Meta(ge=0, le=1 << 24)]  # a count or an index that may be 0, or the id of a token
+Size = Annotated[int, Meta(ge=0, le=1 << 50)]  # bytes
+Work = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # operations or bytes of a run
+Time = Annotated[float, Meta(ge=0, le=1e12)]
+Dtype = Annotated[str, Meta(pattern="^(float32|int32|float16|bfloat16|uint8|int8)$")]
+MOST_MANIFEST = 1 << 28  # bytes of manifest.json
+Shape = tuple[Annotated[int, Meta(ge=0, le=1 << 40)], ...]
+
+_WIDTHS: dict[str, int] = {"float32": 4, "int32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
     """One named graph input or output."""
 
     name: str
-    dtype: str  # numpy name
-    shape: tuple[int, ...]
+    dtype: Dtype  # numpy name
+    shape: Shape
 
     @property
     def nbytes(self) -> int:
@@ -143,23 +160,38 @@ class Segment(Record, frozen=True, kw_only=True, tag="segment"):
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors that the step reads or writes."""
+        return (*self.inputs, *self.outputs)
+
 
 class Collective(Record, frozen=True, kw_only=True, tag="collective"):
     """Where ranks meet between two segments. all_reduce: the sum of all ranks' `reads`, in place where `writes` is the same;
     all_gather: all ranks' `reads` joined along the last axis, rank 0 first."""
 
     op: Literal["all_reduce", "all_gather"]
-    ranks: int
+    ranks: Count
     reads: str
     writes: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As of Segment."""
+        return (self.reads, self.writes)
 
 
 class Transfer(Record, frozen=True, kw_only=True, tag="transfer"):
     """Where a stage of a pipeline hands a tensor to another, each rank to the one in its place there."""
 
     op: Literal["send", "receive"]
-    stage: int  # the other
+    stage: Number  # the other
     name: str
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """As of Segment."""
+        return (self.name,)
 
 
 Step = Segment | Collective | Transfer
@@ -168,9 +200,9 @@ Step = Segment | Collective | Transfer
 class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
     """How a graph was lowered where the fastest way depends on the machine. Results are the same whatever it says."""
 
-    cores: int = 0  # that a run is shared among; 0: all that the process may use
-    attention_tokens: int = 0  # tokens of a chunk that attend at a time; 0: all
-    widened_kib: int = 0  # of a 16-bit matrix that are upcast at a time; 0: UPCAST_BYTES of compiler/onnx_graph/products.py
+    cores: Number = 0  # that a run is shared among; 0: all that the process may use
+    attention_tokens: Number = 0  # tokens of a chunk that attend at a time; 0: all
+    widened_kib: Size = 0  # of a 16-bit matrix that are upcast at a time; 0: UPCAST_BYTES of compiler/onnx_graph/products.py
     # Milliseconds of each way that was tried, by its description: the best of several runs of a model of few layers.
     measured: dict[str, float] = {}
     busy: float = 0.0  # part of the cores that other processes took meanwhile; so much that nothing was chosen, else 0
@@ -193,15 +225,15 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
     kind: Kind
-    bucket: int  # vision: tiles; prefill, verify: new tokens; decode: rows
-    images: int = 0  # pictures whose cross-attention keys a text graph reads
+    bucket: Count  # vision: tiles; prefill, verify: new tokens; decode: rows
+    images: Number = 0  # pictures whose cross-attention keys a text graph reads
     file: str  # of a graph in steps: the folder of their files
     key: str  # digest of everything the graph was made from
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    cost_ms: float  # one run on the machine that compiled it
-    flops: int = 0  # of one run, on whatever device
-    nbytes: int = 0  # that one run has to read or write, the whole cache included
+    cost_ms: Time  # one run on the machine that compiled it
+    flops: Work = 0  # of one run, on whatever device
+    nbytes: Work = 0  # that one run has to read or write, the whole cache included
     certificate: Certificate | None = None
     kernels: Kernels | UnsetType = UNSET  # ONNX: what `--tune` chose; left out of the manifest where it was not asked
     # Ascend: what a kernel takes before its inputs, in order: names of weights, and small tensors that are settings.
@@ -212,8 +244,8 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     steps: tuple[Step, ...] | UnsetType = UNSET
     buffers: tuple[TensorSpec, ...] | UnsetType = UNSET  # tensors between steps; one may hold several, one after another
     # Of a graph of one rank: how often it meets the others in a run, and the bytes that it brings to them.
-    collectives: int = 0
-    collective_bytes: int = 0
+    collectives: Number = 0
+    collective_bytes: Work = 0
 
     @property
     def name(self) -> str:
@@ -266,22 +298,22 @@ def graph_name(kind: Kind, bucket: int, images: int) -> str:
 class CrossSpec(Record, frozen=True, kw_only=True):
     """The part of the cache for cross-attention to pictures: per layer and picture, [slots, kv_heads, rows, head_dim]."""
 
-    layers: int
-    images: int  # pictures that a sequence may hold
-    rows: int  # keys of one picture
-    tiles: int  # of one picture; rows are split evenly among them
+    layers: Number
+    images: Count  # pictures that a sequence may hold
+    rows: Count  # keys of one picture
+    tiles: Count  # of one picture; rows are split evenly among them
 
 
 class CacheSpec(Record, frozen=True, kw_only=True):
     """The KV cache: per layer, keys and values of shape [slots, kv_heads, rows, head_dim]."""
 
-    layers: int
-    kv_heads: int
-    head_dim: int
-    slots: int
-    context: int  # tokens that a sequence may hold
-    rows: int  # context plus room for the padding of a last chunk
-    dtype: str
+    layers: Number
+    kv_heads: Count
+    head_dim: Count
+    slots: Count
+    context: Count  # tokens that a sequence may hold
+    rows: Count  # context plus room for the padding of a last chunk
+    dtype: Dtype
     cross: CrossSpec | None = None
     # Of keys and values of the text, where they are kept in fewer bits than `dtype`, which is then that of pictures alone. Left
     # out of the manifest where unset.
@@ -310,16 +342,21 @@ class WeightSpec(Record, frozen=True, kw_only=True):
     """Where one tensor lies: `nbytes` bytes from `offset` on in `file` (a safetensors file)."""
 
     file: str
-    dtype: str  # numpy name
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
+    dtype: Dtype  # numpy name
+    shape: Shape
+    offset: Size
+    nbytes: Size
+
+    @property
+    def width(self) -> int:
+        """Bytes of one element."""
+        return _WIDTHS[self.dtype]
 
 
 class FileSpec(Record, frozen=True, kw_only=True):
     """Size and digest of a file."""
 
-    nbytes: int
+    nbytes: Size
     sha256: str
 
 
@@ -331,6 +368,9 @@ class SourceFile(Record, frozen=True, kw_only=True):
     mtime_ns: int
 
 
+_Positive = Annotated[float, Meta(gt=0)]
+
+
 class ImageFacts(Record, frozen=True, kw_only=True):
     """How a picture becomes pixels, from the checkpoint's preprocessor_config.json.
 
@@ -340,17 +380,17 @@ class ImageFacts(Record, frozen=True, kw_only=True):
     """
 
     mode: Literal["crop", "pad", "stretch", "anyres", "tiles"]
-    size: int  # pixels on each side of a tile
+    size: Annotated[int, Meta(ge=1, le=1 << 14)]  # pixels on each side of a tile
     mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    std: tuple[_Positive, _Positive, _Positive]
     rescale: float = 1 / 255
     resample: int = 3  # PIL filter number: 2 bilinear, 3 bicubic
-    rows: int  # rows of features per tile
+    rows: Count  # rows of features per tile
     mark: str = "<image>"  # what stands for a picture in a prompt
-    grids: tuple[tuple[int, int], ...] = ()  # anyres, tiles: (rows, columns) of tiles to choose from, in order
-    tiles: int = 1  # tiles: of every picture, empty ones included
+    grids: tuple[tuple[Count, Count], ...] = ()  # anyres, tiles: (rows, columns) of tiles to choose from, in order
+    tiles: Count = 1  # tiles: of every picture, empty ones included
     alpha: Literal["white", "drop"] = "white"  # transparent parts: laid over white, or shown in their hidden colours
-    newline_id: int | None = None  # anyres: the token whose embedding ends a row of patches
+    newline_id: Number | None = None  # anyres: the token whose embedding ends a row of patches
 
 
 class TokenizerFacts(Record, frozen=True, kw_only=True):
@@ -358,15 +398,15 @@ class TokenizerFacts(Record, frozen=True, kw_only=True):
 
     kind: Literal["tokenizers", "sentencepiece", "tiktoken"]
     style: Literal["hf", "original"]  # original: text is cut at the image mark, each piece tokenised afresh
-    bos_token_id: int
+    bos_token_id: Number
     add_bos: bool
     file: str = ""  # tiktoken only; the others are tokenizer.json and tokenizer.model
     pattern: str = ""  # tiktoken only: the regular expression that cuts text into words
     nfc: bool = False  # tiktoken only: text is brought into Unicode's normal form C first
-    added_tokens: dict[str, int] = {}  # sentencepiece, tiktoken: tokens that the file does not know
+    added_tokens: dict[str, Number] = {}  # sentencepiece, tiktoken: tokens that the file does not know
     legacy: bool = False  # sentencepiece only: a blank also before text that follows a special token
-    image_token_id: int | None  # None: pictures have no id of their own
-    used: int  # ids at or above this are never sampled
+    image_token_id: Number | None  # None: pictures have no id of their own
+    used: Number  # ids at or above this are never sampled
 
 
 class SamplingDefaults(Record, frozen=True, kw_only=True):
@@ -387,19 +427,19 @@ class SamplingDefaults(Record, frozen=True, kw_only=True):
 class Llama3Scaling(Record, frozen=True, kw_only=True):
     """Llama-3.1's scaling of rotary frequencies."""
 
-    factor: float
+    factor: _Positive
     low_freq_factor: float
     high_freq_factor: float
-    original_positions: int
+    original_positions: Count
 
 
 class RopeFacts(Record, frozen=True, kw_only=True):
     """Rotary position embedding: the base, and what happens to it for long texts."""
 
-    theta: float
+    theta: _Positive
     llama3: Llama3Scaling | None = None
-    ntk_positions: int | None = None  # dynamic NTK (Qwen): prompts longer than this get a larger base
-    logn_positions: int | None = None  # logn attention (Qwen): queries behind this position are scaled up
+    ntk_positions: Count | None = None  # dynamic NTK (Qwen): prompts longer than this get a larger base
+    logn_positions: Count | None = None  # logn attention (Qwen): queries behind this position are scaled up
 
 
 class ModelFacts(Record, frozen=True, kw_only=True):
@@ -407,10 +447,10 @@ class ModelFacts(Record, frozen=True, kw_only=True):
 
     family: str
     layout: str
-    hidden_size: int
-    vocab_size: int
+    hidden_size: Count
+    vocab_size: Count
     rope: RopeFacts
-    eos_token_ids: tuple[int, ...]
+    eos_token_ids: tuple[Number, ...]
     stop_strings: tuple[str, ...] = ()
     image: ImageFacts
     tokenizer: TokenizerFacts
@@ -473,7 +513,7 @@ class Manifest(Record, frozen=True, kw_only=True):
     schema_version: int = SCHEMA_VERSION
     backend: Literal["onnx", "ascend"]
     quant: str
-    tp: int
+    tp: Annotated[int, Meta(ge=1, le=1 << 12)]
     model: ModelFacts
     tokenizer: str  # folder of the tokenizer files and the chat template
     cache: CacheSpec
@@ -522,13 +562,19 @@ class Manifest(Record, frozen=True, kw_only=True):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """An artifact folder whose manifest was read and found sound."""
+    """An artifact folder whose manifest was read and found sound. For as long as it is held, a build that replaces the artifact
+    leaves its files where they are."""
 
     folder: Path
     manifest: Manifest
+    hold: Hold = field(default_factory=lambda: Hold(None), compare=False)
 
     def path(self, relative: str) -> Path:
         return self.folder / relative
+
+    def close(self) -> None:
+        """Hold the files no longer."""
+        self.hold.close()
 
 
 class _Version(msgspec.Struct):
@@ -551,13 +597,13 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json; raises ArtifactError when it is missing, damaged or of another schema version."""
+    """Read and check manifest.json; raises ArtifactError when it is missing, damaged, unsound or of another schema version."""
     path = folder / MANIFEST
-    if not path.is_file():
+    if not path.exists():
         hint = "; it looks like a checkpoint: compile it first" if (folder / "config.json").is_file() else ""
         raise ArtifactError(f"{shown(folder)} holds no {MANIFEST}; expected a folder made by `staticvl compile`{hint}")
-    data = path.read_bytes()
     try:
+        data = read_regular(path, MOST_MANIFEST)
         version = msgspec.json.decode(data, type=_Version).schema_version
         if version != SCHEMA_VERSION:
             raise ArtifactError(
@@ -565,28 +611,47 @@ def read_manifest(folder: Path) -> Manifest:
                 "compile the checkpoint again with this release of staticvl"
             )
         manifest = msgspec.json.decode(data, type=Manifest)
-    except msgspec.MsgspecError as error:
+        json.loads(data, object_pairs_hook=_without_doubles)
+    except ArtifactError:
+        raise
+    except (msgspec.MsgspecError, ValueError, OSError, RecursionError, MemoryError) as error:
         raise ArtifactError(f"{path} is damaged ({error}); compile the checkpoint again or fetch the artifact again") from error
     if manifest.digest != _digest(manifest):
         raise ArtifactError(
             f"{path} was changed after it was written (its digest differs); compile or fetch the artifact again"
         )
+    if fault := next(faults(manifest), None):
+        raise ArtifactError(f"{path} contradicts itself: {fault}; compile the checkpoint again or fetch the artifact again")
     return manifest
 
 
-def open_artifact(folder: str | Path, rank: int | None = None) -> Artifact:
-    """Read the manifest and check that every file is there with its size; file contents are checked by `verify`.
+def _without_doubles(pairs: list[tuple[str, Any]]) -> None:
+    """JSON leaves open which of two values of one key holds."""
+    if len({key for key, _ in pairs}) < len(pairs):
+        raise ValueError("a key stands twice in one object")
 
-    `rank`, of all that the model is cut among: leave out the weights of others, which need not be on this machine.
+
+def open_artifact(folder: str | Path, rank: int | None = None) -> Artifact:
+    """Read the manifest, check that every file is there with its size, and the digests of all but weights.
+
+    Weights are checked by `verify`. `rank`, of all that the model is cut among: leave out the weights of others, which need not
+    be on this machine. The files are held (see locks.py) until the result is closed or gone.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ArtifactError(f"{shown(folder)} is not a folder; expected an artifact made by `staticvl compile`")
-    manifest = read_manifest(folder)
-    for name, spec in manifest.files.items():
-        if rank is None or not _belongs_to_another(name, manifest.ranks, rank):
-            _check_size(folder, name, spec)
-    return Artifact(folder, manifest)
+    held = hold(folder)  # before the manifest is read, so that nothing it names goes away
+    try:
+        manifest = read_manifest(folder)
+        for name, spec in manifest.files.items():
+            if rank is None or not _belongs_to_another(name, manifest.ranks, rank):
+                _check_size(folder, name, spec)
+                if not name.startswith(f"{WEIGHTS}/"):
+                    _check_digest(folder, name, spec)
+    except BaseException:
+        held.close()
+        raise
+    return Artifact(folder, manifest, held)
 
 
 def _belongs_to_another(name: str, ranks: int, rank: int) -> bool:
@@ -594,23 +659,39 @@ def _belongs_to_another(name: str, ranks: int, rank: int) -> bool:
 
 
 def _check_size(folder: Path, name: str, spec: FileSpec) -> None:
-    relative = Path(name)
-    if relative.is_absolute() or ".." in relative.parts:
-        raise ArtifactError(f"{folder / MANIFEST} names {quoted(name)}, a path outside the artifact; fetch the artifact again")
+    path = folder / name
+    if leads_out(name) or not path.resolve().is_relative_to(folder.resolve()):
+        raise ArtifactError(
+            f"{path} leads out of the artifact; expected a file in it: copy the files themselves (cp -rL), or fetch it again"
+        )
     try:
-        size = (folder / name).stat().st_size
+        with open_regular(path) as file:
+            size = file.seek(0, 2)
     except FileNotFoundError:
-        raise ArtifactError(f"{folder / name} is missing; copy the whole artifact folder or compile again") from None
+        raise ArtifactError(f"{path} is missing; copy the whole artifact folder or compile again") from None
+    except OSError as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); compile or fetch the artifact again") from error
     if size != spec.nbytes:
-        raise ArtifactError(f"{folder / name} has {size} bytes, expected {spec.nbytes}; compile or fetch the artifact again")
+        raise ArtifactError(f"{path} has {size} bytes, expected {spec.nbytes}; compile or fetch the artifact again")
 
 
-def verify(folder: str | Path, on_bytes: Callable[[int], object] | None = None) -> Artifact:
-    """Check the digest of every file; raises ArtifactError naming the first that differs."""
-    artifact = open_artifact(folder)
-    for name, spec in artifact.manifest.files.items():
-        if sha256_file(artifact.path(name), on_bytes) != spec.sha256:
-            raise ArtifactError(
-                f"{artifact.path(name)} does not match its sha256 in the manifest; compile or fetch the artifact again"
-            )
+def _check_digest(folder: Path, name: str, spec: FileSpec, on_bytes: Callable[[int], object] | None = None) -> None:
+    try:
+        found = sha256_file(folder / name, on_bytes)
+    except OSError as error:
+        raise ArtifactError(f"{folder / name} cannot be read ({error}); compile or fetch the artifact again") from error
+    if found != spec.sha256:
+        raise ArtifactError(f"{folder / name} does not match its sha256 in the manifest; compile or fetch the artifact again")
+
+
+def verify(folder: str | Path, on_bytes: Callable[[int], object] | None = None, rank: int | None = None) -> Artifact:
+    """Check the digest of every file; raises ArtifactError naming the first that differs. `rank`: as of open_artifact."""
+    artifact = open_artifact(folder, rank)
+    try:
+        for name, spec in artifact.manifest.files.items():
+            if rank is None or not _belongs_to_another(name, artifact.manifest.ranks, rank):
+                _check_digest(artifact.folder, name, spec, on_bytes)
+    except BaseException:
+        artifact.close()
+        raise
     return artifact

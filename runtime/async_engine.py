@@ -17,7 +17,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from .arguments import as_list, grouped, merge_params, one_answer
+from .artifact import ArtifactError
 from .model import Model
+from .opening import RunError
 from .prompt import Message, Prompt
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams, Sequence
@@ -40,6 +42,11 @@ class Piece:
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether it would meet every later request too: a rank is gone, or a file of the artifact cannot be opened."""
+    return isinstance(error, RankError | ArtifactError) and not isinstance(error, RunError)
 
 
 Item = Piece | Output | Exception  # pieces, then the whole answer or what went wrong
@@ -101,7 +108,7 @@ class AsyncEngine:
         self._answers: dict[int, _Answer] = {}  # by the id of the sequence; the worker's own
         self._commands: list[Callable[[], None]] = []
         self._closing = False
-        self.failure: RankError | None = None  # after it nothing is answered any more
+        self.failure: Exception | None = None  # of a rank, or of a file: after it nothing is answered any more
         self.on_failure: Callable[[], object] = lambda: None  # called once, in the engine's thread
         self._wake = threading.Condition()
         self._turn: float | None = None  # when the turn that runs began, by the engine's clock
@@ -248,7 +255,7 @@ class AsyncEngine:
         try:
             self._give(answer)
         except Exception as error:
-            self._check_ranks(error)  # first: who gets the error may look at `failure`
+            self._check_final(error)  # first: who gets the error may look at `failure`
             self._post(answer, error)
             self._forget(answer)
 
@@ -280,13 +287,13 @@ class AsyncEngine:
 
     def _fail(self, error: Exception) -> None:
         """End all answers that wait."""
-        self._check_ranks(error)
+        self._check_final(error)
         for answer in list(self._answers.values()):
             self._post(answer, error)
             self._forget(answer)
 
-    def _check_ranks(self, error: Exception) -> None:
-        """After a rank has failed nothing is answered any more."""
-        if isinstance(error, RankError) and self.failure is None:
+    def _check_final(self, error: Exception) -> None:
+        """After a rank has failed, or a file could not be opened, nothing is answered any more."""
+        if _is_final(error) and self.failure is None:
             self.failure = error
             self.on_failure()

@@ -53,11 +53,13 @@ class Engine:
         image_cache_mb: int = 256,
         speculate: int = 0,
         ngrams: tuple[int, int] = NGRAMS,
+        verify: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         """`prefill_budget`: see Scheduler. `reuse`: whether requests take over cache rows and features from each other, of
         features at most `image_cache_mb` megabytes. `speculate`, `ngrams`: tokens of a draft and of what it is found by (see
-        Lookup), for requests that do not say. `clock`: seconds. Raises ValueError for what the artifact cannot verify."""
+        Lookup), for requests that do not say. `verify`: whether what this machine has packed of the weights is read and
+        checked. `clock`: seconds. Raises ValueError for what the artifact cannot verify."""
         self.manifest: Manifest = artifact.manifest
         self.clock = clock
         self.metrics = Metrics()
@@ -65,7 +67,13 @@ class Engine:
         self.graphs = {(graph.kind, graph.bucket, graph.images): graph for graph in self.manifest.graphs}
         self.feeds = Feeds(self.manifest)
         self.backend = backend or open_backend(
-            self.manifest.backend, artifact.folder, self.manifest.cache, device=device, threads=threads, manifest=self.manifest
+            self.manifest.backend,
+            artifact.folder,
+            self.manifest.cache,
+            device=device,
+            threads=threads,
+            manifest=self.manifest,
+            verify=verify,
         )
         self.features = FeatureCache(image_cache_mb << 20 if reuse else 0)
         prefixes = SharedPrefixes(self.manifest, self.cache, self.backend, self.metrics, self.features) if reuse else None
@@ -343,6 +351,11 @@ class Engine:
             else:
                 self.metrics.finished.update({"length": -1, "stop": 1})
             sequence.finish_reason = "stop"
+
+    def load(self) -> None:
+        """Make all graphs ready to run."""
+        for graph in self.manifest.graphs:
+            self.backend.load(graph)
 
     def unload(self) -> None:
         """Free what graphs take; a graph that is run again is loaded again."""

@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 _BLOCK = 1 << 22
 
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    fsync(folder)
+
+
+def fsync(path: Path) -> None:
+    """Make what was written to a file, or into a folder, durable."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -34,10 +41,28 @@ def write_atomically(path: Path, data: bytes) -> None:
     fsync_folder(path.parent)
 
 
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading; raises OSError at once for a FIFO, a device or a folder, of which reading might never end."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a file; raises OSError as `open_regular`, and for more than `most` bytes."""
+    with open_regular(path) as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise OSError(f"{path} has more than {most} bytes")
+    return data
+
+
 def sha256_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
     """Hex digest of a file read in blocks; `on_bytes` is told how many bytes each block had."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             if on_bytes:

@@ -16,7 +16,7 @@ import numpy as np
 
 from .access import EngineAccess
 from .arguments import Images, Turn, as_list, check_text, grouped, merge_params, one_answer, pair_up
-from .artifact import Artifact, ArtifactError, Manifest, open_artifact
+from .artifact import MANIFEST, Artifact, ArtifactError, Manifest
 from .backends.base import check_device
 from .chat import Chat
 from .constraints import Constraints
@@ -24,11 +24,13 @@ from .engine import NGRAMS, Engine
 from .families import family
 from .images import ImageSource
 from .logit_rules import Guide
+from .opening import Checks, open_checked, reading
 from .prompt import Message, Prompt
 from .ranks.start import follow, lead, meet, read_timeout, spawn
 from .ranks.world import World, started_world
 from .request import Output, SamplingParams, Sequence
 from .request_log import RequestLog, record_of
+from .soundness import TEMPLATE
 from .text import AnswerText
 from .token_bytes import BadWords, TokenBytes
 from .tokenizer import load_tokenizer
@@ -48,6 +50,8 @@ def load(
     ngrams: tuple[int, int] = NGRAMS,
     request_log: str | Path | None = None,
     system_in_user: bool = False,
+    verify: bool = False,
+    verify_key: str | Path | None = None,
 ) -> Model:
     """Open an artifact for use.
 
@@ -65,6 +69,11 @@ def load(
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
     system_in_user: where the checkpoint's template refuses a system message, as Llama-3.2-Vision's does beside images, put its
     text into the first user turn; default: an error.
+    verify: check the digest of every file, weights too, before anything is used; without it those of weights are only checked
+    on Ascend. verify_key: a file with a public key; an artifact that is not signed with its private key is refused before
+    anything of it is used. It includes `verify`.
+
+    The files stay until the model is closed: a build that replaces the artifact meanwhile leaves them where they are.
 
     An artifact of several ranks runs as so many processes. Called by itself, `load` starts the others on this machine; they
     end with the model. Called in processes that torchrun has started, one for each rank, it returns the model in rank 0; in
@@ -73,10 +82,11 @@ def load(
 
     Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
+    checks = Checks(verify, Path(verify_key) if verify_key is not None else None)
     world = started_world() if tp != 1 else None
     if world is not None and world.rank > 0:
-        raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout))
-    opened = open_artifact(artifact, rank=0)
+        raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout, checks))
+    opened = open_checked(Path(artifact), checks, rank=0)
     manifest = opened.manifest
     if tp is not None and tp != manifest.tp:
         raise ArtifactError(
@@ -90,17 +100,18 @@ def load(
     settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
     settings |= {"speculate": speculate, "ngrams": ngrams}
     if manifest.ranks == 1:
-        engine = Engine(opened, device=device, threads=threads, **settings)
+        engine = Engine(opened, device=device, threads=threads, verify=checks.all_files, **settings)
         return Model(opened, engine, log, system_in_user=system_in_user)
-    start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout)}
+    start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
     backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
     engine = Engine(opened, backend=backend, **settings)
     return Model(opened, engine, log, backend.close, backend.crew.check, system_in_user=system_in_user)
 
 
-def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None) -> int:
+def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None, checks: Checks) -> int:
     """Run as a rank that a launcher has started, to the end; the exit status."""
-    status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=read_timeout(timeout))
+    seconds = read_timeout(timeout)
+    status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=seconds, checks=checks)
     if stuck:  # in a collective that does not end, and that the interpreter would wait for
         os._exit(status)
     return status
@@ -146,10 +157,13 @@ class Model:
         self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
         engine.on_token = self._gained
         self.facts = artifact.manifest.model
-        self.family = family(self.facts.family)
+        with reading(artifact.path(MANIFEST), artifact.folder):
+            self.family = family(self.facts.family)
         folder = artifact.path(artifact.manifest.tokenizer)
-        self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
-        self.template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        with reading(folder, artifact.folder):
+            self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
+        with reading(folder / TEMPLATE, artifact.folder):
+            self.template = (folder / TEMPLATE).read_text(encoding="utf-8")
 
     def close(self) -> None:
         """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more.
@@ -163,7 +177,14 @@ class Model:
 
     def _close(self) -> None:
         self.engine.reset(ModelClosedError("the model was closed before the answer was complete; load the artifact again"))
-        self._on_close()
+        try:
+            self._on_close()
+        finally:
+            self.artifact.close()
+
+    def open_graphs(self) -> None:
+        """Open every graph now, not at its first run; raises ArtifactError naming one that cannot be opened."""
+        self.engine.load()
 
     def __enter__(self) -> Model:
         return self

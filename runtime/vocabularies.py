@@ -18,6 +18,7 @@ import tokenizers
 
 from .guards import any_of, new_guard, unguarded
 
+MOST_TOKENS = 1 << 24  # of a vocabulary
 BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 _BLANK = "▁"  # how sentencepiece vocabularies write a space
@@ -76,8 +77,10 @@ class TokenizersVocabulary:
         added = self._tokenizer.get_added_tokens_decoder()
         self._special = {i for i, token in added.items() if token.special}
         self._added = {i: token.content for i, token in added.items()}
-        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
         self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        if self._size > MOST_TOKENS:  # the library, and tables of ours, take room for every id up to the largest
+            raise TokenizerError(f"{path} has a token with the id {self._size - 1}; expected less than {MOST_TOKENS}")
+        self._byte_level = '"ByteLevel"' in json.dumps(json.loads(self._tokenizer.to_str())["decoder"])
 
     @property
     def size(self) -> int:

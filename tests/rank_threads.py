@@ -82,7 +82,7 @@ def ranks_as_threads(
         return backends.setdefault(group.rank, make(group.rank, cut, group))
 
     monkeypatch.setattr(start, "open_backend", open_backend)
-    monkeypatch.setattr(start, "open_artifact", lambda folder, rank: cut)
+    monkeypatch.setattr(start, "open_checked", lambda folder, checks, rank: cut)
     store: Any = HashStore()
     settings: Any = {"device": "cpu", "threads": 1, "timeout": timeout}
     worlds = [World(rank, ranks, ranks, LOOPBACK) for rank in range(ranks)]

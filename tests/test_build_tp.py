@@ -22,6 +22,7 @@ from staticvl.compiler.segments import Cut
 from staticvl.runtime.artifact import MANIFEST, ArtifactError, Collective, GraphSpec, open_artifact, rank_weights, verify
 from staticvl.runtime.backends.base import Result
 from staticvl.runtime.backends.ort import OrtBackend
+from staticvl.runtime.locks import READERS
 from staticvl.weights.tensors import WeightsError
 
 from .checkpoints import tiny_llava
@@ -54,7 +55,7 @@ def compile_into(checkpoint: Path, out: Path, *, quant: str = "none", **changes:
 
 def files(folder: Path) -> dict[str, int]:
     """Every file but the manifest, with the time it was written."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".build.lock", MANIFEST))
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".build.lock", READERS, MANIFEST))
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
 
 

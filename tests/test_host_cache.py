@@ -20,6 +20,7 @@ from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, GraphSpec, Kind, Manifest, verify
 from staticvl.runtime.backends import host_cache, ort
 from staticvl.runtime.backends.base import open_backend
+from staticvl.runtime.locks import READERS
 
 from .checkpoints import tiny_llava
 from .fakes import FACTS, fake_manifest
@@ -51,11 +52,10 @@ def artifact(pristine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def answer(artifact: Path) -> np.ndarray:
-    return (
-        runtime.load(artifact)
-        .generate("one two three four five six", max_new_tokens=6, ignore_eos=True, return_logits=True)
-        .logits
-    )
+    with runtime.load(artifact) as model:  # a model that is open holds what it uses
+        out = model.generate("one two three four five six", max_new_tokens=6, ignore_eos=True, return_logits=True)
+    assert out.logits is not None
+    return out.logits
 
 
 def files(folder: Path) -> dict[Path, tuple[int, int, int]]:
@@ -96,7 +96,14 @@ def test_a_whole_model_has_one_folder(artifact: Path) -> None:
     (key,) = (path for path in (artifact / host_cache.FOLDER).iterdir() if path.is_dir())
     graphs = {path.name for path in artifact.glob("*.onnx")}
     weights = {f"weights/{path.name}" for path in (artifact / "weights").iterdir()}
-    assert {str(path.relative_to(key)) for path in files(key)} == {*graphs, *weights, "vision.bin", "prefill.bin"}
+    assert {str(path.relative_to(key)) for path in files(key)} == {
+        *graphs,
+        *weights,
+        "vision.bin",
+        "prefill.bin",
+        host_cache.FILES,
+        READERS,
+    }
 
 
 def test_made_again_for_another_machine_and_for_new_graphs(artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

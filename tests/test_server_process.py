@@ -12,8 +12,16 @@ from pathlib import Path
 
 import psutil
 import pytest
+from PIL import Image
 
-from .servers import HEAD, PATIENCE_S, rest, send_request, until
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.runtime.artifact import open_artifact
+from staticvl.tools.cli import main
+
+from .conftest import EMBEDDED
+from .damage import flip, linked_copy
+from .servers import HEAD, PATIENCE_S, asking, data_url, rest, send_request, until
 
 
 @contextlib.contextmanager
@@ -71,6 +79,47 @@ def test_a_second_signal_ends_at_once(embedded_artifact: Path) -> None:
         _, err = process.communicate(timeout=PATIENCE_S)
     assert process.returncode == 130
     assert "ends at once" in err
+
+
+def test_compiled_again_while_it_is_served(embedded_artifact: Path, tmp_path: Path) -> None:
+    """Answers come from what was opened, graphs that nobody had used included, and /health and the log speak of the new one."""
+    artifact = linked_copy(embedded_artifact, tmp_path / "a")
+    fewer = Buckets(prefill=(16,), decode=(1,), vision=(1,), context=256, slots=1)
+    request = {"max_tokens": 4, "ignore_eos": True, "messages": [asking("What is this?", data_url(Image.new("RGB", (40, 40))))]}
+    with started(artifact) as (process, port):
+        assert b'"artifact"' not in get(port, "/health")
+        build(Options(checkpoint=EMBEDDED, out=artifact, buckets=fewer))
+        for path in open_artifact(embedded_artifact).manifest.files:
+            assert (artifact / path).exists()
+        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asked:
+            send_request(asked, request)
+            told = asked.recv(1 << 16)
+        assert b"200 OK" in told
+        health = get(port, "/health")
+        assert b'"ok"' in health
+        assert b"a newer artifact lies in its folder; restart the server to serve it" in health
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert process.stderr
+    assert main(["verify", str(artifact)]) == 0
+    assert not set(open_artifact(embedded_artifact).manifest.files) & graphs_of(artifact)
+
+
+def graphs_of(artifact: Path) -> set[str]:
+    """Graphs that the manifest does not name."""
+    return {path.name for path in artifact.glob("*.onnx")} - set(open_artifact(artifact).manifest.files)
+
+
+def test_a_damaged_artifact_is_not_served(embedded_artifact: Path, tmp_path: Path) -> None:
+    artifact = linked_copy(embedded_artifact, tmp_path / "a")
+    weights = next((artifact / "weights").iterdir())
+    flip(weights, weights)
+    command = [sys.executable, "-m", "staticvl.tools.cli", "serve", str(artifact), "--port", "0", "--verify"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S * 2, check=False)
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert f"{weights} does not match its sha256 in the manifest; compile or fetch the artifact again" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ def run(args: argparse.Namespace) -> int:
         require("llguidance")
     pictures = list(args.image)
     print(HELP)
-    with runtime.load(args.artifact, device=args.device, threads=args.threads) as model, model.chat() as chat:
+    same = {"device": args.device, "threads": args.threads, "verify": args.verify, "verify_key": args.verify_key}
+    with runtime.load(args.artifact, **same) as model, model.chat() as chat:
         while (line := _read()) is not None:
             if line.startswith("/image "):
                 pictures.append(line.removeprefix("/image ").strip())

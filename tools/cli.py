@@ -13,11 +13,13 @@ from .command_errors import Parser, sentence_of
 from .comparing.arguments import add_arguments as add_compare_arguments
 from .sampling_options import EXAMPLES, add_sampling_options
 from .serving.arguments import add_arguments as add_serve_arguments
+from .verify_options import add_verify_options
 
 EXTRAS = {
     "matplotlib": "tune",
     "llguidance": "constrain",
     "transformers": "test",
+    "cryptography": "sign",
     **dict.fromkeys(("fastapi", "starlette", "uvicorn", "pydantic", "prometheus_client"), "serve"),
 }
 Handler = Callable[[argparse.Namespace], int]
@@ -39,6 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         extra = EXTRAS.get((error.name or "").split(".")[0], "compile")
         print(f"staticvl: this command needs the package {error.name}; pip install 'staticvl[{extra}]'", file=sys.stderr)
         return 1
+    except MemoryError as error:
+        if args.traceback:
+            raise
+        print(f"staticvl: there is not enough memory ({error}); free some, or ask for less", file=sys.stderr)
+        return 1
     except (ValueError, RuntimeError, OSError) as error:
         if args.traceback:
             raise
@@ -56,6 +63,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_serve(commands)
     _add_show(commands)
     _add_verify(commands)
+    _add_sign(commands)
     _add_bench(commands)
     _add_tune_buckets(commands)
     _add_compare(commands)
@@ -176,6 +184,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the pictures with the answer's boxes on them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_run_options(parser)
+    add_verify_options(parser)
     add_sampling_options(parser, several=True)
 
 
@@ -187,6 +196,7 @@ def _add_chat(commands) -> None:
     parser = _command(commands, "chat", "talk with a model about pictures", example, _chat)
     parser.add_argument("artifact", type=Path)
     _add_run_options(parser)
+    add_verify_options(parser)
     add_sampling_options(parser, several=False)
 
 
@@ -235,8 +245,21 @@ def _add_show(commands) -> None:
 
 
 def _add_verify(commands) -> None:
-    help_text = "check every file of an artifact against its digest"
-    _command(commands, "verify", help_text, "staticvl verify llava-7b", _verify).add_argument("artifact", type=Path)
+    help_text = "check every file of an artifact against its digest, and remove what a replaced one has left"
+    example = "staticvl verify llava-7b\nstaticvl verify llava-7b --key release.key.pub"
+    parser = _command(commands, "verify", help_text, example, _verify)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--key", type=Path, metavar="PUBLIC", help="check too that it was signed with the key of this file")
+
+
+def _add_sign(commands) -> None:
+    help_text = "sign an artifact, so that others can check who made it"
+    example = "staticvl sign --new-key release.key\nstaticvl sign llava-7b --key release.key"
+    parser = _command(commands, "sign", help_text, example, _sign)
+    parser.add_argument("artifact", nargs="?", type=Path)
+    keys = parser.add_mutually_exclusive_group(required=True)
+    keys.add_argument("--key", type=Path, metavar="FILE", help="the private key to sign with")
+    keys.add_argument("--new-key", type=Path, metavar="FILE", help="make a private key, and FILE.pub for those who verify")
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -247,6 +270,12 @@ def _show(args: argparse.Namespace) -> int:
 
 def _verify(args: argparse.Namespace) -> int:
     from .verify import run
+
+    return run(args)
+
+
+def _sign(args: argparse.Namespace) -> int:
+    from .sign import run
 
     return run(args)
 

@@ -20,7 +20,8 @@ from .sampling_options import read_sampling
 def run(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     _check(args, sampling)
-    with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log) as model:
+    checks = {"verify": args.verify, "verify_key": args.verify_key}
+    with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log, **checks) as model:
         out = model.generate(args.prompt, args.image, sampling=sampling, raw=args.raw)
         told = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.tokenizer)
     print(told)

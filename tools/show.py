@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import msgspec
 from msgspec import UNSET
@@ -10,15 +11,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..runtime.artifact import Certificate, Manifest, ModelFacts, SamplingDefaults, open_artifact
+from ..runtime.artifact import SIGNATURE, Certificate, Manifest, ModelFacts, SamplingDefaults, open_artifact
+from ..runtime.signature import is_stale
 from .cards import CARDS, Card
 from .machine import described
+
+CODE = "Python byte code and source, which run as the user who loads it: use only what you trust (staticvl verify --key)"
 
 
 def run(args: argparse.Namespace) -> int:
     manifest = open_artifact(args.artifact).manifest
     console = Console(highlight=False)
-    console.print(_facts(manifest))
+    console.print(_facts(args.artifact, manifest))
     console.print(_graphs(manifest))
     console.print(_forecast(manifest, CARDS[args.card]))
     if manifest.ranks > 1:
@@ -26,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(manifest: Manifest) -> Table:
+def _facts(folder: Path, manifest: Manifest) -> Table:
     model, cache = manifest.model, manifest.cache
     weights = sum(weight.nbytes for weight in manifest.weights.values())
     rows = {
@@ -47,6 +51,7 @@ def _facts(manifest: Manifest) -> Table:
         "made by": f"staticvl {manifest.build.staticvl}, torch {manifest.build.torch}, schema {manifest.schema_version}",
         "digest": manifest.digest[:16],
         **({"this machine": described()} if manifest.backend == "onnx" else {}),
+        **_signature(folder, manifest),
     }
     table = Table(show_header=False, box=None)
     for name, value in (*rows.items(), *(("note", note) for note in manifest.build.notes or ())):
@@ -128,7 +133,18 @@ def _ascend(manifest: Manifest) -> dict[str, str]:
     """What graphs for Ascend were made by and for."""
     if (facts := manifest.ascend) is None:
         return {}
-    return {"made for": f"{facts.soc}, torch_npu {facts.torch_npu}, Python {facts.python}, torchair cache {facts.cache_format}"}
+    return {
+        "made for": f"{facts.soc}, torch_npu {facts.torch_npu}, Python {facts.python}, torchair cache {facts.cache_format}",
+        "holds code": CODE,
+    }
+
+
+def _signature(folder: Path, manifest: Manifest) -> dict[str, str]:
+    """Whether somebody answers for the artifact; by which key only `staticvl verify --key` says."""
+    if not (folder / SIGNATURE).exists():
+        return {"signed": "no"}
+    stale = is_stale(folder, manifest)
+    return {"signed": "no: the signature is of another manifest" if stale else "yes; `staticvl verify --key` says by whom"}
 
 
 def _graphs(manifest: Manifest) -> Table:

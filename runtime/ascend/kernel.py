@@ -17,6 +17,7 @@ from typing import Any
 
 from ..artifact import ArtifactError, AscendFacts, FileSpec, Manifest
 from ..backends.base import Group
+from ..files import read_regular
 
 Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> the first output, None where it is in place
 _FILE = "compiled_module"
@@ -64,7 +65,7 @@ def load_program(path: Path, spec: FileSpec, device: str, dtype: Any, group: Gro
 
 
 def _checked(path: Path, spec: FileSpec) -> bytes:
-    data = path.read_bytes()
+    data = read_regular(path, spec.nbytes)
     if len(data) != spec.nbytes or hashlib.sha256(data).hexdigest() != spec.sha256:
         raise ArtifactError(f"{path} is not the file that the manifest describes; compile or fetch the artifact again")
     return data

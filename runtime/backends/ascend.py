@@ -26,6 +26,8 @@ from ..ascend.readiness import card_index, missing
 from ..ascend.weights import map_weight, to_offsets, to_signed
 from ..candidates import candidates_of
 from ..files import sha256_file
+from ..locks import Hold, hold
+from ..opening import reading
 from ..shown import quoted
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
 
@@ -96,6 +98,7 @@ class AscendBackend:
 
         self.folder, self.specs, self.files, self.device, self.keep = folder, weights, files, device, keep
         self.group = group
+        self.kept = Hold(None)  # of `keep`, while graphs are open
         self.dtype = torch.float32 if device.wide else getattr(torch, cache.dtype)
         self.caches = {
             name: torch.zeros(shape, dtype=torch.int8 if cache.dtype_of(name) == "int8" else self.dtype, device=device.name)
@@ -109,16 +112,21 @@ class AscendBackend:
     def load(self, graph: GraphSpec) -> None:
         if graph.file in self.kernels:
             return
+        if self.keep and not self.kept.held:
+            self.kept = hold(self.keep)
         path, spec = self.folder / graph.file, self.files[graph.file]
-        if graph.eager:
-            self.kernels[graph.file] = load_program(path, spec, self.device.name, self.dtype, self.group)
-        else:
-            self.kernels[graph.file] = load_kernel(path, spec, self.keep)
+        with reading(path, self.folder):
+            if graph.eager:
+                self.kernels[graph.file] = load_program(path, spec, self.device.name, self.dtype, self.group)
+            else:
+                self.kernels[graph.file] = load_kernel(path, spec, self.keep)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:
             del self.bound[key]
         self.kernels.pop(graph.file, None)
+        if not self.kernels:
+            self.kept.close()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         key = (graph.file, slot, image)
@@ -167,7 +175,9 @@ class AscendBackend:
         placed = [cache_name(name, image) for name in segment.outputs]
         inputs += [self._rows(name, slot, 1) for name in placed if name and name not in segment.inputs]
         constants = [self._constant(name, values) for name, values in graph.constants.items()]
-        tensors = [*map(self._weight, graph.weights), *constants, *inputs]
+        with reading(self.folder / graph.file, self.folder):
+            weights = [self._weight(name) for name in graph.weights]
+        tensors = [*weights, *constants, *inputs]
         returned = tuple(name for name, place in zip(segment.outputs, placed, strict=True) if place is None)
         return _Bound(tensors, sources, feed, arrays, before, after, placed[0], returned)
 
@@ -264,7 +274,8 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
     if not simulating and group and group.size > 1:
         _join(cast(RankedGroup, group))
     keep = None if simulating else _keep(folder, soc, group)
-    return AscendBackend(folder, manifest.cache, weights, manifest.files, where, keep, group)
+    with reading(folder, folder):
+        return AscendBackend(folder, manifest.cache, weights, manifest.files, where, keep, group)
 
 
 def _is_wide(device: str) -> bool:
@@ -280,7 +291,9 @@ def _check_weights(folder: Path, manifest: Manifest, weights: Mapping[str, Weigh
     """Every weight file of the rank against its digest: a card reads them whole anyway, and nothing in a graph would tell."""
     for name in sorted({weight.file for weight in weights.values()}):
         log.info("checking %s", name)
-        if sha256_file(folder / name) != manifest.files[name].sha256:
+        with reading(folder / name, folder):
+            found = sha256_file(folder / name)
+        if found != manifest.files[name].sha256:
             raise ArtifactError(
                 f"{folder / name} is not the file that the manifest describes; compile or fetch the artifact again"
             )

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest, TensorSpec, rank_folder
 from ..candidates import Candidates
+from ..opening import reading
 from ..shown import quoted
 
 DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
@@ -162,17 +163,20 @@ def open_backend(
     threads: int | None = None,
     manifest: Manifest | None = None,
     group: Group | None = None,
+    verify: bool = False,
 ) -> Backend:
     """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
 
     With a `manifest` (that of the rank's stage) the graphs share what can be shared; without one, while an artifact is being
     built, each stands alone. `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
+    `verify`: read what this machine has packed of the weights, and make it again where it is not what was written.
     """
     check_device(name, folder, device)
     if name == "onnx":
         from .ort import open_ort
 
-        return open_ort(folder, cache, threads=threads, manifest=manifest, group=group)
+        with reading(folder, folder):
+            return open_ort(folder, cache, threads=threads, manifest=manifest, group=group, verify=verify)
     from .ascend import open_ascend
 
     assert manifest is not None, "the compiler opens Ascend backends itself"

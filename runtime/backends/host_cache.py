@@ -11,7 +11,8 @@ The layout depends on the processor and on onnxruntime, so this is a cache besid
 folder .host/KEY, where KEY covers both and the very files that were packed, so that a file which was damaged when it was
 packed and then mended is packed again. Ranks that a model is cut among have one each, .host/rank-R/KEY, and know nothing of
 each other's: they pack at the same time, on machines that may hold no other rank's weights. The folder can be deleted at any
-time.
+time. What was written is listed with sizes and digests, so that a damaged file is noticed and all of it made again; a process
+that uses a cache holds it (runtime/locks.py), and others that make another one leave it alone.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ from typing import TYPE_CHECKING
 import msgspec
 import onnxruntime as ort
 
-from ..artifact import GraphSpec, WeightSpec
+from ..artifact import WEIGHTS, FileSpec, GraphSpec, WeightSpec
+from ..files import fsync, fsync_folder, open_regular, read_regular, sha256_file
+from ..locks import READERS, Hold, alone, hold
+from ..soundness import leads_out
 from . import unsigned_weights
 from .packed_file import Entry, is_packed, lay_out
 
@@ -49,7 +53,8 @@ LAID_OUT_FROM = 1 << 14
 NEVER_PACKED = ("float16", "bfloat16")
 
 FOLDER = ".host"
-SIZES = "sizes.json"  # of all files of one rank's cache
+FILES = "files.json"  # sizes and digests of all others of one cache
+MOST_FILES = 1 << 26  # bytes of FILES
 MAKE = "session.save_external_prepacked_constant_initializers"
 FILE_NAME = "session.optimized_model_external_initializers_file_name"
 MIN_SIZE = "session.optimized_model_external_initializers_min_size_in_bytes"
@@ -84,6 +89,7 @@ class HostCache:
         self.weight_files = sorted({weight.file for weight in weights})
         self.graph_files = [file for graph in self.graphs for file in graph.files]
         self.home = folder / FOLDER if ranks == 1 else folder / FOLDER / _rank_name(rank)
+        self.hold = Hold(None)
         self.folder = self.home / host_key(folder / name for name in (*self.weight_files, *self.graph_files))
 
     @property
@@ -95,25 +101,40 @@ class HostCache:
         path = self.folder / _copy_name(file)
         return path if path.is_file() else None
 
-    def _complete(self) -> bool:
-        """Whether everything is there; a rank has hundreds of files, of which one may be lost unnoticed."""
-        if self.ranks == 1:
-            return all(self.path(file) for file in self.graph_files)
-        with contextlib.suppress(OSError, msgspec.MsgspecError):
-            sizes = msgspec.json.decode((self.folder / SIZES).read_bytes(), type=dict[str, int])
-            return all((self.folder / name).stat().st_size == size for name, size in sizes.items())
-        return False
+    def _complete(self, *, verify: bool) -> bool:
+        """Whether everything is there as it was made, and held from now on: no other process removes it."""
+        if not self.folder.is_dir():
+            return False
+        held = hold(self.folder)
+        if _fault(self.folder, self.artifact, verify=verify, graphs=map(_copy_name, self.graph_files)):
+            held.close()
+            return False
+        self.hold = held
+        return True
 
-    def ensure(self, options: Callable[[], ort.SessionOptions]) -> bool:
-        """Make what is missing; False, with a logged reason, where that is not possible. `options` are for packing."""
-        if self._complete():
+    def take(self) -> None:
+        """Hold the cache again, if it was released."""
+        if not self.hold.held and self.folder.is_dir():
+            self.hold = hold(self.folder)
+
+    def release(self) -> None:
+        """Let others remove the cache."""
+        self.hold.close()
+
+    def ensure(self, options: Callable[[], ort.SessionOptions], *, verify: bool = False) -> bool:
+        """Make what is missing or damaged; False, with a logged reason, where that is not possible. `options` are for packing.
+
+        Sizes are checked, and digests of graphs; with `verify`, those of weights too.
+        """
+        if self._complete(verify=verify):
             return True
         if reason := self._obstacle():
             log.warning("weights are not packed for this machine: %s", reason)
             return False
         try:
-            with _Lock(self.home):
-                if not self._complete():  # no other process has made it meanwhile
+            self.home.mkdir(parents=True, exist_ok=True)
+            with alone(self.home / "lock", wait=True):  # one process packs, others wait
+                if not self._complete(verify=verify):  # no other process has made it meanwhile
                     self._make(options)
         except OSError as error:  # a full disk, a file system without hard links: the artifact runs without
             log.warning("weights are not packed for this machine: %s", error)
@@ -149,19 +170,21 @@ class HostCache:
             for name in self._weight_names():
                 if name + unsigned_weights.SUFFIX not in read:  # whatever it held is packed
                     (work / (name + unsigned_weights.SUFFIX)).unlink(missing_ok=True)
-            if self.ranks > 1:
-                sizes = {path.name: path.stat().st_size for path in work.iterdir()}
-                (work / SIZES).write_bytes(msgspec.json.encode(sizes))
+            _seal(work)
+            self.hold = hold(work)  # the lock goes along with the folder
+            if self.folder.exists():  # damaged, and perhaps in use
+                self.folder.rename(tempfile.mkdtemp(prefix="damaged-", dir=self.home))
             work.replace(self.folder)
+            fsync_folder(self.home)
         finally:
             shutil.rmtree(work, ignore_errors=True)
 
     def _remove_old(self) -> None:
-        """What another onnxruntime, processor or build has left; other ranks of this build have theirs in use."""
+        """What another onnxruntime, processor or build has left and no process uses; other ranks of this build have theirs."""
         ranks = {_rank_name(rank) for rank in range(self.ranks)} if self.ranks > 1 else set()
         for old in {*(self.artifact / FOLDER).iterdir(), *self.home.iterdir()}:
-            if old.is_dir() and old.name not in ranks:
-                shutil.rmtree(old, ignore_errors=True)  # another rank may be removing it too
+            if old.is_dir() and not old.is_symlink() and old.name not in ranks:
+                _remove_unused(old)
 
     def _link_weights(self, work: Path) -> None:
         """The weight files by the names that graphs have for them: onnxruntime follows no path out of a model's folder."""
@@ -256,18 +279,63 @@ def _without_narrow(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
-class _Lock:
-    """One process packs, others wait."""
+def _remove_unused(folder: Path) -> None:
+    """Remove a cache, or those of a rank of another build, unless some process holds it. Another may be removing it too."""
+    if folder.name.startswith("rank-"):
+        for each in folder.iterdir():
+            if each.is_dir() and not each.is_symlink():
+                _remove_unused(each)
+        if any(each.is_dir() for each in folder.iterdir()):
+            return
+    with contextlib.suppress(OSError), alone(folder / READERS) as free:
+        if free:
+            shutil.rmtree(folder, ignore_errors=True)
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "lock"
 
-    def __enter__(self) -> None:
-        import fcntl
+def _seal(work: Path) -> None:
+    """Write down what a cache consists of, all of it on the disk. Weight files are those of the artifact, which has their
+    digests, and are not read again."""
+    specs = {}
+    for path in sorted(path for path in work.rglob("*") if path.is_file()):
+        own = path.stat().st_nlink == 1
+        specs[str(path.relative_to(work))] = FileSpec(nbytes=path.stat().st_size, sha256=sha256_file(path) if own else "")
+        if own:
+            fsync(path)
+    (work / FILES).write_bytes(msgspec.json.encode(specs))
+    fsync(work / FILES)
+    for folder in (work, *(path for path in work.iterdir() if path.is_dir())):
+        fsync(folder)
 
-        self.file = self.path.open("w")
-        fcntl.flock(self.file, fcntl.LOCK_EX)
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+def _fault(folder: Path, artifact: Path, *, verify: bool, graphs: Iterable[str] = ()) -> str | None:
+    """What is wrong with a cache; `graphs`: what it must hold. Graphs are read to the end, weights where `verify` says so."""
+    own = {path.stat().st_ino for path in (artifact / WEIGHTS).rglob("*") if path.is_file()} if verify else set()
+    try:
+        specs = msgspec.json.decode(read_regular(folder / FILES, MOST_FILES), type=dict[str, FileSpec])
+        for name in {*specs, *graphs}:
+            spec, path = specs[name], folder / name
+            with open_regular(path) as file:
+                found, inode = file.seek(0, 2), os.fstat(file.fileno()).st_ino
+            if found != spec.nbytes or leads_out(name):
+                return f"{path} has {found} bytes, expected {spec.nbytes}"
+            if spec.sha256 and (verify or name.endswith(".onnx")) and sha256_file(path) != spec.sha256:
+                return f"{path} does not match its sha256 in {FILES}"
+            if verify and not spec.sha256 and inode not in own:
+                return f"{path} is no weight file of the artifact"
+    except (OSError, msgspec.MsgspecError, KeyError, RecursionError) as error:
+        return f"{folder} is not complete ({error})"
+    return None
+
+
+def remove_damaged(artifact: Path) -> list[str]:
+    """Read all packed weights beside an artifact, and remove caches that are not what was written: they are made again.
+
+    What was wrong with each, in a sentence; one that is in use stays.
+    """
+    told = []
+    for files in sorted((artifact / FOLDER).rglob(FILES)):
+        if fault := _fault(files.parent, artifact, verify=True):
+            _remove_unused(files.parent)
+            left = "it is in use, so end what uses it" if files.exists() else "removed, to be made again at the next start"
+            told.append(f"{fault}: {left}")
+    return told

@@ -20,10 +20,12 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
 from ..candidates import candidates_of
 from ..cores import usable_cores
+from ..opening import RunError, reading, remedy
 from ..shown import quoted
 from . import unsigned_weights
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
@@ -31,6 +33,15 @@ from .host_cache import HostCache
 
 log = logging.getLogger(__name__)
 SPIN_US = "STATICVL_SPIN_US"
+# None of them is a RuntimeError.
+RUN_ERRORS = (
+    ort_errors.Fail,
+    ort_errors.InvalidArgument,
+    ort_errors.RuntimeException,
+    ort_errors.EPFail,
+    ort_errors.NotImplemented,
+    ort_errors.NoSuchFile,
+)
 _PROVIDERS = ["CPUExecutionProvider"]
 # The first would keep a float32 copy of every weight in 16 bits in every session. Where weights are turned over, the second
 # would turn over what is not multiplied too, and fails where scales are those of channels.
@@ -172,6 +183,7 @@ class OrtBackend:
         shared: bool = True,
         group: Group | None = None,
         models: Mapping[str, bytes] | None = None,
+        verify: bool = False,
     ) -> None:
         """`group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
 
@@ -180,13 +192,14 @@ class OrtBackend:
         `models`: contents to open in place of those files of the folder. They may have more outputs than the graph, which
         `free` holds after a run.
 
-        `host`: where packed weights are shared. Without it, `pack` says whether each session packs a copy of its own.
+        `host`: where packed weights are shared; `verify`: whether they are read and checked first. Without `host`, `pack` says
+        whether each session packs a copy of its own.
 
         `shared`: one arena for all graphs; without it, unloading a graph gives back what its intermediate values took.
         """
         _register_arena()
         self.folder, self.threads, self.group, self.models = folder, threads, group, models or {}
-        self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads)) else None
+        self.host = host if host and host.ensure(lambda: _options(pack=True, threads=threads), verify=verify) else None
         self.pack, self.shared, self.few_cores = pack, shared, few_cores
         # Zeroed pages are only backed by memory once they are written.
         self.caches = {name: np.zeros(shape, cache.dtype_of(name)) for name, shape in cache.buffers().items()}
@@ -206,18 +219,26 @@ class OrtBackend:
             alone = self.group.size if self.group else 1
             ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), alone)
             check_group(graph.name, ranks, self.group)
+        if self.host:
+            self.host.take()
         for step in graph.plan:
             if isinstance(step, Segment):
-                self.sessions[step.file] = self._open(graph, step)
+                packed = self.host.path(step.file) if self.host else None
+                with reading(packed or self.folder / step.file, self.folder):
+                    self.sessions[step.file] = self._open(graph, step, packed)
         _trim()
+        with reading(self.folder / graph.file, self.folder):
+            self._allocate(graph)
+
+    def _allocate(self, graph: GraphSpec) -> None:
+        """What a graph writes that is no cache."""
         outputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.outputs if cache_name(spec.name, 0) is None}
         self.outputs[graph.file] = outputs
         if outputs:
             self.results[graph.file] = Result(outputs[graph.outputs[0].name].__getitem__, candidates_of(outputs))
         self.buffers[graph.file] = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.buffers or ()}
 
-    def _open(self, graph: GraphSpec, segment: Segment) -> ort.InferenceSession:
-        packed = self.host.path(segment.file) if self.host else None
+    def _open(self, graph: GraphSpec, segment: Segment, packed: Path | None) -> ort.InferenceSession:
         # An artifact that was tuned on a larger machine may run here.
         tuned = min(graph.kernels.cores, usable_cores()) if graph.kernels else 0
         cores = self.threads or tuned or self.few_cores
@@ -239,6 +260,8 @@ class OrtBackend:
         self.outputs.pop(graph.file, None)
         self.results.pop(graph.file, None)
         self.buffers.pop(graph.file, None)
+        if self.host and not self.sessions:
+            self.host.release()
         _trim()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
@@ -246,7 +269,10 @@ class OrtBackend:
         bound = self.bound.get(key)
         if bound is None or not bound.holds(feed):
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
-        bound.run()
+        try:
+            bound.run()
+        except RUN_ERRORS as error:
+            raise RunError(f"{self.folder / graph.file} failed when it ran ({error}); {remedy(self.folder)}") from error
         if graph.file in self.results:
             return self.results[graph.file]
         return Result(self._rows(f"{graph.outputs[0].name}.{image}", slot, 1).__getitem__)
@@ -267,7 +293,8 @@ class OrtBackend:
         steps: list[Callable[[], object]] = []
         for step in graph.plan:
             if isinstance(step, Segment):
-                steps.append(_segment(self.sessions[step.file], step, arrays, self.free))
+                with reading(self.folder / step.file, self.folder):
+                    steps.append(_segment(self.sessions[step.file], step, arrays, self.free))
                 continue
             assert self.group is not None, "checked by load"
             steps.append(_meeting(self.group, step, arrays))
@@ -289,7 +316,13 @@ class OrtBackend:
 
 
 def open_ort(
-    folder: Path, cache: CacheSpec, *, threads: int | None, manifest: Manifest | None, group: Group | None = None
+    folder: Path,
+    cache: CacheSpec,
+    *,
+    threads: int | None,
+    manifest: Manifest | None,
+    group: Group | None = None,
+    verify: bool = False,
 ) -> OrtBackend:
     """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
     if manifest is None:
@@ -303,4 +336,5 @@ def open_ort(
         host = None
     # Where packed weights cannot be shared, float kernels do without; 8-bit kernels need them at any price.
     pack = small or manifest.quant != "none"
-    return OrtBackend(folder, cache, threads=threads, few_cores=1 if small else None, host=host, pack=pack, group=group)
+    few = 1 if small else None
+    return OrtBackend(folder, cache, threads=threads, few_cores=few, host=host, pack=pack, group=group, verify=verify)

@@ -7,7 +7,9 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
+from ..opening import Checks
 from .start import follow, meet
 from .world import started_world
 
@@ -18,6 +20,8 @@ def main() -> int:
     parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--timeout", type=float, required=True)
+    parser.add_argument("--verify", action="store_true")
+    parser.add_argument("--verify-key", type=Path)
     args = parser.parse_args()
     world = started_world()
     if world is None:
@@ -25,7 +29,8 @@ def main() -> int:
     threading.Thread(target=_leave_with_starter, daemon=True).start()
     try:
         store = meet(world)
-        status, _ = follow(args.artifact, world, store, device=args.device, threads=args.threads, timeout=args.timeout)
+        same: Any = {"device": args.device, "threads": args.threads, "timeout": args.timeout}
+        status, _ = follow(args.artifact, world, store, checks=Checks(args.verify, args.verify_key), **same)
         return status
     except (ValueError, RuntimeError, OSError) as error:
         sys.stderr.write(f"staticvl: rank {world.rank}: {error}\n")

@@ -16,6 +16,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from ..cores import usable_cores
+from ..opening import Checks
 from .crew import GRACE_S
 from .verdict import RankError
 from .world import LOOPBACK
@@ -32,11 +33,17 @@ def threads_each(threads: int | None, local_size: int) -> int:
 class LocalRanks:
     """Ranks 1 .. size - 1, as processes."""
 
-    def __init__(self, folder: Path, size: int, port: int, *, device: str, threads: int | None, timeout: float) -> None:
+    def __init__(
+        self, folder: Path, size: int, port: int, *, device: str, threads: int | None, timeout: float, checks: Checks
+    ) -> None:
         """port: of the store at which they meet rank 0."""
         arguments = [str(folder.resolve()), "--device", device, "--timeout", str(timeout)]
         if threads:
             arguments += ["--threads", str(threads)]
+        if checks.weights:
+            arguments += ["--verify"]
+        if checks.key is not None:
+            arguments += ["--verify-key", str(checks.key.resolve())]
         self.processes: dict[int, subprocess.Popen[bytes]] = {}
         try:
             for rank in range(1, size):

@@ -13,9 +13,11 @@ import signal
 import socket
 from collections.abc import Collection, Iterable
 from pathlib import Path
+from typing import Any
 
-from ..artifact import Artifact, ArtifactError, GraphSpec, open_artifact
+from ..artifact import Artifact, ArtifactError, GraphSpec
 from ..backends.base import Backend, open_backend
+from ..opening import Checks, open_checked
 from ..shown import quoted
 from .control import Members, Store, join
 from .crew import Crew
@@ -28,6 +30,7 @@ from .world import LOOPBACK, World, seat_of
 
 JOIN_S = 60.0  # for all ranks to come
 TIMEOUT_S = 300.0  # for a rank to come to a collective
+UNCHECKED = Checks()
 
 
 def read_timeout(given: float | None) -> float:
@@ -43,15 +46,16 @@ def read_timeout(given: float | None) -> float:
     return seconds
 
 
-def spawn(artifact: Artifact, *, device: str, threads: int | None, timeout: float) -> LeadingBackend:
+def spawn(
+    artifact: Artifact, *, device: str, threads: int | None, timeout: float, checks: Checks = UNCHECKED
+) -> LeadingBackend:
     """Start the other ranks of an artifact on this machine and lead them. Raises RankError when that fails."""
     store, port = _groups().host_store(JOIN_S)
     size = artifact.manifest.ranks
-    children = LocalRanks(artifact.folder, size, port, device=device, threads=threads, timeout=timeout)
+    same: Any = {"device": device, "threads": threads, "timeout": timeout, "checks": checks}
+    children = LocalRanks(artifact.folder, size, port, **same)
     try:
-        return lead(
-            artifact, World(0, size, size, LOOPBACK), store, device=device, threads=threads, timeout=timeout, children=children
-        )
+        return lead(artifact, World(0, size, size, LOOPBACK), store, **same, children=children)
     except BaseException:
         children.end()
         raise
@@ -70,6 +74,7 @@ def lead(
     device: str,
     threads: int | None,
     timeout: float,
+    checks: Checks = UNCHECKED,
     children: LocalRanks | None = None,
 ) -> LeadingBackend:
     """Rank 0: wait for the others, compare, and load; raises RankError, which names the rank that is at fault."""
@@ -87,7 +92,7 @@ def lead(
             link.send([encode(Kind.GO, go)])
 
         def open_all() -> Backend:
-            group, backend = _open(artifact, world, store, go.address, timeout, device, threads)
+            group, backend = _open(artifact, world, store, go.address, timeout, device, threads, checks)
             crew.meeting = lambda: group.meeting
             for graph in artifact.manifest.graphs:
                 backend.load(graph)
@@ -101,7 +106,16 @@ def lead(
         raise
 
 
-def follow(folder: Path, world: World, store: Store, *, device: str, threads: int | None, timeout: float) -> tuple[int, bool]:
+def follow(
+    folder: Path,
+    world: World,
+    store: Store,
+    *,
+    device: str,
+    threads: int | None,
+    timeout: float,
+    checks: Checks = UNCHECKED,
+) -> tuple[int, bool]:
     """Any other rank: take part until the end. The exit status, and whether a thread is left that may never end.
 
     An interrupt is ignored: rank 0 gets it too, and decides. Raises RankError when there is no rank 0.
@@ -109,22 +123,23 @@ def follow(folder: Path, world: World, store: Store, *, device: str, threads: in
     with contextlib.suppress(ValueError):  # not the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     leader, link = join(store, world, timeout)
-    opened = _opened(folder, world, link)
+    opened = _opened(folder, world, link, checks)
     graphs = () if isinstance(opened, str) else _graphs(opened, world)
     follower = Follower(world.rank, leader, link, graphs, timeout)
 
     def open_all(go: Go) -> tuple[Watched, Backend]:
         assert isinstance(opened, Artifact)
         own = link.socket.getsockname()[0]
-        return _open(opened, world, store, go.address if _is_loopback(own) else _plain(own), go.timeout, device, threads)
+        address = go.address if _is_loopback(own) else _plain(own)
+        return _open(opened, world, store, address, go.timeout, device, threads, checks)
 
     return follower.follow(open_all), follower.stuck
 
 
-def _opened(folder: Path, world: World, link: Link) -> Artifact | str:
+def _opened(folder: Path, world: World, link: Link, checks: Checks) -> Artifact | str:
     """This rank's artifact, or why there is none; rank 0 is told."""
     try:
-        opened = open_artifact(folder, rank=world.rank)
+        opened = open_checked(folder, checks, rank=world.rank)
         told = Opened(digest=opened.manifest.digest)
     except (ValueError, OSError) as error:
         opened, told = str(error), Opened(error=str(error)[:2000])
@@ -141,7 +156,14 @@ def _graphs(artifact: Artifact, world: World) -> tuple[GraphSpec | None, ...]:
 
 
 def _open(
-    artifact: Artifact, world: World, store: Store, address: str, timeout: float, device: str, threads: int | None
+    artifact: Artifact,
+    world: World,
+    store: Store,
+    address: str,
+    timeout: float,
+    device: str,
+    threads: int | None,
+    checks: Checks,
 ) -> tuple[Watched, Backend]:
     """This rank's way to the others, and its backend."""
     seat = seat_of(world.rank, artifact.manifest.tp, artifact.manifest.pp)
@@ -149,7 +171,14 @@ def _open(
     group = _groups().GlooGroup(store, seat, timeout, address)
     threads = threads_each(threads, world.local_size)
     backend = open_backend(
-        manifest.backend, artifact.folder, manifest.cache, device=device, threads=threads, manifest=manifest, group=group
+        manifest.backend,
+        artifact.folder,
+        manifest.cache,
+        device=device,
+        threads=threads,
+        manifest=manifest,
+        group=group,
+        verify=checks.all_files,
     )
     return group, backend
 

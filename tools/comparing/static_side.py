@@ -221,10 +221,10 @@ def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: 
         )
 
     if manifest.pp > 1:
-        whole = Artifact(folder, whole_pipeline(manifest))
+        whole = Artifact(folder, whole_pipeline(manifest), artifact.hold)
         return StaticSide(name, whole, PipelineBackend(manifest, open_rank), config, compiled=True)
     backend = LockstepBackend(manifest.tp, lambda group: open_rank(manifest, group))
-    return StaticSide(name, Artifact(folder, together(manifest)), backend, config, compiled=True)
+    return StaticSide(name, Artifact(folder, together(manifest), artifact.hold), backend, config, compiled=True)
 
 
 def together(manifest: Manifest) -> Manifest:

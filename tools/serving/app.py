@@ -33,7 +33,9 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         app.state.service = Service(model, settings)
+        watching = asyncio.create_task(app.state.service.newer.watch())
         yield
+        watching.cancel()
         await app.state.service.close()
 
     # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
@@ -56,8 +58,8 @@ def _add_routes(app: FastAPI, settings: Settings, created: int) -> None:
     @app.api_route("/health", methods=SAFE)
     async def health(request: Request) -> Response:
         service = service_of(request)
-        trouble = service.trouble or service.stall
-        return JSONResponse({"status": trouble or "ok"}, 503 if trouble else 200)
+        trouble, note = service.trouble or service.stall, service.newer.look()
+        return JSONResponse({"status": trouble or "ok"} | ({"artifact": note} if note else {}), 503 if trouble else 200)
 
     @app.api_route("/metrics", methods=SAFE)
     async def metrics(request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..verify_options import add_verify_options
 from .settings import MIB, Settings
 
 
@@ -43,6 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="K",
         help="draft up to K tokens of every answer; the artifact needs such graphs",
     )
+    add_verify_options(group)
     group.add_argument("--image-cache-mb", type=int, default=256, metavar="MB", help="features that are kept; default: 256")
     group.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of every request")
     group = parser.add_argument_group("limits")

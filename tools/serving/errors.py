@@ -12,10 +12,12 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import EngineClosedError
 from ...runtime.constraints import ConstraintError
 from ...runtime.engine import ContextError
 from ...runtime.images import ImageError
+from ...runtime.opening import RunError
 from ...runtime.ranks.verdict import RankError
 from .quiet import brief
 
@@ -55,7 +57,7 @@ def of_request(error: Exception) -> ApiError:
         return ApiError(400, str(error), param="messages", code="invalid_image")
     if isinstance(error, ConstraintError):
         return ApiError(400, str(error), param="response_format", code="invalid_form")
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError) and not isinstance(error, ArtifactError):
         return ApiError(400, str(error), code="invalid_value")
     return of_engine(error)
 
@@ -66,6 +68,9 @@ def of_engine(error: Exception) -> ApiError:
         return error
     if isinstance(error, RankError):
         return ApiError(503, "a part of the model is gone, and the server is about to end; try another one", code="rank_failed")
+    if isinstance(error, ArtifactError) and not isinstance(error, RunError):
+        told = "a file of the model cannot be opened, and the server is about to end; try another one"
+        return ApiError(503, told, code="artifact_failed")
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server ends before the answer is complete; try another one", code="unavailable")
     name = secrets.token_hex(4)

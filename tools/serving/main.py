@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import logging
 import os
 import socket
 import sys
+from collections.abc import Iterator
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
 
 from ... import runtime
+from ...runtime.artifact import ArtifactError, read_manifest
+from ..show import CODE
 from .app import create_app
 from .arguments import settings_of
 from .connections import protocol_with
@@ -32,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"anybody who reaches {args.host} is served, because no API key was given (--api-key-file)", file=sys.stderr)
     with (
         listening(args.host, args.port) as sock,
+        warned_of_code(args.artifact, args.verify_key),
         runtime.load(
             args.artifact,
             device=args.device,
@@ -43,9 +49,21 @@ def run(args: argparse.Namespace) -> int:
             image_cache_mb=args.image_cache_mb,
             request_log=args.request_log,
             system_in_user=args.system_in_user,
+            verify=args.verify,
+            verify_key=args.verify_key,
         ) as model,
     ):
+        model.open_graphs()  # what cannot be opened is known before anybody is served
         return serve(model, settings, sock)
+
+
+@contextlib.contextmanager
+def warned_of_code(folder: Path, key: Path | None) -> Iterator[None]:
+    """Said before anything of an artifact with code in it is run; what is wrong with the artifact, loading it says."""
+    with contextlib.suppress(ArtifactError):
+        if read_manifest(folder).ascend is not None and key is None:
+            print(f"staticvl: {folder} holds {CODE}", file=sys.stderr)
+    yield
 
 
 def listening(host: str, port: int) -> socket.socket:

@@ -7,11 +7,13 @@ import functools
 import math
 import time
 
+from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import AsyncEngine
 from ...runtime.model import Model
 from ...runtime.token_bytes import TokenBytes
 from .errors import ApiError
 from .figures import Figures
+from .newer import Newer
 from .pictures import Pictures
 from .settings import Settings
 
@@ -28,6 +30,7 @@ class Service:
         self.figures = Figures(model.engine)
         self.pictures = Pictures(settings, model.facts.image.alpha)
         self.spec = model.artifact.manifest.cache
+        self.newer = Newer(model.artifact)
         self.draining = False
         self.ready = asyncio.Lock()  # one request at a time holds decoded pictures that are not cut yet
         self._mean_s = 1.0  # that requests take, the latest counting most
@@ -39,6 +42,8 @@ class Service:
     @property
     def trouble(self) -> str | None:
         """Why nobody is let in, if so."""
+        if isinstance(self.engine.failure, ArtifactError):
+            return "a file of the model cannot be opened"
         if self.engine.failure is not None:
             return "a part of the model is gone"
         return "the server is shutting down" if self.draining else None

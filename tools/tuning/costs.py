@@ -93,7 +93,8 @@ def remeasure(folder: Path, passes: int, threads: int | None) -> tuple[dict[Key,
     from ...runtime.backends.base import open_backend
     from ...runtime.feeds import new_feed
 
-    manifest = open_artifact(folder).manifest
+    artifact = open_artifact(folder)  # held, so that a build does not remove what is opened here
+    manifest = artifact.manifest
     backend = open_backend(manifest.backend, folder, manifest.cache, device="cpu", threads=threads, manifest=manifest)
     best: dict[tuple[str, int], float] = {}
     jobs = [(graph, past) for graph in manifest.graphs for past in dict.fromkeys((0, _past(graph, manifest)))]
@@ -111,6 +112,7 @@ def remeasure(folder: Path, passes: int, threads: int | None) -> tuple[dict[Key,
                 feeds[graph.name]["lengths"][:] = 0
             best[graph.name, past] = min(spent, best.get((graph.name, past), spent))
             bar.update()
+    artifact.close()
     more = sum(best[graph.name, past] - best[graph.name, 0] for graph, past in jobs if past)
     pairs = sum(graph.bucket * past for graph, past in jobs if past)
     return _points((graph, best[graph.name, 0]) for graph in manifest.graphs), max(0.0, more / pairs) if pairs else 0.0

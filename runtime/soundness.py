@@ -1,0 +1,140 @@
+"""What a manifest must not say, whatever its seal: paths out of the artifact, tensors that do not fit their files or the cache.
+
+Ranges of single numbers are in the types of artifact.py; here is what several fields say together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import PurePath
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .artifact import GraphSpec, Manifest, TensorSpec, WeightSpec
+
+MOST_BYTES = 1 << 46  # of a cache, or of one tensor of a graph
+VOCABULARY = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # the files, by kind of tokenizer
+TEMPLATE = "chat_template.jinja"
+_CACHES = ("k_cache.", "v_cache.", "cross_k.", "cross_v.")
+
+
+def faults(manifest: Manifest) -> Iterator[str]:
+    """Each contradiction as a part of a sentence; none: the manifest is sound."""
+    yield from _paths(manifest)
+    yield from _settings(manifest)
+    for stage in range(manifest.pp):
+        part = manifest.of_stage(stage)
+        yield from _cache(part)
+        yield from _weights(part, stage)
+        yield from (f"{graph.name}: {fault}" for graph in part.graphs for fault in _graph(part, graph))
+        if len({graph.name for graph in part.graphs}) < len(part.graphs):
+            yield "two graphs have one kind and bucket"
+
+
+def leads_out(name: str) -> bool:
+    """Whether a path of a manifest is anything but a plain path within the artifact."""
+    path = PurePath(name)
+    return not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name
+
+
+def _paths(manifest: Manifest) -> Iterator[str]:
+    files = set(manifest.files)
+    graphs = [graph for stage in range(manifest.pp) for graph in manifest.of_stage(stage).graphs]
+    named = [*files, manifest.tokenizer, *(graph.file for graph in graphs)]
+    yield from (f"{name[:200]!r} is a path outside the artifact" for name in named if leads_out(name))
+    tokenizer = manifest.model.tokenizer
+    settings = [VOCABULARY.get(tokenizer.kind) or tokenizer.file, TEMPLATE]
+    needed = [*(file for graph in graphs for file in graph.files), *(f"{manifest.tokenizer}/{name}" for name in settings)]
+    yield from (f"{name[:200]!r} is used but not listed under files" for name in needed if name not in files)
+
+
+def _settings(manifest: Manifest) -> Iterator[str]:
+    if manifest.backend == "ascend" and manifest.ascend is None:
+        yield "graphs for Ascend were made for nothing in particular (`ascend` is missing)"
+    for kind in ("prefill", "decode"):
+        if not any(graph.kind == kind for graph in manifest.graphs):
+            yield f"there is no {kind} graph"
+    image = manifest.model.image
+    if any(rows * columns > manifest.model.vocab_size * 64 for rows, columns in image.grids):
+        yield "a grid has more tiles than a prompt could have tokens"
+
+
+def _cache(part: Manifest) -> Iterator[str]:
+    cache = part.cache
+    if cache.rows < cache.context:
+        yield f"the cache has {cache.rows} rows for a context of {cache.context}"
+    elif cache.layers * cache.kv_heads * cache.head_dim * cache.slots * cache.rows > MOST_BYTES or cache.nbytes > MOST_BYTES:
+        yield "the cache is larger than any machine's memory"
+
+
+def _weights(part: Manifest, stage: int) -> Iterator[str]:
+    ranks = range(stage * part.tp, (stage + 1) * part.tp) if part.ranks > 1 else [None]
+    for name, weight in part.weights.items():
+        if math.prod(weight.shape) * weight.width != weight.nbytes:
+            yield f"weight {name[:200]!r} has shape {list(weight.shape)}, {weight.dtype}, but {weight.nbytes} bytes"
+        for rank in ranks:
+            yield from _placed(part, name, weight, rank)
+
+
+def _placed(part: Manifest, name: str, weight: WeightSpec, rank: int | None) -> Iterator[str]:
+    """`rank`: whose; None: of a whole model."""
+    file = weight.file if rank is None else f"weights/rank-{rank}/{PurePath(weight.file).name}"
+    spec = part.files.get(file)
+    if spec is None:
+        yield f"weight {name[:200]!r} lies in {file[:200]!r}, which is not listed under files"
+    elif weight.offset + weight.nbytes > spec.nbytes:
+        yield f"weight {name[:200]!r} ends behind the end of {file[:200]!r}"
+
+
+def _graph(part: Manifest, graph: GraphSpec) -> Iterator[str]:
+    specs = {spec.name: spec for spec in (*graph.inputs, *(graph.buffers or ()), *graph.outputs)}
+    yield from (f"{name} is too large" for name, spec in specs.items() if spec.nbytes > MOST_BYTES)
+    yield from (f"{fault}" for spec in (*graph.inputs, *graph.outputs) for fault in _cached(part, spec))
+    if not graph.files:
+        yield "no step of it runs a file"
+    used = {name for step in graph.plan for name in step.names}
+    yield from (f"a step uses {name[:200]!r}, which is no tensor of the graph" for name in sorted(used - set(specs)))
+    yield from (f"weight {name[:200]!r} is unknown" for name in graph.weights if name not in part.weights)
+    for name, (dtype, shape) in _expected(part, graph).items():
+        if name in specs and (specs[name].dtype, specs[name].shape) != (dtype, shape):
+            yield f"{name} is {specs[name].dtype} {list(specs[name].shape)}, expected {dtype} {list(shape)}"
+
+
+def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:
+    """A cache of a graph is so many slots of the cache that there is; of outputs of vision graphs, one picture's entries."""
+    name = spec.name.removesuffix(".out")
+    if not name.startswith(_CACHES):
+        return
+    buffers = part.cache.buffers()
+    buffer = buffers.get(name) or buffers.get(f"{name}.0")
+    if buffer is None:
+        yield f"{spec.name[:200]!r} is no part of the cache"
+    elif len(spec.shape) != 4 or spec.shape[1:] != buffer[1:] or not 1 <= spec.shape[0] <= buffer[0]:
+        yield f"{spec.name} has shape {list(spec.shape)}, the cache {list(buffer)}"
+    elif spec.dtype != part.cache.dtype_of(name):
+        yield f"{spec.name} is {spec.dtype}, the cache {part.cache.dtype_of(name)}"
+
+
+def _expected(part: Manifest, graph: GraphSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """What the host fills and reads, as artifact.py describes it."""
+    image, cache = part.model.image, part.cache
+    if graph.kind == "vision":
+        pixels = ("uint8", (graph.bucket, image.size, image.size, 3))
+        return {"pixels": pixels, "tile_count": ("int32", (1,)), "aspect_id": ("int32", (1,))}
+    rows, tokens = (graph.bucket, 1) if graph.kind == "decode" else (1, graph.bucket)
+    rope, seen = ("float32", (rows, tokens, cache.head_dim)), graph.images * (cache.cross.tiles if cache.cross else 0)
+    return {
+        "token_ids": ("int32", (rows, tokens)),
+        "lengths": ("int32", (rows,)),
+        "row_index": ("int32", (1, tokens)),
+        "image_rows": ("float32", (tokens, part.model.hidden_size)),
+        "last_index": ("int32", (1,)),
+        "rope_cos": rope,
+        "rope_sin": rope,
+        "query_scale": ("float32", (rows, tokens, 1)),
+        "cross_mask": ("float32", (rows, tokens, seen)),
+        "cross_gate": ("float32", (rows, tokens, 2)),
+        "inverse_temperature": ("float32", (rows,)),
+        "logits": ("float32", (tokens if graph.kind == "verify" else rows, part.model.vocab_size)),
+    }

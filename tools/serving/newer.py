@@ -1,0 +1,55 @@
+"""Whether another artifact lies where the one that is served was opened."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+from ...runtime.artifact import MANIFEST, Artifact, ArtifactError, read_manifest
+
+CHECK_S = 5.0
+_MISSING = "missing"
+log = logging.getLogger(__name__)
+
+
+class Newer:
+    """Looks at the manifest when it is asked, and reads it when it has changed; what is found is logged once."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._artifact = artifact
+        # An artifact in memory alone was never there.
+        self._seen: Any = _MISSING if self._state() == _MISSING else None
+        self.note: str | None = None
+
+    def look(self) -> str | None:
+        """What to say to those who ask for the server's health; None: the artifact is the one that is served."""
+        state = self._state()
+        if state != self._seen:
+            self._seen, note = state, self._read()
+            if note and note != self.note:
+                log.warning("%s: %s", self._artifact.folder, note)
+            self.note = note
+        return self.note
+
+    async def watch(self) -> None:
+        """Look now and then, so that the log says it though nobody asks."""
+        while True:
+            await asyncio.to_thread(self.look)
+            await asyncio.sleep(CHECK_S)
+
+    def _state(self) -> Any:
+        try:
+            stat = self._artifact.path(MANIFEST).stat()
+        except OSError:
+            return _MISSING
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
+    def _read(self) -> str | None:
+        try:
+            digest = read_manifest(self._artifact.folder).digest
+        except ArtifactError:
+            return "the artifact in its folder is damaged or gone; the one that was opened is served on"
+        if digest == self._artifact.manifest.digest:
+            return None
+        return "a newer artifact lies in its folder; restart the server to serve it"
