@@ -108,7 +108,7 @@ Number = Annotated[int, Meta(ge=0, le=1 << 24)]  # a count or an index that may 
 Size = Annotated[int, Meta(ge=0, le=1 << 50)]  # bytes
 Work = Annotated[int, Meta(ge=0, le=(1 << 63) - 1)]  # operations or bytes of a run
 Time = Annotated[float, Meta(ge=0, le=1e12)]
-Dtype = Annotated[str, Meta(pattern="^(float32|int32|float16|bfloat16|uint8|int8)$")]
+Dtype = Annotated[str, Meta(pattern=r"^(float32|int32|float16|bfloat16|uint8|int8)\Z")]
 MOST_MANIFEST = 1 << 28  # bytes of manifest.json
 Shape = tuple[Annotated[int, Meta(ge=0, le=1 << 40)], ...]
 
