@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _again(name: str, seed: int, folder: Path) -> int:
     kind, _, index = name.partition("/")
-    tallies = run_kind(KINDS[kind], [Case(kind, int(index), seed)], 1, folder, float("inf"), _show)
+    tallies = run_kind(KINDS[kind], [Case(kind, int(index), seed)], folder, float("inf"), _show)
     return int(bool(tallies.failures))
 
 

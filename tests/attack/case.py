@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import random
+import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+HERE = Path(__file__).parent
+REPO = HERE.parents[1]
 LONGEST_MESSAGE = 1000  # characters that an error may have, paths included
 
 
@@ -97,13 +100,8 @@ def ending_of(error: Exception) -> str:
 
 
 def _place(error: BaseException) -> str:
-    """The innermost line of the project that the exception passed."""
-    found, trace = "unknown", error.__traceback__
-    while trace is not None:
-        path = Path(trace.tb_frame.f_code.co_filename)
-        if "site-packages" not in path.parts and "attack" not in path.parts[-2:-1] and path.suffix == ".py":
-            inside = "/".join(path.parts[-2:])
-            if "lib" not in path.parts:
-                found = f"{inside}:{trace.tb_lineno}"
-        trace = trace.tb_next
-    return found
+    """The innermost line of the project that the exception passed; of the harness where it passed no other."""
+    lines = [(frame.filename, frame.lineno) for frame in traceback.extract_tb(error.__traceback__)]
+    ours = [(Path(name), line) for name, line in lines if Path(name).is_relative_to(REPO) and "site-packages" not in name]
+    path, line = next((each for each in reversed(ours) if each[0].parent != HERE), ours[-1])
+    return f"{path.parent.name}/{path.name}:{line}"

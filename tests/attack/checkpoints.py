@@ -21,12 +21,12 @@ from staticvl.compiler.progress import Progress
 from staticvl.weights.rules import match
 from staticvl.weights.source import open_source
 
-from ..conftest import EMBEDDED
-from .case import Attempt, Kind
+from .case import REPO, Attempt, Kind
+from .models import EMBEDDED
 from .mutate import BYTES, json_menu, shuffled
 
 ASSETS = EMBEDDED.parent
-QWEN = ASSETS.parent.parent / "tests" / "golden" / "qwen_vl_tiny" / "checkpoint"
+QWEN = REPO / "tests" / "golden" / "qwen_vl_tiny" / "checkpoint"
 WHOLE = (ASSETS / "tiny_llava15", ASSETS / "tiny_llava16", ASSETS / "tiny_mllama", QWEN)
 Write = Callable[[random.Random, Path], None]  # changes the file of a copy, which is its own
 

@@ -10,6 +10,7 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from PIL import Image
 from staticvl.runtime.images import load_image
 
 from .case import Attempt, Kind
-from .mutate import BYTES
+from .mutate import BYTES, shuffled
 
+Make = Callable[[random.Random], Any]
 SIZE = (61, 47)  # distinct, so that a header's numbers are found by their value
 LIES = (0, 1, 48, 255, 0x7FFF, 0xFFFF, 0x7FFFFFFF, 0xFFFFFFFF)
 FRAMED = ("GIF", "APNG", "MPO", "TIFF", "WEBP")
@@ -114,39 +116,46 @@ def png(width: int, height: int, rows: bytes, *chunks: tuple[bytes, bytes], dept
     )
 
 
-def bombs() -> dict[str, bytes]:
-    packed = zlib.compress(bytes(200 << 20), 9)
-    tiny = png(1, 1, b"\0\0")
-    return {
-        "a PNG of 30,000 x 30,000 in one bit": png(30_000, 30_000, bytes(30_000 * 3751)),
-        "a PNG of 60,000 x 60,000 without rows": png(60_000, 60_000, b""),
-        "a PNG that unpacks to more than it is large": png(8, 8, bytes(100 << 20)),
-        "a PNG of 1 x 200,000": png(1, 200_000, bytes(2 * 200_000)),
-        "a PNG of 200,000 x 1": png(200_000, 1, bytes(25_001)),
-        "a PNG with a text that unpacks to 200 MB": png(1, 1, b"\0\0", (b"zTXt", b"Comment\0\0" + packed)),
-        "a PNG with a profile that unpacks to 200 MB": png(1, 1, b"\0\0", (b"iCCP", b"icc\0\0" + packed)),
-        "a PNG with international text that unpacks to 200 MB": png(1, 1, b"\0\0", (b"iTXt", b"k\0\1\0\0\0" + packed)),
-        "a PNG with a million chunks": tiny[:-12] + b"\0\0\0\0tEXt\xe2\x85\xb9\x9b" * 1_000_000 + tiny[-12:],
-        "a PNG of palette without palette": png(4, 4, bytes(20), depth=8, colour=3),
-        "a PNG with a chunk of 2 GB": tiny[:33] + struct.pack(">I", 0x7FFFFFFF) + b"IDAT" + bytes(100),
-        "an ICO of 4000 images": struct.pack("<HHH", 0, 1, 4000)
-        + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, 99, 64000) * 4000,
-        "an ICO with a PNG of 60,000 x 60,000": struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, 99, 22)
-        + png(60_000, 60_000, b""),
-        "a GIF of many frames": b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff" + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0" * 200_000 + b";",
-        "a BMP of negative height": b"BM"
-        + struct.pack("<IHHIIiiHHIIiiII", 58, 0, 0, 54, 40, 8, -(2**31), 1, 24, 0, 4, 1, 1, 0, 0)
-        + bytes(4),
-        "a PPM of a million digits": b"P6 " + b"9" * 1_000_000 + b" 1 255\n",
-        "a PPM of a long comment": b"P6 #" + b"x" * 3_000_000,
-        "a TIFF whose directory is itself": b"II*\0\x08\0\0\0\1\0\x00\x01\3\0\1\0\0\0\1\0\0\0\x08\0\0\0",
-        "a TIFF of 65,535 tags": b"II*\0\x08\0\0\0\xff\xff" + b"\x00\x01\4\0\xff\xff\xff\x7f\1\0\0\0" * 65_535,
-        "a JPEG of markers alone": b"\xff\xd8" + b"\xff\xfe\0\2" * 500_000,
-        "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/etc/passwd) (r) file\n",
-        "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-        "text": b"hello",
-        "zeros": bytes(1 << 20),
-    }
+def _packed() -> bytes:
+    """200 MB of zeros."""
+    return zlib.compress(bytes(200 << 20), 1)
+
+
+TINY = png(1, 1, b"\0\0")
+BOMBS: dict[str, Callable[[], bytes]] = {
+    "a PNG of 30,000 x 30,000 in one bit": lambda: png(30_000, 30_000, bytes(30_000 * 3751)),
+    "a PNG of 60,000 x 60,000 without rows": lambda: png(60_000, 60_000, b""),
+    "a PNG that unpacks to more than it is large": lambda: png(8, 8, bytes(100 << 20)),
+    "a PNG of 1 x 200,000": lambda: png(1, 200_000, bytes(2 * 200_000)),
+    "a PNG of 200,000 x 1": lambda: png(200_000, 1, bytes(25_001)),
+    "a PNG with a text that unpacks to 200 MB": lambda: png(1, 1, b"\0\0", (b"zTXt", b"Comment\0\0" + _packed())),
+    "a PNG with a profile that unpacks to 200 MB": lambda: png(1, 1, b"\0\0", (b"iCCP", b"icc\0\0" + _packed())),
+    "a PNG with international text that unpacks to 200 MB": lambda: png(1, 1, b"\0\0", (b"iTXt", b"k\0\1\0\0\0" + _packed())),
+    "a PNG with a million chunks": lambda: TINY[:-12] + b"\0\0\0\0tEXt\xe2\x85\xb9\x9b" * 1_000_000 + TINY[-12:],
+    "a PNG of palette without palette": lambda: png(4, 4, bytes(20), depth=8, colour=3),
+    "a PNG with a chunk of 2 GB": lambda: TINY[:33] + struct.pack(">I", 0x7FFFFFFF) + b"IDAT" + bytes(100),
+    "an ICO of 4000 images": lambda: (
+        struct.pack("<HHH", 0, 1, 4000) + struct.pack("<BBBBHHII", 0, 0, 0, 0, 1, 32, 99, 64000) * 4000
+    ),
+    "an ICO with a PNG of 60,000 x 60,000": lambda: (
+        struct.pack("<HHHBBBBHHII", 0, 1, 1, 0, 0, 0, 0, 1, 32, 99, 22) + png(60_000, 60_000, b"")
+    ),
+    "a GIF of many frames": lambda: (
+        b"GIF89a\1\0\1\0\x80\0\0\0\0\0\xff\xff\xff" + b",\0\0\0\0\1\0\1\0\0\2\2D\1\0" * 200_000 + b";"
+    ),
+    "a BMP of negative height": lambda: (
+        b"BM" + struct.pack("<IHHIIiiHHIIiiII", 58, 0, 0, 54, 40, 8, -(2**31), 1, 24, 0, 4, 1, 1, 0, 0) + bytes(4)
+    ),
+    "a PPM of a million digits": lambda: b"P6 " + b"9" * 1_000_000 + b" 1 255\n",
+    "a PPM of a long comment": lambda: b"P6 #" + b"x" * 3_000_000,
+    "a TIFF whose directory is itself": lambda: b"II*\0\x08\0\0\0\1\0\x00\x01\3\0\1\0\0\0\1\0\0\0\x08\0\0\0",
+    "a TIFF of 65,535 tags": lambda: b"II*\0\x08\0\0\0\xff\xff" + b"\x00\x01\4\0\xff\xff\xff\x7f\1\0\0\0" * 65_535,
+    "a JPEG of markers alone": lambda: b"\xff\xd8" + b"\xff\xfe\0\2" * 500_000,
+    "EPS": lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(/etc/passwd) (r) file\n",
+    "SVG": lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
+    "text": lambda: b"hello",
+    "zeros": lambda: bytes(1 << 20),
+}
 
 
 SOURCES: tuple[Any, ...] = (
@@ -160,31 +169,34 @@ SOURCES: tuple[Any, ...] = (
 
 @dataclass(frozen=True, slots=True)
 class Ground:
-    files: tuple[tuple[str, bytes], ...]
-    bombs: tuple[tuple[str, bytes], ...]
+    menu: tuple[tuple[str, Make], ...]  # what, and a source
     path: Path
 
 
 @contextlib.contextmanager
 def ground(folder: Path) -> Iterator[Ground]:
-    found = Ground(tuple(samples()), tuple(bombs().items()), folder / "image")
-    for _, data in found.files:  # opens what Pillow keeps open
+    path, files = folder / "image", samples()
+    for _, data in files:  # opens what Pillow keeps open
         _load(io.BytesIO(data))
-    yield found
+    menu: list[tuple[str, Make]] = [(name, partial(_file, path, bomb)) for name, bomb in BOMBS.items()]
+    menu += [(f"the source {source!r:.80}", lambda _, source=source: source) for source in SOURCES]
+    for name, data in files:
+        menu += [(f"{change} {name}", partial(_changed, path, CHANGES[change], data)) for change in CHANGES]
+    yield Ground(tuple(shuffled(menu)), path)
 
 
 def make(ground: Ground, rng: random.Random, index: int) -> Attempt:
-    if index < len(ground.bombs):
-        what, data = ground.bombs[index]
-        return Attempt(what, lambda: _load(_source(rng, data, ground.path)))
-    index -= len(ground.bombs)
-    if index < len(SOURCES):
-        return Attempt(f"the source {SOURCES[index]!r:.80}", lambda: _load(SOURCES[index]))
-    names = list(CHANGES)
-    name, data = ground.files[index % len(ground.files)]
-    change = names[index // len(ground.files) % len(names)]
-    source = _source(rng, CHANGES[change](rng, data), ground.path)
-    return Attempt(f"{change} {name}", lambda: _load(source))
+    what, source_of = ground.menu[index % len(ground.menu)]
+    source = source_of(rng)
+    return Attempt(what, lambda: _load(source))
+
+
+def _file(path: Path, data: Callable[[], bytes], rng: random.Random) -> Any:
+    return _source(rng, data(), path)
+
+
+def _changed(path: Path, change: Callable[[random.Random, bytes], bytes], data: bytes, rng: random.Random) -> Any:
+    return _source(rng, change(rng, data), path)
 
 
 def _source(rng: random.Random, data: bytes, path: Path) -> Any:

@@ -20,9 +20,8 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import verify
 
-from ..conftest import EMBEDDED, REPO
-from .case import Attempt, Kind
-from .models import answer, known
+from .case import REPO, Attempt, Kind
+from .models import EMBEDDED, answer, known
 from .server import Target, request, serving
 
 PATIENCE_S = 60.0

@@ -53,7 +53,7 @@ class WorkerLane:
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
-        arguments = (self.kind.name, self.folder, self.log.path, theirs)
+        arguments = (self.kind, self.folder, self.log.path, theirs)
         self.process = context.Process(target=worker.main, args=arguments, daemon=True)
         self.process.start()
         theirs.close()

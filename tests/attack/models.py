@@ -10,8 +10,9 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
-from ..conftest import EMBEDDED
+from .case import REPO
 
+EMBEDDED = REPO / "tools" / "assets" / "tiny_llava15"
 QUESTION = "What is in the picture?"
 IMAGE = EMBEDDED.parent / "shapes.png"
 BUCKETS = {

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,20 +45,29 @@ def counts_of(kinds: Sequence[Kind], total: int | None) -> list[int]:
 
 
 def run_kind(
-    kind: Kind, cases: Iterable[Case], planned: int, folder: Path, seconds: float, seen: Callable[[Tally, Outcome], object]
+    kind: Kind,
+    cases: Sequence[Case],
+    folder: Path,
+    seconds: float,
+    seen: Callable[[Tally, Outcome], object] = lambda *_: None,
+    most: float = float("inf"),
 ) -> Tally:
-    """The cases of one kind, as many as end within so many seconds."""
-    tally = Tally(kind, planned)
+    """The cases of one kind, as many as begin within so many seconds, until `most` of them have failed."""
+    tally = Tally(kind, len(cases))
     with lane_of(kind, folder) as lane:
         started = time.monotonic()
         for case in cases:
-            if time.monotonic() - started > seconds:
+            if time.monotonic() - started > seconds or len(tally.failures) >= most:
                 break
             outcome = lane.attack(case)
             tally.add(outcome)
             seen(tally, outcome)
         tally.seconds = time.monotonic() - started
     return tally
+
+
+def cases_of(kind: Kind, count: int, seed: int) -> list[Case]:
+    return [Case(kind.name, index, seed) for index in range(count)]
 
 
 class Watch:
@@ -85,8 +94,7 @@ def run(kinds: Sequence[Kind], *, count: int | None, seconds: float, seed: int, 
     tallies = []
     for kind, planned in zip(kinds, counts_of(kinds, count), strict=True):
         share = max(deadline - time.monotonic(), 0) * _weight(kind, kinds[len(tallies) :])
-        cases = (Case(kind.name, index, seed) for index in range(planned))
-        tallies.append(run_kind(kind, cases, planned, folder, share, watch))
+        tallies.append(run_kind(kind, cases_of(kind, planned, seed), folder, share, watch))
     return tallies
 
 

@@ -17,15 +17,12 @@ SPACE = 24 << 30  # bytes of address space; more is a MemoryError
 TORCH_THREADS = "1"
 
 
-def main(name: str, folder: Path, log: Path, connection: Connection) -> None:
-    """Serve cases of the kind `name` until the connection ends. Standard output and error go to `log`."""
+def main(kind: Kind, folder: Path, log: Path, connection: Connection) -> None:
+    """Serve cases of a kind until the connection ends. Standard output and error go to `log`."""
     _redirect(log)
     os.environ.setdefault("OMP_NUM_THREADS", TORCH_THREADS)
     resource.setrlimit(resource.RLIMIT_AS, (SPACE, SPACE))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    from .kinds import KINDS
-
-    kind = KINDS[name]
     with kind.ground(folder) as ground:
         connection.send(("ready", ""))
         base = _counts()
