@@ -18,8 +18,6 @@ from typing import Any
 from staticvl.compiler.build import plan_only, prepare
 from staticvl.compiler.plan import Options
 from staticvl.compiler.progress import Progress
-from staticvl.weights.rules import match
-from staticvl.weights.source import open_source
 
 from .case import REPO, Attempt, Kind
 from .models import EMBEDDED
@@ -87,6 +85,9 @@ def make(ground: Ground, rng: random.Random, index: int) -> Attempt:
 
 def _examine(checkpoint: Path, out: Path) -> str:
     """All that a compilation reads before it traces graphs, and every tensor."""
+    from staticvl.weights.rules import match  # which import torch
+    from staticvl.weights.source import open_source
+
     options = Options(checkpoint=checkpoint, out=out)
     plan_only(options)
     job = prepare(options, Progress())

@@ -10,6 +10,7 @@ import urllib.parse
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from .models import IMAGE
 
@@ -27,22 +28,29 @@ class Host:
 
 @contextlib.contextmanager
 def hosting() -> Iterator[Host]:
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), _Handler) as server:
-        server.daemon_threads = True
-        server.block_on_close = False
-        server.handle_error = lambda *_: None  # clients leave: that is what they are here for
-        host = server.host = Host(server.server_port)  # type: ignore[attr-defined]
+    with _Server(("127.0.0.1", 0), _Handler) as server:
+        host = server.host = Host(server.server_port)
         threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
         yield host
         server.shutdown()
 
 
+class _Server(http.server.ThreadingHTTPServer):
+    daemon_threads, block_on_close = True, False
+    host: Host
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Clients leave: that is what this host is for."""
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
+    server: _Server  # type: ignore[assignment]
+
+    def log_message(self, format: str, *args: object) -> None:
         pass
 
     def do_GET(self) -> None:
-        self.server.host.seen.append(self.path)  # type: ignore[attr-defined]
+        self.server.host.seen.append(self.path)
         path, _, query = self.path.partition("?")
         name = path.strip("/").split("/")[0]
         if name == "to":
@@ -139,7 +147,10 @@ def _gzip(handler: _Handler) -> None:
 
 
 def _raw(data: bytes) -> Callable[[_Handler], None]:
-    return lambda handler: handler.wfile.write(data) and None
+    def write(handler: _Handler) -> None:
+        handler.wfile.write(data)
+
+    return write
 
 
 OK = b"HTTP/1.1 200 OK\r\n"

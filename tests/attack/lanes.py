@@ -41,6 +41,9 @@ class Log:
             self._read = file.tell()
         return text[-2000:] if any(mark in text for mark in COMPLAINTS) else ""
 
+    def tail(self) -> str:
+        return self.path.read_text(errors="replace")[-2000:]
+
 
 class WorkerLane:
     """Cases of one kind in a worker."""
@@ -59,7 +62,7 @@ class WorkerLane:
         theirs.close()
         if not self.connection.poll(READY_S) or not self._receive():
             self.close()
-            raise RuntimeError(f"the worker of {self.kind.name} did not start; see {self.log.path}")
+            raise RuntimeError(f"the worker of {self.kind.name} did not start: {self.log.tail()}")
 
     def _receive(self) -> tuple[str, str] | None:
         """None: the worker is gone."""
@@ -73,7 +76,7 @@ class WorkerLane:
         self.connection.send(case)
         what = self._receive() if self.connection.poll(MAKING_S) else None
         if what is None:
-            raise RuntimeError(f"the harness could not make the case {case.name}; see {self.log.path}")
+            raise RuntimeError(f"the harness could not make the case {case.name}: {self.log.tail()}")
         if not self.connection.poll(self.kind.limit_s):
             ending, detail = "no end in time", f"more than {self.kind.limit_s:g} s"
         elif (result := self._receive()) is None:

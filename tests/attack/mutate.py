@@ -194,23 +194,23 @@ def _wholes(document: Any) -> list[Change]:
     """Texts in place of the document, or of the whole of its text."""
     text = json.dumps(document)
     first = next(iter(document)) if isinstance(document, dict) and document else "a"
-    forms = {
-        "nothing": "",
-        "a number": "1",
-        "null": "null",
-        "a list": f"[{text}]",
-        "open brackets": "[" * DEEP,
-        "open braces": OPEN * DEEP,
-        "deep lists in a value": f'{{"{first}": {"[" * DEEP}{"]" * DEEP}}}',
-        "deep objects in a value": f'{{"{first}": {OPEN * DEEP}1{CLOSE * DEEP}}}',
-        "a number of many digits": f'{{"{first}": {"9" * 100_000}}}',
-        "a text of a megabyte": json.dumps({first: "x" * 1_000_000}),
-        "a key of a megabyte": json.dumps({"k" * 1_000_000: 1}),
-        "many keys": json.dumps({f"key{i}": i for i in range(100_000)}),
-        "a byte-order mark": "\ufeff" + text,
-        "a NUL": text + "\0",
-        "half a surrogate": text.replace("{", '{"\\ud800": 1, ', 1),
-        "two documents": text + text,
-        "a comment": "// comment\n" + text,
+    forms: dict[str, Callable[[], str]] = {
+        "nothing": lambda: "",
+        "a number": lambda: "1",
+        "null": lambda: "null",
+        "a list": lambda: f"[{text}]",
+        "open brackets": lambda: "[" * DEEP,
+        "open braces": lambda: OPEN * DEEP,
+        "deep lists in a value": lambda: f'{{"{first}": {"[" * DEEP}{"]" * DEEP}}}',
+        "deep objects in a value": lambda: f'{{"{first}": {OPEN * DEEP}1{CLOSE * DEEP}}}',
+        "a number of many digits": lambda: f'{{"{first}": {"9" * 100_000}}}',
+        "a text of a megabyte": lambda: json.dumps({first: "x" * 1_000_000}),
+        "a key of a megabyte": lambda: json.dumps({"k" * 1_000_000: 1}),
+        "many keys": lambda: json.dumps({f"key{i}": i for i in range(100_000)}),
+        "a byte-order mark": lambda: "\ufeff" + text,
+        "a NUL": lambda: text + "\0",
+        "half a surrogate": lambda: text.replace("{", '{"\\ud800": 1, ', 1),
+        "two documents": lambda: text + text,
+        "a comment": lambda: "// comment\n" + text,
     }
-    return [Change(what, lambda _, form=form: form) for what, form in forms.items()]
+    return [Change(what, lambda _, form=form: form()) for what, form in forms.items()]

@@ -12,15 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..test_server_pictures import INSIDE
 from .case import Attempt, Kind
 from .hosts import BAD, Host, hosting
 from .mutate import shuffled
 from .server import REFUSALS, Target, checked, judged, request, serving
 
-# Further names of loopback, none of which needs a name server.
+# Names of addresses inside, beside those of test_server_pictures.py; none needs a name server.
 NAMES = (
-    *INSIDE, "localhost.", "LOCALHOST", "127.0.0.1.", "127.0.1", "127.255.255.254", "0", "0x7f.1", "0x7F000001",
+    "localhost.", "LOCALHOST", "127.0.0.1.", "127.0.1", "127.255.255.254", "0", "0x7f.1", "0x7F000001",
     "017700000001", "0177.0.0.01", "127.0.0.1%00", "127.0.0.1%2e", "[0:0:0:0:0:0:0:1]", "[::1%25lo]", "[::ffff:0:127.0.0.1]",
     "[0:0:0:0:0:ffff:127.0.0.1]", "[::ffff:a9fe:a9fe]",
     "①②⑦.⓪.⓪.①", "１２７.０.０.１", "127。0。0。1",
@@ -72,7 +71,9 @@ def ground(folder: Path) -> Iterator[Ground]:
 
 
 def menu(port: int) -> list[tuple[bool, str]]:
-    inside = [f"http://{name}:{port}/image" for name in (*NAMES, HOSTNAME)]
+    from ..test_server_pictures import INSIDE  # which imports a client of OpenAI's
+
+    inside = [f"http://{name}:{port}/image" for name in (*INSIDE, *NAMES, HOSTNAME)]
     hosts = [f"http://127.0.0.1:{port}/{name}" for name in BAD]
     hosts += [f"http://127.0.0.1:{port}/status?{status}" for status in (204, 304, 401, 407, 418, 500, 999)]
     hosts += [f"http://127.0.0.1:{port}/to?{urllib.parse.quote(target, errors='surrogatepass')}" for target in TARGETS]

@@ -136,9 +136,9 @@ CHUNKS = (
 )  # fmt: skip
 
 
-def menu() -> list[tuple[str, list[Piece]]]:
+def menu() -> list[tuple[str, Sequence[Piece]]]:
     """What, and what is sent."""
-    found: list[tuple[str, list[Piece]]] = [(f"the line {line[:50]!r}", [line]) for line in LINES]
+    found: list[tuple[str, Sequence[Piece]]] = [(f"the line {line[:50]!r}", [line]) for line in LINES]
     found += [(f"the line {line[:50]!r}, then no more", [line, "half"]) for line in LINES]
     found += [(f"the header {each[:50]!r}", [GET + each + b"\r\n\r\n"]) for each in HEADERS]
     found += [(f"the header {each[:50]!r} of a completion", [SIZED[:-2] + each + b"\r\n\r\n" + BODY]) for each in HEADERS]
@@ -148,10 +148,10 @@ def menu() -> list[tuple[str, list[Piece]]]:
     return shuffled(found) + _timings()
 
 
-def _timings() -> list[tuple[str, list[Piece]]]:
+def _timings() -> list[tuple[str, Sequence[Piece]]]:
     """Senders that are slow, early to leave, or many at once in one connection."""
     places = (1, 30, len(HEAD), len(SIZED), len(SIZED) + 10, len(HONEST) - 1)
-    found: list[tuple[str, list[Piece]]] = [
+    found: list[tuple[str, Sequence[Piece]]] = [
         (f"a client that drops the connection after {n} bytes", [HONEST[:n], "reset"]) for n in places
     ]
     found += [(f"a client that ends after {n} bytes", [HONEST[:n], "half"]) for n in places]
@@ -185,7 +185,7 @@ def _streamed() -> bytes:
 @dataclass(frozen=True, slots=True)
 class Ground:
     target: Target
-    menu: tuple[tuple[str, list[Piece]], ...]
+    menu: tuple[tuple[str, Sequence[Piece]], ...]
 
 
 @contextlib.contextmanager
