@@ -4,6 +4,7 @@ there to see."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -14,6 +15,7 @@ import pytest
 from .attack import mischief, server
 from .attack.kinds import KINDS
 from .attack.runner import Watch, cases_of, counts_of, run_kind, table
+from .conftest import REPO
 
 COUNTS = {"artifacts": 80, "manifests": 80, "checkpoints": 40, "images": 100, "templates": 80, "fields": 60, "wire": 40}
 
@@ -79,3 +81,12 @@ def test_what_is_left_in_a_server_is_seen(folder: Path, monkeypatch: pytest.Monk
         target.process.kill()
         target.process.wait()
         assert target.trouble(thorough=False).startswith("the server ended")
+
+
+def test_the_table_in_the_docs_names_every_kind_with_its_time() -> None:
+    text = (REPO / "docs" / "server.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \|[^|]+\|([^|]+)\| (\d+) s \|$", text, re.MULTILINE)
+    assert [(name, float(seconds)) for name, _, seconds in rows] == [(kind.name, kind.limit_s) for kind in KINDS.values()]
+    for name, endings, _ in rows:
+        own = {ending for ending in KINDS[name].endings if ending.endswith("Error")}
+        assert set(re.findall(r"\w+Error", endings)) == own
