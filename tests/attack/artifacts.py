@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from staticvl.runtime.artifact import WEIGHTS, verify
+
 from .case import Attempt, Kind
-from .models import Model, judge, known
+from .models import Model, answer, known
 from .mutate import BYTES, shuffled
 
 
@@ -41,7 +43,17 @@ def make(ground: Ground, rng: random.Random, index: int) -> Attempt:
         path.write_bytes(BYTES[damage](rng, data))
     else:
         STRUCTURE[damage](rng, path)
-    return Attempt(f"{damage} {file} of the {model.backend} artifact", lambda: judge(copy, model))
+    return Attempt(f"{damage} {file} of the {model.backend} artifact", lambda: _judge(copy, model, file))
+
+
+def _judge(artifact: Path, model: Model, file: str) -> str:
+    """How a use of a damaged copy ends. The contents of weights need not be read before they are used: damage there may be
+    left to `verify`."""
+    if answer(artifact, model.backend) == model.answer:
+        return "right answer"
+    if file.startswith(WEIGHTS):
+        verify(artifact)
+    return "wrong answer"
 
 
 def _missing(_: random.Random, path: Path) -> None:

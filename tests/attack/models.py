@@ -33,9 +33,9 @@ class Model:
     answer: str
 
     def files(self) -> list[str]:
-        """Paths of its files, within its folder; the lock of builds holds nothing."""
-        found = (path for path in self.folder.rglob("*") if path.is_file() and path.name != ".build.lock")
-        return sorted(str(path.relative_to(self.folder)) for path in found)
+        """Paths of its files, within its folder; those whose names begin with a dot are no part of it."""
+        found = (path.relative_to(self.folder) for path in self.folder.rglob("*") if path.is_file())
+        return sorted(str(path) for path in found if not any(part.startswith(".") for part in path.parts))
 
     def copied(self, folder: Path) -> Path:
         """A copy that shares its files: one that is to change has to be unlinked first."""
@@ -64,8 +64,3 @@ def answer(artifact: Path, backend: str) -> str:
     """To the question about the image, greedy."""
     with runtime.load(artifact, device=DEVICES[backend]) as model:
         return model.generate(QUESTION, [IMAGE], max_new_tokens=TOKENS[backend], temperature=0).text
-
-
-def judge(artifact: Path, model: Model) -> str:
-    """How a use of a changed copy ends."""
-    return "right answer" if answer(artifact, model.backend) == model.answer else "wrong answer"
