@@ -54,6 +54,7 @@ class Target:
     answer: str = ""
     fds: int = 0
     threads: int = 0
+    processes: int = 0
     since: int = 0  # attacks since the last honest request
     alone: bool = True  # so that what an attack leaves can be seen; others ask at the same time where not
 
@@ -81,11 +82,12 @@ class Target:
     def measure(self) -> None:
         """Take what there is now for what must be there after each attack."""
         self.answer = self.honest()
+        self.ask(json.dumps(request(regex="(a|b){3}", max_tokens=3)).encode())  # forms may have a process of their own
         for _ in range(4):
             self.honest()
         time.sleep(0.2)
         process = psutil.Process(self.process.pid)
-        self.fds, self.threads = process.num_fds(), process.num_threads() + POOLED
+        self.fds, self.threads, self.processes = process.num_fds(), process.num_threads() + POOLED, len(process.children())
 
     def trouble(self, *, thorough: bool) -> str:
         """What an attack has left: empty, or the name of an ending that no kind allows, ": ", and more."""
@@ -109,6 +111,8 @@ class Target:
             return f"leaves file descriptors: {self.fds} -> {fds}"
         if (threads := process.num_threads()) > self.threads:
             return f"leaves threads: {threads}, expected at most {self.threads}"
+        if (processes := len(process.children())) > self.processes:
+            return f"leaves processes: {self.processes} -> {processes}"
         return ""
 
 
