@@ -17,7 +17,7 @@ from .attack.kinds import KINDS
 from .attack.runner import Watch, cases_of, counts_of, run_kind, table
 from .conftest import REPO
 
-COUNTS = {"artifacts": 80, "manifests": 80, "checkpoints": 40, "images": 100, "templates": 80, "fields": 60, "wire": 40}
+COUNTS = {"artifacts": 60, "manifests": 60, "checkpoints": 30, "images": 100, "templates": 80, "fields": 60, "wire": 30}
 
 
 @pytest.fixture(scope="module")
