@@ -89,9 +89,11 @@ def run_attempt(attempt: Attempt) -> tuple[str, str]:
 
 
 def ending_of(error: Exception) -> str:
-    name, text = type(error).__name__, str(error)
-    if not type(error).__module__.startswith("staticvl."):
-        return f"{name} at {_place(error)}"
+    """The most general class of ours that the error is of, if its message is one that people can read."""
+    ours = [each.__name__ for each in type(error).__mro__ if each.__module__.startswith("staticvl.")]
+    if not ours:
+        return f"{type(error).__name__} at {_place(error)}"
+    name, text = ours[-1], str(error)
     if not text.strip():
         return f"{name} without a message"
     if len(text) > LONGEST_MESSAGE:
