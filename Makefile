@@ -9,7 +9,7 @@ TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
 export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
-.PHONY: demo demo-sim test test-slow test-isa ascend-sim chromium soak lint types bench bench-peers clean
+.PHONY: demo demo-sim test test-slow test-isa ascend-sim chromium soak attack lint types bench bench-peers clean
 
 demo: $(VENV)/.compile
 	$(BIN)/staticvl demo
@@ -39,6 +39,10 @@ chromium:
 
 soak: $(VENV)/.test
 	$(BIN)/python -m benchmarks.serve_soak
+
+# Bounded in count and time, and on this machine alone; failures are in build/attack.jsonl.
+attack: $(VENV)/.test ascend-sim
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

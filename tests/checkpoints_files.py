@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers.utils import logging as transformers_logging
 
 
 def randomise(model: Any, seed: int) -> Any:
@@ -66,6 +65,8 @@ def _split(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 def save_pretrained(folder: Path, model: Any, sharded: bool, dtype: torch.dtype) -> None:
     """Weights as transformers writes them; they are rounded to `dtype`."""
+    from transformers.utils import logging as transformers_logging
+
     bar = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
