@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
 from staticvl.runtime.ascend import torchair_host
 from staticvl.runtime.engine import Engine
+from staticvl.runtime.ranks import group
 from staticvl.runtime.ranks.group import meet_store
 from staticvl.runtime.ranks.launch import threads_each
 from staticvl.runtime.ranks.leader import LeadingBackend
@@ -248,6 +250,26 @@ def test_ranks_of_one_machine_listen_to_it_alone(two_ranks: Path, monkeypatch: p
     with runtime.load(two_ranks, tp=2, timeout=PATIENCE) as model:
         heard = listeners(os.getpid(), *pids(model))
     assert heard - before <= {LOOPBACK} and heard
+
+
+def test_ranks_started_here_meet_in_a_private_file(two_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No port, so that no other user can read, change or fill the store; nothing of it is left once all are ready."""
+    opened: list[tuple[str, int, int]] = []
+    original = group.file_store
+
+    def noted(file: str, ranks: int, seconds: float) -> object:
+        folder = Path(file).parent
+        opened.append((file, ranks, folder.stat().st_mode & 0o777))
+        return original(file, ranks, seconds)
+
+    monkeypatch.setattr(group, "file_store", noted)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.delattr(group.dist, "TCPStore")
+    with runtime.load(two_ranks, tp=2, timeout=PATIENCE) as model:
+        assert not list(tmp_path.glob("staticvl-ranks-*"))
+        assert model.generate(QUESTION, [SHAPES], max_new_tokens=2).token_ids
+    [(file, ranks, mode)] = opened
+    assert file.startswith(str(tmp_path)) and (ranks, mode) == (2, 0o700)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])

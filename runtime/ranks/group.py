@@ -18,16 +18,17 @@ import torch.distributed
 
 from .control import Store
 from .verdict import MeetingError, RankError
-from .world import HERE, LOOPBACK, Seat, World
+from .world import HERE, LOOPBACK, STORE_FILE, Seat, World
 
 TAG = 0  # what two ranks hand to each other comes in order
 dist: Any = torch.distributed  # its type stubs leave out what is made in C++
 
 
-def host_store(seconds: float) -> tuple[Store, int]:
-    """A store for processes of this machine, and the port that it listens on."""
-    store = _loopback_store(LOOPBACK, 0, seconds)
-    return _own_part(store), store.port
+def file_store(file: str, ranks: int, seconds: float) -> Store:
+    """A store in a file, for processes of one user: no port, so that nobody else can read, change or fill it."""
+    store = dist.FileStore(file, ranks)
+    store.set_timeout(timedelta(seconds=seconds))
+    return _own_part(store)
 
 
 def _loopback_store(host: str, port: int, seconds: float) -> Any:
@@ -43,9 +44,12 @@ def _loopback_store(host: str, port: int, seconds: float) -> Any:
 
 def meet_store(world: World, seconds: float) -> Store:
     """The store of processes that a launcher has started: torchrun's own, or that of rank 0 at MASTER_ADDR and MASTER_PORT.
+    Where rank 0 has started the others itself, it is a file.
 
     Raises RankError when it cannot be opened.
     """
+    if file := os.environ.get(STORE_FILE):
+        return file_store(file, world.size, seconds)
     where = f"{os.environ.get('MASTER_ADDR', 'MASTER_ADDR (not set)')}:{os.environ.get('MASTER_PORT', '(MASTER_PORT not set)')}"
     try:
         store = _met(world, seconds)

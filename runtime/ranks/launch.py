@@ -19,7 +19,7 @@ from ..cores import usable_cores
 from ..opening import Checks
 from .crew import GRACE_S
 from .verdict import RankError
-from .world import LOOPBACK
+from .world import LOOPBACK, STORE_FILE
 
 ENTRY = (sys.executable, "-P", "-m", "staticvl.runtime.ranks")
 FAREWELL_S = 0.5  # for the system to say how a process ended
@@ -34,9 +34,9 @@ class LocalRanks:
     """Ranks 1 .. size - 1, as processes."""
 
     def __init__(
-        self, folder: Path, size: int, port: int, *, device: str, threads: int | None, timeout: float, checks: Checks
+        self, folder: Path, size: int, store: str, *, device: str, threads: int | None, timeout: float, checks: Checks
     ) -> None:
-        """port: of the store at which they meet rank 0."""
+        """store: the file through which they meet rank 0."""
         arguments = [str(folder.resolve()), "--device", device, "--timeout", str(timeout)]
         if threads:
             arguments += ["--threads", str(threads)]
@@ -49,7 +49,7 @@ class LocalRanks:
             for rank in range(1, size):
                 self.processes[rank] = subprocess.Popen(
                     [*ENTRY, *arguments],
-                    env=_environment(os.environ, rank, size, port, threads_each(threads, size)),
+                    env=_environment(os.environ, rank, size, store, threads_each(threads, size)),
                     stdin=subprocess.PIPE,
                     stdout=2,  # standard output is rank 0's alone
                     start_new_session=True,
@@ -87,9 +87,9 @@ class LocalRanks:
             process.wait()
 
 
-def _environment(env: Mapping[str, str], rank: int, size: int, port: int, threads: int) -> dict[str, str]:
-    """What torchrun would set."""
-    world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+def _environment(env: Mapping[str, str], rank: int, size: int, store: str, threads: int) -> dict[str, str]:
+    """What torchrun would set, with a file in place of a port."""
+    world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, STORE_FILE: store}
     settings = {"OMP_NUM_THREADS": str(threads)} | dict(env) | {name: str(value) for name, value in world.items()}
     return settings | {"MASTER_ADDR": LOOPBACK}
 

@@ -11,6 +11,7 @@ import ipaddress
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -50,15 +51,18 @@ def spawn(
     artifact: Artifact, *, device: str, threads: int | None, timeout: float, checks: Checks = UNCHECKED
 ) -> LeadingBackend:
     """Start the other ranks of an artifact on this machine and lead them. Raises RankError when that fails."""
-    store, port = _groups().host_store(JOIN_S)
     size = artifact.manifest.ranks
     same: Any = {"device": device, "threads": threads, "timeout": timeout, "checks": checks}
-    children = LocalRanks(artifact.folder, size, port, **same)
-    try:
-        return lead(artifact, World(0, size, size, LOOPBACK), store, **same, children=children)
-    except BaseException:
-        children.end()
-        raise
+    # The folder is this user's alone. Once all ranks are ready, nothing reads the store any more.
+    with tempfile.TemporaryDirectory(prefix="staticvl-ranks-") as folder:
+        file = f"{folder}/store"
+        store = _groups().file_store(file, size, JOIN_S)
+        children = LocalRanks(artifact.folder, size, file, **same)
+        try:
+            return lead(artifact, World(0, size, size, LOOPBACK), store, **same, children=children)
+        except BaseException:
+            children.end()
+            raise
 
 
 def meet(world: World) -> Store:

@@ -11,6 +11,7 @@ from ..shown import quoted
 
 LOOPBACK = "127.0.0.1"
 HERE = (LOOPBACK, "localhost", "::1")
+STORE_FILE = "STATICVL_STORE_FILE"  # set for ranks that rank 0 has started on its machine: where they find each other
 
 
 @dataclass(frozen=True, slots=True)
