@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ from .attack import mischief, server
 from .attack.kinds import KINDS
 from .attack.runner import Watch, cases_of, counts_of, run_kind, table
 from .conftest import REPO
+from .servers import until
 
 COUNTS = {"artifacts": 60, "manifests": 60, "checkpoints": 30, "images": 100, "templates": 80, "fields": 60, "wire": 30}
 
@@ -65,17 +65,24 @@ def test_what_is_not_allowed_is_seen(tmp_path: Path) -> None:
 
 
 def test_what_is_left_in_a_server_is_seen(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server, "SETTLE_S", 0.2)
+    """While others are answered, there are requests; once they have gone, there is nothing but a wrong answer to find."""
+    monkeypatch.setattr(server, "SETTLE_S", 0)
+    body, over = json.dumps(server.request(max_tokens=300, ignore_eos=True)).encode(), threading.Event()
     with server.serving(folder, "left") as target:
-        assert target.trouble(thorough=True) == ""
-        body = json.dumps(server.request(max_tokens=300, ignore_eos=True, n=2)).encode()
-        thread = threading.Thread(target=target.ask, args=(body,))
+
+        def ask() -> None:
+            while not over.is_set():
+                target.ask(body)
+
+        thread = threading.Thread(target=ask)
         thread.start()
-        while not target.figures()["staticvl_requests_active"]:
-            time.sleep(0.005)
-        assert target.trouble(thorough=False).startswith("leaves requests or slots")
-        thread.join()
+        try:
+            until(lambda: target.trouble(thorough=False).startswith("leaves requests or slots"))
+        finally:
+            over.set()
+            thread.join()
         monkeypatch.setattr(server, "SETTLE_S", 15.0)
+        assert target.trouble(thorough=True) == ""
         target.answer = "another"
         assert target.trouble(thorough=True).startswith("an honest request is answered wrongly")
         target.process.kill()

@@ -99,8 +99,8 @@ def run(kinds: Sequence[Kind], *, count: int | None, seconds: float, seed: int, 
 
 
 def _weight(kind: Kind, rest: Sequence[Kind]) -> float:
-    """The part of the time left that a kind may take: twice its share of the inputs, or all for the last."""
-    return min(1.0, 2 * kind.count / sum(each.count for each in rest))
+    """The part of the time left that a kind may take: twice its share by the times that its inputs may take at most, or all."""
+    return min(1.0, 2 * kind.count * kind.limit_s / sum(each.count * each.limit_s for each in rest))
 
 
 def table(tallies: Sequence[Tally]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import psutil
 
-from .case import REPO
+from .case import LONGEST_MESSAGE, REPO
 from .lanes import Log
 from .models import HONEST_TOKENS, IMAGE, QUESTION, compiled
 
@@ -187,10 +187,15 @@ def judged(status: int, body: bytes) -> str:
         return _judged_answer(body)
     try:
         error = json.loads(body)["error"]
-        sound = set(error) == {"message", "type", "param", "code"} and 0 < len(error["message"]) <= 1000
+        sound = set(error) == {"message", "type", "param", "code"} and error["message"]
     except (ValueError, KeyError, TypeError):
         sound = False
-    return f"HTTP {status}" if sound else f"HTTP {status} with a body of another form: {body[:300]!r}"
+    if not sound:
+        return f"HTTP {status} with a body of another form: {body[:300]!r}"
+    long = len(error["message"]) > LONGEST_MESSAGE
+    return (
+        f"HTTP {status} with a message of more than {LONGEST_MESSAGE} characters: {body[:300]!r}" if long else f"HTTP {status}"
+    )
 
 
 def _judged_answer(body: bytes) -> str:
