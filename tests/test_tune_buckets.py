@@ -141,7 +141,7 @@ def test_candidates_beyond_the_context() -> None:
 
 
 def test_everything_is_too_long() -> None:
-    with pytest.raises(TraceError, match="all 7 requests are longer than the context allows"):
+    with pytest.raises(TraceError, match="all 7 requests are longer than the context of 16 tokens; give a larger --context"):
         choose(Workload(dropped=7), target(), Limits(context=16))
 
 
