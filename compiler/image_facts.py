@@ -147,9 +147,10 @@ def _side(settings: Mapping[str, Any], name: str, keys: set[str], where: str) ->
     value = settings.get(name)
     if isinstance(value, dict):
         given = {key: side for key, side in value.items() if side is not None}
-        if not set(given) <= keys or len(set(given.values())) != 1:
+        sides = list(given.values())  # compared one by one: a value may be of any type
+        if not set(given) <= keys or not sides or any(side != sides[0] for side in sides):
             raise ConfigError(f"{where}: {name} is {quoted(value)}; expected one number under {' and '.join(sorted(keys))}")
-        value = next(iter(given.values()))
+        value = sides[0]
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
         raise ConfigError(f"{where}: {name} is {quoted(value)}; expected a positive number of pixels")
     return value

@@ -384,7 +384,7 @@ class ImageFacts(Record, frozen=True, kw_only=True):
     mean: tuple[float, float, float]
     std: tuple[_Positive, _Positive, _Positive]
     rescale: float = 1 / 255
-    resample: int = 3  # PIL filter number: 2 bilinear, 3 bicubic
+    resample: Annotated[int, Meta(ge=0, le=5)] = 3  # PIL filter number: 2 bilinear, 3 bicubic
     rows: Count  # rows of features per tile
     mark: str = "<image>"  # what stands for a picture in a prompt
     grids: tuple[tuple[Count, Count], ...] = ()  # anyres, tiles: (rows, columns) of tiles to choose from, in order
@@ -450,7 +450,7 @@ class ModelFacts(Record, frozen=True, kw_only=True):
     hidden_size: Count
     vocab_size: Count
     rope: RopeFacts
-    eos_token_ids: tuple[Number, ...]
+    eos_token_ids: Annotated[tuple[Number, ...], Meta(min_length=1)]
     stop_strings: tuple[str, ...] = ()
     image: ImageFacts
     tokenizer: TokenizerFacts
@@ -658,11 +658,19 @@ def _belongs_to_another(name: str, ranks: int, rank: int) -> bool:
     return name.startswith(f"{WEIGHTS}/rank-") and not name.startswith(f"{rank_folder(ranks, rank)}/")
 
 
+def _is_inside(path: Path, folder: Path) -> bool:
+    try:
+        return path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a circle
+        return False
+
+
 def _check_size(folder: Path, name: str, spec: FileSpec) -> None:
     path = folder / name
-    if leads_out(name) or not path.resolve().is_relative_to(folder.resolve()):
+    if leads_out(name) or not _is_inside(path, folder):
         raise ArtifactError(
-            f"{path} leads out of the artifact; expected a file in it: copy the files themselves (cp -rL), or fetch it again"
+            f"{path} leads out of the artifact, or to itself; expected a file in it: copy the files themselves (cp -rL), or "
+            "fetch it again"
         )
     try:
         with open_regular(path) as file:

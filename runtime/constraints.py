@@ -17,7 +17,7 @@ import numpy as np
 from .form_check import parser_limits
 from .form_process import FormProcess
 from .sampling import SamplingParams
-from .shown import shown
+from .shown import quoted, shown
 from .token_bytes import TokenBytes
 
 if TYPE_CHECKING:
@@ -167,4 +167,4 @@ class _Tokens:
         self.eos_token_id, self.special_token_ids = eos, table.hidden
 
     def __call__(self, text: str) -> list[int]:
-        raise AssertionError(f"no grammar forces tokens, and {text[:60]!r} was to be written in them")
+        raise AssertionError(f"no grammar forces tokens, and {quoted(text)} was to be written in them")

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from .shown import shown
+
 if TYPE_CHECKING:
     from .artifact import GraphSpec, Manifest, TensorSpec, WeightSpec
 
@@ -72,7 +74,7 @@ def _weights(part: Manifest, stage: int) -> Iterator[str]:
     ranks = range(stage * part.tp, (stage + 1) * part.tp) if part.ranks > 1 else [None]
     for name, weight in part.weights.items():
         if math.prod(weight.shape) * weight.width != weight.nbytes:
-            yield f"weight {name[:200]!r} has shape {list(weight.shape)}, {weight.dtype}, but {weight.nbytes} bytes"
+            yield f"weight {name[:200]!r} has shape {shown(list(weight.shape))}, {weight.dtype}, but {weight.nbytes} bytes"
         for rank in ranks:
             yield from _placed(part, name, weight, rank)
 
@@ -93,12 +95,14 @@ def _graph(part: Manifest, graph: GraphSpec) -> Iterator[str]:
     yield from (f"{fault}" for spec in (*graph.inputs, *graph.outputs) for fault in _cached(part, spec))
     if not graph.files:
         yield "no step of it runs a file"
+    if not graph.inputs or not graph.outputs:
+        yield "it has no inputs or no outputs"
     used = {name for step in graph.plan for name in step.names}
     yield from (f"a step uses {name[:200]!r}, which is no tensor of the graph" for name in sorted(used - set(specs)))
     yield from (f"weight {name[:200]!r} is unknown" for name in graph.weights if name not in part.weights)
     for name, (dtype, shape) in _expected(part, graph).items():
         if name in specs and (specs[name].dtype, specs[name].shape) != (dtype, shape):
-            yield f"{name} is {specs[name].dtype} {list(specs[name].shape)}, expected {dtype} {list(shape)}"
+            yield f"{name} is {specs[name].dtype} {shown(list(specs[name].shape))}, expected {dtype} {list(shape)}"
 
 
 def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:
@@ -111,7 +115,7 @@ def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:
     if buffer is None:
         yield f"{spec.name[:200]!r} is no part of the cache"
     elif len(spec.shape) != 4 or spec.shape[1:] != buffer[1:] or not 1 <= spec.shape[0] <= buffer[0]:
-        yield f"{spec.name} has shape {list(spec.shape)}, the cache {list(buffer)}"
+        yield f"{spec.name} has shape {shown(list(spec.shape))}, the cache {list(buffer)}"
     elif spec.dtype != part.cache.dtype_of(name):
         yield f"{spec.name} is {spec.dtype}, the cache {part.cache.dtype_of(name)}"
 

@@ -65,5 +65,5 @@ DAMAGES: tuple[Damage, ...] = (flip, cut, zero, swap, missing, empty, fifo, dire
 
 
 def linked_copy(artifact: Path, target: Path) -> Path:
-    """A copy whose files are the same ones, so that it takes no time."""
-    return shutil.copytree(artifact, target, copy_function=os.link)
+    """A copy whose files are the same ones, so that it takes no time; its locks are its own."""
+    return shutil.copytree(artifact, target, copy_function=os.link, ignore=shutil.ignore_patterns("*.lock"))

@@ -335,9 +335,10 @@ def test_what_needs_no_calibration() -> None:
 
 def test_a_prompt_that_does_not_fit(small: Setup) -> None:
     tokenizer = small.checkpoint.out / small.checkpoint.tokenizer_folder
-    calibration = Calibration((Conversation("line 7", (Message("user", "word " * 200),)),), "")
-    with pytest.raises(CalibrationError, match=r"^calibration, line 7: \d+ tokens, but the artifact holds 64; shorten it or"):
-        prompts_of(calibration, small.facts, tokenizer, 64)
+    for words, remedy in ((40, r"shorten it, or give --context \d+ or more$"), (200, "shorten it$")):
+        calibration = Calibration((Conversation("line 7", (Message("user", "word " * words),)),), "")
+        with pytest.raises(CalibrationError, match=rf"^calibration, line 7: \d+ tokens, but the artifact holds 64; {remedy}"):
+            prompts_of(calibration, small.facts, tokenizer, 64)
 
 
 def test_a_prompt_that_cannot_be_read(small: Setup, tmp_path: Path) -> None:

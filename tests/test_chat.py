@@ -23,6 +23,7 @@ from staticvl.runtime.images import ImageError
 from staticvl.runtime.prompt import Message, Prompt, PromptError
 
 from .checkpoints_mllama import tiny_mllama
+from .checkpoints_tokenizers import text_of
 from .conftest import EMBEDDED, REPO
 from .fakes import check_slots, fake_model, lent, noise, oracle
 from .tiny_families import GOLDEN_QWEN
@@ -497,7 +498,7 @@ class Conversations(RuleBasedStateMachine):
 
     def expect(self, prompt: Prompt, length: int) -> tuple[list[int], str]:
         tokens = oracle(prompt, runtime.SamplingParams(max_new_tokens=length, temperature=0.0), self.model.facts)
-        return tokens, self.model.tokenizer.decode(tokens).strip()
+        return tokens, text_of(self.model.tokenizer, tokens).strip()
 
     def refused(self, prompt: Prompt, length: int) -> type[Exception] | None:
         """The error that a request must raise, if any."""

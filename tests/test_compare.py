@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import ConfigError, decode_config, encode_config, read_config
 from staticvl.runtime.artifact import DEFINITION, read_manifest, write_manifest
 from staticvl.tools.cli import main
@@ -24,9 +26,10 @@ from staticvl.tools.comparing.thresholds import DEFAULTS
 from staticvl.tools.drawings import parse_box
 
 from .ascend import CHECKPOINTS
+from .checkpoints import tiny_llava
 from .comparisons import check_healthy, compared, compiled, reference_of, samples_of
 from .parity import picture_files
-from .seeded import copied, weight, with_facts
+from .seeded import copied, weight
 
 
 @pytest.fixture(scope="module")
@@ -187,9 +190,10 @@ def test_bad_input_is_one_sentence(
     (tmp_path / "long.jsonl").write_text(json.dumps({"prompt": "colour " * 400, "answer": "x"}) + "\n")
     places = {"EMPTY": tmp_path / "empty", "DATA": data, "LONG": tmp_path / "long.jsonl"}
     if change == ["OTHER"]:
-        other = copied(llava, tmp_path / "other")
-        with_facts(other, lambda facts: msgspec.structs.replace(facts, vocab_size=facts.vocab_size + 1))
-        sides = [str(llava), str(other)]
+        buckets = Buckets(prefill=(8,), decode=(1,), vision=(1,), context=32, slots=1)
+        wider = tiny_llava(tmp_path / "checkpoint", vocab=704).folder
+        build(Options(checkpoint=wider, out=tmp_path / "other", buckets=buckets))
+        sides = [str(llava), str(tmp_path / "other")]
     elif not change[0].startswith("--"):
         sides = [str(CHECKPOINTS["llava"]), str(places.get(change[0], change[0]))]
     else:

@@ -13,7 +13,7 @@ import pytest
 from benchmarks import growth
 from benchmarks.growth import LeastWork, Run, lengths
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import is_cached, open_artifact, write_manifest
+from staticvl.runtime.artifact import is_cached, open_artifact
 
 from .conftest import EMBEDDED
 from .fakes import fake_artifact
@@ -116,7 +116,10 @@ def test_artifacts_are_told_apart_by_name(ran: Any, embedded_artifact: Path) -> 
         ({"graphs": ()}, r"decodes \(\) rows at once; expected a graph of one row among them"),
     ],
 )
-def test_what_cannot_be_measured_is_named(ran: Any, tmp_path: Path, artifact: dict[str, Any], message: str) -> None:
-    write_manifest(tmp_path, msgspec.structs.replace(fake_artifact().manifest, **artifact))
+def test_what_cannot_be_measured_is_named(
+    ran: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, artifact: dict[str, Any], message: str
+) -> None:
+    manifest = msgspec.structs.replace(fake_artifact().manifest, **artifact)
+    monkeypatch.setattr(growth, "read_manifest", lambda folder: manifest)
     with pytest.raises(SystemExit, match=message):
         ran(tmp_path)

@@ -145,6 +145,7 @@ def test_qwen_vl_needs_no_file(tmp_path: Path) -> None:
         ("mllama", MLLAMA | {"max_image_tiles": 0}, "max_image_tiles is 0; expected an integer of at least 1"),
         ("mllama", MLLAMA | {"do_pad": False}, "do_pad is False; supported: true"),
         ("mllama", MLLAMA | {"do_resize": False}, "do_resize is False; supported: true"),
+        ("mllama", MLLAMA | {"size": {"height": [], "width": []}}, r"size is \[\]; expected a positive number of pixels"),
         ("mllama", MLLAMA | {"resample": 9}, "resample is 9; expected a PIL filter number, 0 to 5"),
     ],
 )

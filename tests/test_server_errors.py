@@ -269,3 +269,19 @@ def test_a_connection_that_asks_nothing_is_dropped(tmp_path: Path) -> None:
     model = far_model(tmp_path / "artifact")
     with serving(model, header_s=0.1) as server, server.connect() as silent, contextlib.suppress(ConnectionResetError):
         assert silent.recv(1) == b""
+
+
+def test_the_head_of_a_second_request_has_to_end_too(tmp_path: Path) -> None:
+    model = far_model(tmp_path / "artifact")
+    with serving(model, header_s=0.1) as server, server.connect() as half, contextlib.suppress(ConnectionResetError):
+        half.sendall(b"GET /health HTTP/1.1\r\nHost: here\r\n\r\n")
+        assert half.recv(4096).startswith(b"HTTP/1.1 200")
+        half.sendall(b"GET /health HTTP/1.1\r\nHost: he")
+        while part := half.recv(4096):  # the rest of the first answer, then the end
+            assert b"HTTP/1.1" not in part
+
+
+def test_no_path_is_redirected(tmp_path: Path) -> None:
+    with serving(far_model(tmp_path / "artifact")) as server:
+        for path in ("/health/", "/v1/models/", "/v1/chat/completions/"):
+            assert server.http.get(path, follow_redirects=False).status_code == 404

@@ -118,8 +118,8 @@ def test_a_stop_string_ends_a_stream_that_others_push_on(model: runtime.Model) -
 
 
 def test_errors_come_before_the_first_piece(model: runtime.Model) -> None:
-    with pytest.raises(PromptError, match="1 <image> mark but 0 images were given"):
-        model.stream("<image> what?")
+    with pytest.raises(PromptError, match="2 <image> marks but 1 image was given"):
+        model.stream("<image> and <image>?", [noise(1)])
     with pytest.raises(ContextError):
         model.stream("Hello", max_new_tokens=600)
     with pytest.raises(TypeError, match="unknown settings beams"):

@@ -98,8 +98,8 @@ def read_config(
     keys = Keys(data, str(checkpoint / "config.json"), ignore_keys, notes)
     model_type = keys.get("model_type")
     keys.get(QUANTISATION_KEYS[0], also=QUANTISATION_KEYS[1:])  # weights/packing/ reads what it says
-    if model_type not in READERS:
-        raise ConfigError(f"{keys.where}: model_type {model_type!r} is not supported; supported: {', '.join(READERS)}")
+    if not isinstance(model_type, str) or model_type not in READERS:
+        raise ConfigError(f"{keys.where}: model_type {model_type!r:.200} is not supported; supported: {', '.join(READERS)}")
     config = READERS[model_type](keys, checkpoint, vision_tower)
     keys.finish()
     return config

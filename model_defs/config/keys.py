@@ -164,6 +164,6 @@ def _first(sections: Iterable[Keys], name: str, default: Any) -> Any:
 def select(keys: Keys, name: str, choices: Mapping[str, Any], default: str = "default") -> Any:
     """What the value under `name` stands for; another value is an error."""
     value = keys.get(name, default)
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{keys.where}: {name} is {value!r}; supported: {', '.join(map(repr, choices))}")
     return choices[value]

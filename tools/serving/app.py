@@ -39,7 +39,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
         await app.state.service.close()
 
     # The interactive pages of FastAPI load scripts from elsewhere, so they are left out.
-    app = FastAPI(title="staticvl", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    app = FastAPI(title="staticvl", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     add_handlers(app)
     _add_routes(app, settings, int(time.time()))
     return app

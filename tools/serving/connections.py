@@ -28,7 +28,25 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             self.app_state = {**self.app_state, "abort": transport.abort}
-            self.timer = self.loop.call_later(settings.header_s, self._expect_a_request)
+            self.head_timer: asyncio.TimerHandle | None = None
+            self.timer: asyncio.TimerHandle | None = None
+            self._watch_the_head()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch_the_head()
+
+        def _watch_the_head(self) -> None:
+            """A head that has begun must end in time, also after requests that were answered."""
+            if self.cycle is not None and not self.cycle.response_complete:
+                self._forget_the_head()
+            elif self.head_timer is None:
+                self.head_timer = self.loop.call_later(settings.header_s, self.transport.abort)
+
+        def _forget_the_head(self) -> None:
+            if self.head_timer is not None:
+                self.head_timer.cancel()
+                self.head_timer = None
 
         def send_400_response(self, msg: str) -> None:
             data = msgspec.json.encode(ApiError(400, f"{msg} Expected HTTP/1.1.", code="invalid_http").body())
@@ -44,17 +62,15 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
         def _unsupported_upgrade_warning(self) -> None:
             """An upgrade that is not offered is no reason for a line in the log; the request is answered as it is."""
 
-        def _expect_a_request(self) -> None:
-            if self.cycle is None:
-                self.transport.abort()
-
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()
             self.timer = self.loop.call_later(settings.send_s, self.transport.abort)
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self.timer.cancel()  # it would keep all of the connection in memory until then
+            self._forget_the_head()  # a timer would keep all of the connection in memory until then
+            if self.timer is not None:
+                self.timer.cancel()
 
     return Protocol
 

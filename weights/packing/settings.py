@@ -87,7 +87,7 @@ class _Reader:
         if method is None and "config_groups" in self.data:
             method = "compressed-tensors"
         readers = {"compressed-tensors": self._compressed, "gptq": self._gptq, "awq": self._awq}
-        if method not in readers:
+        if not isinstance(method, str) or method not in readers:
             raise ConfigError(
                 f"{self.where}: quant_method of the quantisation is {quoted(method)}, which is not read; {REMEDY}"
             )
