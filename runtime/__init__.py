@@ -7,7 +7,8 @@ from typing import Any
 
 from .access import InterruptedStepError
 from .async_engine import AsyncEngine
-from .model import Model, ModelClosedError, load
+from .loading import load
+from .model import Model, ModelClosedError
 from .prompt import IMAGE, Message
 from .ranks.verdict import RankError
 from .request import Output, SamplingParams

@@ -269,11 +269,18 @@ class Gate:
 
 @pytest.mark.parametrize("call", [listed, streamed, sampled, chatted])
 def test_closing_a_model_beside_calls_of_other_threads(model: runtime.Model, call: Callable[..., Any]) -> None:
-    gate = Gate(model, 3)
+    gate, at_last, begun = Gate(model, 3), model.access.at_last, threading.Event()
+
+    def noted(*work: Any) -> None:
+        begun.set()
+        at_last(*work)
+
+    model.access.at_last = noted  # type: ignore[method-assign]
     with ThreadPoolExecutor(4) as pool:
         calls = [pool.submit(call, model, number) for number in range(2)]
         assert gate.reached.wait(PATIENCE)
         closing = [pool.submit(model.close) for _ in range(2)]
+        assert begun.wait(PATIENCE)
         gate.opened.set()
         for future in closing:
             future.result(PATIENCE)
