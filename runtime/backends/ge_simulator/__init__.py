@@ -1,0 +1,1 @@
+"""A simulator of GE graphs, with torch on a CPU."""
