@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from staticvl.runtime.cores import usable_cores
+from staticvl.runtime.backends.cores import usable_cores
 
 MEBIBYTES = 512  # of each thread
 PIECE = 1 << 20  # elements: below the size from which BLAS would start threads of its own work is too small to split

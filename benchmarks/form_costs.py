@@ -21,8 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from staticvl.runtime.constraints import Constraints
-from staticvl.runtime.sampling import SamplingParams
+from staticvl.runtime.sampling.constraints import Constraints
+from staticvl.runtime.sampling.params import SamplingParams
 
 WORDS = [f"word{i}x{i * 7919 % 10007}" for i in range(1500)]
 TEXT = "the quick brown fox jumps over the lazy dog "

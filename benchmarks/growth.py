@@ -34,7 +34,7 @@ from staticvl.compiler.cases import Case, CaseMaker
 from staticvl.compiler.plan import Buckets
 from staticvl.model_defs.config.stored import decode_config
 from staticvl.runtime.artifact import DEFINITION, GraphSpec, is_cached, read_manifest
-from staticvl.runtime.cores import usable_cores
+from staticvl.runtime.backends.cores import usable_cores
 from staticvl.runtime.files import write_atomically
 from tests.fakes import text_prompt
 

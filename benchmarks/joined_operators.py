@@ -23,7 +23,7 @@ import numpy.typing as npt
 from onnx import helper, numpy_helper
 from tqdm import tqdm
 
-from staticvl.runtime.cores import usable_cores
+from staticvl.runtime.backends.cores import usable_cores
 
 from .onnx_session import CONTRIB, bound, opened
 

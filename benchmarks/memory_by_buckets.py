@@ -27,8 +27,8 @@ import psutil
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.artifact import read_manifest
-from staticvl.runtime.backends.base import open_backend
-from staticvl.runtime.feeds import new_feed
+from staticvl.runtime.backends.base import new_feed
+from staticvl.runtime.backends.open import open_backend
 
 if TYPE_CHECKING:
     pass

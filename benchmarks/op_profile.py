@@ -31,7 +31,7 @@ from benchmarks.bandwidth import read_gb_per_s
 from staticvl import runtime
 from staticvl.runtime.artifact import GraphSpec
 from staticvl.runtime.backends import ort
-from staticvl.runtime.cores import usable_cores
+from staticvl.runtime.backends.cores import usable_cores
 from tests.fakes import text_prompt
 
 MATMULS = ("MatMul", "FusedMatMul", "MatMulNBits", "MatMulInteger", "DynamicQuantizeMatMul", "MatMulIntegerToFloat")

@@ -35,8 +35,8 @@ from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.artifact import GraphSpec, read_manifest
 from staticvl.runtime.backends import ort
-from staticvl.runtime.cores import usable_cores
-from staticvl.runtime.feeds import new_feed
+from staticvl.runtime.backends.base import new_feed
+from staticvl.runtime.backends.cores import usable_cores
 from staticvl.tools.machine import machine
 
 from .onnx_session import CONTRIB

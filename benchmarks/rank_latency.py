@@ -19,7 +19,7 @@ from typing import Any
 
 from staticvl import runtime
 from staticvl.runtime.artifact import Collective
-from staticvl.runtime.ranks.group import GlooGroup
+from staticvl.runtime.backends.distributed.group import GlooGroup
 
 PROMPT = "What is in the picture?"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.runtime.engine import Engine
+from staticvl.runtime.engine.engine import Engine
 from tests.checkpoints import tiny_llava
 from tests.fakes import noise
 

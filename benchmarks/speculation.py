@@ -21,7 +21,7 @@ import numpy as np
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
-from staticvl.runtime.feeds import new_feed
+from staticvl.runtime.backends.base import new_feed
 
 from .random_model import compiled
 
@@ -30,7 +30,7 @@ BATCH = 4
 
 
 class Forced:
-    """A guide that lets through one token at each position; see runtime.logit_rules.Guide."""
+    """A guide that lets through one token at each position; see runtime.sampling.logits_processors.Guide."""
 
     done = False
 

@@ -18,8 +18,8 @@ import numpy as np
 
 from staticvl.runtime.artifact import Artifact, GraphSpec
 from staticvl.runtime.backends.base import Result
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.request import SamplingParams
+from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.request import SamplingParams
 from tests.fakes import fake_artifact, text_prompt
 
 CONTEXT = 4096

@@ -22,7 +22,7 @@ import psutil
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
-from staticvl.runtime.feeds import new_feed
+from staticvl.runtime.backends.base import new_feed
 
 BUCKETS = Buckets(prefill=(512,), decode=(1,), vision=(1,), context=1024, slots=1)
 SIDES = ("none/float32", "none/float16", "none/bfloat16", "w8a8/float32", "w8a8", "w8a8/float16", "w8a8/bfloat16")

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef
 from staticvl.runtime.artifact import CANDIDATES, SamplingDefaults, TensorSpec
-from staticvl.runtime.candidates import Candidates
-from staticvl.runtime.logit_rules import rules_for
-from staticvl.runtime.sampler import logprob_of, sample
-from staticvl.runtime.sampling import SamplingParams
+from staticvl.runtime.sampling.candidates import Candidates
+from staticvl.runtime.sampling.logits_processors import rules_for
+from staticvl.runtime.sampling.params import SamplingParams
+from staticvl.runtime.sampling.sampler import logprob_of, sample
 from tests.fakes import text_prompt
 
 PROMPT = 1000  # tokens, for penalties

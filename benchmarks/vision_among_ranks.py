@@ -22,7 +22,7 @@ from pathlib import Path
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.runtime.feeds import new_feed
+from staticvl.runtime.backends.base import new_feed
 from staticvl.tools.progress import TerminalProgress
 from staticvl.tools.random_checkpoint import write_checkpoint
 

@@ -40,8 +40,8 @@ from ..runtime.artifact import (
     read_manifest,
     write_manifest,
 )
-from ..runtime.ascend import torchair_host
-from ..runtime.cores import processor_name, usable_cores
+from ..runtime.backends.ascend import torchair_host
+from ..runtime.backends.cores import processor_name, usable_cores
 from ..runtime.files import write_atomically
 from ..runtime.locks import alone
 from ..weights.rules import kept_dtypes, match, targets
@@ -209,7 +209,7 @@ def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
     """What the graphs depend on; they are keyed by it, so where none was traced it is what it was."""
     if job.old and job.old.ascend and not report.traced:
         return job.old.ascend
-    from ..runtime.ascend.kernel import ascend_facts
+    from ..runtime.backends.ascend.kernel import ascend_facts
 
     torchair_host.load()
     return ascend_facts(torchair_host.VERSION, job.options.soc)

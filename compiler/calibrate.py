@@ -27,10 +27,10 @@ from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
 from ..model_defs.decoder import Block, CrossBlock
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelFacts
-from ..runtime.families import family
-from ..runtime.prompt import Message, Prompt
+from ..runtime.processor.families import family
+from ..runtime.processor.prompt import Message, Prompt
+from ..runtime.processor.tokenizer import load_tokenizer
 from ..runtime.rope import query_scales, rope_tables
-from ..runtime.tokenizer import load_tokenizer
 from ..weights.calibrated import Layer, Store, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
 from ..weights.convert import parameters
 from ..weights.inputs import Gathering

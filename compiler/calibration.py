@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..runtime.prompt import Message
+from ..runtime.processor.prompt import Message
 
 if TYPE_CHECKING:
-    from ..runtime.images import ImageSource
+    from ..runtime.processor.images import ImageSource
 
 METHODS = {
     "w4a16": "GPTQ",

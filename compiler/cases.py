@@ -14,8 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..runtime.artifact import CROSS_HIDDEN, GraphSpec, ModelFacts, TensorSpec, is_cached
-from ..runtime.backends.base import Backend
-from ..runtime.feeds import Feed, new_feed
+from ..runtime.backends.base import Backend, Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
 
 GARBAGE = 30.0

@@ -15,8 +15,7 @@ import time
 import numpy as np
 
 from ..runtime.artifact import Certificate, CertificateCase, GraphSpec, ModelFacts, TensorSpec
-from ..runtime.backends.base import Backend, Result, cache_name
-from ..runtime.feeds import Feed, new_feed
+from ..runtime.backends.base import Backend, Feed, Result, cache_name, new_feed
 from .cases import Case, CaseMaker, find_cases, rows_of
 
 TOLERANCE = 1e-4  # largest absolute difference over the largest magnitude

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
-from ..runtime.ascend.weights import map_weight
+from ..runtime.backends.ascend.weights import map_weight
 from ..runtime.backends.base import Result, cache_name, rows_to_copy
-from ..runtime.candidates import candidates_of
+from ..runtime.sampling.candidates import candidates_of
 from .graphs import GraphDef
 
 

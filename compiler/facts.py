@@ -16,11 +16,11 @@ from typing import Any, Literal
 
 from ..model_defs.config import ConfigError, ModelConfig
 from ..runtime.artifact import Llama3Scaling, ModelFacts, RopeFacts
-from ..runtime.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, LLAVA_ORIGINAL, MLLAMA_BASE, ChatTemplateError
-from ..runtime.families import family
-from ..runtime.prompt import Message, PromptError
+from ..runtime.processor.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, LLAVA_ORIGINAL, MLLAMA_BASE, ChatTemplateError
+from ..runtime.processor.families import family
+from ..runtime.processor.prompt import Message, PromptError
+from ..runtime.processor.tokenizer import Tokenizer
 from ..runtime.shown import quoted
-from ..runtime.tokenizer import Tokenizer
 from .image_facts import image_facts
 from .sampling_facts import read_sampling
 from .settings import read_settings

@@ -18,8 +18,8 @@ import msgspec
 
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, Kind, ModelFacts, SourceFile
-from ..runtime.ascend import torchair_host
-from ..runtime.cores import processor_name, usable_cores
+from ..runtime.backends.ascend import torchair_host
+from ..runtime.backends.cores import processor_name, usable_cores
 from ..runtime.files import sha256_file
 from ..weights.packing.settings import Packing
 from .plan import Options, Plan
@@ -30,7 +30,7 @@ HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size 
 
 # Modules that only the graphs of the other backend need.
 OTHER_BACKENDS = {
-    "onnx": ("compiler.emit_ascend", "compiler.emit_eager", "runtime.backends.ascend", "runtime.ascend.simulator"),
+    "onnx": ("compiler.emit_ascend", "compiler.emit_eager", "runtime.backends.ascend.backend", "runtime.backends.ge_simulator"),
     "ascend": ("compiler.emit_onnx", "compiler.kernels", "runtime.backends.ort"),
 }
 _PACKAGES = {"onnx": ("torch", "onnx", "onnxruntime"), "ascend": ("torch",)}

@@ -24,8 +24,8 @@ import numpy as np
 
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import CacheSpec, GraphSpec, Kernels, Kind, ModelFacts, WeightSpec
-from ..runtime.backends.base import open_backend
-from ..runtime.cores import usable_cores
+from ..runtime.backends.cores import usable_cores
+from ..runtime.backends.open import open_backend
 from .cases import Case, CaseMaker
 from .emit_onnx import emit
 from .graphs import GraphDef, define_graph

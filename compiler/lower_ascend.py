@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ..model_defs.ops import NAMESPACE
-from ..runtime.ascend import torchair_host
-from ..runtime.ascend.process_groups import group_of_all
+from ..runtime.backends.ascend import torchair_host
+from ..runtime.backends.ascend.process_groups import group_of_all
 
 # The fused attention takes heads whose width is a multiple of this, in 16-bit types (CANN, FusedInferAttentionScore).
 HEAD_ALIGNMENT = 16
@@ -63,7 +63,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     """WeightQuantBatchmatmul over groups of a block. `qweight` comes as int8 around zero, `zeros` as offsets (to_signed and
-    to_offsets in runtime/ascend/weights.py)."""
+    to_offsets in runtime/backends/ascend/weights.py)."""
     return _grouped(x, qweight, scales, bias, zeros, qweight.shape[2])
 
 

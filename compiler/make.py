@@ -21,8 +21,9 @@ from ..model_defs.config import ModelConfig, text_quant, tower_quant
 from ..model_defs.decoder import over_stored_caches
 from ..model_defs.layers import without_rounding
 from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec, rank_weights
-from ..runtime.backends.base import Backend, Group, open_backend
-from ..runtime.cores import usable_cores
+from ..runtime.backends.base import Backend, Group
+from ..runtime.backends.cores import usable_cores
+from ..runtime.backends.open import open_backend
 from ..runtime.files import write_atomically
 from ..weights.rules import targets
 from .check import Certifier
@@ -142,7 +143,7 @@ class GraphMaker:
         return self._simulator(group, rank, wide=True)
 
     def _simulator(self, group: Group | None, rank: int, *, wide: bool) -> Backend:
-        from ..runtime.backends.ascend import AscendBackend, simulated
+        from ..runtime.backends.ascend.backend import AscendBackend, simulated
 
         cache, weights, device = self.plan.cache, self.weights[rank], simulated(wide=wide)
         return AscendBackend(self.out, cache, weights, self.files, device, group=group)

@@ -6,7 +6,7 @@ import time
 
 import psutil
 
-from ..runtime.cores import core_numbers
+from ..runtime.backends.cores import core_numbers
 
 
 class OtherWork:

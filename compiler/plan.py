@@ -12,7 +12,7 @@ from msgspec import UNSET, structs
 
 from ..model_defs.config import KV_CACHES, QUANTS, READY_MADE, ModelConfig, TiledConfig
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
-from ..runtime.ascend.torchair_host import SOCS
+from ..runtime.backends.ascend.torchair_host import SOCS
 from ..runtime.shown import quoted, shown
 from ..weights.rules import targets
 from ..weights.shard import check_tp, rank_targets

@@ -8,9 +8,9 @@ from typing import Any
 
 from ..model_defs.config import ConfigError, ModelConfig
 from ..runtime.artifact import TokenizerFacts
+from ..runtime.processor.tiktoken_vocabulary import TiktokenVocabulary, is_tiktoken, read_ranks
+from ..runtime.processor.tokenizer import Tokenizer, TokenizerError, Vocabulary, read_vocabulary
 from ..runtime.shown import quoted
-from ..runtime.tiktoken_vocabulary import TiktokenVocabulary, is_tiktoken, read_ranks
-from ..runtime.tokenizer import Tokenizer, TokenizerError, Vocabulary, read_vocabulary
 from .settings import only, read_settings
 from .tiktoken_forms import LLAMA3, QWEN
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from .access import InterruptedStepError
 from .async_engine import AsyncEngine
+from .backends.distributed.verdict import RankError
+from .engine.access import InterruptedStepError
+from .engine.request import Output, SamplingParams
 from .loading import load
 from .model import Model, ModelClosedError
-from .prompt import IMAGE, Message
-from .ranks.verdict import RankError
-from .request import Output, SamplingParams
+from .processor.prompt import IMAGE, Message
 
 __all__ = [
     "IMAGE",

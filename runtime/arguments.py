@@ -6,10 +6,10 @@ import dataclasses
 from collections.abc import Sequence as SequenceOf
 from typing import Any
 
-from .images import ImageSource
-from .prompt import Message, PromptError
-from .request import Output, SamplingParams
-from .sampling import SETTINGS
+from .engine.request import Output, SamplingParams
+from .processor.images import ImageSource
+from .processor.prompt import Message, PromptError
+from .sampling.params import SETTINGS
 from .shown import shown
 
 Images = SequenceOf[ImageSource] | ImageSource | None

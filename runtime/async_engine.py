@@ -18,13 +18,13 @@ from typing import Any
 
 from .arguments import as_list, grouped, merge_params, one_answer
 from .artifact import ArtifactError
+from .backends.distributed.verdict import RankError
+from .engine.request import Output, SamplingParams, Sequence
 from .model import Model
 from .opening import RunError
-from .prompt import Message, Prompt
-from .ranks.verdict import RankError
-from .request import Output, SamplingParams, Sequence
-from .sampler import TokenLogprob
-from .text import AnswerText
+from .processor.detokenizer import AnswerText
+from .processor.prompt import Message, Prompt
+from .sampling.sampler import TokenLogprob
 
 Images = Any
 Asked = str | Message | SequenceOf[Message]

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .arguments import as_list, merge_params, one_answer
-from .images import ImageSource, load_image
-from .prompt import Message
-from .request import Output, SamplingParams, Sequence
+from .engine.request import Output, SamplingParams, Sequence
+from .processor.images import ImageSource, load_image
+from .processor.prompt import Message
 
 if TYPE_CHECKING:
-    from .engine import Engine
+    from .engine.engine import Engine
     from .model import Model
 
 

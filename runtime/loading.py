@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Artifact, ArtifactError, Manifest
-from .backends.base import check_device
-from .engine import NGRAMS, Engine
+from .backends.distributed.start import follow, lead, meet, read_timeout, spawn
+from .backends.distributed.world import World, started_world
+from .backends.open import check_device
+from .engine.engine import NGRAMS, Engine
+from .engine.request_log import RequestLog
 from .model import Model
 from .opening import Checks, open_checked
-from .ranks.start import follow, lead, meet, read_timeout, spawn
-from .ranks.world import World, started_world
-from .request_log import RequestLog
 
 
 def load(

@@ -12,23 +12,23 @@ from typing import Any, overload
 
 import numpy as np
 
-from .access import EngineAccess
 from .arguments import Images, Turn, as_list, check_text, grouped, merge_params, one_answer, pair_up
 from .artifact import MANIFEST, Artifact
 from .chat import Chat
-from .constraints import Constraints
-from .engine import Engine
-from .families import family
-from .images import ImageSource
-from .logit_rules import Guide
+from .engine.access import EngineAccess
+from .engine.engine import Engine
+from .engine.request import Output, SamplingParams, Sequence
+from .engine.request_log import RequestLog, record_of
 from .opening import reading
-from .prompt import Message, Prompt
-from .request import Output, SamplingParams, Sequence
-from .request_log import RequestLog, record_of
+from .processor.detokenizer import AnswerText
+from .processor.families import family
+from .processor.images import ImageSource
+from .processor.prompt import Message, Prompt
+from .processor.token_bytes import BadWords, TokenBytes
+from .processor.tokenizer import load_tokenizer
+from .sampling.constraints import Constraints
+from .sampling.logits_processors import Guide
 from .soundness import TEMPLATE
-from .text import AnswerText
-from .token_bytes import BadWords, TokenBytes
-from .tokenizer import load_tokenizer
 
 
 class ModelClosedError(RuntimeError):

@@ -12,7 +12,7 @@ from pathlib import Path
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
-from staticvl.runtime.tokenizer import Tokenizer as OurTokenizer
+from staticvl.runtime.processor.tokenizer import Tokenizer as OurTokenizer
 
 from .checkpoints_files import write_json
 

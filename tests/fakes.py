@@ -33,11 +33,11 @@ from staticvl.runtime.artifact import (
     open_artifact,
 )
 from staticvl.runtime.backends.fake import PICTURE_NUMBERS, FakeBackend
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.images import frame_of
-from staticvl.runtime.prompt import Prompt, Sight
-from staticvl.runtime.sampler import sample
-from staticvl.runtime.scheduler import Step
+from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.scheduler import Step
+from staticvl.runtime.processor.images import frame_of
+from staticvl.runtime.processor.prompt import Prompt, Sight
+from staticvl.runtime.sampling.sampler import sample
 
 VOCAB = 97  # a prime: sums spread over it evenly
 USED = 90
@@ -192,7 +192,7 @@ def fake_engine(*, reuse: bool = False, prefill_budget: int | None = None, specu
 
 
 class Guess:
-    """Drafts, as runtime.lookup.Lookup makes them, of an answer that is known: right, or wrong from some token on."""
+    """Drafts of an answer that is known, as sampling.prompt_lookup.Lookup makes them: right, or wrong from some token on."""
 
     def __init__(self, answer: list[int], rng: np.random.Generator) -> None:
         self.answer, self.rng = answer, rng

@@ -18,10 +18,10 @@ import numpy as np
 
 from staticvl import runtime
 from staticvl.runtime.artifact import GraphSpec
+from staticvl.runtime.backends.distributed import launch
+from staticvl.runtime.backends.distributed.__main__ import main
+from staticvl.runtime.backends.distributed.group import GlooGroup
 from staticvl.runtime.backends.ort import OrtBackend
-from staticvl.runtime.ranks import launch
-from staticvl.runtime.ranks.__main__ import main
-from staticvl.runtime.ranks.group import GlooGroup
 
 SAID = "what a follower prints is not printed by its starter"
 

@@ -18,11 +18,11 @@ from torch.distributed import HashStore
 
 from staticvl.runtime.artifact import Artifact, GraphSpec
 from staticvl.runtime.backends.base import Group, Result
+from staticvl.runtime.backends.distributed import start
+from staticvl.runtime.backends.distributed.leader import LeadingBackend
+from staticvl.runtime.backends.distributed.world import LOOPBACK, World
 from staticvl.runtime.backends.fake import FakeBackend
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.ranks import start
-from staticvl.runtime.ranks.leader import LeadingBackend
-from staticvl.runtime.ranks.world import LOOPBACK, World
+from staticvl.runtime.engine.engine import Engine
 
 PATIENCE = 20.0  # seconds; only a broken test waits this long
 

@@ -13,9 +13,9 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.engine import ContextError
-from staticvl.runtime.prompt import Prompt
-from staticvl.runtime.sampling import SamplingParams
+from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.processor.prompt import Prompt
+from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.tools.cli import main
 from staticvl.tools.tuning.choose import choose
 from staticvl.tools.tuning.columns import TraceError

@@ -21,7 +21,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.check import relative_error
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, FileSpec, Manifest, read_manifest, write_manifest
-from staticvl.runtime.ascend import torchair_host
+from staticvl.runtime.backends.ascend.backend import torchair_host
 from staticvl.tools.cli import main
 
 from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair
@@ -224,7 +224,7 @@ def test_a_wrong_shape_is_refused(pairs: dict[str, Pair]) -> None:
     """A feed of another shape, and weights of another one."""
     model = runtime.load(pairs["llava"].ascend, device="sim")
     backend, graph = model.engine.backend, model.engine.graphs["decode", 2, 0]
-    from staticvl.runtime.feeds import new_feed
+    from staticvl.runtime.backends.base import new_feed
 
     feed = new_feed(graph)
     with pytest.raises(ValueError, match=r"token_ids is int32 \(1, 1\); expected contiguous int32 \(2, 1\)"):

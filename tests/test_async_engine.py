@@ -15,9 +15,9 @@ from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime import async_engine
 from staticvl.runtime.async_engine import AsyncEngine
-from staticvl.runtime.engine import ContextError
-from staticvl.runtime.prompt import Message, PromptError
-from staticvl.runtime.ranks.verdict import RankError
+from staticvl.runtime.backends.distributed.verdict import RankError
+from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.processor.prompt import Message, PromptError
 
 from .conftest import EMBEDDED
 from .fakes import fake_model, noise

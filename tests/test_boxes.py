@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from staticvl.runtime import tagged_boxes
-from staticvl.runtime.boxes import Box, parse_boxes, parse_corners
-from staticvl.runtime.families import family
-from staticvl.runtime.images import Frame
+from staticvl.runtime.processor import qwen_boxes as tagged_boxes
+from staticvl.runtime.processor.boxes import Box, parse_boxes, parse_corners
+from staticvl.runtime.processor.families import family
+from staticvl.runtime.processor.images import Frame
 
 BUS = (0.61, 0.36, 0.92, 0.83)
 WHOLE = Frame(left=0, top=0, width=200, height=100, image_width=200, image_height=100)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from staticvl.runtime.artifact import CacheSpec
-from staticvl.runtime.cache import SlotCache
+from staticvl.runtime.engine.cache import SlotCache
 
 
 def slot_cache(slots: int = 4) -> SlotCache:

@@ -28,8 +28,8 @@ from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.decoder import Block
 from staticvl.runtime.artifact import read_manifest
-from staticvl.runtime.ascend.weights import map_weight
-from staticvl.runtime.prompt import Message, Prompt
+from staticvl.runtime.backends.ascend.weights import map_weight
+from staticvl.runtime.processor.prompt import Message, Prompt
 from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.comparing.forced import Ran
 from staticvl.tools.comparing.metrics import compare_logits

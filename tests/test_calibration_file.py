@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from staticvl.runtime.prompt import Message
+from staticvl.runtime.processor.prompt import Message
 from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.cli import build_parser, main
 from staticvl.tools.compile import read_options

@@ -13,13 +13,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from staticvl.runtime import candidates, sampler
 from staticvl.runtime.artifact import GraphSpec
 from staticvl.runtime.backends.base import Result
-from staticvl.runtime.candidates import Candidates
-from staticvl.runtime.request import SamplingParams, Sequence
-from staticvl.runtime.sampler import sample
-from staticvl.runtime.sampling import ResolvedSampling
+from staticvl.runtime.engine.request import SamplingParams, Sequence
+from staticvl.runtime.sampling.candidates import Candidates
+from staticvl.runtime.sampling.params import ResolvedSampling, candidates, sampler
+from staticvl.runtime.sampling.sampler import sample
 
 from .fakes import Guess, fake_artifact, fake_engine, oracle, run_all, text_prompt
 from .rank_threads import MeetingBackend, ranks_as_threads

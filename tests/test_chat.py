@@ -18,9 +18,9 @@ from PIL import Image
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.chat import Chat
-from staticvl.runtime.engine import ContextError
-from staticvl.runtime.images import ImageError
-from staticvl.runtime.prompt import Message, Prompt, PromptError
+from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.processor.images import ImageError
+from staticvl.runtime.processor.prompt import Message, Prompt, PromptError
 
 from .checkpoints_mllama import tiny_mllama
 from .checkpoints_tokenizers import text_of

@@ -10,8 +10,8 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from staticvl.runtime import template_sandbox
-from staticvl.runtime.chat_template import (
+from staticvl.runtime.processor import template_sandbox
+from staticvl.runtime.processor.chat_template import (
     LLAVA_HF,
     LLAVA_NEXT_ORIGINAL,
     LLAVA_ORIGINAL,

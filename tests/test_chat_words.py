@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from staticvl import runtime
-from staticvl.runtime.chat_template import ChatTemplateError
-from staticvl.runtime.prompt import IMAGE, Message
+from staticvl.runtime.processor.chat_template import ChatTemplateError
+from staticvl.runtime.processor.prompt import IMAGE, Message
 from staticvl.tools.cli import build_parser
 from staticvl.tools.serving import main
 

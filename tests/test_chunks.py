@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from staticvl.runtime.chunks import ChunkPlanner
+from staticvl.runtime.engine.chunks import ChunkPlanner
 
 LONGEST = 24
 # Whole and half milliseconds: sums are exact, so that costs compare with ==.

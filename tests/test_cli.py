@@ -14,10 +14,10 @@ import pytest
 from PIL import Image
 
 from staticvl.runtime import load
+from staticvl.runtime.backends.cores import processor_name
 from staticvl.runtime.backends.unsigned_weights import PRECISE, cuts_off
-from staticvl.runtime.cores import processor_name
-from staticvl.runtime.request_log import read_request_log
-from staticvl.runtime.sampling import SETTINGS, SamplingParams
+from staticvl.runtime.engine.request_log import read_request_log
+from staticvl.runtime.sampling.params import SETTINGS, SamplingParams
 from staticvl.tools.bench_requests import Asked, arrival_times
 from staticvl.tools.cli import build_parser, main
 from staticvl.tools.sampling_options import read_sampling

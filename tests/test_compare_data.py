@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from staticvl.runtime.prompt import IMAGE, Message
+from staticvl.runtime.processor.prompt import IMAGE, Message
 from staticvl.tools.comparing.data import read_data
 from staticvl.tools.comparing.samples import DataError
 

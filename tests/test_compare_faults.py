@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from staticvl.model_defs.decoder import CrossAttention, Mlp
-from staticvl.runtime import images
 from staticvl.runtime.artifact import ModelFacts, read_manifest
-from staticvl.runtime.feeds import Feeds
+from staticvl.runtime.engine.feeds import Feeds
+from staticvl.runtime.processor import images
 from staticvl.runtime.rope import rope_tables
 from staticvl.tools.comparing import taps
 from staticvl.tools.comparing.findings import Finding

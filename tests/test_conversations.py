@@ -24,10 +24,10 @@ from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import ModelFacts
-from staticvl.runtime.families import family
-from staticvl.runtime.prompt import IMAGE, ImagePart, Message, PromptError
-from staticvl.runtime.tiktoken_vocabulary import read_ranks
-from staticvl.runtime.tokenizer import Tokenizer, load_tokenizer
+from staticvl.runtime.processor.families import family
+from staticvl.runtime.processor.prompt import IMAGE, ImagePart, Message, PromptError
+from staticvl.runtime.processor.tiktoken_vocabulary import read_ranks
+from staticvl.runtime.processor.tokenizer import Tokenizer, load_tokenizer
 from staticvl.tools.serving.schema import read_request
 from staticvl.tools.serving.translate import messages_of
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFont
 
-from staticvl.runtime.boxes import Box, Quad
+from staticvl.runtime.processor.boxes import Box, Quad
 from staticvl.tools import draw as drawing
 from staticvl.tools.draw import COLOURS, FONTS, GAP, draw
 

@@ -14,13 +14,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import CROSS_HIDDEN, RopeFacts
+from staticvl.runtime.backends.base import Feed
 from staticvl.runtime.backends.fake import FakeBackend
-from staticvl.runtime.engine import ContextError, Engine
-from staticvl.runtime.feeds import Feed
-from staticvl.runtime.prompt import Prompt
-from staticvl.runtime.request import SamplingParams, Sequence
+from staticvl.runtime.engine.engine import ContextError, Engine
+from staticvl.runtime.engine.request import SamplingParams, Sequence
+from staticvl.runtime.engine.scheduler import Step
+from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.rope import rope_tables
-from staticvl.runtime.scheduler import Step
 
 from .fakes import (
     CROSS_FACTS,

@@ -15,7 +15,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import ConfigError, read_config
 from staticvl.runtime.artifact import ModelFacts, SamplingDefaults
-from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_ORIGINAL
+from staticvl.runtime.processor.chat_template import LLAVA_HF, LLAVA_ORIGINAL
 
 from .checkpoints import CHAT_TEMPLATE, MEAN, STD, tiny_llava, write_json
 from .test_source import IRREGULAR, make_irregular

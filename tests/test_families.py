@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 from staticvl.compiler.graphs import VISION_GRAPHS
-from staticvl.runtime.families import FAMILIES
+from staticvl.runtime.processor.families import FAMILIES
 from staticvl.weights.names import TABLES
 
 ROOT = Path(__file__).parents[1]
@@ -19,7 +19,7 @@ PLACES = (
     "compiler/tokenizer_facts.py",
     "compiler/facts.py",
     "weights/names/",
-    "runtime/families/",
+    "runtime/processor/families/",
 )
 
 

@@ -17,10 +17,10 @@ from staticvl.compiler.facts import MLLAMA_BASE, read_facts
 from staticvl.compiler.tiktoken_forms import LLAMA3
 from staticvl.model_defs.config import ConfigError, read_config
 from staticvl.runtime.artifact import Llama3Scaling, ModelFacts, SamplingDefaults
-from staticvl.runtime.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, ChatTemplateError
-from staticvl.runtime.families import mllama
-from staticvl.runtime.prompt import Message
-from staticvl.runtime.tokenizer import Tokenizer, load_tokenizer
+from staticvl.runtime.processor.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, ChatTemplateError
+from staticvl.runtime.processor.families import mllama
+from staticvl.runtime.processor.prompt import Message
+from staticvl.runtime.processor.tokenizer import Tokenizer, load_tokenizer
 
 from .checkpoints_files import write_json
 from .checkpoints_llava_next import tiny_llava_next

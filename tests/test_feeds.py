@@ -7,12 +7,12 @@ import dataclasses
 import numpy as np
 
 from staticvl.runtime.artifact import CROSS_HIDDEN, RopeFacts
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.feeds import Feed, new_feed
-from staticvl.runtime.prompt import Prompt, Sight
-from staticvl.runtime.request import SamplingParams, Sequence
+from staticvl.runtime.backends.base import Feed, new_feed
+from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.request import SamplingParams, Sequence
+from staticvl.runtime.engine.scheduler import Step
+from staticvl.runtime.processor.prompt import Prompt, Sight
 from staticvl.runtime.rope import rope_tables
-from staticvl.runtime.scheduler import Step
 
 from .fakes import (
     FACTS,

@@ -17,9 +17,9 @@ import psutil
 import pytest
 
 from staticvl import runtime
-from staticvl.runtime.constraints import ConstraintError, Constraints
-from staticvl.runtime.form_process import FormProcess
-from staticvl.runtime.sampling import SamplingParams
+from staticvl.runtime.sampling.constraints import ConstraintError, Constraints
+from staticvl.runtime.sampling.form_process import FormProcess
+from staticvl.runtime.sampling.params import SamplingParams
 
 from .fakes import lent
 from .servers import far_model

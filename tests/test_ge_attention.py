@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from staticvl.runtime.ascend.ge_graph import GeGraphError
+from staticvl.runtime.backends.ge_simulator.ge_graph import GeGraphError
 
 from .ge_formulas import (
     HALVES,

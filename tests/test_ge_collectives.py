@@ -13,8 +13,8 @@ from torch import Tensor
 from staticvl.compiler import lower_ascend
 from staticvl.model_defs import ops
 from staticvl.runtime.artifact import ArtifactError
-from staticvl.runtime.ascend.ge_graph import GeGraphError, parse
-from staticvl.runtime.ascend.simulator import Simulator
+from staticvl.runtime.backends.ge_simulator.ge_graph import GeGraphError, parse
+from staticvl.runtime.backends.ge_simulator.simulator import Simulator
 
 from .ge_graphs import build, compute, lower
 from .lockstep import ArrayMember, Meeting, member_in, run_ranks

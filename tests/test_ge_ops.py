@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from staticvl.runtime.ascend.ge_graph import GeGraphError, parse
-from staticvl.runtime.ascend.ge_ops import OPS
-from staticvl.runtime.ascend.simulator import Simulator
+from staticvl.runtime.backends.ge_simulator.ge_graph import GeGraphError, parse
+from staticvl.runtime.backends.ge_simulator.ge_ops import OPS
+from staticvl.runtime.backends.ge_simulator.simulator import Simulator
 
 from .ge_formulas import (
     FLOATS,

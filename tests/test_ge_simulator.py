@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from staticvl.runtime.ascend.ge_graph import GeGraphError, Source, parse
-from staticvl.runtime.ascend.simulator import Simulator
+from staticvl.runtime.backends.ge_simulator.ge_graph import GeGraphError, Source, parse
+from staticvl.runtime.backends.ge_simulator.simulator import Simulator
 
 from .ge_formulas import (
     FLOATS,

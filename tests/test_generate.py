@@ -18,11 +18,11 @@ from PIL import Image
 
 from staticvl import runtime
 from staticvl.runtime.artifact import ArtifactError, open_artifact
-from staticvl.runtime.backends.base import open_backend
-from staticvl.runtime.engine import ContextError
-from staticvl.runtime.images import ImageError
-from staticvl.runtime.prompt import PromptError
-from staticvl.runtime.tokenizer import TokenizerError
+from staticvl.runtime.backends.open import open_backend
+from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.processor.images import ImageError
+from staticvl.runtime.processor.prompt import PromptError
+from staticvl.runtime.processor.tokenizer import TokenizerError
 
 from .fakes import lent, loaded_with_fake, noise
 

@@ -19,7 +19,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, GraphSpec, Kind, Manifest, verify
 from staticvl.runtime.backends import host_cache, ort
-from staticvl.runtime.backends.base import open_backend
+from staticvl.runtime.backends.open import open_backend
 from staticvl.runtime.locks import READERS
 
 from .checkpoints import tiny_llava
@@ -167,7 +167,7 @@ def test_weights_are_held_once(artifact: Path) -> None:
     answer(artifact)  # packs
     code = (
         "import sys, psutil\nfrom staticvl import runtime\nfrom staticvl.runtime.backends import ort\n"
-        "from staticvl.runtime.feeds import new_feed\nort.WORTH_PACKING = 0\n"
+        "from staticvl.runtime.backends.base import new_feed\nort.WORTH_PACKING = 0\n"
         "engine = runtime.load(sys.argv[1]).engine\n"
         "graphs = [g for g in engine.manifest.graphs if g.kind != 'vision']\n"
         "for graph in graphs[:int(sys.argv[2])]: engine.backend.run(graph, new_feed(graph))\n"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from staticvl.runtime import image_urls
-from staticvl.runtime.image_urls import ImageError, connect_in_time, download
+from staticvl.runtime.processor import image_urls
+from staticvl.runtime.processor.image_urls import ImageError, connect_in_time, download
 
 REDIRECT = b"HTTP/1.1 302 Found\r\nLocation: %s\r\n"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"

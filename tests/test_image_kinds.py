@@ -17,7 +17,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import Llava
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil, get_all_supported_aspect_ratios
 
 from staticvl.runtime.artifact import ImageFacts
-from staticvl.runtime.images import ImageSource, load_image, to_pixels
+from staticvl.runtime.processor.images import ImageSource, load_image, to_pixels
 
 from .image_kinds import Kind, all_kinds
 

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from staticvl.runtime.image_files import ImageError, ImageSource, load_image
-from staticvl.runtime.pillow_quiet import quiet_pillow
+from staticvl.runtime.processor.image_files import ImageError, ImageSource, load_image
+from staticvl.runtime.processor.pillow_quiet import quiet_pillow
 
 from .image_kinds import all_kinds, colours, written
 
@@ -256,7 +256,7 @@ def test_text_has_a_limit_too() -> None:
 MEASURED = """
 import sys
 import psutil
-from staticvl.runtime.image_files import load_image
+from staticvl.runtime.processor.image_files import load_image
 small, large = sys.argv[1:]
 load_image(small)
 before = psutil.Process().memory_info().rss

@@ -17,10 +17,10 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from staticvl.runtime import images
 from staticvl.runtime.artifact import ImageFacts
-from staticvl.runtime.image_files import Alpha
-from staticvl.runtime.images import Frame, ImageError, frame_of, load_image, to_pixels
+from staticvl.runtime.processor import images
+from staticvl.runtime.processor.image_files import Alpha
+from staticvl.runtime.processor.images import Frame, ImageError, frame_of, load_image, to_pixels
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

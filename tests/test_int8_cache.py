@@ -34,8 +34,8 @@ from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.decoder import Attention
 from staticvl.runtime.artifact import CacheSpec, Manifest, TensorSpec, WeightSpec, read_manifest
-from staticvl.runtime.ascend.weights import map_weight
-from staticvl.runtime.prompt import Message
+from staticvl.runtime.backends.ascend.weights import map_weight
+from staticvl.runtime.processor.prompt import Message
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.comparing.metrics import compare_logits

@@ -29,8 +29,8 @@ from staticvl.compiler.progress import Progress
 from staticvl.runtime import load
 from staticvl.runtime.artifact import CacheSpec, Kernels, Kind, read_manifest
 from staticvl.runtime.backends import ort
-from staticvl.runtime.backends.base import open_backend
-from staticvl.runtime.cores import usable_cores
+from staticvl.runtime.backends.cores import usable_cores
+from staticvl.runtime.backends.open import open_backend
 from staticvl.tools.cli import main
 
 from .checkpoints_mllama import tiny_mllama

@@ -16,10 +16,10 @@ from transformers.models.llava_next import modeling_llava_next
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
 from staticvl.runtime.artifact import ImageFacts, ModelFacts
-from staticvl.runtime.families import llava_next
-from staticvl.runtime.prompt import Message, PromptError
-from staticvl.runtime.tiles import grid_of
-from staticvl.runtime.tokenizer import Tokenizer
+from staticvl.runtime.processor.families import llava_next
+from staticvl.runtime.processor.prompt import Message, PromptError
+from staticvl.runtime.processor.tiles import grid_of
+from staticvl.runtime.processor.tokenizer import Tokenizer
 
 from .checkpoints import MEAN, STD, tiny_llava
 from .test_llava_prompt import load, picture

@@ -14,11 +14,11 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import ModelFacts
-from staticvl.runtime.boxes import parse_boxes
-from staticvl.runtime.families import family, llava, llava_next, mllama
-from staticvl.runtime.images import ImageError
-from staticvl.runtime.prompt import Message, PromptError
-from staticvl.runtime.tokenizer import Tokenizer, load_tokenizer
+from staticvl.runtime.processor.boxes import parse_boxes
+from staticvl.runtime.processor.families import family, llava, llava_next, mllama
+from staticvl.runtime.processor.images import ImageError
+from staticvl.runtime.processor.prompt import Message, PromptError
+from staticvl.runtime.processor.tokenizer import Tokenizer, load_tokenizer
 
 from .checkpoints import MEAN, STD, tiny_llava
 

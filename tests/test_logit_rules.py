@@ -15,12 +15,12 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from staticvl import runtime
-from staticvl.runtime.constraints import ConstraintError
-from staticvl.runtime.logit_rules import LogitRules, rules_for
-from staticvl.runtime.request import SamplingParams
-from staticvl.runtime.token_bytes import BadWords, TokenBytes
-from staticvl.runtime.tokenizer import Tokenizer, read_vocabulary
-from staticvl.runtime.vocabularies import Vocabulary
+from staticvl.runtime.engine.request import SamplingParams
+from staticvl.runtime.processor.token_bytes import BadWords, TokenBytes
+from staticvl.runtime.processor.tokenizer import Tokenizer, read_vocabulary
+from staticvl.runtime.processor.vocabularies import Vocabulary
+from staticvl.runtime.sampling.constraints import ConstraintError
+from staticvl.runtime.sampling.logits_processors import LogitRules, rules_for
 
 from .checkpoints_mllama import tiny_mllama
 from .fakes import EOS, VOCAB, fake_engine, lent, loaded_with_fake, picture, picture_prompt, run_all, text_prompt

@@ -27,8 +27,8 @@ from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CROSS_HIDDEN, ImageFacts
-from staticvl.runtime.ascend import ge_graph
-from staticvl.runtime.ascend.weights import to_offsets, to_signed
+from staticvl.runtime.backends.ascend.weights import to_offsets, to_signed
+from staticvl.runtime.backends.ge_simulator import ge_graph
 from staticvl.weights.quantize import joined_halves, quantize_w4, quantize_w8, quantize_w8a8
 
 from .conftest import EMBEDDED, REPO
@@ -356,8 +356,8 @@ RUNTIME = """
 import functools, sys
 sys.modules["staticvl.compiler"] = sys.modules["staticvl.model_defs"] = None
 import torch
-from staticvl.runtime.ascend import torchair_host
-from staticvl.runtime.ascend.simulator import Simulator
+from staticvl.runtime.backends.ascend import torchair_host
+from staticvl.runtime.backends.ge_simulator.simulator import Simulator
 host = torchair_host.load()
 from torchair.inference._cache_compiler import CompiledModel
 for path in sys.argv[1:]:

@@ -17,9 +17,9 @@ from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.backends.fake import PICTURE_NUMBERS, FakeBackend
 from staticvl.runtime.chat import Chat
-from staticvl.runtime.prompt import Message, Prompt
-from staticvl.runtime.request import Sequence
-from staticvl.runtime.scheduler import Step
+from staticvl.runtime.engine.request import Sequence
+from staticvl.runtime.engine.scheduler import Step
+from staticvl.runtime.processor.prompt import Message, Prompt
 
 from .conftest import EMBEDDED
 from .fakes import Guess, check_slots, fake_model, noise, oracle

@@ -15,7 +15,7 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.runtime.engine import Engine
+from staticvl.runtime.engine.engine import Engine
 
 from .checkpoints import tiny_llava
 from .checkpoints_llava_next import tiny_llava_next

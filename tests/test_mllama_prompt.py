@@ -24,12 +24,12 @@ from transformers.models.mllama.processing_mllama import (
 )
 
 from staticvl.runtime.artifact import ImageFacts, ModelFacts, RopeFacts, TokenizerFacts
-from staticvl.runtime.chat_template import MLLAMA_BASE, ChatTemplateError
-from staticvl.runtime.families import mllama
-from staticvl.runtime.images import ImageError
-from staticvl.runtime.prompt import IMAGE as IMAGE_PART
-from staticvl.runtime.prompt import Message, Prompt, PromptError
-from staticvl.runtime.tokenizer import Tokenizer, read_vocabulary
+from staticvl.runtime.processor.chat_template import MLLAMA_BASE, ChatTemplateError
+from staticvl.runtime.processor.families import mllama
+from staticvl.runtime.processor.images import ImageError
+from staticvl.runtime.processor.prompt import IMAGE as IMAGE_PART
+from staticvl.runtime.processor.prompt import Message, Prompt, PromptError
+from staticvl.runtime.processor.tokenizer import Tokenizer, read_vocabulary
 
 from .conftest import PUBLISHED
 

@@ -18,8 +18,8 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.chat import Chat
-from staticvl.runtime.prompt import Message
-from staticvl.runtime.request import SamplingParams
+from staticvl.runtime.engine.request import SamplingParams
+from staticvl.runtime.processor.prompt import Message
 
 from .checkpoints import tiny_llava
 from .checkpoints_llava_next import tiny_llava_next

@@ -20,7 +20,7 @@ from staticvl.compiler.calibration import Calibration
 from staticvl.compiler.plan import Options, PlanError
 from staticvl.compiler.ready_made import resolve
 from staticvl.model_defs.config import ConfigError, ModelConfig, read_config
-from staticvl.runtime.ascend.weights import map_weight
+from staticvl.runtime.backends.ascend.weights import map_weight
 from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.random_checkpoint import main
 from staticvl.weights.convert import convert

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.runtime.request import SamplingParams
+from staticvl.runtime.engine.request import SamplingParams
 
 from .parity import TOLERANCE, Answer, Case, as_answer, check, opened, ours, picture, picture_files, relative_error
 

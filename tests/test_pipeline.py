@@ -18,8 +18,8 @@ from staticvl.compiler.lockstep import results_of
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.model_defs.config import Stage, read_config
 from staticvl.runtime.artifact import GraphSpec, Manifest, Transfer, is_cached, open_artifact, rank_weights, verify
-from staticvl.runtime.backends.base import Backend, open_backend
-from staticvl.runtime.feeds import Feed
+from staticvl.runtime.backends.base import Backend, Feed
+from staticvl.runtime.backends.open import open_backend
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.opening import open_side
 from staticvl.weights.rules import targets

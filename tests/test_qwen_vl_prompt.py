@@ -16,11 +16,11 @@ from safetensors.numpy import load_file
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import ModelFacts, RopeFacts
-from staticvl.runtime.families import family, qwen_vl
-from staticvl.runtime.images import ImageError
-from staticvl.runtime.prompt import IMAGE, ImagePart, Message, Prompt, PromptError
+from staticvl.runtime.processor.families import family, qwen_vl
+from staticvl.runtime.processor.images import ImageError
+from staticvl.runtime.processor.prompt import IMAGE, ImagePart, Message, Prompt, PromptError
+from staticvl.runtime.processor.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 from staticvl.runtime.rope import ntk_factor
-from staticvl.runtime.tokenizer import Tokenizer, TokenizerError, load_tokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen_vl_tiny"
 CASES: dict[str, Any] = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))

@@ -21,10 +21,10 @@ import pytest
 from staticvl import runtime
 from staticvl.runtime.artifact import Artifact, GraphSpec, open_artifact, write_manifest
 from staticvl.runtime.backends.base import Group, Result
+from staticvl.runtime.backends.distributed import crew, launch, start
+from staticvl.runtime.backends.distributed.leader import LeadingBackend
+from staticvl.runtime.backends.distributed.world import LOOPBACK, World
 from staticvl.runtime.files import sha256_file
-from staticvl.runtime.ranks import crew, launch, start
-from staticvl.runtime.ranks.leader import LeadingBackend
-from staticvl.runtime.ranks.world import LOOPBACK, World
 
 from . import faulty_rank
 from .fakes import cross_prompt, fake_artifact, oracle, picture, picture_prompt, run_all, text_prompt
@@ -189,7 +189,7 @@ def test_a_leader_that_gives_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys:
     def make(rank: int, artifact: Artifact, group: Group) -> Failing:
         return Failing(rank, artifact, group, 1, fail)
 
-    monkeypatch.setattr("staticvl.runtime.ranks.follower.GRACE_S", 0.1)
+    monkeypatch.setattr("staticvl.runtime.backends.distributed.follower.GRACE_S", 0.1)
     with ranks_as_threads(monkeypatch, fake_artifact(), 2, timeout=1.0, make=make) as (engine, others):
         backend = engine.backend
         assert isinstance(backend, LeadingBackend)
@@ -346,7 +346,8 @@ def test_ctrl_c_leaves_no_process(two_ranks: Path) -> None:
 def test_a_starter_that_dies_early_leaves_no_process(two_ranks: Path) -> None:
     """Before there is a control channel to end."""
     code = (
-        "import os, sys, signal\nfrom staticvl.runtime.ranks import control, launch\nfrom staticvl import runtime\n"
+        "import os, sys, signal\nfrom staticvl import runtime\n"
+        "from staticvl.runtime.backends.distributed import control, launch\n"
         "def publish(self, store): print([p.pid for p in started], flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
         "started, popen = [], launch.subprocess.Popen\n"
         "launch.subprocess.Popen = lambda *a, **k: started.append(popen(*a, **k)) or started[-1]\n"

@@ -17,9 +17,9 @@ from torch.distributed import HashStore
 
 from staticvl import runtime
 from staticvl.runtime.artifact import ArtifactError
-from staticvl.runtime.ranks import control
-from staticvl.runtime.ranks.control import Members, Published, join
-from staticvl.runtime.ranks.frames import (
+from staticvl.runtime.backends.distributed import control
+from staticvl.runtime.backends.distributed.control import Members, Published, join
+from staticvl.runtime.backends.distributed.frames import (
     HEADER,
     LARGEST_RECORD,
     FrameError,
@@ -31,11 +31,11 @@ from staticvl.runtime.ranks.frames import (
     encode,
     read_header,
 )
-from staticvl.runtime.ranks.group import GlooGroup
-from staticvl.runtime.ranks.start import _is_loopback, _plain, read_timeout
-from staticvl.runtime.ranks.verdict import Account, Doing, MeetingError, Peer, RankError, blame
-from staticvl.runtime.ranks.worker import Worker
-from staticvl.runtime.ranks.world import LOOPBACK, Seat, World, seat_of, started_world
+from staticvl.runtime.backends.distributed.group import GlooGroup
+from staticvl.runtime.backends.distributed.start import _is_loopback, _plain, read_timeout
+from staticvl.runtime.backends.distributed.verdict import Account, Doing, MeetingError, Peer, RankError, blame
+from staticvl.runtime.backends.distributed.worker import Worker
+from staticvl.runtime.backends.distributed.world import LOOPBACK, Seat, World, seat_of, started_world
 
 PATIENCE = 20.0  # seconds; only a broken test waits this long
 

@@ -21,13 +21,13 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
-from staticvl.runtime.ascend import torchair_host
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.ranks import group
-from staticvl.runtime.ranks.group import meet_store
-from staticvl.runtime.ranks.launch import threads_each
-from staticvl.runtime.ranks.leader import LeadingBackend
-from staticvl.runtime.ranks.world import LOOPBACK, World, started_world
+from staticvl.runtime.backends.ascend.backend import torchair_host
+from staticvl.runtime.backends.distributed import group
+from staticvl.runtime.backends.distributed.group import meet_store
+from staticvl.runtime.backends.distributed.launch import threads_each
+from staticvl.runtime.backends.distributed.leader import LeadingBackend
+from staticvl.runtime.backends.distributed.world import LOOPBACK, World, started_world
+from staticvl.runtime.engine.engine import Engine
 
 from .checkpoints import tiny_llava
 from .conftest import EMBEDDED, REPO
@@ -201,7 +201,7 @@ def test_the_default_process_group_is_left_to_the_caller(cut: runtime.Model) -> 
 
 
 def test_cores_are_split_among_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staticvl.runtime.ranks.launch.usable_cores", lambda: 9)
+    monkeypatch.setattr("staticvl.runtime.backends.distributed.launch.usable_cores", lambda: 9)
     assert [threads_each(None, size) for size in (1, 2, 16)] == [9, 4, 1] and threads_each(3, 2) == 3
 
 

@@ -13,8 +13,8 @@ import pytest
 
 from staticvl.compiler import build as building
 from staticvl.runtime.artifact import ArtifactError, AscendFacts, read_manifest, write_manifest
-from staticvl.runtime.ascend import readiness, torchair_host
-from staticvl.runtime.ascend.readiness import check_ready
+from staticvl.runtime.backends.ascend.backend import readiness, torchair_host
+from staticvl.runtime.backends.ascend.readiness import check_ready
 from staticvl.tools import compare, demo, generate, tune_buckets
 from staticvl.tools.cli import main
 

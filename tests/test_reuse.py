@@ -13,11 +13,11 @@ from staticvl import runtime
 from staticvl.runtime.artifact import CacheSpec, CrossSpec
 from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.backends.ort import OrtBackend
-from staticvl.runtime.content import content_of
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.prompt import Prompt
-from staticvl.runtime.request import SamplingParams, Sequence
-from staticvl.runtime.reuse import FeatureCache, copy_ms_per_row
+from staticvl.runtime.engine.cache_keys import content_of
+from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.prefix_cache import FeatureCache, copy_ms_per_row
+from staticvl.runtime.engine.request import SamplingParams, Sequence
+from staticvl.runtime.processor.prompt import Prompt
 
 from .fakes import (
     CROSS_FACTS,
@@ -263,7 +263,7 @@ def test_every_backend_copies_the_same(tmp_path: Path) -> None:
     """The rows and pictures asked for and nothing else; as torch and onnxruntime hold their caches."""
     from staticvl.compiler.eager import EagerBackend
     from staticvl.compiler.lockstep import LockstepBackend
-    from staticvl.runtime.backends.ascend import AscendBackend, Device
+    from staticvl.runtime.backends.ascend.backend import AscendBackend, Device
 
     backends = [
         OrtBackend(tmp_path, SPEC, threads=1),

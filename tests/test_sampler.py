@@ -10,11 +10,10 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from staticvl.runtime import sampler
 from staticvl.runtime.artifact import SamplingDefaults
-from staticvl.runtime.likeliest import BLOCK, likeliest
-from staticvl.runtime.sampler import logprob_of, sample, uniform
-from staticvl.runtime.sampling import ResolvedSampling, SamplingParams
+from staticvl.runtime.sampling.params import ResolvedSampling, SamplingParams, sampler
+from staticvl.runtime.sampling.sampler import logprob_of, sample, uniform
+from staticvl.runtime.sampling.top_logits import BLOCK, likeliest
 
 GRID = 500
 

@@ -20,8 +20,8 @@ from staticvl.compiler.facts import read_facts
 from staticvl.compiler.plan import Options
 from staticvl.model_defs.config import ConfigError, read_config
 from staticvl.runtime.artifact import SamplingDefaults, encode_manifest, open_artifact, read_manifest
-from staticvl.runtime.bans import Bans
-from staticvl.runtime.sampling import SamplingParams
+from staticvl.runtime.sampling.bans import Bans
+from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.tools.cli import main
 from staticvl.tools.show import sampling_line
 

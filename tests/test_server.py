@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from staticvl import runtime
-from staticvl.runtime.prompt import IMAGE, Message
-from staticvl.runtime.token_bytes import TokenBytes
+from staticvl.runtime.processor.prompt import IMAGE, Message
+from staticvl.runtime.processor.token_bytes import TokenBytes
 
 from .conftest import REPO
 from .fakes import noise

@@ -20,8 +20,8 @@ import openai
 import pytest
 from PIL import Image
 
-from staticvl.runtime import image_urls
-from staticvl.runtime.image_urls import ImageError, download
+from staticvl.runtime.processor import image_urls
+from staticvl.runtime.processor.image_urls import ImageError, download
 from staticvl.tools.serving import addresses
 from staticvl.tools.serving.addresses import connect_publicly, is_public
 

@@ -11,8 +11,8 @@ import pytest
 
 from staticvl import runtime
 from staticvl.compiler.plan import Options, parse_buckets
-from staticvl.runtime.families import family
-from staticvl.runtime.sampling import SamplingParams
+from staticvl.runtime.processor.families import family
+from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.runtime.shown import LONGEST, quoted, shown
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.data import read_data
@@ -24,7 +24,7 @@ from .conftest import REPO
 LONG = "long " * 2000
 AWAY = "away/" * 700  # longer ones are refused by the system, in its own words, before anything of ours sees them
 # Values there are the simulator's own; ascend.py's and ranks' come from cards and peers.
-INTERNAL = ("runtime/ascend/",)
+INTERNAL = ("runtime/backends/ascend/", "runtime/backends/ge_simulator/")
 
 
 def test_both_ends_of_a_long_text_are_shown() -> None:

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import RopeFacts
 from staticvl.runtime.backends.fake import FakeBackend
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.lookup import Lookup
-from staticvl.runtime.prompt import Prompt
-from staticvl.runtime.request import SamplingParams, Sequence
+from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.request import SamplingParams, Sequence
+from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.rope import ntk_factor
+from staticvl.runtime.sampling.prompt_lookup import Lookup
 
 from .fakes import (
     FACTS,

@@ -13,7 +13,7 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import open_artifact
-from staticvl.runtime.request import Output
+from staticvl.runtime.engine.request import Output
 
 from .checkpoints_mllama import tiny_mllama
 from .conftest import EMBEDDED, REPO

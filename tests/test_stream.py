@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from staticvl import runtime
-from staticvl.runtime.engine import ContextError
-from staticvl.runtime.prompt import PromptError
+from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.processor.prompt import PromptError
 
 from .fakes import lent, loaded_with_fake, noise
 

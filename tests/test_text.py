@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import TokenizerFacts
-from staticvl.runtime.text import AnswerText
-from staticvl.runtime.tokenizer import load_tokenizer
+from staticvl.runtime.processor.detokenizer import AnswerText
+from staticvl.runtime.processor.tokenizer import load_tokenizer
 
 from .checkpoints_tokenizers import SCRIPTS, text_of
 from .conftest import EMBEDDED

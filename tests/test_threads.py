@@ -16,8 +16,8 @@ import pytest
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
-from staticvl.runtime.access import EngineAccess, InterruptedStepError
 from staticvl.runtime.async_engine import AsyncEngine
+from staticvl.runtime.engine.access import EngineAccess, InterruptedStepError
 from staticvl.runtime.model import ModelClosedError
 
 from .conftest import EMBEDDED

@@ -18,8 +18,8 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from staticvl.compiler.tiktoken_forms import LLAMA3, QWEN
 from staticvl.runtime.artifact import TokenizerFacts
-from staticvl.runtime.tiktoken_vocabulary import TAGS, TiktokenVocabulary, is_tiktoken, read_ranks
-from staticvl.runtime.tokenizer import Detokenizer, Tokenizer, TokenizerError, load_tokenizer
+from staticvl.runtime.processor.tiktoken_vocabulary import TAGS, TiktokenVocabulary, is_tiktoken, read_ranks
+from staticvl.runtime.processor.tokenizer import Detokenizer, Tokenizer, TokenizerError, load_tokenizer
 
 from .checkpoints_tokenizers import SCRIPTS
 from .tiktoken_files import TEXTS, as_tokenizer_json, filler, trained, write_ranks
@@ -275,7 +275,7 @@ def test_nothing_is_downloaded() -> None:
     code = (
         "import sys\n"
         "from pathlib import Path\n"
-        "from staticvl.runtime.tiktoken_vocabulary import TiktokenVocabulary\n"
+        "from staticvl.runtime.processor.tiktoken_vocabulary import TiktokenVocabulary\n"
         f"TiktokenVocabulary(Path({str(QWEN_FILE)!r}), {{}}, pattern='.', nfc=True).encode('a')\n"
         "assert not {'requests', 'urllib3', 'blobfile'} & set(sys.modules)\n"
     )

@@ -18,8 +18,8 @@ from transformers.models.mllama.image_processing_pil_mllama import (
 )
 
 from staticvl.runtime.artifact import ImageFacts
-from staticvl.runtime.images import Frame, frame_of, load_image, stack_pixels, to_pixels
-from staticvl.runtime.tiles import canvas_size, grid_of
+from staticvl.runtime.processor.images import Frame, frame_of, load_image, stack_pixels, to_pixels
+from staticvl.runtime.processor.tiles import canvas_size, grid_of
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -11,7 +11,14 @@ import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer
 
 from staticvl.runtime.artifact import TokenizerFacts
-from staticvl.runtime.tokenizer import PICTURE, Detokenizer, Tokenizer, TokenizerError, load_tokenizer, read_vocabulary
+from staticvl.runtime.processor.tokenizer import (
+    PICTURE,
+    Detokenizer,
+    Tokenizer,
+    TokenizerError,
+    load_tokenizer,
+    read_vocabulary,
+)
 
 from .checkpoints import tiny_llava
 from .checkpoints_tokenizers import SCRIPTS, text_of

@@ -30,7 +30,7 @@ from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CANDIDATES, GraphSpec, TensorSpec, WeightSpec, read_manifest
 from staticvl.runtime.backends.base import Result
 from staticvl.runtime.backends.fake import FakeBackend
-from staticvl.runtime.candidates import Candidates
+from staticvl.runtime.sampling.candidates import Candidates
 from staticvl.tools import ascend_acceptance
 from staticvl.tools.comparing.walk import Walk
 

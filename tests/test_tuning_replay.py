@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from staticvl.runtime.engine import Engine
-from staticvl.runtime.request import SamplingParams
-from staticvl.runtime.scheduler import Step
+from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.request import SamplingParams
+from staticvl.runtime.engine.scheduler import Step
 from staticvl.tools.tuning.arrivals import rate_of, timed
 from staticvl.tools.tuning.columns import TraceError
 from staticvl.tools.tuning.replay import Replayed, Setup, _Replay, replay

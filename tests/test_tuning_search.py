@@ -10,7 +10,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from staticvl.runtime.chunks import ChunkPlanner
+from staticvl.runtime.engine.chunks import ChunkPlanner
 from staticvl.tools.tuning import search
 from staticvl.tools.tuning.batches import batch_frontier, step_cost
 from staticvl.tools.tuning.frontiers import knee, worth

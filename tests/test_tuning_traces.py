@@ -12,10 +12,10 @@ from PIL import Image
 
 from staticvl.compiler.facts import read_facts
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.families import family
-from staticvl.runtime.request import Output, Timings
-from staticvl.runtime.request_log import RequestLog, RequestLogError, RequestRecord, read_request_log, record_of
-from staticvl.runtime.tokenizer import load_tokenizer
+from staticvl.runtime.engine.request import Output, Timings
+from staticvl.runtime.engine.request_log import RequestLog, RequestLogError, RequestRecord, read_request_log, record_of
+from staticvl.runtime.processor.families import family
+from staticvl.runtime.processor.tokenizer import load_tokenizer
 from staticvl.tools.tuning import workload as workload_module
 from staticvl.tools.tuning.columns import Request, TraceError
 from staticvl.tools.tuning.pictures import PictureCounter, image_tokens, tiles

@@ -29,7 +29,7 @@ from rich.table import Table
 from tqdm import tqdm
 
 from ..runtime.artifact import ArtifactError, GraphSpec, Manifest, open_artifact
-from ..runtime.ascend.readiness import check_ready
+from ..runtime.backends.ascend.readiness import check_ready
 
 PICTURE = Path(__file__).parent / "assets" / "shapes.png"
 QUESTION = "What is in the picture?"
@@ -118,7 +118,7 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
     """The first output of every graph in some of its cases."""
     from ..compiler.cases import CaseMaker, rows_of
     from ..compiler.check import candidates_error
-    from ..runtime.candidates import MASS_ERROR
+    from ..runtime.sampling.candidates import MASS_ERROR
 
     backend, manifest = model.engine.backend, model.engine.manifest
     maker = CaseMaker(manifest.model, manifest.weights["text.embed.weight"].shape[0])

@@ -22,7 +22,8 @@ from ..compiler.graphs import GraphDef, define_graph
 from ..compiler.plan import Buckets, Options, PlanError, make_plan
 from ..model_defs.config import ConfigError, ModelConfig, read_config
 from ..runtime.artifact import ArtifactError, ImageFacts
-from ..runtime.ascend import ge_graph, torchair_host
+from ..runtime.backends.ascend import torchair_host
+from ..runtime.backends.ge_simulator import ge_graph
 from ..weights.tensors import WeightsError
 from .known_models import MODELS, write_known_model
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 from .. import runtime
 from ..runtime.artifact import ModelFacts
-from ..runtime.prompt import Message, Prompt, Sight
-from ..runtime.request import Output, SamplingParams
+from ..runtime.engine.request import Output, SamplingParams
+from ..runtime.processor.prompt import Message, Prompt, Sight
 from ..runtime.rope import ntk_factor
 from .machine import machine
 

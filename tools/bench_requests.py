@@ -21,9 +21,9 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .. import runtime
-from ..runtime.images import ImageSource
-from ..runtime.prompt import Prompt
-from ..runtime.request import Output, SamplingParams, Sequence
+from ..runtime.engine.request import Output, SamplingParams, Sequence
+from ..runtime.processor.images import ImageSource
+from ..runtime.processor.prompt import Prompt
 
 
 class RequestsError(ValueError):

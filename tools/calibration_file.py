@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..compiler.calibration import Calibration, CalibrationError, Conversation
 from ..runtime.files import sha256_file
-from ..runtime.prompt import Message
+from ..runtime.processor.prompt import Message
 from ..runtime.shown import shown
 from .comparing.data import read_data
 from .comparing.samples import Sample

@@ -14,9 +14,9 @@ from .. import runtime
 from ..compiler.build import build
 from ..compiler.plan import Buckets, Options
 from ..runtime.artifact import ArtifactError
-from ..runtime.ascend import torchair_host
-from ..runtime.ascend.readiness import check_ready
-from ..runtime.backends.base import DEVICES
+from ..runtime.backends.ascend import torchair_host
+from ..runtime.backends.ascend.readiness import check_ready
+from ..runtime.backends.open import DEVICES
 from ..runtime.shown import quoted
 from .generate import answer_lines
 from .progress import TerminalProgress

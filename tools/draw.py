@@ -7,8 +7,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..runtime.boxes import Box
-from ..runtime.images import ImageSource, load_image
+from ..runtime.processor.boxes import Box
+from ..runtime.processor.images import ImageSource, load_image
 
 COLOURS = ((255, 0, 80), (0, 160, 255), (0, 190, 90), (255, 150, 0), (170, 70, 255), (0, 190, 190))  # by label
 # Files that hold Chinese letters too, on Linux, macOS and Windows; PIL looks for them in the system's folders.

@@ -8,10 +8,10 @@ import json
 from typing import Any
 
 from .. import runtime
-from ..runtime.boxes import Box
-from ..runtime.request import Output
-from ..runtime.sampler import TokenLogprob
-from ..runtime.tokenizer import Tokenizer
+from ..runtime.engine.request import Output
+from ..runtime.processor.boxes import Box
+from ..runtime.processor.tokenizer import Tokenizer
+from ..runtime.sampling.sampler import TokenLogprob
 from .draw import draw
 from .ready import require
 from .sampling_options import read_sampling

@@ -6,7 +6,7 @@ from importlib.metadata import version
 from typing import Any
 
 from ..runtime.backends import unsigned_weights
-from ..runtime.cores import processor_features, processor_name, usable_cores
+from ..runtime.backends.cores import processor_features, processor_name, usable_cores
 
 
 def machine() -> dict[str, Any]:

@@ -9,7 +9,7 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ..runtime.request import SamplingParams
+    from ..runtime.engine.request import SamplingParams
 
 EXAMPLES = (
     "staticvl generate llava-7b --prompt 'Write a haiku.' --temperature 0.7 --n 3 --seed 1 --json\n"
@@ -70,7 +70,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
 
 def read_sampling(args: argparse.Namespace) -> SamplingParams:
     """The settings that were given; raises ValueError for values that cannot be used."""
-    from ..runtime.sampling import SETTINGS, SamplingParams
+    from ..runtime.sampling.params import SETTINGS, SamplingParams
 
     given: dict[str, Any] = {name: value for name, value in vars(args).items() if name in SETTINGS}
     if "logit_bias" in given:

@@ -22,7 +22,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from benchmarks.bandwidth import read_gb_per_s
-from staticvl.runtime.cores import usable_cores
+from staticvl.runtime.backends.cores import usable_cores
 from staticvl.runtime.files import write_atomically
 from staticvl.tools.random_checkpoint import write_checkpoint
 

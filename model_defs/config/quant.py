@@ -61,7 +61,8 @@ def quant_bits(kind: str) -> int:
 
 def quant_block(columns: int, kind: str = "w8a16") -> int:
     """Weights of one row that share a scale: 128, or 32 where filling up the last block would take more than a 16th of a row,
-    or where `kind` says so. With the bits of a number, the bytes of a block tell which it is (runtime/ascend/weights.py)."""
+    or where `kind` says so. With the bits of a number, the bytes of a block tell which it is
+    (runtime/backends/ascend/weights.py)."""
     return 32 if SMALL_BLOCKS in kind or -columns % 128 > columns // 16 else 128
 
 

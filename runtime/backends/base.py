@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
-from ..artifact import ArtifactError, CacheSpec, GraphSpec, Manifest, TensorSpec, rank_folder
-from ..candidates import Candidates
-from ..opening import reading
-from ..shown import quoted
+from ..artifact import ArtifactError, GraphSpec, TensorSpec, is_cached, rank_folder
+from ..sampling.candidates import Candidates
 
-DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
+Feed = dict[str, np.ndarray]
+
+
+def new_feed(graph: GraphSpec) -> Feed:
+    """Zeroed arrays for every input of a graph but its caches."""
+    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs if not is_cached(spec.name)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,40 +146,3 @@ def rows_to_copy(name: str, rows: int, images: int) -> int | None:
     if not name.startswith("cross_"):
         return rows
     return None if int(name.rsplit(".", 1)[1]) < images else 0
-
-
-def check_device(name: str, folder: Path, device: str) -> None:
-    """Raises ArtifactError where graphs of kind `name` never run on such a device."""
-    if device.partition(":")[0] not in DEVICES.get(name, ()):
-        usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
-        remedy = f"use device {' or '.join(usable)}" + (f", or compile it with --backend {wanted}" if wanted else "")
-        raise ArtifactError(f"device {quoted(device)} cannot run {folder}, which was compiled for {name}; {remedy}")
-
-
-def open_backend(
-    name: str,
-    folder: Path,
-    cache: CacheSpec,
-    *,
-    device: str = "cpu",
-    threads: int | None = None,
-    manifest: Manifest | None = None,
-    group: Group | None = None,
-    verify: bool = False,
-) -> Backend:
-    """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
-
-    With a `manifest` (that of the rank's stage) the graphs share what can be shared; without one, while an artifact is being
-    built, each stands alone. `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
-    `verify`: read what this machine has packed of the weights, and make it again where it is not what was written.
-    """
-    check_device(name, folder, device)
-    if name == "onnx":
-        from .ort import open_ort
-
-        with reading(folder, folder):
-            return open_ort(folder, cache, threads=threads, manifest=manifest, group=group, verify=verify)
-    from .ascend import open_ascend
-
-    assert manifest is not None, "the compiler opens Ascend backends itself"
-    return open_ascend(folder, manifest, device, group)

@@ -29,9 +29,9 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
-from ..candidates import Candidates
-from ..likeliest import likeliest
 from ..rope import rope_tables
+from ..sampling.candidates import Candidates
+from ..sampling.top_logits import likeliest
 from .base import Result
 
 PICTURE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that pictures differ from tokens

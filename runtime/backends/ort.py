@@ -23,12 +23,12 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
-from ..candidates import candidates_of
-from ..cores import usable_cores
 from ..opening import RunError, reading, remedy
+from ..sampling.candidates import candidates_of
 from ..shown import quoted
 from . import unsigned_weights
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
+from .cores import usable_cores
 from .host_cache import HostCache
 
 log = logging.getLogger(__name__)

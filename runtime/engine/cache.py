@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .artifact import CacheSpec
-from .content import KEY
+from ..artifact import CacheSpec
+from .cache_keys import KEY
 
 
 class SlotCache:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .prompt import Prompt, Sight
+from ..processor.prompt import Prompt, Sight
 
 KEY = 4  # integers
 _DIGEST = 16  # bytes

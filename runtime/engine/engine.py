@@ -12,19 +12,20 @@ from collections.abc import Callable
 
 import numpy as np
 
+from ..artifact import Artifact, Kind, Manifest
+from ..backends.base import Backend, Result
+from ..backends.open import open_backend
+from ..processor.prompt import Prompt
+from ..sampling.logits_processors import Guide, rules_for
+from ..sampling.prompt_lookup import Lookup
+from ..sampling.sampler import logprob_of, sample
 from .access import InterruptedStepError
-from .artifact import Artifact, Kind, Manifest
-from .backends.base import Backend, Result, open_backend
 from .cache import SlotCache
-from .content import content_of
+from .cache_keys import content_of
 from .feeds import Feed, Feeds
-from .logit_rules import Guide, rules_for
-from .lookup import Lookup
 from .metrics import Metrics
-from .prompt import Prompt
+from .prefix_cache import FeatureCache, SharedPrefixes
 from .request import SamplingParams, Sequence
-from .reuse import FeatureCache, SharedPrefixes
-from .sampler import logprob_of, sample
 from .scheduler import Costs, Scheduler, Step
 
 NGRAMS = 2, 4

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
+from ..artifact import CROSS_HIDDEN, Manifest
+from ..backends.base import Feed, new_feed
+from ..rope import query_scales, rope_tables
+from ..sampling.top_logits import LARGEST
 from .cache import SlotCache
-from .likeliest import LARGEST
 from .request import Sequence
-from .rope import query_scales, rope_tables
 from .scheduler import Step
-
-Feed = dict[str, np.ndarray]
 
 
 class Feeds:
@@ -130,8 +129,3 @@ class Feeds:
             cache = self.manifest.cache
             self.rope[ntk] = rope_tables(self.manifest.model.rope, cache.head_dim, cache.rows, ntk)
         return self.rope[ntk]
-
-
-def new_feed(graph: GraphSpec) -> Feed:
-    """Zeroed arrays for every input of a graph but its caches."""
-    return {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs if not is_cached(spec.name)}

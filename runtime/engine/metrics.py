@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from .artifact import KINDS, Kind, graph_name
+from ..artifact import KINDS, Kind, graph_name
 
 if TYPE_CHECKING:
     from .request import Sequence

@@ -13,8 +13,8 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-from .artifact import Manifest
-from .backends.base import Backend
+from ..artifact import Manifest
+from ..backends.base import Backend
 from .cache import SlotCache
 from .chunks import ChunkPlanner
 from .metrics import Metrics

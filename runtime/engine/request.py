@@ -7,13 +7,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from .boxes import Box
-from .content import NOTHING, Content
-from .logit_rules import LogitRules
-from .lookup import Lookup
-from .prompt import Prompt
-from .sampler import TokenLogprob
-from .sampling import ResolvedSampling, SamplingParams
+from ..processor.boxes import Box
+from ..processor.prompt import Prompt
+from ..sampling.logits_processors import LogitRules
+from ..sampling.params import ResolvedSampling, SamplingParams
+from ..sampling.prompt_lookup import Lookup
+from ..sampling.sampler import TokenLogprob
+from .cache_keys import NOTHING, Content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import msgspec
 
-from .artifact import Record
+from ..artifact import Record
 from .request import Output
 
 

@@ -14,7 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
-from .artifact import Kind
+from ..artifact import Kind
 from .cache import SlotCache
 from .chunks import ChunkPlanner
 from .request import Sequence

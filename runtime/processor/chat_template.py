@@ -18,7 +18,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 
-from .shown import shown
+from ..shown import shown
 from .template_sandbox import BoundedEnvironment, Meter
 from .template_sandbox import TemplateLimitError as _Limit
 

@@ -6,7 +6,7 @@ import binascii
 import re
 import urllib.parse
 
-from .shown import shown
+from ..shown import shown
 
 KINDS = ("image/", "application/octet-stream", "")  # beginnings of types that a data: URL may have
 

@@ -10,12 +10,12 @@ from typing import BinaryIO, TypeAlias, cast
 
 from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 
+from ..shown import shown
 from .freed import give_back
 from .image_data import ImageError, data_url_name, decode_base64, decode_data_url, is_data_url
 from .image_modes import Alpha, orientation_of, to_rgb
 from .image_urls import MIB, download
 from .pillow_quiet import quiet_pillow
-from .shown import shown
 
 __all__ = ["Alpha", "ImageError", "ImageSource", "load_image"]
 

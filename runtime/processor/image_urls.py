@@ -16,8 +16,8 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, TypeAlias
 
+from ..shown import shown
 from .image_data import ImageError
-from .shown import shown
 
 __all__ = ["MIB", "Connect", "ImageError", "connect_in_time", "download"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .artifact import ImageFacts
+from ..artifact import ImageFacts
 from .image_files import ImageError, ImageSource, load_image
 from .tiles import anyres_size, canvas_size, grid_of
 

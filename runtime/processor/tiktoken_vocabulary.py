@@ -14,8 +14,8 @@ from pathlib import Path
 
 import tiktoken
 
+from ..shown import quoted
 from .guards import any_of, unguarded
-from .shown import quoted
 from .vocabularies import TokenizerError
 
 # Qwen-VL's tags say what an answer points at: they are text to whoever reads it, though special to the tokenizer.

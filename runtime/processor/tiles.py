@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 
-from .artifact import ImageFacts
+from ..artifact import ImageFacts
 
 
 def grid_of(size: tuple[int, int], facts: ImageFacts) -> tuple[int, int]:

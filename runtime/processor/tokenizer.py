@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .artifact import TokenizerFacts
+from ..artifact import TokenizerFacts
 from .tiktoken_vocabulary import TiktokenVocabulary
 from .vocabularies import BYTE_PIECE, SentencePieceVocabulary, TokenizerError, TokenizersVocabulary, Vocabulary
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .artifact import SamplingDefaults
-from .prompt import Prompt
+from ..artifact import SamplingDefaults
+from ..processor.prompt import Prompt
 
 
 def bans_of(defaults: SamplingDefaults, prompt: Prompt, vocab: int) -> tuple[Bans, ...]:

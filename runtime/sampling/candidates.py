@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .artifact import CANDIDATES
+from ..artifact import CANDIDATES
+from .params import ResolvedSampling
 from .sampler import drawn, uniform
-from .sampling import ResolvedSampling
 
 # How far off a device's sum over a row may be, relative to the sum. It only has to be wide enough: draws on which so much has
 # a bearing are made from the whole row, and they are rare.

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..processor.token_bytes import TokenBytes
+from ..shown import quoted, shown
 from .form_check import parser_limits
 from .form_process import FormProcess
-from .sampling import SamplingParams
-from .shown import quoted, shown
-from .token_bytes import TokenBytes
+from .params import SamplingParams
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

@@ -11,10 +11,10 @@ from typing import Protocol
 
 import numpy as np
 
-from .artifact import SamplingDefaults
+from ..artifact import SamplingDefaults
+from ..processor.prompt import Prompt
 from .bans import bans_of
-from .prompt import Prompt
-from .sampling import SamplingParams
+from .params import SamplingParams
 
 DEFAULTS = SamplingDefaults()
 

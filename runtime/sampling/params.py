@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .artifact import SamplingDefaults
-from .shown import quoted, shown
+from ..artifact import SamplingDefaults
+from ..shown import quoted, shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

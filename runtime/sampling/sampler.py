@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .likeliest import likeliest, mass
-from .sampling import ResolvedSampling
+from .params import ResolvedSampling
+from .top_logits import likeliest, mass
 
 FEW, MANY = 64, 4096  # of the likeliest tokens, which a draw looks at first
 

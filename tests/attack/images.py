@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from staticvl.runtime.images import load_image
+from staticvl.runtime.processor.images import load_image
 
 from .case import Attempt, Kind
 from .mutate import BYTES, shuffled

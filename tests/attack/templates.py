@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from staticvl.runtime import chat_template
-from staticvl.runtime.chat_template import render
+from staticvl.runtime.processor import chat_template
+from staticvl.runtime.processor.chat_template import render
 
 from .case import Attempt, Kind
 from .mutate import BYTES, shuffled

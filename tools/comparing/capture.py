@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...runtime.artifact import GraphSpec, is_cached
-from ...runtime.feeds import Feed
+from ...runtime.backends.base import Feed
 from .forced import Ran
 from .sides import Prepared
 from .static_side import StaticSide

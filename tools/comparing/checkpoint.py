@@ -15,7 +15,7 @@ from ...compiler.graphs import GraphDef, define_graph
 from ...compiler.plan import Buckets, Options, Plan, make_plan
 from ...model_defs.config import ModelConfig, read_config
 from ...runtime.artifact import Artifact, BuildFacts, CacheSpec, Kind, Manifest, ModelFacts, WeightSpec
-from ...runtime.tokenizer import Tokenizer, load_tokenizer
+from ...runtime.processor.tokenizer import Tokenizer, load_tokenizer
 from ...weights.convert import convert
 from ...weights.packing.settings import read_packing
 from ...weights.packing.source import open_packed

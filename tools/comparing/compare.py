@@ -11,9 +11,9 @@ import numpy as np
 from msgspec import UNSET
 
 from ...compiler.calibration import METHODS
-from ...runtime.engine import ContextError
-from ...runtime.images import ImageError
-from ...runtime.prompt import PromptError
+from ...runtime.engine.engine import ContextError
+from ...runtime.processor.images import ImageError
+from ...runtime.processor.prompt import PromptError
 from ...weights.calibrated import layer_of
 from .checkpoint import Checkpoint
 from .edges import Ask, Edge, edges

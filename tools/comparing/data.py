@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ...runtime.prompt import IMAGE, Message, Part
+from ...runtime.processor.prompt import IMAGE, Message, Part
 from ...runtime.shown import quoted, shown
 from .samples import Box, DataError, Sample, asked
 

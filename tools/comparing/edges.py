@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...runtime.artifact import Kind, Manifest, ModelFacts, graph_name
-from ...runtime.tiles import grid_of
+from ...runtime.processor.tiles import grid_of
 from .samples import QUESTION, TEXTS, Sample, asked, picture
 
 FORCED = 3  # tokens behind a decode case's prompts

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.backends.base import Result
-from ...runtime.chunks import ChunkPlanner
-from ...runtime.engine import Engine
-from ...runtime.feeds import Feed
-from ...runtime.request import Sequence
-from ...runtime.scheduler import Step
+from ...runtime.backends.base import Feed, Result
+from ...runtime.engine.chunks import ChunkPlanner
+from ...runtime.engine.engine import Engine
+from ...runtime.engine.request import Sequence
+from ...runtime.engine.scheduler import Step
 
 
 @dataclass(frozen=True, slots=True)

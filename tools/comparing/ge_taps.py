@@ -11,12 +11,11 @@ from torch import Tensor
 from torch.fx import Node as TracedNode
 
 from ...runtime.artifact import CacheSpec, GraphSpec
-from ...runtime.ascend import torchair_host
-from ...runtime.ascend.ge_graph import Node
-from ...runtime.ascend.simulator import Simulator
-from ...runtime.backends.ascend import AscendBackend, Device
-from ...runtime.backends.base import Group
-from ...runtime.feeds import Feed
+from ...runtime.backends.ascend import torchair_host
+from ...runtime.backends.ascend.backend import AscendBackend, Device
+from ...runtime.backends.base import Feed, Group
+from ...runtime.backends.ge_simulator.ge_graph import Node
+from ...runtime.backends.ge_simulator.simulator import Simulator
 from .static_side import StaticSide
 from .walk import Find
 

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import Manifest
-from ...runtime.boxes import Box
-from ...runtime.families import family
-from ...runtime.image_files import load_image
-from ...runtime.images import Frame, frame_of
-from ...runtime.prompt import Message
+from ...runtime.processor.boxes import Box
+from ...runtime.processor.families import family
+from ...runtime.processor.image_files import load_image
+from ...runtime.processor.images import Frame, frame_of
+from ...runtime.processor.prompt import Message
 from .checkpoint import Checkpoint
 from .samples import Sample
 from .sides import HIDDEN_TOKEN, Prepared, Said, SideError

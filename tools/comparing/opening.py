@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...runtime.artifact import MANIFEST, Manifest, read_manifest
-from ...runtime.ascend.readiness import check_ready
-from ...runtime.backends.base import check_device
+from ...runtime.backends.ascend.readiness import check_ready
+from ...runtime.backends.open import check_device
 from ...runtime.shown import shown
 from ..ready import require
 from .checkpoint import Checkpoint

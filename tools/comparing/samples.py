@@ -8,7 +8,7 @@ from typing import Any
 
 from PIL import Image
 
-from ...runtime.prompt import Message
+from ...runtime.processor.prompt import Message
 from ..drawings import make_drawing, questions, render
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of the picture

@@ -10,8 +10,8 @@ import numpy as np
 
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import Manifest, ModelFacts
-from ...runtime.boxes import Box
-from ...runtime.tokenizer import Tokenizer
+from ...runtime.processor.boxes import Box
+from ...runtime.processor.tokenizer import Tokenizer
 from .samples import Sample
 
 HIDDEN_TOKEN = -1  # stands in compared token ids where a picture's rows do

@@ -15,12 +15,13 @@ from ...compiler.lockstep import LockstepBackend, widened
 from ...compiler.lockstep_stages import PipelineBackend, whole_pipeline
 from ...model_defs.config import ModelConfig, decode_config
 from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelFacts, WeightSpec, open_artifact, rank_weights
-from ...runtime.ascend.weights import map_weight
-from ...runtime.backends.base import Backend, Group, open_backend
-from ...runtime.boxes import Box
+from ...runtime.backends.ascend.weights import map_weight
+from ...runtime.backends.base import Backend, Group
+from ...runtime.backends.open import open_backend
+from ...runtime.engine.request import SamplingParams
 from ...runtime.model import Model
-from ...runtime.prompt import Prompt, Sight
-from ...runtime.request import SamplingParams
+from ...runtime.processor.boxes import Box
+from ...runtime.processor.prompt import Prompt, Sight
 from ...runtime.rope import query_scales, rope_tables
 from ..bench import held
 from .checkpoint import Checkpoint, narrowed

@@ -19,7 +19,7 @@ from ...compiler.lockstep import ArrayMember, Meeting
 from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.layers import without_rounding
 from ...runtime.artifact import CacheSpec, GraphSpec, Segment, Step, WeightSpec
-from ...runtime.ascend.weights import map_weight
+from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
 from .capture import Captured

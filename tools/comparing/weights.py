@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...model_defs.config import ModelConfig, quant_bits
 from ...runtime.artifact import WeightSpec
-from ...runtime.ascend.weights import map_weight
+from ...runtime.backends.ascend.weights import map_weight
 from ...weights.cut import Span
 from ...weights.names import is_cache_scale
 from ...weights.quantize import dequantize

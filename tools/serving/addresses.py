@@ -9,7 +9,7 @@ from __future__ import annotations
 import ipaddress
 import socket
 
-from ...runtime.image_urls import ImageError, connect_in_time
+from ...runtime.processor.image_urls import ImageError, connect_in_time
 from ...runtime.shown import shown
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address

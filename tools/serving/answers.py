@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ...runtime.async_engine import Piece
-from ...runtime.request import Output
-from ...runtime.sampler import TokenLogprob
-from ...runtime.token_bytes import TokenBytes
+from ...runtime.engine.request import Output
+from ...runtime.processor.token_bytes import TokenBytes
+from ...runtime.sampling.sampler import TokenLogprob
 
 # A deadline cuts an answer short as a limit of tokens does; a dead end has said all that it may.
 REASONS = {"stop": "stop", "length": "length", "deadline": "length", "dead_end": "stop", "cancelled": "stop"}

@@ -14,11 +14,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import EngineClosedError
-from ...runtime.constraints import ConstraintError
-from ...runtime.engine import ContextError
-from ...runtime.images import ImageError
+from ...runtime.backends.distributed.verdict import RankError
+from ...runtime.engine.engine import ContextError
 from ...runtime.opening import RunError
-from ...runtime.ranks.verdict import RankError
+from ...runtime.processor.images import ImageError
+from ...runtime.sampling.constraints import ConstraintError
 from .quiet import brief
 
 log = logging.getLogger(__name__)

@@ -10,11 +10,11 @@ from functools import partial
 
 from PIL import Image
 
-from ...runtime.freed import give_back
-from ...runtime.image_data import decode_data_url, is_data_url
-from ...runtime.image_files import Alpha, load_image
-from ...runtime.image_urls import ImageError, download
-from ...runtime.images import Frame
+from ...runtime.processor.freed import give_back
+from ...runtime.processor.image_data import decode_data_url, is_data_url
+from ...runtime.processor.image_files import Alpha, load_image
+from ...runtime.processor.image_urls import ImageError, download
+from ...runtime.processor.images import Frame
 from ...runtime.shown import quoted
 from .addresses import connect_publicly
 from .settings import Settings

@@ -10,7 +10,7 @@ import time
 from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import AsyncEngine
 from ...runtime.model import Model
-from ...runtime.token_bytes import TokenBytes
+from ...runtime.processor.token_bytes import TokenBytes
 from .errors import ApiError
 from .figures import Figures
 from .newer import Newer

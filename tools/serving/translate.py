@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...runtime.prompt import IMAGE, Message
-from ...runtime.request import SamplingParams
+from ...runtime.engine.request import SamplingParams
+from ...runtime.processor.prompt import IMAGE, Message
 from ...runtime.shown import quoted
 from .errors import ApiError
 from .schema import ChatMessage, ChatRequest, JsonObject, JsonSchema, TextPart

@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from ...runtime.async_engine import Answers, Piece
-from ...runtime.prompt import Prompt
-from ...runtime.request import Output
+from ...runtime.engine.request import Output
+from ...runtime.processor.prompt import Prompt
 from .answers import Wording
 from .errors import ApiError, of_engine, of_request
 from .schema import ChatRequest

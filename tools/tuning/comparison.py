@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from ...runtime.chunks import ChunkPlanner
+from ...runtime.engine.chunks import ChunkPlanner
 from .candidates import powers_of_two
 from .choose import Result, by_variant, decode_cost, setup_of
 from .replay import OneRun, Replayed, replay

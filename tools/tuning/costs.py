@@ -90,8 +90,8 @@ def remeasure(folder: Path, passes: int, threads: int | None) -> tuple[dict[Key,
     """Milliseconds of every graph of an artifact on this machine with an empty cache, and past_ms. Each is the best of several
     passes over all graphs: what else the machine does only ever adds, and seldom in the same place twice.
     """
-    from ...runtime.backends.base import open_backend
-    from ...runtime.feeds import new_feed
+    from ...runtime.backends.base import new_feed
+    from ...runtime.backends.open import open_backend
 
     artifact = open_artifact(folder)  # held, so that a build does not remove what is opened here
     manifest = artifact.manifest

@@ -9,8 +9,8 @@ from functools import lru_cache
 import numpy as np
 
 from ...runtime.artifact import ImageFacts, ModelFacts
-from ...runtime.families import llava, llava_next
-from ...runtime.tiles import grid_of
+from ...runtime.processor.families import llava, llava_next
+from ...runtime.processor.tiles import grid_of
 
 ROWS: dict[str, Callable[[tuple[int, int], ModelFacts], np.ndarray]] = {
     "llava": llava.picture_rows,

@@ -1,8 +1,8 @@
 """Requests as they arrived, through the runtime's own scheduler, with the time of each step taken from a table of costs.
 
 Only the clock is simulated: what runs next, which bucket it takes and who waits for a slot are decided by
-runtime/scheduler.py. A decode step that would be repeated unchanged is counted as often as it repeats: until a sequence ends,
-or until a request arrives for which a slot is free.
+runtime/engine/scheduler.py. A decode step that would be repeated unchanged is counted as often as it repeats: until a
+sequence ends, or until a request arrives for which a slot is free.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ...runtime.artifact import CacheSpec, CrossSpec, Kind
-from ...runtime.cache import SlotCache
-from ...runtime.chunks import ChunkPlanner
-from ...runtime.images import Frame
-from ...runtime.prompt import Prompt, Sight
-from ...runtime.request import Sequence as Running
-from ...runtime.sampling import ResolvedSampling, SamplingParams
-from ...runtime.scheduler import Scheduler, Step
+from ...runtime.engine.cache import SlotCache
+from ...runtime.engine.chunks import ChunkPlanner
+from ...runtime.engine.request import Sequence as Running
+from ...runtime.engine.scheduler import Scheduler, Step
+from ...runtime.processor.images import Frame
+from ...runtime.processor.prompt import Prompt, Sight
+from ...runtime.sampling.params import ResolvedSampling, SamplingParams
 from .workload import Arrival
 
 _PARAMS = SamplingParams()

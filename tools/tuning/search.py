@@ -1,6 +1,7 @@
 """The bucket sizes that make the expected cost of covering lengths least: exact, by branch and bound.
 
-A length n is covered as the runtime does it (runtime/chunks.py): by the buckets whose costs add up to least. Under a set B
+A length n is covered as the runtime does it (runtime/engine/chunks.py): by the buckets whose costs add up to least. Under a
+set B
 
     V(0) = 0,   V(n) = min over b in B of cost(b) + V(max(0, n - b)),
 

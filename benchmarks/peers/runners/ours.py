@@ -9,8 +9,8 @@ import numpy as np
 
 from staticvl import runtime
 from staticvl.compiler.plan import READY_QUANTS, Buckets
-from staticvl.runtime.prompt import Prompt
-from staticvl.runtime.request import Sequence as Running
+from staticvl.runtime.engine.request import Sequence as Running
+from staticvl.runtime.processor.prompt import Prompt
 
 from ..build import build_for_timing
 from ..sizes import Size

@@ -19,17 +19,17 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from ..artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, Segment, Transfer, WeightSpec, rank_weights
-from ..ascend import torchair_host
-from ..ascend.kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
-from ..ascend.readiness import card_index, missing
-from ..ascend.weights import map_weight, to_offsets, to_signed
-from ..candidates import candidates_of
-from ..files import sha256_file
-from ..locks import Hold, hold
-from ..opening import reading
-from ..shown import quoted
-from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
+from ...artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, Segment, Transfer, WeightSpec, rank_weights
+from ...files import sha256_file
+from ...locks import Hold, hold
+from ...opening import reading
+from ...sampling.candidates import candidates_of
+from ...shown import quoted
+from ..base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
+from . import torchair_host
+from .kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
+from .readiness import card_index, missing
+from .weights import map_weight, to_offsets, to_signed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -234,7 +234,7 @@ def simulated(*, wide: bool = False) -> Device:
     """The simulator, in the graph's own types or in float32."""
     import functools
 
-    from ..ascend.simulator import Simulator
+    from ..ge_simulator.simulator import Simulator
 
     host = torchair_host.load()
     return Device("cpu", lambda group: host.running_on(functools.partial(Simulator, wide=wide, group=group)), wide)

@@ -15,9 +15,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..artifact import ArtifactError, AscendFacts, FileSpec, Manifest
-from ..backends.base import Group
-from ..files import read_regular
+from ...artifact import ArtifactError, AscendFacts, FileSpec, Manifest
+from ...files import read_regular
+from ..base import Group
 
 Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> the first output, None where it is in place
 _FILE = "compiled_module"
@@ -48,7 +48,7 @@ def load_program(path: Path, spec: FileSpec, device: str, dtype: Any, group: Gro
     """
     import torch
 
-    from .exchange import EagerGroup
+    from ..ge_simulator.exchange import EagerGroup
 
     scope = {"group": EagerGroup(group)}
     scope |= {"torch": torch, "device": torch.device(device), "half": dtype, "inf": float("inf"), "nan": float("nan")}

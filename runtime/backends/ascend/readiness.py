@@ -10,8 +10,8 @@ import importlib.util
 import subprocess
 import sys
 
-from ..artifact import ArtifactError
-from ..shown import quoted
+from ...artifact import ArtifactError
+from ...shown import quoted
 from . import torchair_host
 
 _COUNT = "import torch_npu; print('cards:', torch_npu.npu.device_count())"

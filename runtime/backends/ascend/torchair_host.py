@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..artifact import ArtifactError
+from ...artifact import ArtifactError
 from . import process_groups
 
 VERSION = "2.13.0"  # of torch_npu; it has to be that of torch

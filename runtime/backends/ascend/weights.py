@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..artifact import WeightSpec
+from ...artifact import WeightSpec
 
 if TYPE_CHECKING:
     from torch import Tensor

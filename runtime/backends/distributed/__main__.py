@@ -1,4 +1,5 @@
-"""A rank that another process has started: `python -m staticvl.runtime.ranks ARTIFACT`, with torchrun's variables."""
+"""A rank that another process has started: `python -m staticvl.runtime.backends.distributed ARTIFACT`, with the variables of
+torchrun."""
 
 from __future__ import annotations
 
@@ -9,13 +10,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
-from ..opening import Checks
+from ...opening import Checks
 from .start import follow, meet
 from .world import started_world
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="staticvl.runtime.ranks")
+    parser = argparse.ArgumentParser(prog="staticvl.runtime.backends.distributed")
     parser.add_argument("artifact", type=Path)
     parser.add_argument("--device", required=True)
     parser.add_argument("--threads", type=int)

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, Protocol
 
-from ..artifact import GraphSpec
-from ..backends.base import Backend, Group
-from ..feeds import Feed, new_feed
+from ...artifact import GraphSpec
+from ...backends.base import Feed, new_feed
+from ..base import Backend, Group
 from .crew import GRACE_S, describe
 from .frames import Copy, Failed, FrameError, Go, Header, Kind, Link, State, Verdict, encode
 from .verdict import MeetingError, Peer

@@ -15,13 +15,13 @@ import time
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+from ...opening import Checks
 from ..cores import usable_cores
-from ..opening import Checks
 from .crew import GRACE_S
 from .verdict import RankError
 from .world import LOOPBACK, STORE_FILE
 
-ENTRY = (sys.executable, "-P", "-m", "staticvl.runtime.ranks")
+ENTRY = (sys.executable, "-P", "-m", "staticvl.runtime.backends.distributed")
 FAREWELL_S = 0.5  # for the system to say how a process ended
 
 

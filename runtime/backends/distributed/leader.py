@@ -9,8 +9,8 @@ from functools import partial
 import msgspec
 import numpy as np
 
-from ..artifact import GraphSpec, Manifest, is_cached
-from ..backends.base import Backend, Result, checked
+from ...artifact import GraphSpec, Manifest, is_cached
+from ..base import Backend, Result, checked
 from .crew import Crew
 from .frames import Copy, Header, Kind
 

@@ -16,10 +16,11 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from ..artifact import Artifact, ArtifactError, GraphSpec
-from ..backends.base import Backend, open_backend
-from ..opening import Checks, open_checked
-from ..shown import quoted
+from ...artifact import Artifact, ArtifactError, GraphSpec
+from ...opening import Checks, open_checked
+from ...shown import quoted
+from ..base import Backend
+from ..open import open_backend
 from .control import Members, Store, join
 from .crew import Crew
 from .follower import Follower, Watched

@@ -6,8 +6,8 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..artifact import ArtifactError
-from ..shown import quoted
+from ...artifact import ArtifactError
+from ...shown import quoted
 
 LOOPBACK = "127.0.0.1"
 HERE = (LOOPBACK, "localhost", "::1")

@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..backends.base import Group, check_group
+from ..base import Group, check_group
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -145,7 +145,7 @@ def parse(serialized: bytes) -> GeGraph:
 
 def _graph_def(serialized: bytes) -> Any:
     if "torchair" not in sys.modules:
-        from . import torchair_host
+        from ..ascend import torchair_host
 
         torchair_host.load()
     from google.protobuf.message import DecodeError

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..backends.base import Group
+from ..base import Group
 from . import ge_ops
 from .ge_graph import INPUT_TYPES, OUTPUT_TYPE, Constant, GeGraph, GeGraphError, Node, Source, parse
 from .ge_ops.registry import HALVES, Bound

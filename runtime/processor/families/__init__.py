@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ..artifact import ModelFacts
+from ...artifact import ModelFacts
+from ...shown import quoted
 from ..boxes import Box
 from ..images import Frame, ImageSource
 from ..prompt import Message, Part, Prompt
-from ..shown import quoted
 from ..tokenizer import Tokenizer
 from . import llava, llava_next, mllama, qwen_vl
 

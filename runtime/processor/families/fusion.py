@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..artifact import ModelFacts
+from ...artifact import ModelFacts
 from ..images import ImageSource, frame_of, load_image, to_pixels
 from ..prompt import Prompt
 from ..tokenizer import PICTURE, Tokenizer

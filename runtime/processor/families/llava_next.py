@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..artifact import ModelFacts
+from ...artifact import ModelFacts
 from ..boxes import parse_boxes
 from ..images import ImageSource
 from ..prompt import Prompt

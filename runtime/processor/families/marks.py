@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..artifact import ModelFacts
+from ...artifact import ModelFacts
 from ..chat_template import ChatTemplateError, TemplateLimitError, render
 from ..guards import Guard, unguarded
 from ..images import ImageSource

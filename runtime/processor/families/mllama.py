@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..artifact import ModelFacts
+from ...artifact import ModelFacts
 from ..boxes import parse_boxes
 from ..images import ImageSource, frame_of, load_image, stack_pixels
 from ..prompt import Message, Prompt, Sight

@@ -14,11 +14,11 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from ..artifact import ModelFacts
+from ...artifact import ModelFacts
+from ...rope import ntk_factor
 from ..images import ImageSource
 from ..prompt import ImagePart, Message, Part, Prompt, PromptError
-from ..rope import ntk_factor
-from ..tagged_boxes import parse_boxes
+from ..qwen_boxes import parse_boxes
 from ..tiktoken_vocabulary import TAGS, TiktokenVocabulary
 from ..tokenizer import PICTURE, Tokenizer, check_unicode
 from .fusion import fuse

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...backends.base import Group, check_group
+from ...ascend.process_groups import ranks_of
+from ...base import Group, check_group
 from ..exchange import joined, summed
-from ..process_groups import ranks_of
 from .registry import Run, UnsupportedError, ge_op
 
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)

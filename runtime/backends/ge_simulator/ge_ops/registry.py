@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...backends.base import Group
+from ...base import Group
 from ..ge_graph import ATTRIBUTE_DTYPES, GeGraphError, Node
 
 HALVES = (torch.float16, torch.bfloat16)
