@@ -32,12 +32,13 @@ from staticvl.runtime.artifact import (
     TokenizerFacts,
     open_artifact,
 )
-from staticvl.runtime.backends.fake import PICTURE_NUMBERS, FakeBackend
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.images import frame_of
 from staticvl.runtime.processor.prompt import Prompt, Sight
 from staticvl.runtime.sampling.sampler import sample
+
+from .fake_backend import PICTURE_NUMBERS, FakeBackend
 
 VOCAB = 97  # a prime: sums spread over it evenly
 USED = 90

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from staticvl.runtime.backends.ascend.backend import torchair_host
+from staticvl.runtime.backends.ascend import torchair_host
 from staticvl.runtime.backends.base import Group
 from staticvl.runtime.backends.ge_simulator.simulator import Simulator
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from staticvl.runtime.artifact import ArtifactError
-from staticvl.runtime.backends.ascend.backend import torchair_host
+from staticvl.runtime.backends.ascend import torchair_host
 
 
 def skip_without_torchair() -> None:

@@ -21,8 +21,9 @@ from staticvl.runtime.backends.base import Group, Result
 from staticvl.runtime.backends.distributed import start
 from staticvl.runtime.backends.distributed.leader import LeadingBackend
 from staticvl.runtime.backends.distributed.world import LOOPBACK, World
-from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine.engine import Engine
+
+from .fake_backend import FakeBackend
 
 PATIENCE = 20.0  # seconds; only a broken test waits this long
 

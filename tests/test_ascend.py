@@ -21,7 +21,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.check import relative_error
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, FileSpec, Manifest, read_manifest, write_manifest
-from staticvl.runtime.backends.ascend.backend import torchair_host
+from staticvl.runtime.backends.ascend import torchair_host
 from staticvl.tools.cli import main
 
 from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair

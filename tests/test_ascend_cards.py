@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from staticvl.runtime.artifact import ArtifactError, WeightSpec, rank_weights
-from staticvl.runtime.backends.ascend.backend import backend as ascend
+from staticvl.runtime.backends.ascend import backend as ascend
 
 from .lockstep import ArrayMember, Meeting
 

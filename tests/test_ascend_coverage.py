@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from staticvl.runtime.backends.ascend.backend import torchair_host
+from staticvl.runtime.backends.ascend import torchair_host
 from staticvl.tools import ascend_coverage
 from staticvl.tools.ascend_coverage import Covered, definitions, main, markdown
 

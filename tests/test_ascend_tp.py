@@ -19,8 +19,9 @@ import torch
 from staticvl.compiler import emit_ascend, emit_eager
 from staticvl.compiler.eager import EagerBackend
 from staticvl.runtime.artifact import ArtifactError, FileSpec, GraphSpec, Kind, Manifest, WeightSpec, rank_weights
-from staticvl.runtime.backends.ascend.backend import AscendBackend, open_ascend, process_groups, simulated, torchair_host
-from staticvl.runtime.backends.ascend.backend import backend as ascend
+from staticvl.runtime.backends.ascend import backend as ascend
+from staticvl.runtime.backends.ascend import process_groups, torchair_host
+from staticvl.runtime.backends.ascend.backend import AscendBackend, open_ascend, simulated
 from staticvl.runtime.backends.ascend.kernel import ascend_facts
 from staticvl.runtime.backends.base import Group
 from staticvl.runtime.backends.ge_simulator.ge_graph import parse

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from staticvl.runtime.artifact import GraphSpec
 from staticvl.runtime.backends.base import Result
 from staticvl.runtime.engine.request import SamplingParams, Sequence
+from staticvl.runtime.sampling import candidates, sampler
 from staticvl.runtime.sampling.candidates import Candidates
-from staticvl.runtime.sampling.params import ResolvedSampling, candidates, sampler
+from staticvl.runtime.sampling.params import ResolvedSampling
 from staticvl.runtime.sampling.sampler import sample
 
 from .fakes import Guess, fake_artifact, fake_engine, oracle, run_all, text_prompt

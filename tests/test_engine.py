@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import CROSS_HIDDEN, RopeFacts
 from staticvl.runtime.backends.base import Feed
-from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine.engine import ContextError, Engine
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.rope import rope_tables
 
+from .fake_backend import FakeBackend
 from .fakes import (
     CROSS_FACTS,
     EOS,

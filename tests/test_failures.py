@@ -16,16 +16,16 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.async_engine import AsyncEngine
-from staticvl.runtime.backends.fake import FakeBackend
+from staticvl.runtime.engine import cache, engine, metrics, request, scheduler
+from staticvl.runtime.engine import prefix_cache as reuse
 from staticvl.runtime.engine.access import InterruptedStepError
-from staticvl.runtime.engine.engine import cache, engine, metrics, request, scheduler
-from staticvl.runtime.engine.engine import prefix_cache as reuse
 from staticvl.runtime.engine.request import Sequence
 from staticvl.runtime.processor import detokenizer as text
 from staticvl.runtime.processor import tokenizer
 
 from .checkpoints_mllama import tiny_mllama
 from .conftest import EMBEDDED
+from .fake_backend import FakeBackend
 from .fakes import check_slots, fake_model, noise
 
 SLOTS = 3

@@ -24,6 +24,18 @@ ALLOWED = {
     "tools": FOLDERS,
 }
 
+# The rooms of runtime/, lowest first: a room imports from itself and from those below it. Modules at the top of the folder are
+# the hallway, which all rooms share, and the surface, which stands on all of them.
+HALLWAY = ("artifact", "files", "locks", "opening", "rope", "shown", "signature", "soundness")
+ROOMS = ("processor", "sampling", "backends", "engine")
+# What the simulator of GE graphs needs of ours: the collectives of ranks, and how torchair names and reads what it makes.
+SIMULATOR = "runtime.backends.ge_simulator"
+SIMULATOR_NEEDS = (
+    "runtime.backends.base",
+    "runtime.backends.ascend.process_groups",
+    "runtime.backends.ascend.torchair_host",
+)
+
 # package -> the only files that may import it (a folder: every file in it)
 HOMES = {
     "onnxruntime": ("runtime/backends",),
@@ -94,6 +106,70 @@ def test_imports_follow_the_arrows(path: Path) -> None:
             assert top in sys.stdlib_module_names, f"{where} imports {name}"
 
 
+def floor(module: str) -> int:
+    """The height of a module of runtime/: 0 for the hallway, then the rooms, then the surface."""
+    part = [*module.split("."), ""][1]
+    return 0 if part in HALLWAY else 1 + ROOMS.index(part) if part in ROOMS else 1 + len(ROOMS)
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+RUNTIME = [path for path in sources() if path.is_relative_to(REPO / "runtime")]
+
+
+@pytest.mark.parametrize("path", RUNTIME, ids=lambda path: str(path.relative_to(REPO)))
+def test_no_import_of_the_runtime_runs_up(path: Path) -> None:
+    """Imports inside functions, and those for type checkers alone, count too."""
+    own = module_of(path)
+    for name, ours in imports(path):
+        assert not ours or floor(name) <= floor(own), f"{own} imports {name}, which stands above it"
+
+
+def test_the_simulator_could_leave() -> None:
+    found = set().union(*(loaded_modules(path) for path in RUNTIME if module_of(path).startswith(SIMULATOR)))
+    assert {name for name in found if not name.startswith(SIMULATOR)} <= set(SIMULATOR_NEEDS)
+
+
+def run_statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes but those below `if TYPE_CHECKING`."""
+    for node in ast.iter_child_nodes(tree):
+        if not (isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
+            yield node
+            yield from run_statements(node)
+
+
+def loaded_modules(path: Path) -> set[str]:
+    """Modules of ours that a file imports, `from package import module` included."""
+    known = {module_of(each) for each in sources()}
+    found: set[str] = set()
+    package = path.relative_to(REPO).parent.parts
+    for node in run_statements(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join((*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else ())))
+            named = {f"{base}.{alias.name}" for alias in node.names} & known
+            found |= named or ({base} & known)
+    return found
+
+
+def test_no_circle() -> None:
+    """Between modules, imports inside functions included; those for type checkers alone never run."""
+    arrows = {module_of(path): loaded_modules(path) - {module_of(path)} for path in sources()}
+    done: set[str] = set()
+
+    def walk(module: str, way: tuple[str, ...]) -> None:
+        assert module not in way, " -> ".join((*way[way.index(module) :], module))
+        if module not in done:
+            for other in sorted(arrows.get(module, ())):
+                walk(other, (*way, module))
+            done.add(module)
+
+    for module in arrows:
+        walk(module, ())
+
+
 def test_the_walk_sees_imports() -> None:
     """The test above would pass on nothing: make sure that it finds what is known to be there."""
     found = set(imports(REPO / "compiler" / "build.py"))
@@ -137,8 +213,9 @@ def picture() -> Path:
 def test_every_module_imports_with_the_base_packages() -> None:
     """In one process without torch: all of runtime but the simulator and collectives, and what the command line needs before
     a command is chosen."""
-    ascend = REPO / "runtime" / "ascend"
-    on_torch = {ascend / "simulator.py", *(ascend / "ge_ops").glob("*.py"), REPO / "runtime" / "ranks" / "group.py"}
+    backends = REPO / "runtime" / "backends"
+    simulator = backends / "ge_simulator"
+    on_torch = {simulator / "simulator.py", *(simulator / "ge_ops").glob("*.py"), backends / "distributed" / "group.py"}
     paths = sorted({*(REPO / "runtime").rglob("*.py")} - on_torch)
     names = [str(p.relative_to(REPO).with_suffix("")).replace("/", ".") for p in paths]
     names = [name.removesuffix(".__init__") for name in names] + [

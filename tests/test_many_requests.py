@@ -15,13 +15,13 @@ from PIL import Image
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
-from staticvl.runtime.backends.fake import PICTURE_NUMBERS, FakeBackend
 from staticvl.runtime.chat import Chat
 from staticvl.runtime.engine.request import Sequence
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.prompt import Message, Prompt
 
 from .conftest import EMBEDDED
+from .fake_backend import PICTURE_NUMBERS, FakeBackend
 from .fakes import Guess, check_slots, fake_model, noise, oracle
 
 CONTEXT = 512

@@ -21,7 +21,7 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
-from staticvl.runtime.backends.ascend.backend import torchair_host
+from staticvl.runtime.backends.ascend import torchair_host
 from staticvl.runtime.backends.distributed import group
 from staticvl.runtime.backends.distributed.group import meet_store
 from staticvl.runtime.backends.distributed.launch import threads_each

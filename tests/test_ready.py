@@ -13,7 +13,7 @@ import pytest
 
 from staticvl.compiler import build as building
 from staticvl.runtime.artifact import ArtifactError, AscendFacts, read_manifest, write_manifest
-from staticvl.runtime.backends.ascend.backend import readiness, torchair_host
+from staticvl.runtime.backends.ascend import readiness, torchair_host
 from staticvl.runtime.backends.ascend.readiness import check_ready
 from staticvl.tools import compare, demo, generate, tune_buckets
 from staticvl.tools.cli import main
@@ -99,7 +99,7 @@ def test_commands_that_load(
 def test_ranks_are_not_started_for_a_device_that_cannot_run(
     capsys: pytest.CaptureFixture[str], two_ranks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("staticvl.runtime.model.spawn", never)
+    monkeypatch.setattr("staticvl.runtime.loading.spawn", never)
     assert "device 'npu' cannot run" in error(capsys, "generate", two_ranks, "--prompt", "x", "--device", "npu")
 
 

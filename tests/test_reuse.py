@@ -11,7 +11,6 @@ import pytest
 
 from staticvl import runtime
 from staticvl.runtime.artifact import CacheSpec, CrossSpec
-from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.backends.ort import OrtBackend
 from staticvl.runtime.engine.cache_keys import content_of
 from staticvl.runtime.engine.engine import Engine
@@ -19,6 +18,7 @@ from staticvl.runtime.engine.prefix_cache import FeatureCache, copy_ms_per_row
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.processor.prompt import Prompt
 
+from .fake_backend import FakeBackend
 from .fakes import (
     CROSS_FACTS,
     ROWS_PER_TILE,

@@ -11,7 +11,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import SamplingDefaults
-from staticvl.runtime.sampling.params import ResolvedSampling, SamplingParams, sampler
+from staticvl.runtime.sampling import sampler
+from staticvl.runtime.sampling.params import ResolvedSampling, SamplingParams
 from staticvl.runtime.sampling.sampler import logprob_of, sample, uniform
 from staticvl.runtime.sampling.top_logits import BLOCK, likeliest
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.engine.scheduler import AGING, Step
 from staticvl.runtime.processor.prompt import Prompt
 
+from .fake_backend import FakeBackend
 from .fakes import check_slots, cross_prompt, fake_artifact, fake_engine, picture, picture_prompt, run_all, text_prompt
 
 TEN = tuple(range(10, 20))

@@ -14,13 +14,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import RopeFacts
-from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.rope import ntk_factor
 from staticvl.runtime.sampling.prompt_lookup import Lookup
 
+from .fake_backend import FakeBackend
 from .fakes import (
     FACTS,
     VOCAB,

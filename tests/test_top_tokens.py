@@ -29,12 +29,12 @@ from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CANDIDATES, GraphSpec, TensorSpec, WeightSpec, read_manifest
 from staticvl.runtime.backends.base import Result
-from staticvl.runtime.backends.fake import FakeBackend
 from staticvl.runtime.sampling.candidates import Candidates
 from staticvl.tools import ascend_acceptance
 from staticvl.tools.comparing.walk import Walk
 
 from .checkpoints import tiny_llava
+from .fake_backend import FakeBackend
 from .fakes import HIDDEN, VOCAB, fake_artifact, noise
 
 COUNT = 6

@@ -28,11 +28,11 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from ..artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
-from ..rope import rope_tables
-from ..sampling.candidates import Candidates
-from ..sampling.top_logits import likeliest
-from .base import Result
+from staticvl.runtime.artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cached
+from staticvl.runtime.backends.base import Result
+from staticvl.runtime.rope import rope_tables
+from staticvl.runtime.sampling.candidates import Candidates
+from staticvl.runtime.sampling.top_logits import likeliest
 
 PICTURE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that pictures differ from tokens
 
