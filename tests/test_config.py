@@ -190,3 +190,15 @@ def test_sizes_are_bounded(tmp_path: Path, family: str, section: str | None, nam
 def test_kinds_of_values(tmp_path: Path, family: str, section: str | None, settings: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_config(changed(family, tmp_path, section, **settings))
+
+
+def test_messages_are_bounded(tmp_path: Path) -> None:
+    """A value or a thousand unknown keys are shown in part."""
+    long = {f"key_{number}": 1 for number in range(1000)}
+    for change in ({"model_type": "x" * 9000}, long, {"vision_feature_select_strategy": "y" * 9000}):
+        folder = tiny_llava(tmp_path / str(len(list(tmp_path.iterdir())))).folder
+        path = folder / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | change), encoding="utf-8")
+        with pytest.raises(ConfigError) as caught:
+            read_config(folder)
+        assert len(str(caught.value).replace(str(tmp_path), "")) < 700

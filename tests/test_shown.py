@@ -44,7 +44,7 @@ def error_calls(path: Path) -> Iterator[ast.Call]:
 def test_no_message_repeats_a_value_as_it_is() -> None:
     """repr() in a message is of something that was given: `quoted` bounds it."""
     found, seen = [], 0
-    for top in ("runtime", "weights", "compiler", "tools"):
+    for top in ("runtime", "weights", "compiler", "tools", "model_defs"):
         for path in sorted((REPO / top).rglob("*.py")):
             where = str(path.relative_to(REPO))
             for call in error_calls(path):

@@ -29,6 +29,7 @@ from staticvl.model_defs.config import read_config
 from staticvl.model_defs.layers import Linear, Table
 from staticvl.runtime.artifact import Manifest, TensorSpec
 from staticvl.runtime.backends import ort
+from staticvl.runtime.backends.base import new_feed
 from staticvl.runtime.backends.host_cache import HostCache
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.thresholds import precision
@@ -170,7 +171,7 @@ def opened(kept: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPat
         model = runtime.load(kept[0])
         graph = next(graph for graph in model.artifact.manifest.graphs if graph.kind == kind)
         backend = model.engine.backend
-        backend.run(graph, runtime.feeds.new_feed(graph))
+        backend.run(graph, new_feed(graph))
         session = backend.sessions[graph.file]  # type: ignore[attr-defined]
         events = json.loads(Path(session.end_profiling()).read_text())
         order = [e["args"]["op_name"] for e in events if e.get("cat") == "Node" and e["name"].endswith("_kernel_time")]

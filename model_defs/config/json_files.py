@@ -56,6 +56,6 @@ def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"{key[:80]!r} is there twice, as {found[key]!r:.40} and {value!r:.40}")
+            raise ValueError(f"{key[:80]!r:.200} is there twice, as {found[key]!r:.40} and {value!r:.40}")
         found[key] = value
     return found

@@ -119,8 +119,8 @@ class Keys:
         unknown = sorted(given - self.seen - INERT_KEYS - set(self.ignored))
         if unknown:
             raise ConfigError(
-                f"{self.where}: unknown keys {', '.join(unknown)}; they may change the computation. If they do not, "
-                f"compile with --ignore-config-keys {','.join(unknown)}"
+                f"{self.where}: unknown keys {', '.join(unknown):.200}; they may change the computation. If they do not, "
+                f"compile with --ignore-config-keys {','.join(unknown):.200}"
             )
 
 
@@ -165,5 +165,5 @@ def select(keys: Keys, name: str, choices: Mapping[str, Any], default: str = "de
     """What the value under `name` stands for; another value is an error."""
     value = keys.get(name, default)
     if not isinstance(value, str) or value not in choices:
-        raise ConfigError(f"{keys.where}: {name} is {value!r}; supported: {', '.join(map(repr, choices))}")
+        raise ConfigError(f"{keys.where}: {name} is {value!r:.200}; supported: {', '.join(map(repr, choices))}")
     return choices[value]

@@ -88,7 +88,7 @@ def _scaling(section: Keys, positions: int) -> Llama3Scaling | None:
     if kind == "default":
         return None
     if kind != "llama3":
-        raise ConfigError(f"{section.where}: rope_type is {kind!r}; supported: 'default', 'llama3'")
+        raise ConfigError(f"{section.where}: rope_type is {kind!r:.200}; supported: 'default', 'llama3'")
     return Llama3Scaling(
         factor=section.number("factor", None),
         low_freq_factor=section.number("low_freq_factor", None),

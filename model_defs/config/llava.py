@@ -69,7 +69,7 @@ def _original(keys: Keys, checkpoint: Path, vision_tower: Path | None) -> ModelC
     keys.only("mm_use_im_patch_token", False)
     if anyres and keys.get("mm_patch_merge_type", "flat") != "spatial_unpad":
         raise ConfigError(
-            f"{keys.where}: mm_patch_merge_type is {keys.get('mm_patch_merge_type')!r} with image_aspect_ratio 'anyres'; "
+            f"{keys.where}: mm_patch_merge_type is {keys.get('mm_patch_merge_type')!r:.200} with image_aspect_ratio 'anyres'; "
             "supported: 'spatial_unpad'"
         )
     keys.only("mm_patch_merge_type", "spatial_unpad" if anyres else "flat")
@@ -111,7 +111,7 @@ def _grids(keys: Keys, pinpoints: Any, vision: ClipConfig, *, wide_first: bool) 
 
     The original code reads a pair as (width, height), transformers as (height, width); some old files hold the list as text.
     """
-    where = f"{keys.where}: image_grid_pinpoints is {pinpoints!r}"
+    where = f"{keys.where}: image_grid_pinpoints is {pinpoints!r:.200}"
     if isinstance(pinpoints, str):
         try:
             pinpoints = ast.literal_eval(pinpoints)
@@ -137,7 +137,7 @@ def _tower_keys(name: str, checkpoint: Path, vision_tower: Path | None, keys: Ke
     if folder is None:
         if name not in KNOWN_TOWERS:
             raise ConfigError(
-                f"{keys.where}: the vision tower {name!r} is not a folder here; give its folder with --vision-tower PATH"
+                f"{keys.where}: the vision tower {name!r:.200} is not a folder here; give its folder with --vision-tower PATH"
             )
         return Keys(KNOWN_TOWERS[name], f"built-in sizes of {name}", keys.ignored, keys.notes)
     whole = Keys(load_config(folder), str(folder / "config.json"), keys.ignored, keys.notes)
@@ -151,7 +151,7 @@ def _clip(keys: Keys, *, layer: Any, keep_class_token: bool) -> ClipConfig:
     """Defaults are those of transformers' CLIPVisionConfig; `layer` indexes hidden states, 0 = before the first layer."""
     layers = keys.size("num_hidden_layers", 12, most=MOST_LAYERS)
     if not isinstance(layer, int):
-        raise ConfigError(f"{keys.where}: the vision feature layer is {layer!r}; only a single integer is supported")
+        raise ConfigError(f"{keys.where}: the vision feature layer is {layer!r:.200}; only a single integer is supported")
     keys.only("num_channels", 3)
     for unused in ("vocab_size", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "model_type"):
         keys.get(unused)

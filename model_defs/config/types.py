@@ -58,7 +58,9 @@ class TextConfig:
         if self.head_dim % 2:
             raise ConfigError(f"head_dim {self.head_dim} is odd; rotary position embedding needs an even head_dim")
         if any(not 0 <= layer < self.layers for layer in self.cross_layers):
-            raise ConfigError(f"cross_attention_layers {list(self.cross_layers)} name layers that are not among {self.layers}")
+            raise ConfigError(
+                f"cross_attention_layers {list(self.cross_layers)!s:.200} name layers that are not among {self.layers}"
+            )
 
     @property
     def stage_layers(self) -> range:
@@ -106,7 +108,7 @@ class ClipConfig:
                 f"vision_feature_layer selects {self.used_layers} of {self.layers} vision layers; expected 1 to {self.layers}"
             )
         if self.activation not in ("quick_gelu", "gelu"):
-            raise ConfigError(f"vision hidden_act {self.activation!r} is not supported; expected quick_gelu or gelu")
+            raise ConfigError(f"vision hidden_act {self.activation!r:.200} is not supported; expected quick_gelu or gelu")
 
     @property
     def patches(self) -> int:
@@ -137,9 +139,11 @@ class TiledConfig:
     def __post_init__(self) -> None:
         _check_patches(self.image_size, self.patch_size)
         if any(not 0 <= tap < self.layers for tap in self.taps):
-            raise ConfigError(f"intermediate_layers_indices {list(self.taps)} name layers that are not among {self.layers}")
+            raise ConfigError(
+                f"intermediate_layers_indices {list(self.taps)!s:.200} name layers that are not among {self.layers}"
+            )
         if any(rows * columns > self.tiles for rows, columns in self.ratios):
-            raise ConfigError(f"supported_aspect_ratios {self.ratios} need more than max_num_tiles {self.tiles}")
+            raise ConfigError(f"supported_aspect_ratios {self.ratios!s:.200} need more than max_num_tiles {self.tiles}")
         if self.rows_per_tile % 8 == 0:
             raise ConfigError(
                 f"image_size {self.image_size} with patch_size {self.patch_size} gives {self.rows_per_tile} tokens per tile, a "

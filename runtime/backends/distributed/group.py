@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import torch
 import torch.distributed
 
+from ...shown import quoted
 from .control import Store
+from .store import POLL_S, StoreServer, call
 from .verdict import MeetingError, RankError
 from .world import HERE, LOOPBACK, STORE_FILE, Seat, World
 
@@ -28,18 +31,65 @@ def file_store(file: str, ranks: int, seconds: float) -> Store:
     """A store in a file, for processes of one user: no port, so that nobody else can read, change or fill it."""
     store = dist.FileStore(file, ranks)
     store.set_timeout(timedelta(seconds=seconds))
-    return _own_part(store)
+    return store
 
 
-def _loopback_store(host: str, port: int, seconds: float) -> Any:
-    """A store that listens at a loopback address alone. torch would listen at every interface, and a store gives and takes
-    keys from whoever connects. Raises OSError."""
-    host = LOOPBACK if host == "localhost" else host
-    listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    port, wait = listener.getsockname()[1], timedelta(seconds=seconds)
-    return dist.TCPStore(
-        host, port, None, is_master=True, timeout=wait, wait_for_workers=False, master_listen_fd=listener.detach()
-    )
+class RankStore(dist.Store):
+    """A rank's end of rank 0's store (store.py), as torch wants it. gloo sets, gets and waits, and nothing else.
+
+    torch keeps no reference to the Python object: whoever uses the store has to hold it.
+    """
+
+    def __init__(self, host: str, port: int, seconds: float, server: StoreServer | None = None) -> None:
+        """`seconds`: that `get` waits for a key. `server`: of rank 0, which lives as long as this object. Raises RuntimeError
+        where no store answers in that time."""
+        super().__init__()
+        self.host, self.port, self.seconds, self.server = host, port, seconds, server
+        self.prefix = _prefix()
+        self._until(lambda: call(host, port, b"G", "") is None, f"nothing answers at {host}, port {port}")
+
+    def set(self, key: str, value: str | bytes) -> None:
+        data = value.encode() if isinstance(value, str) else bytes(value)
+
+        def taken() -> bool:
+            if call(self.host, self.port, b"S", f"{self.prefix}/{key}", data) is None:
+                raise RuntimeError(f"the store refuses the key {quoted(key)}: it has another value, or the store is full")
+            return True
+
+        self._until(taken, f"nothing answers at {self.host}, port {self.port}")
+
+    def get(self, key: str) -> bytes:
+        found: list[bytes] = []
+
+        def there() -> bool:
+            value = call(self.host, self.port, b"G", f"{self.prefix}/{key}")
+            found.extend([] if value is None else [value])
+            return bool(found)
+
+        self._until(there, f"the store has no key {quoted(key)}")
+        return found[0]
+
+    def wait(self, keys: Sequence[str], timeout: timedelta | None = None) -> None:
+        for key in keys:
+            self.get(key)
+
+    def close(self) -> None:
+        """End rank 0's server; may be called again."""
+        if self.server is not None:
+            self.server.close()
+            self.server = None
+
+    def _until(self, done: Callable[[], bool], trouble: str) -> None:
+        end, last = time.monotonic() + self.seconds, ""
+        while True:
+            try:
+                if done():
+                    return
+            except OSError as error:
+                last = f" ({error})"
+            if time.monotonic() > end:
+                raise RuntimeError(f"{trouble} after {self.seconds:g} s{last}")
+            time.sleep(POLL_S)
 
 
 def meet_store(world: World, seconds: float) -> Store:
@@ -61,20 +111,34 @@ def meet_store(world: World, seconds: float) -> Store:
             ) from error
         told = str(error).splitlines()[0]
         raise RankError(f"rank {world.rank} found no store at {where}: {told}; start the ranks with torchrun") from error
-    return _own_part(store)
-
-
-def _met(world: World, seconds: float) -> Any:
-    port, of_launcher = os.environ.get("MASTER_PORT", ""), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    if world.rank == 0 and world.together and world.address in HERE and port.isdecimal() and not of_launcher:
-        return _loopback_store(world.address, int(port), seconds)
-    store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
     return store
 
 
-def _own_part(store: Store) -> Store:
+def release(store: Store) -> None:
+    """To be called by rank 0 when all ranks have found each other: a store of its own listens no more."""
+    if isinstance(store, RankStore):
+        store.close()
+
+
+def _met(world: World, seconds: float) -> Any:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, _, _ = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=seconds))))
+        return dist.PrefixStore(_prefix(), store)
+    port = os.environ.get("MASTER_PORT", "")
+    if not port.isdecimal():
+        raise ValueError(f"MASTER_PORT is {quoted(port)}; expected a port")
+    host = LOOPBACK if world.address == "localhost" else world.address
+    server = None
+    if world.rank == 0:
+        here = world.together and world.address in HERE
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        server = StoreServer(socket.create_server((host if here else "", int(port)), family=family))
+    return RankStore(host, int(port), seconds, server)
+
+
+def _prefix() -> str:
     """Apart from what others keep in the same store, and from earlier attempts: torchrun's store outlives them."""
-    return dist.PrefixStore(f"staticvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return f"staticvl/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
 
 
 class GlooGroup:
@@ -92,6 +156,7 @@ class GlooGroup:
         GLOO_SOCKET_IFNAME names one, that is taken, unless all ranks are on this machine.
         """
         self.rank, self.size, self.stage, self.stages = seat.rank, seat.size, seat.stage, seat.stages
+        self._held = store  # see RankStore
         self.store = dist.PrefixStore(f"stage-{seat.stage}", store)
         self.meeting = False
         options = dist.ProcessGroupGloo._Options()

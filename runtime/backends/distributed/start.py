@@ -105,6 +105,7 @@ def lead(
 
         local = crew.together(open_all)
         crew.collect(Kind.READY, None)
+        _groups().release(store)
         return LeadingBackend(local, crew, artifact.manifest)
     except BaseException:
         crew.close()
