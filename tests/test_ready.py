@@ -99,7 +99,7 @@ def test_commands_that_load(
 def test_ranks_are_not_started_for_a_device_that_cannot_run(
     capsys: pytest.CaptureFixture[str], two_ranks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("staticvl.runtime.model.spawn", never)
+    monkeypatch.setattr("staticvl.runtime.loading.spawn", never)
     assert "device 'npu' cannot run" in error(capsys, "generate", two_ranks, "--prompt", "x", "--device", "npu")
 
 

@@ -93,7 +93,7 @@ def test_every_file_is_covered(signed: Path, keys: Path) -> None:
 
 
 def test_nothing_is_run_before(signed: Path, keys: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("staticvl.runtime.model.Engine", lambda *_, **__: pytest.fail("an engine was made"))
+    monkeypatch.setattr("staticvl.runtime.loading.Engine", lambda *_, **__: pytest.fail("an engine was made"))
     refused(signed, keys / "other.pub")
 
 
