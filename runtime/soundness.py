@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 MOST_BYTES = 1 << 46  # of a cache, or of one tensor of a graph
 VOCABULARY = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # the files, by kind of tokenizer
 TEMPLATE = "chat_template.jinja"
+_PAIRS = (("row_index", "image_rows"), ("cross_mask", "cross_gate"), ("tile_count", "aspect_id"))
 _CACHES = ("k_cache.", "v_cache.", "cross_k.", "cross_v.")
 
 
@@ -29,6 +30,8 @@ def faults(manifest: Manifest) -> Iterator[str]:
         part = manifest.of_stage(stage)
         yield from _cache(part)
         yield from _weights(part, stage)
+        if stage == 0:  # later stages are fed by the one before
+            yield from (f"{graph.name}: {fault}" for graph in part.graphs for fault in _fed(graph))
         yield from (f"{graph.name}: {fault}" for graph in part.graphs for fault in _graph(part, graph))
         if len({graph.name for graph in part.graphs}) < len(part.graphs):
             yield "two graphs have one kind and bucket"
@@ -103,6 +106,16 @@ def _graph(part: Manifest, graph: GraphSpec) -> Iterator[str]:
     for name, (dtype, shape) in _expected(part, graph).items():
         if name in specs and (specs[name].dtype, specs[name].shape) != (dtype, shape):
             yield f"{name} is {specs[name].dtype} {shown(list(specs[name].shape))}, expected {dtype} {list(shape)}"
+
+
+def _fed(graph: GraphSpec) -> Iterator[str]:
+    """Inputs that the host fills in every graph of a kind, and those that come in pairs."""
+    given = {spec.name for spec in graph.inputs}
+    needed = {"pixels"} if graph.kind == "vision" else {"token_ids", "lengths", "rope_cos", "rope_sin"}
+    needed |= {"last_index"} if graph.kind == "prefill" else set()
+    for pair in _PAIRS:
+        needed |= set(pair) if given & set(pair) else set()
+    yield from (f"it has no input {name}" for name in sorted(needed - given))
 
 
 def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:

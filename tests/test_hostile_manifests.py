@@ -70,6 +70,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "no end of a sequence": (lambda d: d["model"].update(eos_token_ids=[]), "length >= 1"),
     "a graph without inputs": (lambda d: graph(d, "decode").update(inputs=[]), "it has no inputs or no outputs"),
     "a graph without outputs": (lambda d: graph(d, "decode").update(outputs=[]), "it has no inputs or no outputs"),
+    "a graph without positions": (lambda d: tensor(d, "decode", "rope_sin").update(name="x"), "it has no input rope_sin"),
     "an unknown filter": (lambda d: d["model"]["image"].update(resample=9), "Expected `int` <= 5"),
     "rows without end": (lambda d: d["cache"].update(rows=10**12), "Expected `int` <="),
     "a huge cache": (lambda d: d["cache"].update(slots=1 << 24, rows=1 << 24, context=1 << 24), "larger than any machine"),
