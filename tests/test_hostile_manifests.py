@@ -68,7 +68,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "weight of another size": (lambda d: weight(d).update(shape=[3, 3]), "but .* bytes"),
     "weight of an unknown type": (lambda d: weight(d).update(dtype="complex128"), r"matching regex .* at `\$\.weights"),
     "no end of a sequence": (lambda d: d["model"].update(eos_token_ids=[]), "length >= 1"),
-    "a graph without inputs": (lambda d: graph(d, "decode").update(inputs=[]), "it has no inputs or no outputs"),
+    "a graph without inputs": (lambda d: graph(d, "decode").update(inputs=[]), "it has no input"),
     "a graph without outputs": (lambda d: graph(d, "decode").update(outputs=[]), "it has no inputs or no outputs"),
     "a graph without positions": (lambda d: tensor(d, "decode", "rope_sin").update(name="x"), "it has no input rope_sin"),
     "an unknown filter": (lambda d: d["model"]["image"].update(resample=9), "Expected `int` <= 5"),
