@@ -22,7 +22,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
 from staticvl.runtime.backends.ascend import torchair_host
-from staticvl.runtime.backends.distributed import group
+from staticvl.runtime.backends.distributed import group, start
 from staticvl.runtime.backends.distributed.group import meet_store
 from staticvl.runtime.backends.distributed.launch import threads_each
 from staticvl.runtime.backends.distributed.leader import LeadingBackend
@@ -287,6 +287,17 @@ def test_the_store_of_ranks_that_others_have_started(host: str, monkeypatch: pyt
     monkeypatch.setenv("RANK", "1")
     other = meet_store(World(1, 2, 2, host), PATIENCE)
     assert other.get("key") == b"value"
+
+
+def test_a_start_that_fails_gives_the_port_back(two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server((LOOPBACK, 0)) as free:
+        port = free.getsockname()[1]
+    for name, value in (("MASTER_ADDR", LOOPBACK), ("MASTER_PORT", port), ("RANK", 0), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(start, "JOIN_S", 0.1)
+    for _ in range(2):
+        with pytest.raises(runtime.RankError, match="rank 1 did not join"):
+            runtime.load(two_ranks)
 
 
 # --- Under a launcher --------------------------------------------------------------------------------------------------------

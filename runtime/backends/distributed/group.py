@@ -28,7 +28,7 @@ dist: Any = torch.distributed  # its type stubs leave out what is made in C++
 
 
 def file_store(file: str, ranks: int, seconds: float) -> Store:
-    """A store in a file, for processes of one user: no port, so that nobody else can read, change or fill it."""
+    """A store in a file, for processes of one user: no port, so that no other user can read, change or fill it."""
     store = dist.FileStore(file, ranks)
     store.set_timeout(timedelta(seconds=seconds))
     return store
@@ -37,7 +37,7 @@ def file_store(file: str, ranks: int, seconds: float) -> Store:
 class RankStore(dist.Store):
     """A rank's end of rank 0's store (store.py), as torch wants it. gloo sets, gets and waits, and nothing else.
 
-    torch keeps no reference to the Python object: whoever uses the store has to hold it.
+    torch keeps no reference to the Python object: the user of the store holds it.
     """
 
     def __init__(self, host: str, port: int, seconds: float, server: StoreServer | None = None) -> None:
@@ -115,7 +115,7 @@ def meet_store(world: World, seconds: float) -> Store:
 
 
 def release(store: Store) -> None:
-    """To be called by rank 0 when all ranks have found each other: a store of its own listens no more."""
+    """End the listening of rank 0's own store: after all ranks have found each other, or after a start that failed."""
     if isinstance(store, RankStore):
         store.close()
 

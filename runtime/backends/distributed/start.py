@@ -83,33 +83,34 @@ def lead(
     children: LocalRanks | None = None,
 ) -> LeadingBackend:
     """Rank 0: wait for the others, compare, and load; raises RankError, which names the rank that is at fault."""
-    members = Members(world, timeout)
-    try:
-        members.publish(store)
-        members.wait(JOIN_S, children.check if children else _nothing)
-    finally:
-        members.close()
-    crew = Crew(Peer(0, os.getpid(), socket.gethostname()), members.joined, timeout, children)
-    try:
-        _compare(crew, artifact)
-        go = Go(_address(crew.links.values()), timeout)
-        for link in crew.links.values():
-            link.send([encode(Kind.GO, go)])
+    with contextlib.ExitStack() as after:
+        after.callback(_groups().release, store)  # all are ready, or the start has failed: it has no more readers
+        members = Members(world, timeout)
+        try:
+            members.publish(store)
+            members.wait(JOIN_S, children.check if children else _nothing)
+        finally:
+            members.close()
+        crew = Crew(Peer(0, os.getpid(), socket.gethostname()), members.joined, timeout, children)
+        try:
+            _compare(crew, artifact)
+            go = Go(_address(crew.links.values()), timeout)
+            for link in crew.links.values():
+                link.send([encode(Kind.GO, go)])
 
-        def open_all() -> Backend:
-            group, backend = _open(artifact, world, store, go.address, timeout, device, threads, checks)
-            crew.meeting = lambda: group.meeting
-            for graph in artifact.manifest.graphs:
-                backend.load(graph)
-            return backend
+            def open_all() -> Backend:
+                group, backend = _open(artifact, world, store, go.address, timeout, device, threads, checks)
+                crew.meeting = lambda: group.meeting
+                for graph in artifact.manifest.graphs:
+                    backend.load(graph)
+                return backend
 
-        local = crew.together(open_all)
-        crew.collect(Kind.READY, None)
-        _groups().release(store)
-        return LeadingBackend(local, crew, artifact.manifest)
-    except BaseException:
-        crew.close()
-        raise
+            local = crew.together(open_all)
+            crew.collect(Kind.READY, None)
+            return LeadingBackend(local, crew, artifact.manifest)
+        except BaseException:
+            crew.close()
+            raise
 
 
 def follow(

@@ -6,7 +6,7 @@ A caller connects, sends one request, and gets one answer:
     request   1 byte, "S" (set) or "G" (get); 4 bytes, length of the key; 4 bytes, length of the value; key; value
     answer    1 byte, "+" or "-" (not there, or refused); 4 bytes, length of the value; value
 
-Numbers are little-endian. torch's TCPStore, which it stands for, takes whatever anybody sends.
+Numbers are little-endian. torch's TCPStore, which it replaces, has no limits.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class StoreServer(socketserver.ThreadingTCPServer):
         self.room.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A caller who says nothing, or leaves, is no matter for anybody else."""
+        """A caller that is silent or leaves concerns no other caller, so the log has no line about it."""
 
     def set(self, key: bytes, value: bytes) -> bool:
         """Whether the key has this value now. One that has another keeps it, and none is taken beyond the limits."""
