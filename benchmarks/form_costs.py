@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from staticvl.runtime.sampling.constraints import Constraints
+from staticvl.runtime.sampling.constraints import ConstraintFactory
 from staticvl.runtime.sampling.params import SamplingParams
 
 WORDS = [f"word{i}x{i * 7919 % 10007}" for i in range(1500)]
@@ -102,7 +102,7 @@ def vocabulary(size: int) -> Any:
 def cost(name: str, args: argparse.Namespace) -> None:
     """Print a form's costs."""
     table, draw, clock = vocabulary(args.vocabulary), random.Random(0), time.process_time
-    makers = Constraints(table, (1,))
+    makers = ConstraintFactory(table, (1,))
     resource.setrlimit(resource.RLIMIT_CPU, (int(clock()) + args.limit_s, resource.RLIM_INFINITY))
     started = clock()
     try:

@@ -132,7 +132,7 @@ def measure(artifact: Path, prompt: int, steps: int, threads: int) -> dict[str, 
             rng = np.random.default_rng(0)
             params = runtime.SamplingParams(max_new_tokens=steps + 2, temperature=0.0, ignore_eos=True)
             for length in (prompt, prompt, prompt, prompt, 64):
-                tokens = rng.integers(3, model.facts.tokenizer.used, length)
+                tokens = rng.integers(3, model.info.tokenizer.used, length)
                 once = params if length == 64 else runtime.SamplingParams(max_new_tokens=1, temperature=0.0)
                 model.run([model.engine.new_sequence(text_prompt(*map(int, tokens)), once)])
             backend = model.engine.backend

@@ -95,9 +95,9 @@ def calibration(prompts: int, folder: Path) -> Calibration:
     folder.mkdir()
     lines = []
     for i, case in enumerate(chosen):
-        names = [f"{i}-{j}.png" for j in range(len(case.pictures))]
-        for name, picture in zip(names, case.pictures, strict=True):
-            picture.save(folder / name)
+        names = [f"{i}-{j}.png" for j in range(len(case.images))]
+        for name, image in zip(names, case.images, strict=True):
+            image.save(folder / name)
         lines.append(json.dumps({"prompt": case.question, "images": names, "answer": case.answer}))
     file = folder / "prompts.jsonl"
     file.write_text("\n".join(lines))
@@ -106,8 +106,8 @@ def calibration(prompts: int, folder: Path) -> Calibration:
 
 def answered(side: StaticSide, wanted: list[Case]) -> Answers:
     """What the model says by itself."""
-    pictures = [list(case.pictures) for case in wanted]
-    outs = side.model.generate([case.question for case in wanted], pictures, max_new_tokens=80, temperature=0.0)
+    images = [list(case.images) for case in wanted]
+    outs = side.model.generate([case.question for case in wanted], images, max_new_tokens=80, temperature=0.0)
     right = [is_right(case, out.text) for case, out in zip(wanted, outs, strict=True)]
     return Answers([np.array(out.token_ids) for out in outs], right)
 
@@ -122,7 +122,7 @@ def is_right(case: Case, text: str) -> bool:
 
 def forced(side: StaticSide, wanted: list[Case], answers: Answers) -> list[np.ndarray]:
     """Logits [n, V] before each token of the answers."""
-    prompts = [side.prepare(asked(case.kind, case.question, case.pictures)) for case in wanted]
+    prompts = [side.prepare(asked(case.kind, case.question, case.images)) for case in wanted]
     return [said.logits for said in side.say(prompts, answers.tokens)]
 
 

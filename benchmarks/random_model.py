@@ -8,7 +8,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.tools.random_checkpoint import write_checkpoint
 
-# Hidden size, heads and MLP of the 1.1B decoders that are about; the tower is cut short, since nothing here looks at pictures.
+# Hidden size, heads and MLP of the 1.1B decoders that are about; the tower is cut short, since nothing here looks at images.
 SHAPE = {
     "text_config.hidden_size": 2048,
     "text_config.num_attention_heads": 32,

@@ -42,7 +42,7 @@ def measure(model: runtime.Model, tokens: int) -> dict[str, Any]:
     timed(model.engine, "step", "step", spans)
     timed(backend, "run", "backend", spans)
     timed(backend.local, "run", "graph", spans)
-    timed(backend.crew, "send", "message", spans)
+    timed(backend.monitor, "send", "message", spans)
     timed(GlooGroup, "all_reduce", "sum", spans)
     for count in (4, tokens):  # what the first binds is not measured
         model.generate(PROMPT, max_new_tokens=count, ignore_eos=True)

@@ -1,8 +1,8 @@
-"""Time to first token of a chat's second turn, and of another question about a known picture, against fresh prompts.
+"""Time to first token of a chat's second turn, and of another question about a known image, against fresh prompts.
 
     python -m benchmarks.second_turn [--hidden 512] [--layers 8] [--repeats 5]
 
-A random LLaVA-1.5 whose pictures take 576 tokens is compiled for ONNX Runtime. A fresh prompt is the same text and picture with
+A random LLaVA-1.5 whose images take 576 tokens is compiled for ONNX Runtime. A fresh prompt is the same text and image with
 nothing reused. Figures are medians in milliseconds of the time from the request to its first token; the last line is JSON.
 """
 
@@ -50,13 +50,13 @@ def measure(model: runtime.Model, fresh: runtime.Model, repeats: int) -> dict[st
     fresh_turns: list[float] = []
     shared: list[float] = []
     for seed in range(repeats + 1):  # the first opens the graphs
-        picture = noise(seed, (336, 336))
+        image = noise(seed, (336, 336))
         with model.chat() as chat:
-            first = chat.send(QUESTIONS[0], picture, **SETTINGS)
+            first = chat.send(QUESTIONS[0], image, **SETTINGS)
             second = chat.send(QUESTIONS[1], **SETTINGS)
-        other = model.generate(QUESTIONS[1], picture, **SETTINGS)
+        other = model.generate(QUESTIONS[1], image, **SETTINGS)
         whole = f"USER: <image>\n{QUESTIONS[0]} ASSISTANT: {first.text} USER: {QUESTIONS[1]} ASSISTANT:"
-        alone = fresh.generate(whole, picture, raw=True, **SETTINGS)
+        alone = fresh.generate(whole, image, raw=True, **SETTINGS)
         turns.append(second.timings.first_token_s)
         shared.append(other.timings.first_token_s)
         fresh_turns.append(alone.timings.first_token_s)

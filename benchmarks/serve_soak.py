@@ -3,7 +3,7 @@
     python -m benchmarks.serve_soak [--requests 2400] [--clients 12] [--seed 0]
 
 2400 requests are one every three seconds for two hours. Two thirds ask honestly about drawings, whole or streamed, and their
-answers must be those that the model gives alone. The others leave early, read slowly, send broken bodies or hostile pictures.
+answers must be those that the model gives alone. The others leave early, read slowly, send broken bodies or hostile images.
 The server is killed after a third of it and drained after another, and started again each time. Checked are every status,
 every honest answer, that no slot and no request is left at the end of each life, and that memory stays flat. Traffic goes to
 this machine only, and ends by itself. The last line is JSON.
@@ -267,11 +267,11 @@ def asked_alone(artifact: Path) -> list[Question]:
     """Questions about drawings, and what the model answers when nobody else asks."""
     questions = []
     with runtime.load(artifact, reuse=False) as model:
-        for case in [case for case in cases(12) if not case.turns and len(case.pictures) == 1]:
+        for case in [case for case in cases(12) if not case.turns and len(case.images) == 1]:
             file = io.BytesIO()
-            case.pictures[0].save(file, "PNG")
+            case.images[0].save(file, "PNG")
             url = f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-            answer = model.generate(case.question, list(case.pictures), max_new_tokens=TOKENS, temperature=0).text
+            answer = model.generate(case.question, list(case.images), max_new_tokens=TOKENS, temperature=0).text
             questions.append(Question(case.question, url, answer))
     return questions
 

@@ -34,7 +34,7 @@ INTERVAL = 0.002  # seconds between two looks at the memory
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="of the decoder; the last attends to pictures")
+    parser.add_argument("--layers", type=int, default=4, help="of the decoder; the last attends to images")
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument(
         "--tp", type=int, nargs="+", default=[1, 8], help="numbers of ranks; the last rank of each is converted"

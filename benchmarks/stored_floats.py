@@ -3,7 +3,7 @@
     python -m benchmarks.stored_floats [--layers 4] [--tower-layers 8] [--runs 7] [--threads 2] [--sides none none/float16 ...]
 
 A side is QUANT/DTYPE, as `staticvl compile` is told. The checkpoint is random, in bfloat16, 1B-shaped but for its number of
-layers. Memory is PSS (shared pages count once) of a process that has loaded an artifact and run a chunk, a token and a picture;
+layers. Memory is PSS (shared pages count once) of a process that has loaded an artifact and run a chunk, a token and an image;
 times are medians of runs in which the sides take turns, as parts of what the first side takes.
 """
 

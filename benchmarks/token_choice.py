@@ -24,7 +24,7 @@ from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef
 from staticvl.runtime.artifact import CANDIDATES, SamplingDefaults, TensorSpec
 from staticvl.runtime.sampling.candidates import Candidates
-from staticvl.runtime.sampling.logits_processors import rules_for
+from staticvl.runtime.sampling.logits_processors import logits_processors_for
 from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.runtime.sampling.sampler import logprob_of, sample
 from tests.fakes import text_prompt
@@ -43,7 +43,7 @@ SETTINGS = {
 
 def measure(params: SamplingParams, logits: np.ndarray, runs: int) -> float:
     vocab, resolved = logits.shape[1], params.resolved(SamplingDefaults())
-    rules = [rules_for(params, text_prompt(*range(PROMPT)), (2,), vocab, ()) for _ in logits]
+    rules = [logits_processors_for(params, text_prompt(*range(PROMPT)), (2,), vocab, ()) for _ in logits]
 
     def step(position: int) -> None:
         for row, rule in zip(logits, rules, strict=True):

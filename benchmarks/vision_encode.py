@@ -1,4 +1,4 @@
-"""How long one picture takes through CLIP-L/336, by how its layers are stored, and in transformers.
+"""How long one image takes through CLIP-L/336, by how its layers are stored, and in transformers.
 
     python benchmarks/vision_encode.py [--runs 9] [--threads 2]
 

@@ -26,14 +26,14 @@ from ..runtime.artifact import (
     DEFINITION,
     SIGNATURE,
     ArtifactError,
-    AscendFacts,
-    BuildFacts,
-    CalibrationFacts,
+    AscendInfo,
+    BuildInfo,
+    CalibrationInfo,
     FileSpec,
     GraphSpec,
     Kind,
     Manifest,
-    ModelFacts,
+    ModelInfo,
     Record,
     StageSpec,
     WeightSpec,
@@ -48,9 +48,9 @@ from ..weights.rules import kept_dtypes, match, targets
 from ..weights.stored import Floats
 from ..weights.tensors import WeightsError
 from .calibration import CACHE_METHOD, METHODS
-from .facts import read_facts
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
 from .leftovers import JOURNAL, LOCK, is_ours, remove_unreferenced
+from .model_info import read_model_info
 from .plan import Options, Plan, forecast, make_plan, stages
 from .progress import Progress
 from .ready_made import resolve
@@ -88,7 +88,7 @@ class _Job:
 
     options: Options
     config: ModelConfig
-    facts: ModelFacts
+    info: ModelInfo
     settings: dict[str, bytes]
     plan: Plan
     old: Manifest | None
@@ -111,7 +111,7 @@ def prepare(options: Options, progress: Progress) -> _Job:
     notes: list[str] = []
     config = _config(options, notes)
     options, packing = resolve(options)
-    facts, settings = read_facts(
+    info, settings = read_model_info(
         options.checkpoint,
         config,
         vision_tower=options.vision_tower,
@@ -121,7 +121,7 @@ def prepare(options: Options, progress: Progress) -> _Job:
     plan = make_plan(config, options)
     settings[DEFINITION] = encode_config(config)
     return _Job(
-        options, config, facts, settings, plan, _old_manifest(options.out), progress, packing, _without_folders(options, notes)
+        options, config, info, settings, plan, _old_manifest(options.out), progress, packing, _without_folders(options, notes)
     )
 
 
@@ -174,21 +174,21 @@ def _build(job: _Job) -> Report:
         backend=job.options.backend,  # type: ignore[arg-type]
         quant=job.options.stored_quant,
         tp=job.options.tp,
-        model=job.facts,
+        model=job.info,
         tokenizer=folder,
         cache=stages[0].cache,
         graphs=stages[0].graphs,
         weights=stages[0].weights,
         stages=tuple(stages[1:]),
         files={**graph_files, **weight_files, **setting_files},
-        ascend=_ascend_facts(job, report) if job.options.backend == "ascend" else None,
-        build=BuildFacts(
+        ascend=_ascend_info(job, report) if job.options.backend == "ascend" else None,
+        build=BuildInfo(
             staticvl=importlib.metadata.version("staticvl"),
             torch=importlib.metadata.version("torch"),
             options=_kept_options(job),
             key=key,
             source=source,
-            calibration=_calibration_facts(job),
+            calibration=_calibration_info(job),
             tuned_on=_machine() if job.options.tune else UNSET,
             notes=job.notes or UNSET,
         ),
@@ -205,21 +205,21 @@ def _check_compiler(options: Options) -> None:
         torchair_host.wheel_folder()
 
 
-def _ascend_facts(job: _Job, report: Report) -> AscendFacts:
+def _ascend_info(job: _Job, report: Report) -> AscendInfo:
     """What the graphs depend on; they are keyed by it, so where none was traced it is what it was."""
     if job.old and job.old.ascend and not report.traced:
         return job.old.ascend
-    from ..runtime.backends.ascend.kernel import ascend_facts
+    from ..runtime.backends.ascend.kernel import ascend_info
 
     torchair_host.load()
-    return ascend_facts(torchair_host.VERSION, job.options.soc)
+    return ascend_info(torchair_host.VERSION, job.options.soc)
 
 
-def _calibration_facts(job: _Job) -> CalibrationFacts | UnsetType:
+def _calibration_info(job: _Job) -> CalibrationInfo | UnsetType:
     calibration = job.options.calibration
     if calibration is None:
         return UNSET
-    return CalibrationFacts(
+    return CalibrationInfo(
         method=", ".join(_measured(job.options)),
         sha256=calibration.sha256,
         prompts=len(calibration.conversations),
@@ -361,11 +361,11 @@ def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Store | 
     from .calibrate import calibrate, prompts_of
 
     cache = make_plan(job.config, replace(options, tp=1, pp=1)).cache
-    prompts = prompts_of(calibration, job.facts, job.out / tokenizer, cache.context)
+    prompts = prompts_of(calibration, job.info, job.out / tokenizer, cache.context)
     if not any(each.images for each in calibration.conversations):
-        job.progress.say("the calibration has no pictures: what pictures do to activations is not seen")
+        job.progress.say("the calibration has no images: what images do to activations is not seen")
     store = Store(job.out, key)
-    calibrate(source, job.config, job.facts, cache, prompts, options.stored_quant, options.tp, store, job.progress)
+    calibrate(source, job.config, job.info, cache, prompts, options.stored_quant, options.tp, store, job.progress)
     return store
 
 
@@ -388,7 +388,7 @@ def _graphs(
 
         with job.progress.stage("compiling graphs", sum(map(len, missing)), "graph") as advance:
             for i, part in enumerate(parts):
-                maker = GraphMaker(job.options, part.config, job.facts, part.plan, weights[i]) if missing[i] else None
+                maker = GraphMaker(job.options, part.config, job.info, part.plan, weights[i]) if missing[i] else None
                 for graph in missing[i]:
                     assert maker is not None
                     entry = found[keys[i][graph]] = _noted(job, *maker.make(*graph, keys[i][graph]))
@@ -404,7 +404,7 @@ def _graphs(
 
 
 def _graph_keys(job: _Job, key: str) -> dict[tuple[Kind, int, int], str]:
-    graph_keys = GraphKeys(job.options, job.config, job.facts, job.plan, key)
+    graph_keys = GraphKeys(job.options, job.config, job.info, job.plan, key)
     return {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
 
 

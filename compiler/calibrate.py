@@ -2,10 +2,10 @@
 what it holds.
 
 The definitions compute in float32, each layer over all prompts before the next is read: in memory are one layer's weights, the
-second moments of its inputs, and what is between two layers, 4 C bytes for each token. Keys and values of pictures that enter
+second moments of its inputs, and what is between two layers, 4 C bytes for each token. Keys and values of images that enter
 by cross-attention lie in files meanwhile.
 
-T tokens of a prompt, C hidden size, K kv heads, D head dim, X keys of a picture, P rows of features per tile.
+T tokens of a prompt, C hidden size, K kv heads, D head dim, X keys of an image, P rows of features per tile.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..model_defs import ops
 from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
 from ..model_defs.decoder import Block, CrossBlock
 from ..model_defs.layers import Linear
-from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelFacts
+from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelInfo
 from ..runtime.processor.families import family
 from ..runtime.processor.prompt import Message, Prompt
 from ..runtime.processor.tokenizer import load_tokenizer
@@ -71,32 +71,32 @@ Largest = tuple[Tensor, Tensor]  # of keys and of values
 
 @dataclass(slots=True, eq=False)
 class Passing:
-    """One prompt on its way through the model. `cross` are the files of its pictures' keys and values, by picture."""
+    """One prompt on its way through the model. `cross` are the files of its images' keys and values, by image."""
 
     prompt: Prompt
     feed: dict[str, Tensor]
     weights: Tensor  # [T], what each token counts for
-    features: Tensor | None = None  # [tiles * P, C], where pictures are tokens
+    features: Tensor | None = None  # [tiles * P, C], where images are tokens
     cross: list[Path] = field(default_factory=list)
     x: Tensor = field(default_factory=lambda: torch.empty(0))  # [1, T, C]
 
 
-def prompts_of(calibration: Calibration, facts: ModelFacts, tokenizer_folder: Path, context: int) -> list[Prompt]:
+def prompts_of(calibration: Calibration, info: ModelInfo, tokenizer_folder: Path, context: int) -> list[Prompt]:
     """The conversations as they are fed; raises CalibrationError naming the one that cannot be."""
-    tokenizer = load_tokenizer(tokenizer_folder, facts.tokenizer)
+    tokenizer = load_tokenizer(tokenizer_folder, info.tokenizer)
     template = (tokenizer_folder / "chat_template.jinja").read_text(encoding="utf-8")
     found = []
     for each in calibration.conversations:
         messages: list[Message] = list(each.messages)
         open_end = messages[-1].role != "assistant"
         try:
-            prompt = family(facts.family).chat_prompt(
-                messages, list(each.images), facts, tokenizer, template, add_generation_prompt=open_end
+            prompt = family(info.family).chat_prompt(
+                messages, list(each.images), info, tokenizer, template, add_generation_prompt=open_end
             )
         except ValueError as error:
             raise CalibrationError(f"calibration, {each.name}: {error}") from error
         if prompt.length > context:
-            more = f", or give --context {prompt.length} or more" if facts.can_hold(prompt.length) else ""
+            more = f", or give --context {prompt.length} or more" if info.can_hold(prompt.length) else ""
             raise CalibrationError(
                 f"calibration, {each.name}: {prompt.length} tokens, but the artifact holds {context}; shorten it{more}"
             )
@@ -108,7 +108,7 @@ def prompts_of(calibration: Calibration, facts: ModelFacts, tokenizer_folder: Pa
 def calibrate(
     source: Source,
     config: ModelConfig,
-    facts: ModelFacts,
+    info: ModelInfo,
     cache: CacheSpec,
     prompts: Sequence[Prompt],
     quant: str,
@@ -126,13 +126,13 @@ def calibrate(
     last = f"text.layers.{layers[-1]}"
     if store.has(last):  # they are made in order, those of the tower first
         return
-    pictures = sum(len(prompt.frames) for prompt in prompts)
-    check_space(store.out, _held(config, cache, pictures, quant))
+    images = sum(len(prompt.frames) for prompt in prompts)
+    check_space(store.out, _held(config, cache, images, quant))
     read = parameters(source, config)
-    passing = [Passing(prompt, text_feed(config.text, facts, prompt), token_weights(prompt)) for prompt in prompts]
+    passing = [Passing(prompt, text_feed(config.text, info, prompt), token_weights(prompt)) for prompt in prompts]
     with _emptied(store.folder / "pictures") as work:
-        with progress.stage("calibrating: pictures", pictures, "picture") as advance:
-            tower = _see(config, facts, cache, passing, read, work, advance, watch=tower_quant(quant) != "none")
+        with progress.stage("calibrating: images", images, "image") as advance:
+            tower = _see(config, info, cache, passing, read, work, advance, watch=tower_quant(quant) != "none")
         for stem, (layer, watch) in tower.items():
             _quantised(config, stem, layer, watch, tower_folds(), quant, tp, store)
         tower.clear()
@@ -146,37 +146,37 @@ def calibrate(
                 advance(1)
 
 
-def _held(config: ModelConfig, cache: CacheSpec, pictures: int, quant: str) -> int:
-    """Bytes on disk until the weight files are written: finished layers, and keys and values of pictures."""
+def _held(config: ModelConfig, cache: CacheSpec, images: int, quant: str) -> int:
+    """Bytes on disk until the weight files are written: finished layers, and keys and values of images."""
     stored = stored_targets(config, quant).items()
     layers = sum(part.nbytes for name, part in stored if layer_of(name, quant) and (quant in METHODS or is_cache_scale(name)))
     if not (cross := cache.cross):
         return layers
-    return layers + 2 * 4 * cross.layers * pictures * cache.kv_heads * cross.rows * cache.head_dim
+    return layers + 2 * 4 * cross.layers * images * cache.kv_heads * cross.rows * cache.head_dim
 
 
-def text_feed(text: TextConfig, facts: ModelFacts, prompt: Prompt) -> dict[str, Tensor]:
+def text_feed(text: TextConfig, info: ModelInfo, prompt: Prompt) -> dict[str, Tensor]:
     """What layers take besides hidden states, for all tokens of a prompt; names as in runtime/artifact.py."""
-    cos, sin = rope_tables(facts.rope, text.head_dim, prompt.length, prompt.ntk)
+    cos, sin = rope_tables(info.rope, text.head_dim, prompt.length, prompt.ntk)
     feed = {"rope_cos": cos[None], "rope_sin": sin[None]}
     if text.rope.logn_positions:
-        feed["query_scale"] = query_scales(facts.rope, prompt.length)[None, :, None]
-    if sight := prompt.sight:
-        feed["cross_mask"] = np.where(sight.visible, 0, CROSS_HIDDEN).astype(np.float32)[None]
-        feed["cross_gate"] = sight.gates[None]
+        feed["query_scale"] = query_scales(info.rope, prompt.length)[None, :, None]
+    if cross_attention := prompt.cross_attention:
+        feed["cross_mask"] = np.where(cross_attention.visible, 0, CROSS_HIDDEN).astype(np.float32)[None]
+        feed["cross_gate"] = cross_attention.gates[None]
     return {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in feed.items()}
 
 
 def token_weights(prompt: Prompt) -> Tensor:
-    """[T]: what each token counts for in second moments. All tokens of pictures together count for no more than the text, of
+    """[T]: what each token counts for in second moments. All tokens of images together count for no more than the text, of
     which there is far less and from which answers come."""
-    pictured = torch.from_numpy(np.array(prompt.rows)) >= 0
-    text = int((~pictured).sum())
-    return torch.where(pictured, min(1.0, text / max(len(pictured) - text, 1)), 1.0)
+    imaged = torch.from_numpy(np.array(prompt.rows)) >= 0
+    text = int((~imaged).sum())
+    return torch.where(imaged, min(1.0, text / max(len(imaged) - text, 1)), 1.0)
 
 
 def embedded(table: Tensor, each: Passing) -> Tensor:
-    """[1, T, C]: embeddings, and features where pictures stand."""
+    """[1, T, C]: embeddings, and features where images stand."""
     ids = torch.from_numpy(each.prompt.token_ids)[None]
     x = ops.embed(ids, table).float()
     if each.features is None or not len(each.features):
@@ -184,12 +184,12 @@ def embedded(table: Tensor, each: Passing) -> Tensor:
     return ops.merge_rows(x, each.features, torch.from_numpy(each.prompt.rows)[None])
 
 
-# ---- pictures
+# ---- images
 
 
 def _see(
     config: ModelConfig,
-    facts: ModelFacts,
+    info: ModelInfo,
     cache: CacheSpec,
     passing: Iterable[Passing],
     read: Callable[[str], Tensor],
@@ -198,12 +198,12 @@ def _see(
     *,
     watch: bool,
 ) -> dict[str, tuple[Layer, Watch]]:
-    """Run the pictures of all prompts through the vision graph; with `watch`, the tower's layers and what they took."""
+    """Run the images of all prompts through the vision graph; with `watch`, the tower's layers and what they took."""
     seeing = [each for each in passing if len(each.prompt.pixels)]
     if not seeing:
         return {}
-    tiles = facts.image.tiles if cache.cross else 1
-    graph = define_graph(config, facts.image, cache, "none", "vision", tiles, 0)
+    tiles = info.image.tiles if cache.cross else 1
+    graph = define_graph(config, info.image, cache, "none", "vision", tiles, 0)
     own = {name for name, _ in graph.module.named_parameters()} - graph.constants.keys()
     _fill(graph.module, {name: read(name) for name in own} | {k: torch.from_numpy(v) for k, v in graph.constants.items()})
     tower = _watched_tower(graph.module) if watch else {}
@@ -214,11 +214,11 @@ def _see(
             each.features = torch.cat(rows)
         else:
             assert each.prompt.grids is not None
-            for picture, grid in enumerate(each.prompt.grids):
-                part = pixels[picture * tiles : (picture + 1) * tiles]
+            for image, grid in enumerate(each.prompt.grids):
+                part = pixels[image * tiles : (image + 1) * tiles]
                 count = torch.tensor([int(grid[0] * grid[1])], dtype=torch.int32)
-                aspect = torch.tensor([1 + facts.image.grids.index((int(grid[0]), int(grid[1])))], dtype=torch.int32)
-                each.cross.append(_kept(work / f"{number}.{picture}", graph.module(part, count, aspect)))
+                aspect = torch.tensor([1 + info.image.grids.index((int(grid[0]), int(grid[1])))], dtype=torch.int32)
+                each.cross.append(_kept(work / f"{number}.{image}", graph.module(part, count, aspect)))
         advance(len(each.prompt.frames))
     return tower
 
@@ -243,7 +243,7 @@ def _emptied(folder: Path) -> Iterator[Path]:
 
 
 def _kept(folder: Path, keys: Sequence[Tensor]) -> Path:
-    """Keys and values [1, K, X, D] of a picture, layer by layer, written to a folder."""
+    """Keys and values [1, K, X, D] of an image, layer by layer, written to a folder."""
     folder.mkdir()
     for i, value in enumerate(keys):
         np.save(folder / f"{i}.npy", value.numpy())
@@ -251,7 +251,7 @@ def _kept(folder: Path, keys: Sequence[Tensor]) -> Path:
 
 
 def _seen(each: Passing, j: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Keys and values of all pictures of a prompt for cross layer `j`."""
+    """Keys and values of all images of a prompt for cross layer `j`."""
     keys, values = ([torch.from_numpy(np.load(folder / f"{2 * j + i}.npy")) for folder in each.cross] for i in (0, 1))
     return keys, values
 

@@ -1,4 +1,4 @@
-"""What a calibration is asked to run: conversations with pictures, and a digest of them. Needs no torch."""
+"""What a calibration is asked to run: conversations with images, and a digest of them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of a chat, the model's answers included where they are known, and its pictures in order."""
+    """Turns of a chat, the model's answers included where they are known, and its images in order."""
 
     name: str  # for messages
     messages: tuple[Message, ...]
@@ -34,7 +34,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Everything that a calibration runs. `sha256` is of the file and of all pictures that it names."""
+    """Everything that a calibration runs. `sha256` is of the file and of all images that it names."""
 
     conversations: tuple[Conversation, ...]
     sha256: str

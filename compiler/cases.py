@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..runtime.artifact import CROSS_HIDDEN, GraphSpec, ModelFacts, TensorSpec, is_cached
+from ..runtime.artifact import CROSS_HIDDEN, GraphSpec, ModelInfo, TensorSpec, is_cached
 from ..runtime.backends.base import Backend, Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
 
@@ -47,9 +47,9 @@ def rows_of(graph: GraphSpec, case: Case) -> np.ndarray:
 class CaseMaker:
     """Feeds and cache contents for the cases of one model's graphs; the same for the same seed."""
 
-    def __init__(self, facts: ModelFacts, vocab: int, seed: int = 0) -> None:
+    def __init__(self, info: ModelInfo, vocab: int, seed: int = 0) -> None:
         """`vocab`: rows of the embedding table."""
-        self.facts, self.vocab, self.seed = facts, vocab, seed
+        self.info, self.vocab, self.seed = info, vocab, seed
         self.noise = np.random.default_rng(seed).standard_normal(NOISE, np.float32)
         self.restart()
 
@@ -72,7 +72,7 @@ class CaseMaker:
             # Garbage in unused tiles must not matter.
             feed["pixels"][tiles:] = rng.integers(0, 256, feed["pixels"][tiles:].shape)
             feed["tile_count"][0] = tiles
-            feed["aspect_id"][0] = 1 + max(i for i, grid in enumerate(self.facts.image.grids) if grid[0] * grid[1] == tiles)
+            feed["aspect_id"][0] = 1 + max(i for i, grid in enumerate(self.info.image.grids) if grid[0] * grid[1] == tiles)
         return feed
 
     def fill(self, graph: GraphSpec, case: Case, backends: Iterable[Backend]) -> dict[str, int]:
@@ -111,7 +111,7 @@ class CaseMaker:
             feed["hidden"][...] = rng.standard_normal(feed["hidden"].shape, np.float32)
         feed["lengths"][...] = case.past
         positions = case.past[:, None] + np.arange(t)
-        rope, rows = self.facts.rope, int(positions.max()) + 1
+        rope, rows = self.info.rope, int(positions.max()) + 1
         tables = rope_tables(rope, feed["rope_cos"].shape[-1], rows)
         feed["rope_cos"][...], feed["rope_sin"][...] = (table[positions] for table in tables)
         if "query_scale" in feed:
@@ -128,8 +128,8 @@ class CaseMaker:
                     feed[name][0, count:] = 0
         if "row_index" in feed:
             feed["image_rows"][...] = rng.standard_normal(feed["image_rows"].shape, np.float32)
-            from_picture = rng.random(t) < 0.5
-            feed["row_index"][0] = np.where(from_picture, rng.permutation(t), -1)
+            from_image = rng.random(t) < 0.5
+            feed["row_index"][0] = np.where(from_image, rng.permutation(t), -1)
             feed["row_index"][0, count:] = -1
         return feed
 

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 
-from ..runtime.artifact import Certificate, CertificateCase, GraphSpec, ModelFacts, TensorSpec
+from ..runtime.artifact import Certificate, CertificateCase, GraphSpec, ModelInfo, TensorSpec
 from ..runtime.backends.base import Backend, Feed, Result, cache_name, new_feed
 from .cases import Case, CaseMaker, find_cases, rows_of
 
@@ -35,7 +35,7 @@ class Certifier:
         self,
         reference: Backend,
         candidate: Backend,
-        facts: ModelFacts,
+        info: ModelInfo,
         *,
         vocab: int,
         exact: Backend | None = None,
@@ -43,17 +43,17 @@ class Certifier:
     ) -> None:
         """`vocab`: rows of the embedding table. `exact`: runs the same graphs without the candidate's rounding."""
         self.reference, self.candidate, self.exact = reference, candidate, exact or candidate
-        self.maker = CaseMaker(facts, vocab, seed)
+        self.maker = CaseMaker(info, vocab, seed)
 
-    def certify(self, graph: GraphSpec, previous: int, twin: GraphSpec | None = None) -> tuple[Certificate, float]:
+    def certify(self, graph: GraphSpec, previous: int, exact_graph: GraphSpec | None = None) -> tuple[Certificate, float]:
         """The certificate of one graph and the milliseconds of one run; `previous` is the next smaller bucket, or 0.
 
-        What rounds is checked without rounding: a graph whose kernels round activations by its exact `twin`, and on a
+        What rounds is checked without rounding: a graph whose kernels round activations by its exact `exact_graph`, and on a
         backend of its own where arithmetic is less than float32. How far rounding carries is measured apart.
 
         Raises CertificateError naming the graph, the case and the error when the tolerance is broken.
         """
-        checked = twin or graph
+        checked = exact_graph or graph
         run = self._vision if graph.kind == "vision" else self._text
         self.maker.restart()
         cases = []
@@ -62,7 +62,7 @@ class Certifier:
             cases.append(CertificateCase(name=case.name, error=error))
             _require(graph, case.name, error, TOLERANCE)
         self.exact.unload(checked)
-        rounds = twin is not None or self.exact is not self.candidate
+        rounds = exact_graph is not None or self.exact is not self.candidate
         # The last case is the fullest: every row or the whole bucket, behind as many tokens as fit.
         rounding = self._rounding(graph, list(find_cases(graph, previous))[-1]) if rounds else None
         cost = self._cost(graph)
@@ -148,7 +148,7 @@ def _require(graph: GraphSpec, case: str, error: float, allowed: float) -> None:
 
 def candidates_error(result: Result, feed: Feed, active: np.ndarray) -> float:
     """How far candidates are from what the logits beside them say: infinite where they are not the largest, else the relative
-    error of the mass. `active` [R]: rows that mean anything."""
+    error of the softmax denominator. `active` [R]: rows that mean anything."""
     if result.candidates is None:
         return 0.0
     rows, found = result.first[active].astype(np.float64), result.candidates  # [R, V]
@@ -158,8 +158,8 @@ def candidates_error(result: Result, feed: Feed, active: np.ndarray) -> float:
     if not (distinct and np.array_equal(logits, largest) and np.array_equal(np.take_along_axis(rows, ids, axis=1), largest)):
         return float("inf")
     factor = np.broadcast_to(feed["inverse_temperature"], active.shape)[active]
-    mass = np.exp((rows - largest[:, :1]) * factor[:, None]).sum(axis=1)
-    return float(np.abs(found.mass[active] / mass - 1).max())
+    denominator = np.exp((rows - largest[:, :1]) * factor[:, None]).sum(axis=1)
+    return float(np.abs(found.denominator[active] / denominator - 1).max())
 
 
 def rounding_error(value: np.ndarray, expected: np.ndarray) -> float:

@@ -107,7 +107,7 @@ def _cached_attention(args: tuple[Tensor, ...]) -> int:
 
 
 def _cross_attention(args: tuple[Any, ...]) -> int:
-    """As above, S being the keys [B, K, X, D] of all pictures."""
+    """As above, S being the keys [B, K, X, D] of all images."""
     return 4 * args[0].numel() * sum(each.shape[2] for each in args[1])
 
 

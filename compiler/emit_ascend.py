@@ -13,7 +13,7 @@ A kernel takes its tensors by position:
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
     outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place
 
-and returns its first output in float32 (logits, rows of pictures), or nothing where every output lies in the cache. Where
+and returns its first output in float32 (logits, rows of images), or nothing where every output lies in the cache. Where
 candidates follow the logits it returns a tuple of them all, floats in float32.
 Weights keep their addresses for as long as a kernel lives; everything else may lie elsewhere at every call.
 """
@@ -105,7 +105,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
 
 
 def _check_heads(definition: GraphDef) -> None:
-    """Heads of pictures are filled up where they are used; those of a cache would have to be so in the cache."""
+    """Heads of images are filled up where they are used; those of a cache would have to be so in the cache."""
     caches = {(spec.shape[-1], spec.dtype) for spec in (*definition.inputs, *definition.outputs) if is_cached(spec.name)}
     for width, dtype in sorted(caches):
         multiple = lower_ascend.INT8_HEAD_ALIGNMENT if dtype == "int8" else lower_ascend.HEAD_ALIGNMENT

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from ..model_defs.config import ModelConfig
-from ..runtime.artifact import FileSpec, Kind, ModelFacts, SourceFile
+from ..runtime.artifact import FileSpec, Kind, ModelInfo, SourceFile
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.cores import processor_name, usable_cores
 from ..runtime.files import sha256_file
@@ -77,7 +77,7 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
     dtype = (options.backend, options.dtype)
     made_by = [asdict(config), packed, options.stored_quant, dtype, options.tp, options.pp, code_digests("weights.convert")]
     if calibration := options.calibration:
-        # Files beside the weights say how prompts are written and pictures cut.
+        # Files beside the weights say how prompts are written and images cut.
         settings = {name: file.sha256 for name, file in source.items() if name not in contents}
         made_by += [calibration.sha256, settings, options.text_before_image, code_digests("compiler.calibrate")]
     return digest(contents, *made_by)
@@ -86,8 +86,8 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
 class GraphKeys:
     """Digests of everything that a graph and its certificate are made from."""
 
-    def __init__(self, options: Options, config: ModelConfig, facts: ModelFacts, plan: Plan, weights: str) -> None:
-        self.image, self.cache = msgspec.to_builtins(facts.image), msgspec.to_builtins(plan.cache)
+    def __init__(self, options: Options, config: ModelConfig, info: ModelInfo, plan: Plan, weights: str) -> None:
+        self.image, self.cache = msgspec.to_builtins(info.image), msgspec.to_builtins(plan.cache)
         self.cache["candidates"] = plan.candidates
         backend = options.backend
         versions = [importlib.metadata.version(name) for name in _PACKAGES[backend]]
@@ -104,7 +104,7 @@ class GraphKeys:
         if kind in ("prefill", "verify"):
             seen.pop("slots")  # slots only matter to graphs whose rows are slots
         if seen.get("cross"):
-            # A graph reads the pictures that it is told of, however many more a sequence may hold.
+            # A graph reads the images that it is told of, however many more a sequence may hold.
             seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
         tuned = self.tuned if kind != "vision" else None
         return digest(kind, bucket, images, seen, kind in self.eager, tuned, *self.common)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..model_defs.decoder import TextGraph
-from ..runtime.artifact import CacheSpec, GraphSpec, ImageFacts, Kernels, Kind, TensorSpec, graph_name
+from ..runtime.artifact import CacheSpec, GraphSpec, ImageProcessorConfig, Kernels, Kind, TensorSpec, graph_name
 
 VISION_GRAPHS: dict[str, type[nn.Module]] = {
     "llava": llava.VisionGraph,
@@ -61,7 +61,7 @@ class GraphDef:
 
 def define_graph(
     config: ModelConfig,
-    image: ImageFacts,
+    image: ImageProcessorConfig,
     cache: CacheSpec,
     quant: str,
     kind: Kind,
@@ -86,7 +86,13 @@ def define_graph(
 
 
 def fed_inputs(
-    config: ModelConfig, image: ImageFacts, cache: CacheSpec, kind: Kind, bucket: int, images: int, candidates: int = 0
+    config: ModelConfig,
+    image: ImageProcessorConfig,
+    cache: CacheSpec,
+    kind: Kind,
+    bucket: int,
+    images: int,
+    candidates: int = 0,
 ) -> list[TensorSpec]:
     """What a run is fed, whatever the stages of a pipeline take of it: every input but caches."""
     if kind == "vision":
@@ -111,7 +117,7 @@ def fed_inputs(
     return inputs
 
 
-def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str, tiles: int, ranks: int) -> GraphDef:
+def _vision(config: ModelConfig, image: ImageProcessorConfig, cache: CacheSpec, quant: str, tiles: int, ranks: int) -> GraphDef:
     stage = config.text.stage
     inputs = fed_inputs(config, image, cache, "vision", tiles, 0)
     if cross := cache.cross:
@@ -122,7 +128,7 @@ def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str
         inputs = inputs if stage.first else [_floats("features", *features)]
         outputs = outputs if stage.last else [_floats("next_features", *features), *outputs]
     else:
-        assert stage.first, "only cross-attention needs a picture behind the first stage"
+        assert stage.first, "only cross-attention needs an image behind the first stage"
         outputs = [_floats("image_rows", tiles, image.rows, config.text.hidden_size)]
     mean, std = np.array(image.mean), np.array(image.std)
     constants = {
@@ -142,7 +148,7 @@ def _vision(config: ModelConfig, image: ImageFacts, cache: CacheSpec, quant: str
 
 def _text(
     config: ModelConfig,
-    image: ImageFacts,
+    image: ImageProcessorConfig,
     cache: CacheSpec,
     quant: str,
     kind: Kind,
@@ -159,7 +165,7 @@ def _text(
     if not stage.first:
         inputs.insert(0, _floats("hidden", b, t, text.hidden_size))
     if images:
-        inputs += _pictures(cache, b, images)
+        inputs += _images(cache, b, images)
     shape = (b, cache.kv_heads, cache.rows, cache.head_dim)
     caches = [
         TensorSpec(name=name, dtype=cache.dtype_of(name), shape=shape)
@@ -168,14 +174,14 @@ def _text(
     inputs += caches
     rows = t if kind == "verify" else b
     first = _floats("logits", rows, text.vocab_size) if stage.last else _floats("next_hidden", b, t, text.hidden_size)
-    likeliest = (_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows))
+    top_k_outputs = (_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows))
     return GraphDef(
         kind=kind,
         bucket=bucket,
         images=images,
         module=TextGraph(text, quant, [spec.name for spec in inputs], images, ranks, candidates),
         inputs=tuple(inputs),
-        outputs=(first, *(likeliest if candidates else ()), *map(_updated, caches)),
+        outputs=(first, *(top_k_outputs if candidates else ()), *map(_updated, caches)),
     )
 
 
@@ -188,8 +194,8 @@ def _taken(text: TextConfig, name: str) -> bool:
     return text.stage.last if name == "last_index" else True
 
 
-def _pictures(cache: CacheSpec, b: int, images: int) -> list[TensorSpec]:
-    """Keys and values of pictures, [B, K, X, D]."""
+def _images(cache: CacheSpec, b: int, images: int) -> list[TensorSpec]:
+    """Keys and values of images, [B, K, X, D]."""
     cross = cache.cross
     assert cross is not None
     shape = (b, cache.kv_heads, cross.rows, cache.head_dim)

@@ -23,7 +23,7 @@ import msgspec
 import numpy as np
 
 from ..model_defs.config import ModelConfig
-from ..runtime.artifact import CacheSpec, GraphSpec, Kernels, Kind, ModelFacts, WeightSpec
+from ..runtime.artifact import CacheSpec, GraphSpec, Kernels, Kind, ModelInfo, WeightSpec
 from ..runtime.backends.cores import usable_cores
 from ..runtime.backends.open import open_backend
 from .cases import Case, CaseMaker
@@ -45,7 +45,7 @@ class KernelTuner:
     """Measures graphs of one model. `out`: where the weights lie and files may be written for a while."""
 
     config: ModelConfig
-    facts: ModelFacts
+    info: ModelInfo
     cache: CacheSpec
     quant: str
     candidates: int
@@ -79,7 +79,7 @@ class KernelTuner:
             yield [{"cores": each} for each in fewer]
 
     def _shallow(self, kind: Kind, bucket: int, images: int) -> tuple[GraphDef, CacheSpec]:
-        """The graph with a few of the layers, one that attends to pictures among them where the graph has such."""
+        """The graph with a few of the layers, one that attends to images among them where the graph has such."""
         text = self.config.text
         crossed = text.cross_layers[0] + 1 if images else 0
         layers = min(text.layers, max(LAYERS, crossed))
@@ -88,11 +88,11 @@ class KernelTuner:
         cross = self.cache.cross and msgspec.structs.replace(self.cache.cross, layers=len(cross_layers), images=max(images, 1))
         slots = bucket if kind == "decode" else 1
         cache = msgspec.structs.replace(self.cache, layers=config.text.self_layers, slots=slots, cross=cross)
-        return define_graph(config, self.facts.image, cache, self.quant, kind, bucket, images, 1, self.candidates), cache
+        return define_graph(config, self.info.image, cache, self.quant, kind, bucket, images, 1, self.candidates), cache
 
     def _times(self, graph: GraphDef, cache: CacheSpec, ways: Sequence[Kernels]) -> list[float]:
         """Milliseconds of one run each way."""
-        maker = CaseMaker(self.facts, self.config.text.all_embed_rows)
+        maker = CaseMaker(self.info, self.config.text.all_embed_rows)
         with contextlib.ExitStack() as stack:
             runs = [stack.enter_context(self._opened(replace(graph, kernels=way), cache, maker)) for way in ways]
             best = [float("inf")] * len(ways)

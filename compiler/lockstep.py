@@ -126,7 +126,7 @@ def results_of(futures: Sequence[Future[T]]) -> list[T]:
 class LockstepBackend:
     """All ranks of a model as one backend: see runtime.backends.base.Backend.
 
-    It takes `widened` graphs, whose caches hold the heads of all ranks one after another, and gives each rank its own.
+    It takes `with_all_heads` graphs, whose caches hold the heads of all ranks one after another, and gives each rank its own.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class LockstepBackend:
         return self.narrow[graph.file]
 
 
-def widened(graph: GraphSpec, ranks: int) -> GraphSpec:
+def with_all_heads(graph: GraphSpec, ranks: int) -> GraphSpec:
     """A rank's graph as LockstepBackend takes it."""
     return _with_heads(graph, lambda heads: heads * ranks)
 

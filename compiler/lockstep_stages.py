@@ -15,7 +15,7 @@ import numpy as np
 
 from ..runtime.artifact import CacheSpec, GraphSpec, Manifest
 from ..runtime.backends.base import Backend, Result
-from .lockstep import ArrayMember, LockstepBackend, Meeting, results_of, widened
+from .lockstep import ArrayMember, LockstepBackend, Meeting, results_of, with_all_heads
 
 Ways = dict[tuple[int, int, int], SimpleQueue[np.ndarray | None]]  # by from which stage, to which, and rank
 
@@ -47,7 +47,7 @@ class PipelineBackend:
         """`open_rank` opens the backend of one rank, given its stage's manifest and the group."""
         tp, pp, self.ways = manifest.tp, manifest.pp, ways_between(manifest.tp, manifest.pp)
         own = [manifest.of_stage(stage) for stage in range(pp)]
-        self.graphs = [{graph.name: widened(graph, tp) for graph in each.graphs} for each in own]
+        self.graphs = [{graph.name: with_all_heads(graph, tp) for graph in each.graphs} for each in own]
         self.stages = [self._stage(own[stage], stage, open_rank) for stage in range(pp)]
         self.places = _places([each.cache for each in own])
         self.pool = ThreadPoolExecutor(pp)
@@ -106,7 +106,7 @@ def whole_pipeline(manifest: Manifest) -> Manifest:
     return msgspec.structs.replace(
         manifest,
         cache=msgspec.structs.replace(cache, layers=layers, kv_heads=heads),
-        graphs=tuple(widened(graph, manifest.tp) for graph in manifest.graphs),
+        graphs=tuple(with_all_heads(graph, manifest.tp) for graph in manifest.graphs),
     )
 
 

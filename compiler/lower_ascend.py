@@ -4,7 +4,7 @@ One small function per op of model_defs/ops.py, with the same arguments. torchai
 graph, and every op has become its lowering before the first GE node is made. A lowering works on meta tensors alone, and
 nothing it makes depends on a length, a position or a slot: those are graph inputs.
 
-B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size, N out features, X keys of a picture.
+B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size, N out features, X keys of an image.
 """
 
 from __future__ import annotations
@@ -311,14 +311,14 @@ def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: in
 
 def _whole_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **mask: Tensor) -> Tensor:
     d = q.shape[-1] // heads
-    q, k, v = (_widened(each, heads) for each in (q, k, v))
+    q, k, v = (_repeated_heads(each, heads) for each in (q, k, v))
     out = _fused(q, k, v, heads, d, input_layout="BSH", num_key_value_heads=heads, **mask)
     if out.shape[-1] == heads * d:
         return out
     return out.unflatten(-1, (heads, -1))[..., :d].flatten(2)
 
 
-def _widened(x: Tensor, heads: int) -> Tensor:
+def _repeated_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, H*D] with every head filled up with zeros to a width that the operator takes: they add nothing to a score."""
     d = x.shape[-1] // heads
     missing = -d % HEAD_ALIGNMENT
@@ -326,7 +326,7 @@ def _widened(x: Tensor, heads: int) -> Tensor:
 
 
 def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
-    """Fused attention to the keys of all pictures, joined, with a mask of what a token does not see.
+    """Fused attention to the keys of all images, joined, with a mask of what a token does not see.
 
     A token that sees nothing attends evenly to everything, as by the definition: it has a query of zeros and no mask.
     """

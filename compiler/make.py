@@ -20,7 +20,7 @@ import msgspec
 from ..model_defs.config import ModelConfig, text_quant, tower_quant
 from ..model_defs.decoder import over_stored_caches
 from ..model_defs.layers import without_rounding
-from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelFacts, WeightSpec, rank_weights
+from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelInfo, WeightSpec, rank_weights
 from ..runtime.backends.base import Backend, Group
 from ..runtime.backends.cores import usable_cores
 from ..runtime.backends.open import open_backend
@@ -31,7 +31,7 @@ from .cost import graph_cost
 from .eager import EagerBackend
 from .fingerprint import digest
 from .graphs import GraphDef, define_graph, fed_inputs
-from .lockstep import ArrayMember, LockstepBackend, widened
+from .lockstep import ArrayMember, LockstepBackend, with_all_heads
 from .pipeline import joined
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan
 
@@ -45,9 +45,9 @@ class GraphMaker:
     """Makes the graphs of one stage of a build, that of `config`, `plan` and `weights`."""
 
     def __init__(
-        self, options: Options, config: ModelConfig, facts: ModelFacts, plan: Plan, weights: dict[str, WeightSpec]
+        self, options: Options, config: ModelConfig, info: ModelInfo, plan: Plan, weights: dict[str, WeightSpec]
     ) -> None:
-        self.options, self.config, self.facts, self.plan = options, config, facts, plan
+        self.options, self.config, self.info, self.plan = options, config, info, plan
         self.out, self.tp, self.stage = options.out, options.tp, config.text.stage
         first, ranks = self.stage.index * self.tp, self.stage.count * self.tp
         self.weights = [rank_weights(weights, ranks, first + rank) for rank in range(self.tp)]
@@ -56,7 +56,7 @@ class GraphMaker:
         self.small = sum(map(math.prod, targets(config).values())) < SMALL
         reference, candidate = self._together(self._reference), self._together(self._candidate)
         exact = self._together(self._exact) if options.backend == "ascend" else None
-        self.certifier = Certifier(reference, candidate, facts, vocab=config.text.all_embed_rows, exact=exact)
+        self.certifier = Certifier(reference, candidate, info, vocab=config.text.all_embed_rows, exact=exact)
 
     def make(self, kind: Kind, bucket: int, images: int, key: str) -> tuple[GraphSpec, dict[str, FileSpec]]:
         """A certified graph, and the files that it was written into; raises CertificateError and UnsupportedOpError."""
@@ -69,10 +69,12 @@ class GraphMaker:
             write_atomically(self.out / name, data)
             self.files[name] = FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
         previous = max((b for b in self.plan.buckets(kind) if b < bucket), default=0)
-        with self._twin(definition, spec) as twin:
-            certificate, cost = self.certifier.certify(widened(spec, self.tp), previous, twin and widened(twin, self.tp))
+        with self._exact_graph(definition, spec) as exact_graph:
+            certificate, cost = self.certifier.certify(
+                with_all_heads(spec, self.tp), previous, exact_graph and with_all_heads(exact_graph, self.tp)
+            )
         spec = msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost)
-        fed = fed_inputs(self.config, self.facts.image, self.plan.cache, kind, bucket, images, self.plan.candidates)
+        fed = fed_inputs(self.config, self.info.image, self.plan.cache, kind, bucket, images, self.plan.candidates)
         return joined(spec, self.stage, fed, self.config.text.vocab_size), {name: self.files[name] for name in files}
 
     def _tuner(self) -> KernelTuner:
@@ -81,7 +83,7 @@ class GraphMaker:
         plan = self.plan
         return KernelTuner(
             config=self.config,
-            facts=self.facts,
+            info=self.info,
             cache=plan.cache,
             quant=self.options.stored_quant,
             candidates=plan.candidates,
@@ -96,7 +98,7 @@ class GraphMaker:
 
     def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
         cache, quant, candidates = self.plan.cache, self.options.stored_quant, self.plan.candidates
-        return define_graph(self.config, self.facts.image, cache, quant, kind, bucket, images, self.tp, candidates)
+        return define_graph(self.config, self.info.image, cache, quant, kind, bucket, images, self.tp, candidates)
 
     # ---- what graphs are checked on
 
@@ -187,19 +189,19 @@ class GraphMaker:
         return msgspec.structs.replace(spec, steps=emitted.steps, buffers=emitted.buffers), emitted.files
 
     @contextlib.contextmanager
-    def _twin(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
+    def _exact_graph(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
         """The exact twin of an ONNX graph with quantised weights, for as long as it is checked."""
         quant = (tower_quant if spec.kind == "vision" else text_quant)(self.options.stored_quant)
         if self.options.backend != "onnx" or quant == "none":
             yield None
             return
         name = f"{spec.name}.twin.partial"
-        twin, files = self._emit_onnx(definition, msgspec.structs.replace(spec, file=name), exact=True)
+        exact_graph, files = self._emit_onnx(definition, msgspec.structs.replace(spec, file=name), exact=True)
         try:
             for file, data in files.items():
                 (self.out / file).parent.mkdir(exist_ok=True)
                 (self.out / file).write_bytes(data)
-            yield twin
+            yield exact_graph
         finally:
             _remove(self.out / name)
 

@@ -46,8 +46,8 @@ class Buckets:
     """Bucket sizes by graph kind, and the cache's size; the keys of buckets.yaml. None: derived from the model.
 
     `verify` are the most tokens that one run can verify, those of a draft and the one before them; by default there are no such
-    graphs. `images` are the numbers of pictures that text graphs can see by cross-attention, the largest being what a sequence
-    may hold; text without pictures always has graphs of its own.
+    graphs. `images` are the numbers of images that text graphs can see by cross-attention, the largest being what a sequence
+    may hold; text without images always has graphs of its own.
     """
 
     prefill: tuple[int, ...] | None = None
@@ -99,7 +99,7 @@ def parse_buckets(data: Any, where: str) -> Buckets:
 
 
 def image_buckets(images: Any, where: str) -> tuple[int, ...]:
-    """The most pictures that a sequence may hold -> buckets for one and for all of them; a list is taken as it is."""
+    """The most images that a sequence may hold -> buckets for one and for all of them; a list is taken as it is."""
     if isinstance(images, list | tuple):
         return tuple(images)
     if not isinstance(images, int) or isinstance(images, bool) or images < 1:
@@ -121,7 +121,7 @@ class Options:
     vision_tower: Path | None = None
     lora: Path | None = None
     ignore_config_keys: tuple[str, ...] = ()
-    text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelFacts
+    text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelInfo
     # What floats are stored in; "": the backend's default. On Ascend the cache and arithmetic have it too, on ONNX those are
     # float32 whatever it is. "auto", ONNX: each matrix as the checkpoint has it.
     dtype: str = ""
@@ -238,7 +238,7 @@ class Plan:
     candidates: int = 0  # likeliest tokens that text graphs put out
 
     def of_stage(self, stage: int) -> Plan:
-        """The plan of one stage; pictures that become tokens are only seen by the first."""
+        """The plan of one stage; images that become tokens are only seen by the first."""
         if stage == 0:
             return self
         cache = self.later[stage - 1]
@@ -325,7 +325,7 @@ def _candidates(config: ModelConfig, options: Options) -> int:
 
 
 def _default_context(config: ModelConfig) -> int:
-    """LLaVA-1.6 cuts a picture into up to 2928 tokens: there the default is all that the model was trained for."""
+    """LLaVA-1.6 cuts an image into up to 2928 tokens: there the default is all that the model was trained for."""
     return min(config.text.max_positions, 2 * DEFAULT_CONTEXT if config.image_mode == "anyres" else DEFAULT_CONTEXT)
 
 
@@ -334,11 +334,11 @@ def _vision_buckets(config: ModelConfig, wanted: Buckets) -> tuple[int, ...]:
         tiles = config.vision.tiles
         if wanted.vision not in (None, (tiles,)):
             raise PlanError(
-                f"vision buckets are {list(wanted.vision or ())}, but this model always sees the {tiles} tiles of one picture "
+                f"vision buckets are {list(wanted.vision or ())}, but this model always sees the {tiles} tiles of one image "
                 f"together; use [{tiles}] or leave them out"
             )
         return (tiles,)
-    # LLaVA-1.6: the tiles of one picture, and the whole picture as one more.
+    # LLaVA-1.6: the tiles of one image, and the whole image as one more.
     return wanted.vision or tuple({1 + rows * columns for rows, columns in config.grids}) or (1,)
 
 
@@ -352,13 +352,12 @@ def _verify_buckets(wanted: Buckets, context: int) -> tuple[int, ...]:
 
 
 def _image_buckets(config: ModelConfig, wanted: Buckets) -> tuple[int, ...]:
-    """Numbers of pictures that text graphs see by cross-attention, 0 included."""
+    """Numbers of images that text graphs see by cross-attention, 0 included."""
     if config.text.cross_layers:
         return (0, *(wanted.images or DEFAULT_IMAGES))
     if wanted.images:
         raise PlanError(
-            f"images buckets {list(wanted.images)} were given, but this model has no cross-attention to pictures; leave them "
-            "out"
+            f"images buckets {list(wanted.images)} were given, but this model has no cross-attention to images; leave them out"
         )
     return (0,)
 

@@ -1,6 +1,6 @@
 """The CLIP vision tower (Radford et al. 2021), up to the layer whose output the language model reads.
 
-N pictures, P patches, C hidden size.
+N images, P patches, C hidden size.
 """
 
 from __future__ import annotations

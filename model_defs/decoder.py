@@ -1,8 +1,8 @@
 """The one decoder of every family: Llama blocks over a cache of fixed size, with cross-attention blocks between them where
 a family has some, and the graph around it.
 
-B rows, T tokens, C hidden size, S cache rows, H query heads, K kv heads, D head dim, V vocabulary, X keys of a picture,
-n pictures of t tiles. Where the model is cut among ranks, H, K and the MLP are those of one rank.
+B rows, T tokens, C hidden size, S cache rows, H query heads, K kv heads, D head dim, V vocabulary, X keys of an image,
+n images of t tiles. Where the model is cut among ranks, H, K and the MLP are those of one rank.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import TextConfig, head_quant, text_quant
-from .layers import GatheredLinear, Linear, RMSNorm, RowLinear, Table, empty_parameter, share
+from .layers import GatheredColumnLinear, Linear, RMSNorm, RowParallelLinear, Table, empty_parameter, share
 
 Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
 Attended = tuple[Tensor, Tensor, Tensor]  # what attention gives, and the updated caches
@@ -29,7 +29,7 @@ class Attention(nn.Module):
         self.q = Linear(c, self.heads * d, bias=bias, quant=quant)
         self.k = Linear(c, kv_heads * d, bias=bias, quant=quant)
         self.v = Linear(c, kv_heads * d, bias=bias, quant=quant)
-        self.o = RowLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
+        self.o = RowParallelLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
         self.int8_attention: Callable[..., Attended] | None = ops.int8_cached_attention if config.int8_cache else None
         if config.int8_cache:
             self.k_scale, self.v_scale = empty_parameter(kv_heads * d), empty_parameter(kv_heads * d)
@@ -60,7 +60,7 @@ def over_stored_caches(module: nn.Module) -> None:
 
 
 class CrossAttention(nn.Module):
-    """Attention to the pictures that a token sees. No rotary embedding; the keys come normalised from the vision graph."""
+    """Attention to the images that a token sees. No rotary embedding; the keys come normalised from the vision graph."""
 
     def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class CrossAttention(nn.Module):
         self.heads, self.head_dim = share(config.heads, ranks), d
         self.q = Linear(c, self.heads * d, bias=False, quant=quant)
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
-        self.o = RowLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
+        self.o = RowParallelLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor) -> Tensor:
         q = self.q(x)
@@ -84,7 +84,7 @@ class Mlp(nn.Module):
         c, i = config.hidden_size, config.intermediate_size
         self.gate = Linear(c, share(i, ranks), bias=False, quant=quant)
         self.up = Linear(c, share(i, ranks), bias=False, quant=quant)
-        self.down = RowLinear(i, c, bias=False, quant=quant, ranks=ranks)
+        self.down = RowParallelLinear(i, c, bias=False, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(ops.silu_mul(self.gate(x), self.up(x)))
@@ -111,7 +111,7 @@ class Block(nn.Module):
 
 
 class CrossBlock(nn.Module):
-    """One layer that attends to pictures. `cross_gate` switches it off for tokens that see none; the learned gates are
+    """One layer that attends to images. `cross_gate` switches it off for tokens that see none; the learned gates are
     stored as the numbers that they multiply with (tanh taken)."""
 
     def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
@@ -150,12 +150,12 @@ class Decoder(nn.Module):
         if stage.last:
             self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
             head = head_quant(quant)
-            self.lm_head = GatheredLinear(config.hidden_size, config.vocab_size, bias=False, quant=head, ranks=ranks)
+            self.lm_head = GatheredColumnLinear(config.hidden_size, config.vocab_size, bias=False, quant=head, ranks=ranks)
 
     def blocks(self, x: Tensor, feed: Feed) -> tuple[Tensor, list[Tensor]]:
         """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...).
 
-        Where logits are wanted of one token of each row (`last_index`), a last layer that attends to no pictures computes
+        Where logits are wanted of one token of each row (`last_index`), a last layer that attends to no images computes
         the rest of itself for that token alone, and x is [B, C].
         """
         updated: list[Tensor] = []

@@ -2,7 +2,7 @@
 
 A model may be cut among ranks (tensor parallelism, Shoeybi et al. 2019; weights/shard.py says how). Every module then holds
 what one rank holds. A `Linear` cut by output features is one with fewer of them; the layers whose results meet those of
-other ranks are `RowLinear`, `GatheredLinear` and `Table`. The same module serves every rank.
+other ranks are `RowParallelLinear`, `GatheredColumnLinear` and `Table`. The same module serves every rank.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def without_rounding(module: nn.Module) -> None:
             each.rounds = False
 
 
-class RowLinear(Linear):
+class RowParallelLinear(Linear):
     """x [..., C / ranks] -> [..., N], cut by input features: each rank's product is a part of a sum.
 
     The bias is whole on every rank and added once, to the sum.
@@ -79,7 +79,7 @@ class RowLinear(Linear):
         return x if self.bias is None else x + self.bias
 
 
-class GatheredLinear(Linear):
+class GatheredColumnLinear(Linear):
     """x [..., C] -> [..., N], cut by output features, which are joined behind it.
 
     Where N does not divide, ranks have a few features more in all, which are left out of the result.

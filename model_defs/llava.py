@@ -1,6 +1,6 @@
 """LLaVA-1.5 and 1.6: CLIP, then a two-layer projector into the language model's space (Liu et al. 2023).
 
-1.6 cuts a picture into tiles that pass through this graph one by one; where their rows go is decided on the host.
+1.6 cuts an image into tiles that pass through this graph one by one; where their rows go is decided on the host.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .clip import ClipTower
 from .config import ClipConfig, ModelConfig
-from .layers import Linear, RowLinear, share
+from .layers import Linear, RowParallelLinear, share
 from .vit import Pixels
 
 
@@ -21,7 +21,7 @@ class Projector(nn.Module):
         super().__init__()
         width = config.text.hidden_size
         self.up = Linear(config.vision.hidden_size, share(width, ranks), bias=config.projector_bias)
-        self.down = RowLinear(width, width, bias=config.projector_bias, ranks=ranks)
+        self.down = RowParallelLinear(width, width, bias=config.projector_bias, ranks=ranks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(ops.gelu(self.up(x)))

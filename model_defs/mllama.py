@@ -1,4 +1,4 @@
-"""Llama-3.2-Vision's vision path: a tower that sees all tiles of one picture at once, and the keys and values that the
+"""Llama-3.2-Vision's vision path: a tower that sees all tiles of one image at once, and the keys and values that the
 decoder's cross-attention layers read (Meta 2024; transformers' modeling_mllama).
 
 t tiles (unused ones included: real tokens attend to them), N rows per tile (patches and class token), M = N rounded up to a
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ModelConfig, TiledConfig
-from .layers import GatheredLinear, LayerNorm, Linear, RMSNorm, Table, empty_parameter
+from .layers import GatheredColumnLinear, LayerNorm, Linear, RMSNorm, Table, empty_parameter
 from .vit import Block, PatchEmbed, Pixels
 
 
 class Tower(nn.Module):
     """Normalised pixels [t, size, size, 3] -> features [t, N, W * (1 + taps)]: the last state, then each tapped one.
 
-    The tables hold what the checkpoint's gates leave of them; row `aspect_id` belongs to the picture's shape.
+    The tables hold what the checkpoint's gates leave of them; row `aspect_id` belongs to the image's shape.
     """
 
     def __init__(self, config: TiledConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
         self.config = config
         width, eps, t = config.hidden_size, config.norm_eps, config.tiles
-        shapes = len(config.ratios) + 1  # 0 stands for no picture
+        shapes = len(config.ratios) + 1  # 0 stands for no image
         self.class_embedding = empty_parameter(width)
         self.patch = PatchEmbed(width, config.patch_size)
         self.pre_tile = Table(shapes, t * width)
@@ -70,7 +70,7 @@ class Tower(nn.Module):
 
 
 class CrossKeys(nn.Module):
-    """Features of a picture [1, X, C] -> keys and values of one cross-attention layer [1, K, X, D], of the rank's heads."""
+    """Features of an image [1, X, C] -> keys and values of one cross-attention layer [1, K, X, D], of the rank's heads."""
 
     def __init__(self, config: ModelConfig, ranks: int) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class VisionGraph(nn.Module):
         if self.stage.first:
             self.pixels = Pixels()
             self.vision = Tower(vision, ranks, quant)
-            self.projector = GatheredLinear(vision.feature_size, text.hidden_size, bias=True, ranks=ranks)
+            self.projector = GatheredColumnLinear(vision.feature_size, text.hidden_size, bias=True, ranks=ranks)
         # A dictionary, so that a layer keeps its number where others are left out.
         self.cross = nn.ModuleDict({str(j): CrossKeys(config, ranks) for j in text.stage_cross})
 

@@ -115,7 +115,7 @@ def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None,
     int32: K is far below 2^31 / 127^2). Without `rounded` x is left as it is and everything is computed in floats.
     """
     if not rounded:
-        y = _widened_product(x, qweight) * scales
+        y = _upcast_product(x, qweight) * scales
     else:
         rows = x.reshape(-1, x.shape[-1]).float()
         row_scales = rows.abs().amax(-1, keepdim=True) / 127
@@ -130,7 +130,7 @@ def _(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, rounded: 
     return x.new_empty((*x.shape[:-1], qweight.shape[1]))
 
 
-def _widened_product(x: Tensor, qweight: Tensor) -> Tensor:
+def _upcast_product(x: Tensor, qweight: Tensor) -> Tensor:
     """x [..., K] times qweight [K, N], some rows of it at a time."""
     y = x.new_zeros((*x.shape[:-1], qweight.shape[1]))
     for start in range(0, len(qweight), ROWS_AT_ONCE):
@@ -410,9 +410,9 @@ def _(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int) -> Tensor:
 
 @_op("cross_attention")
 def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
-    """Attention to the keys of n pictures: q [B, T, H*D], keys and values each [B, K, X, D], mask [B, T, n * t] -> [B, T, H*D].
+    """Attention to the keys of n images: q [B, T, H*D], keys and values each [B, K, X, D], mask [B, T, n * t] -> [B, T, H*D].
 
-    The X keys of a picture are those of t tiles, in order; what mask says of a tile is added to the scores of its keys.
+    The X keys of an image are those of t tiles, in order; what mask says of a tile is added to the scores of its keys.
     """
     b, t, _ = q.shape
     kv_heads, x, d = keys[0].shape[1:]
@@ -443,7 +443,7 @@ def _(x: Tensor, tile_count: Tensor) -> Tensor:
 
 @_op("tile_padding")
 def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
-    """Which tokens of a picture are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and behind row `rows`
+    """Which tokens of an image are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and behind row `rows`
     of every tile, else 0."""
     place = torch.arange(tiles * padded_rows, device=tile_count.device)
     unused = (place // padded_rows >= tile_count) | (place % padded_rows >= rows)

@@ -1,6 +1,6 @@
 """Qwen-VL's vision path (Bai et al. 2023): a ViT, and learned queries that resample its patches to a fixed number of rows.
 
-N pictures, P patches, W the ViT's width, Q queries, C the language model's width.
+N images, P patches, W the ViT's width, Q queries, C the language model's width.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ModelConfig, ResampledConfig
-from .layers import GatheredLinear, LayerNorm, Linear, RowLinear, Table, empty_parameter, share
+from .layers import GatheredColumnLinear, LayerNorm, Linear, RowParallelLinear, Table, empty_parameter, share
 from .vit import Block, PatchEmbed, Pixels
 
 
@@ -41,7 +41,7 @@ class PoolAttention(nn.Module):
         super().__init__()
         self.heads = share(heads, ranks)
         self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=True) for _ in range(3))
-        self.o = RowLinear(width, width, bias=True, ranks=ranks)
+        self.o = RowParallelLinear(width, width, bias=True, ranks=ranks)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         return self.o(ops.attention(self.q(queries), self.k(keys), self.v(values), self.heads))
@@ -54,7 +54,7 @@ class Resampler(nn.Module):
         super().__init__()
         width, eps = config.output_size, config.layer_norm_eps
         apart = config.hidden_size != width
-        self.kv = GatheredLinear(config.hidden_size, width, bias=False, ranks=ranks) if apart else None
+        self.kv = GatheredColumnLinear(config.hidden_size, width, bias=False, ranks=ranks) if apart else None
         self.kv_norm = LayerNorm(width, eps)
         self.query = empty_parameter(config.queries, width)
         self.query_norm = LayerNorm(width, eps)
@@ -71,7 +71,7 @@ class Resampler(nn.Module):
 
 
 class VisionGraph(nn.Module):
-    """pixels [pictures, size, size, 3] uint8 -> image_rows [pictures, Q, C], the graph of one of `ranks`."""
+    """pixels [images, size, size, 3] uint8 -> image_rows [images, Q, C], the graph of one of `ranks`."""
 
     def __init__(self, config: ModelConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class VisionGraph(nn.Module):
         self.pixels = Pixels()
         self.vision = Tower(config.vision, ranks, quant)
         self.pool = Resampler(config.vision, ranks)
-        self.projector = GatheredLinear(width, width, bias=False, ranks=ranks)
+        self.projector = GatheredColumnLinear(width, width, bias=False, ranks=ranks)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.projector(self.pool(self.vision(self.pixels(pixels))))

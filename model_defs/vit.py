@@ -1,4 +1,4 @@
-"""The parts that every vision transformer here is made of. N pictures or tiles, T tokens, C hidden size, p patch side.
+"""The parts that every vision transformer here is made of. N images or tiles, T tokens, C hidden size, p patch side.
 
 Where a model is cut, a rank holds its share of the heads and of the MLP.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import ops
-from .layers import LayerNorm, Linear, RowLinear, empty_parameter, share
+from .layers import LayerNorm, Linear, RowParallelLinear, empty_parameter, share
 
 ACTIVATIONS = {"quick_gelu": ops.quick_gelu, "gelu": ops.gelu}
 
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = share(heads, ranks)
         self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=bias, quant=quant) for _ in range(3))
-        self.o = RowLinear(width, width, bias=bias, quant=quant, ranks=ranks)
+        self.o = RowParallelLinear(width, width, bias=bias, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
         q, k, v = self.q(x), self.k(x), self.v(x)
@@ -64,7 +64,7 @@ class Mlp(nn.Module):
     def __init__(self, width: int, inner: int, activation: str, ranks: int, quant: str) -> None:
         super().__init__()
         self.up = Linear(width, share(inner, ranks), bias=True, quant=quant)
-        self.down = RowLinear(inner, width, bias=True, quant=quant, ranks=ranks)
+        self.down = RowParallelLinear(inner, width, bias=True, quant=quant, ranks=ranks)
         self.activation = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .async_engine import AsyncEngine
-from .backends.distributed.verdict import RankError
+from .backends.distributed.failures import RankError
 from .engine.access import InterruptedStepError
 from .engine.request import Output, SamplingParams
 from .loading import load

@@ -43,14 +43,14 @@ def check_text(text: Any) -> str:
 
 
 def as_list(images: Any) -> list[ImageSource]:
-    """One picture, several or none -> a list."""
+    """One image, several or none -> a list."""
     if images is None:
         return []
     return list(images) if isinstance(images, list | tuple) else [images]
 
 
 def pair_up(prompts: SequenceOf[Turn], images: Any) -> list[tuple[Turn, Any]]:
-    """Each prompt with its pictures."""
+    """Each prompt with its images."""
     if not isinstance(prompts, list | tuple):
         raise PromptError(f"prompts is {type(prompts).__name__}; expected a text or a list of texts")
     if images is None:
@@ -58,7 +58,7 @@ def pair_up(prompts: SequenceOf[Turn], images: Any) -> list[tuple[Turn, Any]]:
     if not isinstance(images, list | tuple) or len(images) != len(prompts):
         count = len(images) if isinstance(images, list | tuple) else "one entry that is no list"
         raise PromptError(
-            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: a picture, "
+            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: an image, "
             "a list of them, or None"
         )
     return list(zip(prompts, images, strict=True))

@@ -34,13 +34,13 @@ the smallest of the N are among them. Logits are the first output as ever, but n
 
 Where queries are scaled by their position (Qwen's logn attention), text graphs also take query_scale [B, T, 1].
 
-Where pictures enter by cross-attention (Llama-3.2-Vision; X keys per picture, I pictures at most), prefill takes no
+Where images enter by cross-attention (Llama-3.2-Vision; X keys per image, I images at most), prefill takes no
 row_index and image_rows, and the cache has a second part that is never mixed with the first: cross_k.N.I, cross_v.N.I
-[slots, K, X, D] for cross layer N and picture I. A vision graph runs one picture and its outputs are entries of that part:
+[slots, K, X, D] for cross layer N and image I. A vision graph runs one image and its outputs are entries of that part:
 
     vision   pixels [tiles, size, size, 3] uint8, tile_count [1], aspect_id [1] -> cross_k.N, cross_v.N [1, K, X, D]
 
-A text graph with `images` = n > 0 reads the first n pictures of its rows: cross_k.N.0 .. cross_k.N.n-1 [B, K, X, D] and the
+A text graph with `images` = n > 0 reads the first n images of its rows: cross_k.N.0 .. cross_k.N.n-1 [B, K, X, D] and the
 same of cross_v, with cross_mask [B, T, n * tiles] (0 where a token sees a tile, else CROSS_HIDDEN) and cross_gate [B, T, 2]
 (factors 0 or 1 of a cross layer's attention and MLP). A text graph with `images` = 0 has no cross layers at all.
 
@@ -61,7 +61,7 @@ whose folder that is.
 
 Of a pipeline each stage has a part of the layers, with graphs and a cache of its own (`Manifest.stages`); layers of caches are
 counted from 0 in each. Its ranks are numbered one stage after another. Graphs of one name make one run together: steps
-between stages hand on `next_hidden` [B, T, C], which is `hidden` to the next, and `next_features` [1, X, C] of pictures that
+between stages hand on `next_hidden` [B, T, C], which is `hidden` to the next, and `next_features` [1, X, C] of images that
 enter by cross-attention; the last stage gives `logits` back to the first.
 """
 
@@ -226,7 +226,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
 
     kind: Kind
     bucket: Count  # vision: tiles; prefill, verify: new tokens; decode: rows
-    images: Number = 0  # pictures whose cross-attention keys a text graph reads
+    images: Number = 0  # images whose cross-attention keys a text graph reads
     file: str  # of a graph in steps: the folder of their files
     key: str  # digest of everything the graph was made from
     inputs: tuple[TensorSpec, ...]
@@ -296,12 +296,12 @@ def graph_name(kind: Kind, bucket: int, images: int) -> str:
 
 
 class CrossSpec(Record, frozen=True, kw_only=True):
-    """The part of the cache for cross-attention to pictures: per layer and picture, [slots, kv_heads, rows, head_dim]."""
+    """The part of the cache for cross-attention to images: per layer and image, [slots, kv_heads, rows, head_dim]."""
 
     layers: Number
-    images: Count  # pictures that a sequence may hold
-    rows: Count  # keys of one picture
-    tiles: Count  # of one picture; rows are split evenly among them
+    images: Count  # images that a sequence may hold
+    rows: Count  # keys of one image
+    tiles: Count  # of one image; rows are split evenly among them
 
 
 class CacheSpec(Record, frozen=True, kw_only=True):
@@ -315,7 +315,7 @@ class CacheSpec(Record, frozen=True, kw_only=True):
     rows: Count  # context plus room for the padding of a last chunk
     dtype: Dtype
     cross: CrossSpec | None = None
-    # Of keys and values of the text, where they are kept in fewer bits than `dtype`, which is then that of pictures alone. Left
+    # Of keys and values of the text, where they are kept in fewer bits than `dtype`, which is then that of images alone. Left
     # out of the manifest where unset.
     text_dtype: Literal["int8"] | UnsetType = UNSET
 
@@ -371,11 +371,11 @@ class SourceFile(Record, frozen=True, kw_only=True):
 _Positive = Annotated[float, Meta(gt=0)]
 
 
-class ImageFacts(Record, frozen=True, kw_only=True):
-    """How a picture becomes pixels, from the checkpoint's preprocessor_config.json.
+class ImageProcessorConfig(Record, frozen=True, kw_only=True):
+    """How an image becomes pixels, from the checkpoint's preprocessor_config.json.
 
     mode: crop (shortest edge, centre crop), pad (to a square, then resize), stretch (resize to the square), anyres
-    (LLaVA-1.6: the picture stretched to one tile, and the tiles of the best of `grids`), tiles (Llama-3.2-Vision: the tiles
+    (LLaVA-1.6: the image stretched to one tile, and the tiles of the best of `grids`), tiles (Llama-3.2-Vision: the tiles
     of the best of `grids`, filled up with empty ones to `tiles`).
     """
 
@@ -386,14 +386,14 @@ class ImageFacts(Record, frozen=True, kw_only=True):
     rescale: float = 1 / 255
     resample: Annotated[int, Meta(ge=0, le=5)] = 3  # PIL filter number: 2 bilinear, 3 bicubic
     rows: Count  # rows of features per tile
-    mark: str = "<image>"  # what stands for a picture in a prompt
+    mark: str = "<image>"  # what stands for an image in a prompt
     grids: tuple[tuple[Count, Count], ...] = ()  # anyres, tiles: (rows, columns) of tiles to choose from, in order
-    tiles: Count = 1  # tiles: of every picture, empty ones included
+    tiles: Count = 1  # tiles: of every image, empty ones included
     alpha: Literal["white", "drop"] = "white"  # transparent parts: laid over white, or shown in their hidden colours
     newline_id: Number | None = None  # anyres: the token whose embedding ends a row of patches
 
 
-class TokenizerFacts(Record, frozen=True, kw_only=True):
+class TokenizerConfig(Record, frozen=True, kw_only=True):
     """Which tokenizer files the artifact holds and how text becomes ids."""
 
     kind: Literal["tokenizers", "sentencepiece", "tiktoken"]
@@ -405,7 +405,7 @@ class TokenizerFacts(Record, frozen=True, kw_only=True):
     nfc: bool = False  # tiktoken only: text is brought into Unicode's normal form C first
     added_tokens: dict[str, Number] = {}  # sentencepiece, tiktoken: tokens that the file does not know
     legacy: bool = False  # sentencepiece only: a blank also before text that follows a special token
-    image_token_id: Number | None  # None: pictures have no id of their own
+    image_token_id: Number | None  # None: images have no id of their own
     used: Number  # ids at or above this are never sampled
 
 
@@ -433,7 +433,7 @@ class Llama3Scaling(Record, frozen=True, kw_only=True):
     original_positions: Count
 
 
-class RopeFacts(Record, frozen=True, kw_only=True):
+class RopeParameters(Record, frozen=True, kw_only=True):
     """Rotary position embedding: the base, and what happens to it for long texts."""
 
     theta: _Positive
@@ -442,21 +442,21 @@ class RopeFacts(Record, frozen=True, kw_only=True):
     logn_positions: Count | None = None  # logn attention (Qwen): queries behind this position are scaled up
 
 
-class ModelFacts(Record, frozen=True, kw_only=True):
+class ModelInfo(Record, frozen=True, kw_only=True):
     """What the runtime must know about the model beyond its graphs."""
 
     family: str
     layout: str
     hidden_size: Count
     vocab_size: Count
-    rope: RopeFacts
+    rope: RopeParameters
     eos_token_ids: Annotated[tuple[Number, ...], Meta(min_length=1)]
     stop_strings: tuple[str, ...] = ()
-    image: ImageFacts
-    tokenizer: TokenizerFacts
+    image: ImageProcessorConfig
+    tokenizer: TokenizerConfig
     sampling: SamplingDefaults = SamplingDefaults()
     chat: Literal["template", "chatml", "raw"] = "template"  # how a conversation becomes a prompt; the last two: Qwen-VL
-    # Llama-3.2-Vision: what a token before the first picture sees of the pictures behind it. transformers: the average of
+    # Llama-3.2-Vision: what a token before the first image sees of the images behind it. transformers: the average of
     # all their keys; meta: nothing.
     text_before_image: Literal["transformers", "meta"] = "transformers"
     max_positions: int | UnsetType = UNSET  # the largest context that the model can be compiled for
@@ -466,16 +466,16 @@ class ModelFacts(Record, frozen=True, kw_only=True):
         return self.max_positions is UNSET or tokens <= self.max_positions
 
 
-class CalibrationFacts(Record, frozen=True, kw_only=True):
+class CalibrationInfo(Record, frozen=True, kw_only=True):
     """What weights were quantised by, besides themselves."""
 
     method: str  # e.g. "GPTQ"
-    sha256: str  # of the prompts and of their pictures
+    sha256: str  # of the prompts and of their images
     prompts: int
     pictures: int
 
 
-class BuildFacts(Record, frozen=True, kw_only=True):
+class BuildInfo(Record, frozen=True, kw_only=True):
     """How the artifact was made."""
 
     staticvl: str
@@ -484,12 +484,12 @@ class BuildFacts(Record, frozen=True, kw_only=True):
     key: str  # digest of everything that the weights and the settings were made from
     source: dict[str, SourceFile]
     # Left out of the manifest where unset, so that what was compiled without reads and is sealed as ever.
-    calibration: CalibrationFacts | UnsetType = UNSET
+    calibration: CalibrationInfo | UnsetType = UNSET
     tuned_on: str | UnsetType = UNSET  # the machine that kernels were chosen on
     notes: tuple[str, ...] | UnsetType = UNSET  # sentences about settings of the checkpoint that are contradictory or not used
 
 
-class AscendFacts(Record, frozen=True, kw_only=True):
+class AscendInfo(Record, frozen=True, kw_only=True):
     """What a torchair cache depends on and does not check itself."""
 
     python: str  # "3.11": the cache holds byte code
@@ -514,15 +514,15 @@ class Manifest(Record, frozen=True, kw_only=True):
     backend: Literal["onnx", "ascend"]
     quant: str
     tp: Annotated[int, Meta(ge=1, le=1 << 12)]
-    model: ModelFacts
+    model: ModelInfo
     tokenizer: str  # folder of the tokenizer files and the chat template
     cache: CacheSpec
     graphs: tuple[GraphSpec, ...]
     weights: dict[str, WeightSpec]  # of a model that is cut among ranks, those of the first; see rank_weights
     stages: tuple[StageSpec, ...] = ()  # of a pipeline: those behind the first
     files: dict[str, FileSpec]
-    build: BuildFacts
-    ascend: AscendFacts | None = None
+    build: BuildInfo
+    ascend: AscendInfo | None = None
     digest: str = ""
 
     @property

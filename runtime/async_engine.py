@@ -1,7 +1,7 @@
 """Many requests at once for asyncio: a thread runs the engine's steps, and answers arrive in pieces.
 
 Tasks leave the thread commands, which it takes between two steps. Other threads may use the model meanwhile (access.py).
-Prompts are prepared by a second thread, so that reading pictures holds up no stream.
+Prompts are prepared by a second thread, so that reading images holds up no stream.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 
 from .arguments import as_list, grouped, merge_params, one_answer
 from .artifact import ArtifactError
-from .backends.distributed.verdict import RankError
+from .backends.distributed.failures import RankError
 from .engine.request import Output, SamplingParams, Sequence
 from .model import Model
 from .opening import RunError
-from .processor.detokenizer import AnswerText
+from .processor.detokenizer import IncrementalDetokenizer
 from .processor.prompt import Message, Prompt
 from .sampling.sampler import TokenLogprob
 
@@ -61,7 +61,7 @@ class _Answer:
     items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
     given: int = 0  # pieces
     told: int = 0  # log-probabilities
-    text: AnswerText | None = None  # once it is queued
+    text: IncrementalDetokenizer | None = None  # once it is queued
 
 
 class Answers:
@@ -99,7 +99,7 @@ class Answers:
 class AsyncEngine:
     """Answers prompts of a model; use it in an `async with` block or close it.
 
-    A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose pictures are `images` in order;
+    A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose images are `images` in order;
     what an earlier turn left in the cache is taken over, so that no chat needs to be kept.
     """
 

@@ -33,13 +33,13 @@ class Chat:
 
     def __init__(self, model: Model, system: str | None = None) -> None:
         self.model = model
-        self._words = threading.RLock()  # held while messages, pictures or the turn change
+        self._words = threading.RLock()  # held while messages, images or the turn change
         self._sending = threading.RLock()  # held while a turn is sent
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.images: list[ImageSource] = []
         self.holder = object()  # what the slot is parked for; not the chat, which can be forgotten meanwhile
         self.turn: Sequence | None = None  # the turn that runs
-        self.features = np.empty((0, model.facts.hidden_size), np.float32)  # [tiles * P, C] of the pictures so far
+        self.features = np.empty((0, model.info.hidden_size), np.float32)  # [tiles * P, C] of the images so far
         self.tiles: tuple[bytes, ...] = ()  # digests of the tiles whose features these are
 
     def send(
@@ -75,7 +75,7 @@ class Chat:
         self._keep(message, new, sequence, "".join(pieces))
 
     def rewind(self, turns: int = 1) -> None:
-        """Take the last turns back, with their pictures; what was before them stays in the cache.
+        """Take the last turns back, with their images; what was before them stays in the cache.
 
         A turn that is still streamed is forgotten, one that another thread sends is waited for.
         """
@@ -138,7 +138,7 @@ class Chat:
     ):
         given = as_list(images)
         message = self.model.turn(text, len(given))
-        new = [load_image(image, alpha=self.model.facts.image.alpha) for image in given]
+        new = [load_image(image, alpha=self.model.info.image.alpha) for image in given]
         with self._words:  # a turn that ends meanwhile would be missing from the prompt
             prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
             sequence = self.model.new_sequence(prompt, one_answer(merge_params(sampling, settings)), return_logits)
@@ -155,13 +155,13 @@ class Chat:
                 self.turn = None
 
     def _reuse(self, sequence: Sequence) -> None:
-        """Give the sequence the features of earlier pictures, and this chat's slot, if there still is one when it starts."""
+        """Give the sequence the features of earlier images, and this chat's slot, if there still is one when it starts."""
         sequence.holder = self.holder
-        # Pictures may have been taken back since.
-        wanted = sequence.content.pictures
+        # Images may have been taken back since.
+        wanted = sequence.cache_keys.images
         same = next((n for n, pair in enumerate(zip(self.tiles, wanted, strict=False)) if pair[0] != pair[1]), None)
         sequence.tiles_done = min(len(self.tiles), len(wanted)) if same is None else same
-        rows = sequence.tiles_done * self.model.facts.image.rows
+        rows = sequence.tiles_done * self.model.info.image.rows
         sequence.features[:rows] = self.features[:rows]
 
     def _keep(self, message: Message, new: list[Any], sequence: Sequence, answer: str) -> None:
@@ -172,4 +172,4 @@ class Chat:
             self.messages += [message, Message("assistant", answer)]
             self.images += new
             if not sequence.cross_tiles:
-                self.features, self.tiles = sequence.features, sequence.content.pictures
+                self.features, self.tiles = sequence.features, sequence.cache_keys.images

@@ -43,7 +43,7 @@ def load(
     STATICVL_TIMEOUT, or 300.
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
     reuse: take over from earlier requests what a new one shares with them: the beginning of its prompt as it lies in the
-    cache, and features of its pictures, of which image_cache_mb megabytes are kept.
+    cache, and features of its images, of which image_cache_mb megabytes are kept.
     speculate: draft up to so many tokens of every answer from what was said before, where the artifact has graphs that verify
     them (compile with --speculate); ngrams: the fewest and the most last tokens that must have been said before.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
@@ -79,7 +79,7 @@ def load(
         backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
         try:
             engine = Engine(opened, backend=backend, **settings)
-            return Model(opened, engine, log, backend.close, backend.crew.check, system_in_user=system_in_user)
+            return Model(opened, engine, log, backend.close, backend.monitor.check, system_in_user=system_in_user)
         except BaseException:
             backend.close()
             raise

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 READERS = ".readers.lock"
-PATIENCE_S = 10.0  # for a process that removes files, which takes it milliseconds
+TIMEOUT_S = 10.0  # for a process that removes files, which takes it milliseconds
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
 
@@ -40,7 +40,7 @@ def hold(folder: Path) -> Hold:
         descriptor = _open_shared(folder / READERS)
     except OSError:
         return Hold(None)
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while (free := _take(descriptor, exclusive=False)) is False and time.monotonic() < end:
         time.sleep(0.02)
     if free:

@@ -20,14 +20,14 @@ from .engine.engine import Engine
 from .engine.request import Output, SamplingParams, Sequence
 from .engine.request_log import RequestLog, record_of
 from .opening import reading
-from .processor.detokenizer import AnswerText
+from .processor.detokenizer import IncrementalDetokenizer
 from .processor.families import family
 from .processor.images import ImageSource
 from .processor.prompt import Message, Prompt
 from .processor.token_bytes import BadWords, TokenBytes
 from .processor.tokenizer import load_tokenizer
-from .sampling.constraints import Constraints
-from .sampling.logits_processors import Guide
+from .sampling.constraints import ConstraintFactory
+from .sampling.logits_processors import Constraint
 from .soundness import TEMPLATE
 
 
@@ -59,14 +59,14 @@ class Model:
         self.check = check
         self.system_in_user = system_in_user
         self._on_close, self.closed = on_close or engine.unload, False
-        self.texts: dict[int, AnswerText] = {}  # of the sequences that run or wait, by id
+        self.texts: dict[int, IncrementalDetokenizer] = {}  # of the sequences that run or wait, by id
         engine.on_token = self._gained
-        self.facts = artifact.manifest.model
+        self.info = artifact.manifest.model
         with reading(artifact.path(MANIFEST), artifact.folder):
-            self.family = family(self.facts.family)
+            self.family = family(self.info.family)
         folder = artifact.path(artifact.manifest.tokenizer)
         with reading(folder, artifact.folder):
-            self.tokenizer = load_tokenizer(folder, self.facts.tokenizer)
+            self.tokenizer = load_tokenizer(folder, self.info.tokenizer)
         with reading(folder / TEMPLATE, artifact.folder):
             self.template = (folder / TEMPLATE).read_text(encoding="utf-8")
 
@@ -204,47 +204,49 @@ class Model:
 
     def new_sequence(self, prompt: Prompt, params: SamplingParams, return_logits: bool = False, index: int = 0) -> Sequence:
         """Answer `index` of n to a prompt, checked and not queued; raises ContextError or ConstraintError."""
-        guides: list[Guide] = [BadWords(params.bad_words, self._token_bytes)] if params.bad_words else []
+        constraints: list[Constraint] = [BadWords(params.bad_words, self._token_bytes)] if params.bad_words else []
         if params.constrained:
-            guides.append(self._constraints.make(params))
-        return self.engine.new_sequence(prompt, params, return_logits=return_logits, index=index, guides=tuple(guides))
+            constraints.append(self._constraint_factory.make(params))
+        return self.engine.new_sequence(
+            prompt, params, return_logits=return_logits, index=index, constraints=tuple(constraints)
+        )
 
     @functools.cached_property
     def _token_bytes(self) -> TokenBytes:
         return TokenBytes(self.tokenizer)
 
     @functools.cached_property
-    def _constraints(self) -> Constraints:
-        return Constraints(self._token_bytes, self.facts.eos_token_ids)
+    def _constraint_factory(self) -> ConstraintFactory:
+        return ConstraintFactory(self._token_bytes, self.info.eos_token_ids)
 
     def stops(self, sequence: Sequence) -> tuple[str, ...]:
-        return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.facts.stop_strings))
+        return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.info.stop_strings))
 
     def prepare_messages(self, messages: list[Message], images: list[ImageSource]) -> Prompt:
         """A chat's prompt, up to the place where the assistant answers."""
-        settings = self.facts, self.tokenizer, self.template
+        settings = self.info, self.tokenizer, self.template
         return self.family.chat_prompt(messages, images, *settings, system_in_user=self.system_in_user)
 
     def prepare(self, text: Turn, images: list[ImageSource], raw: bool) -> Prompt:
         """The prompt of one user turn, or of a text as it is."""
         if raw:
-            return self.family.raw_prompt(check_text(text), images, self.facts, self.tokenizer)
+            return self.family.raw_prompt(check_text(text), images, self.info, self.tokenizer)
         return self.prepare_messages([self.turn(text, len(images))], images)
 
     def turn(self, text: Turn, images: int) -> Message:
         """A user's turn: a message as it is, or one made of a plain text, in which marks say where images stand."""
         if isinstance(text, Message):
             return text
-        return Message("user", self.family.parts_of(check_text(text), images, self.facts))
+        return Message("user", self.family.parts_of(check_text(text), images, self.info))
 
-    def start(self, sequence: Sequence, *, streamed: bool = False) -> AnswerText:
-        """Queue a sequence; its text grows with every step, of whichever thread. `streamed`: see AnswerText."""
+    def start(self, sequence: Sequence, *, streamed: bool = False) -> IncrementalDetokenizer:
+        """Queue a sequence; its text grows with every step, of whichever thread. `streamed`: see IncrementalDetokenizer."""
         stops, least = self.stops(sequence), sequence.params.min_new_tokens
-        text = AnswerText(self.tokenizer, stops, from_token=least, streamed=streamed)
+        text = IncrementalDetokenizer(self.tokenizer, stops, from_token=least, streamed=streamed)
         self.access.exclusively(self._start, sequence, text)
         return text
 
-    def _start(self, sequence: Sequence, text: AnswerText) -> None:
+    def _start(self, sequence: Sequence, text: IncrementalDetokenizer) -> None:
         if self.closed:
             raise ModelClosedError("the model was closed; load the artifact again")
         self.texts[sequence.id] = text
@@ -331,6 +333,6 @@ class Model:
         )
 
 
-def _has_news(sequence: Sequence, text: AnswerText, given: int) -> bool:
+def _has_news(sequence: Sequence, text: IncrementalDetokenizer, given: int) -> bool:
     """Whether there are more than `given` pieces, or there will be none."""
     return sequence.finish_reason is not None or len(text.given) > given

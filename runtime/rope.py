@@ -6,10 +6,10 @@ import math
 
 import numpy as np
 
-from .artifact import Llama3Scaling, RopeFacts
+from .artifact import Llama3Scaling, RopeParameters
 
 
-def rope_tables(rope: RopeFacts, head_dim: int, rows: int, ntk: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
+def rope_tables(rope: RopeParameters, head_dim: int, rows: int, ntk: float = 1.0) -> tuple[np.ndarray, np.ndarray]:
     """cos and sin of position times frequency, float32 [rows, D], both halves equal.
 
     Frequency i is theta^(-2i/D) (Su et al. 2021), in float32 like the reference implementations. The power alone is taken in
@@ -38,7 +38,7 @@ def _llama3(inverse: np.ndarray, scaling: Llama3Scaling) -> np.ndarray:
     return np.where(long, stretched, np.where(short, inverse, blended)).astype(np.float32)
 
 
-def ntk_factor(rope: RopeFacts, length: int) -> float:
+def ntk_factor(rope: RopeParameters, length: int) -> float:
     """Dynamic NTK's factor for a prompt of `length` tokens (Qwen): 1 up to the trained length n, then 3, 7, ...
 
     max(2^ceil(log2(length / n) + 1) - 1, 1); it stays what the prompt made it while the answer grows.
@@ -48,7 +48,7 @@ def ntk_factor(rope: RopeFacts, length: int) -> float:
     return max(2.0 ** math.ceil(math.log2(length / rope.ntk_positions) + 1) - 1, 1.0)
 
 
-def query_scales(rope: RopeFacts, rows: int) -> np.ndarray:
+def query_scales(rope: RopeParameters, rows: int) -> np.ndarray:
     """Factor of the query at each position, float32 [rows] (logn attention): log_n(position + 1) behind position n, else 1."""
     positions = np.arange(1, rows + 1, dtype=np.float64)
     if rope.logn_positions is None:

@@ -119,7 +119,7 @@ def _fed(graph: GraphSpec) -> Iterator[str]:
 
 
 def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:
-    """A cache of a graph is so many slots of the cache that there is; of outputs of vision graphs, one picture's entries."""
+    """A cache of a graph is so many slots of the cache that there is; of outputs of vision graphs, one image's entries."""
     name = spec.name.removesuffix(".out")
     if not name.startswith(_CACHES):
         return

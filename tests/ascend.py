@@ -14,7 +14,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
 from .conftest import EMBEDDED
-from .parity import picture
+from .parity import noise_image
 
 ASSETS = EMBEDDED.parent
 CHECKPOINTS = {
@@ -26,7 +26,7 @@ CHECKPOINTS = {
 QUESTION = "What is in the picture?"
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True, "return_logits": True}
 LONG = "Say one word about each of these things, please: a circle, a square, a triangle, a star and a hexagon. "
-# One picture, none, two, and a prompt of many chunks; the rows of one batch.
+# One image, none, two, and a prompt of many chunks; the rows of one batch.
 REQUESTS = (
     (QUESTION, [(70, 50)]),
     ("Say one word.", []),
@@ -60,7 +60,7 @@ def compile_pair(family: str, folder: Path, buckets: Buckets, dtype: str = "floa
 
 def answer_requests(model: runtime.Model) -> list[runtime.Output]:
     """REQUESTS as one batch, 64 greedy tokens each."""
-    images = [[picture(size, seed) for seed, size in enumerate(sizes)] for _, sizes in REQUESTS]
+    images = [[noise_image(size, seed) for seed, size in enumerate(sizes)] for _, sizes in REQUESTS]
     return model.generate([text for text, _ in REQUESTS], images, **GREEDY)
 
 

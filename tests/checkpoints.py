@@ -22,7 +22,7 @@ from .checkpoints_tokenizers import (
 
 __all__ = ["CHAT_TEMPLATE", "MEAN", "STD", "Tiny", "tiny_llava", "tiny_model", "write_json", "write_weights"]
 
-# The rule of the published template in other words: ROLE, pictures, then texts, a space after every text.
+# The rule of the published template in other words: ROLE, images, then texts, a space after every text.
 CHAT_TEMPLATE = (
     "{%- for m in messages -%}"
     "{%- if m.role != 'system' -%}{{ m.role | upper }}{{ ': ' }}{%- endif -%}"
@@ -44,7 +44,7 @@ class Tiny:
 
     folder: Path
     model: LlavaForConditionalGeneration  # float32, eval mode
-    image_token_id: int  # hf: `<image>`. original: <unk>, which no text yields, stands for a picture in `model`
+    image_token_id: int  # hf: `<image>`. original: <unk>, which no text yields, stands for an image in `model`
     vision_tower: Path | None  # original: the folder of the CLIP model, when it is stored apart
 
 
@@ -287,7 +287,7 @@ def original_name(name: str) -> str:
 
 
 def write_clip(folder: Path, tensors: dict[str, Tensor], vision: Any, fmt: str) -> None:
-    """A CLIP checkpoint of the old form: a config for both towers, integer sizes for pictures, an integer buffer."""
+    """A CLIP checkpoint of the old form: a config for both towers, integer sizes for images, an integer buffer."""
     tensors = tensors | {
         "vision_model.embeddings.position_ids": torch.arange((vision.image_size // vision.patch_size) ** 2 + 1)[None],
         "text_model.embeddings.token_embedding.weight": torch.ones(5, 4),

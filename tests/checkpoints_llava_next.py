@@ -34,7 +34,7 @@ class TinyNext:
 
     folder: Path
     model: LlavaNextForConditionalGeneration  # float32, eval mode
-    image_token_id: int  # hf: `<image>`. original: <unk>, which no text yields, stands for a picture in `model`
+    image_token_id: int  # hf: `<image>`. original: <unk>, which no text yields, stands for an image in `model`
     vision_tower: Path | None  # original: a folder that gives the tower's sizes; its weights are of another tower
 
 

@@ -15,7 +15,7 @@ from .checkpoints_files import randomise, save_pretrained, write_json, write_wei
 from .checkpoints_tokenizers import FLAGS, LLAMA3_SPECIALS, llama3_tokenizer, llama3_vocabulary, write_tiktoken
 
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-# The rule of the published template, without tools: today's date in a system block unless there are pictures, then each turn
+# The rule of the published template, without tools: today's date in a system block unless there are images, then each turn
 # between headers, its parts in order.
 TEMPLATE = (
     "{{- bos_token }}"

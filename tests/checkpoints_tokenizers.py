@@ -41,12 +41,12 @@ SENTENCES = (
     "Describe the image in English: two green triangles lie on a white table.",
     "How many shapes are there? There are three shapes, and the largest one is yellow.",
     "Please provide the box of the region this sentence describes: the small black star at [0.61, 0.36, 0.92, 0.83].",
-    "USER: Hello! ASSISTANT: Hi, please show me a picture. USER: Which colour has the circle? ASSISTANT: Orange.",
+    "USER: Hello! ASSISTANT: Hi, please show me an image. USER: Which colour has the circle? ASSISTANT: Orange.",
     'The quick brown fox jumps over the lazy dog; 1234567890 times, it says. (Really?) Yes - why not: "of course".',
     "A chat between a curious user and an artificial intelligence assistant, who gives helpful and polite answers.",
 )
 VOCAB = 389
-# Llama-3's special tokens in the order of their ids, with the picture's, which Llama-3.2-Vision added behind them.
+# Llama-3's special tokens in the order of their ids, with the image's, which Llama-3.2-Vision added behind them.
 LLAMA3_SPECIALS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),

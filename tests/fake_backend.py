@@ -1,6 +1,6 @@
 """A backend whose results a person can check by hand, for tests of everything around the graphs.
 
-Legend: B rows, T tokens, S cache rows, C hidden size, V vocabulary, P rows per tile, n pictures of t tiles.
+Legend: B rows, T tokens, S cache rows, C hidden size, V vocabulary, P rows per tile, n images of t tiles.
 
 The arithmetic, all of it in integers:
 
@@ -15,7 +15,7 @@ So tokens 5, 7 in an empty cache leave 6 * 1 + 8 * 2 = 22, and 22 % V is the nex
 the rope tables, as in a real graph, whose keys are rotated by them. Padding leaves numbers in the cache like any other
 token: one wrong slot, length, last_index, row_index, rope row or stale cache row, and the next token is another one.
 
-With cross-attention a vision graph leaves one number for each tile in the entries of its picture: tile i of a picture
+With cross-attention a vision graph leaves one number for each tile in the entries of its image: tile i of an image
 shaped as `aspect_id` says keeps (s + (i + 1) * aspect_id) % 1009, where s is 0 in a tile that is not in use. A text graph
 with images > 0 adds to every value the numbers of the tiles that cross_mask shows, times the first gate, and then the second
 gate. One with images = 0 adds nothing. Where queries are scaled, a scale that does not belong to its position is an error.
@@ -32,9 +32,9 @@ from staticvl.runtime.artifact import CROSS_HIDDEN, GraphSpec, Manifest, is_cach
 from staticvl.runtime.backends.base import Result
 from staticvl.runtime.rope import rope_tables
 from staticvl.runtime.sampling.candidates import Candidates
-from staticvl.runtime.sampling.top_logits import likeliest
+from staticvl.runtime.sampling.top_logits import top_k_ids
 
-PICTURE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that pictures differ from tokens
+IMAGE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that images differ from tokens
 
 
 class FakeBackend:
@@ -101,15 +101,15 @@ class FakeBackend:
     def _vision(self, feed: Mapping[str, np.ndarray], output: np.ndarray, slot: int, image: int) -> None:
         sums = feed["pixels"].astype(np.int64).sum(axis=(1, 2, 3))  # [tiles]
         if not self.spec.cross:
-            output[...] = ((sums[:, None] + np.arange(output.shape[1])) % PICTURE_NUMBERS)[..., None]
+            output[...] = ((sums[:, None] + np.arange(output.shape[1])) % IMAGE_NUMBERS)[..., None]
             return
         place = np.arange(len(sums))
         used = np.where(place < feed["tile_count"], sums, 0)
-        self.tiles[slot, image] = (used + (place + 1) * int(feed["aspect_id"][0])) % PICTURE_NUMBERS
+        self.tiles[slot, image] = (used + (place + 1) * int(feed["aspect_id"][0])) % IMAGE_NUMBERS
         output[...] = np.repeat(self.tiles[slot, image], output.shape[2] // len(sums))[:, None]
 
     def _seen(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int) -> np.ndarray:
-        """What each token gains by looking at pictures, int64 [B, T]."""
+        """What each token gains by looking at images, int64 [B, T]."""
         mask, gates = feed["cross_mask"], feed["cross_gate"].astype(np.int64)  # [B, T, n * t], [B, T, 2]
         if not ((mask == 0) | (mask == np.float32(CROSS_HIDDEN))).all():
             raise ValueError(f"{graph.name}: cross_mask holds other numbers than 0 and {CROSS_HIDDEN}")
@@ -161,7 +161,7 @@ class FakeBackend:
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
         if name.startswith("cross_"):
-            raise NotImplementedError("the fake backend's pictures come from vision graphs only")
+            raise NotImplementedError("the fake backend's images come from vision graphs only")
         self.kept[: len(value)] = np.rint(value[:, 0, :, 0])
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
@@ -170,7 +170,7 @@ class FakeBackend:
 
 
 def _candidates(rows: np.ndarray, count: int, feed: Mapping[str, np.ndarray]) -> Candidates:
-    ids = np.stack([likeliest(row, count) for row in rows]).astype(np.int32)
+    ids = np.stack([top_k_ids(row, count) for row in rows]).astype(np.int32)
     logits = np.take_along_axis(rows, ids, axis=1)
     return Candidates(logits, ids, np.exp((rows - logits[:, :1]) * feed["inverse_temperature"][:, None]).sum(axis=1))
 

@@ -13,32 +13,32 @@ import numpy as np
 from PIL import Image
 
 from staticvl import runtime
-from staticvl.compiler.facts import read_facts
 from staticvl.compiler.graphs import define_graph
+from staticvl.compiler.model_info import read_model_info
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import (
     Artifact,
-    BuildFacts,
+    BuildInfo,
     CacheSpec,
     CrossSpec,
     GraphSpec,
-    ImageFacts,
+    ImageProcessorConfig,
     Kind,
     Manifest,
-    ModelFacts,
-    RopeFacts,
+    ModelInfo,
+    RopeParameters,
     TensorSpec,
-    TokenizerFacts,
+    TokenizerConfig,
     open_artifact,
 )
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.images import frame_of
-from staticvl.runtime.processor.prompt import Prompt, Sight
+from staticvl.runtime.processor.prompt import CrossAttentionMask, Prompt
 from staticvl.runtime.sampling.sampler import sample
 
-from .fake_backend import PICTURE_NUMBERS, FakeBackend
+from .fake_backend import IMAGE_NUMBERS, FakeBackend
 
 VOCAB = 97  # a prime: sums spread over it evenly
 USED = 90
@@ -47,21 +47,21 @@ SIDE = 2  # pixels on each side of a tile
 ROWS_PER_TILE = 3
 HIDDEN = 4
 HEAD_DIM = 4
-TILES = 4  # of every picture, where pictures enter by cross-attention
+TILES = 4  # of every image, where images enter by cross-attention
 GRIDS = ((1, 1), (1, 2), (2, 1), (2, 2))
 PREFILL = {4: 1.0, 16: 2.5}
 VISION = {1: 1.0, 3: 2.0}
 
-IMAGE = ImageFacts(mode="crop", size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rows=ROWS_PER_TILE)
-FACTS = ModelFacts(
+IMAGE = ImageProcessorConfig(mode="crop", size=SIDE, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5), rows=ROWS_PER_TILE)
+FACTS = ModelInfo(
     family="llava",
     layout="hf",
     hidden_size=HIDDEN,
     vocab_size=VOCAB,
-    rope=RopeFacts(theta=1e8),
+    rope=RopeParameters(theta=1e8),
     eos_token_ids=(EOS,),
     image=IMAGE,
-    tokenizer=TokenizerFacts(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=None, used=USED),
+    tokenizer=TokenizerConfig(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=None, used=USED),
 )
 CROSS_FACTS = msgspec.structs.replace(
     FACTS, family="mllama", image=msgspec.structs.replace(IMAGE, mode="tiles", grids=GRIDS, tiles=TILES)
@@ -79,12 +79,12 @@ def fake_artifact(
     verify: Costs | None = None,
     vision: Costs = VISION,
     images: tuple[int, ...] = (),
-    rope: RopeFacts = FACTS.rope,
+    rope: RopeParameters = FACTS.rope,
     candidates: int = 0,
 ) -> Artifact:
-    """An artifact in memory whose graphs only the fake backend can run; with `images`, pictures enter by cross-attention."""
+    """An artifact in memory whose graphs only the fake backend can run; with `images`, images enter by cross-attention."""
     decode = decode or dict.fromkeys({1, slots}, 1.0)
-    facts = msgspec.structs.replace(CROSS_FACTS if images else FACTS, rope=rope)
+    info = msgspec.structs.replace(CROSS_FACTS if images else FACTS, rope=rope)
     cross = CrossSpec(layers=2, images=max(images), rows=TILES * ROWS_PER_TILE, tiles=TILES) if images else None
     spec = CacheSpec(
         layers=1,
@@ -104,21 +104,21 @@ def fake_artifact(
         for bucket, cost in costs.items()
         for count in (0, *images)
     ]
-    return Artifact(Path(), fake_manifest(facts, spec, tuple(graphs)))
+    return Artifact(Path(), fake_manifest(info, spec, tuple(graphs)))
 
 
-def fake_manifest(facts: ModelFacts, cache: CacheSpec, graphs: tuple[GraphSpec, ...]) -> Manifest:
+def fake_manifest(info: ModelInfo, cache: CacheSpec, graphs: tuple[GraphSpec, ...]) -> Manifest:
     return Manifest(
         backend="onnx",
         quant="none",
         tp=1,
-        model=facts,
+        model=info,
         tokenizer="tokenizer",
         cache=cache,
         graphs=graphs,
         weights={},
         files={},
-        build=BuildFacts(staticvl="0", torch="0", options={}, key="", source={}),
+        build=BuildInfo(staticvl="0", torch="0", options={}, key="", source={}),
     )
 
 
@@ -168,10 +168,10 @@ def _text_graph(
         inputs += [_floats("cross_mask", b, t, images * TILES), _floats("cross_gate", b, t, 2)]
         names = [f"cross_{which}.{i}.{j}" for i in range(cross.layers) for which in "kv" for j in range(images)]
         inputs += [_floats(name, b, 1, cross.rows, HEAD_DIM) for name in names]
-    rows, likeliest = t if kind == "verify" else b, []
+    rows, top_k_outputs = t if kind == "verify" else b, []
     if candidates:
         inputs.append(_floats("inverse_temperature", b))
-        likeliest = [_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows)]
+        top_k_outputs = [_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows)]
     caches = [_floats(f"{which}_cache.0", b, 1, spec.rows, HEAD_DIM) for which in "kv"]
     return GraphSpec(
         kind=kind,
@@ -180,7 +180,7 @@ def _text_graph(
         file=f"{kind}-{bucket}-{images}",
         key="",
         inputs=(*inputs, *caches),
-        outputs=(_floats("logits", rows, VOCAB), *likeliest, *(_floats(f"{c.name}.out", *c.shape) for c in caches)),
+        outputs=(_floats("logits", rows, VOCAB), *top_k_outputs, *(_floats(f"{c.name}.out", *c.shape) for c in caches)),
         cost_ms=cost_ms,
     )
 
@@ -215,7 +215,7 @@ class Guess:
 
 
 def text_prompt(*token_ids: int, ntk: float = 1.0) -> Prompt:
-    """A prompt without pictures."""
+    """A prompt without images."""
     ids = np.array(token_ids, np.int32)
     return Prompt(
         token_ids=ids,
@@ -228,15 +228,15 @@ def text_prompt(*token_ids: int, ntk: float = 1.0) -> Prompt:
     )
 
 
-def picture_prompt(*parts: int | np.ndarray, ntk: float = 1.0) -> Prompt:
-    """Token ids and pictures (uint8 [SIDE, SIDE, 3]) as they follow each other; a picture takes ROWS_PER_TILE positions."""
+def image_prompt(*parts: int | np.ndarray, ntk: float = 1.0) -> Prompt:
+    """Token ids and images (uint8 [SIDE, SIDE, 3]) as they follow each other; an image takes ROWS_PER_TILE positions."""
     ids: list[int] = []
     rows: list[int] = []
     pixels: list[np.ndarray] = []
     for part in parts:
         if isinstance(part, np.ndarray):
             rows += range(len(pixels) * ROWS_PER_TILE, (len(pixels) + 1) * ROWS_PER_TILE)
-            # Any id may stand at a picture's positions: it must not be looked at.
+            # Any id may stand at an image's positions: it must not be looked at.
             ids += [(len(rows) * 7) % VOCAB] * ROWS_PER_TILE
             pixels.append(part)
         else:
@@ -249,81 +249,81 @@ def picture_prompt(*parts: int | np.ndarray, ntk: float = 1.0) -> Prompt:
 
 
 def cross_prompt(*parts: int | tuple[tuple[int, int], int], seed: int = 0) -> Prompt:
-    """Token ids and pictures (their grid, and a seed of their pixels) as they follow each other; a picture takes one position.
+    """Token ids and images (their grid, and a seed of their pixels) as they follow each other; an image takes one position.
 
-    What the positions see is random: any tile of any picture, those that are not in use among them, with any gates.
+    What the positions see is random: any tile of any image, those that are not in use among them, with any gates.
     """
     rng = np.random.default_rng(seed)
-    pictures = [part for part in parts if isinstance(part, tuple)]
+    images = [part for part in parts if isinstance(part, tuple)]
     ids = [part if isinstance(part, int) else VOCAB - 1 for part in parts]
-    pixels = np.zeros((len(pictures), TILES, SIDE, SIDE, 3), np.uint8)
-    for place, (grid, number) in enumerate(pictures):
+    pixels = np.zeros((len(images), TILES, SIDE, SIDE, 3), np.uint8)
+    for place, (grid, number) in enumerate(images):
         used = grid[0] * grid[1]
         pixels[place, :used] = np.random.default_rng(number).integers(0, 256, (used, SIDE, SIDE, 3))
-    sight = Sight(
-        visible=rng.random((len(ids), len(pictures) * TILES)) < 0.5,
+    cross_attention = CrossAttentionMask(
+        visible=rng.random((len(ids), len(images) * TILES)) < 0.5,
         gates=rng.integers(0, 2, (len(ids), 2)).astype(np.float32),
     )
     return dataclasses.replace(
         text_prompt(*ids),
         pixels=pixels.reshape(-1, SIDE, SIDE, 3),
-        frames=tuple(frame_of((9, 9), CROSS_FACTS.image) for _ in pictures),
-        image_tokens=len(pictures),
-        grids=np.array([grid for grid, _ in pictures], np.int32).reshape(-1, 2),
-        sight=sight if pictures else None,
+        frames=tuple(frame_of((9, 9), CROSS_FACTS.image) for _ in images),
+        image_tokens=len(images),
+        grids=np.array([grid for grid, _ in images], np.int32).reshape(-1, 2),
+        cross_attention=cross_attention if images else None,
     )
 
 
-def picture(number: int) -> np.ndarray:
-    """A picture whose pixels sum to `number`, at most 12 * 254."""
+def image(number: int) -> np.ndarray:
+    """An image whose pixels sum to `number`, at most 12 * 254."""
     flat = np.full(SIDE * SIDE * 3, number // 12, np.uint8)
     flat[: number % 12] += 1
     return flat.reshape(SIDE, SIDE, 3)
 
 
-def oracle(prompt: Prompt, params: runtime.SamplingParams, facts: ModelFacts = FACTS) -> list[int]:
+def oracle(prompt: Prompt, params: runtime.SamplingParams, info: ModelInfo = FACTS) -> list[int]:
     """The tokens of one request on its own: the sum that the fake backend documents, in a plain loop."""
     ntk = int(prompt.ntk)
-    total = sum((value + 1) * (position * ntk + 1) for position, value in enumerate(_values(prompt, facts)))
+    total = sum((value + 1) * (position * ntk + 1) for position, value in enumerate(_values(prompt, info)))
     tokens: list[int] = []
     while len(tokens) < params.max_new_tokens:
-        tokens.append(_choose(total % facts.vocab_size, params, len(tokens), facts))
-        if tokens[-1] in facts.eos_token_ids and not params.ignore_eos:
+        tokens.append(_choose(total % info.vocab_size, params, len(tokens), info))
+        if tokens[-1] in info.eos_token_ids and not params.ignore_eos:
             break
-        value = tokens[-1] + _seen(prompt, prompt.length - 1, facts)
+        value = tokens[-1] + _seen(prompt, prompt.length - 1, info)
         total += (value + 1) * ((prompt.length + len(tokens) - 1) * ntk + 1)
     return tokens
 
 
-def _values(prompt: Prompt, facts: ModelFacts) -> list[int]:
+def _values(prompt: Prompt, info: ModelInfo) -> list[int]:
     """What stands at each position of a prompt."""
-    numbers = [(int(tile.sum()) + r) % PICTURE_NUMBERS for tile in prompt.pixels for r in range(facts.image.rows)]
+    numbers = [(int(tile.sum()) + r) % IMAGE_NUMBERS for tile in prompt.pixels for r in range(info.image.rows)]
     values = [numbers[row] if row >= 0 else int(token) for token, row in zip(prompt.token_ids, prompt.rows, strict=True)]
-    return [value + _seen(prompt, position, facts) for position, value in enumerate(values)]
+    return [value + _seen(prompt, position, info) for position, value in enumerate(values)]
 
 
-def _seen(prompt: Prompt, position: int, facts: ModelFacts) -> int:
-    """What a position gains by looking at pictures."""
-    if prompt.sight is None or prompt.grids is None:
+def _seen(prompt: Prompt, position: int, info: ModelInfo) -> int:
+    """What a position gains by looking at images."""
+    if prompt.cross_attention is None or prompt.grids is None:
         return 0
-    total, tiles = 0, facts.image.tiles
-    for place in np.flatnonzero(prompt.sight.visible[position]):
-        picture, tile = divmod(int(place), tiles)
-        grid = (int(prompt.grids[picture][0]), int(prompt.grids[picture][1]))
+    total, tiles = 0, info.image.tiles
+    for place in np.flatnonzero(prompt.cross_attention.visible[position]):
+        image, tile = divmod(int(place), tiles)
+        grid = (int(prompt.grids[image][0]), int(prompt.grids[image][1]))
         used = tile < grid[0] * grid[1]
-        aspect_id = 1 + facts.image.grids.index(grid)
-        total += ((int(prompt.pixels[place].sum()) if used else 0) + (tile + 1) * aspect_id) % PICTURE_NUMBERS
-    attention, mlp = map(int, prompt.sight.gates[position])
+        aspect_id = 1 + info.image.grids.index(grid)
+        total += ((int(prompt.pixels[place].sum()) if used else 0) + (tile + 1) * aspect_id) % IMAGE_NUMBERS
+    attention, mlp = map(int, prompt.cross_attention.gates[position])
     return attention * total + mlp
 
 
-def _choose(hot: int, params: runtime.SamplingParams, position: int, facts: ModelFacts) -> int:
+def _choose(hot: int, params: runtime.SamplingParams, position: int, info: ModelInfo) -> int:
     """Greedy takes the one; a sampled token comes from the same row of logits on its own."""
     if not params.temperature:
         return hot
-    logits = np.zeros(facts.vocab_size, np.float32)
+    logits = np.zeros(info.vocab_size, np.float32)
     logits[hot] = 1
-    return sample(logits, params.resolved(facts.sampling), position, facts.tokenizer.used)
+    return sample(logits, params.resolved(info.sampling), position, info.tokenizer.used)
 
 
 def run_all(engine: Engine) -> list[Step]:
@@ -343,7 +343,7 @@ def check_slots(engine: Engine) -> None:
 
 
 def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:
-    """A picture of random pixels, `size` wide and high."""
+    """An image of random pixels, `size` wide and high."""
     width, height = size
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
@@ -381,17 +381,17 @@ def fake_model(
 ) -> runtime.Model:
     """A checkpoint's tokenizer, template, settings and plan over a fake backend; nothing is compiled, no weights are read.
 
-    `changes` are fields of its ModelFacts.
+    `changes` are fields of its ModelInfo.
     """
     config = read_config(checkpoint)
-    facts, settings = read_facts(checkpoint, config, vision_tower=None)
+    info, settings = read_model_info(checkpoint, config, vision_tower=None)
     plan = make_plan(config, Options(checkpoint=checkpoint, out=folder, buckets=buckets))
     for name, data in settings.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    definitions = [define_graph(config, facts.image, plan.cache, "none", *graph) for graph in plan.graphs]
+    definitions = [define_graph(config, info.image, plan.cache, "none", *graph) for graph in plan.graphs]
     graphs = tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in definitions)
-    artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(facts, **changes), plan.cache, graphs))
+    artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(info, **changes), plan.cache, graphs))
     backend = FakeBackend(artifact.manifest)
     settings: dict[str, Any] = {"reuse": reuse, "prefill_budget": prefill_budget, "speculate": speculate}
     return runtime.Model(artifact, Engine(artifact, backend=backend, **settings))

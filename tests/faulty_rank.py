@@ -67,7 +67,7 @@ def lead(folder: str) -> int:
     model = runtime.load(folder, timeout=20)
     backend: Any = model.engine.backend
     try:
-        print("ready", *(peer.pid for peer in backend.crew.peers.values()), flush=True)
+        print("ready", *(peer.pid for peer in backend.monitor.peers.values()), flush=True)
         model.generate("What is in the picture?", max_new_tokens=480, ignore_eos=True)
     except KeyboardInterrupt:
         sys.stderr.write("interrupted\n")

@@ -51,7 +51,7 @@ def convolved(x: Tensor, kernel: Tensor, bias: Tensor, stride: int) -> Tensor:
 
 
 def sees(mode: int, t: int, s: int, queries: int, keys: int, tokens: tuple[int, int]) -> bool:
-    """Whether query t of `queries` sees key s of `keys`, by the pictures of the documentation."""
+    """Whether query t of `queries` sees key s of `keys`, by the images of the documentation."""
     if mode in (0, 1):
         return True
     if mode == 2:

@@ -1,4 +1,4 @@
-"""What the proofs of parity share: pictures, transformers' own greedy answers, and the comparison with ours."""
+"""What the proofs of parity share: images, transformers' own greedy answers, and the comparison with ours."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Size = tuple[int, int]  # (width, height)
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A raw prompt with its pictures."""
+    """A raw prompt with its images."""
 
     prompt: str
     images: list[Any]
@@ -35,19 +35,19 @@ class Answer:
     logits: np.ndarray
 
 
-def picture(size: Size, seed: int = 0) -> Image.Image:
-    """Noise that is coarse enough to survive scaling, so that different pictures give clearly different features."""
+def noise_image(size: Size, seed: int = 0) -> Image.Image:
+    """Noise that is coarse enough to survive scaling, so that different images give clearly different features."""
     width, height = size
     coarse = np.random.default_rng(seed).integers(0, 256, (min(height, 24), min(width, 24), 3), np.uint8)
     return Image.fromarray(coarse).resize(size, Image.Resampling.BILINEAR)
 
 
-def picture_files(folder: Path) -> dict[str, Path]:
-    """Pictures in every form that needs a rule of its own."""
+def image_files(folder: Path) -> dict[str, Path]:
+    """Images in every form that needs a rule of its own."""
     folder.mkdir(exist_ok=True)
-    base = picture((90, 61), seed=7)
+    base = noise_image((90, 61), seed=7)
     faded = base.copy()
-    faded.putalpha(picture((90, 61), seed=8).convert("L"))
+    faded.putalpha(noise_image((90, 61), seed=8).convert("L"))
     turned = Image.Exif()
     turned[0x0112] = 6  # orientation: to be shown turned by 90 degrees
     palette = base.quantize(16)
@@ -61,7 +61,7 @@ def picture_files(folder: Path) -> dict[str, Path]:
         "black_white.png": (base.convert("1"), {}),
         "turned.jpg": (base, {"exif": turned, "quality": 95}),
         "cmyk.jpg": (base.convert("CMYK"), {"quality": 95}),
-        "animated.gif": (palette, {"save_all": True, "append_images": [picture((90, 61), seed=9).quantize(16)]}),
+        "animated.gif": (palette, {"save_all": True, "append_images": [noise_image((90, 61), seed=9).quantize(16)]}),
         "lossy.webp": (faded, {"quality": 80}),
     }
     for name, (image, options) in kinds.items():

@@ -15,7 +15,7 @@ from staticvl.compiler.emit_onnx import emit_steps
 from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import ModelConfig, TiledConfig
-from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageFacts, Kind, WeightSpec, is_cached
+from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageProcessorConfig, Kind, WeightSpec, is_cached
 from staticvl.runtime.backends.base import Backend
 from staticvl.weights.convert import Converted, convert
 from staticvl.weights.source import open_source
@@ -46,7 +46,7 @@ class Model:
     def define(self, tp: int) -> dict[Kind, GraphDef]:
         vision = self.config.vision
         third = (0.3, 0.4, 0.5)
-        image = ImageFacts(mode="stretch", size=vision.image_size, rows=vision.rows_per_tile, mean=third, std=third)
+        image = ImageProcessorConfig(mode="stretch", size=vision.image_size, rows=vision.rows_per_tile, mean=third, std=third)
         cache = self.cache(tp)
         return {
             kind: define_graph(self.config, image, cache, self.quant, kind, n, images, tp) for kind, n, images in self.kinds
@@ -65,15 +65,15 @@ def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:
 
 
 def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str]) -> list[np.ndarray]:
-    """A picture for each of two sequences, two chunks of one and one of the other, a token of both: every first output, then
+    """An image for each of two sequences, two chunks of one and one of the other, a token of both: every first output, then
     the caches."""
     rng = np.random.default_rng(1)
     found = [backend.run(specs["vision"], feed(specs["vision"], rng, [0]), slot).first.copy() for slot in range(ROWS)]
-    pictures = np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
+    images = np.concatenate([each.reshape(-1, each.shape[-1]) for each in found])
     for slot, past in ((0, 0), (0, CHUNK), (1, 0)):
         fed = feed(specs["prefill"], rng, [past])
         if "image_rows" in fed:
-            fed["image_rows"] = pictures[slot * CHUNK : (slot + 1) * CHUNK].copy()
+            fed["image_rows"] = images[slot * CHUNK : (slot + 1) * CHUNK].copy()
         found.append(backend.run(specs["prefill"], fed, slot).first.copy())
     found.append(backend.run(specs["decode"], feed(specs["decode"], rng, [2 * CHUNK, CHUNK])).first.copy())
     return [*found, *(backend.read_cache(name, ROWS) for name in caches)]
@@ -110,7 +110,7 @@ def halves(rng: np.random.Generator, shape: tuple[int, ...], _: list[int]) -> np
 
 
 def every_other(_: np.random.Generator, shape: tuple[int, ...], __: list[int]) -> np.ndarray:
-    """Every other token is a row of a picture."""
+    """Every other token is a row of an image."""
     place = np.arange(shape[1])
     return np.where(place % 2, place, -1)[None].astype(np.int32)
 

@@ -19,7 +19,7 @@ from torch.distributed import HashStore
 from staticvl.runtime.artifact import Artifact, GraphSpec
 from staticvl.runtime.backends.base import Group, Result
 from staticvl.runtime.backends.distributed import start
-from staticvl.runtime.backends.distributed.leader import LeadingBackend
+from staticvl.runtime.backends.distributed.leader import LeaderBackend
 from staticvl.runtime.backends.distributed.world import LOOPBACK, World
 from staticvl.runtime.engine.engine import Engine
 
@@ -54,11 +54,11 @@ class MeetingBackend(FakeBackend):
 Make = Callable[[int, Artifact, Group], MeetingBackend]
 
 
-def _part(backend: LeadingBackend, backends: dict[int, MeetingBackend]) -> None:
+def _part(backend: LeaderBackend, backends: dict[int, MeetingBackend]) -> None:
     """Let go of the groups: processes end, but threads that wait in a collective only notice that its others are gone."""
     for each in backends.values():
         del each.group
-    backend.crew.meeting = lambda: False
+    backend.monitor.meeting = lambda: False
     gc.collect()
     for thread in threading.enumerate():
         if thread.name.startswith("rank "):
@@ -89,7 +89,7 @@ def ranks_as_threads(
     worlds = [World(rank, ranks, ranks, LOOPBACK) for rank in range(ranks)]
     with ThreadPoolExecutor(ranks) as pool:
         others = [pool.submit(start.follow, Path(), world, store, **settings) for world in worlds[1:]]
-        backend: LeadingBackend = start.lead(cut, worlds[0], store, **settings)
+        backend: LeaderBackend = start.lead(cut, worlds[0], store, **settings)
         assert all(each.loaded == [graph.name for graph in cut.manifest.graphs] for each in backends.values())
         try:
             yield Engine(cut, backend=backend), others

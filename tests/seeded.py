@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from staticvl.runtime.artifact import FileSpec, Manifest, ModelFacts, rank_weights, read_manifest, write_manifest
+from staticvl.runtime.artifact import FileSpec, Manifest, ModelInfo, rank_weights, read_manifest, write_manifest
 
 Model = onnx.ModelProto
 
@@ -22,7 +22,7 @@ def copied(artifact: Path, out: Path) -> Path:
     return shutil.copytree(artifact, out)
 
 
-def with_facts(folder: Path, change: Callable[[ModelFacts], ModelFacts]) -> Path:
+def with_facts(folder: Path, change: Callable[[ModelInfo], ModelInfo]) -> Path:
     manifest = read_manifest(folder)
     write_manifest(folder, msgspec.structs.replace(manifest, model=change(manifest.model)))
     return folder

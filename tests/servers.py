@@ -20,7 +20,7 @@ from PIL import Image
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
-from staticvl.runtime.artifact import RopeFacts
+from staticvl.runtime.artifact import RopeParameters
 from staticvl.tools.serving.main import Server, listening
 from staticvl.tools.serving.service import Service
 from staticvl.tools.serving.settings import Settings
@@ -28,10 +28,10 @@ from staticvl.tools.serving.settings import Settings
 from .conftest import EMBEDDED
 from .fakes import fake_model
 
-PATIENCE_S = 30.0  # that something may take on a busy machine before a test gives up
+TIMEOUT_S = 30.0  # that something may take on a busy machine before a test gives up
 LONG = Buckets(prefill=(8, 32, 512), decode=(1, 2, 4), vision=(1, 2), context=12_000, slots=4)
 HEAD = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-FAR = RopeFacts(theta=1e9)  # so that the fake backend can tell that many positions apart
+FAR = RopeParameters(theta=1e9)  # so that the fake backend can tell that many positions apart
 
 
 class Running:
@@ -40,14 +40,14 @@ class Running:
     def __init__(self, model: runtime.Model, server: Server, port: int) -> None:
         self.model, self.server, self.port = model, server, port
         self.url = f"http://127.0.0.1:{port}"
-        self.http = httpx.Client(base_url=self.url, timeout=PATIENCE_S, trust_env=False)
+        self.http = httpx.Client(base_url=self.url, timeout=TIMEOUT_S, trust_env=False)
 
     @property
     def service(self) -> Service:
         return self.server.service
 
     def client(self, key: str = "none") -> openai.OpenAI:
-        own = httpx.Client(timeout=PATIENCE_S, trust_env=False)
+        own = httpx.Client(timeout=TIMEOUT_S, trust_env=False)
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, http_client=own)
 
     def chat(self, *messages: Any, **settings: Any) -> Any:
@@ -68,7 +68,7 @@ class Running:
         return float(next((line.rsplit(" ", 1)[1] for line in lines if line.startswith(f"{name} ")), 0))
 
     def connect(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.port), timeout=PATIENCE_S)
+        return socket.create_connection(("127.0.0.1", self.port), timeout=TIMEOUT_S)
 
     def begin(self, **request: Any) -> socket.socket:
         """A request whose answer is not read yet."""
@@ -101,20 +101,20 @@ def as_message(given: Any) -> Any:
 
 
 def asking(text: str, *urls: str) -> dict[str, Any]:
-    """A message of the user with pictures."""
+    """A message of the user with images."""
     parts: list[Any] = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
-def data_url(picture: Image.Image) -> str:
+def data_url(image: Image.Image) -> str:
     file = io.BytesIO()
-    picture.save(file, "PNG")
+    image.save(file, "PNG")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def until(true: Callable[[], object]) -> None:
     """Wait for something that must come."""
-    end = time.monotonic() + PATIENCE_S
+    end = time.monotonic() + TIMEOUT_S
     while not true():
         assert time.monotonic() < end, "it did not come"
         time.sleep(0.002)
@@ -139,7 +139,7 @@ def serving(model: runtime.Model, **settings: Any) -> Iterator[Running]:
     finally:
         running.http.close()
         server.should_exit = True
-        thread.join(PATIENCE_S)
+        thread.join(TIMEOUT_S)
     assert not thread.is_alive()
 
 

@@ -80,8 +80,8 @@ def test_an_artifact_of_before_says_nothing_of_positions(model: runtime.Model) -
     """It still says how to compile a larger one."""
     engine = model.engine
     kept = engine.manifest
-    facts = msgspec.structs.replace(kept.model, max_positions=msgspec.UNSET)
-    engine.manifest = msgspec.structs.replace(kept, model=facts)
+    info = msgspec.structs.replace(kept.model, max_positions=msgspec.UNSET)
+    engine.manifest = msgspec.structs.replace(kept, model=info)
     try:
         assert "--context 15135" in refusal(model, 15134, 1)
     finally:

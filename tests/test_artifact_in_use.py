@@ -69,9 +69,9 @@ def compiled_again(checkpoint: Path, artifact: Path, buckets: Buckets = NEW, *, 
 
 def answers(model: runtime.Model) -> list[str]:
     """Runs every graph of OLD."""
-    picture = Image.new("RGB", (8, 8), "red")
+    image = Image.new("RGB", (8, 8), "red")
     few = model.generate("a", max_new_tokens=3, ignore_eos=True, temperature=0)
-    both = model.generate(["a b c d e f g h i", "c"], [picture, None], max_new_tokens=3, ignore_eos=True, temperature=0)
+    both = model.generate(["a b c d e f g h i", "c"], [image, None], max_new_tokens=3, ignore_eos=True, temperature=0)
     return [few.text, *(out.text for out in both)]
 
 

@@ -26,7 +26,7 @@ from staticvl.tools.cli import main
 
 from .ascend import CHECKPOINTS, QUESTION, Pair, check_alike, compile_pair
 from .need_torchair import skip_without_torchair
-from .parity import picture
+from .parity import noise_image
 
 skip_without_torchair()
 
@@ -55,13 +55,13 @@ class _Pairs(dict[str, Pair]):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_simulator_says_what_onnx_says(pairs: dict[str, Pair], family: str) -> None:
-    """Chunks of a picture prompt, a batch of rows of different lengths, and a later turn with a picture of its own."""
+    """Chunks of an image prompt, a batch of rows of different lengths, and a later turn with an image of its own."""
     onnx, ascend = pairs[family].load()
-    prompts, images = [QUESTION, "Say one word."], [[picture((70, 50))], []]
+    prompts, images = [QUESTION, "Say one word."], [[noise_image((70, 50))], []]
     for expected, found in zip(*(model.generate(prompts, images, **GREEDY) for model in (onnx, ascend)), strict=True):
         check_alike(expected, found, ROUNDING)
     chats = onnx.chat(), ascend.chat()
-    for text, pictures in (("What is it?", []), ("And here?", [picture((40, 64), seed=3)])):
+    for text, pictures in (("What is it?", []), ("And here?", [noise_image((40, 64), seed=3)])):
         check_alike(*(chat.send(text, pictures, **GREEDY) for chat in chats), ROUNDING)
 
 
@@ -69,7 +69,7 @@ def test_without_rounding_the_simulator_says_it_exactly(pairs: dict[str, Pair]) 
     """The embedded model's weights are of 16 bits already."""
     pair = pairs["llava"]
     expected, found = (
-        model.generate(QUESTION, [picture((70, 50))], max_new_tokens=4, return_logits=True)
+        model.generate(QUESTION, [noise_image((70, 50))], max_new_tokens=4, return_logits=True)
         for model in pair.load("sim:float32")
     )
     assert expected.logits is not None and found.logits is not None
@@ -294,5 +294,5 @@ def test_eager_graphs_answer_alike(pairs: dict[str, Pair], tmp_path: Path, capsy
     shown = capsys.readouterr().out
     assert shown.count("(eager)") == len(kinds)
     assert f"Ascend910B, torch_npu {torchair_host.VERSION}, Python 3." in " ".join(shown.split())
-    expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [picture((70, 50))], **GREEDY)
-    check_alike(expected, runtime.load(eager, device="sim").generate(QUESTION, [picture((70, 50))], **GREEDY), ROUNDING)
+    expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [noise_image((70, 50))], **GREEDY)
+    check_alike(expected, runtime.load(eager, device="sim").generate(QUESTION, [noise_image((70, 50))], **GREEDY), ROUNDING)

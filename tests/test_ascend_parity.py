@@ -13,7 +13,7 @@ from staticvl.tools import ascend_acceptance
 
 from .ascend import CHECKPOINTS, GREEDY, QUESTION, Pair, answer_requests, check_alike, compile_pair, natural_end
 from .need_torchair import skip_without_torchair
-from .parity import picture
+from .parity import noise_image
 
 skip_without_torchair()
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 def test_a_batch_of_four(pair: Pair) -> None:
     """Whatever a trained model is sure of, its answer up to the natural end, is the same to the token."""
     onnx, ascend = pair.load()
-    stops = onnx.facts.eos_token_ids
+    stops = onnx.info.eos_token_ids
     for expected, found in zip(*map(answer_requests, (onnx, ascend)), strict=True):
         sure = natural_end(expected, stops) if pair.trained else 0
         check_alike(expected, found, ROUNDING["float16"], NEAR, sure)
@@ -39,8 +39,12 @@ def test_a_batch_of_four(pair: Pair) -> None:
 
 def test_a_chat(pair: Pair) -> None:
     chats = [model.chat() for model in pair.load()]
-    for text, pictures in ((QUESTION, [picture((50, 80))]), ("Where is it?", []), ("And here?", [picture((60, 60), seed=9)])):
-        check_alike(*(chat.send(text, pictures, **{**GREEDY, "max_new_tokens": 24}) for chat in chats), ROUNDING["float16"])
+    for text, images in (
+        (QUESTION, [noise_image((50, 80))]),
+        ("Where is it?", []),
+        ("And here?", [noise_image((60, 60), seed=9)]),
+    ):
+        check_alike(*(chat.send(text, images, **{**GREEDY, "max_new_tokens": 24}) for chat in chats), ROUNDING["float16"])
 
 
 @pytest.mark.parametrize("family", ["llava", "mllama"])

@@ -22,7 +22,7 @@ from staticvl.runtime.artifact import ArtifactError, FileSpec, GraphSpec, Kind, 
 from staticvl.runtime.backends.ascend import backend as ascend
 from staticvl.runtime.backends.ascend import process_groups, torchair_host
 from staticvl.runtime.backends.ascend.backend import AscendBackend, open_ascend, simulated
-from staticvl.runtime.backends.ascend.kernel import ascend_facts
+from staticvl.runtime.backends.ascend.kernel import ascend_info
 from staticvl.runtime.backends.base import Group
 from staticvl.runtime.backends.ge_simulator.ge_graph import parse
 
@@ -239,15 +239,15 @@ def manifest_of(model: Model, graphs: Graphs, tp: int) -> Manifest:
     """The fields that are read when an artifact is opened."""
     stored = [model.converted(tp, rank) for rank in range(tp)]
     files = {name: spec for each in stored for name, spec in each.files.items()}
-    facts: Any = SimpleNamespace(
-        ascend=ascend_facts(torchair_host.VERSION, torchair_host.SOCS[0]),
+    info: Any = SimpleNamespace(
+        ascend=ascend_info(torchair_host.VERSION, torchair_host.SOCS[0]),
         tp=tp,
         ranks=tp,
         cache=model.cache(tp),
         weights=stored[0].weights,
         files={**graphs[1], **files},
     )
-    return facts
+    return info
 
 
 @ONE_FAMILY

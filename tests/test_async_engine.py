@@ -15,7 +15,7 @@ from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime import async_engine
 from staticvl.runtime.async_engine import AsyncEngine
-from staticvl.runtime.backends.distributed.verdict import RankError
+from staticvl.runtime.backends.distributed.failures import RankError
 from staticvl.runtime.engine.engine import ContextError
 from staticvl.runtime.processor.prompt import Message, PromptError
 
@@ -47,7 +47,7 @@ async def joined(stream: Any) -> str:
 
 
 def test_many_tasks_at_once(model: runtime.Model) -> None:
-    """More requests than slots, some streamed, with and without pictures."""
+    """More requests than slots, some streamed, with and without images."""
     asked = [(prompt, noise(i) if i % 2 else None) for i, prompt in enumerate(PROMPTS * 3)]
     alone = [model.generate(prompt, image, max_new_tokens=12) for prompt, image in asked]
 

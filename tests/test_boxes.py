@@ -73,7 +73,7 @@ def test_pixels(text: str, frame: Frame, pixels: tuple[int, ...]) -> None:
     assert box.label is None and box.image == 0
 
 
-def test_boxes_belong_to_the_first_picture() -> None:
+def test_boxes_belong_to_the_first_image() -> None:
     corners = (0.0, 0.0, 0.5, 0.5)
     text = "[0.0, 0.0, 0.5, 0.5]"
     assert parse_boxes(text, [WHOLE, PADDED]) == (Box(label=None, normalised=corners, pixels=(0, 0, 100, 50), image=0),)
@@ -190,7 +190,7 @@ def test_malformed_boxes_are_left_out(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "image"),
     [
-        ("<box>(0,0),(500,500)</box>", 2),  # the last picture given
+        ("<box>(0,0),(500,500)</box>", 2),  # the last image given
         ("Picture 1: <box>(0,0),(500,500)</box>", 0),
         ("In Picture 2 there is <ref>a bus</ref><box>(0,0),(500,500)</box>", 1),
         ("<ref>the bus in Picture 1</ref><box>(0,0),(500,500)</box>", 0),
@@ -211,7 +211,7 @@ def test_malformed_boxes_are_left_out(text: str) -> None:
         ("<box>(0,0),(500,500)</box> is in Picture 1", 2),
     ],
 )
-def test_the_picture_of_a_box(text: str, image: int) -> None:
+def test_the_image_of_a_box(text: str, image: int) -> None:
     frames = [WHOLE, PHOTO, Frame(left=0, top=0, width=10, height=10, image_width=10, image_height=10)]
     (box,) = tagged_boxes.parse_boxes(text, frames)
     assert box.image == image
@@ -263,5 +263,5 @@ def test_a_long_text_takes_linear_time(unit: str) -> None:
         parse_boxes(whole, [PHOTO])
 
 
-def test_tags_without_pictures_mean_nothing() -> None:
+def test_tags_without_images_mean_nothing() -> None:
     assert tagged_boxes.parse_boxes("<box>(1,2),(3,4)</box>", []) == ()

@@ -236,12 +236,12 @@ def test_two_builds_in_one_folder(checkpoint: Path, artifact: Path) -> None:
         build(options(checkpoint, artifact))
 
 
-# ---- pictures by cross-attention
+# ---- images by cross-attention
 
 
 @pytest.fixture(scope="module")
 def looking(tmp_path_factory: pytest.TempPathFactory) -> Options:
-    """Options of a built artifact whose pictures enter by cross-attention."""
+    """Options of a built artifact whose images enter by cross-attention."""
     folder = tmp_path_factory.mktemp("cross")
     checkpoint = tiny_mllama(folder / "checkpoint").folder
     buckets = Buckets(prefill=(8,), decode=(1, 2), context=64, slots=2, images=(1, 2))
@@ -256,7 +256,7 @@ def other_place(chosen: Options, tmp_path: Path, **changes: object) -> Options:
     return replace(chosen, out=out, buckets=replace(chosen.buckets, **changes))
 
 
-def test_text_graphs_are_built_for_each_number_of_pictures(looking: Options) -> None:
+def test_text_graphs_are_built_for_each_number_of_images(looking: Options) -> None:
     manifest = verify(looking.out).manifest
     assert {(graph.kind, graph.bucket, graph.images) for graph in manifest.graphs} == {
         ("vision", 4, 0),
@@ -269,25 +269,25 @@ def test_text_graphs_are_built_for_each_number_of_pictures(looking: Options) -> 
     assert [case.name for case in vision.cases] == [f"tiles {n}" for n in (1, 2, 3, 4)]
 
 
-def test_the_mode_of_text_before_pictures_costs_nothing(looking: Options, tmp_path: Path, traces: list[str]) -> None:
+def test_the_mode_of_text_before_images_costs_nothing(looking: Options, tmp_path: Path, traces: list[str]) -> None:
     report = build(replace(other_place(looking, tmp_path), text_before_image="meta"))
     assert traces == []
     assert not report.converted
     assert report.manifest.model.text_before_image == "meta"
 
 
-def test_more_pictures_cost_their_own_graphs(looking: Options, tmp_path: Path, traces: list[str]) -> None:
+def test_more_images_cost_their_own_graphs(looking: Options, tmp_path: Path, traces: list[str]) -> None:
     report = build(other_place(looking, tmp_path, images=(1, 2, 3)))
     assert sorted(traces) == ["decode-1-images-3", "decode-2-images-3", "prefill-8-images-3"]
     assert not report.converted
     assert report.manifest.cache.cross.images == 3
     model = runtime.load(tmp_path / "copy")
-    pictures = [noise(n) for n in range(3)]
-    out = model.generate("hi", pictures, max_new_tokens=3, ignore_eos=True)
+    images = [noise(n) for n in range(3)]
+    out = model.generate("hi", images, max_new_tokens=3, ignore_eos=True)
     assert len(out.token_ids) == 3
-    with pytest.raises(ContextError, match=r"2 pictures, but the artifact holds 1 .* --images 2"):
+    with pytest.raises(ContextError, match=r"2 images, but the artifact holds 1 .* --images 2"):
         build(other_place(looking, tmp_path / "few", images=(1,)))
-        runtime.load(tmp_path / "few" / "copy").generate("hi", pictures[:2], max_new_tokens=1)
+        runtime.load(tmp_path / "few" / "copy").generate("hi", images[:2], max_new_tokens=1)
 
 
 # ---- certificates

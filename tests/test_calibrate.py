@@ -47,7 +47,7 @@ from staticvl.weights.tensors import WeightsError
 from .ascend import CHECKPOINTS
 from .checkpoints import tiny_llava
 from .conftest import EMBEDDED
-from .parity import picture
+from .parity import noise_image
 
 SAMPLES = {
     "llava": ("text 2", "picture, wide", "second turn"),
@@ -69,15 +69,15 @@ class Setup:
 
     def __init__(self, folder: Path, calibration: Calibration, context: int) -> None:
         self.checkpoint = Checkpoint(folder)
-        self.config, self.facts = self.checkpoint.config, self.checkpoint.facts
+        self.config, self.info = self.checkpoint.config, self.checkpoint.info
         options = Options(checkpoint=folder, out=folder, buckets=Buckets(context=context, slots=1))
         self.cache = make_plan(self.config, options).cache
         tokenizer = self.checkpoint.out / self.checkpoint.tokenizer_folder
-        self.prompts = prompts_of(calibration, self.facts, tokenizer, context)
+        self.prompts = prompts_of(calibration, self.info, tokenizer, context)
 
     def run(self, store: Store, quant: str = "w4a16", tp: int = 1, progress: Progress | None = None) -> Store:
         source = open_source(self.checkpoint.folder, None)
-        calibrate(source, self.config, self.facts, self.cache, self.prompts, quant, tp, store, progress or Progress())
+        calibrate(source, self.config, self.info, self.cache, self.prompts, quant, tp, store, progress or Progress())
         return store
 
 
@@ -108,14 +108,14 @@ def run_by_engine(setup: Setup, samples: list[Sample], context: int, *, tower: b
 
 
 def weights_of(prompts: list[Prompt], tokens: int) -> Tensor:
-    """Pictures count for as much as the text beside them, where they are more. Cross layers see prompts with pictures alone."""
+    """Images count for as much as the text beside them, where they are more. Cross layers see prompts with images alone."""
     if tokens < sum(prompt.length for prompt in prompts):
         prompts = [prompt for prompt in prompts if len(prompt.pixels)]
     found = []
     for prompt in prompts:
-        pictured = prompt.image_tokens and (prompt.rows >= 0).sum()
-        text = prompt.length - pictured
-        found += [text / pictured if row >= 0 and pictured > text else 1.0 for row in prompt.rows]
+        imaged = prompt.image_tokens and (prompt.rows >= 0).sum()
+        text = prompt.length - imaged
+        found += [text / imaged if row >= 0 and imaged > text else 1.0 for row in prompt.rows]
     return torch.tensor(found, dtype=torch.float32)
 
 
@@ -147,7 +147,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Inputs]]
 def test_statistics_are_of_what_the_engine_feeds_each_layer(
     family: str, quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Pictures among the tokens or by cross-attention, text alone, several turns, prompts in several pieces; towers too."""
+    """Images among the tokens or by cross-attention, text alone, several turns, prompts in several pieces; towers too."""
     samples = [sample for sample in built_in_samples() if sample.name in SAMPLES[family]]
     setup = Setup(CHECKPOINTS[family], of_samples(samples), CONTEXT[family])
     monkeypatch.setattr(calibration_code, "CHUNK", 40)
@@ -287,9 +287,9 @@ def test_a_cut_weight_is_rounded_as_a_whole(small: Setup) -> None:
     assert error(together) < 0.9 * error(stored_by_ranks(config, stem, {"mlp.down.weight": weight}, known, "w4a16", 2))
 
 
-def one_picture() -> Calibration:
+def one_noise_image() -> Calibration:
     asked = (Message("user", "Say one word.", 1), Message("assistant", "A circle."))
-    return Calibration((Conversation("line 1", asked, (picture((40, 30)),)),), "ab" * 32)
+    return Calibration((Conversation("line 1", asked, (noise_image((40, 30)),)),), "ab" * 32)
 
 
 def compiled(folder: Path, out: Path, calibration: Calibration | None, **options: Any) -> bool:
@@ -302,11 +302,11 @@ def test_an_artifact_says_what_it_was_calibrated_with(tmp_path: Path) -> None:
     compiled(folder, out, None, quant="w4a16")
     before = read_manifest(out)
     assert "calibration" not in (out / "manifest.json").read_text(), "as ever"
-    calibration = one_picture()
+    calibration = one_noise_image()
     assert compiled(folder, out, calibration, quant="w4a16")
     after = read_manifest(out)
-    facts: Any = after.build.calibration
-    assert (facts.method, facts.sha256, facts.prompts, facts.pictures) == ("GPTQ", "ab" * 32, 1, 1)
+    info: Any = after.build.calibration
+    assert (info.method, info.sha256, info.prompts, info.images) == ("GPTQ", "ab" * 32, 1, 1)
     assert after.build.options["calibrate"] == "FILE" and "--calibrate FILE" in after.recompilation()
     assert after.build.key != before.build.key
     name = "text.layers.0.mlp.down.qweight"
@@ -338,17 +338,17 @@ def test_a_prompt_that_does_not_fit(small: Setup) -> None:
     for words, remedy in ((40, r"shorten it, or give --context \d+ or more$"), (200, "shorten it$")):
         calibration = Calibration((Conversation("line 7", (Message("user", "word " * words),)),), "")
         with pytest.raises(CalibrationError, match=rf"^calibration, line 7: \d+ tokens, but the artifact holds 64; {remedy}"):
-            prompts_of(calibration, small.facts, tokenizer, 64)
+            prompts_of(calibration, small.info, tokenizer, 64)
 
 
 def test_a_prompt_that_cannot_be_read(small: Setup, tmp_path: Path) -> None:
     (tmp_path / "no.png").write_bytes(b"nothing")
     calibration = Calibration((Conversation("line 2", (Message("user", "What?", 1),), (tmp_path / "no.png",)),), "")
     with pytest.raises(CalibrationError, match=r"^calibration, line 2: .*no\.png"):
-        prompts_of(calibration, small.facts, small.checkpoint.out / small.checkpoint.tokenizer_folder, 300)
+        prompts_of(calibration, small.info, small.checkpoint.out / small.checkpoint.tokenizer_folder, 300)
 
 
-def test_without_pictures_there_is_a_warning(tmp_path: Path) -> None:
+def test_without_images_there_is_a_warning(tmp_path: Path) -> None:
     said: list[str] = []
 
     class Says(Progress):
@@ -359,7 +359,7 @@ def test_without_pictures_there_is_a_warning(tmp_path: Path) -> None:
     calibration = Calibration((Conversation("line 1", (Message("user", "Name three colours."),)),), "ef" * 32)
     buckets = Buckets(prefill=(16,), decode=(1,), vision=(1,), context=64, slots=1)
     build(Options(checkpoint=folder, out=tmp_path / "out", buckets=buckets, quant="w8a8", calibration=calibration), Says())
-    assert sum("no pictures" in line for line in said) == 1
+    assert sum("no images" in line for line in said) == 1
 
 
 # ---- whole models

@@ -51,12 +51,12 @@ def test_prompts_with_their_answers(tmp_path: Path) -> None:
     assert len(part.messages) == 2, "a conversation is run once, not once for each of its turns"
 
 
-def test_the_digest_is_of_pictures_too(tmp_path: Path) -> None:
+def test_the_digest_is_of_images_too(tmp_path: Path) -> None:
     path = written(tmp_path, {"prompt": "What is this?", "images": ["a.png"]})
     before = read_calibration(path).sha256
     assert read_calibration(path).sha256 == before
     Image.new("RGB", (20, 10), "blue").save(tmp_path / "b.png")
-    assert read_calibration(path).sha256 == before, "a picture that nobody asks about"
+    assert read_calibration(path).sha256 == before, "an image that nobody asks about"
     Image.new("RGB", (20, 10), "blue").save(tmp_path / "a.png")
     changed = read_calibration(path).sha256
     assert changed != before
@@ -79,7 +79,7 @@ def test_on_the_command_line_and_in_a_config_file(tmp_path: Path) -> None:
     [
         (None, "w4a16", 'prompts.jsonl is no file; expected JSON lines such as {"prompt"'),
         ("\n", "w4a16", "prompts.jsonl holds no samples; write one JSON object a line"),
-        ('{"prompt": "Hello.", "images": ["c.png"]}', "w8a8", "prompts.jsonl, line 1: the picture"),
+        ('{"prompt": "Hello.", "images": ["c.png"]}', "w8a8", "prompts.jsonl, line 1: the image"),
         (
             '{"prompt": "Hello."}',
             "w8a16",

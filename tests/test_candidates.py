@@ -35,8 +35,8 @@ def found(row: np.ndarray, count: int, chosen: ResolvedSampling, seed: int = 0, 
     """What a device may say of one row: equals in any order, and a sum that is off by a share of itself."""
     order = np.lexsort((np.random.default_rng(seed).random(len(row)), -row))[:count].astype(np.int32)
     with np.errstate(over="ignore", invalid="ignore"):
-        mass = np.exp((row.astype(np.float64) - row.max()) / (chosen.temperature or 1.0)).sum() * (1 + off)
-    return Candidates(row[order][None], order[None], np.array([mass], np.float32))
+        denominator = np.exp((row.astype(np.float64) - row.max()) / (chosen.temperature or 1.0)).sum() * (1 + off)
+    return Candidates(row[order][None], order[None], np.array([denominator], np.float32))
 
 
 def choose(row: np.ndarray, count: int, chosen: ResolvedSampling, used: int, **device: Any) -> int | None:
@@ -111,10 +111,11 @@ def test_what_candidates_cannot_tell() -> None:
     assert choose(row, 4, settings(top_k=4), 8) is None  # one of the two that equal the smallest
     assert choose(row[::-1].copy(), 5, settings(top_k=1), 7) is None  # the likeliest is not to be drawn
     assert choose(row[::-1].copy(), 5, settings(0.0), 7) == 7  # but greedy takes it
-    for mass in (np.nan, np.inf, 0.0):
+    for denominator in (np.nan, np.inf, 0.0):
         given = found(row, 6, settings())
         assert (
-            Candidates(given.logits, given.ids, np.array([mass], np.float32)).choose(0, settings(), 0, used=8, vocab=8) is None
+            Candidates(given.logits, given.ids, np.array([denominator], np.float32)).choose(0, settings(), 0, used=8, vocab=8)
+            is None
         )
 
 
@@ -220,7 +221,7 @@ def test_drafts_are_verified_without_a_row() -> None:
     params = SamplingParams(max_new_tokens=30, temperature=0.0, ignore_eos=True)
     sequence = engine.new_sequence(text_prompt(5, 7), params)
     answer = oracle(text_prompt(5, 7), params)
-    sequence.lookup = Guess(answer, np.random.default_rng(0))  # type: ignore[assignment]
+    sequence.prompt_lookup = Guess(answer, np.random.default_rng(0))  # type: ignore[assignment]
     engine.add(sequence)
     run_all(engine)
     assert sequence.generated == answer

@@ -70,7 +70,7 @@ def check_turn(chat: Chat, said: Transcript, text: str, *images: Image.Image) ->
 
 
 def test_every_turn_equals_a_fresh_prompt(model: runtime.Model) -> None:
-    """Text, a picture in a later turn, two more, then text again."""
+    """Text, an image in a later turn, two more, then text again."""
     with model.chat() as chat:
         said = Transcript()
         check_turn(chat, said, "Hello!")
@@ -95,7 +95,7 @@ def test_a_system_prompt_comes_first(model: runtime.Model) -> None:
         check_turn(chat, Transcript("Be brief.  "), "Hello!")
 
 
-def test_marks_in_the_text_say_where_pictures_stand(model: runtime.Model) -> None:
+def test_marks_in_the_text_say_where_images_stand(model: runtime.Model) -> None:
     with model.chat() as chat:
         chat.send("Hello!", **PROOF)
         before = chat.messages[1].text
@@ -155,7 +155,7 @@ def test_only_new_tokens_are_prefilled(model: runtime.Model) -> None:
         assert second.prompt_tokens > 64
 
 
-def test_only_new_pictures_are_encoded(model: runtime.Model) -> None:
+def test_only_new_images_are_encoded(model: runtime.Model) -> None:
     with model.chat() as chat:
         chat.send("What is in the picture?", noise(1))
         before = counts(model)
@@ -164,7 +164,7 @@ def test_only_new_pictures_are_encoded(model: runtime.Model) -> None:
 
 
 def test_a_chat_goes_on_after_it_was_closed(model: runtime.Model) -> None:
-    """Pictures are not encoded again, everything is prefilled again."""
+    """Images are not encoded again, everything is prefilled again."""
     said = Transcript()
     chat = model.chat()
     check_turn(chat, said, "What is in the picture?", noise(1))
@@ -212,7 +212,7 @@ def test_more_chats_than_slots(model: runtime.Model) -> None:
     for place in (0, 1, 2, 3):
         before = counts(model)
         check_turn(chats[place], said[place], "Where is the circle?")
-        assert counts(model)[1] == before[1] + 1, "one picture for the fresh prompt, none for the turn"
+        assert counts(model)[1] == before[1] + 1, "one image for the fresh prompt, none for the turn"
         assert chats[place].slot is not None
     for chat in chats:
         chat.close()
@@ -370,15 +370,15 @@ def check_fake_turn(chat: Chat, text: str, *images: Image.Image) -> tuple[int, i
     before = counts(chat.model)
     out = chat.send(text, list(images), max_new_tokens=5, temperature=0.0, ignore_eos=True)
     params = runtime.SamplingParams(max_new_tokens=5, temperature=0.0, ignore_eos=True)
-    assert out.token_ids == oracle(whole, params, chat.model.facts)
+    assert out.token_ids == oracle(whole, params, chat.model.info)
     prefilled, encoded = (now - then for now, then in zip(counts(chat.model), before, strict=True))
     assert out.prompt_tokens >= prefilled
     return prefilled, encoded
 
 
 @pytest.mark.parametrize("mode", ["transformers", "meta"])
-def test_keys_of_earlier_pictures_are_kept_with_the_slot(make: Callable[..., runtime.Model], mode: str) -> None:
-    """Text before a picture sees it in one mode: then all text is run again when one comes."""
+def test_keys_of_earlier_images_are_kept_with_the_slot(make: Callable[..., runtime.Model], mode: str) -> None:
+    """Text before an image sees it in one mode: then all text is run again when one comes."""
     model = make("mllama", text_before_image=mode)
     with model.chat() as chat:
         assert check_fake_turn(chat, "Hello!", noise(1))[1] == 4
@@ -390,8 +390,8 @@ def test_keys_of_earlier_pictures_are_kept_with_the_slot(make: Callable[..., run
         assert check_fake_turn(chat, "Which is larger?")[1] == 0
 
 
-def test_keys_of_pictures_go_with_the_slot(make: Callable[..., runtime.Model]) -> None:
-    """Others had it in between, with pictures of their own."""
+def test_keys_of_images_go_with_the_slot(make: Callable[..., runtime.Model]) -> None:
+    """Others had it in between, with images of their own."""
     model = make("mllama")
     chat = model.chat()
     check_fake_turn(chat, "Hello!", noise(1), noise(2))
@@ -402,7 +402,7 @@ def test_keys_of_pictures_go_with_the_slot(make: Callable[..., runtime.Model]) -
     chat.close()
 
 
-def test_keys_of_pictures_are_lost_with_the_slot(make: Callable[..., runtime.Model]) -> None:
+def test_keys_of_images_are_lost_with_the_slot(make: Callable[..., runtime.Model]) -> None:
     """To four other chats, of which one loses its own in turn."""
     model = make("mllama")
     chat = model.chat()
@@ -416,7 +416,7 @@ def test_keys_of_pictures_are_lost_with_the_slot(make: Callable[..., runtime.Mod
     assert check_fake_turn(chat, "And then?")[1] == 0
 
 
-def test_a_forgotten_turn_leaves_the_keys_of_earlier_pictures(make: Callable[..., runtime.Model]) -> None:
+def test_a_forgotten_turn_leaves_the_keys_of_earlier_images(make: Callable[..., runtime.Model]) -> None:
     model = make("mllama")
     with model.chat() as chat:
         check_fake_turn(chat, "Hello!", noise(1))
@@ -424,12 +424,12 @@ def test_a_forgotten_turn_leaves_the_keys_of_earlier_pictures(make: Callable[...
         assert check_fake_turn(chat, "Which?", noise(3))[1] == 4
 
 
-def test_too_many_pictures_for_a_conversation(make: Callable[..., runtime.Model]) -> None:
+def test_too_many_images_for_a_conversation(make: Callable[..., runtime.Model]) -> None:
     """The turn is refused as a whole and the conversation goes on."""
     model = make("mllama")
     with model.chat() as chat:
         check_fake_turn(chat, "Hello!", noise(1), noise(2))
-        with pytest.raises(ContextError, match=r"4 pictures, but the artifact holds 3 .* --images 4"):
+        with pytest.raises(ContextError, match=r"4 images, but the artifact holds 3 .* --images 4"):
             chat.send("And these?", [noise(3), noise(4)])
         assert check_fake_turn(chat, "And this?", noise(5))[1] == 4
 
@@ -474,7 +474,7 @@ class Reading:
 
 
 TEXTS = st.sampled_from(["Hello!", "What is in the picture?", "日本 🙂", "a b c d e f g h i j k l m n", "..."])
-PICTURES = st.none() | st.none() | st.integers(0, 3)
+IMAGES = st.none() | st.none() | st.integers(0, 3)
 LENGTHS = st.integers(1, 9)
 ANY = st.integers(0, 99)
 
@@ -497,7 +497,7 @@ class Conversations(RuleBasedStateMachine):
         return self.model.prepare_messages([*before, message], [*seen, *([image] if image else [])]), message, image
 
     def expect(self, prompt: Prompt, length: int) -> tuple[list[int], str]:
-        tokens = oracle(prompt, runtime.SamplingParams(max_new_tokens=length, temperature=0.0), self.model.facts)
+        tokens = oracle(prompt, runtime.SamplingParams(max_new_tokens=length, temperature=0.0), self.model.info)
         return tokens, text_of(self.model.tokenizer, tokens).strip()
 
     def refused(self, prompt: Prompt, length: int) -> type[Exception] | None:
@@ -520,7 +520,7 @@ class Conversations(RuleBasedStateMachine):
     def open(self) -> None:
         self.talks.append(Talk(self.model.chat()))
 
-    @rule(which=ANY, text=TEXTS, picture=PICTURES, length=LENGTHS)
+    @rule(which=ANY, text=TEXTS, picture=IMAGES, length=LENGTHS)
     @precondition(lambda self: self.talks)
     def send(self, which: int, text: str, picture: int | None, length: int) -> None:
         talk = self.talks[which % len(self.talks)]
@@ -534,7 +534,7 @@ class Conversations(RuleBasedStateMachine):
         assert (out.token_ids, out.text) == self.expect(prompt, length)
         self.remember(talk, message, image, out.text)
 
-    @rule(text=TEXTS, picture=PICTURES, length=LENGTHS)
+    @rule(text=TEXTS, picture=IMAGES, length=LENGTHS)
     def ask(self, text: str, picture: int | None, length: int) -> None:
         prompt, _, image = self.prepare(None, text, picture)
         if self.refused(prompt, length):
@@ -542,7 +542,7 @@ class Conversations(RuleBasedStateMachine):
         out = self.model.generate(text, image, max_new_tokens=length, temperature=0.0)
         assert (out.token_ids, out.text) == self.expect(prompt, length)
 
-    @rule(which=st.none() | ANY, text=TEXTS, picture=PICTURES, length=LENGTHS)
+    @rule(which=st.none() | ANY, text=TEXTS, picture=IMAGES, length=LENGTHS)
     def start_reading(self, which: int | None, text: str, picture: int | None, length: int) -> None:
         talk = None if which is None or not self.talks else self.talks[which % len(self.talks)]
         prompt, message, image = self.prepare(talk, text, picture)

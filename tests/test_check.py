@@ -32,7 +32,7 @@ def maker(checkpoint: Path, folder: Path, buckets: Buckets) -> Maker:
     options = Options(checkpoint=checkpoint, out=folder / "artifact", buckets=buckets)
     build(options)
     job = prepare(options, Progress())
-    graphs = GraphMaker(options, job.config, job.facts, job.plan, read_manifest(options.out).weights)
+    graphs = GraphMaker(options, job.config, job.info, job.plan, read_manifest(options.out).weights)
     return lambda kind, bucket, images: graphs.make(kind, bucket, images, "again")  # type: ignore[arg-type]
 
 
@@ -67,7 +67,7 @@ def mask_of_one_tile_further(right: Break, e: Emitter, node: Any, q: str, keys: 
     return right(e, node, q, keys, values, e.node("Gather", [mask, e.constant(np.roll(np.arange(n), 1))], axis=2), heads)
 
 
-def pictures_swapped(right: Break, e: Emitter, node: Any, q: str, keys: Any, values: Any, mask: str, heads: int) -> Any:
+def images_swapped(right: Break, e: Emitter, node: Any, q: str, keys: Any, values: Any, mask: str, heads: int) -> Any:
     return right(e, node, q, keys[::-1], values[::-1], mask, heads)
 
 
@@ -107,7 +107,7 @@ PREFILL, VISION = ("prefill", 8, 2), ("vision", 4, 0)
     [
         (PREFILL, "staticvl.cross_attention", no_mask),
         (PREFILL, "staticvl.cross_attention", mask_of_one_tile_further),
-        (PREFILL, "staticvl.cross_attention", pictures_swapped),
+        (PREFILL, "staticvl.cross_attention", images_swapped),
         (PREFILL, "staticvl.cross_attention", values_swapped),
         (PREFILL, "aten.slice.Tensor", seen("cross_gate", gates_open)),
         (PREFILL, "aten.slice.Tensor", seen("cross_gate", gates_swapped)),
@@ -128,7 +128,7 @@ def test_a_graph_that_misreads_an_input_is_refused(
 
 @pytest.mark.parametrize(("name", "op"), [("query_scale", "aten.mul.Tensor"), ("row_index", "staticvl.merge_rows")])
 def test_so_it_is_in_qwen(qwen: Maker, monkeypatch: pytest.MonkeyPatch, name: str, op: str) -> None:
-    """Queries not scaled; rows of pictures not put in."""
+    """Queries not scaled; rows of images not put in."""
     right = LOWERINGS[op]
     monkeypatch.setitem(LOWERINGS, op, lambda e, node, *args: args[0] if name in args else right(e, node, *args))
     with pytest.raises(CertificateError, match="prefill-16 differs from its definition"):

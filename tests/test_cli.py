@@ -18,7 +18,7 @@ from staticvl.runtime.backends.cores import processor_name
 from staticvl.runtime.backends.unsigned_weights import PRECISE, cuts_off
 from staticvl.runtime.engine.request_log import read_request_log
 from staticvl.runtime.sampling.params import SETTINGS, SamplingParams
-from staticvl.tools.bench_requests import Asked, arrival_times
+from staticvl.tools.bench_requests import BenchRequest, arrival_times
 from staticvl.tools.cli import build_parser, main
 from staticvl.tools.sampling_options import read_sampling
 from staticvl.tools.tuning.traces import read_trace
@@ -150,12 +150,12 @@ def test_traffic_from_a_file(capsys: pytest.CaptureFixture[str], artifact: Path,
 
 
 def test_arrival_times() -> None:
-    times = arrival_times([Asked("x")] * 4000, 5.0, 1)
-    assert times == arrival_times([Asked("x")] * 4000, 5.0, 1) != arrival_times([Asked("x")] * 4000, 5.0, 2)
+    times = arrival_times([BenchRequest("x")] * 4000, 5.0, 1)
+    assert times == arrival_times([BenchRequest("x")] * 4000, 5.0, 1) != arrival_times([BenchRequest("x")] * 4000, 5.0, 2)
     gaps = [after - before for before, after in pairwise(times)]
     assert sum(gaps) / len(gaps) == pytest.approx(0.2, rel=0.1)
     assert sum(gap > 0.2 for gap in gaps) / len(gaps) == pytest.approx(math.exp(-1), rel=0.1)
-    assert arrival_times([Asked("x", time=7.0), Asked("x", time=6.5)], None, 0) == [0.5, 0.0]
+    assert arrival_times([BenchRequest("x", time=7.0), BenchRequest("x", time=6.5)], None, 0) == [0.5, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -163,7 +163,7 @@ def test_arrival_times() -> None:
     [
         ("", "holds no request; expected a line for each"),
         ('{"prompt": "x", "time": 1}\n{"prompt": 5}', r"line 2: .*\$\.prompt.*; expected a JSON object with prompt"),
-        ('{"prompt": "x", "picture": 1}', "line 1: .*picture.*; expected a JSON object with prompt"),
+        ('{"prompt": "x", "image": 1}', "line 1: .*image.*; expected a JSON object with prompt"),
         ('{"prompt": "x"}', r"not every request says when it came \(time\); give --rate"),
     ],
 )
@@ -179,12 +179,12 @@ def test_unusable_traffic(capsys: pytest.CaptureFixture[str], artifact: Path, tm
     )
 
 
-# --- Pictures by cross-attention, and in tiles ---------------------------------------------------------------------------
+# --- Images by cross-attention, and in tiles ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def looking(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An artifact whose pictures enter by cross-attention, from a config file."""
+    """An artifact whose images enter by cross-attention, from a config file."""
     folder = tmp_path_factory.mktemp("cross")
     tiny_mllama(folder / "checkpoint")
     buckets = "buckets: {prefill: [16], decode: [1], images: [1, 2]}\n"
@@ -193,7 +193,7 @@ def looking(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "a"
 
 
-def test_show_tells_of_pictures_in_the_cache(capsys: pytest.CaptureFixture[str], looking: Path) -> None:
+def test_show_tells_of_images_in_the_cache(capsys: pytest.CaptureFixture[str], looking: Path) -> None:
     status, out, _ = run(capsys, "show", looking)
     assert status == 0
     told = " ".join(out.split())
@@ -208,14 +208,14 @@ def test_show_tells_of_pictures_in_the_cache(capsys: pytest.CaptureFixture[str],
     ]  # fmt: skip
 
 
-def test_too_many_pictures_say_how_to_compile(capsys: pytest.CaptureFixture[str], looking: Path, tmp_path: Path) -> None:
+def test_too_many_images_say_how_to_compile(capsys: pytest.CaptureFixture[str], looking: Path, tmp_path: Path) -> None:
     Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
     message = error(capsys, "generate", looking, "--prompt", "x", *["--image", tmp_path / "red.png"] * 3)
-    assert "has 3 pictures, but the artifact holds 2" in message
+    assert "has 3 images, but the artifact holds 2" in message
     assert "--images 3" in message
 
 
-def test_bench_asks_about_a_picture_in_tiles(capsys: pytest.CaptureFixture[str], looking: Path) -> None:
+def test_bench_asks_about_a_image_in_tiles(capsys: pytest.CaptureFixture[str], looking: Path) -> None:
     status, out, _ = run(capsys, "bench", looking, "--new-tokens", 3, "--repeats", 1)
     assert status == 0
     result = json.loads(out.splitlines()[-1])
@@ -224,13 +224,13 @@ def test_bench_asks_about_a_picture_in_tiles(capsys: pytest.CaptureFixture[str],
     assert result["padding_waste"]["vision"] == 0
 
 
-def test_pictures_of_a_plan(capsys: pytest.CaptureFixture[str], looking: Path, tmp_path: Path) -> None:
+def test_images_of_a_plan(capsys: pytest.CaptureFixture[str], looking: Path, tmp_path: Path) -> None:
     """A number on the command line wins over the lists of the files, and means one or that many."""
     checkpoint = looking.parent / "checkpoint"
     status, out, _ = run(capsys, "compile", checkpoint, "--out", tmp_path / "a", "--plan-only", "--images", 3)
     assert status == 0
     assert "images  0, 1, 3;" in out
-    assert "and 3 pictures of 68 keys" in out
+    assert "and 3 images of 68 keys" in out
     config = looking.parent / "c.yaml"
     assert "images  0, 1, 2;" in run(capsys, "compile", "--config", config, "--plan-only")[1]
     assert "images  0, 1;" in run(capsys, "compile", "--config", config, "--plan-only", "--images", 1)[1]
@@ -351,7 +351,7 @@ def test_a_missing_package_is_named(
     assert "pip install 'staticvl[compile]'" in message
 
 
-def test_demo_answers_about_a_real_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_demo_answers_about_a_real_image(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     status, out, _ = run(capsys, "demo", "--out", tmp_path / "demo")
     assert status == 0
     assert "box  pixels (" in out

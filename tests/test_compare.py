@@ -28,7 +28,7 @@ from staticvl.tools.drawings import parse_box
 from .ascend import CHECKPOINTS
 from .checkpoints import tiny_llava
 from .comparisons import check_healthy, compared, compiled, reference_of, samples_of
-from .parity import picture_files
+from .parity import image_files
 from .seeded import copied, weight
 
 
@@ -51,7 +51,7 @@ def test_transformers_and_an_artifact_agree_on_everything(llava: Path, tmp_path:
     right = parse_box(box.answer or "")
     assert right is not None
     known = asked("known", box.messages[0].text, box.images, expected=box.answer, boxes=(right,))
-    paths = picture_files(tmp_path)
+    paths = image_files(tmp_path)
     deep = paths["16-bit.png"] = tmp_path / "16-bit.png"
     Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(deep)
     names = ("turned.jpg", "rgba.png", "palette_transparent.png", "16-bit.png")
@@ -174,7 +174,7 @@ def test_the_command_fails_and_names_the_fault(
         (["nowhere"], "nowhere is not a folder; expected a checkpoint or an artifact"),
         (["EMPTY"], "holds neither manifest.json nor config.json"),
         (["--data", "DATA", "--samples", "0"], "--samples is 0; expected at least 1"),
-        (["--image-folder", "x"], "--image-folder says where pictures of --data lie"),
+        (["--image-folder", "x"], "--image-folder says where images of --data lie"),
         (["--candidate-by", "eager"], "is an artifact, which runs its own graphs; leave out the choice of eager"),
         (["--report", "EMPTY"], "is a folder; expected a file to write"),
         (["--device", "sim"], "device 'sim' cannot run"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from staticvl.model_defs.decoder import CrossAttention, Mlp
-from staticvl.runtime.artifact import ModelFacts, read_manifest
+from staticvl.runtime.artifact import ModelInfo, read_manifest
 from staticvl.runtime.engine.feeds import Feeds
 from staticvl.runtime.processor import images
 from staticvl.runtime.rope import rope_tables
@@ -77,7 +77,7 @@ def test_healthy_artifacts_raise_no_alarm(family: str, request: pytest.FixtureRe
 
 def test_wrong_rotary_base_in_one_layer(llava: Pair, tmp_path: Path) -> None:
     reference, artifact = llava
-    rope, width = reference.facts.rope, read_manifest(artifact).cache.head_dim
+    rope, width = reference.info.rope, read_manifest(artifact).cache.head_dim
 
     def edit(model: Model) -> None:
         (q, k) = nodes(model, "text.layers.2.attn", "RotaryEmbedding")
@@ -175,7 +175,7 @@ def test_missing_norm_of_queries(mllama: Pair, tmp_path: Path) -> None:
 
 
 def test_tiles_taken_for_padding(mllama: Pair, tmp_path: Path) -> None:
-    """Only pictures of more than two tiles are wrong."""
+    """Only images of more than two tiles are wrong."""
     reference, artifact = mllama
 
     def edit(model: Model) -> None:
@@ -255,8 +255,8 @@ def test_shard_of_one_rank_shifted(tmp_path: Path) -> None:
 def test_wrong_rotary_base_of_the_model(llava: Pair, tmp_path: Path) -> None:
     reference, artifact = llava
 
-    def change(facts: ModelFacts) -> ModelFacts:
-        return msgspec.structs.replace(facts, rope=msgspec.structs.replace(facts.rope, theta=5e5))
+    def change(info: ModelInfo) -> ModelInfo:
+        return msgspec.structs.replace(info, rope=msgspec.structs.replace(info.rope, theta=5e5))
 
     side = with_facts(copied(artifact, tmp_path / "broken"), change)
     result = compared(reference, side, samples_of("llava")[:1], with_edges=False)

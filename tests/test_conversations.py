@@ -21,9 +21,9 @@ import tiktoken
 from PIL import Image
 from transformers import AutoProcessor, AutoTokenizer, LlamaTokenizer
 
-from staticvl.compiler.facts import read_facts
+from staticvl.compiler.model_info import read_model_info
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import ModelFacts
+from staticvl.runtime.artifact import ModelInfo
 from staticvl.runtime.processor.families import family
 from staticvl.runtime.processor.prompt import IMAGE, ImagePart, Message, PromptError
 from staticvl.runtime.processor.tiktoken_vocabulary import read_ranks
@@ -94,7 +94,7 @@ def as_talk(talk: list[Message], *, system_as_text: bool) -> list[dict[str, Any]
 class Model:
     """A tiny checkpoint as the runtime reads it, and transformers' tokenizer of the same folder."""
 
-    facts: ModelFacts
+    info: ModelInfo
     tokenizer: Tokenizer
     template: str
     theirs: Any
@@ -103,22 +103,22 @@ class Model:
 
     @property
     def mllama(self) -> bool:
-        return self.facts.family == "mllama"
+        return self.info.family == "mllama"
 
     def ids(self, talk: list[Message]) -> list[int]:
         """Ids of the prompt with the mark's id at every position of an image, or -1 where the mark is no token."""
-        prompt = family(self.facts.family).chat_prompt(talk, images_of(talk), self.facts, self.tokenizer, self.template)
+        prompt = family(self.info.family).chat_prompt(talk, images_of(talk), self.info, self.tokenizer, self.template)
         shown = (prompt.rows >= 0) | (
-            prompt.token_ids == (-2 if self.facts.image.newline_id is None else self.facts.image.newline_id)
+            prompt.token_ids == (-2 if self.info.image.newline_id is None else self.info.image.newline_id)
         )
-        mark = self.facts.tokenizer.image_token_id
+        mark = self.info.tokenizer.image_token_id
         return np.where(shown, -1 if mark is None else mark, prompt.token_ids).tolist()
 
     def rows(self) -> int:
         """Positions of one image."""
         if self.mllama:
             return 1
-        return self.ids([Message("user", (IMAGE,))]).count(self.facts.tokenizer.image_token_id or -1)
+        return self.ids([Message("user", (IMAGE,))]).count(self.info.tokenizer.image_token_id or -1)
 
     def words(self, text: str, *, fresh: bool) -> list[int]:
         """Of text without special tokens. Not fresh: behind a newline, which merges with nothing and is taken off again."""
@@ -146,28 +146,28 @@ class Model:
 
     def _segments(self, text: str, texts: list[str]) -> list[int]:
         """Ids of a rendered text, in which special tokens are the template's and placeholders stand for words."""
-        mark = self.facts.image.mark
+        mark = self.info.image.mark
         specials = {mark, "<s>", "</s>", *self.theirs.all_special_tokens, *self.theirs.get_added_vocab()}
         parts = re.split("(" + "|".join(map(re.escape, sorted(specials, key=len, reverse=True))) + ")", text)
-        bos = self.facts.tokenizer.bos_token_id
+        bos = self.info.tokenizer.bos_token_id
         ids = [] if self.mllama else [bos]
         for place, part in enumerate(parts):
             words = re.sub("\x01(\\d+)\x02", lambda found: texts[int(found[1])], part)
             if place % 2:
-                token = self.facts.tokenizer.image_token_id if part == mark else self.theirs.convert_tokens_to_ids(part)
+                token = self.info.tokenizer.image_token_id if part == mark else self.theirs.convert_tokens_to_ids(part)
                 ids += [-1 if token is None else token] * (self.rows() if part == mark else 1)
             elif words:
-                first = place == 0 or (self.facts.layout == "original" and parts[place - 1] == mark)
+                first = place == 0 or (self.info.layout == "original" and parts[place - 1] == mark)
                 ids += self.words(words, fresh=first or self.fresh)
         return ids
 
 
 def read(folder: Path, theirs: Any, *, tower: Path | None = None, fresh: bool = False) -> Model:
-    facts, files = read_facts(folder, read_config(folder, vision_tower=tower), vision_tower=tower)
+    info, files = read_model_info(folder, read_config(folder, vision_tower=tower), vision_tower=tower)
     name = next(name for name in files if "template" not in name)
     (folder / Path(name).name).write_bytes(files[name])
-    tokenizer = load_tokenizer(folder, facts.tokenizer)
-    return Model(facts, tokenizer, files["tokenizer/chat_template.jinja"].decode(), theirs, folder, fresh)
+    tokenizer = load_tokenizer(folder, info.tokenizer)
+    return Model(info, tokenizer, files["tokenizer/chat_template.jinja"].decode(), theirs, folder, fresh)
 
 
 def with_prepend(folder: Path) -> Path:
@@ -242,7 +242,7 @@ def test_plain_conversations_equal_the_processor(name: str, models: dict[str, Mo
     """Without placeholders and segments: transformers renders and tokenises the conversation as its users call it."""
     model = models[name]
     processor: Any = AutoProcessor.from_pretrained(model.folder)
-    bos = model.tokenizer.token(model.facts.tokenizer.bos_token_id)
+    bos = model.tokenizer.token(model.info.tokenizer.bos_token_id)
     for talk in fitting(model, PLAIN):
         given = as_talk(talk, system_as_text=model.mllama)
         text = processor.apply_chat_template(given, chat_template=model.template, add_generation_prompt=True)
@@ -292,7 +292,7 @@ def test_what_a_template_does_with_texts(models: dict[str, Model]) -> None:
         (("Say <|eot_id ", " |>"), "Say <|eot_id|>!"),
         (("Say <|eot_id|> ",), "Say <|eot_id|>!"),
     ):
-        ids = chat([Message("user", parts)], [], model.facts, model.tokenizer, template).token_ids.tolist()
+        ids = chat([Message("user", parts)], [], model.info, model.tokenizer, template).token_ids.tolist()
         assert expected in model.tokenizer.decode(ids, skip_special=False)
         assert ids.count(model.tokenizer.vocabulary.token_id("<|eot_id|>")) == 1
 
@@ -321,25 +321,25 @@ def test_control_tokens_that_a_file_does_not_call_special(tmp_path: Path, models
 def test_plain_texts_with_marks(models: dict[str, Model]) -> None:
     """Marks of a plain text say where its images stand if there are any; else they are words."""
     for name, mark in (("llava", "<image>"), ("llava_next", "<image>"), ("mllama", "<|image|>")):
-        model, parts_of = models[name], family(models[name].facts.family).parts_of
+        model, parts_of = models[name], family(models[name].info.family).parts_of
         text = f"Is {mark} like {mark}?"
-        assert parts_of(text, 0, model.facts) == (text,)
-        placed = Message("user", parts_of(text, 2, model.facts))
+        assert parts_of(text, 0, model.info) == (text,)
+        placed = Message("user", parts_of(text, 2, model.info))
         assert placed.images == 2
         rows = model.rows() if name != "mllama" else 1
-        shown = np.array(model.ids([placed])) == model.facts.tokenizer.image_token_id
+        shown = np.array(model.ids([placed])) == model.info.tokenizer.image_token_id
         assert shown.sum() == 2 * rows and np.count_nonzero(np.diff(shown.astype(int)) == 1) == 2
         said = f"the prompt has 2 {re.escape(mark)} marks but 1 image was given; .* to quote a mark give a Message"
         with pytest.raises(PromptError, match=said):
-            parts_of(text, 1, model.facts)
+            parts_of(text, 1, model.info)
         quoted = model.ids([Message("user", text, 1)])
-        assert quoted.count(model.facts.tokenizer.image_token_id or -1) == rows
+        assert quoted.count(model.info.tokenizer.image_token_id or -1) == rows
 
 
 def test_images_and_image_parts_must_agree(models: dict[str, Model]) -> None:
     model = models["llava"]
     with pytest.raises(PromptError, match="the messages have 2 image parts but 1 image was given; give one image for each"):
-        family("llava").chat_prompt([Message("user", "x", 2)], [PICTURE], model.facts, model.tokenizer, model.template)
+        family("llava").chat_prompt([Message("user", "x", 2)], [PICTURE], model.info, model.tokenizer, model.template)
     with pytest.raises(PromptError, match="a part of a message is int; expected text or IMAGE"):
         Message("user", ["x", 3])  # type: ignore[list-item]
 
@@ -352,13 +352,13 @@ QWEN_ROWS = 16
 
 @pytest.mark.parametrize("texts", [PLAIN, [*SLY, "<ref>the dog</ref><box>(1,2),(3,4)</box>"]], ids=["plain", "sly"])
 def test_conversations_of_qwen_vl(texts: list[str]) -> None:
-    facts, _ = read_facts(GOLDEN_QWEN, read_config(GOLDEN_QWEN), vision_tower=None)
-    tokenizer, specials = load_tokenizer(GOLDEN_QWEN, facts.tokenizer), facts.tokenizer.added_tokens
+    info, _ = read_model_info(GOLDEN_QWEN, read_config(GOLDEN_QWEN), vision_tower=None)
+    tokenizer, specials = load_tokenizer(GOLDEN_QWEN, info.tokenizer), info.tokenizer.added_tokens
     ranks = read_ranks(GOLDEN_QWEN / "qwen.tiktoken")
-    words = tiktoken.Encoding("qwen", pat_str=facts.tokenizer.pattern, mergeable_ranks=ranks, special_tokens=specials)
+    words = tiktoken.Encoding("qwen", pat_str=info.tokenizer.pattern, mergeable_ranks=ranks, special_tokens=specials)
 
     def expected(talk: list[Message]) -> list[int]:
-        """As the original makes them: role, newline and content apart; each image in its span, "Picture k: " before it."""
+        """As the original makes them: role, newline and content apart; each image in its span, "Image k: " before it."""
         ids: list[int] = []
         seen = 0
         talk = talk if talk[0].role == "system" else [Message("system", "You are a helpful assistant."), *talk]
@@ -377,6 +377,6 @@ def test_conversations_of_qwen_vl(texts: list[str]) -> None:
         return ids[: -1 - len(words.encode_ordinary("\n"))]
 
     for talk in histories(texts, system=True):
-        ids = family("qwen_vl").chat_prompt(talk, images_of(talk), facts, tokenizer, "").token_ids.tolist()
+        ids = family("qwen_vl").chat_prompt(talk, images_of(talk), info, tokenizer, "").token_ids.tolist()
         assert ids == expected(talk), talk
         assert messages_of(read_request(as_body(talk)))[0] == talk

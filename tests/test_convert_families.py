@@ -276,7 +276,7 @@ def test_qwen_first_layer_computes_the_golden_hidden_state(qwen: dict[str, Tenso
     case = golden("base_one_image")
     x = case["inputs_embeds_merged"][0]
     ids = case["input_ids"][0]
-    assert torch.equal(w["text.embed.weight"][ids[:5]], x[:5]), "text comes before the picture"
+    assert torch.equal(w["text.embed.weight"][ids[:5]], x[:5]), "text comes before the image"
     angles = torch.arange(len(x))[:, None] * config.rope.theta ** (-torch.arange(0, config.head_dim, 2) / config.head_dim)
     cos, sin = (f(torch.cat([angles, angles], dim=-1)) for f in (torch.cos, torch.sin))  # [T, D]
     h = rms(w, "text.layers.0.attn_norm", x)

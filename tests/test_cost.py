@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from staticvl.compiler.cost import graph_cost
-from staticvl.compiler.facts import read_facts
 from staticvl.compiler.graphs import define_graph
+from staticvl.compiler.model_info import read_model_info
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import Kind, is_cached
@@ -27,10 +27,10 @@ ROWS = 64 + 16
 
 def cost(kind: Kind, bucket: int, dtype: str) -> tuple[int, int]:
     config = read_config(EMBEDDED)
-    facts, _ = read_facts(EMBEDDED, config, vision_tower=None)
+    info, _ = read_model_info(EMBEDDED, config, vision_tower=None)
     buckets = Buckets(prefill=(16,), decode=(2,), vision=(1,), context=64, slots=2)
     plan = make_plan(config, Options(checkpoint=EMBEDDED, out=Path("unused"), buckets=buckets))
-    found = graph_cost(define_graph(config, facts.image, plan.cache, "none", kind, bucket, 0), dtype)
+    found = graph_cost(define_graph(config, info.image, plan.cache, "none", kind, bucket, 0), dtype)
     return found.flops, found.nbytes
 
 
@@ -68,13 +68,13 @@ def test_the_bound_is_the_larger_of_two() -> None:
 
 
 def test_what_a_step_brings_is_counted_as_it_comes() -> None:
-    """Weights, cache and pictures' keys halve with the dtype; masks and tables of a step stay float32."""
+    """Weights, cache and images' keys halve with the dtype; masks and tables of a step stay float32."""
     checkpoint = EMBEDDED.with_name("tiny_mllama")
     config = read_config(checkpoint)
-    facts, _ = read_facts(checkpoint, config, vision_tower=None)
+    info, _ = read_model_info(checkpoint, config, vision_tower=None)
     buckets = Buckets(prefill=(16,), decode=(2,), images=(1,), context=64, slots=2)
     plan = make_plan(config, Options(checkpoint=checkpoint, out=Path("unused"), buckets=buckets))
-    graph = define_graph(config, facts.image, plan.cache, "none", "prefill", 16, 1)
+    graph = define_graph(config, info.image, plan.cache, "none", "prefill", 16, 1)
     brought = sum(4 * math.prod(spec.shape) for spec in graph.inputs if not is_cached(spec.name))
     assert {"cross_mask", "cross_gate"} <= {spec.name for spec in graph.inputs}
     assert 2 * graph_cost(graph, "float16").nbytes - graph_cost(graph, "float32").nbytes == brought

@@ -45,9 +45,9 @@ def names(artifact: Path) -> list[str]:
 
 def answer(artifact: Path, *, device: str = "cpu", verify: bool = False) -> list[str]:
     """Runs every kind of graph."""
-    picture = Image.new("RGB", (8, 8), "red")
+    image = Image.new("RGB", (8, 8), "red")
     with runtime.load(artifact, device=device, verify=verify) as model:
-        outs = model.generate(["one", "two"], [picture, None], max_new_tokens=3, ignore_eos=True, temperature=0)
+        outs = model.generate(["one", "two"], [image, None], max_new_tokens=3, ignore_eos=True, temperature=0)
         return [out.text for out in outs]
 
 

@@ -1,4 +1,4 @@
-"""Pictures with boxes on them, pixel by pixel."""
+"""Images with boxes on them, pixel by pixel."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ def box(pixels: tuple[int, int, int, int], image: int = 0, label: str | None = N
     return Box(label=label, normalised=(0, 0, 1, 1), pixels=pixels, image=image, quad=quad)
 
 
-def drawn(pictures: list[Image.Image], boxes: list[Box], folder: Path) -> np.ndarray:
+def drawn(images: list[Image.Image], boxes: list[Box], folder: Path) -> np.ndarray:
     path = folder / "out.png"
-    draw(pictures, boxes, path)
+    draw(images, boxes, path)
     return np.asarray(Image.open(path))
 
 
@@ -59,7 +59,7 @@ def test_a_quad_is_a_closed_line(tmp_path: Path) -> None:
     assert tuple(found[10, 10]) == BLACK and tuple(found[40, 50]) == BLACK  # neither its box nor its inside
 
 
-def test_every_box_is_on_its_own_picture(tmp_path: Path) -> None:
+def test_every_box_is_on_its_own_image(tmp_path: Path) -> None:
     found = drawn([black(40, 30), black(50, 60)], [box((5, 5, 20, 20), 1, "b"), box((1, 1, 10, 10), 0)], tmp_path)
     assert found.shape == (60, 40 + GAP + 50, 3)
     assert (found[30:, :40] == 255).all() and (found[:, 40 : 40 + GAP] == 255).all()
@@ -94,10 +94,10 @@ def test_a_font_with_chinese_letters_is_taken_where_there_is_one(monkeypatch: py
     assert asked == list(FONTS[:2])
 
 
-def test_without_boxes_the_picture_is_written(tmp_path: Path) -> None:
+def test_without_boxes_the_image_is_written(tmp_path: Path) -> None:
     assert (drawn([black(9, 7)], [], tmp_path) == 0).all()
 
 
-def test_without_pictures_there_is_nothing_to_draw_on(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--draw was given without --image; give the picture to draw on"):
+def test_without_images_there_is_nothing_to_draw_on(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--draw was given without --image; give the image to draw on"):
         draw([], [], tmp_path / "out.png")

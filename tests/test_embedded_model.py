@@ -31,12 +31,12 @@ def accuracy(artifact: Path, drawings: int) -> dict[str, float]:
     """Share of right answers by kind, in batches of every slot, greedy whatever the checkpoint's own settings say."""
     model = runtime.load(artifact)
     asked = [case for case in cases(drawings) if not case.turns]
-    pictures = [list(case.pictures) for case in asked]
-    outs = model.generate([case.question for case in asked], pictures, max_new_tokens=80, temperature=0.0)
+    images = [list(case.images) for case in asked]
+    outs = model.generate([case.question for case in asked], images, max_new_tokens=80, temperature=0.0)
     right: dict[str, list[bool]] = defaultdict(list)
     for case, out in zip(asked, outs, strict=True):
         right[case.kind].append(is_right(case, out))
-        if case.kind != "two pictures":  # an extra, which the families with many rows to a picture do not learn well
+        if case.kind != "two pictures":  # an extra, which the families with many rows to an image do not learn well
             right["all"].append(is_right(case, out))
     return {kind: sum(found) / len(found) for kind, found in right.items()}
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from staticvl.runtime.artifact import CROSS_HIDDEN, RopeFacts
+from staticvl.runtime.artifact import CROSS_HIDDEN, RopeParameters
 from staticvl.runtime.backends.base import Feed
 from staticvl.runtime.engine.engine import ContextError, Engine
 from staticvl.runtime.engine.request import SamplingParams, Sequence
@@ -34,18 +34,18 @@ from .fakes import (
     cross_prompt,
     fake_artifact,
     fake_engine,
+    image,
+    image_prompt,
     oracle,
-    picture,
-    picture_prompt,
     run_all,
     text_prompt,
 )
 
 LONG = text_prompt(*range(20, 30))
-PICTURES = picture_prompt(5, picture(700), 6, picture(44), 7)
+IMAGES = image_prompt(5, image(700), 6, image(44), 7)
 LOOKING = cross_prompt(5, ((1, 2), 1), 6, 7, ((2, 2), 2), 8, seed=1)  # its last token looks
 GREEDY = SamplingParams(max_new_tokens=6, ignore_eos=True)
-QWEN = RopeFacts(theta=1e8, ntk_positions=8, logn_positions=8)
+QWEN = RopeParameters(theta=1e8, ntk_positions=8, logn_positions=8)
 
 
 # --- Any requests, any buckets, any order ------------------------------------------------------------------------------
@@ -62,7 +62,7 @@ class Plan:
 
 
 # Some requests begin alike, so that there is something to take over.
-COMMON = [7, picture(44), *range(60, 72), picture(700), 8]
+COMMON = [7, image(44), *range(60, 72), image(700), 8]
 CROSS_COMMON = [7, ((1, 2), 3), *range(60, 70), ((2, 1), 4), 8]
 
 
@@ -71,26 +71,26 @@ def plans(draw: st.DrawFn, context: int, ntks: tuple[float, ...] = ()) -> Plan:
     """A request that fits the context, up to the last position."""
     own: list[int | np.ndarray] = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
     for number in draw(st.lists(st.integers(0, 3000), max_size=3)):
-        own.insert(draw(st.integers(0, len(own))), picture(number))
+        own.insert(draw(st.integers(0, len(own))), image(number))
     parts = [*COMMON[: draw(st.sampled_from((0, len(COMMON))) | st.integers(0, len(COMMON)))], *own]
-    prompt = picture_prompt(*parts)
+    prompt = image_prompt(*parts)
     while prompt.length >= context:
         parts.pop()
-        prompt = picture_prompt(*parts)
+        prompt = image_prompt(*parts)
     ntk = draw(st.sampled_from((1.0, *ntks)))
     return draw(requests_for(dataclasses.replace(prompt, ntk=ntk, state=np.full_like(prompt.state, ntk)), context))
 
 
 @st.composite
 def cross_plans(draw: st.DrawFn, context: int, images: int) -> Plan:
-    """As `plans`, where pictures take one position and are seen by cross-attention."""
+    """As `plans`, where images take one position and are seen by cross-attention."""
     own: list = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=context // 2))
     common = CROSS_COMMON[: draw(st.sampled_from((0, 14)) | st.integers(0, 14))]
     room = images - sum(isinstance(part, tuple) for part in common)
     if room < 0:
         common, room = [], images
-    for picture_ in draw(st.lists(st.tuples(st.sampled_from(GRIDS), st.integers(0, 9)), max_size=room)):
-        own.insert(draw(st.integers(0, len(own))), picture_)
+    for image_ in draw(st.lists(st.tuples(st.sampled_from(GRIDS), st.integers(0, 9)), max_size=room)):
+        own.insert(draw(st.integers(0, len(own))), image_)
     parts = [*common, *own]
     return draw(requests_for(cross_prompt(*parts[: context - 1], seed=draw(st.integers(0, 99) | st.just(0))), context))
 
@@ -114,7 +114,7 @@ COST = st.integers(1, 9).map(float)
 
 @st.composite
 def workloads(draw: st.DrawFn, way: str) -> tuple[Engine, list[Plan]]:
-    """Requests to a small engine. `way`: fused (pictures stand in the text), qwen (so too, with long-text ropes), cross."""
+    """Requests to a small engine. `way`: fused (images stand in the text), qwen (so too, with long-text ropes), cross."""
     slots, context = draw(st.integers(1, 4)), draw(st.integers(12, 48))
     rows = set(draw(st.lists(st.integers(1, slots), max_size=2))) | {slots}
     images = tuple(sorted(draw(st.sets(st.integers(1, 4), min_size=1, max_size=2)))) if way == "cross" else ()
@@ -197,21 +197,21 @@ def test_the_arithmetic_of_the_fake() -> None:
     assert sequence.generated == [22, (22 + 69) % VOCAB, (22 + 69 + 368) % VOCAB]
 
 
-def test_the_arithmetic_of_a_picture() -> None:
+def test_the_arithmetic_of_a_image() -> None:
     """A tile whose pixels sum to 700 stands for 700, 701, 702, whatever ids are at its positions."""
     engine = fake_engine()
-    sequence = engine.add_request(picture_prompt(5, picture(700), 6), SamplingParams(max_new_tokens=1))
+    sequence = engine.add_request(image_prompt(5, image(700), 6), SamplingParams(max_new_tokens=1))
     run_all(engine)
     assert sequence.generated == [(6 * 1 + 701 * 2 + 702 * 3 + 703 * 4 + 7 * 5) % VOCAB]
 
 
 def test_the_arithmetic_of_cross_attention() -> None:
-    """A picture of two tiles side by side (shape 2) that sum to 300 and 400, behind token 5: 302, 404, then 6 and 8 unused."""
-    pixels = np.stack([picture(300), picture(400), picture(0), picture(0)])
+    """An image of two tiles side by side (shape 2) that sum to 300 and 400, behind token 5: 302, 404, then 6 and 8 unused."""
+    pixels = np.stack([image(300), image(400), image(0), image(0)])
     prompt = dataclasses.replace(cross_prompt(5, ((1, 2), 0), 9), pixels=pixels)
-    assert prompt.sight is not None
-    prompt.sight.visible[...] = [[0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 1]]
-    prompt.sight.gates[...] = [[0, 0], [1, 1], [1, 0]]
+    assert prompt.cross_attention is not None
+    prompt.cross_attention.visible[...] = [[0, 0, 0, 0], [1, 1, 0, 0], [1, 0, 1, 1]]
+    prompt.cross_attention.gates[...] = [[0, 0], [1, 1], [1, 0]]
     engine = fake_engine(images=(1,))
     sequence = engine.add_request(prompt, SamplingParams(max_new_tokens=2, ignore_eos=True))
     run_all(engine)
@@ -256,7 +256,7 @@ def test_metrics_count_real_and_padded_sizes() -> None:
     first request goes on while the second is prefilled."""
     engine = fake_engine(slots=2, prefill={4: 1.0}, decode={2: 1.0}, vision={3: 1.0})
     engine.add_request(LONG, SamplingParams(max_new_tokens=3, ignore_eos=True))
-    engine.add_request(PICTURES, SamplingParams(max_new_tokens=5, ignore_eos=True))
+    engine.add_request(IMAGES, SamplingParams(max_new_tokens=5, ignore_eos=True))
     run_all(engine)
     metrics = engine.metrics
     assert metrics.runs == {"vision": 1, "prefill": 3 + 3, "decode": 2 + 4, "verify": 0}
@@ -267,7 +267,7 @@ def test_metrics_count_real_and_padded_sizes() -> None:
 
 def test_timings_add_up() -> None:
     engine = fake_engine(slots=1)
-    first, second = (engine.add_request(PICTURES, GREEDY) for _ in range(2))
+    first, second = (engine.add_request(IMAGES, GREEDY) for _ in range(2))
     run_all(engine)
     for sequence in (first, second):
         times = sequence.timings()
@@ -291,7 +291,7 @@ def test_a_request_that_fills_the_context() -> None:
 def test_a_request_one_token_too_long() -> None:
     engine = fake_engine(slots=1, context=14)
     with pytest.raises(ContextError) as error:
-        engine.add_request(PICTURES, GREEDY)
+        engine.add_request(IMAGES, GREEDY)
     for part in (
         "3 text tokens",
         "6 image tokens",
@@ -306,11 +306,11 @@ def test_a_request_one_token_too_long() -> None:
     assert engine.cache.free == 1
 
 
-def test_more_pictures_than_a_sequence_may_hold() -> None:
+def test_more_images_than_a_sequence_may_hold() -> None:
     engine = fake_engine(images=(1, 2))
     with pytest.raises(ContextError) as error:
         engine.add_request(cross_prompt(*(((1, 1), n) for n in range(3))), GREEDY)
-    for part in ("has 3 pictures", "holds 2", "staticvl compile CHECKPOINT --out ARTIFACT --images 3"):
+    for part in ("has 3 images", "holds 2", "staticvl compile CHECKPOINT --out ARTIFACT --images 3"):
         assert part in str(error.value)
     assert engine.scheduler.idle
     fits = engine.add_request(cross_prompt(*(((1, 1), n) for n in range(2))), GREEDY)
@@ -321,8 +321,8 @@ def test_more_pictures_than_a_sequence_may_hold() -> None:
 # --- Side by side ------------------------------------------------------------------------------------------------------
 
 
-def test_rows_with_and_without_pictures_in_one_batch() -> None:
-    """Each gets the tokens that it gets alone, whichever ends first, and slots that held pictures hold text afterwards."""
+def test_rows_with_and_without_images_in_one_batch() -> None:
+    """Each gets the tokens that it gets alone, whichever ends first, and slots that held images hold text afterwards."""
     engine = fake_engine(slots=3, images=(1, 3))
     prompts = [LONG, LOOKING, cross_prompt(1, ((2, 1), 5), 2), LONG, LOOKING]
     lengths = (9, 4, 5, 3, 7)
@@ -370,7 +370,7 @@ def test_cancel_frees_the_slot_in_every_phase(phase: Callable[[Sequence], bool])
     beside = engine.add_request(LONG, GREEDY)
     if phase is is_waiting:
         before = engine.add_request(LONG, GREEDY)
-    dropped = engine.add_request(PICTURES, GREEDY)
+    dropped = engine.add_request(IMAGES, GREEDY)
     engine.step()
     while not phase(dropped):
         engine.step()
@@ -379,10 +379,10 @@ def test_cancel_frees_the_slot_in_every_phase(phase: Callable[[Sequence], bool])
     assert dropped.slot is None
     check_slots(engine)
     engine.cancel(dropped)
-    after = engine.add_request(PICTURES, GREEDY)
+    after = engine.add_request(IMAGES, GREEDY)
     run_all(engine)
     assert beside.generated == oracle(LONG, GREEDY)
-    assert after.generated == oracle(PICTURES, GREEDY)
+    assert after.generated == oracle(IMAGES, GREEDY)
     if phase is is_waiting:
         assert before.generated == oracle(LONG, GREEDY)
     assert engine.cache.free == 2
@@ -445,9 +445,9 @@ def shift(name: str, kind: str) -> Callable[[Step, Feed], None]:
 )
 def test_the_fake_notices_every_wrong_input(kind: str, name: str) -> None:
     engine = Garbled(shift(name, kind))
-    sequence = engine.add_request(PICTURES, GREEDY)
+    sequence = engine.add_request(IMAGES, GREEDY)
     run_all(engine)
-    assert sequence.generated != oracle(PICTURES, GREEDY)
+    assert sequence.generated != oracle(IMAGES, GREEDY)
 
 
 def flip(name: str, kind: str) -> Callable[[Step, Feed], None]:

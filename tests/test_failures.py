@@ -32,7 +32,7 @@ SLOTS = 3
 BUCKETS = Buckets(prefill=(4, 16, 64), decode=(1, 2, SLOTS), vision=(1, 2), verify=(3, 6), context=512, slots=SLOTS)
 CROSS = Buckets(prefill=(4, 16, 64), decode=(1, 2, SLOTS), verify=(3, 6), context=512, slots=SLOTS, images=(1, 2))
 TEXTS = ("Hello!", "What is in the picture?", "a b c d e f g h i j k l m n", "Where is the circle? " * 3)
-PICTURES = [noise(seed, (20, 20)) for seed in range(3)]
+IMAGES = [noise(seed, (20, 20)) for seed in range(3)]
 FAMILIES = ("llava", "mllama")
 PATIENCE = 60
 
@@ -110,13 +110,13 @@ class Traffic:
         chosen: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, 9)), "ignore_eos": True, "temperature": 0.0}
         if rng.random() < 0.3:
             chosen |= {"temperature": 0.7, "seed": int(rng.integers(4)), "bad_words": ("e",), "logprobs": 1}
-        return str(rng.choice(TEXTS)), [PICTURES[i] for i in rng.integers(0, 3, rng.choice([0, 0, 1, 2]))], chosen
+        return str(rng.choice(TEXTS)), [IMAGES[i] for i in rng.integers(0, 3, rng.choice([0, 0, 1, 2]))], chosen
 
     def wanted(self, asked: tuple[str, list[Any], dict[str, Any]]) -> list[int]:
-        words, pictures, chosen = asked
-        key = words, tuple(map(id, pictures)), tuple(chosen.items())
+        words, images, chosen = asked
+        key = words, tuple(map(id, images)), tuple(chosen.items())
         if key not in self.known:
-            self.known[key] = self.alone.generate(words, pictures, **chosen).token_ids
+            self.known[key] = self.alone.generate(words, images, **chosen).token_ids
         return self.known[key]
 
     def run(self, count: int) -> None:
@@ -129,8 +129,8 @@ class Traffic:
                     self.turns(asked)
                     continue
                 wanted = self.wanted(asked)
-                words, pictures, chosen = asked
-                prompt = self.model.prepare(words, pictures, raw=False)
+                words, images, chosen = asked
+                prompt = self.model.prepare(words, images, raw=False)
                 sequence = self.model.new_sequence(prompt, runtime.SamplingParams(**chosen))
                 alive.append((sequence, wanted))
                 self.guarded(lambda sequence=sequence: self.model.start(sequence))
@@ -163,11 +163,11 @@ class Traffic:
 
     def turns(self, asked: tuple[str, list[Any], dict[str, Any]]) -> None:
         """Two turns of a chat, beside what runs; one that fails leaves the conversation as it was."""
-        words, pictures, chosen = asked
+        words, images, chosen = asked
         with self.model.chat() as chat:
             for k in range(2):
                 try:
-                    out = chat.send(words, [] if k else pictures, **chosen)
+                    out = chat.send(words, [] if k else images, **chosen)
                 except (DeviceError, MemoryError, InterruptedStepError, KeyboardInterrupt):
                     assert len(chat.messages) in (0, 2)
                     self.failed += 1
@@ -241,9 +241,9 @@ def test_an_exception_at_any_line_of_the_engine(lines: tuple[runtime.Model, runt
     rng = random.Random(seed)
     error = rng.choice((KeyboardInterrupt, MemoryError))
     calls: list[Callable[[], Any]] = [
-        lambda: model.generate([TEXTS[2], TEXTS[1]], [None, PICTURES[1]], max_new_tokens=4, n=2),
+        lambda: model.generate([TEXTS[2], TEXTS[1]], [None, IMAGES[1]], max_new_tokens=4, n=2),
         lambda: list(model.stream(TEXTS[2], max_new_tokens=4)),
-        lambda: model.chat().send(TEXTS[1], PICTURES[0], max_new_tokens=3),
+        lambda: model.chat().send(TEXTS[1], IMAGES[0], max_new_tokens=3),
     ]
     with AtLine(rng.randint(1, 4000), error):
         try:
@@ -294,7 +294,7 @@ class BadGuide:
 def test_rules_that_raise(make: Callable[..., runtime.Model]) -> None:
     model = make("llava", reuse=True)
     prompt = model.prepare("Hello!", [], raw=False)
-    bad = model.engine.new_sequence(prompt, runtime.SamplingParams(max_new_tokens=6), guides=(BadGuide(),))
+    bad = model.engine.new_sequence(prompt, runtime.SamplingParams(max_new_tokens=6), constraints=(BadGuide(),))
     check_only_one_fails(model, bad, DeviceError)
 
 

@@ -15,9 +15,9 @@ GUIDE = ROOT / "docs" / "adding_a_family.md"
 PLACES = (
     "model_defs/config/",
     "compiler/graphs.py",
-    "compiler/image_facts.py",
-    "compiler/tokenizer_facts.py",
-    "compiler/facts.py",
+    "compiler/image_config.py",
+    "compiler/tokenizer_config.py",
+    "compiler/model_info.py",
     "weights/names/",
     "runtime/processor/families/",
 )

@@ -6,12 +6,12 @@ import dataclasses
 
 import numpy as np
 
-from staticvl.runtime.artifact import CROSS_HIDDEN, RopeFacts
+from staticvl.runtime.artifact import CROSS_HIDDEN, RopeParameters
 from staticvl.runtime.backends.base import Feed, new_feed
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.engine.scheduler import Step
-from staticvl.runtime.processor.prompt import Prompt, Sight
+from staticvl.runtime.processor.prompt import CrossAttentionMask, Prompt
 from staticvl.runtime.rope import rope_tables
 
 from .fakes import (
@@ -23,8 +23,8 @@ from .fakes import (
     TILES,
     cross_prompt,
     fake_engine,
-    picture,
-    picture_prompt,
+    image,
+    image_prompt,
     text_prompt,
 )
 
@@ -64,7 +64,7 @@ def test_arrays_are_made_once() -> None:
 
 def test_vision_pads_with_black() -> None:
     engine = fake_engine()
-    sequence = sequence_of(engine, picture_prompt(*(picture(n) for n in (100, 200, 300))))
+    sequence = sequence_of(engine, image_prompt(*(image(n) for n in (100, 200, 300))))
     sequence.tiles_done = 1
     pixels = feed_of(engine, Step("vision", 3, (sequence,), 2))["pixels"]
     assert pixels.shape == (3, SIDE, SIDE, 3)
@@ -85,10 +85,10 @@ def test_prefill_of_text() -> None:
     np.testing.assert_array_equal(feed["rope_sin"][0], sin[4:8])
 
 
-def test_prefill_gathers_the_rows_of_the_pictures_in_this_chunk() -> None:
-    """Two pictures of three rows; the chunk begins in the first and ends in the second."""
+def test_prefill_gathers_the_rows_of_the_images_in_this_chunk() -> None:
+    """Two images of three rows; the chunk begins in the first and ends in the second."""
     engine = fake_engine()
-    sequence = sequence_of(engine, picture_prompt(9, picture(1), 8, picture(2), 7))
+    sequence = sequence_of(engine, image_prompt(9, image(1), 8, image(2), 7))
     sequence.features[...] = np.arange(2 * ROWS_PER_TILE)[:, None]
     sequence.computed = 2
     feed = feed_of(engine, Step("prefill", 4, (sequence,), 4))
@@ -113,7 +113,7 @@ def test_decode_puts_every_token_into_the_row_of_its_slot() -> None:
 
 # --- Ropes that depend on the prompt -------------------------------------------------------------------------------------
 
-LONG_TEXTS = RopeFacts(theta=1e8, ntk_positions=8, logn_positions=8)
+LONG_TEXTS = RopeParameters(theta=1e8, ntk_positions=8, logn_positions=8)
 
 
 def test_every_row_is_turned_by_the_rope_of_its_own_prompt() -> None:
@@ -161,27 +161,27 @@ GATES = np.array([[0, 0], [1, 1], [1, 0]], dtype=np.float32)
 
 
 def looking() -> Prompt:
-    """Three tokens, the second of them a picture of two tiles."""
-    return dataclasses.replace(cross_prompt(5, ((2, 1), 0), 9), sight=Sight(visible=SEEN, gates=GATES))
+    """Three tokens, the second of them an image of two tiles."""
+    return dataclasses.replace(cross_prompt(5, ((2, 1), 0), 9), cross_attention=CrossAttentionMask(visible=SEEN, gates=GATES))
 
 
 def hidden(*visible: list[int]) -> np.ndarray:
     return np.where(np.array(visible, dtype=bool), np.float32(0), np.float32(CROSS_HIDDEN))
 
 
-def test_a_picture_comes_with_its_tiles_and_its_shape() -> None:
+def test_a_image_comes_with_its_tiles_and_its_shape() -> None:
     engine = fake_engine(images=(2,))
     prompt = cross_prompt(((2, 2), 1), ((2, 1), 2), 5)
     sequence = sequence_of(engine, prompt)
-    for picture_, (count, aspect_id) in enumerate([(4, 4), (2, 3)]):
-        sequence.tiles_done = picture_ * TILES
+    for image_, (count, aspect_id) in enumerate([(4, 4), (2, 3)]):
+        sequence.tiles_done = image_ * TILES
         feed = feed_of(engine, Step("vision", TILES, (sequence,), TILES))
         assert (feed["tile_count"].tolist(), feed["aspect_id"].tolist()) == ([count], [aspect_id])
-        np.testing.assert_array_equal(feed["pixels"], prompt.pixels[picture_ * TILES :][:TILES])
+        np.testing.assert_array_equal(feed["pixels"], prompt.pixels[image_ * TILES :][:TILES])
 
 
-def test_prefill_of_what_sees_pictures() -> None:
-    """One picture in a graph for two: the second is hidden, and padding sees nothing."""
+def test_prefill_of_what_sees_images() -> None:
+    """One image in a graph for two: the second is hidden, and padding sees nothing."""
     engine = fake_engine(images=(2,))
     sequence = sequence_of(engine, looking())
     sequence.computed = 1

@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from staticvl import runtime
-from staticvl.runtime.sampling.constraints import ConstraintError, Constraints
+from staticvl.runtime.sampling.constraints import ConstraintError, ConstraintFactory
 from staticvl.runtime.sampling.form_process import FormProcess
 from staticvl.runtime.sampling.params import SamplingParams
 
@@ -120,21 +120,21 @@ def test_forced_text_may_be_written_in_any_tokens() -> None:
     draw = random.Random(3)
     words = {"".join(draw.choices("abé", k=draw.randint(2, 6))).encode() for _ in range(40)}
     tokens = [b"", *(bytes([i]) for i in range(256)), *sorted(words)]
-    maker = Constraints(SimpleNamespace(tokens=tokens, hidden=[0]), (0,))  # type: ignore[arg-type]
+    maker = ConstraintFactory(SimpleNamespace(tokens=tokens, hidden=[0]), (0,))  # type: ignore[arg-type]
     for form in ("regex", "choice", "json_schema"):
         text = "".join(draw.choices("abé", k=30))
-        guide = maker.make(SamplingParams(**{form: {"const": text} if form == "json_schema" else text}))
+        constraint = maker.make(SamplingParams(**{form: {"const": text} if form == "json_schema" else text}))
         left = json.dumps(text, ensure_ascii=False).encode() if form == "json_schema" else text.encode()
-        guide.accept(tokens.index(b" "))  # a blank before the answer is free
+        constraint.accept(tokens.index(b" "))  # a blank before the answer is free
         while left:
             row = np.zeros(len(tokens), np.float32)
-            guide.forbid(row)
+            constraint.forbid(row)
             allowed = np.flatnonzero(np.isfinite(row)).tolist()
             assert allowed == [i for i, token in enumerate(tokens) if token and left.startswith(token)]
             token = draw.choice(allowed)
-            guide.accept(token)
+            constraint.accept(token)
             left = left[len(tokens[token]) :]
-        assert guide.done
+        assert constraint.done
 
 
 def test_a_long_forced_text(tmp_path: Path) -> None:

@@ -44,9 +44,9 @@ def model(embedded_artifact: Path) -> Iterator[runtime.Model]:
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
-    """The address of a server whose every path is the picture noise(1)."""
+    """The address of a server whose every path is the image noise(1)."""
 
-    class Pictures(BaseHTTPRequestHandler):
+    class Images(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200 if self.path == "/1.png" else 404)
             self.end_headers()
@@ -55,7 +55,7 @@ def server() -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    with HTTPServer(("127.0.0.1", 0), Pictures) as http:
+    with HTTPServer(("127.0.0.1", 0), Images) as http:
         threading.Thread(target=http.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{http.server_port}"
         http.shutdown()
@@ -114,9 +114,9 @@ def test_sampling_as_one_object_or_by_name(model: runtime.Model) -> None:
 
 def test_unused_ids_are_never_sampled(model: runtime.Model) -> None:
     """The vocabulary has 640 rows of weights, the tokenizer 576 ids; at this temperature all are as likely."""
-    used = model.facts.tokenizer.used
+    used = model.info.tokenizer.used
     out = model.generate(QUESTION, max_new_tokens=300, ignore_eos=True, temperature=1e6, seed=0)
-    assert used < model.facts.vocab_size
+    assert used < model.info.vocab_size
     assert max(out.token_ids) < used
 
 
@@ -142,7 +142,7 @@ def test_counts_and_reasons(model: runtime.Model) -> None:
     assert stopped.token_ids[-1] == 2
     cut = model.generate(QUESTION, max_new_tokens=3)
     assert (cut.finish_reason, cut.token_ids) == ("length", stopped.token_ids[:3])
-    # <s> and the template's words, then a picture of 64 rows and its line break.
+    # <s> and the template's words, then an image of 64 rows and its line break.
     text_only = model.generate(QUESTION, max_new_tokens=1)
     assert text_only.prompt_tokens == len(model.tokenizer.encode(f"USER: {QUESTION} ASSISTANT:", add_bos=True))
     assert model.generate(QUESTION, noise(1), max_new_tokens=1).image_tokens == 64
@@ -170,7 +170,7 @@ def test_stop_strings_of_the_model(model: runtime.Model, monkeypatch: pytest.Mon
     """They end an answer as an end-of-sequence token does, and are ignored with it."""
     whole = model.generate(QUESTION, max_new_tokens=6, ignore_eos=True)
     stop = whole.text.split()[2]
-    monkeypatch.setattr(model, "facts", msgspec.structs.replace(model.facts, stop_strings=(stop,)))
+    monkeypatch.setattr(model, "facts", msgspec.structs.replace(model.info, stop_strings=(stop,)))
     assert model.generate(QUESTION, max_new_tokens=6).text == whole.text[: whole.text.index(stop)].rstrip()
     assert model.generate(QUESTION, max_new_tokens=6, ignore_eos=True).text == whole.text
 
@@ -217,10 +217,10 @@ def test_one_shot(embedded_artifact: Path, model: runtime.Model) -> None:
     assert [len(out.token_ids) for out in outs] == [3, 3]
 
 
-# --- Pictures ----------------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_way_to_give_a_picture(model: runtime.Model, server: str, tmp_path: Path) -> None:
+def test_every_way_to_give_a_image(model: runtime.Model, server: str, tmp_path: Path) -> None:
     path = tmp_path / "one.png"
     path.write_bytes(png(noise(1)))
     data = f"data:image/png;base64,{base64.b64encode(png(noise(1))).decode()}"
@@ -232,7 +232,7 @@ def test_every_way_to_give_a_picture(model: runtime.Model, server: str, tmp_path
     assert not np.array_equal(other.logits, expected.logits)
 
 
-def test_pictures_stand_first_and_in_order(model: runtime.Model, tmp_path: Path) -> None:
+def test_images_stand_first_and_in_order(model: runtime.Model, tmp_path: Path) -> None:
     path = tmp_path / "two.png"
     path.write_bytes(png(noise(2)))
     out = model.generate("Which?", [noise(1), path], **PROOF)
@@ -252,15 +252,15 @@ def test_pictures_stand_first_and_in_order(model: runtime.Model, tmp_path: Path)
         ("<image><image>", noise(1), PromptError, "2 <image> marks but 1 image was given"),
         (["a", "b"], [noise(1)], PromptError, "2 prompts were given but images has 1;"),
         (["a", "b"], noise(1), PromptError, "2 prompts were given but images has one entry that is no list;"),
-        (["a", "b"], [noise(1), [noise(2), 3]], ImageError, "a picture was given as int"),
+        (["a", "b"], [noise(1), [noise(2), 3]], ImageError, "an image was given as int"),
         (["a", 5], None, PromptError, "a prompt is int; expected text"),
         (None, None, PromptError, "prompts is NoneType; expected a text or a list of texts"),
         (b"a", None, PromptError, "prompts is bytes; expected a text or a list of texts"),
         ({"a": 1}, None, PromptError, "prompts is dict; expected a text or a list of texts"),
         ("a", "none.png", ImageError, "none.png does not exist"),
-        ("a", 3, ImageError, "a picture was given as int"),
-        ("a", [[noise(1)]], ImageError, "a picture was given as list"),
-        ("a", np.zeros((4, 4, 3), np.uint8), ImageError, "a picture was given as ndarray"),
+        ("a", 3, ImageError, "an image was given as int"),
+        ("a", [[noise(1)]], ImageError, "an image was given as list"),
+        ("a", np.zeros((4, 4, 3), np.uint8), ImageError, "an image was given as ndarray"),
         ("\ud800", None, TokenizerError, "not valid Unicode"),
         ("a " * 600, None, ContextError, "but the artifact holds 512"),
         (["a", "a " * 600], None, ContextError, "0 image tokens, and max_new_tokens is 128"),
@@ -275,7 +275,7 @@ def test_unusable_input(model: runtime.Model, prompts: Any, images: Any, error: 
     assert model.engine.metrics.runs == before
 
 
-def test_a_picture_that_a_server_does_not_have(model: runtime.Model, server: str) -> None:
+def test_a_image_that_a_server_does_not_have(model: runtime.Model, server: str) -> None:
     with pytest.raises(ImageError, match="HTTP status 404"):
         model.generate(QUESTION, f"{server}/2.png")
 
@@ -283,10 +283,10 @@ def test_a_picture_that_a_server_does_not_have(model: runtime.Model, server: str
 def test_an_empty_raw_prompt(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """With BOS it is a prompt of one token; without, there is nothing to run."""
     assert model.generate("", raw=True, max_new_tokens=1).prompt_tokens == 1
-    facts = type(model.tokenizer.facts)(
+    info = type(model.tokenizer.config)(
         kind="tokenizers", style="hf", bos_token_id=1, add_bos=False, image_token_id=574, used=576
     )
-    monkeypatch.setattr(model, "tokenizer", type(model.tokenizer)(facts, model.tokenizer.vocabulary))
+    monkeypatch.setattr(model, "tokenizer", type(model.tokenizer)(info, model.tokenizer.vocabulary))
     with pytest.raises(PromptError, match="the prompt is empty; expected some text or an image"):
         model.generate("", raw=True)
 

@@ -85,7 +85,7 @@ def test_blocks_begin_anew_with_each_rank() -> None:
 
 
 def test_knowing_nothing_it_rounds_to_the_nearest() -> None:
-    """No token came, e.g. to layers that see pictures when there were none."""
+    """No token came, e.g. to layers that see images when there were none."""
     weight = random_weight(7, 112)
     ((q, scales),) = gptq_w4(weight, torch.zeros(112, 112))
     expected = quantize_w4(weight, 32)

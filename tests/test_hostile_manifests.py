@@ -91,7 +91,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a huge token id": (lambda d: d["model"].update(eos_token_ids=[10**9]), "Expected `int` <="),
     "a huge added token": (lambda d: d["model"]["tokenizer"].update(added_tokens={"x": 10**9}), "Expected `int` <="),
     "a huge vocabulary": (lambda d: d["model"].update(vocab_size=10**9), "Expected `int` <="),
-    "a huge picture": (lambda d: d["model"]["image"].update(size=10**6), "Expected `int` <="),
+    "a huge image": (lambda d: d["model"]["image"].update(size=10**6), "Expected `int` <="),
     "nothing to divide by": (lambda d: d["model"]["image"].update(std=[0.0, 1.0, 1.0]), "Expected `float` > 0"),
     "an infinite base": (lambda d: d["model"]["rope"].update(theta=float("inf")), "damaged"),
     "no number": (lambda d: d["model"]["rope"].update(theta=float("nan")), "damaged"),

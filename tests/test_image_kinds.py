@@ -16,7 +16,7 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil, get_all_supported_aspect_ratios
 
-from staticvl.runtime.artifact import ImageFacts
+from staticvl.runtime.artifact import ImageProcessorConfig
 from staticvl.runtime.processor.images import ImageSource, load_image, to_pixels
 
 from .image_kinds import Kind, all_kinds
@@ -42,7 +42,7 @@ MODES = {
     "tiles": {"rows": 5, "resample": 2, "grids": tuple(get_all_supported_aspect_ratios(4)), "tiles": 4},
     "stretch": {"rows": 4, "alpha": "drop"},
 }
-FACTS = {mode: ImageFacts(mode=mode, size=S, mean=MEAN, std=STD, **more) for mode, more in MODES.items()}  # type: ignore[arg-type]
+FACTS = {mode: ImageProcessorConfig(mode=mode, size=S, mean=MEAN, std=STD, **more) for mode, more in MODES.items()}  # type: ignore[arg-type]
 
 
 def processed(image: Image.Image, mode: str) -> np.ndarray:
@@ -80,9 +80,9 @@ def ways(path: Path) -> dict[str, Callable[[], ImageSource]]:
 def test_files_equal_transformers(kind: Kind, tmp_path: Path) -> None:
     path = tmp_path / "image.bin"
     path.write_bytes(kind.data)
-    for mode, facts in FACTS.items():
-        loaded = load_image(path, alpha=facts.alpha)
-        np.testing.assert_array_equal(to_pixels(loaded, facts), processed(reference(kind, path, mode), mode), err_msg=mode)
+    for mode, info in FACTS.items():
+        loaded = load_image(path, alpha=info.alpha)
+        np.testing.assert_array_equal(to_pixels(loaded, info), processed(reference(kind, path, mode), mode), err_msg=mode)
     for alpha in ("white", "drop"):
         expected = np.asarray(load_image(path, alpha=alpha))
         for way, source in ways(path).items():
@@ -94,8 +94,8 @@ def test_objects_equal_the_processors(kind: Kind, tmp_path: Path) -> None:
     """A processor turns nothing, so a PIL image is not turned; but TIFF is, by Pillow."""
     path = tmp_path / "image.bin"
     path.write_bytes(kind.data)
-    for mode, facts in FACTS.items():
-        ours = to_pixels(load_image(Image.open(path), alpha=facts.alpha), facts)
+    for mode, info in FACTS.items():
+        ours = to_pixels(load_image(Image.open(path), alpha=info.alpha), info)
         given = Image.open(path)
         if kind.shades is not None:
             shades = kind.shades if kind.shades.shape == given.size[::-1] else np.rot90(kind.shades)

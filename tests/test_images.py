@@ -1,4 +1,4 @@
-"""Pictures against transformers' PIL processors, and every way in which a picture can be wrong."""
+"""Images against transformers' PIL processors, and every way in which an image can be wrong."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from staticvl.runtime.artifact import ImageFacts
+from staticvl.runtime.artifact import ImageProcessorConfig
 from staticvl.runtime.processor import images
 from staticvl.runtime.processor.image_files import Alpha
 from staticvl.runtime.processor.images import Frame, ImageError, frame_of, load_image, to_pixels
@@ -27,12 +27,12 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 SIZES = [(1, 1), (1, 50), (50, 1), (2, 3), (27, 29), (28, 28), (29, 27), (33, 34), (337, 335), (640, 480), (101, 67), (13, 500)]
 
 
-def facts(mode: str = "crop", size: int = 28, resample: int = 3) -> ImageFacts:
-    return ImageFacts(mode=mode, size=size, mean=MEAN, std=STD, rows=4, resample=resample)  # type: ignore[arg-type]
+def info(mode: str = "crop", size: int = 28, resample: int = 3) -> ImageProcessorConfig:
+    return ImageProcessorConfig(mode=mode, size=size, mean=MEAN, std=STD, rows=4, resample=resample)  # type: ignore[arg-type]
 
 
-def square(image: Image.Image, of: ImageFacts) -> np.ndarray:
-    """The one tile of a picture, uint8 [S, S, 3]."""
+def square(image: Image.Image, of: ImageProcessorConfig) -> np.ndarray:
+    """The one tile of an image, uint8 [S, S, 3]."""
     pixels = to_pixels(image, of)
     assert pixels.shape == (1, of.size, of.size, 3) and pixels.dtype == np.uint8
     return pixels[0]
@@ -61,17 +61,17 @@ def test_pixels_equal_the_processor(mode: str) -> None:
     for place, (width, height) in enumerate(sizes):
         image = Image.fromarray(noise(width, height, seed=place))
         for size in (28, 31):
-            pixels = square(image, facts(mode, size))
+            pixels = square(image, info(mode, size))
             np.testing.assert_array_equal(pixels, processed(image, mode, size), err_msg=f"{width} x {height} to {size}")
 
 
 def test_pixels_at_the_published_size_and_with_other_filters() -> None:
     image = Image.fromarray(noise(640, 427))
-    np.testing.assert_array_equal(square(image, facts("crop", 336)), processed(image, "crop", 336))
-    np.testing.assert_array_equal(square(image, facts("pad", 336)), processed(image, "pad", 336))
-    bilinear = square(image, facts("crop", 28, resample=2))
+    np.testing.assert_array_equal(square(image, info("crop", 336)), processed(image, "crop", 336))
+    np.testing.assert_array_equal(square(image, info("pad", 336)), processed(image, "pad", 336))
+    bilinear = square(image, info("crop", 28, resample=2))
     np.testing.assert_array_equal(bilinear, processed(image, "crop", 28, resample=2))
-    assert (bilinear != square(image, facts("crop", 28))).any()
+    assert (bilinear != square(image, info("crop", 28))).any()
 
 
 def test_pad_equals_the_original_expand2square() -> None:
@@ -82,16 +82,16 @@ def test_pad_equals_the_original_expand2square() -> None:
         padded[:] = (122, 116, 104)
         top, left = (long - height) // 2, (long - width) // 2
         padded[top : top + height, left : left + width] = array
-        np.testing.assert_array_equal(square(Image.fromarray(array), facts("pad", long)), padded)
+        np.testing.assert_array_equal(square(Image.fromarray(array), info("pad", long)), padded)
 
 
 def test_too_narrow_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_RESIZED_PIXELS", 10_000)
     narrow = Image.fromarray(noise(1, 300))
     with pytest.raises(ImageError, match=r"1 x 300 pixels is too narrow: scaling it needs 235200 pixels, more than 10000; cut"):
-        to_pixels(narrow, facts("crop"))
+        to_pixels(narrow, info("crop"))
     with pytest.raises(ImageError, match="scaling it needs 90000 pixels"):
-        to_pixels(narrow, facts("pad"))
+        to_pixels(narrow, info("pad"))
 
 
 @pytest.mark.parametrize("mode", ["crop", "pad"])
@@ -102,23 +102,23 @@ def test_frame_points_at_what_the_model_saw(mode: str, size: tuple[int, int]) ->
     array = np.zeros((height, width, 3), dtype=np.uint8)
     y, x = height // 2 - 3, width // 2 + 5
     array[y - 2 : y + 3, x - 2 : x + 3] = 255
-    seen = square(Image.fromarray(array), facts(mode, 64))[:, :, 0].astype(float)
+    seen = square(Image.fromarray(array), info(mode, 64))[:, :, 0].astype(float)
     if mode == "pad":
         seen[seen < 130] = 0  # the padding colour
     rows, columns = np.indices(seen.shape)
     u = float((seen * (columns + 0.5)).sum() / seen.sum()) / 64
     v = float((seen * (rows + 0.5)).sum() / seen.sum()) / 64
-    found = frame_of(size, facts(mode, 64)).point(u, v)
+    found = frame_of(size, info(mode, 64)).point(u, v)
     assert found == pytest.approx((x + 0.5, y + 0.5), abs=0.35)
 
 
 def test_frames_by_hand() -> None:
-    assert frame_of((100, 50), facts("pad")) == Frame(left=0, top=-25, width=100, height=100, image_width=100, image_height=50)
-    crop = frame_of((112, 56), facts("crop"))  # resized to 56 x 28, columns 14 to 42 are seen
+    assert frame_of((100, 50), info("pad")) == Frame(left=0, top=-25, width=100, height=100, image_width=100, image_height=50)
+    crop = frame_of((112, 56), info("crop"))  # resized to 56 x 28, columns 14 to 42 are seen
     assert (crop.left, crop.top, crop.width, crop.height) == (28, 0, 56, 56)
 
 
-def pictures_of_every_mode() -> list[Image.Image]:
+def images_of_every_mode() -> list[Image.Image]:
     rgba = noise(9, 7, 4)
     palette = Image.fromarray(noise(9, 7)).quantize(8)
     palette_clear, grey_clear = palette.copy(), Image.fromarray(rgba[:, :, 0])
@@ -138,15 +138,15 @@ def pictures_of_every_mode() -> list[Image.Image]:
 
 
 def test_modes_equal_the_conversion_of_transformers() -> None:
-    for image in pictures_of_every_mode():
-        ours = square(load_image(image), facts())
+    for image in images_of_every_mode():
+        ours = square(load_image(image), info())
         np.testing.assert_array_equal(ours, processed(image, "crop", 28), err_msg=image.mode)
     clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
     assert load_image(clear).getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_dropped_alpha_shows_hidden_colours() -> None:
-    for image in pictures_of_every_mode():
+    for image in images_of_every_mode():
         ours = load_image(image, alpha="drop")
         np.testing.assert_array_equal(np.asarray(ours), np.asarray(image.convert("RGB")), err_msg=image.mode)
     clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
@@ -154,8 +154,8 @@ def test_dropped_alpha_shows_hidden_colours() -> None:
 
 
 @pytest.mark.parametrize("alpha", ["white", "drop"])
-def test_a_loaded_picture_stays_what_it_is(alpha: Alpha) -> None:
-    for image in pictures_of_every_mode():
+def test_a_loaded_image_stays_what_it_is(alpha: Alpha) -> None:
+    for image in images_of_every_mode():
         once = load_image(image, alpha=alpha)
         for again in (load_image(once, alpha="white"), load_image(once, alpha="drop")):
             np.testing.assert_array_equal(np.asarray(again), np.asarray(once), err_msg=image.mode)
@@ -167,7 +167,7 @@ def test_sixteen_bit_grey_keeps_its_shades(tmp_path: Path) -> None:
     assert np.asarray(load_image(path))[0, :, 1].tolist() == [0, 1, 128, 255]
 
 
-def test_sources_give_the_same_picture(tmp_path: Path) -> None:
+def test_sources_give_the_same_image(tmp_path: Path) -> None:
     array = noise(6, 4)
     path = tmp_path / "a b ü.png"
     Image.fromarray(array).save(path)
@@ -189,7 +189,7 @@ def test_a_file_is_turned_and_an_object_is_not(tmp_path: Path) -> None:
     assert load_image(Image.open(path)).size == (6, 4)
     once = load_image(path)
     assert load_image(once).size == (4, 6)
-    frame = frame_of(once.size, facts("pad"))
+    frame = frame_of(once.size, info("pad"))
     assert (frame.image_width, frame.image_height) == (4, 6)
 
 
@@ -215,26 +215,26 @@ def png(array: np.ndarray) -> bytes:
 
 
 def test_wrong_files(tmp_path: Path) -> None:
-    with pytest.raises(ImageError, match=r"no\.png does not exist; give the path or URL of a picture"):
+    with pytest.raises(ImageError, match=r"no\.png does not exist; give the path or URL of an image"):
         load_image(tmp_path / "no.png")
     for unreadable in (tmp_path, "a\0b"):
         with pytest.raises(ImageError, match="cannot be read"):
             load_image(unreadable)
     (tmp_path / "text.png").write_text("hello")
-    with pytest.raises(ImageError, match=r"text\.png is not a picture in a known format \(PNG, JPEG"):
+    with pytest.raises(ImageError, match=r"text\.png is not an image in a known format \(PNG, JPEG"):
         load_image(str(tmp_path / "text.png"))
     whole = png(noise(40, 40))
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ImageError, match=r"half\.png is damaged or cut short"):
         load_image(tmp_path / "half.png")
     (tmp_path / "head.png").write_bytes(whole[:20])
-    with pytest.raises(ImageError, match=r"head\.png is (damaged|not a picture)"):
+    with pytest.raises(ImageError, match=r"head\.png is (damaged|not an image)"):
         load_image(tmp_path / "head.png")
     (tmp_path / "page.eps").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
-    with pytest.raises(ImageError, match="not a picture in a known format"):
+    with pytest.raises(ImageError, match="not an image in a known format"):
         load_image(tmp_path / "page.eps")
     expected = "a path, a URL, bytes, a binary file or a PIL image"
-    with pytest.raises(ImageError, match=f"a picture was given as int; expected {expected}"):
+    with pytest.raises(ImageError, match=f"an image was given as int; expected {expected}"):
         load_image(3)  # type: ignore[arg-type]
 
 
@@ -244,7 +244,7 @@ def test_wrong_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ImageError, match=r"big\.png is 20 x 10 pixels, more than the 199 allowed; scale it down first"):
         load_image(path, max_pixels=199)
     assert load_image(path, max_pixels=200).size == (20, 10)
-    with pytest.raises(ImageError, match="the picture is 0 x 3 pixels; expected at least 1 x 1"):
+    with pytest.raises(ImageError, match="the image is 0 x 3 pixels; expected at least 1 x 1"):
         load_image(Image.new("RGB", (0, 3)))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)  # PIL itself refuses twice its limit
     with pytest.raises(ImageError, match=r"big\.png is refused: .*decompression bomb"):
@@ -252,11 +252,11 @@ def test_wrong_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_wrong_data_urls() -> None:
-    with pytest.raises(ImageError, match="is not a picture; expected data:image/"):
+    with pytest.raises(ImageError, match="is not an image; expected data:image/"):
         load_image("data:text/plain;base64,aGk=")
-    with pytest.raises(ImageError, match="is not a picture; expected data:image/"):
+    with pytest.raises(ImageError, match="is not an image; expected data:image/"):
         load_image("data:image/png;base64")
-    with pytest.raises(ImageError, match=r"data:image/png,\.\.\. is not a picture in a known format"):
+    with pytest.raises(ImageError, match=r"data:image/png,\.\.\. is not an image in a known format"):
         load_image("data:image/png,abc")
     with pytest.raises(ImageError, match="is not valid base64"):
         load_image("data:image/png;base64,!!!!")
@@ -265,7 +265,7 @@ def test_wrong_data_urls() -> None:
     assert len(str(caught.value)) < 200
 
 
-PICTURE = png(noise(6, 4))
+IMAGE = png(noise(6, 4))
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -282,8 +282,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
 
     def good(self) -> None:
-        self.head(200, Content_Length=str(len(PICTURE)))
-        self.wfile.write(PICTURE)
+        self.head(200, Content_Length=str(len(IMAGE)))
+        self.wfile.write(IMAGE)
 
     def missing(self) -> None:
         self.head(404)
@@ -351,7 +351,7 @@ def test_urls(server: str) -> None:
     ("path", "message"),
     [
         ("/missing", r"/missing cannot be fetched: HTTP status 404 Not Found"),
-        ("/page", r"/page is not a picture in a known format"),
+        ("/page", r"/page is not an image in a known format"),
         ("/to_file", r"/to_file redirects to file:///etc/hostname, which is not followed; expected http or https"),
         ("/to_ftp", r"/to_ftp cannot be fetched: unknown url type: ftp"),
         ("/loop", r"/loop redirects to /loop, which is not followed"),

@@ -57,7 +57,7 @@ from .need_torchair import skip_without_torchair
 from .wide_models import wide_config
 
 HEADS, KV_HEADS, WIDTH, ROOM = 4, 2, 16, 20
-ONE_PICTURE = Calibration((Conversation("line 1", (Message("user", "Say one word.", 1),), (noise(5),)),), "ab" * 32)
+ONE_IMAGE = Calibration((Conversation("line 1", (Message("user", "Say one word.", 1),), (noise(5),)),), "ab" * 32)
 BUCKETS = Buckets(prefill=(8, 32), decode=(1, 4), verify=(5,), vision=(1,), context=256, slots=4)
 
 
@@ -332,8 +332,8 @@ def test_a_manifest_says_what_the_cache_is_kept_in(eight: Path, embedded_artifac
     one = manifest.cache.nbytes / (manifest.cache.slots * manifest.cache.rows)
     assert 4 * one == plain.cache.nbytes / (plain.cache.slots * plain.cache.rows)
     assert manifest.build.options["kv_cache"] == "int8" and "--kv-cache int8" in manifest.recompilation()
-    facts: Any = manifest.build.calibration
-    assert facts.method == "largest keys and values"
+    info: Any = manifest.build.calibration
+    assert info.method == "largest keys and values"
     caches = {spec.dtype for graph in manifest.graphs for spec in graph.inputs if "_cache." in spec.name}
     assert caches == {"int8"}
     assert all(graph.certificate and graph.certificate.worst < 1e-4 for graph in manifest.graphs)
@@ -358,17 +358,17 @@ def held(cache: CacheSpec, kinds: str) -> int:
 
 
 def test_the_forecast_counts_a_quarter(prompts: Calibration) -> None:
-    """Pictures that enter by cross-attention stay in floats."""
+    """Images that enter by cross-attention stay in floats."""
     config = read_config(EMBEDDED.with_name("tiny_mllama"))
     plain = Options(checkpoint=EMBEDDED.with_name("tiny_mllama"), out=Path())
     eight = replace(plain, kv_cache="int8", calibration=prompts)
     caches = [make_plan(config, options).cache for options in (plain, eight)]
-    text, pictures = ([held(cache, kind) for cache in caches] for kind in ("k_cache v_cache", "cross_k cross_v"))
-    assert text[0] == 4 * text[1] and pictures[0] == pictures[1] > 0
+    text, images = ([held(cache, kind) for cache in caches] for kind in ("k_cache v_cache", "cross_k cross_v"))
+    assert text[0] == 4 * text[1] and images[0] == images[1] > 0
     assert [plan_only(options)[1]["cache_bytes"] for options in (plain, eight)] == [cache.nbytes for cache in caches]
-    facts = prepare(eight, Progress()).facts
+    info = prepare(eight, Progress()).info
     costs = [
-        graph_cost(define_graph(options.defined(config), facts.image, cache, "none", "decode", 1, 0), "float32")
+        graph_cost(define_graph(options.defined(config), info.image, cache, "none", "decode", 1, 0), "float32")
         for options, cache in zip((plain, eight), caches, strict=True)
     ]
     assert costs[0].flops == costs[1].flops
@@ -417,11 +417,11 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> GraphMaker:
         out=folder / "artifact",
         buckets=buckets,
         kv_cache="int8",
-        calibration=ONE_PICTURE,
+        calibration=ONE_IMAGE,
     )
     build(options)
     job = prepare(options, Progress())
-    return GraphMaker(options, job.config, job.facts, job.plan, read_manifest(options.out).weights)
+    return GraphMaker(options, job.config, job.info, job.plan, read_manifest(options.out).weights)
 
 
 @pytest.mark.parametrize("broken", [swapped, of_the_next_channel, a_little_large, a_row_late])
@@ -486,7 +486,7 @@ GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 40}
 def test_answers_are_those_of_a_cache_in_floats(eight: Path, embedded_artifact: Path) -> None:
     """As a batch of rows of several lengths, and one after another with what is the same taken from other slots."""
     wanted = [case for case in cases(2) if not case.turns][:10]
-    texts, shown = [case.question for case in wanted], [list(case.pictures) for case in wanted]
+    texts, shown = [case.question for case in wanted], [list(case.images) for case in wanted]
     with runtime.load(embedded_artifact) as model:
         expected = [out.text for out in model.generate(texts, shown, **GREEDY)]
     with runtime.load(eight) as model:
@@ -516,7 +516,7 @@ def test_drafts_are_verified_over_it(eight: Path) -> None:
         prompt = model.prepare("What is in the picture?", [noise(3)], raw=False)
         (plain,) = model.run([model.new_sequence(prompt, params)])
         sequence = model.new_sequence(prompt, params)
-        sequence.lookup = Guess(plain.token_ids, np.random.default_rng(0))  # type: ignore[assignment]
+        sequence.prompt_lookup = Guess(plain.token_ids, np.random.default_rng(0))  # type: ignore[assignment]
         (drafted,) = model.run([sequence])
         assert drafted.token_ids == plain.token_ids
         assert 0 < model.engine.metrics.accepted < model.engine.metrics.drafted
@@ -545,8 +545,8 @@ def test_it_costs_a_trained_model_little(quant: str, tmp_path: Path, prompts: Ca
 
     def divergence(name: str) -> float:
         side = compiled(EMBEDDED, quant, tmp_path / name, "onnx", prompts, "int8")
-        facts: Any = side.artifact.manifest.build.calibration
-        assert facts.method == ("SmoothQuant, " if quant == "w8a8" else "") + "largest keys and values"
+        info: Any = side.artifact.manifest.build.calibration
+        assert info.method == ("SmoothQuant, " if quant == "w8a8" else "") + "largest keys and values"
         both = zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)
         return float(np.mean([compare_logits(*each).kl_mean for each in both]))
 
@@ -565,7 +565,7 @@ def test_ascend_answers_as_onnx_runtime(family: str, tmp_path: Path) -> None:
     buckets = Buckets(prefill=(64,), decode=(1,), verify=(4,), context=384, slots=1, images=images)
     said = []
     for backend, device in (("onnx", "cpu"), ("ascend", "sim:float32")):
-        out = built(tmp_path / backend, ONE_PICTURE, checkpoint=CHECKPOINTS[family], buckets=buckets, backend=backend)
+        out = built(tmp_path / backend, ONE_IMAGE, checkpoint=CHECKPOINTS[family], buckets=buckets, backend=backend)
         with runtime.load(out, device=device) as model:
             said.append(model.generate("What is this?", [noise(4)], temperature=0.0, max_new_tokens=24, return_logits=True))
     assert said[0].token_ids == said[1].token_ids

@@ -47,7 +47,7 @@ def options(out: Path, checkpoint: Path = EMBEDDED, **more: Any) -> Options:
 def tuner_of(made: Options) -> KernelTuner:
     """For an artifact that is there."""
     job, weights = prepare(made, Progress()), read_manifest(made.out).weights
-    settings: dict[str, Any] = {"config": job.config, "facts": job.facts, "cache": job.plan.cache, "weights": weights}
+    settings: dict[str, Any] = {"config": job.config, "facts": job.info, "cache": job.plan.cache, "weights": weights}
     return KernelTuner(**settings, quant=made.stored_quant, candidates=0, out=made.out)
 
 
@@ -62,14 +62,14 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> KernelTuner:
 def results(tuner: KernelTuner, kind: Kind, bucket: int, way: Kernels, past: int, count: int) -> list[np.ndarray]:
     """Logits of the whole model's graph, and all that it has written into the caches."""
     cache: CacheSpec = tuner.cache
-    graph: GraphDef = define_graph(tuner.config, tuner.facts.image, cache, tuner.quant, kind, bucket, 0)
+    graph: GraphDef = define_graph(tuner.config, tuner.info.image, cache, tuner.quant, kind, bucket, 0)
     graph = replace(graph, kernels=way)
     path = tuner.out / "way.onnx.partial"
     path.write_bytes(emit(graph, tuner.weights))
     backend, spec = open_backend("onnx", tuner.out, cache), graph.spec(path.name)
     rows = bucket if kind == "decode" else 1
     case = Case("", np.full(rows, past, np.int32), np.full(rows, count, np.int32))
-    maker = CaseMaker(tuner.facts, tuner.config.text.all_embed_rows)
+    maker = CaseMaker(tuner.info, tuner.config.text.all_embed_rows)
     maker.fill(spec, case, [backend])
     logits = backend.run(spec, maker.feed(spec, case)).first.copy()
     path.unlink()
@@ -183,7 +183,7 @@ def test_what_is_measured_is_there_for_one_run_only(narrow: KernelTuner, monkeyp
 
 
 @pytest.mark.parametrize("images", [0, 1])
-def test_layers_that_attend_to_pictures_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> None:
+def test_layers_that_attend_to_images_are_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: int) -> None:
     made = options(
         tmp_path / "artifact",
         tiny_mllama(tmp_path / "checkpoint").folder,
@@ -222,7 +222,7 @@ def test_an_artifact_says_what_was_chosen(
 
 
 def test_sessions_have_the_cores_that_were_chosen(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = define_graph(narrow.config, narrow.facts.image, narrow.cache, "none", "decode", 1, 0)
+    plain = define_graph(narrow.config, narrow.info.image, narrow.cache, "none", "decode", 1, 0)
     graph = replace(plain, kernels=Kernels(cores=3))
     (narrow.out / "cores.onnx.partial").write_bytes(emit(graph, narrow.weights))
     seen: list[int | None] = []

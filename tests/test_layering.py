@@ -181,7 +181,7 @@ def test_generating_loads_neither_torch_nor_transformers(embedded_artifact: Path
     code = (
         "import sys\n"
         "from staticvl import runtime\n"
-        f"print(runtime.generate({str(embedded_artifact)!r}, 'What is in the picture?', images=[{str(picture())!r}]).text)\n"
+        f"print(runtime.generate({str(embedded_artifact)!r}, 'What is in the picture?', images=[{str(image())!r}]).text)\n"
         "heavy = {'torch', 'transformers', 'onnx', 'safetensors', 'yaml'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )
@@ -206,7 +206,7 @@ def test_an_unchanged_build_needs_no_torch(embedded_artifact: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def picture() -> Path:
+def image() -> Path:
     return REPO / "tools" / "assets" / "shapes.png"
 
 

@@ -11,9 +11,9 @@ from PIL import Image
 from transformers import AutoTokenizer, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from staticvl.compiler.facts import read_facts
+from staticvl.compiler.model_info import read_model_info
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import ModelFacts
+from staticvl.runtime.artifact import ModelInfo
 from staticvl.runtime.processor.boxes import parse_boxes
 from staticvl.runtime.processor.families import family, llava, llava_next, mllama
 from staticvl.runtime.processor.images import ImageError
@@ -23,31 +23,31 @@ from staticvl.runtime.processor.tokenizer import Tokenizer, load_tokenizer
 from .checkpoints import MEAN, STD, tiny_llava
 
 
-def load(folder: Path, tower: Path | None = None) -> tuple[ModelFacts, Tokenizer, str]:
-    facts, files = read_facts(folder, read_config(folder, vision_tower=tower), vision_tower=tower)
-    return facts, load_tokenizer(folder, facts.tokenizer), files["tokenizer/chat_template.jinja"].decode()
+def load(folder: Path, tower: Path | None = None) -> tuple[ModelInfo, Tokenizer, str]:
+    info, files = read_model_info(folder, read_config(folder, vision_tower=tower), vision_tower=tower)
+    return info, load_tokenizer(folder, info.tokenizer), files["tokenizer/chat_template.jinja"].decode()
 
 
 @pytest.fixture(scope="module")
-def hf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelFacts, Tokenizer, str]:
+def hf(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelInfo, Tokenizer, str]:
     folder = tiny_llava(tmp_path_factory.mktemp("hf") / "tiny").folder
     return folder, *load(folder)
 
 
 @pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelFacts, Tokenizer, str]:
+def original(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelInfo, Tokenizer, str]:
     tiny = tiny_llava(tmp_path_factory.mktemp("original") / "tiny", layout="original")
     return tiny.folder, *load(tiny.folder, tiny.vision_tower)
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def sample_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 @pytest.mark.parametrize("sizes", [[], [(40, 30)], [(28, 28), (31, 90), (5, 3)]])
-def test_prompt_equals_the_processor(hf: tuple[Path, ModelFacts, Tokenizer, str], sizes: list[tuple[int, int]]) -> None:
-    folder, facts, tokenizer, template = hf
-    images = [picture(*size, seed=i) for i, size in enumerate(sizes)]
+def test_prompt_equals_the_processor(hf: tuple[Path, ModelInfo, Tokenizer, str], sizes: list[tuple[int, int]]) -> None:
+    folder, info, tokenizer, template = hf
+    images = [sample_image(*size, seed=i) for i, size in enumerate(sizes)]
     processor = LlavaProcessor(
         CLIPImageProcessorPil.from_pretrained(folder),
         AutoTokenizer.from_pretrained(folder),
@@ -55,14 +55,14 @@ def test_prompt_equals_the_processor(hf: tuple[Path, ModelFacts, Tokenizer, str]
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
     )
-    text = llava.to_text([Message("user", "What is in the picture?", images=len(images))], template, facts, tokenizer)
+    text = llava.to_text([Message("user", "What is in the picture?", images=len(images))], template, info, tokenizer)
     assert text == "USER: " + "<image>\n" * len(images) + "What is in the picture? ASSISTANT:"
     expected = processor(images=images or None, text=text, return_tensors="np")
 
-    prompt = llava.raw_prompt(text, images, facts, tokenizer)
+    prompt = llava.raw_prompt(text, images, info, tokenizer)
     assert prompt.token_ids.dtype == prompt.rows.dtype == np.int32
     np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0])
-    shown = prompt.token_ids == facts.tokenizer.image_token_id
+    shown = prompt.token_ids == info.tokenizer.image_token_id
     np.testing.assert_array_equal(prompt.rows[shown], np.arange(16 * len(images)))
     assert (prompt.rows[~shown] == -1).all()
     assert prompt.pixels.shape == (len(images), 28, 28, 3) and prompt.pixels.dtype == np.uint8
@@ -72,28 +72,28 @@ def test_prompt_equals_the_processor(hf: tuple[Path, ModelFacts, Tokenizer, str]
     assert (prompt.length, prompt.image_tokens) == (shown.size, 16 * len(images))
     assert prompt.text_tokens == prompt.length - prompt.image_tokens
     assert prompt.state.dtype == np.int32 and prompt.state.shape == prompt.rows.shape and not prompt.state.any()
-    assert prompt.grids is None and prompt.sight is None
+    assert prompt.grids is None and prompt.cross_attention is None
     assert [(frame.image_width, frame.image_height) for frame in prompt.frames] == sizes
 
 
-def test_a_conversation_is_the_prompt_of_its_text(hf: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
-    _, facts, tokenizer, template = hf
-    messages, images = [Message("user", "What is it?", images=1)], [picture(40, 30)]
+def test_a_conversation_is_the_prompt_of_its_text(hf: tuple[Path, ModelInfo, Tokenizer, str]) -> None:
+    _, info, tokenizer, template = hf
+    messages, images = [Message("user", "What is it?", images=1)], [sample_image(40, 30)]
     for answered in (True, False):
-        text = llava.to_text(messages, template, facts, tokenizer, add_generation_prompt=answered)
-        chat = llava.chat_prompt(messages, images, facts, tokenizer, template, add_generation_prompt=answered)
-        raw = llava.raw_prompt(text, images, facts, tokenizer)
+        text = llava.to_text(messages, template, info, tokenizer, add_generation_prompt=answered)
+        chat = llava.chat_prompt(messages, images, info, tokenizer, template, add_generation_prompt=answered)
+        raw = llava.raw_prompt(text, images, info, tokenizer)
         np.testing.assert_array_equal(chat.token_ids, raw.token_ids)
         np.testing.assert_array_equal(chat.pixels, raw.pixels)
         assert text.endswith("ASSISTANT:") == answered
 
 
-def test_original_prompt_by_hand(original: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
-    folder, facts, tokenizer, template = original
-    text = llava.to_text([Message("user", "What is it?", images=1)], template, facts, tokenizer)
+def test_original_prompt_by_hand(original: tuple[Path, ModelInfo, Tokenizer, str]) -> None:
+    folder, info, tokenizer, template = original
+    text = llava.to_text([Message("user", "What is it?", images=1)], template, info, tokenizer)
     assert text.startswith("A chat between a curious user and") and text.endswith(" USER: <image>\nWhat is it? ASSISTANT:")
-    wide = picture(40, 20)
-    prompt = llava.raw_prompt(text, [wide], facts, tokenizer)
+    wide = sample_image(40, 20)
+    prompt = llava.raw_prompt(text, [wide], info, tokenizer)
     plain = sentencepiece.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     before, after = (plain.encode(piece) for piece in text.split("<image>"))
     assert prompt.token_ids.tolist() == [1, *before, *[0] * 16, *after]
@@ -105,12 +105,12 @@ def test_original_prompt_by_hand(original: tuple[Path, ModelFacts, Tokenizer, st
     assert box.pixels == (10, 0, 30, 20)
 
 
-def test_a_chat_in_the_original_layout_goes_on_after_the_answer(original: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
+def test_a_chat_in_the_original_layout_goes_on_after_the_answer(original: tuple[Path, ModelInfo, Tokenizer, str]) -> None:
     """The tokens of the first turn begin those of the whole chat, so that a cache can be kept between turns."""
-    _, facts, tokenizer, template = original
+    _, info, tokenizer, template = original
     chat = [Message("user", "What is it?", images=1), Message("assistant", "A circle."), Message("user", "Its colour?")]
     first, whole = (
-        llava.raw_prompt(llava.to_text(part, template, facts, tokenizer), [picture(9, 9)], facts, tokenizer)
+        llava.raw_prompt(llava.to_text(part, template, info, tokenizer), [sample_image(9, 9)], info, tokenizer)
         for part in (chat[:1], chat)
     )
     assert whole.token_ids[: first.length].tolist() == first.token_ids.tolist()
@@ -119,12 +119,12 @@ def test_a_chat_in_the_original_layout_goes_on_after_the_answer(original: tuple[
     )
 
 
-def test_marks_in_the_text_say_where_pictures_stand(hf: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
-    _, facts, tokenizer, template = hf
-    parts = llava.parts_of("Is <image> like <image>?", 2, facts)
-    text = llava.to_text([Message("user", parts)], template, facts, tokenizer)
+def test_marks_in_the_text_say_where_images_stand(hf: tuple[Path, ModelInfo, Tokenizer, str]) -> None:
+    _, info, tokenizer, template = hf
+    parts = llava.parts_of("Is <image> like <image>?", 2, info)
+    text = llava.to_text([Message("user", parts)], template, info, tokenizer)
     assert text == "USER: Is <image> like <image>? ASSISTANT:"
-    prompt = llava.raw_prompt(text, [picture(9, 9), picture(30, 9, seed=1)], facts, tokenizer)
+    prompt = llava.raw_prompt(text, [sample_image(9, 9), sample_image(30, 9, seed=1)], info, tokenizer)
     assert prompt.image_tokens == 32
     runs = np.flatnonzero(np.diff((prompt.rows >= 0).astype(int)) == 1)
     assert len(runs) == 2
@@ -133,35 +133,35 @@ def test_marks_in_the_text_say_where_pictures_stand(hf: tuple[Path, ModelFacts, 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
 def test_adjacent_marks(layout: str, request: pytest.FixtureRequest) -> None:
-    _, facts, tokenizer, _ = request.getfixturevalue(layout)
-    prompt = llava.raw_prompt("<image><image>", [picture(5, 5), picture(5, 6)], facts, tokenizer)
+    _, info, tokenizer, _ = request.getfixturevalue(layout)
+    prompt = llava.raw_prompt("<image><image>", [sample_image(5, 5), sample_image(5, 6)], info, tokenizer)
     assert prompt.rows.tolist() == [-1, *range(32)]
 
 
 @pytest.mark.parametrize("layout", ["hf", "original"])
 def test_errors(layout: str, request: pytest.FixtureRequest) -> None:
-    _, facts, tokenizer, _ = request.getfixturevalue(layout)
+    _, info, tokenizer, _ = request.getfixturevalue(layout)
     with pytest.raises(PromptError, match="the prompt has 1 <image> mark but 2 images were given; write <image> once for each"):
-        llava.raw_prompt("<image> x", [picture(5, 5)] * 2, facts, tokenizer)
+        llava.raw_prompt("<image> x", [sample_image(5, 5)] * 2, info, tokenizer)
     with pytest.raises(PromptError, match="the prompt has 2 <image> marks but 1 image was given"):
-        llava.raw_prompt("<image> x <image>", [picture(5, 5)], facts, tokenizer)
+        llava.raw_prompt("<image> x <image>", [sample_image(5, 5)], info, tokenizer)
     with pytest.raises(PromptError, match="the prompt has 1 <image> mark but 0 images were given"):
-        llava.raw_prompt("<image> x", [], facts, tokenizer)
+        llava.raw_prompt("<image> x", [], info, tokenizer)
     with pytest.raises(ImageError, match="does not exist"):
-        llava.raw_prompt("<image> x", ["no.png"], facts, tokenizer)
+        llava.raw_prompt("<image> x", ["no.png"], info, tokenizer)
 
 
-def test_tokens_that_the_model_does_not_have(hf: tuple[Path, ModelFacts, Tokenizer, str]) -> None:
+def test_tokens_that_the_model_does_not_have(hf: tuple[Path, ModelInfo, Tokenizer, str]) -> None:
     import msgspec
 
-    _, facts, tokenizer, _ = hf
+    _, info, tokenizer, _ = hf
     pad = tokenizer.vocabulary.token_id("<pad>")
-    small = msgspec.structs.replace(facts, vocab_size=pad)
+    small = msgspec.structs.replace(info, vocab_size=pad)
     with pytest.raises(PromptError, match=f"the prompt holds token {pad} but the model knows {pad} tokens; take the special"):
         llava.raw_prompt("a<pad>", [], small, tokenizer)
-    silent = Tokenizer(msgspec.structs.replace(tokenizer.facts, add_bos=False), tokenizer.vocabulary)
+    silent = Tokenizer(msgspec.structs.replace(tokenizer.config, add_bos=False), tokenizer.vocabulary)
     with pytest.raises(PromptError, match="the prompt is empty; expected some text or an image"):
-        llava.raw_prompt("", [], facts, silent)
+        llava.raw_prompt("", [], info, silent)
 
 
 def test_families_are_found_by_name() -> None:

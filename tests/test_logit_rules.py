@@ -20,10 +20,10 @@ from staticvl.runtime.processor.token_bytes import BadWords, TokenBytes
 from staticvl.runtime.processor.tokenizer import Tokenizer, read_vocabulary
 from staticvl.runtime.processor.vocabularies import Vocabulary
 from staticvl.runtime.sampling.constraints import ConstraintError
-from staticvl.runtime.sampling.logits_processors import LogitRules, rules_for
+from staticvl.runtime.sampling.logits_processors import LogitsProcessors, logits_processors_for
 
 from .checkpoints_mllama import tiny_mllama
-from .fakes import EOS, VOCAB, fake_engine, lent, loaded_with_fake, picture, picture_prompt, run_all, text_prompt
+from .fakes import EOS, VOCAB, fake_engine, image, image_prompt, lent, loaded_with_fake, run_all, text_prompt
 from .tiny_families import GOLDEN_QWEN
 
 QUESTION = "What is in the picture?"
@@ -40,7 +40,7 @@ ROW = np.linspace(-3, 5, 8, dtype=np.float32)
 
 
 def changed(params: SamplingParams, prompt: tuple[int, ...], answer: tuple[int, ...], ends: tuple[int, ...] = ()) -> np.ndarray:
-    rules = rules_for(params, text_prompt(*prompt), ends, len(ROW), ())
+    rules = logits_processors_for(params, text_prompt(*prompt), ends, len(ROW), ())
     assert rules is not None
     for token in answer:
         rules.accept(token)
@@ -86,11 +86,11 @@ def test_each_logit_by_its_definition(
 
 
 def test_nothing_asked_for_is_nothing_done() -> None:
-    assert rules_for(SamplingParams(), text_prompt(1), (), 8, ()) is None
+    assert logits_processors_for(SamplingParams(), text_prompt(1), (), 8, ()) is None
 
 
-def test_ids_at_a_pictures_positions_are_not_repeated() -> None:
-    rules = LogitRules(SamplingParams(repetition_penalty=2.0), picture_prompt(5, picture(9), 6), (), VOCAB, ())
+def test_ids_at_a_images_positions_are_not_repeated() -> None:
+    rules = LogitsProcessors(SamplingParams(repetition_penalty=2.0), image_prompt(5, image(9), 6), (), VOCAB, ())
     assert rules.seen.tolist() == [5, 6]
 
 
@@ -189,7 +189,7 @@ class Letters:
 
     written = ("</s>", "a", "b", "ab", "ba", "aab", "c")
 
-    class facts:  # noqa: N801
+    class config:  # noqa: N801
         used = 7
 
     @property
@@ -212,17 +212,17 @@ class Letters:
     tokens=st.lists(st.integers(1, 6), max_size=8),
 )
 def test_exactly_the_tokens_that_complete_a_bad_word_are_forbidden(words: list[str], tokens: list[int]) -> None:
-    guide = BadWords(tuple(words), TokenBytes(Letters()))  # type: ignore[arg-type]
+    constraint = BadWords(tuple(words), TokenBytes(Letters()))  # type: ignore[arg-type]
     text = ""
     for token in tokens:
         row = np.zeros(7, np.float32)
-        guide.forbid(row)
+        constraint.forbid(row)
         for each, written in enumerate(Letters.written):
             completes = each > 0 and any(word in text + written for word in words)
             assert np.isneginf(row[each]) == completes
         if np.isneginf(row[token]):
             return
-        guide.accept(token)
+        constraint.accept(token)
         text += Letters.written[token]
 
 
@@ -327,6 +327,6 @@ def test_without_the_library(model: runtime.Model, monkeypatch: pytest.MonkeyPat
 def test_special_tokens_are_in_no_form(model: runtime.Model) -> None:
     """Not even where any text may stand."""
     out = model.generate(QUESTION, regex="(.|\n){30,40}", temperature=50.0, seed=2, max_new_tokens=60)
-    hidden = set(TokenBytes(Tokenizer(model.tokenizer.facts, model.tokenizer.vocabulary)).hidden)
+    hidden = set(TokenBytes(Tokenizer(model.tokenizer.config, model.tokenizer.vocabulary)).hidden)
     assert len(hidden) > 1
     assert not hidden & set(out.token_ids[:-1])

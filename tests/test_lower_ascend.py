@@ -26,7 +26,7 @@ from staticvl.compiler.graphs import GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import CROSS_HIDDEN, ImageFacts
+from staticvl.runtime.artifact import CROSS_HIDDEN, ImageProcessorConfig
 from staticvl.runtime.backends.ascend.weights import to_offsets, to_signed
 from staticvl.runtime.backends.ge_simulator import ge_graph
 from staticvl.weights.quantize import joined_halves, quantize_w4, quantize_w8, quantize_w8a8
@@ -102,7 +102,7 @@ def narrow(subject: Case) -> Case:
 
 
 def crossed(tokens: int, images: int) -> Case:
-    """Two tiles a picture of three keys each; the first token of a row sees nothing, the last everything."""
+    """Two tiles an image of three keys each; the first token of a row sees nothing, the last everything."""
     q, keys = rand(2, tokens, 64), [rand(2, 2, 6, 16) for _ in range(2 * images)]
     mask = torch.where(torch.rand((2, tokens, 2 * images), generator=_generator()) < 0.5, 0.0, CROSS_HIDDEN)
     mask[:, -1], mask[:, 0, 0] = 0, 0
@@ -136,7 +136,7 @@ def whole_numbers(*, bias: bool) -> Case:
     return Case("linear_w8a8", given, lambda f, x, q, s, b=None: f(x, q, s, b, False))
 
 
-def likeliest(rows: int, vocab: int, count: int, factors: int | None = None) -> Case:
+def top_k_ids(rows: int, vocab: int, count: int, factors: int | None = None) -> Case:
     """No two logits of a row are equal: which of equals are taken is open."""
     order = torch.rand((rows, vocab), generator=_generator()).argsort(-1)
     return case("top_tokens", (order / 64 - 8).half(), torch.linspace(0.5, 2, factors or rows), then=(count,))
@@ -173,10 +173,10 @@ CASES: dict[str, Callable[[], Case]] = {
     "merge_rows": lambda: case("merge_rows", rand(1, 4, 8), rand(3, 8), ints([-1, 2, 0, -1])),
     "take_token": lambda: case("take_token", rand(1, 4, 8), ints(2)),
     "take_token of rows": lambda: case("take_token", rand(3, 4, 8), ints(2, 0, 3)),
-    "top_tokens": lambda: likeliest(3, 50, 8),
-    "top_tokens, blocks": lambda: likeliest(3, 1030, 8),
-    "top_tokens, whole blocks, a draft": lambda: likeliest(2, 1280, 8, factors=1),
-    "top_tokens, one row": lambda: likeliest(1, 1100, 8),
+    "top_tokens": lambda: top_k_ids(3, 50, 8),
+    "top_tokens, blocks": lambda: top_k_ids(3, 1030, 8),
+    "top_tokens, whole blocks, a draft": lambda: top_k_ids(2, 1280, 8, factors=1),
+    "top_tokens, one row": lambda: top_k_ids(1, 1100, 8),
     "rope": lambda: case("rope", rand(2, 3, 4 * 16), *rotary(2, 3, 16)),
     "cached_attention, decode": lambda: cached(3, 1, 0, 5, 11),
     "cached_attention, prefill": lambda: cached(1, 4, 5),
@@ -198,8 +198,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "padded_attention, odd head": lambda: case(
         "padded_attention", rand(1, 4, 20), rand(1, 4, 20), rand(1, 4, 20), torch.tensor([[0.0, 1, 1, 0]]), then=(2,)
     ),
-    "cross_attention, 1 picture": lambda: crossed(3, 1),
-    "cross_attention, 2 pictures": lambda: crossed(3, 2),
+    "cross_attention, 1 image": lambda: crossed(3, 1),
+    "cross_attention, 2 images": lambda: crossed(3, 2),
     "cross_attention, decode": lambda: crossed(1, 2),
     "mask_tiles": lambda: case("mask_tiles", rand(4, 3, 2), ints(3)),
     "tile_padding": lambda: case("tile_padding", ints(2), then=(4, 5, 8)),
@@ -241,7 +241,7 @@ def test_a_cache_in_8_bits_is_widened_only_where_the_operator_takes_no_scales(to
         assert ("key_antiquant_scale" in given) == ("value_antiquant_scale" in given) == (in_bfloat16 in kinds)
 
 
-def test_eager_programs_hide_pictures_in_16_bits() -> None:
+def test_eager_programs_hide_images_in_16_bits() -> None:
     """Where -1e30 is infinite, and a token that sees nothing would attend to not a number."""
     q, mask, *keys = crossed(3, 2).tensors
     expected = ops.cross_attention(q.float(), [k.float() for k in keys[:2]], [v.float() for v in keys[2:]], mask.float(), 4)
@@ -274,7 +274,9 @@ def definitions(checkpoint: Path, *, quant: str = "none", context: int = 64, slo
     options = Options(checkpoint=checkpoint, out=Path(), buckets=buckets)
     plan = make_plan(config, options)
     third = (0.3, 0.4, 0.5)
-    image = ImageFacts(mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=third, std=third)
+    image = ImageProcessorConfig(
+        mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=third, std=third
+    )
     for kind, bucket, variant in plan.graphs:
         yield define_graph(config, image, plan.cache, quant, kind, bucket, variant)
 

@@ -21,12 +21,12 @@ from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.prompt import Message, Prompt
 
 from .conftest import EMBEDDED
-from .fake_backend import PICTURE_NUMBERS, FakeBackend
+from .fake_backend import IMAGE_NUMBERS, FakeBackend
 from .fakes import Guess, check_slots, fake_model, noise, oracle
 
 CONTEXT = 512
 TEXTS = ("Hello!", "What is in the picture?", "日本 🙂", "a b c d e f g h i j k l m n", "Where is the circle? " * 3, "...")
-PICTURES = [noise(seed, (20, 20)) for seed in range(3)]
+IMAGES = [noise(seed, (20, 20)) for seed in range(3)]
 
 
 class Watched:
@@ -44,7 +44,7 @@ class Watched:
 
     def noted_sequence(self, prompt: Prompt, *args: Any, **kwargs: Any) -> Sequence:
         sequence = self.make(prompt, *args, **kwargs)
-        for digest, tile in zip(sequence.content.pictures, prompt.pixels, strict=True):
+        for digest, tile in zip(sequence.cache_keys.images, prompt.pixels, strict=True):
             self.sums[digest] = int(tile.sum())
         return sequence
 
@@ -90,13 +90,13 @@ class Watched:
         values = keys[:, 0].copy()
         shown = np.flatnonzero(values < 0)
         sums = np.array([self.sums[keys[row, 2:].tobytes()] for row in shown], np.int64)
-        values[shown] = (sums - 1 - values[shown]) % PICTURE_NUMBERS
+        values[shown] = (sums - 1 - values[shown]) % IMAGE_NUMBERS
         assert isinstance(backend, FakeBackend)
         assert np.array_equal(backend.kept[slot, :length], (values + 1) * (np.arange(length) + 1))
 
 
 @dataclass
-class Asked:
+class BenchRequest:
     """One request or turn, and what must come of it."""
 
     wanted: runtime.Output
@@ -113,7 +113,7 @@ class Traffic:
 
     def __init__(self, watched: Watched, alone: runtime.Model, rng: np.random.Generator) -> None:
         self.watched, self.model, self.alone, self.rng = watched, watched.model, alone, rng
-        self.open: list[Asked] = []
+        self.open: list[BenchRequest] = []
         self.ended = dict.fromkeys(("whole", "dropped", "turns", "forks"), 0)
 
     def run(self, count: int) -> None:
@@ -131,8 +131,8 @@ class Traffic:
 
     def guess(self, sequence: Sequence, answer: list[int]) -> None:
         """Let drafts come from an answer that is known, beyond the end where it is longer."""
-        if sequence.lookup and self.rng.random() < 0.7:
-            sequence.lookup = Guess(answer, self.rng)  # type: ignore[assignment]
+        if sequence.prompt_lookup and self.rng.random() < 0.7:
+            sequence.prompt_lookup = Guess(answer, self.rng)  # type: ignore[assignment]
 
     def settings(self) -> dict[str, Any]:
         rng = self.rng
@@ -147,35 +147,35 @@ class Traffic:
         return chosen
 
     def words(self) -> tuple[str, list[Image.Image]]:
-        pictures = [PICTURES[i] for i in self.rng.integers(0, len(PICTURES), self.rng.choice([0, 0, 1, 2]))]
-        return str(self.rng.choice(TEXTS)), pictures
+        images = [IMAGES[i] for i in self.rng.integers(0, len(IMAGES), self.rng.choice([0, 0, 1, 2]))]
+        return str(self.rng.choice(TEXTS)), images
 
-    def request(self) -> Asked:
-        text, pictures = self.words()
+    def request(self) -> BenchRequest:
+        text, images = self.words()
         chosen = self.settings()
         params = runtime.SamplingParams(**chosen)
-        message = Message("user", text, len(pictures))
-        prompt = self.model.prepare_messages([message], pictures)
-        wanted = longest = self.expected([message], pictures, params)
+        message = Message("user", text, len(images))
+        prompt = self.model.prepare_messages([message], images)
+        wanted = longest = self.expected([message], images, params)
         if len(wanted.text) > 4 and self.rng.random() < 0.4:
             at = int(self.rng.integers(0, len(wanted.text) - 2))
             params = runtime.SamplingParams(**chosen, stop=(wanted.text[at : at + 3],))
-            wanted = self.expected([message], pictures, params)
-        asked = Asked(wanted, sequence=self.model.new_sequence(prompt, params))
+            wanted = self.expected([message], images, params)
+        asked = BenchRequest(wanted, sequence=self.model.new_sequence(prompt, params))
         self.guess(asked.sequence, longest.token_ids)  # type: ignore[arg-type]
         asked.drop_after = int(self.rng.integers(0, 30)) if self.rng.random() < 0.2 else None
         self.model.start(asked.sequence)  # type: ignore[arg-type]
         return asked
 
-    def expected(self, messages: list[Message], pictures: list[Image.Image], params: runtime.SamplingParams) -> runtime.Output:
+    def expected(self, messages: list[Message], images: list[Image.Image], params: runtime.SamplingParams) -> runtime.Output:
         """Of the same request alone, with one slot, nothing reused; where nothing but tokens matters, also by plain sums."""
-        prompt = self.alone.prepare_messages(messages, pictures)
+        prompt = self.alone.prepare_messages(messages, images)
         out = self.alone.run([self.alone.new_sequence(prompt, params)])[0]
         if not (params.stop or params.stop_token_ids or params.bad_words):
-            assert out.token_ids == oracle(prompt, params, self.alone.facts)
+            assert out.token_ids == oracle(prompt, params, self.alone.info)
         return out
 
-    def turn(self) -> Asked:
+    def turn(self) -> BenchRequest:
         """Of a chat: a new one, one that goes on, a fork, or one that takes its last turn back and asks something else."""
         idle = [chat for chat in self.watched.chats if not any(asked.chat is chat for asked in self.open)]
         # More chats than slots: whoever has been idle the longest gives up its slot.
@@ -197,12 +197,12 @@ class Traffic:
             if way > 0.9 or len(chat.messages) > 3 or len(chat.images) > 1:
                 chat.messages.clear()
                 chat.images.clear()
-        text, pictures = self.words()
-        message, settings_ = Message("user", text, len(pictures)), self.settings()
-        wanted = self.expected([*chat.messages, message], [*chat.images, *pictures], runtime.SamplingParams(**settings_))
-        stream = chat.stream(text, pictures, **settings_)
+        text, images = self.words()
+        message, settings_ = Message("user", text, len(images)), self.settings()
+        wanted = self.expected([*chat.messages, message], [*chat.images, *images], runtime.SamplingParams(**settings_))
+        stream = chat.stream(text, images, **settings_)
         dropped = int(self.rng.integers(1, 6)) if self.rng.random() < 0.15 else None
-        return Asked(wanted, stream=stream, chat=chat, said=(message, pictures), drop_after=dropped)
+        return BenchRequest(wanted, stream=stream, chat=chat, said=(message, images), drop_after=dropped)
 
     def advance(self) -> None:
         if not self.open:
@@ -215,7 +215,7 @@ class Traffic:
         else:
             self.advance_turn(asked)
 
-    def advance_request(self, asked: Asked, sequence: Sequence) -> None:
+    def advance_request(self, asked: BenchRequest, sequence: Sequence) -> None:
         if asked.drop_after is not None and asked.drop_after < 0 and not sequence.finish_reason:
             self.model.end(sequence)
             assert sequence.generated == asked.wanted.token_ids[: len(sequence.generated)]
@@ -231,7 +231,7 @@ class Traffic:
         else:
             self.model.advance()
 
-    def advance_turn(self, asked: Asked) -> None:
+    def advance_turn(self, asked: BenchRequest) -> None:
         assert asked.stream is not None and asked.chat is not None and asked.said is not None
         if asked.drop_after is not None and asked.drop_after < 0:
             asked.stream.close()  # type: ignore[attr-defined]

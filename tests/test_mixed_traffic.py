@@ -27,7 +27,7 @@ FAMILIES = ("llava", "llava_next", "mllama", "qwen_vl")
 BUCKETS = Buckets(prefill=(4, 32), decode=(1, 4), context=224, slots=4)
 TOLERANCE = 1e-4  # of the largest magnitude
 TEXTS = ("Hello!", "What is in the picture?", "Where is the circle, and how large is it?", "Why?")
-PICTURES = [noise(seed, size) for seed, size in enumerate([(30, 30), (41, 60)])]
+IMAGES = [noise(seed, size) for seed, size in enumerate([(30, 30), (41, 60)])]
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,8 @@ class Artifacts(dict[str, Path]):
 
 
 def draw(rng: np.random.Generator) -> tuple[str, list[Any], dict[str, Any]]:
-    """A prompt, its pictures and its settings."""
-    pictures = [PICTURES[i] for i in rng.integers(0, 2, rng.choice([0, 1, 1]))]
+    """A prompt, its images and its settings."""
+    images = [IMAGES[i] for i in rng.integers(0, 2, rng.choice([0, 1, 1]))]
     settings: dict[str, Any] = {
         "max_new_tokens": int(rng.integers(1, 9)),
         "ignore_eos": bool(rng.random() < 0.7),
@@ -61,7 +61,7 @@ def draw(rng: np.random.Generator) -> tuple[str, list[Any], dict[str, Any]]:
         settings |= {"temperature": 1.2, "seed": int(rng.integers(9)), "top_p": 0.9, "min_p": 0.01}
     if rng.random() < 0.3:
         settings |= {"repetition_penalty": 1.2, "presence_penalty": 0.3, "logit_bias": {7: 1.0}, "min_new_tokens": 1}
-    return str(rng.choice(TEXTS)), pictures, settings
+    return str(rng.choice(TEXTS)), images, settings
 
 
 def check_alike(got: runtime.Output, alone: runtime.Output) -> bool:
@@ -80,16 +80,16 @@ def check_traffic(artifact: Path, count: int, seed: int) -> None:
     fresh = runtime.Model(model.artifact, Engine(model.artifact, threads=1, reuse=False))
     rng = np.random.default_rng(seed)
     asked = [draw(rng) for _ in range(count)]
-    alone = [fresh.generate(text, pictures, return_logits=True, **settings) for text, pictures, settings in asked]
+    alone = [fresh.generate(text, images, return_logits=True, **settings) for text, images, settings in asked]
     waiting = list(range(count))
     alive: dict[int, runtime.model.Sequence] = {}
     same = dropped = 0
     while waiting or alive:
         while waiting and rng.random() < 0.3:
             place = waiting.pop(0)
-            text, pictures, settings = asked[place]
+            text, images, settings = asked[place]
             params = runtime.SamplingParams(**settings)
-            alive[place] = model.new_sequence(model.prepare(text, pictures, raw=False), params, return_logits=True)
+            alive[place] = model.new_sequence(model.prepare(text, images, raw=False), params, return_logits=True)
             model.start(alive[place])
         if alive and rng.random() < 0.01:
             model.end(alive.pop(int(rng.choice(list(alive)))))

@@ -23,7 +23,7 @@ from transformers.models.mllama.processing_mllama import (
     get_cross_attention_token_mask,
 )
 
-from staticvl.runtime.artifact import ImageFacts, ModelFacts, RopeFacts, TokenizerFacts
+from staticvl.runtime.artifact import ImageProcessorConfig, ModelInfo, RopeParameters, TokenizerConfig
 from staticvl.runtime.processor.chat_template import MLLAMA_BASE, ChatTemplateError
 from staticvl.runtime.processor.families import mllama
 from staticvl.runtime.processor.images import ImageError
@@ -35,20 +35,20 @@ from .conftest import PUBLISHED
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-SIDE, TILES, KEYS = 28, 4, 5  # pixels, tiles of a picture, keys of a tile
+SIDE, TILES, KEYS = 28, 4, 5  # pixels, tiles of an image, keys of a tile
 BOS, IMAGE = "<|begin_of_text|>", "<|image|>"
 SPECIAL = (BOS, "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|python_tag|>", IMAGE)
 
-# As the published one: the system block only where there are no pictures, and no system message beside them.
+# As the published one: the system block only where there are no images, and no system message beside them.
 TEMPLATE = """\
 {{- bos_token }}
-{%- set found = namespace(pictures=false) %}
+{%- set found = namespace(images=false) %}
 {%- for message in messages if message['content'] is not string %}
-{%- for part in message['content'] if part['type'] == 'image' %}{% set found.pictures = true %}{% endfor %}
+{%- for part in message['content'] if part['type'] == 'image' %}{% set found.images = true %}{% endfor %}
 {%- endfor %}
-{%- if found.pictures and messages[0]['role'] == 'system' %}
+{%- if found.images and messages[0]['role'] == 'system' %}
 {{- raise_exception('Prompting with images is incompatible with system messages.') }}
-{%- elif not found.pictures and messages[0]['role'] != 'system' %}
+{%- elif not found.images and messages[0]['role'] != 'system' %}
 {{- '<|start_header_id|>system<|end_header_id|>\\n\\nToday<|eot_id|>' }}
 {%- endif %}
 {%- for message in messages %}
@@ -77,23 +77,23 @@ def write_tokenizer(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelFacts, Tokenizer, MllamaProcessor]:
+def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelInfo, Tokenizer, MllamaProcessor]:
     path = write_tokenizer(tmp_path_factory.mktemp("mllama"))
     vocabulary = read_vocabulary(path)
     image_id = vocabulary.token_id(IMAGE)
     assert image_id is not None and vocabulary.size == image_id + 1
-    facts = ModelFacts(
+    info = ModelInfo(
         family="mllama",
         layout="hf",
         hidden_size=16,
-        vocab_size=image_id,  # as published, the picture's token lies behind the vocabulary
-        rope=RopeFacts(theta=500000.0),
+        vocab_size=image_id,  # as published, the image's token lies behind the vocabulary
+        rope=RopeParameters(theta=500000.0),
         eos_token_ids=(vocabulary.token_id("<|eot_id|>") or 0,),
-        image=ImageFacts(
+        image=ImageProcessorConfig(
             mode="tiles", size=SIDE, mean=MEAN, std=STD, resample=2, rows=KEYS, mark=IMAGE, tiles=TILES,
             grids=tuple(get_all_supported_aspect_ratios(TILES)),
         ),
-        tokenizer=TokenizerFacts(
+        tokenizer=TokenizerConfig(
             kind="tokenizers", style="hf", bos_token_id=vocabulary.token_id(BOS) or 0, add_bos=True, image_token_id=image_id,
             used=image_id,
         ),
@@ -104,10 +104,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelFacts, Tokeniz
         ),
         PreTrainedTokenizerFast(tokenizer_file=str(path), bos_token=BOS, eos_token="<|eot_id|>", pad_token="<|end_of_text|>"),
     )
-    return facts, Tokenizer(facts.tokenizer, vocabulary), reference
+    return info, Tokenizer(info.tokenizer, vocabulary), reference
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def sample_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -125,50 +125,50 @@ def random_text(rng: np.random.Generator, pictures: int) -> str:
     return "".join(parts)
 
 
-def check_sight(prompt: Prompt, facts: ModelFacts, dense: np.ndarray) -> None:
+def check_sight(prompt: Prompt, info: ModelInfo, dense: np.ndarray) -> None:
     """Against the mask [L, N, t] of the processor and what the model makes of it: [L, N * t * KEYS] added to scores."""
-    sight, pictures = prompt.sight, len(prompt.frames)
-    assert sight is not None and sight.visible.dtype == bool and sight.gates.dtype == np.float32
+    cross_attention, pictures = prompt.cross_attention, len(prompt.frames)
+    assert cross_attention is not None and cross_attention.visible.dtype == bool and cross_attention.gates.dtype == np.float32
     mask, row_mask = _prepare_cross_attention_mask(torch.from_numpy(dense)[None].float(), KEYS, torch.float32)  # type: ignore[arg-type]
     blind = row_mask[0, 0, :, 0].numpy() == 0
     seen = (mask[0, 0] == 0).numpy()
-    assert sight.visible.shape == (prompt.length, pictures * TILES)
-    np.testing.assert_array_equal(sight.gates[:, 1], 1 - blind)
-    if facts.text_before_image == "transformers":
-        np.testing.assert_array_equal(np.repeat(sight.visible, KEYS, axis=1), seen)
-        assert (sight.gates[:, 0] == 1).all()
+    assert cross_attention.visible.shape == (prompt.length, pictures * TILES)
+    np.testing.assert_array_equal(cross_attention.gates[:, 1], 1 - blind)
+    if info.text_before_image == "transformers":
+        np.testing.assert_array_equal(np.repeat(cross_attention.visible, KEYS, axis=1), seen)
+        assert (cross_attention.gates[:, 0] == 1).all()
         np.testing.assert_array_equal(prompt.state, np.where(blind, pictures, 0))
     else:
-        np.testing.assert_array_equal(sight.visible, dense.reshape(prompt.length, -1).astype(bool))
-        np.testing.assert_array_equal(sight.gates[:, 0], 1 - blind)
-        assert not sight.visible[blind].any() and not prompt.state.any()
+        np.testing.assert_array_equal(cross_attention.visible, dense.reshape(prompt.length, -1).astype(bool))
+        np.testing.assert_array_equal(cross_attention.gates[:, 0], 1 - blind)
+        assert not cross_attention.visible[blind].any() and not prompt.state.any()
     assert prompt.state.dtype == np.int32
 
 
 @pytest.mark.parametrize("before", ["transformers", "meta"])
-def test_prompts_equal_the_processor(model: tuple[ModelFacts, Tokenizer, MllamaProcessor], before: Any) -> None:
-    facts, tokenizer, reference = model
-    facts = msgspec.structs.replace(facts, text_before_image=before)
+def test_prompts_equal_the_processor(model: tuple[ModelInfo, Tokenizer, MllamaProcessor], before: Any) -> None:
+    info, tokenizer, reference = model
+    info = msgspec.structs.replace(info, text_before_image=before)
     rng = np.random.default_rng(3)
     blind = 0
     for _ in range(120):
         pictures = int(rng.integers(0, 5))
-        images = [picture(int(w), int(h), seed=w) for w, h in rng.integers(5, 120, (pictures, 2))]
+        images = [sample_image(int(w), int(h), seed=w) for w, h in rng.integers(5, 120, (pictures, 2))]
         text = random_text(rng, pictures)
         expected = referred(reference, text, images)
-        prompt = mllama.raw_prompt(text, images, facts, tokenizer)
+        prompt = mllama.raw_prompt(text, images, info, tokenizer)
         np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0], err_msg=text)
         assert prompt.token_ids.dtype == prompt.rows.dtype == np.int32 and (prompt.rows == -1).all()
         assert (prompt.image_tokens, prompt.pixels.shape) == (pictures, (pictures * TILES, SIDE, SIDE, 3))
         assert [(frame.width, frame.height) for frame in prompt.frames] == [image.size for image in images]
         assert prompt.grids is not None and prompt.grids.dtype == np.int32 and prompt.grids.shape == (pictures, 2)
         if not images:
-            assert prompt.sight is None and not prompt.state.any()
+            assert prompt.cross_attention is None and not prompt.state.any()
             continue
-        ids = [facts.image.grids.index((int(r), int(c))) + 1 for r, c in prompt.grids]
+        ids = [info.image.grids.index((int(r), int(c))) + 1 for r, c in prompt.grids]
         assert ids == expected["aspect_ratio_ids"][0].tolist()
-        check_sight(prompt, facts, expected["cross_attention_mask"][0])
-        blind += int(np.count_nonzero(prompt.sight.gates[:, 1] == 0)) if prompt.sight else 0
+        check_sight(prompt, info, expected["cross_attention_mask"][0])
+        blind += int(np.count_nonzero(prompt.cross_attention.gates[:, 1] == 0)) if prompt.cross_attention else 0
         check_pixels(prompt, expected["pixel_values"][0])
     assert blind > 100
 
@@ -182,8 +182,8 @@ def check_pixels(prompt: Prompt, expected: np.ndarray) -> None:
         assert not prompt.pixels[place * TILES + used : (place + 1) * TILES].any() and not expected[place, used:].any()
 
 
-def test_sight_equals_the_mask_of_many_prompts(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
-    facts, image_id = model[0], 7
+def test_sight_equals_the_mask_of_many_prompts(model: tuple[ModelInfo, Tokenizer, MllamaProcessor]) -> None:
+    info, image_id = model[0], 7
     rng = np.random.default_rng(4)
     for _ in range(1500):
         ids = np.where(rng.random(int(rng.integers(1, 14))) < 0.3, image_id, 1)
@@ -193,9 +193,9 @@ def test_sight_equals_the_mask_of_many_prompts(model: tuple[ModelFacts, Tokenize
             continue
         sparse = get_cross_attention_token_mask(ids.tolist(), image_id)
         dense = convert_sparse_cross_attention_mask_to_dense([sparse], [tiles.tolist()], TILES, len(ids))[0]
-        meta = msgspec.structs.replace(facts, text_before_image="meta")
-        sight = mllama.picture_sight(ids == image_id, tiles, meta)
-        np.testing.assert_array_equal(sight.visible, dense.reshape(len(ids), -1).astype(bool), err_msg=str(ids))
+        meta = msgspec.structs.replace(info, text_before_image="meta")
+        cross_attention = mllama.image_sight(ids == image_id, tiles, meta)
+        np.testing.assert_array_equal(cross_attention.visible, dense.reshape(len(ids), -1).astype(bool), err_msg=str(ids))
 
 
 @pytest.mark.parametrize(
@@ -208,12 +208,12 @@ def test_sight_equals_the_mask_of_many_prompts(model: tuple[ModelFacts, Tokenize
         ("1I", [(1, 2)]),
     ],
 )
-def test_spans_by_hand(model: tuple[ModelFacts, Tokenizer, MllamaProcessor], ids: str, spans: list[tuple[int, int]]) -> None:
-    facts = msgspec.structs.replace(model[0], text_before_image="meta")
+def test_spans_by_hand(model: tuple[ModelInfo, Tokenizer, MllamaProcessor], ids: str, spans: list[tuple[int, int]]) -> None:
+    info = msgspec.structs.replace(model[0], text_before_image="meta")
     shown = np.array([letter == "I" for letter in ids])
-    sight = mllama.picture_sight(shown, np.full(len(spans), 2), facts)
+    cross_attention = mllama.image_sight(shown, np.full(len(spans), 2), info)
     for place, (start, end) in enumerate(spans):
-        tiles = sight.visible[:, place * TILES : (place + 1) * TILES]
+        tiles = cross_attention.visible[:, place * TILES : (place + 1) * TILES]
         expected = [[start <= row < end] * 2 + [False] * 2 for row in range(len(ids))]
         assert tiles.tolist() == expected
 
@@ -221,18 +221,18 @@ def test_spans_by_hand(model: tuple[ModelFacts, Tokenizer, MllamaProcessor], ids
 @pytest.mark.parametrize(
     "text", ["", "hello", IMAGE, f"{IMAGE}{IMAGE}hello", f"x{IMAGE}", f"{BOS}{IMAGE}x", f"{IMAGE}{BOS}x", f"{IMAGE} a{BOS}b"]
 )
-def test_bos_is_put_in_once(model: tuple[ModelFacts, Tokenizer, MllamaProcessor], text: str) -> None:
-    facts, tokenizer, _ = model
-    prompt = mllama.raw_prompt(text, [picture(9, 9)] * text.count(IMAGE), facts, tokenizer)
-    assert np.count_nonzero(prompt.token_ids == facts.tokenizer.bos_token_id) == 1
+def test_bos_is_put_in_once(model: tuple[ModelInfo, Tokenizer, MllamaProcessor], text: str) -> None:
+    info, tokenizer, _ = model
+    prompt = mllama.raw_prompt(text, [sample_image(9, 9)] * text.count(IMAGE), info, tokenizer)
+    assert np.count_nonzero(prompt.token_ids == info.tokenizer.bos_token_id) == 1
     assert tokenizer.decode(prompt.token_ids.tolist(), skip_special=False) == build_string_from_input(text, BOS, IMAGE)
 
 
-def chat(model: tuple[ModelFacts, Tokenizer, MllamaProcessor], template: str, *messages: Message) -> str:
-    facts, tokenizer, _ = model
-    images = [picture(9, 9)] * sum(message.images for message in messages)
-    text = mllama.to_text(messages, template, facts, tokenizer)
-    prompt = mllama.chat_prompt(messages, images, facts, tokenizer, template)
+def chat(model: tuple[ModelInfo, Tokenizer, MllamaProcessor], template: str, *messages: Message) -> str:
+    info, tokenizer, _ = model
+    images = [sample_image(9, 9)] * sum(message.images for message in messages)
+    text = mllama.to_text(messages, template, info, tokenizer)
+    prompt = mllama.chat_prompt(messages, images, info, tokenizer, template)
     assert tokenizer.decode(prompt.token_ids.tolist(), skip_special=False) == text
     assert text.startswith(BOS) and text.count(BOS) == 1
     return text.removeprefix(BOS)
@@ -242,11 +242,11 @@ USER = "<|start_header_id|>user<|end_header_id|>\n\n"
 ANSWER = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n"
 
 
-def test_conversations(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
+def test_conversations(model: tuple[ModelInfo, Tokenizer, MllamaProcessor]) -> None:
     one = chat(model, TEMPLATE, Message("user", " What? ", images=1))
     assert one == f"{USER}{IMAGE} What? {ANSWER}"
     placed = chat(model, TEMPLATE, Message("user", mllama.parts_of(f"Is {IMAGE} like {IMAGE}?", 2, model[0])))
-    assert placed == f"{USER}Is {IMAGE} like {IMAGE}?{ANSWER}", "the template was told of the pictures: no system block"
+    assert placed == f"{USER}Is {IMAGE} like {IMAGE}?{ANSWER}", "the template was told of the images: no system block"
     assert "Today" in chat(model, TEMPLATE, Message("user", "Hello"))
     assert "system<|end_header_id|>\n\nBe brief.<|eot_id|>" in chat(
         model, TEMPLATE, Message("system", " Be brief. "), Message("user", "Hello")
@@ -255,14 +255,14 @@ def test_conversations(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> 
     assert chat(model, TEMPLATE, *turns) == f"{USER}{IMAGE}What?{ANSWER}A cat.<|eot_id|>{USER}{IMAGE}And this?{ANSWER}"
 
 
-def test_base_models_continue_text(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
+def test_base_models_continue_text(model: tuple[ModelInfo, Tokenizer, MllamaProcessor]) -> None:
     assert chat(model, MLLAMA_BASE, Message("user", "If I had", images=1)) == f"{IMAGE}If I had"
     placed = Message("user", mllama.parts_of(f"See {IMAGE} and", 1, model[0]))
     assert chat(model, MLLAMA_BASE, placed) == f"See {IMAGE} and"
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
-def test_the_published_template(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
+def test_the_published_template(model: tuple[ModelInfo, Tokenizer, MllamaProcessor]) -> None:
     folder = PUBLISHED / "meta-llama--Llama-3.2-11B-Vision-Instruct"
     template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
     assert chat(model, template, Message("user", " What? ", images=1)) == f"{USER}{IMAGE} What? {ANSWER}"
@@ -271,53 +271,53 @@ def test_the_published_template(model: tuple[ModelFacts, Tokenizer, MllamaProces
         chat(model, template, Message("system", "Be brief."), Message("user", "What?", images=1))
 
 
-def test_a_system_message_beside_pictures(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
+def test_a_system_message_beside_images(model: tuple[ModelInfo, Tokenizer, MllamaProcessor]) -> None:
     """Refused, with what can be done; or the instruction moves to the first user turn, after its leading images."""
-    facts, tokenizer, _ = model
+    info, tokenizer, _ = model
     system = Message("system", " Be brief. ")
     for text in ("What?", f"What is {IMAGE}?"):
-        turns = [system, Message("user", mllama.parts_of(text, 1, facts))]
+        turns = [system, Message("user", mllama.parts_of(text, 1, info))]
         with pytest.raises(ChatTemplateError, match=r"incompatible with system messages; put the .*--system-in-user"):
             chat(model, TEMPLATE, *turns)
-        moved = mllama.to_text(turns, TEMPLATE, facts, tokenizer, system_in_user=True).removeprefix(BOS)
+        moved = mllama.to_text(turns, TEMPLATE, info, tokenizer, system_in_user=True).removeprefix(BOS)
         shown = f"{IMAGE}Be brief.\n\nWhat?" if IMAGE not in text else f"Be brief.\n\n{text}"
         assert moved == f"{USER}{shown}{ANSWER}"
     turns = [system, Message("user", (IMAGE_PART,)), Message("assistant", "A."), Message("user", "B?")]
-    moved = mllama.to_text(turns, TEMPLATE, facts, tokenizer, system_in_user=True).removeprefix(BOS)
+    moved = mllama.to_text(turns, TEMPLATE, info, tokenizer, system_in_user=True).removeprefix(BOS)
     assert moved == f"{USER}{IMAGE}Be brief.\n\n{ANSWER}A.<|eot_id|>{USER}B?{ANSWER}"
     kept = [system, Message("user", "Hello")]
-    plain, asked = (mllama.to_text(kept, TEMPLATE, facts, tokenizer, system_in_user=moves) for moves in (False, True))
+    plain, asked = (mllama.to_text(kept, TEMPLATE, info, tokenizer, system_in_user=moves) for moves in (False, True))
     assert plain == asked, "what the template takes stays where it is"
     refusing = "{{ raise_exception('no') }}"
     with pytest.raises(ChatTemplateError, match=r"refuses these messages: no$"):
-        mllama.to_text(turns, refusing, facts, tokenizer)
+        mllama.to_text(turns, refusing, info, tokenizer)
 
 
-def test_earlier_text_depends_on_later_pictures(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
-    """What a chat may keep of its first turn: with transformers' rule nothing once a picture is added, else all of it."""
-    facts, tokenizer, _ = model
-    image = picture(40, 40)
+def test_earlier_text_depends_on_later_images(model: tuple[ModelInfo, Tokenizer, MllamaProcessor]) -> None:
+    """What a chat may keep of its first turn: with transformers' rule nothing once an image is added, else all of it."""
+    info, tokenizer, _ = model
+    image = sample_image(40, 40)
     for before, kept in (("transformers", 0), ("meta", 5)):
-        rule = msgspec.structs.replace(facts, text_before_image=before)
+        rule = msgspec.structs.replace(info, text_before_image=before)
         first = mllama.raw_prompt(f"{BOS}a{IMAGE}bc", [image], rule, tokenizer)
         whole = mllama.raw_prompt(f"{BOS}a{IMAGE}bcd{IMAGE}e", [image] * 2, rule, tokenizer)
-        assert whole.sight is not None and first.sight is not None
+        assert whole.cross_attention is not None and first.cross_attention is not None
         assert first.state.tolist() == [1 - kept // 5, 1 - kept // 5, 0, 0, 0]
         same = first.state == whole.state[:5]
         assert (int(np.argmin(same)) if not same.all() else 5) == kept
-        np.testing.assert_array_equal(first.sight.visible[2:], whole.sight.visible[2:5, :TILES])
+        np.testing.assert_array_equal(first.cross_attention.visible[2:], whole.cross_attention.visible[2:5, :TILES])
 
 
-def test_errors(model: tuple[ModelFacts, Tokenizer, MllamaProcessor]) -> None:
-    facts, tokenizer, _ = model
+def test_errors(model: tuple[ModelInfo, Tokenizer, MllamaProcessor]) -> None:
+    info, tokenizer, _ = model
     with pytest.raises(PromptError, match=r"has 1 <\|image\|> mark but 2 images were given; write <\|image\|> once for each"):
-        mllama.raw_prompt(f"{IMAGE} x", [picture(5, 5)] * 2, facts, tokenizer)
+        mllama.raw_prompt(f"{IMAGE} x", [sample_image(5, 5)] * 2, info, tokenizer)
     with pytest.raises(PromptError, match=r"has 2 <\|image\|> marks but 1 image was given"):
-        mllama.raw_prompt(f"{IMAGE} x {IMAGE}", [picture(5, 5)], facts, tokenizer)
+        mllama.raw_prompt(f"{IMAGE} x {IMAGE}", [sample_image(5, 5)], info, tokenizer)
     with pytest.raises(PromptError, match=r"has 1 <\|image\|> mark but 0 images were given"):
-        mllama.raw_prompt(f"{IMAGE} x", [], facts, tokenizer)
+        mllama.raw_prompt(f"{IMAGE} x", [], info, tokenizer)
     with pytest.raises(ImageError, match=r"no\.png does not exist"):
-        mllama.raw_prompt(f"{IMAGE} x", ["no.png"], facts, tokenizer)
-    small = msgspec.structs.replace(facts, vocab_size=facts.vocab_size - 1)
+        mllama.raw_prompt(f"{IMAGE} x", ["no.png"], info, tokenizer)
+    small = msgspec.structs.replace(info, vocab_size=info.vocab_size - 1)
     with pytest.raises(PromptError, match=r"the prompt holds token \d+ but the model knows"):
         mllama.raw_prompt("x<|python_tag|>", [], small, tokenizer)

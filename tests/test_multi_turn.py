@@ -24,7 +24,7 @@ from staticvl.runtime.processor.prompt import Message
 from .checkpoints import tiny_llava
 from .checkpoints_llava_next import tiny_llava_next
 from .checkpoints_mllama import tiny_mllama
-from .parity import as_answer, check, generated, picture
+from .parity import as_answer, check, generated, noise_image
 
 QWEN = Path(__file__).parent / "golden" / "qwen_vl_tiny" / "checkpoint"
 TRAINED = 64  # of QWEN: prompts behind it have another rotary base
@@ -129,14 +129,14 @@ def talk(subject: Subject, settings: dict[str, Any]) -> Iterator[Conversation]:
 @pytest.mark.parametrize("settings", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_turn_equals_a_fresh_prompt(subjects: dict[str, Subject], family: str, settings: dict[str, Any]) -> None:
-    """Text, a picture in a later turn, text, two more pictures, text; greedy answers are those of transformers too."""
+    """Text, an image in a later turn, text, two more images, text; greedy answers are those of transformers too."""
     subject = subjects[family]
     processor = AutoProcessor.from_pretrained(subject.checkpoint) if subject.reference else None
     turns = (
         ("Hello!", ()),
-        ("What is this?", (picture((60, 41), 1),)),
+        ("What is this?", (noise_image((60, 41), 1),)),
         ("Where is the circle?", ()),
-        ("And in these?", (picture((20, 90), 2), picture((28, 28), 3))),
+        ("And in these?", (noise_image((20, 90), 2), noise_image((28, 28), 3))),
         ("How many shapes are there?", ()),
     )
     with talk(subject, settings) as conversation:
@@ -149,9 +149,9 @@ def test_every_turn_equals_a_fresh_prompt(subjects: dict[str, Subject], family: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_turns_prefill_only_what_is_new(subjects: dict[str, Subject], family: str) -> None:
-    """A second question about the same picture runs no vision, and none of the first question's prompt again."""
+    """A second question about the same image runs no vision, and none of the first question's prompt again."""
     with talk(subjects[family], GREEDY) as conversation:
-        first = conversation.turn("What is it?", picture((30, 30)))
+        first = conversation.turn("What is it?", noise_image((30, 30)))
         assert conversation.encoded > 0
         second = conversation.turn("Why?")
         kept = second.prompt_tokens - conversation.prefilled
@@ -166,24 +166,24 @@ def test_turns_prefill_only_what_is_new(subjects: dict[str, Subject], family: st
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_closed_chat_goes_on(subjects: dict[str, Subject], family: str) -> None:
-    """Its slot is gone and used by others meanwhile: with cross-attention that includes the keys of its pictures."""
+    """Its slot is gone and used by others meanwhile: with cross-attention that includes the keys of its images."""
     with talk(subjects[family], GREEDY) as conversation:
-        conversation.turn("What is it?", picture((30, 30)))
+        conversation.turn("What is it?", noise_image((30, 30)))
         conversation.chat.close()
-        conversation.chat.model.generate("Hello", picture((9, 9), 5), max_new_tokens=2)
+        conversation.chat.model.generate("Hello", noise_image((9, 9), 5), max_new_tokens=2)
         second = conversation.turn("Why?")
         assert conversation.prefilled == second.prompt_tokens
-        conversation.turn("And this?", picture((50, 30), 3))
+        conversation.turn("And this?", noise_image((50, 30), 3))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_abandoned_turn_leaves_nothing(subjects: dict[str, Subject], family: str) -> None:
-    """A turn with a picture of its own, dropped while it is answered; then another picture in its place."""
+    """A turn with an image of its own, dropped while it is answered; then another image in its place."""
     with talk(subjects[family], GREEDY) as conversation:
-        conversation.turn("What is it?", picture((30, 30)))
-        pieces = conversation.chat.stream("And this?", picture((90, 20), 6), max_new_tokens=20, ignore_eos=True)
+        conversation.turn("What is it?", noise_image((30, 30)))
+        pieces = conversation.chat.stream("And this?", noise_image((90, 20), 6), max_new_tokens=20, ignore_eos=True)
         next(pieces)
-        conversation.turn("And this?", picture((20, 50), 7))
+        conversation.turn("And this?", noise_image((20, 50), 7))
         pieces.close()
         conversation.turn("Why?")
 
@@ -192,13 +192,13 @@ def test_an_abandoned_turn_leaves_nothing(subjects: dict[str, Subject], family: 
 
 
 @pytest.mark.parametrize("before", ["transformers", "meta"])
-def test_text_before_a_new_picture_is_run_again_where_it_sees_it(subjects: dict[str, Subject], before: str) -> None:
+def test_text_before_a_new_image_is_run_again_where_it_sees_it(subjects: dict[str, Subject], before: str) -> None:
     """The base model's turns are joined as they are, so that only what positions see decides what can be kept."""
     with talk(subjects["mllama base" if before == "transformers" else "mllama base meta"], GREEDY) as conversation:
         out = conversation.turn("Hello!")
         for seed, text in enumerate(("Look at this: ", "and at this: ")):
             held = out.prompt_tokens
-            out = conversation.turn(text, picture((30, 60), seed))
+            out = conversation.turn(text, noise_image((30, 60), seed))
             assert conversation.encoded == 4, "one picture, always as four tiles"
             if before == "transformers":
                 assert conversation.prefilled == out.prompt_tokens
@@ -211,7 +211,7 @@ def test_the_rotary_base_follows_the_conversation(subjects: dict[str, Subject]) 
     expected = []
     with talk(subjects["qwen_vl"], GREEDY) as conversation:
         for _ in range(7):
-            out = conversation.turn("Where is the bus?", *([picture((40, 40))] if not expected else []))
+            out = conversation.turn("Where is the bus?", *([noise_image((40, 40))] if not expected else []))
             prompt = conversation.chat.model.prepare_messages(conversation.messages[:-1], list(conversation.images))
             changed = not expected or prompt.ntk != expected[-1]
             assert (conversation.prefilled == out.prompt_tokens) == changed

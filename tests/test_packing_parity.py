@@ -23,7 +23,7 @@ from .checkpoints_llava_next import tiny_llava_next
 from .checkpoints_mllama import tiny_mllama
 from .need_torchair import skip_without_torchair
 from .packings import FORMS, Form, pack_checkpoint
-from .parity import Case, check, generated, ours, picture
+from .parity import Case, check, generated, noise_image, ours
 
 SIZES = {"hidden": 96, "heads": 6, "kv_heads": 2, "intermediate": 128, "layers": 2, "vision_layers": 2}
 CROSS = {"cross_layers": (1,), "taps": (0,), "global_layers": 1}
@@ -52,8 +52,8 @@ def packed(family: str, form: Form, folder: Path, **settings: Any) -> tuple[Any,
 
 def asked(family: str) -> Case:
     if family == "mllama":
-        return Case("<|begin_of_text|><|image|>What is in the picture?", [picture((56, 20))])
-    return Case("USER: <image>\nWhat colour is the circle? ASSISTANT:", [picture((60, 41))])
+        return Case("<|begin_of_text|><|image|>What is in the picture?", [noise_image((56, 20))])
+    return Case("USER: <image>\nWhat colour is the circle? ASSISTANT:", [noise_image((60, 41))])
 
 
 def hf_inputs(family: str, folder: Path, case: Case) -> dict[str, torch.Tensor]:

@@ -28,14 +28,14 @@ WORDS = "What colour is the red circle in the second picture where are two squar
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt with its pictures."""
+    """A prompt with its images."""
 
     prompt: str
     images: list[Image.Image]
 
 
 def make_cases(count: int, seed: int) -> list[Case]:
-    """Prompts of 1 to 40 words: `count` with one or two noisy pictures of odd sizes, then a few without."""
+    """Prompts of 1 to 40 words: `count` with one or two noisy images of odd sizes, then a few without."""
     rng = random.Random(seed)
     cases = []
     for i in range(count + max(1, count // 5)):
@@ -134,8 +134,8 @@ def prepared(model: runtime.Model, tiny: Tiny, case: Case) -> dict[str, torch.Te
     """The runtime's own prompt in transformers' form."""
     prompt = model.prepare(case.prompt, case.images, False)
     ids = np.where(prompt.rows >= 0, tiny.image_token_id, prompt.token_ids)
-    facts = model.facts.image
-    pixels = (prompt.pixels / 255 - np.array(facts.mean)) / np.array(facts.std)
+    info = model.info.image
+    pixels = (prompt.pixels / 255 - np.array(info.mean)) / np.array(info.std)
     inputs = {"input_ids": torch.from_numpy(ids[None]).long(), "attention_mask": torch.ones(1, len(ids), dtype=torch.long)}
     if len(pixels):
         inputs["pixel_values"] = torch.from_numpy(pixels.transpose(0, 3, 1, 2)).float()

@@ -18,10 +18,10 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
 from .checkpoints_llava_next import TinyNext, tiny_llava_next
-from .parity import Case, Size, as_answer, check, generated, opened, ours, picture, picture_files
+from .parity import Case, Size, as_answer, check, generated, image_files, noise_image, opened, ours
 
 BUCKETS = Buckets(prefill=(8, 48), decode=(1, 2, 4), vision=(1, 3), context=512, slots=4)
-# Every grid, upright and lying pictures, ties between grids, pictures so narrow that all rows of their tiles are unpadded away.
+# Every grid, upright and lying images, ties between grids, images so narrow that all rows of their tiles are unpadded away.
 SIZES: tuple[Size, ...] = (
     (10, 300), (300, 10), (2000, 900), (28, 28), (20, 15), (15, 20), (56, 28), (28, 57), (64, 480), (84, 29), (640, 480),
     (480, 640), (131, 130), (1450, 20), (1, 1),
@@ -51,14 +51,14 @@ def hf_inputs(folder: Path) -> Inputs:
 
 
 def asked(*sizes: Size, seed: int = 0) -> Case:
-    """A question about pictures of these sizes."""
-    images = [picture(size, seed + i) for i, size in enumerate(sizes)]
+    """A question about images of these sizes."""
+    images = [noise_image(size, seed + i) for i, size in enumerate(sizes)]
     marks = "<image>\n" * len(sizes)
-    return Case(f"USER: {marks}What colour is the {'red ' * (seed % 5)}circle? ASSISTANT:", images, f"pictures {sizes}")
+    return Case(f"USER: {marks}What colour is the {'red ' * (seed % 5)}circle? ASSISTANT:", images, f"images {sizes}")
 
 
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
-def test_one_picture_equals_transformers(hf: tuple[TinyNext, runtime.Model], size: Size) -> None:
+def test_one_image_equals_transformers(hf: tuple[TinyNext, runtime.Model], size: Size) -> None:
     tiny, model = hf
     case = asked(size, seed=sum(size))
     check(ours(model, case), generated(tiny.model, hf_inputs(tiny.folder)(case)), case.name)
@@ -70,12 +70,16 @@ def test_one_picture_equals_transformers(hf: tuple[TinyNext, runtime.Model], siz
         asked(),
         asked((10, 300), (2000, 900)),
         asked((84, 28), (28, 28), (60, 61), seed=3),
-        Case("<image>", [picture((40, 90))], "a picture alone"),
-        Case("Compare <image> with <image>; which?", [picture((30, 20)), picture((99, 300), 1)], "text between and behind"),
+        Case("<image>", [noise_image((40, 90))], "an image alone"),
+        Case(
+            "Compare <image> with <image>; which?",
+            [noise_image((30, 20)), noise_image((99, 300), 1)],
+            "text between and behind",
+        ),
     ],
     ids=["text", "two", "three", "alone", "between"],
 )
-def test_several_pictures_equal_transformers(hf: tuple[TinyNext, runtime.Model], case: Case) -> None:
+def test_several_images_equal_transformers(hf: tuple[TinyNext, runtime.Model], case: Case) -> None:
     tiny, model = hf
     check(ours(model, case), generated(tiny.model, hf_inputs(tiny.folder)(case)), case.name)
 
@@ -84,7 +88,7 @@ def test_every_kind_of_file_equals_transformers(hf: tuple[TinyNext, runtime.Mode
     """The processor gets the file as transformers' loader turns it, and converts to RGB itself."""
     tiny, model = hf
     inputs = hf_inputs(tiny.folder)
-    for name, path in picture_files(tmp_path).items():
+    for name, path in image_files(tmp_path).items():
         prompt = "USER: <image>\nWhat is in the picture? ASSISTANT:"
         found = ours(model, Case(prompt, [path]), new_tokens=8)
         check(found, generated(tiny.model, inputs(Case(prompt, [opened(path)])), new_tokens=8), name)
@@ -95,7 +99,7 @@ def test_chat_template_equals_transformers(hf: tuple[TinyNext, runtime.Model]) -
     processor = AutoProcessor.from_pretrained(tiny.folder)
     content = [{"type": "image"}, {"type": "text", "text": "Where is it?"}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
-    image = picture((77, 40))
+    image = noise_image((77, 40))
     expected = generated(tiny.model, dict(processor(images=[image], text=text, return_tensors="pt")), new_tokens=8)
     out = model.generate("Where is it?", image, max_new_tokens=8, temperature=0.0, ignore_eos=True, return_logits=True)
     check(out, expected, "one turn")
@@ -105,9 +109,9 @@ def test_chat_template_equals_transformers(hf: tuple[TinyNext, runtime.Model]) -
 
 
 def original_inputs(tiny: TinyNext) -> Inputs:
-    """The original code's rules: pairs are (width, height), and every piece of text between pictures is a text of its own.
+    """The original code's rules: pairs are (width, height), and every piece of text between images is a text of its own.
 
-    transformers' processor cuts the pictures, with the pairs turned round; the model itself says how many rows each gives.
+    transformers' processor cuts the images, with the pairs turned round; the model itself says how many rows each gives.
     """
     reference: Any = tiny.model
     pinpoints, side = reference.config.image_grid_pinpoints, reference.config.vision_config.image_size
@@ -143,9 +147,9 @@ def test_original_layout_equals_its_rules(tmp_path: Path, fmt: str) -> None:
 
 
 def test_ties_differ_between_the_layouts(hf: tuple[TinyNext, runtime.Model], tmp_path: Path) -> None:
-    """A picture that fits one row of two tiles as well as two rows of one: the first of the list, read either way."""
+    """An image that fits one row of two tiles as well as two rows of one: the first of the list, read either way."""
     _, other = compiled(tmp_path, layout="original")
-    image = picture((20, 15))
+    image = noise_image((20, 15))
     counts = [model.generate("<image>", image, raw=True, max_new_tokens=1).image_tokens for model in (hf[1], other)]
     # 16 rows of the whole, then: 4 lines of 6 of the 8 patches and a newline; 4 of the 8 lines of 4 patches and a newline.
     assert counts == [16 + 4 * 7, 16 + 4 * 5]

@@ -18,11 +18,11 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
 from .checkpoints_mllama import RATIOS, TinyMllama, tiny_mllama
-from .parity import Answer, Case, Size, as_answer, check, forced, generated, opened, ours, picture, picture_files
+from .parity import Answer, Case, Size, as_answer, check, forced, generated, image_files, noise_image, opened, ours
 
 BUCKETS = Buckets(prefill=(8, 32), decode=(4,), images=(1, 3), context=384, slots=4)
 FEW_BUCKETS = Buckets(prefill=(16,), decode=(1,), images=(3,), context=320, slots=1)
-# One picture for each grid of tiles, in the order of their ids, and odd ones.
+# One image for each grid of tiles, in the order of their ids, and odd ones.
 GRID_SIZES: tuple[Size, ...] = ((28, 28), (56, 20), (84, 28), (2000, 300), (20, 56), (640, 480), (28, 84), (10, 300))
 ODD_SIZES: tuple[Size, ...] = ((1, 1), (2000, 900), (97, 61), (31, 500), (113, 113))
 Inputs = Callable[[Case], dict[str, torch.Tensor]]
@@ -60,8 +60,8 @@ def hf_inputs(folder: Path) -> Inputs:
 
 
 def asked(prompt: str, *sizes: Size, seed: int = 0) -> Case:
-    """A prompt where every "@" stands for a picture; `sizes` are theirs."""
-    images = [picture(size, seed + i) for i, size in enumerate(sizes)]
+    """A prompt where every "@" stands for an image; `sizes` are theirs."""
+    images = [noise_image(size, seed + i) for i, size in enumerate(sizes)]
     assert prompt.count("@") == len(sizes)
     return Case(prompt.replace("@", "<|image|>"), images, f"{prompt!r} with {sizes}")
 
@@ -90,11 +90,11 @@ def test_every_grid_equals_transformers(pair: tuple[TinyMllama, runtime.Model]) 
         given = inputs(case)
         seen.append(int(given["aspect_ratio_ids"][0, 0]))
         check(ours(model, case, new_tokens=16), generated(tiny.model, given, new_tokens=16), case.name)
-    assert seen[: len(RATIOS)] == list(range(1, len(RATIOS) + 1)), "one picture for each id"
+    assert seen[: len(RATIOS)] == list(range(1, len(RATIOS) + 1)), "one image for each id"
 
 
 @pytest.mark.parametrize("case", PLACES, ids=lambda case: case.name)
-def test_text_and_pictures_in_any_order_equal_transformers(pair: tuple[TinyMllama, runtime.Model], case: Case) -> None:
+def test_text_and_images_in_any_order_equal_transformers(pair: tuple[TinyMllama, runtime.Model], case: Case) -> None:
     tiny, model = pair
     check(ours(model, case), generated(tiny.model, hf_inputs(tiny.folder)(case)), case.name)
 
@@ -109,7 +109,7 @@ def test_every_kind_of_file_equals_transformers(pair: tuple[TinyMllama, runtime.
     """The processor gets the file as transformers' loader turns it, and converts to RGB itself."""
     tiny, model = pair
     inputs = hf_inputs(tiny.folder)
-    for name, path in picture_files(tmp_path).items():
+    for name, path in image_files(tmp_path).items():
         prompt = "<|image|>What is in the picture?"
         found = ours(model, Case(prompt, [path]), new_tokens=8)
         check(found, generated(tiny.model, inputs(Case(prompt, [opened(path)])), new_tokens=8), name)
@@ -118,13 +118,13 @@ def test_every_kind_of_file_equals_transformers(pair: tuple[TinyMllama, runtime.
 def test_chat_template_equals_transformers(pair: tuple[TinyMllama, runtime.Model]) -> None:
     tiny, model = pair
     processor = AutoProcessor.from_pretrained(tiny.folder)
-    image = picture((77, 40))
+    image = noise_image((77, 40))
     for images in ([], [image]):
         content = [*({"type": "image"} for _ in images), {"type": "text", "text": "Where is it?"}]
         text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
         expected = generated(tiny.model, hf_inputs(tiny.folder)(Case(text, images)), new_tokens=8)
         out = model.generate("Where is it?", images, max_new_tokens=8, temperature=0.0, ignore_eos=True, return_logits=True)
-        check(out, expected, f"{len(images)} pictures")
+        check(out, expected, f"{len(images)} images")
 
 
 @pytest.mark.parametrize(
@@ -164,11 +164,11 @@ def test_scaled_rotary_frequencies_matter(pair: tuple[TinyMllama, runtime.Model]
         check(found, generated(other.model, hf_inputs(tiny.folder)(case), new_tokens=2), case.name)
 
 
-# --- Text before a picture ---------------------------------------------------------------------------------------------
+# --- Text before an image ---------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def blind_before_pictures(model: MllamaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
+def blind_before_images(model: MllamaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> Iterator[None]:
     """transformers' model with Meta's rule: a row that sees no tile gets nothing from cross-attention.
 
     transformers itself zeroes only the MLP of such a row.
@@ -200,7 +200,7 @@ def test_meta_mode_equals_transformers_without_attention_of_blind_rows(
     inputs = hf_inputs(tiny.folder)
     for case in PLACES:
         given = inputs(case)
-        with blind_before_pictures(tiny.model, given):
+        with blind_before_images(tiny.model, given):
             expected = generated(tiny.model, given)
         check(ours(model, case), expected, case.name)
         blind = not given["cross_attention_mask"].flatten(2).any(dim=2).all()
@@ -223,7 +223,7 @@ def test_meta_mode_equals_transformers_without_attention_of_blind_rows(
 def test_buckets_do_not_matter(
     pair: tuple[TinyMllama, runtime.Model], tmp_path: Path, prefill: tuple[int, ...], images: tuple[int, ...], context: int
 ) -> None:
-    """Prompts in one chunk and in many, and graphs that see more pictures than there are."""
+    """Prompts in one chunk and in many, and graphs that see more images than there are."""
     buckets = Buckets(prefill=prefill, decode=(1,), images=images, context=context, slots=1)
     inputs = hf_inputs(pair[0].folder)
     for before in ("transformers", "meta"):
@@ -236,12 +236,12 @@ def test_buckets_do_not_matter(
 def forced_in_mode(model: Any, given: dict[str, torch.Tensor], tokens: list[int], before: TextBeforeImage) -> Answer:
     if before == "transformers" or "cross_attention_mask" not in given:
         return forced(model, given, tokens)
-    with blind_before_pictures(model, given):
+    with blind_before_images(model, given):
         return forced(model, given, tokens)
 
 
 def test_a_batch_equals_its_parts(pair: tuple[TinyMllama, runtime.Model]) -> None:
-    """Prompts with no, one and several pictures decode in the same batch; each leaves as it would alone."""
+    """Prompts with no, one and several images decode in the same batch; each leaves as it would alone."""
     _, model = pair
     cases = [PLACES[6], Case("Hello!", []), PLACES[0], PLACES[5], Case("How many shapes are there?", []), PLACES[8], PLACES[3]]
     together = model.generate(
@@ -252,8 +252,8 @@ def test_a_batch_equals_its_parts(pair: tuple[TinyMllama, runtime.Model]) -> Non
         check(found, as_answer(ours(model, case, new_tokens=24)), case.name)
 
 
-def test_a_picture_leaves_nothing_behind(pair: tuple[TinyMllama, runtime.Model]) -> None:
-    """The slot of a prompt with three pictures, used again with one and with none."""
+def test_a_image_leaves_nothing_behind(pair: tuple[TinyMllama, runtime.Model]) -> None:
+    """The slot of a prompt with three images, used again with one and with none."""
     tiny, model = pair
     inputs = hf_inputs(tiny.folder)
     for case in (PLACES[6], Case("Hello!", []), PLACES[3], PLACES[8], PLACES[0]):

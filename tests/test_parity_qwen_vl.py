@@ -22,7 +22,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.engine.request import SamplingParams
 
-from .parity import TOLERANCE, Answer, Case, as_answer, check, opened, ours, picture, picture_files, relative_error
+from .parity import TOLERANCE, Answer, Case, as_answer, check, image_files, noise_image, opened, ours, relative_error
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen_vl_tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
@@ -35,11 +35,11 @@ BUCKETS = Buckets(prefill=(16, 96), decode=(1, 4), vision=(1, 2), context=160, s
 class Record:
     """What the published code gave for one case."""
 
-    question: str  # chat: the user's text without its picture line; else the whole prompt
+    question: str  # chat: the user's text without its image line; else the whole prompt
     images: list[Path]
     token_ids: np.ndarray  # int64 [L]
     spans: list[tuple[int, int]]  # positions of <img> and </img>
-    features: np.ndarray | None  # float32 [pictures, rows, C]
+    features: np.ndarray | None  # float32 [images, rows, C]
     answer: Answer
     alpha: float
     chat: bool
@@ -240,12 +240,12 @@ def test_the_naive_model_equals_the_published_code() -> None:
     assert relative_error(found.astype(np.float32), record.answer.logits) <= 1e-5
 
 
-# --- Several pictures --------------------------------------------------------------------------------------------------
+# --- Several images --------------------------------------------------------------------------------------------------
 
 
-def test_pictures_fill_their_marks_in_order(golden: runtime.Model) -> None:
-    """Two pictures through vision buckets of one and two; exchanged, the answer is another."""
-    first, second = picture((97, 61), 1), picture((30, 200), 2)
+def test_images_fill_their_marks_in_order(golden: runtime.Model) -> None:
+    """Two images through vision buckets of one and two; exchanged, the answer is another."""
+    first, second = noise_image((97, 61), 1), noise_image((30, 200), 2)
     text = "Picture 1: <img>a</img>\nPicture 2: <img>b</img>\nboth"
     found = as_answer(ours(golden, Case(text, [first, second]), new_tokens=8))
     together = golden.generate(
@@ -258,8 +258,8 @@ def test_pictures_fill_their_marks_in_order(golden: runtime.Model) -> None:
 
 def test_every_kind_of_file_is_dropped_to_rgb(golden: runtime.Model, tmp_path: Path) -> None:
     """As PIL's convert("RGB") does, which shows hidden colours of transparent parts; turned as transformers' loader does."""
-    for name, path in picture_files(tmp_path).items():
+    for name, path in image_files(tmp_path).items():
         found = golden.prepare("<img>x</img>", [path], True).pixels
-        side = golden.facts.image.size
+        side = golden.info.image.size
         expected = opened(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         assert (found[0] == np.asarray(expected)).all(), name

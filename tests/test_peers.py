@@ -157,10 +157,10 @@ def test_workers_do_all_that_is_asked_and_agree(tmp_path: Path, embedded_artifac
         for measure in wanted:
             command = dict(measure.command)
             assert getattr(worker, command.pop("do"))(**command)["seconds"] > 0
-        for picture in (0, side):
-            worker.logits(tokens(8, 99, 200), str(tmp_path / f"{runner}-{picture}.npy"), picture)
-    for picture in (0, side):
-        assert compare(tmp_path / f"ours-{picture}.npy", tmp_path / f"hf-{picture}.npy", 1e-4).right
+        for image in (0, side):
+            worker.logits(tokens(8, 99, 200), str(tmp_path / f"{runner}-{image}.npy"), image)
+    for image in (0, side):
+        assert compare(tmp_path / f"ours-{image}.npy", tmp_path / f"hf-{image}.npy", 1e-4).right
     with pytest.raises(UnsupportedError, match="w8a4 is not available; available: none"):
         Worker("ours", "w8a4", checkpoint, tmp_path / "artifact", QUICK, threads=1).prepare()
 

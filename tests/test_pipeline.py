@@ -55,7 +55,7 @@ def whole(family: str, folder: Path) -> list[np.ndarray]:
 
 
 def calls(manifest: Manifest) -> list[tuple[GraphSpec, Feed, int]]:
-    """A picture, two chunks of one sequence and one of another, a token of both, perhaps a draft of the other: graphs, feeds,
+    """An image, two chunks of one sequence and one of another, a token of both, perhaps a draft of the other: graphs, feeds,
     slots."""
     rng, cross = np.random.default_rng(1), manifest.cache.cross
     images = 1 if cross else 0
@@ -117,7 +117,7 @@ def test_stages_compute_what_the_whole_model_computes(family: str, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_stages_that_make_their_own_keys_of_pictures(looking: Path, tmp_path: Path) -> None:
+def test_stages_that_make_their_own_keys_of_images(looking: Path, tmp_path: Path) -> None:
     check_against_the_whole("mllama", looking, tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_every_parameter_is_in_one_stage(family: str, pp: int) -> None:
 
 
 def test_cross_layers_go_with_what_makes_their_keys() -> None:
-    """wide_config's layers 1 and 3 of four attend to pictures."""
+    """wide_config's layers 1 and 3 of four attend to images."""
     for stage, layer in ((0, 1), (1, 3)):
         names = targets(wide_config("mllama").of_stage(stage, 2))
         assert {name.split(".")[2] for name in names if ".attn.q_norm" in name} == {str(layer)}

@@ -26,7 +26,7 @@ def variants(found: Plan, kind: str) -> set[int]:
     return {images for k, _, images in found.graphs if k == kind}
 
 
-def test_cross_attention_has_graphs_for_no_one_and_all_pictures() -> None:
+def test_cross_attention_has_graphs_for_no_one_and_all_images() -> None:
     found = plan(MLLAMA)
     assert variants(found, "vision") == {0}
     assert variants(found, "prefill") == variants(found, "decode") == {0, 1, 4}
@@ -40,7 +40,7 @@ def test_cross_attention_has_graphs_for_no_one_and_all_pictures() -> None:
 
 
 @pytest.mark.parametrize("checkpoint", [EMBEDDED, LLAVA_NEXT, GOLDEN_QWEN], ids=["llava", "llava_next", "qwen_vl"])
-def test_fused_pictures_need_one_variant(checkpoint: Path) -> None:
+def test_fused_images_need_one_variant(checkpoint: Path) -> None:
     found = plan(checkpoint)
     assert variants(found, "prefill") == variants(found, "decode") == {0}
     assert found.cache.cross is None
@@ -49,20 +49,20 @@ def test_fused_pictures_need_one_variant(checkpoint: Path) -> None:
 
 
 def test_vision_buckets_are_those_of_the_grids() -> None:
-    """The tiles of a picture, and the whole picture."""
+    """The tiles of an image, and the whole image."""
     grids = read_config(LLAVA_NEXT).grids
     assert plan(LLAVA_NEXT).buckets("vision") == sorted({1 + rows * columns for rows, columns in grids})
     assert plan(EMBEDDED).buckets("vision") == [1]
 
 
-def test_all_tiles_of_a_picture_run_together() -> None:
+def test_all_tiles_of_a_image_run_together() -> None:
     assert plan(MLLAMA, vision=(4,)).buckets("vision") == [4]
-    with pytest.raises(PlanError, match=r"vision buckets are \[1, 4\], but this model always sees the 4 tiles of one picture"):
+    with pytest.raises(PlanError, match=r"vision buckets are \[1, 4\], but this model always sees the 4 tiles of one image"):
         plan(MLLAMA, vision=(1, 4))
 
 
 @pytest.mark.parametrize(("given", "wanted"), [(1, (1,)), (3, (1, 3)), ([2], (2,)), ([1, 4], (1, 4))])
-def test_pictures_as_a_number_or_a_list(given: Any, wanted: tuple[int, ...]) -> None:
+def test_images_as_a_number_or_a_list(given: Any, wanted: tuple[int, ...]) -> None:
     assert parse_buckets({"images": given}, "buckets.yaml").images == wanted
 
 
@@ -86,7 +86,7 @@ def test_bucket_files_that_are_wrong(data: Any, message: str) -> None:
 
 
 def test_graphs_that_verify_drafts() -> None:
-    """None by default; those of every number of pictures where they are asked for."""
+    """None by default; those of every number of images where they are asked for."""
     assert not plan(EMBEDDED).buckets("verify")
     assert [graph for graph in plan(EMBEDDED, verify=(3, 5)).graphs if graph[0] == "verify"] == [
         ("verify", 5, 0),

@@ -155,7 +155,7 @@ def makers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], GraphMak
             options = Options(checkpoint=tiny.folder, out=folder / quant, buckets=buckets, quant=quant)
             build(options)
             job = prepare(options, Progress())
-            made[quant] = GraphMaker(options, job.config, job.facts, job.plan, read_manifest(options.out).weights)
+            made[quant] = GraphMaker(options, job.config, job.info, job.plan, read_manifest(options.out).weights)
         return made[quant]
 
     return maker

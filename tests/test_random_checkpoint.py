@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlavaForConditionalGeneration
 
-from staticvl.compiler.tokenizer_facts import read_tokenizer, tokenizer_file
+from staticvl.compiler.tokenizer_config import read_tokenizer, tokenizer_file
 from staticvl.model_defs.config import read_config, read_json
 from staticvl.tools.known_models import write_known_model
 from staticvl.tools.random_checkpoint import main
@@ -163,7 +163,7 @@ def test_every_family(tmp_path: Path, family: str) -> None:
     converted = convert(source, config, tmp_path / "artifact", quant="none", prefix="k")
     tensors = {n: t for file in converted.files for n, t in load_file(tmp_path / "artifact" / file).items()}
     assert norms and all(0.8 < tensors[name].mean() < 1.2 for name in norms), "norms neither swallow nor blow up"
-    assert all(0.3 < tensors[name].item() < 0.6 for name in tensors if name.endswith("_gate")), "pictures are heard"
+    assert all(0.3 < tensors[name].item() < 0.6 for name in tensors if name.endswith("_gate")), "images are heard"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -178,9 +178,9 @@ def test_made_up_tokenizers(tmp_path: Path, family: str) -> None:
         ids = tokenizer.encode(text, add_bos=False)
         assert max(ids) < config.text.vocab_size
         assert tokenizer.decode(ids).strip() == text
-    assert tokenizer.facts.image_token_id == config.image_token_id
-    assert tokenizer.facts.add_bos == (family != "qwen_vl")
-    assert tokenizer.facts.bos_token_id == {"mllama": 128000, "qwen_vl": 151643, "llava_next": 1}[family]
+    assert tokenizer.config.image_token_id == config.image_token_id
+    assert tokenizer.config.add_bos == (family != "qwen_vl")
+    assert tokenizer.config.bos_token_id == {"mllama": 128000, "qwen_vl": 151643, "llava_next": 1}[family]
     if family == "mllama":
         template = read_json(folder / "tokenizer_config.json")["chat_template"]
         message = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}

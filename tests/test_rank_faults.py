@@ -21,13 +21,13 @@ import pytest
 from staticvl import runtime
 from staticvl.runtime.artifact import Artifact, GraphSpec, open_artifact, write_manifest
 from staticvl.runtime.backends.base import Group, Result
-from staticvl.runtime.backends.distributed import crew, launch, start
-from staticvl.runtime.backends.distributed.leader import LeadingBackend
+from staticvl.runtime.backends.distributed import launch, monitor, start
+from staticvl.runtime.backends.distributed.leader import LeaderBackend
 from staticvl.runtime.backends.distributed.world import LOOPBACK, World
 from staticvl.runtime.files import sha256_file
 
 from . import faulty_rank
-from .fakes import cross_prompt, fake_artifact, oracle, picture, picture_prompt, run_all, text_prompt
+from .fakes import cross_prompt, fake_artifact, image, image_prompt, oracle, run_all, text_prompt
 from .rank_threads import PATIENCE, MeetingBackend, ranks_as_threads
 from .test_rank_parts import DictStore
 
@@ -38,7 +38,7 @@ QUESTION = "What is in the picture?"
 @pytest.fixture(autouse=True)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everybody answers quickly here; who does not is meant not to."""
-    for module in (crew, launch):
+    for module in (monitor, launch):
         monkeypatch.setattr(module, "GRACE_S", 0.5)
 
 
@@ -60,17 +60,17 @@ def unharmed(two_ranks: Path) -> Iterator[None]:
 @pytest.mark.parametrize("ranks", [2, 3, pytest.param(8, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("images", [(), (1, 2)], ids=["rows", "cross"])
 def test_every_rank_is_fed_the_same(monkeypatch: pytest.MonkeyPatch, ranks: int, images: tuple[int, ...]) -> None:
-    """All kinds, buckets, slots and pictures; each backend compares what it was fed with what the others were."""
+    """All kinds, buckets, slots and images; each backend compares what it was fed with what the others were."""
     artifact = fake_artifact(images=images)
     if images:
         prompts = [cross_prompt(5, ((1, 2), 1), 6, 7), text_prompt(3, 4), cross_prompt(((2, 2), 2), ((1, 1), 3), 9, seed=1)]
     else:
-        prompts = [picture_prompt(5, picture(100), 6), text_prompt(*range(3, 30)), picture_prompt(picture(7), picture(8), 9)]
+        prompts = [image_prompt(5, image(100), 6), text_prompt(*range(3, 30)), image_prompt(image(7), image(8), 9)]
     with ranks_as_threads(monkeypatch, artifact, ranks) as (engine, others):
         sequences = [engine.add_request(prompt, PARAMS) for prompt in prompts]
         steps = run_all(engine)
-        facts = artifact.manifest.model
-        assert [each.generated for each in sequences] == [oracle(prompt, PARAMS, facts) for prompt in prompts]
+        info = artifact.manifest.model
+        assert [each.generated for each in sequences] == [oracle(prompt, PARAMS, info) for prompt in prompts]
         assert {step.kind for step in steps} == {"vision", "prefill", "decode"}
     assert [other.result(PATIENCE) for other in others] == [(0, False)] * (ranks - 1)
 
@@ -171,8 +171,8 @@ def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().run(graph, feed, slot, image)
 
     asked = []
-    roll_call = crew.Crew._roll_call
-    monkeypatch.setattr(crew.Crew, "_roll_call", lambda self: (asked.append(1), roll_call(self)))
+    roll_call = monitor.RankMonitor._roll_call
+    monkeypatch.setattr(monitor.RankMonitor, "_roll_call", lambda self: (asked.append(1), roll_call(self)))
 
     def make(rank: int, artifact: Artifact, group: Group) -> Slow:
         return Slow(artifact, group)
@@ -189,12 +189,12 @@ def test_a_leader_that_gives_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys:
     def make(rank: int, artifact: Artifact, group: Group) -> Failing:
         return Failing(rank, artifact, group, 1, fail)
 
-    monkeypatch.setattr("staticvl.runtime.backends.distributed.follower.GRACE_S", 0.1)
+    monkeypatch.setattr("staticvl.runtime.backends.distributed.rank_worker.GRACE_S", 0.1)
     with ranks_as_threads(monkeypatch, fake_artifact(), 2, timeout=1.0, make=make) as (engine, others):
         backend = engine.backend
-        assert isinstance(backend, LeadingBackend)
-        watch = backend.crew._watch
-        monkeypatch.setattr(backend.crew, "_watch", lambda: watch() if backend.step < 3 else others[0].result(PATIENCE))
+        assert isinstance(backend, LeaderBackend)
+        watch = backend.monitor._watch
+        monkeypatch.setattr(backend.monitor, "_watch", lambda: watch() if backend.step < 3 else others[0].result(PATIENCE))
         engine.add_request(text_prompt(3, 4, 5), PARAMS)
         with pytest.raises(runtime.RankError, match=r"rank 1 \(pid .*\) failed: OverflowError"):
             run_all(engine)
@@ -277,8 +277,8 @@ def load_faulty(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch, timeo
 
 def others_of(model: runtime.Model) -> list[int]:
     backend = model.engine.backend
-    assert isinstance(backend, LeadingBackend)
-    return [peer.pid for peer in backend.crew.peers.values()]
+    assert isinstance(backend, LeaderBackend)
+    return [peer.pid for peer in backend.monitor.peers.values()]
 
 
 @pytest.mark.parametrize(

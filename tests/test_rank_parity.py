@@ -20,7 +20,7 @@ from staticvl.tools.random_checkpoint import write_checkpoint
 
 from .ascend import CHECKPOINTS, GREEDY, QUESTION, REQUESTS, answer_requests
 from .need_torchair import skip_without_torchair
-from .parity import picture
+from .parity import noise_image
 
 pytestmark = pytest.mark.slow
 
@@ -79,7 +79,7 @@ def answers(checkpoint: tuple[str, Path], out: Path, backend: str, tp: int) -> A
     with runtime.load(out / "artifact", device=DEVICES[backend], tp=tp) as model:
         batch = answer_requests(model)
         with model.chat() as chat:
-            turns = [chat.send(QUESTION, [picture((50, 80))], **GREEDY), chat.send("Where is it?", **GREEDY)]
+            turns = [chat.send(QUESTION, [noise_image((50, 80))], **GREEDY), chat.send("Where is it?", **GREEDY)]
     return Answers(batch, turns)
 
 

@@ -18,14 +18,16 @@ from torch.distributed import HashStore
 from staticvl import runtime
 from staticvl.runtime.artifact import ArtifactError
 from staticvl.runtime.backends.distributed import control
+from staticvl.runtime.backends.distributed.compute_thread import ComputeThread
 from staticvl.runtime.backends.distributed.control import Members, Published, join
+from staticvl.runtime.backends.distributed.failures import CollectiveError, Doing, Peer, RankError, RankStatus, failure_report
 from staticvl.runtime.backends.distributed.frames import (
     HEADER,
     LARGEST_RECORD,
     FrameError,
+    FrameKind,
     Header,
     Hello,
-    Kind,
     Link,
     State,
     encode,
@@ -33,9 +35,7 @@ from staticvl.runtime.backends.distributed.frames import (
 )
 from staticvl.runtime.backends.distributed.group import GlooGroup
 from staticvl.runtime.backends.distributed.start import _is_loopback, _plain, read_timeout
-from staticvl.runtime.backends.distributed.verdict import Account, Doing, MeetingError, Peer, RankError, blame
-from staticvl.runtime.backends.distributed.worker import Worker
-from staticvl.runtime.backends.distributed.world import LOOPBACK, Seat, World, seat_of, started_world
+from staticvl.runtime.backends.distributed.world import LOOPBACK, RankInfo, World, rank_info_of, started_world
 
 PATIENCE = 20.0  # seconds; only a broken test waits this long
 
@@ -63,12 +63,14 @@ class DictStore:
 
 
 def test_a_header_survives_the_wire() -> None:
-    header = Header(Kind.RUN, graph=3, slot=2, image=1, step=1 << 40, nbytes=1 << 33)
+    header = Header(FrameKind.RUN, graph=3, slot=2, image=1, step=1 << 40, nbytes=1 << 33)
     assert len(header.packed()) == HEADER.size == 32
     assert read_header(header.packed()) == header
 
 
-@pytest.mark.parametrize("data", [b"GET / HTTP/1.1\r\nHost: example\r\n", Header(Kind.RUN).packed().replace(b"\5", b"\x63")])
+@pytest.mark.parametrize(
+    "data", [b"GET / HTTP/1.1\r\nHost: example\r\n", Header(FrameKind.RUN).packed().replace(b"\5", b"\x63")]
+)
 def test_other_bytes_are_no_header(data: bytes) -> None:
     with pytest.raises(FrameError, match="no message of a rank of this release of staticvl; use one release on all machines"):
         read_header(data.ljust(HEADER.size)[: HEADER.size])
@@ -88,7 +90,7 @@ def test_what_the_system_takes_in_pieces_arrives_whole(pair: tuple[Link, Link]) 
     near, far = pair
     rng = np.random.default_rng(0)
     sent = [rng.integers(0, 256, n).astype(np.uint8) for n in (1, 5_000_000, 3, 3_000_000)]
-    header = Header(Kind.RUN, nbytes=sum(map(len, sent)))
+    header = Header(FrameKind.RUN, nbytes=sum(map(len, sent)))
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(near.send, [header.packed(), *(array.data for array in sent)])
         assert far.header() == header
@@ -101,7 +103,7 @@ def test_what_the_system_takes_in_pieces_arrives_whole(pair: tuple[Link, Link]) 
 
 def test_a_peer_that_reads_nothing_keeps_nobody_waiting(pair: tuple[Link, Link]) -> None:
     near, _ = pair
-    frame = encode(Kind.PING)
+    frame = encode(FrameKind.PING)
     near.socket.setblocking(False)
     with pytest.raises(BlockingIOError):
         while True:
@@ -115,7 +117,7 @@ def test_a_peer_that_is_gone_is_offered_nothing(pair: tuple[Link, Link]) -> None
     far.close()
     with pytest.raises(EOFError, match="closed"):
         near.header()
-    assert not all(near.offer(encode(Kind.PING)) for _ in range(3))
+    assert not all(near.offer(encode(FrameKind.PING)) for _ in range(3))
 
 
 @pytest.mark.parametrize(
@@ -128,13 +130,13 @@ def test_a_peer_that_is_gone_is_offered_nothing(pair: tuple[Link, Link]) -> None
 )
 def test_records_are_checked(pair: tuple[Link, Link], data: bytes, told: str) -> None:
     near, far = pair
-    near.send([Header(Kind.STATE, nbytes=len(data)).packed(), data])
+    near.send([Header(FrameKind.STATE, nbytes=len(data)).packed(), data])
     with pytest.raises(FrameError, match=told):
         far.record(far.header(), State)
 
 
 def test_a_worker_gives_results_and_errors_from_one_thread() -> None:
-    worker, seen = Worker("test"), []
+    worker, seen = ComputeThread("test"), []
     for call in (lambda: seen.append(threading.get_ident()), lambda: seen.append(threading.get_ident()), lambda: 1 / 0):
         worker.start(call)
         if len(seen) < 2:
@@ -167,7 +169,7 @@ def call(store: DictStore, data: bytes) -> socket.socket:
 
 def hello(store: DictStore, rank: int, **changes: object) -> bytes:
     record = Hello(token=published(store).token, rank=rank, pid=1, host="h")
-    return encode(Kind.HELLO, msgspec.structs.replace(record, **changes))
+    return encode(FrameKind.HELLO, msgspec.structs.replace(record, **changes))
 
 
 @pytest.fixture
@@ -185,8 +187,8 @@ def test_strangers_are_turned_away_and_ranks_let_in(door: tuple[Members, DictSto
     strangers = [
         call(store, b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"),
         call(store, hello(store, 1, token="0" * 32)),
-        call(store, Header(Kind.HELLO, nbytes=1 << 40).packed()),
-        call(store, encode(Kind.VERDICT, Hello("", 1, 1, "h"))),
+        call(store, Header(FrameKind.HELLO, nbytes=1 << 40).packed()),
+        call(store, encode(FrameKind.FAILURE_REPORT, Hello("", 1, 1, "h"))),
         call(store, b"SVR1"),  # and no more
         call(store, b""),
     ]
@@ -199,15 +201,15 @@ def test_strangers_are_turned_away_and_ranks_let_in(door: tuple[Members, DictSto
     for sock in strangers:
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(1) == b""
-    members.joined[2][1].send([encode(Kind.PING)])
-    assert peers[0][1].header().kind is Kind.PING, "the link of rank 2 leads to rank 2"
+    members.joined[2][1].send([encode(FrameKind.PING)])
+    assert peers[0][1].header().kind is FrameKind.PING, "the link of rank 2 leads to rank 2"
     with pytest.raises(OSError):
         call(store, b"")
 
 
 def test_a_hello_may_come_in_pieces(door: tuple[Members, DictStore]) -> None:
     members, store = door
-    data = hello(store, 1) + encode(Kind.READY)
+    data = hello(store, 1) + encode(FrameKind.READY)
     sock = call(store, data[:7])
     call(store, hello(store, 2))
     heard = 0
@@ -218,7 +220,7 @@ def test_a_hello_may_come_in_pieces(door: tuple[Members, DictStore]) -> None:
         sock.sendall(data[7:] if heard == 3 else b"")
 
     members.wait(PATIENCE, send_more)
-    assert members.joined[1][1].header().kind is Kind.READY, "nothing behind the hello is lost"
+    assert members.joined[1][1].header().kind is FrameKind.READY, "nothing behind the hello is lost"
 
 
 @pytest.mark.parametrize(
@@ -263,13 +265,13 @@ def test_joining_where_nobody_listens(door: tuple[Members, DictStore]) -> None:
     ],
 )
 def test_who_is_to_blame(doings: tuple[Doing, ...], named: tuple[int, ...]) -> None:
-    accounts = [Account(Peer(rank, 100 + rank, "h"), doing) for rank, doing in enumerate(doings)]
-    told = blame(accounts, 5)
+    accounts = [RankStatus(Peer(rank, 100 + rank, "h"), doing) for rank, doing in enumerate(doings)]
+    told = failure_report(accounts, 5)
     assert [rank for rank in range(3) if f"rank {rank} (pid {100 + rank} on h)" in told] == list(named)
 
 
 def test_a_long_list_is_cut() -> None:
-    told = blame([Account(Peer(rank, rank, "h"), "failed", "no memory") for rank in range(8)], 5)
+    told = failure_report([RankStatus(Peer(rank, rank, "h"), "failed", "no memory") for rank in range(8)], 5)
     assert told.count("no memory") == 3 and told.endswith("; and 5 more")
 
 
@@ -299,11 +301,11 @@ def test_a_world_that_makes_no_sense(env: dict[str, str], told: str) -> None:
 
 
 def test_seats_of_several_groups() -> None:
-    assert [seat_of(rank, 2, 2) for rank in range(4)] == [
-        Seat(0, 2, 0, 2),
-        Seat(1, 2, 0, 2),
-        Seat(0, 2, 1, 2),
-        Seat(1, 2, 1, 2),
+    assert [rank_info_of(rank, 2, 2) for rank in range(4)] == [
+        RankInfo(0, 2, 0, 2),
+        RankInfo(1, 2, 0, 2),
+        RankInfo(0, 2, 1, 2),
+        RankInfo(1, 2, 1, 2),
     ]
 
 
@@ -327,14 +329,14 @@ def test_the_address_that_other_machines_see() -> None:
 # --- Collectives -----------------------------------------------------------------------------------------------------------
 
 
-def members_of(seats: list[Seat], timeout: float) -> list[GlooGroup]:
+def members_of(seats: list[RankInfo], timeout: float) -> list[GlooGroup]:
     store = HashStore()
     with ThreadPoolExecutor(len(seats)) as pool:
-        return list(pool.map(lambda seat: GlooGroup(store, seat, timeout, LOOPBACK), seats))
+        return list(pool.map(lambda rank_info: GlooGroup(store, rank_info, timeout, LOOPBACK), seats))
 
 
 def test_sums_have_the_same_bits_everywhere_and_gathers_are_in_rank_order() -> None:
-    groups = members_of([Seat(rank, 3) for rank in range(3)], PATIENCE)
+    groups = members_of([RankInfo(rank, 3) for rank in range(3)], PATIENCE)
     assert [(group.rank, group.size, group.meeting) for group in groups] == [(rank, 3, False) for rank in range(3)]
 
     def work(group: GlooGroup) -> list[np.ndarray]:
@@ -362,7 +364,7 @@ def test_sums_have_the_same_bits_everywhere_and_gathers_are_in_rank_order() -> N
 
 
 def test_stages_do_not_sum_together_but_hand_on_by_place() -> None:
-    groups = members_of([seat_of(rank, 2, 2) for rank in range(4)], PATIENCE)
+    groups = members_of([rank_info_of(rank, 2, 2) for rank in range(4)], PATIENCE)
     arrays = [np.full(3, 10.0**rank, np.float32) for rank in range(4)]
 
     def work(group: GlooGroup, array: np.ndarray) -> None:
@@ -378,7 +380,7 @@ def test_stages_do_not_sum_together_but_hand_on_by_place() -> None:
 
 
 def test_a_stage_of_one_rank() -> None:
-    first, second = members_of([seat_of(rank, 1, 2) for rank in range(2)], PATIENCE)
+    first, second = members_of([rank_info_of(rank, 1, 2) for rank in range(2)], PATIENCE)
     array = np.arange(4, dtype=np.float32)
     first.all_reduce(array)
     found = np.zeros_like(array)
@@ -390,8 +392,8 @@ def test_a_stage_of_one_rank() -> None:
 
 
 def test_a_collective_waits_only_so_long() -> None:
-    groups = members_of([Seat(rank, 2) for rank in range(2)], 0.2)
-    with pytest.raises(MeetingError, match=r"^Timed out waiting 200ms"):
+    groups = members_of([RankInfo(rank, 2) for rank in range(2)], 0.2)
+    with pytest.raises(CollectiveError, match=r"^Timed out waiting 200ms"):
         groups[0].all_reduce(np.zeros(4, np.float32))
     assert groups[0].meeting, "it is not the one for whom others wait"
 

@@ -25,7 +25,7 @@ from staticvl.runtime.backends.ascend import torchair_host
 from staticvl.runtime.backends.distributed import group, start
 from staticvl.runtime.backends.distributed.group import meet_store
 from staticvl.runtime.backends.distributed.launch import threads_each
-from staticvl.runtime.backends.distributed.leader import LeadingBackend
+from staticvl.runtime.backends.distributed.leader import LeaderBackend
 from staticvl.runtime.backends.distributed.world import LOOPBACK, World, started_world
 from staticvl.runtime.engine.engine import Engine
 
@@ -58,14 +58,14 @@ def pair(cut: runtime.Model, embedded_artifact: Path) -> Pair:
     return Pair(cut, loaded(embedded_artifact))
 
 
-def backend_of(model: runtime.Model) -> LeadingBackend:
+def backend_of(model: runtime.Model) -> LeaderBackend:
     backend = model.engine.backend
-    assert isinstance(backend, LeadingBackend)
+    assert isinstance(backend, LeaderBackend)
     return backend
 
 
 def pids(model: runtime.Model) -> list[int]:
-    return [peer.pid for peer in backend_of(model).crew.peers.values()]
+    return [peer.pid for peer in backend_of(model).monitor.peers.values()]
 
 
 def running(pid: int) -> bool:
@@ -87,7 +87,7 @@ def test_one_answer(pair: Pair) -> None:
 
 
 def test_a_batch(pair: Pair) -> None:
-    """Rows with pictures and without, of different lengths; drawn, so that a row in another's place shows."""
+    """Rows with images and without, of different lengths; drawn, so that a row in another's place shows."""
     prompts = [QUESTION, "Hello", QUESTION, "Say a colour, please. Any colour will do, or two of them."]
     images = [SHAPES, None, noise(1), [noise(2), noise(3)]]
     settings = {"max_new_tokens": 16, "temperature": 0.7, "seed": 3, "ignore_eos": True}
@@ -106,7 +106,7 @@ def check_drafts(model: runtime.Model, truth: list[int]) -> None:
     """Drafts from the right answer, some of them wrong, however long the graphs take."""
     params = runtime.SamplingParams(max_new_tokens=len(truth), ignore_eos=True)
     sequence = model.new_sequence(model.prepare(QUESTION, [SHAPES], raw=False), params)
-    sequence.lookup = Guess(truth, np.random.default_rng(0))  # type: ignore[assignment]
+    sequence.prompt_lookup = Guess(truth, np.random.default_rng(0))  # type: ignore[assignment]
     assert model.run([sequence])[0].token_ids == truth
     assert 0 < model.engine.metrics.accepted < model.engine.metrics.drafted
 

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 from staticvl.compiler import build as building
-from staticvl.runtime.artifact import ArtifactError, AscendFacts, read_manifest, write_manifest
+from staticvl.runtime.artifact import ArtifactError, AscendInfo, read_manifest, write_manifest
 from staticvl.runtime.backends.ascend import readiness, torchair_host
 from staticvl.runtime.backends.ascend.readiness import check_ready
 from staticvl.tools import compare, demo, generate, tune_buckets
@@ -45,10 +45,10 @@ def cards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def ascend_artifact(embedded_artifact: Path, tmp_path: Path) -> Path:
     """The manifest of an Ascend artifact; it is never opened further."""
     manifest = read_manifest(embedded_artifact)
-    facts = AscendFacts(python="3.11", torch="2", torch_npu="2", cache_format="1", soc="Ascend910B")
+    info = AscendInfo(python="3.11", torch="2", torch_npu="2", cache_format="1", soc="Ascend910B")
     (tmp_path / "npu").mkdir()
     shutil.copytree(embedded_artifact, tmp_path / "npu", dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
-    write_manifest(tmp_path / "npu", msgspec.structs.replace(manifest, backend="ascend", ascend=facts))
+    write_manifest(tmp_path / "npu", msgspec.structs.replace(manifest, backend="ascend", ascend=info))
     return tmp_path / "npu"
 
 

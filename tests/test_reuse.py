@@ -12,9 +12,9 @@ import pytest
 from staticvl import runtime
 from staticvl.runtime.artifact import CacheSpec, CrossSpec
 from staticvl.runtime.backends.ort import OrtBackend
-from staticvl.runtime.engine.cache_keys import content_of
+from staticvl.runtime.engine.cache_keys import cache_keys_of
 from staticvl.runtime.engine.engine import Engine
-from staticvl.runtime.engine.prefix_cache import FeatureCache, copy_ms_per_row
+from staticvl.runtime.engine.prefix_cache import EncoderCache, copy_ms_per_row
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.processor.prompt import Prompt
 
@@ -25,10 +25,10 @@ from .fakes import (
     cross_prompt,
     fake_artifact,
     fake_engine,
+    image,
+    image_prompt,
     noise,
     oracle,
-    picture,
-    picture_prompt,
     run_all,
     text_prompt,
 )
@@ -130,33 +130,33 @@ def test_what_moves_away_does_not_move_onto_what_is_needed() -> None:
 def test_nothing_is_taken_over_without_reuse() -> None:
     engine = fake_engine(slots=1)
     for _ in range(2):
-        ask(engine, picture_prompt(5, picture(9), 6))
+        ask(engine, image_prompt(5, image(9), 6))
     assert engine.metrics.reused_tokens == engine.metrics.reused_tiles == engine.metrics.copies == 0
     assert engine.metrics.runs["vision"] == 2
 
 
-# --- Pictures ----------------------------------------------------------------------------------------------------------
+# --- Images ----------------------------------------------------------------------------------------------------------
 
 
-def test_equal_pictures_are_encoded_once() -> None:
+def test_equal_images_are_encoded_once() -> None:
     engine = engine_of(slots=2, vision={1: 1.0})
-    ask(engine, picture_prompt(5, picture(700), picture(44), 6))
+    ask(engine, image_prompt(5, image(700), image(44), 6))
     assert engine.metrics.runs["vision"] == 2
-    other = ask(engine, picture_prompt(9, 8, picture(700), 7, picture(45), 6))
-    assert engine.metrics.runs["vision"] == 3, "elsewhere in the text, with another picture behind"
+    other = ask(engine, image_prompt(9, 8, image(700), 7, image(45), 6))
+    assert engine.metrics.runs["vision"] == 3, "elsewhere in the text, with another image behind"
     assert (other.reused, other.reused_tiles) == (0, 1)
     assert engine.metrics.summary()["picture_hit_rate"] == round(1 / 4, 4)
 
 
-def test_beginnings_with_different_pictures_differ() -> None:
+def test_beginnings_with_different_images_differ() -> None:
     engine = engine_of(slots=1)
-    ask(engine, picture_prompt(5, 6, picture(700), 7, 8))
-    assert ask(engine, picture_prompt(5, 6, picture(701), 7, 8)).reused == 2
-    assert ask(engine, picture_prompt(5, 6, picture(701), 7, 9)).reused == 2 + ROWS_PER_TILE + 1
+    ask(engine, image_prompt(5, 6, image(700), 7, 8))
+    assert ask(engine, image_prompt(5, 6, image(701), 7, 8)).reused == 2
+    assert ask(engine, image_prompt(5, 6, image(701), 7, 9)).reused == 2 + ROWS_PER_TILE + 1
 
 
 def test_features_are_bounded() -> None:
-    cache, rows = FeatureCache(3 * 48), np.ones((3, 4), np.float32)
+    cache, rows = EncoderCache(3 * 48), np.ones((3, 4), np.float32)
     for name in (b"a", b"b", b"c"):
         cache.put(name, rows * name[0])
     assert cache.get(b"a") is not None
@@ -170,7 +170,7 @@ def test_features_are_bounded() -> None:
     assert kept is not None and kept[0, 0] == ord("c")
 
 
-def test_pictures_of_cross_attention_are_copied_with_the_text() -> None:
+def test_images_of_cross_attention_are_copied_with_the_text() -> None:
     engine = engine_of(images=(2,))
     looking = cross_prompt(5, ((1, 2), 1), 6, ((2, 2), 2), *range(10, 20), seed=1)
     other = replace(looking, token_ids=np.array([*looking.token_ids[:-1], 50], np.int32))
@@ -180,25 +180,25 @@ def test_pictures_of_cross_attention_are_copied_with_the_text() -> None:
     assert [sequence.reused for sequence in sequences] == [0, looking.length - 1]
     assert engine.metrics.runs["vision"] == 2
     third = cross_prompt(5, ((1, 2), 1), 6, ((2, 2), 3), *range(10, 20), seed=1)
-    assert ask(engine, third).reused_tiles == 4, "the first picture is the same"
+    assert ask(engine, third).reused_tiles == 4, "the first image is the same"
 
 
-def test_answers_about_pictures_are_beginnings_too() -> None:
+def test_answers_about_images_are_beginnings_too() -> None:
     """A next turn by cross-attention sees what the last token of the one before saw."""
     engine = engine_of(images=(1,))
     first = cross_prompt(5, ((1, 2), 1), *range(10, 20), seed=1)
-    assert first.sight is not None
-    first.sight.gates[-1] = 1
+    assert first.cross_attention is not None
+    first.cross_attention.gates[-1] = 1
     answer = ask(engine, first).generated
     longer = (*first.token_ids, *answer, 60, 61)
     more = len(longer) - first.length
-    sight = replace(
-        first.sight,
-        visible=np.concatenate((first.sight.visible, np.repeat(first.sight.visible[-1:], more, axis=0))),
-        gates=np.concatenate((first.sight.gates, np.repeat(first.sight.gates[-1:], more, axis=0))),
+    cross_attention = replace(
+        first.cross_attention,
+        visible=np.concatenate((first.cross_attention.visible, np.repeat(first.cross_attention.visible[-1:], more, axis=0))),
+        gates=np.concatenate((first.cross_attention.gates, np.repeat(first.cross_attention.gates[-1:], more, axis=0))),
     )
     plain = text_prompt(*longer)
-    second = replace(first, token_ids=plain.token_ids, rows=plain.rows, state=plain.state, sight=sight)
+    second = replace(first, token_ids=plain.token_ids, rows=plain.rows, state=plain.state, cross_attention=cross_attention)
     assert ask(engine, second).reused == first.length + len(answer) - 1
 
 
@@ -206,7 +206,7 @@ def test_answers_about_pictures_are_beginnings_too() -> None:
 
 
 def keys(prompt: Prompt, *, cross: bool = False) -> list[tuple[int, ...]]:
-    return [tuple(key) for key in content_of(prompt, ROWS_PER_TILE, cross=cross).keys.tolist()]
+    return [tuple(key) for key in cache_keys_of(prompt, ROWS_PER_TILE, cross=cross).keys.tolist()]
 
 
 def test_keys_tell_apart_what_the_cache_tells_apart() -> None:
@@ -214,30 +214,33 @@ def test_keys_tell_apart_what_the_cache_tells_apart() -> None:
     assert keys(text) == [(5, 0, 0, 0), (7, 0, 0, 0)]
     stated = replace(text, state=np.array([0, 3], np.int32))
     assert keys(stated) == [(5, 0, 0, 0), (7, 3, 0, 0)]
-    shown = keys(picture_prompt(5, picture(700), picture(44)))
+    shown = keys(image_prompt(5, image(700), image(44)))
     assert [key[0] for key in shown] == [5, -1, -2, -3, -1, -2, -3]
     assert len({key[2:] for key in shown}) == 3
-    assert shown[1:4] == keys(picture_prompt(picture(700)))
+    assert shown[1:4] == keys(image_prompt(image(700)))
 
 
 def test_keys_of_what_is_seen() -> None:
-    """The same token is another where it sees another picture, other tiles of it, or through another gate."""
+    """The same token is another where it sees another image, other tiles of it, or through another gate."""
     prompt = cross_prompt(5, ((1, 2), 1), 6, ((2, 2), 2), 7, seed=1)
-    assert prompt.sight is not None
-    prompt.sight.gates[...] = 1
-    prompt.sight.gates[2] = 0
+    assert prompt.cross_attention is not None
+    prompt.cross_attention.gates[...] = 1
+    prompt.cross_attention.gates[2] = 0
     base = keys(prompt, cross=True)
     assert base[2][2:] == (0, 0), "shut gates see nothing"
     for place, change in enumerate(("visible", "gates", "pixels", "grids")):
         changed = replace(
-            prompt, sight=replace(prompt.sight, visible=prompt.sight.visible.copy(), gates=prompt.sight.gates.copy())
+            prompt,
+            cross_attention=replace(
+                prompt.cross_attention, visible=prompt.cross_attention.visible.copy(), gates=prompt.cross_attention.gates.copy()
+            ),
         )
-        prompt.sight.visible[4] = changed.sight.visible[4] = True  # type: ignore[union-attr]
+        prompt.cross_attention.visible[4] = changed.cross_attention.visible[4] = True  # type: ignore[union-attr]
         base = keys(prompt, cross=True)
         if change == "visible":
-            changed.sight.visible[4, 5] = False  # type: ignore[union-attr]
+            changed.cross_attention.visible[4, 5] = False  # type: ignore[union-attr]
         elif change == "gates":
-            changed.sight.gates[4, 1] = 0  # type: ignore[union-attr]
+            changed.cross_attention.gates[4, 1] = 0  # type: ignore[union-attr]
         elif change == "pixels":
             changed = replace(changed, pixels=changed.pixels + np.uint8(1))
         else:
@@ -260,7 +263,7 @@ SPEC = CacheSpec(
 
 
 def test_every_backend_copies_the_same(tmp_path: Path) -> None:
-    """The rows and pictures asked for and nothing else; as torch and onnxruntime hold their caches."""
+    """The rows and images asked for and nothing else; as torch and onnxruntime hold their caches."""
     from staticvl.compiler.eager import EagerBackend
     from staticvl.compiler.lockstep import LockstepBackend
     from staticvl.runtime.backends.ascend.backend import AscendBackend, Device
@@ -290,7 +293,7 @@ def model(embedded_artifact: Path) -> runtime.Model:
 
 
 def test_a_real_cache_is_taken_over(model: runtime.Model) -> None:
-    """Logits as of a fresh prompt: the same picture, other questions, side by side and one after another."""
+    """Logits as of a fresh prompt: the same image, other questions, side by side and one after another."""
     settings = {"max_new_tokens": 6, "ignore_eos": True, "return_logits": True, "temperature": 0.0}
     fresh_model = runtime.Model(model.artifact, Engine(model.artifact, backend=model.engine.backend, reuse=False))
     questions = ["What is in the picture?", "Where is the circle?", "What is in the picture?"]

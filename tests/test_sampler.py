@@ -14,7 +14,7 @@ from staticvl.runtime.artifact import SamplingDefaults
 from staticvl.runtime.sampling import sampler
 from staticvl.runtime.sampling.params import ResolvedSampling, SamplingParams
 from staticvl.runtime.sampling.sampler import logprob_of, sample, uniform
-from staticvl.runtime.sampling.top_logits import BLOCK, likeliest
+from staticvl.runtime.sampling.top_logits import BLOCK, top_k_ids
 
 GRID = 500
 
@@ -184,7 +184,7 @@ def test_the_likeliest(seed: int, size: int, levels: int, count: int, banned: fl
     rng = np.random.default_rng(seed)
     row = (rng.integers(-levels, levels, size) / levels).astype(np.float32)
     row[rng.random(size) < banned] = -np.inf
-    found = likeliest(row, count).tolist()
+    found = top_k_ids(row, count).tolist()
     wanted = sorted(range(size), key=lambda i: (-row[i], i))[:count]
     allowed = [i for i in wanted if row[i] > -np.inf]
     assert found == (allowed or wanted)
@@ -196,7 +196,7 @@ def test_the_likeliest_lie_in_blocks_of_their_own() -> None:
     places = np.random.default_rng(0).permutation(30) * BLOCK + 5
     row[places] = np.arange(30, 0, -1)
     for count in (1, 2, 15, 29):
-        assert likeliest(row, count).tolist() == places[:count].tolist()
+        assert top_k_ids(row, count).tolist() == places[:count].tolist()
 
 
 def test_log_probabilities_of_the_likeliest() -> None:
@@ -212,7 +212,7 @@ def test_most_draws_look_at_few_tokens() -> None:
     row = np.random.default_rng(0).standard_normal(40_000).astype(np.float32)
     row[:30] += np.linspace(20, 10, 30, dtype=np.float32)
     looked: list[int] = []
-    with mock.patch.object(sampler, "likeliest", side_effect=lambda row, count: looked.append(count) or likeliest(row, count)):
+    with mock.patch.object(sampler, "likeliest", side_effect=lambda row, count: looked.append(count) or top_k_ids(row, count)):
         for seed in range(20):
             sample(row, settings(0.7, top_p=0.95, seed=seed), 0, len(row))
             sample(row, settings(1.0, seed=seed), 0, len(row))

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from staticvl import runtime
 from staticvl.compiler.build import build
-from staticvl.compiler.facts import read_facts
+from staticvl.compiler.model_info import read_model_info
 from staticvl.compiler.plan import Options
 from staticvl.model_defs.config import ConfigError, read_config
 from staticvl.runtime.artifact import SamplingDefaults, encode_manifest, open_artifact, read_manifest
@@ -128,7 +128,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def defaults(folder: Path, tmp_path: Path, notes: list[str] | None = None, **settings: Any) -> SamplingDefaults:
     copy = Path(shutil.copytree(folder, tmp_path / "copy", dirs_exist_ok=True))
     (copy / "generation_config.json").write_text(json.dumps({"eos_token_id": 2, **settings}))
-    return read_facts(copy, read_config(copy), vision_tower=None, notes=notes)[0].sampling
+    return read_model_info(copy, read_config(copy), vision_tower=None, notes=notes)[0].sampling
 
 
 @pytest.mark.parametrize(
@@ -212,10 +212,10 @@ def test_bans_end_where_the_logits_end() -> None:
     given = SamplingDefaults(
         suppress_tokens=(3, 9), bad_words_ids=((9,), (4, 5), (1, 4, 6), (9, 2)), begin_suppress_tokens=(0, 9)
     )
-    guide, row = Bans(given, [7, 1, 4], vocab=8), np.zeros(8, np.float32)
-    guide.forbid(row)
+    constraint, row = Bans(given, [7, 1, 4], vocab=8), np.zeros(8, np.float32)
+    constraint.forbid(row)
     assert np.flatnonzero(np.isneginf(row)).tolist() == [0, 3, 5, 6]
-    guide.accept(4)
+    constraint.accept(4)
     row = np.zeros(8, np.float32)
-    guide.forbid(row)
+    constraint.forbid(row)
     assert np.flatnonzero(np.isneginf(row)).tolist() == [3, 5]

@@ -8,7 +8,7 @@ from staticvl.runtime.engine.scheduler import AGING, Step
 from staticvl.runtime.processor.prompt import Prompt
 
 from .fake_backend import FakeBackend
-from .fakes import check_slots, cross_prompt, fake_artifact, fake_engine, picture, picture_prompt, run_all, text_prompt
+from .fakes import check_slots, cross_prompt, fake_artifact, fake_engine, image, image_prompt, run_all, text_prompt
 
 TEN = tuple(range(10, 20))
 
@@ -25,7 +25,7 @@ def told(step: Step) -> tuple[str, int, int, tuple[int, ...]]:
 def test_one_request_step_by_step() -> None:
     """Four tiles in buckets of 3 and 1, fourteen positions in buckets of 8 and 4, then a token at a time."""
     engine = fake_engine(slots=1, prefill={4: 1.0, 8: 1.5})
-    add(engine, picture_prompt(5, *(picture(n) for n in (1, 2, 3, 4)), 6))
+    add(engine, image_prompt(5, *(image(n) for n in (1, 2, 3, 4)), 6))
     assert [told(step) for step in run_all(engine)] == [
         ("vision", 3, 3, (0,)),
         ("vision", 1, 1, (0,)),
@@ -114,9 +114,9 @@ def test_the_budget_bounds_chunks_while_somebody_waits() -> None:
     assert told(engine.step())[:2] == ("prefill", 64)
 
 
-def test_pictures_are_encoded_between_tokens_too() -> None:
-    pictures = picture_prompt(*(picture(n) for n in range(4)), 5)
-    steps = beside_a_stream(pictures, prefill={16: 4.0}, vision={1: 3.0, 2: 9.0})
+def test_images_are_encoded_between_tokens_too() -> None:
+    images = image_prompt(*(image(n) for n in range(4)), 5)
+    steps = beside_a_stream(images, prefill={16: 4.0}, vision={1: 3.0, 2: 9.0})
     assert steps == [*[("vision", 1), ("decode", 2)] * 4, ("prefill", 16)]
 
 
@@ -182,28 +182,28 @@ def test_deadlines() -> None:
     assert (free.finish_reason, len(free.generated), engine.timed) == ("length", 9, [])
 
 
-def looking(pictures: int) -> Prompt:
-    """A prompt of ten positions, pictures first."""
-    return cross_prompt(*(((1, 2), n) for n in range(pictures)), *TEN[pictures:])
+def looking(images: int) -> Prompt:
+    """A prompt of ten positions, images first."""
+    return cross_prompt(*(((1, 2), n) for n in range(images)), *TEN[images:])
 
 
-def test_each_prompt_runs_where_just_its_pictures_can_be_seen() -> None:
-    """One vision step for each picture, with its tiles; text alone runs without cross-attention."""
+def test_each_prompt_runs_where_just_its_images_can_be_seen() -> None:
+    """One vision step for each image, with its tiles; text alone runs without cross-attention."""
     engine = fake_engine(slots=1, prefill={16: 1.0}, images=(1, 3))
-    for pictures in (0, 1, 2, 3):
-        add(engine, looking(pictures))
+    for images in (0, 1, 2, 3):
+        add(engine, looking(images))
         steps = run_all(engine)
-        assert [(step.kind, step.bucket, step.count) for step in steps[:pictures]] == [("vision", 4, 4)] * pictures
-        assert {step.images for step in steps[:pictures]} <= {0}
-        wanted = [0, 1, 3, 3][pictures]
-        assert [(step.kind, step.images) for step in steps[pictures:]] == [("prefill", wanted), *[("decode", wanted)] * 2]
+        assert [(step.kind, step.bucket, step.count) for step in steps[:images]] == [("vision", 4, 4)] * images
+        assert {step.images for step in steps[:images]} <= {0}
+        wanted = [0, 1, 3, 3][images]
+        assert [(step.kind, step.images) for step in steps[images:]] == [("prefill", wanted), *[("decode", wanted)] * 2]
 
 
-def test_a_batch_decodes_where_the_most_pictures_can_be_seen() -> None:
+def test_a_batch_decodes_where_the_most_images_can_be_seen() -> None:
     """And goes back to fewer when that sequence has ended."""
     engine = fake_engine(slots=3, prefill={16: 1.0, 64: 9.0}, images=(1, 3))
-    for pictures, count in ((0, 5), (2, 3), (1, 4)):
-        add(engine, looking(pictures), count)
+    for images, count in ((0, 5), (2, 3), (1, 4)):
+        add(engine, looking(images), count)
     steps = [(step.images, told(step)[3]) for step in run_all(engine) if step.kind == "decode"]
     assert steps == [(3, (0, 1, 2)), (3, (0, 1, 2)), (1, (0, 2)), (0, (0,))]
 

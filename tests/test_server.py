@@ -78,8 +78,8 @@ def test_a_streamed_answer(server: Running, alone: runtime.Model) -> None:
     assert chunks[-1].usage.prompt_tokens_details.cached_tokens == wanted.prompt_tokens - 1
 
 
-def test_roles_pictures_and_turns(server: Running, alone: runtime.Model) -> None:
-    """A conversation with pictures in two of its messages, by data: URLs; content as text and as parts."""
+def test_roles_images_and_turns(server: Running, alone: runtime.Model) -> None:
+    """A conversation with images in two of its messages, by data: URLs; content as text and as parts."""
     first, second = noise(1), noise(2, (40, 90))
     asked = [
         {"role": "system", "content": "Be short."},
@@ -129,7 +129,7 @@ def test_marks_and_control_tokens_in_texts_are_words(server: Running, alone: run
         Message("user", ("First:", IMAGE, "Se<image>cond:", "<ima", "ge>")),
     ]
     prompt = alone.prepare_messages(messages, [noise(1)])
-    assert prompt.token_ids.tolist().count(alone.facts.eos_token_ids[0]) == 0, "this template writes none"
+    assert prompt.token_ids.tolist().count(alone.info.eos_token_ids[0]) == 0, "this template writes none"
     [wanted] = alone.run([alone.new_sequence(prompt, runtime.SamplingParams(max_new_tokens=8))])
     got = server.chat(*asked, max_completion_tokens=8)
     assert got.choices[0].message.content == wanted.text
@@ -154,7 +154,7 @@ def test_log_probabilities(server: Running, alone: runtime.Model, stream: bool) 
     else:
         content = got.choices[0].logprobs.content
     assert wanted.logprobs
-    ends = alone.facts.eos_token_ids
+    ends = alone.info.eos_token_ids
     told = [each for each in wanted.logprobs if each.token_id not in ends]
     assert [each.logprob for each in content] == [each.logprob for each in told]
     assert [[top.logprob for top in each.top_logprobs] for each in content] == [[p for _, p in each.top] for each in told]

@@ -17,7 +17,7 @@ from staticvl import runtime
 from staticvl.runtime import RankError
 
 from .fakes import noise
-from .servers import HEAD, PATIENCE_S, Running, asking, data_url, far_model, rest, send_request, serving, slow_down, until
+from .servers import HEAD, TIMEOUT_S, Running, asking, data_url, far_model, rest, send_request, serving, slow_down, until
 
 LONG = {"max_tokens": 5000, "ignore_eos": True}
 
@@ -59,7 +59,7 @@ def test_who_leaves_while_a_body_arrives_or_is_made_ready(slow: Running, monkeyp
     go, prepare = threading.Event(), slow.model.prepare_messages
 
     def patiently(*args: Any) -> Any:
-        go.wait(PATIENCE_S)
+        go.wait(TIMEOUT_S)
         return prepare(*args)
 
     monkeypatch.setattr(slow.model, "prepare_messages", patiently)
@@ -105,7 +105,7 @@ def narrow(server: Running) -> socket.socket:
     """A connection that takes little before it is read."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-    connection.settimeout(PATIENCE_S)
+    connection.settimeout(TIMEOUT_S)
     connection.connect(("127.0.0.1", server.port))
     return connection
 
@@ -130,18 +130,18 @@ def test_a_slow_reader_gets_everything(tmp_path: Path) -> None:
         assert text == wanted.text
 
 
-def test_pictures_hold_up_no_stream(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_hold_up_no_stream(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     """While one prompt is being made ready, and it takes for ever, others are answered: the loop is free."""
     go = threading.Event()
-    decode = slow.service.pictures._decode
-    monkeypatch.setattr(slow.service.pictures, "_decode", lambda *args: (go.wait(PATIENCE_S), decode(*args))[1])
+    decode = slow.service.images._decode
+    monkeypatch.setattr(slow.service.images, "_decode", lambda *args: (go.wait(TIMEOUT_S), decode(*args))[1])
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(slow.chat, asking("What?", data_url(noise(1))), max_tokens=3)
         until(lambda: slow.service.figures.active == 1)
         assert len(slow.chat("Hello!", max_tokens=3, stream=True)) >= 2
         assert not held.done()
         go.set()
-        assert held.result(PATIENCE_S).usage.completion_tokens == 3
+        assert held.result(TIMEOUT_S).usage.completion_tokens == 3
 
 
 def test_draining(tmp_path: Path) -> None:
@@ -157,7 +157,7 @@ def test_draining(tmp_path: Path) -> None:
         assert response.status_code == 503
         assert "shutting down" in response.json()["error"]["message"]
         assert server.http.get("/health").status_code == 503
-        assert held.result(PATIENCE_S).usage.completion_tokens == 100
+        assert held.result(TIMEOUT_S).usage.completion_tokens == 100
         until(lambda: server.server.should_exit)
 
 

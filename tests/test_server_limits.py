@@ -20,7 +20,7 @@ from staticvl.tools.serving.main import listening
 from staticvl.tools.serving.quiet import LOST_WRITES
 from staticvl.tools.serving.schema import ChatRequest, read_request
 
-from .servers import HEAD, PATIENCE_S, Running, far_model, rest, serving, until
+from .servers import HEAD, TIMEOUT_S, Running, far_model, rest, serving, until
 
 USER = {"role": "user", "content": "Hello!"}
 GOOD = {"model": "model", "messages": [USER], "max_tokens": 3}
@@ -118,7 +118,7 @@ def test_an_engine_that_does_not_step_is_reported(tmp_path: Path) -> None:
 
     def run(*args: Any) -> Any:
         stuck.set()
-        free.wait(PATIENCE_S)
+        free.wait(TIMEOUT_S)
         return device(*args)
 
     model.engine.backend.run = run  # type: ignore[method-assign]

@@ -14,7 +14,7 @@ import pytest
 from staticvl import runtime
 
 from .conftest import REPO
-from .servers import PATIENCE_S, Running, far_model, serving, slow_down, until
+from .servers import TIMEOUT_S, Running, far_model, serving, slow_down, until
 
 SHAPES = REPO / "tools" / "assets" / "shapes.png"
 CHROMIUM = os.environ.get("STATICVL_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
@@ -54,7 +54,7 @@ def open_page(browser: Any) -> Iterator[Any]:
 
     def open_at(server: Running, **settings: Any) -> Any:
         page = browser.new_page(**settings)
-        page.set_default_timeout(PATIENCE_S * 1000)
+        page.set_default_timeout(TIMEOUT_S * 1000)
         page.on("pageerror", lambda error: faults.append(str(error)))
         page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
         page.on(
@@ -94,7 +94,7 @@ def test_a_conversation_about_a_drawing(tiny: Running, open_page: Any, size: tup
     page.get_by_text("Settings").click()
     page.get_by_label("Temperature").fill("0")
     page.get_by_label("Most tokens").fill("60")
-    page.get_by_label("Add pictures").set_input_files(SHAPES)
+    page.get_by_label("Add images").set_input_files(SHAPES)
     page.get_by_alt_text("Picture 1 to be sent").wait_for()
     with runtime.load(tiny.model.artifact.folder, threads=1) as model, model.chat() as chat:
         wanted = [
@@ -107,7 +107,7 @@ def test_a_conversation_about_a_drawing(tiny: Running, open_page: Any, size: tup
     drawn = answer.locator("svg polygon")
     drawn.wait_for(state="attached")
     assert drawn.get_attribute("points") == f"{x1},{y1} {x2},{y1} {x2},{y2} {x1},{y2}"
-    assert on_picture(answer, box.pixels)
+    assert on_image(answer, box.pixels)
     assert page.get_by_alt_text("Picture 1 to be sent").count() == 0
     answer = ask(page, "What colour is it?")
     assert answer.locator("p").first.inner_text() == wanted[1].text
@@ -117,11 +117,11 @@ def test_a_conversation_about_a_drawing(tiny: Running, open_page: Any, size: tup
     assert page.locator("#turns li").count() == 0
 
 
-def on_picture(answer: Any, pixels: tuple[int, int, int, int]) -> bool:
-    """Whether a box lies on the screen where its pixels of the picture are, within two pixels of the screen."""
-    picture, box = answer.locator("img").bounding_box(), answer.locator("svg polygon").bounding_box()
-    scale = picture["width"] / answer.locator("img").evaluate("image => image.naturalWidth")
-    middle = [picture["x"] + scale * (pixels[0] + pixels[2]) / 2, picture["y"] + scale * (pixels[1] + pixels[3]) / 2]
+def on_image(answer: Any, pixels: tuple[int, int, int, int]) -> bool:
+    """Whether a box lies on the screen where its pixels of the image are, within two pixels of the screen."""
+    image, box = answer.locator("img").bounding_box(), answer.locator("svg polygon").bounding_box()
+    scale = image["width"] / answer.locator("img").evaluate("image => image.naturalWidth")
+    middle = [image["x"] + scale * (pixels[0] + pixels[2]) / 2, image["y"] + scale * (pixels[1] + pixels[3]) / 2]
     return abs(box["x"] + box["width"] / 2 - middle[0]) < 2 and abs(box["y"] + box["height"] / 2 - middle[1]) < 2
 
 
@@ -148,7 +148,7 @@ def test_stopping_dropping_and_errors(tmp_path: Path, open_page: Any) -> None:
         page.get_by_text("stopped", exact=True).wait_for()
         until(lambda: model.engine.metrics.finished["cancelled"] == 1)
         page.get_by_label("Most tokens").fill("4")
-        drop = "const data = new DataTransfer(); data.items.add(new File(['no picture'], 'x.png', {type: 'image/png'}));"
+        drop = "const data = new DataTransfer(); data.items.add(new File(['no image'], 'x.png', {type: 'image/png'}));"
         page.evaluate(drop + "document.dispatchEvent(new DragEvent('drop', {dataTransfer: data, cancelable: true}))")
         page.get_by_text("x.png is no picture").wait_for(state="attached")
         answer = ask(page, "And now?")

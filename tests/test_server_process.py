@@ -21,7 +21,7 @@ from staticvl.tools.cli import main
 
 from .conftest import EMBEDDED
 from .damage import flip, linked_copy
-from .servers import HEAD, PATIENCE_S, asking, data_url, rest, send_request, until
+from .servers import HEAD, TIMEOUT_S, asking, data_url, rest, send_request, until
 
 
 @contextlib.contextmanager
@@ -41,7 +41,7 @@ def started(artifact: Path, *options: str) -> Iterator[tuple[subprocess.Popen[st
 
 
 def get(port: int, path: str) -> bytes:
-    with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as connection:
+    with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as connection:
         connection.sendall(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
         return rest(connection)
 
@@ -59,9 +59,9 @@ def test_a_signal_drains(embedded_artifact: Path) -> None:
         send_request(asked, {"max_tokens": 400, "ignore_eos": True})
         until(lambda: b"requests_active 1.0" in get(port, "/metrics"))
         process.send_signal(signal.SIGTERM)
-        asked.settimeout(PATIENCE_S)
+        asked.settimeout(TIMEOUT_S)
         assert b'"completion_tokens":400' in rest(asked)
-        _, err = process.communicate(timeout=PATIENCE_S)
+        _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
 
 
@@ -76,7 +76,7 @@ def test_a_second_signal_ends_at_once(embedded_artifact: Path) -> None:
         until(lambda: b" 503 " in get(port, "/health"))
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=PATIENCE_S)
+        _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 130
     assert "ends at once" in err
 
@@ -91,7 +91,7 @@ def test_compiled_again_while_it_is_served(embedded_artifact: Path, tmp_path: Pa
         build(Options(checkpoint=EMBEDDED, out=artifact, buckets=fewer))
         for path in open_artifact(embedded_artifact).manifest.files:
             assert (artifact / path).exists()
-        with socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asked:
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as asked:
             send_request(asked, request)
             told = asked.recv(1 << 16)
         assert b"200 OK" in told
@@ -115,7 +115,7 @@ def test_a_damaged_artifact_is_not_served(embedded_artifact: Path, tmp_path: Pat
     weights = next((artifact / "weights").iterdir())
     flip(weights, weights)
     command = [sys.executable, "-m", "staticvl.tools.cli", "serve", str(artifact), "--port", "0", "--verify"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE_S * 2, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S * 2, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     assert f"{weights} does not match its sha256 in the manifest; compile or fetch the artifact again" in done.stderr
@@ -126,7 +126,7 @@ def test_a_damaged_artifact_is_not_served(embedded_artifact: Path, tmp_path: Pat
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_rank_that_is_killed_ends_all(two_ranks: Path, busy: bool) -> None:
     """While it answers, or while nobody asks: the server ends with an error that names it."""
-    with started(two_ranks) as (process, port), socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S) as asked:
+    with started(two_ranks) as (process, port), socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as asked:
         if busy:
             send_request(asked, {"max_tokens": 480, "ignore_eos": True})
             until(lambda: b"sequences_running 1.0" in get(port, "/metrics"))
@@ -134,7 +134,7 @@ def test_a_rank_that_is_killed_ends_all(two_ranks: Path, busy: bool) -> None:
         rank.kill()
         if busy:
             assert b" 503 " in asked.recv(100)
-        _, err = process.communicate(timeout=PATIENCE_S)
+        _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
     assert "rank 1" in err
     assert "died: killed by SIGKILL" in err

@@ -56,11 +56,11 @@ def run(block: nn.Module, x: Tensor, text) -> Tensor:
 def block_of(kind: str, text) -> tuple[nn.Module, dict[str, Fold]]:
     if kind == "tower":
         return vit.Block(text.hidden_size, text.heads, 96, eps=1e-5), tower_folds()
-    index = next(i for i in range(text.layers) if (i in text.cross_layers) == (kind == "to pictures"))
+    index = next(i for i in range(text.layers) if (i in text.cross_layers) == (kind == "to images"))
     return (Block if kind == "to text" else CrossBlock)(text, "none", 1), decoder_folds(text, index)
 
 
-@pytest.mark.parametrize(("kind", "count"), [("to text", 4), ("to pictures", 3), ("tower", 3)])
+@pytest.mark.parametrize(("kind", "count"), [("to text", 4), ("to images", 3), ("tower", 3)])
 def test_folding_changes_nothing(kind: str, count: int, text) -> None:
     """To the last bit, since scales are powers of two; every fold has to do its part for it to show."""
     block, places = block_of(kind, text)

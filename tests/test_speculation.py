@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from staticvl.runtime.artifact import RopeFacts
+from staticvl.runtime.artifact import RopeParameters
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.rope import ntk_factor
-from staticvl.runtime.sampling.prompt_lookup import Lookup
+from staticvl.runtime.sampling.prompt_lookup import PromptLookup
 
 from .fake_backend import FakeBackend
 from .fakes import (
@@ -28,9 +28,9 @@ from .fakes import (
     check_slots,
     cross_prompt,
     fake_engine,
+    image,
+    image_prompt,
     oracle,
-    picture,
-    picture_prompt,
     run_all,
     text_prompt,
 )
@@ -39,8 +39,8 @@ VERIFY = {2: 1.0, 5: 1.2}
 WIDE = {2: 1.0, 9: 1.2}  # tokens; the larger one does not fit behind every token that the cache has room for
 
 
-def lookup(*prompt: int, longest: int = 4, ngrams: tuple[int, int] = (2, 3)) -> Lookup:
-    return Lookup(np.array(prompt), 50, longest, ngrams)
+def lookup(*prompt: int, longest: int = 4, ngrams: tuple[int, int] = (2, 3)) -> PromptLookup:
+    return PromptLookup(np.array(prompt), 50, longest, ngrams)
 
 
 # --- What is drafted ---------------------------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def test_a_repetition_goes_on() -> None:
     assert lookup(4, 4).draft([4], 9) == (4, 4, 4, 4)
 
 
-def test_pictures_and_marks_are_not_drafted() -> None:
+def test_images_and_marks_are_not_drafted() -> None:
     """They stand in prompts as -1, or as ids that have no logit."""
     assert lookup(1, 2, 3, -1, -1).draft([1, 2], 9) == (3,)
     assert lookup(1, 2, 50, 3).draft([1, 2], 9) == ()
@@ -99,7 +99,7 @@ def test_what_is_expected_of_a_draft() -> None:
 
 
 def check_ledger(engine: Engine) -> None:
-    """Of prompts without pictures: what the backend keeps is what the ledger says."""
+    """Of prompts without images: what the backend keeps is what the ledger says."""
     backend = engine.backend
     assert isinstance(backend, FakeBackend)
     for slot, length in enumerate(engine.cache.lengths):
@@ -116,7 +116,7 @@ def answers(
     sequences = [engine.new_sequence(prompt, params, return_logits=bool(i % 2)) for i, (prompt, params) in enumerate(asked)]
     for i, sequence in enumerate(sequences):
         if truth is not None and rng.random() < 0.8:
-            sequence.lookup = Guess(truth[i], rng)  # type: ignore[assignment]
+            sequence.prompt_lookup = Guess(truth[i], rng)  # type: ignore[assignment]
         engine.add(sequence)
     while not engine.scheduler.idle:
         engine.step()
@@ -148,10 +148,10 @@ def some_settings(rng: np.random.Generator, room: int) -> SamplingParams:
     slots=st.sampled_from([1, 2, 4]),
     cross=st.booleans(),
     reuse=st.booleans(),
-    rope=st.sampled_from([FACTS.rope, RopeFacts(theta=1e8, ntk_positions=4, logn_positions=8)]),
+    rope=st.sampled_from([FACTS.rope, RopeParameters(theta=1e8, ntk_positions=4, logn_positions=8)]),
 )
-def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool, reuse: bool, rope: RopeFacts) -> None:
-    """Up to the last row of the cache, in batches, with pictures of both ways, any rope, and whatever ends an answer."""
+def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool, reuse: bool, rope: RopeParameters) -> None:
+    """Up to the last row of the cache, in batches, with images of both ways, any rope, and whatever ends an answer."""
     rng = np.random.default_rng(seed)
     sizes: dict[str, Any] = {"slots": slots, "context": 40, "prefill": {4: 1.0, 16: 2.5}, "images": (1, 2) if cross else ()}
     sizes["rope"] = rope
@@ -162,7 +162,7 @@ def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool
         if cross:
             prompt = cross_prompt(*ids, *([((1, 2), 3)] if shown else []), 5, seed=seed % 100)
         else:
-            prompt = picture_prompt(*ids, *([picture(int(rng.integers(99)))] if shown else []), 5)
+            prompt = image_prompt(*ids, *([image(int(rng.integers(99)))] if shown else []), 5)
         factor = ntk_factor(rope, prompt.length)
         prompt = replace(prompt, ntk=factor, state=np.full_like(prompt.state, int(factor)))
         asked.append((prompt, some_settings(rng, 40 - prompt.length)))
@@ -192,7 +192,7 @@ def test_right_drafts_save_runs() -> None:
 
     engine = fake_engine(slots=1, verify=VERIFY, speculate=4)
     sequence = engine.add_request(prompt, params)
-    sequence.lookup = Right(truth, np.random.default_rng(0))  # type: ignore[assignment]
+    sequence.prompt_lookup = Right(truth, np.random.default_rng(0))  # type: ignore[assignment]
     steps = [(step.kind, step.bucket, step.count) for step in run_all(engine)]
     assert sequence.generated == truth
     assert steps == [("prefill", 4, 2), ("verify", 5, 5), ("verify", 5, 5), ("verify", 2, 2)]
@@ -209,8 +209,8 @@ def test_drafts_are_verified_where_that_is_worth_it() -> None:
             # A prompt that repeats: there is a draft from the first token on, if it is not the first time that it is said.
             prompt = text_prompt(*range(10, 16), *range(10, 16))
             sequence = engine.add_request(prompt, SamplingParams(max_new_tokens=9, ignore_eos=True))
-            assert sequence.lookup is not None
-            sequence.lookup.draft = lambda answer, most: (7, 7, 7, 7)[:most]  # type: ignore[method-assign]
+            assert sequence.prompt_lookup is not None
+            sequence.prompt_lookup.draft = lambda answer, most: (7, 7, 7, 7)[:most]  # type: ignore[method-assign]
         return [step.kind for step in run_all(engine) if step.kind != "prefill"]
 
     assert kinds(1.5, 1)[0] == "verify"  # 1 + 2/3 + 4/9 tokens for one
@@ -230,7 +230,7 @@ def test_without_drafts_nothing_changes() -> None:
 
 def test_what_a_request_asks_for() -> None:
     engine = fake_engine(context=200, verify=VERIFY, speculate=3)
-    made = [engine.new_sequence(text_prompt(1), SamplingParams(speculate=k)).lookup for k in (None, 0, 1, 4)]
+    made = [engine.new_sequence(text_prompt(1), SamplingParams(speculate=k)).prompt_lookup for k in (None, 0, 1, 4)]
     assert [each and each.longest for each in made] == [3, None, 1, 4]
     with pytest.raises(ValueError, match=r"speculate is 5, but the artifact verifies at most 4 drafted tokens.*--speculate 5"):
         engine.new_sequence(text_prompt(1), SamplingParams(speculate=5))

@@ -39,7 +39,7 @@ def answer(model: runtime.Model, text: str, image: Image.Image, truth: list[int]
     params = runtime.SamplingParams(max_new_tokens=LENGTH, temperature=0.0, ignore_eos=True, logprobs=1)
     sequence = model.new_sequence(model.prepare(text, [image], raw=False), params, return_logits=True)
     if truth is not None:
-        sequence.lookup = Guess(truth, np.random.default_rng(0))  # type: ignore[assignment]
+        sequence.prompt_lookup = Guess(truth, np.random.default_rng(0))  # type: ignore[assignment]
     runs = dict(model.engine.metrics.runs)
     [out] = model.run([sequence])
     return out, sum(model.engine.metrics.runs[kind] - runs[kind] for kind in ("decode", "verify"))

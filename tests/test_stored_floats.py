@@ -196,7 +196,7 @@ def test_one_part_is_widened_at_a_time(opened: Callable[[str], Any], kind: str) 
     for op in order:
         waiting += {"Cast": 1, "FusedMatMul": -1}.get(op, 0)
         most = max(most, waiting)
-    assert order.count("FusedMatMul") > 30 and most <= 3, "looked-up rows or a picture's pixels, and two parts"
+    assert order.count("FusedMatMul") > 30 and most <= 3, "looked-up rows or an image's pixels, and two parts"
 
 
 def test_limits_of_a_comparison_are_those_of_a_dtype_that_was_asked_for(kept: tuple[Path, Any]) -> None:

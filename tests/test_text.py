@@ -6,21 +6,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from staticvl.runtime.artifact import TokenizerFacts
-from staticvl.runtime.processor.detokenizer import AnswerText
+from staticvl.runtime.artifact import TokenizerConfig
+from staticvl.runtime.processor.detokenizer import IncrementalDetokenizer
 from staticvl.runtime.processor.tokenizer import load_tokenizer
 
 from .checkpoints_tokenizers import SCRIPTS, text_of
 from .conftest import EMBEDDED
 
-FACTS = TokenizerFacts(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=574, used=576)
+FACTS = TokenizerConfig(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=574, used=576)
 TOKENIZER = load_tokenizer(EMBEDDED, FACTS)
 EOS = 2
 
 
-def read(ids: list[int], *stops: str) -> AnswerText:
+def read(ids: list[int], *stops: str) -> IncrementalDetokenizer:
     """An answer of these tokens, checked piece by piece."""
-    answer = AnswerText(TOKENIZER, stops)
+    answer = IncrementalDetokenizer(TOKENIZER, stops)
     pieces = [answer.add(i) for i in ids]
     pieces.append(answer.finish())
     assert "".join(pieces) == answer.text
@@ -30,7 +30,7 @@ def read(ids: list[int], *stops: str) -> AnswerText:
 
 def read_at_the_end(ids: list[int], *stops: str) -> str:
     """The text of an answer whose pieces nobody took."""
-    answer = AnswerText(TOKENIZER, stops)
+    answer = IncrementalDetokenizer(TOKENIZER, stops)
     for token in ids:
         answer.add_unread(token)
     answer.finish()
@@ -95,7 +95,7 @@ def test_the_first_of_several_stop_strings() -> None:
 
 
 def test_nothing_of_a_stop_string_is_given_out_early() -> None:
-    answer = AnswerText(TOKENIZER, ["cde"])
+    answer = IncrementalDetokenizer(TOKENIZER, ["cde"])
     given_out = [answer.add(i) for letter in "abcdxcde" for i in encode_letter(letter)]
     assert given_out == ["a", "b", "", "", "cdx", "", "", ""]
     assert answer.stopped
@@ -109,7 +109,7 @@ def encode_letter(letter: str) -> list[int]:
 
 
 def test_nothing_after_a_stop_string() -> None:
-    answer = AnswerText(TOKENIZER, ["b"])
+    answer = IncrementalDetokenizer(TOKENIZER, ["b"])
     ids = [i for letter in "abc" for i in encode_letter(letter)]
     assert [answer.add(i) for i in ids] == ["a", "", ""]
     assert answer.finish() == ""
@@ -120,7 +120,7 @@ def test_blanks_inside_stay_and_around_go() -> None:
 
 
 def test_blanks_are_held_until_something_follows() -> None:
-    answer = AnswerText(TOKENIZER, [])
+    answer = IncrementalDetokenizer(TOKENIZER, [])
     given_out = [answer.add(i) for i in encode("a b")]
     assert given_out == ["a", " b"]
     newline = TOKENIZER.vocabulary.token_id("<0x0A>")
@@ -131,7 +131,7 @@ def test_blanks_are_held_until_something_follows() -> None:
 
 def test_characters_of_several_tokens_arrive_whole() -> None:
     ids = encode("日🙂")
-    answer = AnswerText(TOKENIZER, [])
+    answer = IncrementalDetokenizer(TOKENIZER, [])
     assert [answer.add(i) for i in ids] == [""] * len(ids)
     assert answer.finish() == "日🙂"
 

@@ -17,7 +17,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 from staticvl.compiler.tiktoken_forms import LLAMA3, QWEN
-from staticvl.runtime.artifact import TokenizerFacts
+from staticvl.runtime.artifact import TokenizerConfig
 from staticvl.runtime.processor.tiktoken_vocabulary import TAGS, TiktokenVocabulary, is_tiktoken, read_ranks
 from staticvl.runtime.processor.tokenizer import Detokenizer, Tokenizer, TokenizerError, load_tokenizer
 
@@ -48,7 +48,7 @@ def test_ids_of_the_special_tokens() -> None:
 
 
 def path_as_text(ids: list[int], vocabulary: TiktokenVocabulary) -> list[int]:
-    """Ids of the original code with the bytes of a picture's path, and what fills them up, as ids of a text."""
+    """Ids of the original code with the bytes of an image's path, and what fills them up, as ids of a text."""
     start, end, pad = (vocabulary.token_id(token) for token in ("<img>", "</img>", "<imgpad>"))
     out: list[int] = []
     rest = list(ids)
@@ -124,10 +124,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenize
         "style": "hf", "bos_token_id": len(tokens), "add_bos": True, "image_token_id": len(tokens) + 256,
         "used": len(tokens) + 256,
     }  # fmt: skip
-    ours = TokenizerFacts(kind="tiktoken", file="tokenizer.model", pattern=LLAMA3.pattern, added_tokens=added, **common)
+    ours = TokenizerConfig(kind="tiktoken", file="tokenizer.model", pattern=LLAMA3.pattern, added_tokens=added, **common)
     return (
         load_tokenizer(folder, ours),
-        load_tokenizer(folder, TokenizerFacts(kind="tokenizers", **common)),
+        load_tokenizer(folder, TokenizerConfig(kind="tokenizers", **common)),
         AutoTokenizer.from_pretrained(folder),
     )
 
@@ -194,7 +194,7 @@ def test_pieces_joined_equal_the_whole(llama: tuple[Tokenizer, Tokenizer, PreTra
     cases = [llama[0].encode("".join(rng.choices(PIECES, k=8)), add_bos=True) for _ in range(200)]
     cases += [[rng.randrange(size + 3) for _ in range(10)] for _ in range(200)]
     cases += [[rng.randrange(256) for _ in range(12)] for _ in range(300)]  # single bytes: broken UTF-8 above all
-    qwen_tokenizer = Tokenizer(llama[0].facts, qwen())
+    qwen_tokenizer = Tokenizer(llama[0].info, qwen())
     for ids in cases:
         for tokenizer in (*llama[:2], qwen_tokenizer):
             for skip in (True, False):
@@ -261,13 +261,13 @@ def test_other_errors(tmp_path: Path) -> None:
         TiktokenVocabulary(path, {}, pattern="(", nfc=True)
     with pytest.raises(TokenizerError, match=r"cannot be cut into words .*; shorten its longest run of blanks"):
         qwen().encode(" " * 3_000_000)
-    facts = TokenizerFacts(
+    info = TokenizerConfig(
         kind="tiktoken", style="hf", bos_token_id=0, add_bos=False, file="none", pattern="", image_token_id=None, used=1
     )
     with pytest.raises(TokenizerError, match="none is missing; copy the whole artifact folder or compile again"):
-        load_tokenizer(tmp_path, facts)
+        load_tokenizer(tmp_path, info)
     with pytest.raises(TokenizerError, match="not valid Unicode"):
-        Tokenizer(facts, qwen()).encode("\ud800", add_bos=False)
+        Tokenizer(info, qwen()).encode("\ud800", add_bos=False)
 
 
 def test_nothing_is_downloaded() -> None:

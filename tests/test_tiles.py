@@ -1,4 +1,4 @@
-"""Pictures cut into tiles or stretched: pixels and sizes against the reference processors, and where the answer points."""
+"""Images cut into tiles or stretched: pixels and sizes against the reference processors, and where the answer points."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
     get_optimal_tiled_canvas,
 )
 
-from staticvl.runtime.artifact import ImageFacts
+from staticvl.runtime.artifact import ImageProcessorConfig
 from staticvl.runtime.processor.images import Frame, frame_of, load_image, stack_pixels, to_pixels
 from staticvl.runtime.processor.tiles import canvas_size, grid_of
 
@@ -31,15 +31,15 @@ SIZES = [(336, 336), (640, 480), (480, 640), (1920, 1080), (2000, 900), (300, 10
 SIZES += [(1, 700), (700, 1), (1450, 20), (20, 1450), (200, 150), (671, 673), (1009, 335), (560, 561), (3, 2), (113, 1117)]
 
 
-def anyres(size: int = 28, grids: tuple[tuple[int, int], ...] = GRIDS) -> ImageFacts:
-    return ImageFacts(mode="anyres", size=size, mean=MEAN, std=STD, rows=16, grids=grids, newline_id=400)
+def anyres(size: int = 28, grids: tuple[tuple[int, int], ...] = GRIDS) -> ImageProcessorConfig:
+    return ImageProcessorConfig(mode="anyres", size=size, mean=MEAN, std=STD, rows=16, grids=grids, newline_id=400)
 
 
-def tiled(size: int = 28) -> ImageFacts:
-    return ImageFacts(mode="tiles", size=size, mean=MEAN, std=STD, rows=5, resample=2, grids=CANVASES, tiles=4)
+def tiled(size: int = 28) -> ImageProcessorConfig:
+    return ImageProcessorConfig(mode="tiles", size=size, mean=MEAN, std=STD, rows=5, resample=2, grids=CANVASES, tiles=4)
 
 
-def picture(width: int, height: int, seed: int = 0) -> Image.Image:
+def sample_image(width: int, height: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
@@ -71,7 +71,7 @@ def unscaled(values: np.ndarray) -> np.ndarray:
 def test_anyres_equals_llava_next(size: int, sizes: list[tuple[int, int]]) -> None:
     processor = next_processor(size)
     for place, (width, height) in enumerate(sizes):
-        image = picture(width, height, seed=place)
+        image = sample_image(width, height, seed=place)
         expected = unscaled(processor(image, do_rescale=False, do_normalize=False)["pixel_values"][0])
         pixels = to_pixels(image, anyres(size))
         assert pixels.dtype == np.uint8
@@ -82,7 +82,7 @@ def test_anyres_equals_llava_next(size: int, sizes: list[tuple[int, int]]) -> No
 def test_tiles_equal_mllama(size: int, sizes: list[tuple[int, int]]) -> None:
     processor = mllama_processor(size)
     for place, (width, height) in enumerate(sizes):
-        image = picture(width, height, seed=place)
+        image = sample_image(width, height, seed=place)
         made = processor(image, do_rescale=False, do_normalize=False)
         np.testing.assert_array_equal(
             to_pixels(image, tiled(size)), unscaled(made["pixel_values"][0, 0]), err_msg=f"{width} x {height} to {size}"
@@ -94,7 +94,7 @@ def test_tiles_equal_mllama(size: int, sizes: list[tuple[int, int]]) -> None:
 
 def test_normalised_pixels_equal_the_processors() -> None:
     """The graph's arithmetic on our pixels; tiles that are not in use are exactly 0 there."""
-    image = picture(80, 25)
+    image = sample_image(80, 25)
     for of, processor in ((anyres(), next_processor(28)), (tiled(), mllama_processor(28))):
         expected = processor(image)["pixel_values"]
         ours = (to_pixels(image, of) / 255 - np.array(MEAN)) / np.array(STD)
@@ -141,19 +141,19 @@ def test_equal_grids_are_taken_in_the_order_of_the_checkpoint() -> None:
     assert grid_of((1000, 300), anyres(336, width_first)) == grid_of((1000, 300), anyres(336)) == (1, 3)
 
 
-def test_grids_beyond_the_tiles_of_a_picture_are_not_taken() -> None:
-    wide = ImageFacts(mode="tiles", size=28, mean=MEAN, std=STD, rows=5, grids=((1, 1), (1, 2), (1, 4)), tiles=2)
+def test_grids_beyond_the_tiles_of_a_image_are_not_taken() -> None:
+    wide = ImageProcessorConfig(mode="tiles", size=28, mean=MEAN, std=STD, rows=5, grids=((1, 1), (1, 2), (1, 4)), tiles=2)
     assert grid_of((400, 100), wide) == (1, 2)
-    assert to_pixels(picture(400, 100), wide).shape == (2, 28, 28, 3)
+    assert to_pixels(sample_image(400, 100), wide).shape == (2, 28, 28, 3)
 
 
 def test_stretch_equals_the_golden_pixels() -> None:
     side = json.loads((GOLDEN / "checkpoint" / "config.json").read_text())["visual"]["image_size"]
-    facts = ImageFacts(mode="stretch", size=side, mean=MEAN, std=STD, rows=16, alpha="drop")
+    info = ImageProcessorConfig(mode="stretch", size=side, mean=MEAN, std=STD, rows=16, alpha="drop")
     golden = load_file(GOLDEN / "cases" / "image_preprocess.safetensors")
     assert set(golden) == {"img0.png", "rgba.png"}
     for name, expected in golden.items():
-        pixels = to_pixels(load_image(GOLDEN / "images" / name, alpha=facts.alpha), facts)
+        pixels = to_pixels(load_image(GOLDEN / "images" / name, alpha=info.alpha), info)
         assert pixels.shape == (1, side, side, 3) and pixels.dtype == np.uint8
         restored = expected.transpose(1, 2, 0) * np.array(STD) + np.array(MEAN)
         np.testing.assert_array_equal(pixels[0], np.rint(restored * 255).astype(np.uint8))
@@ -161,17 +161,17 @@ def test_stretch_equals_the_golden_pixels() -> None:
         np.testing.assert_allclose(normalised.transpose(2, 0, 1), expected, atol=1e-6)
 
 
-def test_pictures_are_stacked_in_order() -> None:
-    images = [picture(30, 90), picture(90, 30, seed=1)]
+def test_images_are_stacked_in_order() -> None:
+    images = [sample_image(30, 90), sample_image(90, 30, seed=1)]
     stacked = stack_pixels(images, anyres())
     np.testing.assert_array_equal(stacked, np.concatenate([to_pixels(image, anyres()) for image in images]))
     assert stack_pixels([], anyres()).shape == (0, 28, 28, 3)
     assert stack_pixels(images, tiled()).shape == (8, 28, 28, 3)
 
 
-def test_coordinates_refer_to_the_whole_picture() -> None:
-    stretch = ImageFacts(mode="stretch", size=28, mean=MEAN, std=STD, rows=16)
-    for facts in (anyres(), tiled(), stretch):
-        frame = frame_of((640, 480), facts)
+def test_coordinates_refer_to_the_whole_image() -> None:
+    stretch = ImageProcessorConfig(mode="stretch", size=28, mean=MEAN, std=STD, rows=16)
+    for info in (anyres(), tiled(), stretch):
+        frame = frame_of((640, 480), info)
         assert frame == Frame(left=0, top=0, width=640, height=480, image_width=640, image_height=480)
         assert frame.point(0.25, 0.5) == (160, 240)

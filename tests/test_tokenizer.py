@@ -1,4 +1,4 @@
-"""Tokenisers against transformers, the treatment of BOS and pictures, and text that arrives token by token."""
+"""Tokenisers against transformers, the treatment of BOS and images, and text that arrives token by token."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 import sentencepiece
 from transformers import AutoTokenizer, LlamaTokenizer
 
-from staticvl.runtime.artifact import TokenizerFacts
+from staticvl.runtime.artifact import TokenizerConfig
 from staticvl.runtime.processor.tokenizer import (
-    PICTURE,
+    IMAGE,
     Detokenizer,
     Tokenizer,
     TokenizerError,
@@ -93,14 +93,14 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_llava(tmp_path_factory.mktemp("original") / "tiny", layout="original").folder
 
 
-def hf_facts(folder: Path) -> TokenizerFacts:
+def hf_facts(folder: Path) -> TokenizerConfig:
     image = json.loads((folder / "config.json").read_text())["image_token_index"]
-    return TokenizerFacts(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=image, used=image + 2)
+    return TokenizerConfig(kind="tokenizers", style="hf", bos_token_id=1, add_bos=True, image_token_id=image, used=image + 2)
 
 
-def sp_facts(**other: object) -> TokenizerFacts:
+def sp_facts(**other: object) -> TokenizerConfig:
     values = {"style": "original", "bos_token_id": 1, "add_bos": True, "image_token_id": None, "used": 389} | other
-    return TokenizerFacts(kind="sentencepiece", **values)  # type: ignore[arg-type]
+    return TokenizerConfig(kind="sentencepiece", **values)  # type: ignore[arg-type]
 
 
 def with_one_bos(ids: list[int]) -> list[int]:
@@ -119,7 +119,7 @@ def test_tokenizer_json_equals_transformers(variant: str, request: pytest.Fixtur
             assert ours.decode(ids, skip_special=skip) == theirs.decode(ids, skip_special_tokens=skip)
 
 
-def test_the_published_file_puts_a_blank_after_a_picture(hf: Path, published: Path) -> None:
+def test_the_published_file_puts_a_blank_after_a_image(hf: Path, published: Path) -> None:
     """With it the newline after <image> becomes two tokens, as in the original; tokenizer files decide, not we."""
     after = [
         load_tokenizer(folder, hf_facts(folder)).encode_with_images("USER: <image>\nHi", "<image>")
@@ -127,7 +127,7 @@ def test_the_published_file_puts_a_blank_after_a_picture(hf: Path, published: Pa
     ]
     newline = 3 + 0x0A
     blank = read_vocabulary(hf / "tokenizer.json").token_id("▁")
-    after = [ids[ids.index(PICTURE) + 1 :] for ids in after]
+    after = [ids[ids.index(IMAGE) + 1 :] for ids in after]
     assert after[0][0] == newline
     assert after[1][:2] == [blank, newline]
 
@@ -171,7 +171,7 @@ def test_sentencepiece_with_added_tokens(original: Path) -> None:
             continue
         ids = theirs(text)["input_ids"]
         assert ours.encode(text, add_bos=True) == with_one_bos(ids), repr(text)
-        assert ours.encode_with_images(text, "<image>") == [PICTURE if i == 389 else i for i in with_one_bos(ids)]
+        assert ours.encode_with_images(text, "<image>") == [IMAGE if i == 389 else i for i in with_one_bos(ids)]
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
     assert ours.vocabulary.size == 391
     assert ours.vocabulary.token_id("<pad>") == 390 and ours.token(389) == "<image>" and ours.token(391) == ""
@@ -205,15 +205,15 @@ def test_original_cuts_at_the_mark_and_starts_each_piece_afresh(original: Path) 
     ):
         expected: list[int] = []
         for place, piece in enumerate(text.split("<image>")):
-            expected += [PICTURE] * bool(place) + [1, *plain.encode(piece)][bool(place) :]
+            expected += [IMAGE] * bool(place) + [1, *plain.encode(piece)][bool(place) :]
         assert ours.encode_with_images(text, "<image>") == expected
     newline = [plain.piece_to_id("▁"), 3 + 0x0A]
-    assert ours.encode_with_images("<image>\n", "<image>") == [1, PICTURE, *newline]
+    assert ours.encode_with_images("<image>\n", "<image>") == [1, IMAGE, *newline]
 
 
 def test_there_is_one_bos(hf: Path, original: Path) -> None:
-    for folder, facts in ((hf, hf_facts(hf)), (original, sp_facts())):
-        tokenizer = load_tokenizer(folder, facts)
+    for folder, info in ((hf, hf_facts(hf)), (original, sp_facts())):
+        tokenizer = load_tokenizer(folder, info)
         for text in ("<s>the", "<s> the", "<s>", "the", ""):
             assert tokenizer.encode(text, add_bos=True).count(1) == 1
             assert tokenizer.encode_with_images(text, "<image>").count(1) == 1
@@ -273,8 +273,8 @@ def test_sentencepiece_keeps_what_is_complete_too(original: Path) -> None:
 
 
 def test_text_is_given_out_as_soon_as_it_is_certain(hf: Path, original: Path) -> None:
-    for folder, facts in ((hf, hf_facts(hf)), (original, sp_facts())):
-        tokenizer = load_tokenizer(folder, facts)
+    for folder, info in ((hf, hf_facts(hf)), (original, sp_facts())):
+        tokenizer = load_tokenizer(folder, info)
         ids = tokenizer.encode("the é picture", add_bos=False)
         pieces = stream(tokenizer, ids, skip_special=True)
         assert pieces[-1] == "" and pieces[0] != ""
@@ -315,6 +315,6 @@ def test_errors(hf: Path, original: Path, tmp_path: Path) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"nothing")
     with pytest.raises(TokenizerError, match=r"tokenizer\.model is not a usable sentencepiece model"):
         load_tokenizer(tmp_path, sp_facts())
-    for folder, facts in ((hf, hf_facts(hf)), (original, sp_facts())):
+    for folder, info in ((hf, hf_facts(hf)), (original, sp_facts())):
         with pytest.raises(TokenizerError, match=r"the text is not valid Unicode .*; replace its lone surrogates"):
-            load_tokenizer(folder, facts).encode("a\ud800", add_bos=True)
+            load_tokenizer(folder, info).encode("a\ud800", add_bos=True)

@@ -156,7 +156,7 @@ def test_another_number_of_candidates_is_another_text_graph(checkpoint: Path, ar
 
     def keys(candidates: int) -> dict[str, str]:
         job = prepare(options(checkpoint, artifact, candidates), Progress())
-        made = GraphKeys(job.options, job.config, job.facts, job.plan, "")
+        made = GraphKeys(job.options, job.config, job.info, job.plan, "")
         return {kind: made.key(kind, bucket, images) for kind, bucket, images in job.plan.graphs}
 
     few, more = keys(COUNT), keys(COUNT + 1)
@@ -207,7 +207,7 @@ def test_wrong_candidates_are_refused(
     right = LOWERINGS["staticvl.top_tokens"]
     monkeypatch.setitem(LOWERINGS, "staticvl.top_tokens", lambda e, *args: fault(right, e, *args))
     job = prepare(options(checkpoint, artifact, COUNT), Progress())
-    graphs = GraphMaker(job.options, job.config, job.facts, job.plan, read_manifest(artifact).weights)
+    graphs = GraphMaker(job.options, job.config, job.info, job.plan, read_manifest(artifact).weights)
     with pytest.raises(CertificateError, match="decode-2 differs from its definition"):
         graphs.make("decode", 2, 0, "again")
 

@@ -17,7 +17,7 @@ from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import ModelConfig
 from staticvl.model_defs.group import member_of
-from staticvl.model_defs.layers import RowLinear
+from staticvl.model_defs.layers import RowParallelLinear
 from staticvl.runtime.artifact import Kind
 from staticvl.weights import convert as convert_module
 from staticvl.weights.convert import Converted
@@ -108,7 +108,7 @@ def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def bias_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(RowLinear, "forward", lambda self, x: ops.all_reduce(self.product(x, self.bias), self.ranks))
+    monkeypatch.setattr(RowParallelLinear, "forward", lambda self, x: ops.all_reduce(self.product(x, self.bias), self.ranks))
 
 
 def shifted_rows(monkeypatch: pytest.MonkeyPatch) -> None:

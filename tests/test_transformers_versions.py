@@ -25,7 +25,7 @@ from staticvl.compiler.plan import Buckets, Options
 from .checkpoints import tiny_llava
 from .checkpoints_llava_next import tiny_llava_next
 from .checkpoints_mllama import tiny_mllama
-from .parity import Case, check, generated, ours, picture
+from .parity import Case, check, generated, noise_image, ours
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +95,7 @@ def test_saved_by(version: str, family: str, tmp_path: Path) -> None:
     if family != "mllama":
         processor.num_additional_image_tokens = 1  # as published; versions before 4.47 leave it out, and then today's counts 0
     mark = "<|image|>" if family == "mllama" else "<image>"
-    case = Case(f"{mark}What colour is the circle?", [picture((60, 40))])
+    case = Case(f"{mark}What colour is the circle?", [noise_image((60, 40))])
     given = processor(images=case.images, text=case.prompt, return_tensors="pt", add_special_tokens=family != "mllama")
     with runtime.load(tmp_path / "artifact", threads=1) as compiled:
         check(ours(compiled, case, TOKENS), generated(model, dict(given), TOKENS), f"{family} saved by {version}")

@@ -49,13 +49,13 @@ def workload(*, tiles: bool = True, seen: tuple[int, ...] = (0,), count: int = 3
     """Prompts of 20 to 700 tokens, every third with tiles, two a second."""
     found = Workload(requests=count)
     for i in range(count):
-        prompt, cut, pictures = 20 + 37 * i % 680, (1 + i % 5) * (i % 3 == 0) * tiles, seen[i % len(seen)]
-        found.lengths.setdefault(pictures, Counter())[prompt] += 1
-        found.images[pictures] += 1
+        prompt, cut, images = 20 + 37 * i % 680, (1 + i % 5) * (i % 3 == 0) * tiles, seen[i % len(seen)]
+        found.lengths.setdefault(images, Counter())[prompt] += 1
+        found.images[images] += 1
         found.totals[prompt + 20] += 1
         if cut:
             found.tiles[cut] += 1
-        found.block.append(Arrival(i / 2, prompt, 1 + i % 40, cut, pictures))
+        found.block.append(Arrival(i / 2, prompt, 1 + i % 40, cut, images))
     return found
 
 
@@ -145,7 +145,7 @@ def test_everything_is_too_long() -> None:
         choose(Workload(dropped=7), target(), Limits(context=16))
 
 
-def test_pictures_by_cross_attention() -> None:
+def test_images_by_cross_attention() -> None:
     """Variants count as graphs, the vision bucket is the model's, and `images` are written."""
     wide = {("prefill", 2): {16: 30.0, 1024: 900.0}, ("decode", 2): {1: 20.0, 16: 40.0}}
     table = measured_costs({**MEASURED, **wide}, "measured")  # type: ignore[arg-type]

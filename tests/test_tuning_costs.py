@@ -157,7 +157,7 @@ def test_a_checkpoint_costs_what_its_artifact_would(embedded_artifact: Path) -> 
     for kind, size in (("prefill", 8), ("prefill", 32), ("decode", 4), ("vision", 2)):
         assert counted.ms(kind, size) == pytest.approx(card.costs(512, 4).ms(kind, size), rel=1e-6)  # type: ignore[arg-type]
     assert (target.weight_bytes, target.row_bytes) == (card.weight_bytes, card.row_bytes)
-    assert target.max_positions and target.facts == card.facts
+    assert target.max_positions and target.info == card.info
 
 
 def test_a_line_through_one_point() -> None:
@@ -178,7 +178,7 @@ def test_candidates() -> None:
 
 
 def test_many_prompts_of_one_length_make_a_candidate() -> None:
-    """As pictures of 576 tokens with little text do."""
+    """As images of 576 tokens with little text do."""
     lengths = {**dict.fromkeys(range(1, 2000), 1), 590: 500, 1166: 300}
     assert {592, 1168} <= set(candidate_sizes(lengths, 16, 2048))
     assert not {592, 1168} <= set(candidate_sizes(dict.fromkeys(range(1, 2000), 1), 16, 2048))

@@ -115,7 +115,7 @@ def test_one_run_for_each_prompt() -> None:
     assert result.padded["prefill"] == 16 and result.real["prefill"] == 5
 
 
-def test_pictures_are_seen_by_a_variant_of_the_graphs() -> None:
+def test_images_are_seen_by_a_variant_of_the_graphs() -> None:
     costs = {**COSTS, ("prefill", 2): {16: 4000.0}, ("decode", 2): {4: 1000.0}}
     result = replay([Arrival(0.0, 5, 2, 2, 2), Arrival(0.0, 5, 2, 0, 0)], Setup(costs, context=64, slots=4))  # type: ignore[arg-type]
     assert result.busy_s == pytest.approx({"vision": 1.0, "prefill": 4.0 + 2.0, "decode": 1.0})

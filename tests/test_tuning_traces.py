@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from staticvl.compiler.facts import read_facts
+from staticvl.compiler.model_info import read_model_info
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.engine.request import Output, Timings
 from staticvl.runtime.engine.request_log import RequestLog, RequestLogError, RequestRecord, read_request_log, record_of
@@ -18,7 +18,7 @@ from staticvl.runtime.processor.families import family
 from staticvl.runtime.processor.tokenizer import load_tokenizer
 from staticvl.tools.tuning import workload as workload_module
 from staticvl.tools.tuning.columns import Request, TraceError
-from staticvl.tools.tuning.pictures import PictureCounter, image_tokens, tiles
+from staticvl.tools.tuning.images import ImageCounter, image_tokens, tiles
 from staticvl.tools.tuning.traces import drawn_requests, parse_distribution, read_trace
 from staticvl.tools.tuning.workload import gather
 
@@ -80,7 +80,7 @@ def test_forms_of_time(trace, time: str, seconds: float) -> None:
         ('"[[640, 480], [800, 600]]"', 2, ((640, 480), (800, 600))),
     ],
 )
-def test_forms_of_pictures(trace, cell: str, count: int | None, sizes: tuple | None) -> None:
+def test_forms_of_images(trace, cell: str, count: int | None, sizes: tuple | None) -> None:
     path = trace(f"images,prompt_tokens,generated\n{cell},7,3\n")
     if count is None:
         with pytest.raises(TraceError, match=r"line 2: the size of an image is '800X600'"):
@@ -212,21 +212,21 @@ def test_what_is_no_distribution(text: str) -> None:
 
 
 @pytest.mark.parametrize("folder", [ASSETS / "tiny_llava15", ASSETS / "tiny_llava16", ASSETS / "tiny_mllama", GOLDEN_QWEN])
-def test_pictures_take_what_the_runtime_gives_them(folder: Path) -> None:
+def test_images_take_what_the_runtime_gives_them(folder: Path) -> None:
     """Tokens and tiles, for sizes that are cut in every way."""
-    facts, _ = read_facts(folder, read_config(folder), vision_tower=None)
-    tokenizer, mark = load_tokenizer(folder, facts.tokenizer), facts.image.mark
+    info, _ = read_model_info(folder, read_config(folder), vision_tower=None)
+    tokenizer, mark = load_tokenizer(folder, info.tokenizer), info.image.mark
     for size in ((30, 20), (200, 50), (50, 200), (64, 64), (300, 300), (7, 90)):
-        prompt = family(facts.family).raw_prompt(
-            "<img></img>" if facts.family == "qwen_vl" else mark, [Image.new("RGB", size)], facts, tokenizer
+        prompt = family(info.family).raw_prompt(
+            "<img></img>" if info.family == "qwen_vl" else mark, [Image.new("RGB", size)], info, tokenizer
         )
-        assert (image_tokens(size, facts), tiles(size, facts.image)) == (prompt.image_tokens, len(prompt.pixels))
+        assert (image_tokens(size, info), tiles(size, info.image)) == (prompt.image_tokens, len(prompt.pixels))
 
 
 def test_a_workload() -> None:
     folder = ASSETS / "tiny_llava16"
-    facts, _ = read_facts(folder, read_config(folder), vision_tower=None)
-    counter = PictureCounter(facts, usual=(30, 20))
+    info, _ = read_model_info(folder, read_config(folder), vision_tower=None)
+    counter = ImageCounter(info, usual=(30, 20))
     usual, wide = (counter.count(size) for size in ((30, 20), (200, 50)))
     requests = [
         Request(10, 5, time=1.0),

@@ -4,7 +4,7 @@
     python -m staticvl.tools.ascend_acceptance ARTIFACT --device npu:1 --image photo.jpg --json
 
 Every graph of the artifact runs on the card and on the simulator with the same inputs, at the edges of its bucket; then both
-answer the same question about a picture. Printed are the distance between the two for each graph, whether the answers agree,
+answer the same question about an image. Printed are the distance between the two for each graph, whether the answers agree,
 and the card's time to first token and per token. The exit status is 1 where a graph is further away than --tolerance.
 
 The card and the simulator cannot be used in one process, so each runs in one of its own.
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from ..runtime.artifact import ArtifactError, GraphSpec, Manifest, open_artifact
 from ..runtime.backends.ascend.readiness import check_ready
 
-PICTURE = Path(__file__).parent / "assets" / "shapes.png"
+IMAGE = Path(__file__).parent / "assets" / "shapes.png"
 QUESTION = "What is in the picture?"
 # Two machines that round to 11 bits in other orders; a graph that is wrong is off by the order of 1.
 TOLERANCE = 2e-2
@@ -81,7 +81,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("artifact", type=Path, help="compiled with --backend ascend")
     parser.add_argument("--device", default="npu:0", help="npu:0, npu:1, ...; default: npu:0")
-    parser.add_argument("--image", type=Path, default=PICTURE, metavar="PICTURE", help="default: a small drawing")
+    parser.add_argument("--image", type=Path, default=IMAGE, metavar="IMAGE", help="default: a small drawing")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"default: {TOLERANCE}")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
@@ -118,7 +118,7 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
     """The first output of every graph in some of its cases."""
     from ..compiler.cases import CaseMaker, rows_of
     from ..compiler.check import candidates_error
-    from ..runtime.sampling.candidates import MASS_ERROR
+    from ..runtime.sampling.candidates import DENOMINATOR_ERROR
 
     backend, manifest = model.engine.backend, model.engine.manifest
     maker = CaseMaker(manifest.model, manifest.weights["text.embed.weight"].shape[0])
@@ -132,7 +132,7 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
             pixels = graph.kind == "vision" and not manifest.cache.cross
             rows = np.arange(graph.bucket) < case.count[0] if pixels else rows_of(graph, case)
             result = backend.run(graph, feed)
-            if candidates_error(result, feed, rows) > MASS_ERROR:
+            if candidates_error(result, feed, rows) > DENOMINATOR_ERROR:
                 raise SystemExit(
                     f"staticvl: {graph.name} on {device} gives candidates that are not the largest of its own logits; "
                     "compile the artifact again with --candidates 0, and please report it"

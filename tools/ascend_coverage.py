@@ -21,7 +21,7 @@ from ..compiler.emit_ascend import DTYPES, emit
 from ..compiler.graphs import GraphDef, define_graph
 from ..compiler.plan import Buckets, Options, PlanError, make_plan
 from ..model_defs.config import ConfigError, ModelConfig, read_config
-from ..runtime.artifact import ArtifactError, ImageFacts
+from ..runtime.artifact import ArtifactError, ImageProcessorConfig
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.ge_simulator import ge_graph
 from ..weights.tensors import WeightsError
@@ -105,13 +105,15 @@ def definitions(config: ModelConfig, dtype: str, tp: int = 1) -> Iterator[GraphD
     options = Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=dtype, tp=tp, buckets=buckets)
     plan = make_plan(config, options)
     for kind, bucket, images in plan.graphs:
-        yield define_graph(config, _any_picture(config), plan.cache, "none", kind, bucket, images, tp, plan.candidates)
+        yield define_graph(config, _any_image(config), plan.cache, "none", kind, bucket, images, tp, plan.candidates)
 
 
-def _any_picture(config: ModelConfig) -> ImageFacts:
-    """Sizes of the model's pictures; colours and cuts are the host's affair or values of tensors."""
+def _any_image(config: ModelConfig) -> ImageProcessorConfig:
+    """Sizes of the model's images; colours and cuts are the host's affair or values of tensors."""
     half = (0.5, 0.5, 0.5)
-    return ImageFacts(mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=half, std=half)
+    return ImageProcessorConfig(
+        mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=half, std=half
+    )
 
 
 def cover(model: str, graph: GraphDef, dtype: str) -> Covered:

@@ -24,13 +24,13 @@ from rich.table import Table
 from tqdm import tqdm
 
 from .. import runtime
-from ..runtime.artifact import ModelFacts
+from ..runtime.artifact import ModelInfo
 from ..runtime.engine.request import Output, SamplingParams
-from ..runtime.processor.prompt import Message, Prompt, Sight
+from ..runtime.processor.prompt import CrossAttentionMask, Message, Prompt
 from ..runtime.rope import ntk_factor
 from .machine import machine
 
-TEXT_AROUND_PICTURE = 32  # tokens
+TEXT_AROUND_IMAGE = 32  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +39,7 @@ class Point:
 
     batch: int
     prompt_tokens: int
-    pictures: int
+    images: int
     ttft_ms: float
     tpot_ms: float
     tokens_per_s: float  # generated tokens of all rows, over the whole request
@@ -71,25 +71,25 @@ class Bench:
         self.params = SamplingParams(max_new_tokens=new_tokens, temperature=0.0, ignore_eos=True)
 
     def points(self) -> list[Point]:
-        """Prompt lengths at batch 1, batches at a short prompt, and a prompt with a picture."""
+        """Prompt lengths at batch 1, batches at a short prompt, and a prompt with an image."""
         manifest = self.model.artifact.manifest
         room = manifest.cache.context - self.new_tokens
         lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048) if n <= room] or [room]
         grid = [(1, n, 0) for n in lengths] + [(b, lengths[0], 0) for b in manifest.buckets("decode") if b > 1]
-        picture = self._picture_prompt()
-        seen = max(picture.length, picture.image_tokens + TEXT_AROUND_PICTURE)
+        image = self._image_prompt()
+        seen = max(image.length, image.image_tokens + TEXT_AROUND_IMAGE)
         if seen <= room:
             grid.append((1, seen, 1))
         return [self.point(*where) for where in tqdm(grid, desc="measuring", disable=None)]
 
-    def point(self, batch: int, prompt_tokens: int, pictures: int) -> Point:
-        self._once(batch, prompt_tokens, pictures)  # opens the graphs
-        runs = [self._once(batch, prompt_tokens, pictures) for _ in range(self.repeats)]
-        return Point(batch, prompt_tokens, pictures, *(statistics.median(run[i] for run in runs) for i in range(4)))
+    def point(self, batch: int, prompt_tokens: int, images: int) -> Point:
+        self._once(batch, prompt_tokens, images)  # opens the graphs
+        runs = [self._once(batch, prompt_tokens, images) for _ in range(self.repeats)]
+        return Point(batch, prompt_tokens, images, *(statistics.median(run[i] for run in runs) for i in range(4)))
 
-    def _once(self, batch: int, prompt_tokens: int, pictures: int) -> tuple[float, float, float, float]:
+    def _once(self, batch: int, prompt_tokens: int, images: int) -> tuple[float, float, float, float]:
         engine = self.model.engine
-        prompts = [self._prompt(prompt_tokens, pictures) for _ in range(batch)]
+        prompts = [self._prompt(prompt_tokens, images) for _ in range(batch)]
         sequences = [engine.new_sequence(prompt, self.params) for prompt in prompts]
         runs, inside = engine.metrics.runs["decode"], engine.metrics.seconds["decode"]
         started = time.perf_counter()
@@ -104,21 +104,21 @@ class Bench:
             (decoding - inside) / runs * 1e6,
         )
 
-    def _prompt(self, tokens: int, pictures: int) -> Prompt:
-        """Random text of so many tokens, the pictures at its beginning among them."""
-        prompt = self._picture_prompt() if pictures else self._text_prompt()
-        return lengthened(prompt, tokens, self.rng, self.model.facts)
+    def _prompt(self, tokens: int, images: int) -> Prompt:
+        """Random text of so many tokens, the images at its beginning among them."""
+        prompt = self._image_prompt() if images else self._text_prompt()
+        return lengthened(prompt, tokens, self.rng, self.model.info)
 
     def _text_prompt(self) -> Prompt:
-        size, none = self.model.facts.image.size, np.empty(0, np.int32)
+        size, none = self.model.info.image.size, np.empty(0, np.int32)
         pixels = np.empty((0, size, size, 3), np.uint8)
         return Prompt(token_ids=none, rows=none, pixels=pixels, frames=(), image_tokens=0, state=none)
 
-    def _picture_prompt(self) -> Prompt:
-        """A turn with a picture alone: random pixels, four wide to three high, several tiles in families that cut pictures."""
-        side = self.model.facts.image.size
-        picture = Image.fromarray(self.rng.integers(0, 256, (side * 3 // 2, side * 2, 3)).astype(np.uint8))
-        return self.model.prepare_messages([Message("user", "", 1)], [picture])
+    def _image_prompt(self) -> Prompt:
+        """A turn with an image alone: random pixels, four wide to three high, several tiles in families that cut images."""
+        side = self.model.info.image.size
+        image = Image.fromarray(self.rng.integers(0, 256, (side * 3 // 2, side * 2, 3)).astype(np.uint8))
+        return self.model.prepare_messages([Message("user", "", 1)], [image])
 
     def summary(self, artifact: Path, points: SequenceOf[Point]) -> dict[str, Any]:
         """Everything measured, as plain data."""
@@ -130,9 +130,9 @@ class Bench:
             "backend": self.model.artifact.manifest.backend,
             "quant": self.model.artifact.manifest.quant,
             "machine": machine(),
-            "ttft_ms": {str(p.prompt_tokens): round(p.ttft_ms, 3) for p in points if p.batch == 1 and not p.pictures},
-            "ttft_picture_ms": next((round(p.ttft_ms, 3) for p in points if p.pictures), None),
-            "tpot_ms": {str(p.prompt_tokens): round(p.tpot_ms, 4) for p in points if p.batch == 1 and not p.pictures},
+            "ttft_ms": {str(p.prompt_tokens): round(p.ttft_ms, 3) for p in points if p.batch == 1 and not p.images},
+            "ttft_picture_ms": next((round(p.ttft_ms, 3) for p in points if p.images), None),
+            "tpot_ms": {str(p.prompt_tokens): round(p.tpot_ms, 4) for p in points if p.batch == 1 and not p.images},
             "tokens_per_s": {str(p.batch): round(p.tokens_per_s, 1) for p in points if p.prompt_tokens == first.prompt_tokens},
             "decode_step_outside_us": round(first.outside_us, 1),
             "decode_step_outside_us_by_batch": {
@@ -148,18 +148,20 @@ class Bench:
         }
 
 
-def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, facts: ModelFacts) -> Prompt:
-    """A prompt with random text behind it, `tokens` positions in all, that sees the pictures which its end sees."""
+def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, info: ModelInfo) -> Prompt:
+    """A prompt with random text behind it, `tokens` positions in all, that sees the images which its end sees."""
     more = tokens - prompt.length
-    text = rng.integers(3, facts.tokenizer.used, more).astype(np.int32)
-    sight = prompt.sight and Sight(visible=held(prompt.sight.visible, more), gates=held(prompt.sight.gates, more))
+    text = rng.integers(3, info.tokenizer.used, more).astype(np.int32)
+    cross_attention = prompt.cross_attention and CrossAttentionMask(
+        visible=held(prompt.cross_attention.visible, more), gates=held(prompt.cross_attention.gates, more)
+    )
     return dataclasses.replace(
         prompt,
         token_ids=np.concatenate((prompt.token_ids, text)),
         rows=np.concatenate((prompt.rows, np.full(more, -1, np.int32))),
         state=np.zeros(tokens, np.int32),
-        sight=sight,
-        ntk=ntk_factor(facts.rope, tokens),
+        cross_attention=cross_attention,
+        ntk=ntk_factor(info.rope, tokens),
     )
 
 
@@ -171,9 +173,9 @@ def held(rows: np.ndarray, more: int) -> np.ndarray:
 def table(points: SequenceOf[Point]) -> Table:
     """The measurements for people."""
     result = Table()
-    for column in ("batch", "prompt", "pictures", "first token ms", "per token ms", "tokens/s", "outside the backend us"):
+    for column in ("batch", "prompt", "images", "first token ms", "per token ms", "tokens/s", "outside the backend us"):
         result.add_column(column, justify="right")
     for p in points:
         figures = (f"{p.ttft_ms:.2f}", f"{p.tpot_ms:.3f}", f"{p.tokens_per_s:.0f}", f"{p.outside_us:.0f}")
-        result.add_row(str(p.batch), str(p.prompt_tokens), str(p.pictures), *figures)
+        result.add_row(str(p.batch), str(p.prompt_tokens), str(p.images), *figures)
     return result

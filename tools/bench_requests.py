@@ -30,7 +30,7 @@ class RequestsError(ValueError):
     """A file of requests that cannot be replayed; the message names the line."""
 
 
-class Asked(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class BenchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One line."""
 
     prompt: str
@@ -59,9 +59,9 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_requests(path: Path) -> list[Asked]:
+def read_requests(path: Path) -> list[BenchRequest]:
     """The requests of a file, in its order; raises RequestsError."""
-    decoder, found = msgspec.json.Decoder(Asked), []
+    decoder, found = msgspec.json.Decoder(BenchRequest), []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
@@ -76,7 +76,7 @@ def read_requests(path: Path) -> list[Asked]:
     return found
 
 
-def arrival_times(asked: SequenceOf[Asked], rate: float | None, seed: int) -> list[float]:
+def arrival_times(asked: SequenceOf[BenchRequest], rate: float | None, seed: int) -> list[float]:
     """Seconds from the first arrival on, rising or not. With a rate, a Poisson process; raises RequestsError without either."""
     if rate is not None:
         if not rate > 0:
@@ -88,7 +88,7 @@ def arrival_times(asked: SequenceOf[Asked], rate: float | None, seed: int) -> li
     return [each - min(times) for each in times]
 
 
-def prepared(model: runtime.Model, asked: SequenceOf[Asked], folder: Path) -> list[tuple[Prompt, SamplingParams]]:
+def prepared(model: runtime.Model, asked: SequenceOf[BenchRequest], folder: Path) -> list[tuple[Prompt, SamplingParams]]:
     """Every prompt made ready beforehand, so that only the runtime is measured."""
     ready = []
     for each in tqdm(asked, desc="preparing", disable=None):

@@ -15,7 +15,7 @@ from .comparing.samples import Sample
 
 
 def read_calibration(path: Path) -> Calibration:
-    """Every prompt of a file, with its answer where the file has one; pictures lie beside it.
+    """Every prompt of a file, with its answer where the file has one; images lie beside it.
 
     Raises CalibrationError for a missing file, DataError with file and line for one that cannot be used.
     """

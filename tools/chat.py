@@ -9,29 +9,29 @@ from .. import runtime
 from .ready import require
 from .sampling_options import read_sampling
 
-HELP = "type a message; /image PATH_OR_URL adds a picture to the next one, /quit or end of input leaves"
+HELP = "type a message; /image PATH_OR_URL adds an image to the next one, /quit or end of input leaves"
 
 
 def run(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     if sampling.constrained:
         require("llguidance")
-    pictures = list(args.image)
+    images = list(args.image)
     print(HELP)
     same = {"device": args.device, "threads": args.threads, "verify": args.verify, "verify_key": args.verify_key}
     with runtime.load(args.artifact, **same) as model, model.chat() as chat:
         while (line := _read()) is not None:
             if line.startswith("/image "):
-                pictures.append(line.removeprefix("/image ").strip())
+                images.append(line.removeprefix("/image ").strip())
             elif line:
-                pictures = _turn(chat, line, pictures, sampling)
+                images = _turn(chat, line, images, sampling)
     return 0
 
 
-def _turn(chat, text: str, pictures: list[str], sampling: runtime.SamplingParams) -> list[str]:
-    """Send one message; returns the pictures still to be sent, which are none unless the turn failed."""
+def _turn(chat, text: str, images: list[str], sampling: runtime.SamplingParams) -> list[str]:
+    """Send one message; returns the images still to be sent, which are none unless the turn failed."""
     try:
-        for piece in chat.stream(text, pictures, sampling=sampling):
+        for piece in chat.stream(text, images, sampling=sampling):
             print(piece, end="", flush=True)
         print()
         return []

@@ -116,9 +116,7 @@ def _add_compile(commands) -> None:
     )
     parser.add_argument("--context", type=int, metavar="N", help="tokens that a prompt and its answer may take together")
     parser.add_argument("--slots", type=int, metavar="N", help="sequences that the cache holds at once")
-    parser.add_argument(
-        "--images", type=int, metavar="N", help="Llama-3.2-Vision: pictures that a sequence may hold; default: 4"
-    )
+    parser.add_argument("--images", type=int, metavar="N", help="Llama-3.2-Vision: images that a sequence may hold; default: 4")
     parser.add_argument(
         "--speculate",
         type=int,
@@ -134,7 +132,7 @@ def _add_compile(commands) -> None:
     parser.add_argument(
         "--text-before-image",
         choices=("transformers", "meta"),
-        help="Llama-3.2-Vision: whether text before the first picture sees all pictures, as in transformers (the default), or "
+        help="Llama-3.2-Vision: whether text before the first image sees all images, as in transformers (the default), or "
         "none, as in Meta's code",
     )
     parser.add_argument(
@@ -146,7 +144,7 @@ def _add_compile(commands) -> None:
         "--calibrate",
         type=Path,
         metavar="FILE",
-        help="w4a16, w8a8, --kv-cache int8: quantise by what layers take and keep when these prompts with pictures are run, "
+        help="w4a16, w8a8, --kv-cache int8: quantise by what layers take and keep when these prompts with images are run, "
         "JSON lines as compare --data reads them",
     )
     parser.add_argument(
@@ -181,7 +179,7 @@ def _add_generate(commands) -> None:
     parser.add_argument("--prompt", required=True, metavar="TEXT")
     parser.add_argument("--raw", action="store_true", help="pass the text as it is, without the chat template")
     parser.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of the request, a JSON line")
-    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the pictures with the answer's boxes on them")
+    parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the images with the answer's boxes on them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     _add_run_options(parser)
     add_verify_options(parser)
@@ -193,7 +191,7 @@ def _add_chat(commands) -> None:
         "staticvl chat llava-7b --image cat.jpg\n"
         "staticvl chat llava-7b --temperature 0.7 --frequency-penalty 0.2 --stop USER: --deadline 60"
     )
-    parser = _command(commands, "chat", "talk with a model about pictures", example, _chat)
+    parser = _command(commands, "chat", "talk with a model about images", example, _chat)
     parser.add_argument("artifact", type=Path)
     _add_run_options(parser)
     add_verify_options(parser)
@@ -201,7 +199,7 @@ def _add_chat(commands) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--image", action="append", default=[], metavar="PATH_OR_URL", help="repeat for several pictures")
+    parser.add_argument("--image", action="append", default=[], metavar="PATH_OR_URL", help="repeat for several images")
     parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     parser.add_argument("--threads", type=int, metavar="N", help="default: every core")
 
@@ -358,7 +356,7 @@ def _add_tune_buckets(commands) -> None:
     group = parser.add_argument_group("requests")
     group.add_argument("--prompts", metavar="DIST", help="instead of a trace, lengths and shares: 100-500:3,1020:1")
     group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of answers")
-    group.add_argument("--images", metavar="DIST", help="with --prompts: pictures of a request; default: none")
+    group.add_argument("--images", metavar="DIST", help="with --prompts: images of a request; default: none")
     group.add_argument("--image-size", default="1024x768", metavar="WxH", help="where no sizes are given; default: 1024x768")
     group.add_argument("--rate", type=float, metavar="R", help="requests a second in the replay; default: as in the trace")
     group.add_argument("--replay", type=int, default=4000, metavar="N", help="requests that are replayed; default: 4000")
@@ -390,7 +388,7 @@ def _add_compare(commands) -> None:
         "staticvl compare llava-1.5-7b-hf llava-7b --report report.html\n"
         "staticvl compare llava-1.5-7b-hf llava-7b-w8a16 --thresholds limits.yaml --json\n"
         "staticvl compare llava-7b llava-7b-npu --device sim --data questions.jsonl\n"
-        "staticvl compare Qwen-VL-Chat qwen-vl --reference-by eager --data train.json --image-folder pictures"
+        "staticvl compare Qwen-VL-Chat qwen-vl --reference-by eager --data train.json --image-folder images"
     )
     parser = _command(
         commands,
@@ -410,7 +408,7 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _add_demo(commands) -> None:
     example = "staticvl demo\nstaticvl demo --model mllama --out artifact"
-    parser = _command(commands, "demo", "compile an embedded tiny model and ask it about a picture", example, _demo)
+    parser = _command(commands, "demo", "compile an embedded tiny model and ask it about an image", example, _demo)
     parser.add_argument("--model", choices=("llava15", "llava16", "mllama"), default="llava15", help="default: llava15")
     parser.add_argument("--out", type=Path, metavar="DIR", help="keep the artifact there; default: a temporary folder")
     parser.add_argument(

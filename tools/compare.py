@@ -15,7 +15,7 @@ from ..runtime.files import write_atomically
 from .comparing.compare import Comparison
 from .comparing.data import read_data
 from .comparing.opening import check_side, open_side
-from .comparing.report import tables, verdict
+from .comparing.report import conclusion, tables
 from .comparing.result import Result
 from .comparing.samples import Sample, built_in_samples
 from .comparing.sides import SideError
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 def _samples(args: argparse.Namespace) -> list[Sample]:
     if args.data is None:
         if args.image_folder is not None:
-            raise SideError("--image-folder says where pictures of --data lie; give --data too, or leave it out")
+            raise SideError("--image-folder says where images of --data lie; give --data too, or leave it out")
         return built_in_samples(args.seed)
     return read_data(args.data, args.image_folder)[: args.samples]
 
@@ -110,7 +110,7 @@ def _tell(args: argparse.Namespace, result: Result) -> None:
         console.width = WIDTH
     for table in tables(result):
         console.print(table)
-    for line in (*result.notes, *verdict(result)):
+    for line in (*result.notes, *conclusion(result)):
         console.print(line, markup=False, soft_wrap=True)
     if args.report:
         console.print(f"wrote {args.report}", markup=False, soft_wrap=True)

@@ -156,7 +156,7 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
     if cross := cache.cross:
         seen = sorted({images for kind, _, images in plan.graphs if kind != "vision"})
         print(f"  images  {', '.join(map(str, seen))}; prefill and decode graphs for each")
-        held = f" and {cross.images} pictures of {cross.rows} keys"
+        held = f" and {cross.images} images of {cross.rows} keys"
     print(f"   cache  {cache.slots} slots of {cache.context} tokens{held}, {sizes['cache_bytes'] / 1e9:.3f} GB{bits}")
     weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({_form(options)})"
     print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {weights}")

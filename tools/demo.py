@@ -1,4 +1,4 @@
-"""`staticvl demo`: an embedded tiny model, compiled in front of the user, then asked about a picture file.
+"""`staticvl demo`: an embedded tiny model, compiled in front of the user, then asked about an image file.
 
 On the CPU by ONNX Runtime; on a card, or where there is none, by the simulator that runs the card's own graphs.
 """
@@ -26,7 +26,7 @@ MODELS = {"llava15": "LLaVA-1.5", "llava16": "LLaVA-1.6", "mllama": "Llama-3.2-V
 TARGETS = {"onnx": "ONNX Runtime", "ascend": "Ascend, by torchair"}
 # Simulating is slow: fewer graphs to check, and all of them in use.
 BUCKETS = {"onnx": Buckets(), "ascend": Buckets(prefill=(16, 64), decode=(1,), context=1024, slots=1)}
-PICTURE = ASSETS / "shapes.png"
+IMAGE = ASSETS / "shapes.png"
 QUESTIONS = (
     "What is in the picture?",
     "Please provide the bounding box coordinate of the region this sentence describes: {thing}.",
@@ -61,7 +61,7 @@ def _demo(name: str, out: Path, device: str) -> int:
         f"after {time.perf_counter() - started:.1f} s\n"
     )
     model = runtime.load(out, device=device)
-    print(f"2. asking about {PICTURE.name}")
+    print(f"2. asking about {IMAGE.name}")
     seen = _ask(model, QUESTIONS[0])
     _ask(model, QUESTIONS[1].format(thing=_first_thing(seen)))
     print(f"3. done after {time.perf_counter() - started:.1f} s. Next: `staticvl compile --help`, or in Python:")
@@ -70,7 +70,7 @@ def _demo(name: str, out: Path, device: str) -> int:
 
 
 def _ask(model: runtime.Model, question: str) -> str:
-    out = model.generate(question, images=[PICTURE], max_new_tokens=96, temperature=0)
+    out = model.generate(question, images=[IMAGE], max_new_tokens=96, temperature=0)
     print(f"   Q: {question}")
     for line in answer_lines(out, model.tokenizer).splitlines():
         print(f"   A: {line}" if line == out.text else f"      {line}")

@@ -38,7 +38,7 @@ _LARGEST = {1: 9, 2: 8, 3: 7, 4: 6}
 _SMALLEST = 5
 _SUPERSAMPLE = 4
 
-# Of each kind's wordings, the first of "count" and of "describe" name the picture and so can tell two apart.
+# Of each kind's wordings, the first of "count" and of "describe" name the image and so can tell two apart.
 _QUESTIONS = {
     "colour": ("What colour is the {0}?", "Which colour does the {0} have?", "Tell me the colour of the {0}."),
     "shape": ("What shape is {0}?", "Which shape is {0}?", "What is the {0} thing?"),
@@ -114,10 +114,10 @@ def make_drawing(rng: random.Random, count: int | None = None) -> Drawing:
 
 
 def render(drawing: Drawing, size: int) -> Image.Image:
-    """The drawing as an RGB picture of ``size`` by ``size`` pixels, with smooth edges."""
+    """The drawing as an RGB image of ``size`` by ``size`` pixels, with smooth edges."""
     side = size * _SUPERSAMPLE
-    picture = Image.new("RGB", (side, side), drawing.background)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (side, side), drawing.background)
+    pen = ImageDraw.Draw(image)
     for shape in drawing.shapes:
         x1, y1, x2, y2 = (value * side for value in shape.box)
         if shape.kind == "circle":
@@ -125,7 +125,7 @@ def render(drawing: Drawing, size: int) -> Image.Image:
         else:
             points = [(x1 + u * (x2 - x1 - 1), y1 + v * (y2 - y1 - 1)) for u, v in _OUTLINES[shape.kind]]
             pen.polygon(points, fill=shape.rgb)
-    return picture.reduce(_SUPERSAMPLE)
+    return image.reduce(_SUPERSAMPLE)
 
 
 def questions(drawing: Drawing, rng: random.Random) -> list[tuple[str, str, str]]:
@@ -134,7 +134,7 @@ def questions(drawing: Drawing, rng: random.Random) -> list[tuple[str, str, str]
 
 
 def questions_of_many(drawing: Drawing, which: str, rng: random.Random) -> list[tuple[str, str, str]]:
-    """(question, answer, kind) about one of several pictures; ``which`` is its ordinal, such as ``second``."""
+    """(question, answer, kind) about one of several images; ``which`` is its ordinal, such as ``second``."""
     asked = [fact for fact in _facts(drawing) if fact[2] in ("count", "describe")]
     rng.shuffle(asked)
     wordings = {kind: _QUESTIONS[kind][0].replace("the picture", f"the {which} picture") for kind in KINDS}

@@ -63,19 +63,19 @@ def logprob_line(token: TokenLogprob, tokenizer: Tokenizer) -> str:
     def told(token_id: int, logprob: float) -> str:
         return f"{token_id} {tokenizer.vocabulary.token(token_id)!r} {logprob:.4f}"
 
-    likeliest = ", ".join(told(*each) for each in token.top)
-    return f"token  {told(token.token_id, token.logprob)}" + (f"; likeliest: {likeliest}" if likeliest else "")
+    top_k_ids = ", ".join(told(*each) for each in token.top)
+    return f"token  {told(token.token_id, token.logprob)}" + (f"; likeliest: {top_k_ids}" if top_k_ids else "")
 
 
 def box_line(box: Box) -> str:
     label = f"{box.label}: " if box.label else ""
-    return f"box  {label}pixels {box.pixels} of picture {box.image + 1}"
+    return f"box  {label}pixels {box.pixels} of image {box.image + 1}"
 
 
 def timing_line(out: Output) -> str:
     t = out.timings
     return (
-        f"[{out.prompt_tokens} prompt tokens, {out.image_tokens} of them from pictures; "
+        f"[{out.prompt_tokens} prompt tokens, {out.image_tokens} of them from images; "
         f"first token after {t.first_token_s * 1e3:.1f} ms, "
         f"then {t.per_token_s * 1e3:.2f} ms each; {len(out.token_ids)} tokens in {t.total_s * 1e3:.1f} ms]"
     )

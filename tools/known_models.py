@@ -58,7 +58,7 @@ def _files(family: str, size: str) -> dict[str, object]:
         "vision_feature_layer": -2,
         "vision_feature_select_strategy": "default",
     }
-    pictures: dict[str, object] = {
+    images: dict[str, object] = {
         "crop_size": {"height": 336, "width": 336},
         "do_center_crop": True,
         "do_convert_rgb": True,
@@ -74,7 +74,7 @@ def _files(family: str, size: str) -> dict[str, object]:
     }
     if family == "llava_next":
         config |= {"image_grid_pinpoints": _PINPOINTS, "use_image_newline_parameter": True}
-        pictures |= {
+        images |= {
             "aspect_ratio_setting": "anyres",
             "do_pad": True,
             "image_grid_pinpoints": _PINPOINTS,
@@ -82,7 +82,7 @@ def _files(family: str, size: str) -> dict[str, object]:
         }
     return {
         "generation_config.json": {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 32001},
-        "preprocessor_config.json": pictures,
+        "preprocessor_config.json": images,
         "processor_config.json": {
             "image_token": "<image>",
             "num_additional_image_tokens": 1,

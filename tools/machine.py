@@ -24,10 +24,10 @@ def machine() -> dict[str, Any]:
 
 def described() -> str:
     """The same in one line."""
-    facts = machine()
-    products = "exact" if facts["exact_byte_products"] else "cut off in 16 bits, so weights are unsigned"
-    entries = ", ".join(f"{name}={value}" for name, value in facts["session_entries"].items())
+    info = machine()
+    products = "exact" if info["exact_byte_products"] else "cut off in 16 bits, so weights are unsigned"
+    entries = ", ".join(f"{name}={value}" for name, value in info["session_entries"].items())
     return (
-        f"{facts['processor']} ({' '.join(facts['features']) or 'features unknown'}), {facts['cores']} cores, onnxruntime "
-        f"{facts['onnxruntime']}; products of bytes are {products}" + (f" ({entries})" if entries else "")
+        f"{info['processor']} ({' '.join(info['features']) or 'features unknown'}), {info['cores']} cores, onnxruntime "
+        f"{info['onnxruntime']}; products of bytes are {products}" + (f" ({entries})" if entries else "")
     )

@@ -142,7 +142,7 @@ def _stage(config_folder: Path, overrides: Mapping[str, Any], folder: Path) -> M
     except ConfigError as error:
         raise RandomCheckpointError(str(error).replace(str(folder), str(config_folder))) from error
     if isinstance(config.vision, TiledConfig) and not (folder / "preprocessor_config.json").is_file():
-        _write_json(folder / "preprocessor_config.json", _tiled_pictures(config.vision))
+        _write_json(folder / "preprocessor_config.json", _tiled_images(config.vision))
     return config
 
 
@@ -242,7 +242,7 @@ def _forget_quantisation(folder: Path) -> None:
         _write_json(folder / "config.json", {key: value for key, value in data.items() if key not in kept})
 
 
-def _tiled_pictures(vision: TiledConfig) -> dict[str, object]:
+def _tiled_images(vision: TiledConfig) -> dict[str, object]:
     """The published settings of Llama-3.2-Vision."""
     return {
         "do_convert_rgb": True,
@@ -273,7 +273,7 @@ def _write_tower_config(folder: Path, vision: ClipConfig) -> None:
     }
     _write_json(folder / "config.json", {"model_type": "clip", "vision_config": sizes})
     # The settings that every CLIP of OpenAI has.
-    pictures = {
+    images = {
         "crop_size": vision.image_size,
         "do_center_crop": True,
         "do_normalize": True,
@@ -284,7 +284,7 @@ def _write_tower_config(folder: Path, vision: ClipConfig) -> None:
         "resample": 3,
         "size": vision.image_size,
     }
-    _write_json(folder / "preprocessor_config.json", pictures)
+    _write_json(folder / "preprocessor_config.json", images)
 
 
 def _write_json(path: Path, value: object) -> None:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..runtime.artifact import SIGNATURE, Certificate, Manifest, ModelFacts, SamplingDefaults, open_artifact
+from ..runtime.artifact import SIGNATURE, Certificate, Manifest, ModelInfo, SamplingDefaults, open_artifact
 from ..runtime.signature import is_stale
 from .cards import CARDS, Card
 from .machine import described
@@ -35,7 +35,7 @@ def _facts(folder: Path, manifest: Manifest) -> Table:
     weights = sum(weight.nbytes for weight in manifest.weights.values())
     rows = {
         "model": f"{model.family} ({model.layout} layout), hidden {model.hidden_size}, vocabulary {model.vocab_size}",
-        "picture": _picture(model),
+        "image": _image(model),
         "backend": f"{manifest.backend}, quantisation {manifest.quant}",
         **_calibration(manifest),
         **_tuning(manifest),
@@ -78,10 +78,10 @@ def _banned(defaults: SamplingDefaults) -> dict[str, str]:
 
 def _calibration(manifest: Manifest) -> dict[str, str]:
     """What weights were quantised by, besides themselves."""
-    facts = manifest.build.calibration
-    if facts is UNSET:
+    info = manifest.build.calibration
+    if info is UNSET:
         return {}
-    return {"calibrated": f"{facts.method}, with {facts.prompts} prompts and {facts.pictures} pictures ({facts.sha256[:16]})"}
+    return {"calibrated": f"{info.method}, with {info.prompts} prompts and {info.pictures} images ({info.sha256[:16]})"}
 
 
 def _cut_off(manifest: Manifest) -> dict[str, str]:
@@ -105,7 +105,7 @@ def _ranks(manifest: Manifest) -> dict[str, str]:
     return {"ranks": f"{manifest.ranks}: {manifest.tp} that share every layer{stages}"}
 
 
-def _picture(model: ModelFacts) -> str:
+def _image(model: ModelInfo) -> str:
     image = model.image
     size = f"{image.size} x {image.size}, {image.mode}"
     if not image.grids:
@@ -113,28 +113,28 @@ def _picture(model: ModelFacts) -> str:
     grids = ", ".join(f"{rows} x {columns}" for rows, columns in image.grids)
     if image.mode == "tiles":
         return f"{size}, up to {image.tiles} in the grids {grids} (rows x columns)"
-    return f"{size}, {image.rows} tokens for the whole picture and for each tile of the grids {grids} (rows x columns)"
+    return f"{size}, {image.rows} tokens for the whole image and for each tile of the grids {grids} (rows x columns)"
 
 
 def _cross(manifest: Manifest) -> dict[str, str]:
-    """Pictures that enter by cross-attention."""
+    """Images that enter by cross-attention."""
     cross, cache = manifest.cache.cross, manifest.cache
     if cross is None:
         return {}
     nbytes = cache.nbytes - msgspec.structs.replace(cache, cross=None).nbytes
     return {
-        "pictures": f"{cross.images} in a slot, {cross.rows} keys each ({cross.tiles} tiles), {cross.layers} cross-attention "
+        "images": f"{cross.images} in a slot, {cross.rows} keys each ({cross.tiles} tiles), {cross.layers} cross-attention "
         f"layers, {nbytes / 1e6:.1f} MB of the cache",
-        "text before": f"the first picture is treated as in {manifest.model.text_before_image}",
+        "text before": f"the first image is treated as in {manifest.model.text_before_image}",
     }
 
 
 def _ascend(manifest: Manifest) -> dict[str, str]:
     """What graphs for Ascend were made by and for."""
-    if (facts := manifest.ascend) is None:
+    if (info := manifest.ascend) is None:
         return {}
     return {
-        "made for": f"{facts.soc}, torch_npu {facts.torch_npu}, Python {facts.python}, torchair cache {facts.cache_format}",
+        "made for": f"{info.soc}, torch_npu {info.torch_npu}, Python {info.python}, torchair cache {info.cache_format}",
         "holds code": CODE,
     }
 

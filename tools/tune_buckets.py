@@ -20,8 +20,8 @@ from .tuning.columns import Request, TraceError
 from .tuning.comparison import coverages, reasons, replayed_powers
 from .tuning.costs import costs_yaml, parse_costs
 from .tuning.curves import CostError
+from .tuning.images import ImageCounter
 from .tuning.limits import Limits
-from .tuning.pictures import PictureCounter
 from .tuning.report import buckets_yaml, chosen_table, coverage_table, frontier_table, reason_table, replay_table, slots_table
 from .tuning.target import CPU, Target, from_artifact, from_checkpoint
 from .tuning.traces import drawn_requests, parse_distribution, read_trace
@@ -141,7 +141,7 @@ def _yaml(path: Path) -> object:
 
 def _workload(args: argparse.Namespace, target: Target) -> Workload:
     usual = _size(args.image_size)
-    counter = PictureCounter(target.facts, usual) if target.facts else None
+    counter = ImageCounter(target.info, usual) if target.info else None
     context = args.context or target.max_positions
     workload = gather(_requests(args), counter, crossed=target.crossed, context=context, block=args.replay)
     if workload.block:

@@ -80,14 +80,14 @@ def layer_of(name: str, quant: str) -> str:
 
 def decoder_folds(text: TextConfig, layer: int) -> dict[str, Fold]:
     """Where a decoder's layer takes scales, by the linear layer whose inputs are divided."""
-    attends_to_pictures = layer in text.cross_layers
-    qkv = ("attn.q.weight",) if attends_to_pictures else ("attn.q.weight", "attn.k.weight", "attn.v.weight")
+    attends_to_images = layer in text.cross_layers
+    qkv = ("attn.q.weight",) if attends_to_images else ("attn.q.weight", "attn.k.weight", "attn.v.weight")
     found = {
         "attn.q": Fold(("attn_norm.weight",), qkv),
         "mlp.gate": Fold(("mlp_norm.weight",), ("mlp.gate.weight", "mlp.up.weight")),
         "mlp.down": Fold(("mlp.up.weight",), ("mlp.down.weight",)),
     }
-    if not attends_to_pictures:  # there the values are made in the vision graph
+    if not attends_to_images:  # there the values are made in the vision graph
         shared = {"repeats": text.heads // text.kv_heads, "run": text.head_dim}
         found["attn.o"] = Fold(("attn.v.weight", "attn.v.bias", "attn.v_scale"), ("attn.o.weight",), **shared)
     return found

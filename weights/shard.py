@@ -1,15 +1,15 @@
 """How our parameters are cut among the ranks of a tensor-parallel model, so that together they hold the model once.
 
 - By output features (axis 0), with their biases: q, k, v, gate, up of the decoder, of vision towers and of Qwen-VL's
-  resampler, LLaVA's projector.up, keys and values of pictures, scales of a cache in 8 bits. Heads stay together and each cut is
+  resampler, LLaVA's projector.up, keys and values of images, scales of a cache in 8 bits. Heads stay together and each cut is
   contiguous.
 - By input features (axis 1): o, down, LLaVA's projector.down. Their products are summed over ranks; their biases are whole on
   every rank and added once, to the sum.
 - By output features that are joined again behind the product: lm_head, Llama's and Qwen's projectors, and the resampler's kv.
   None of them has a second layer whose input could be cut, as LLaVA's projector has: Llama's features go to every key and
-  value of a picture, the resampler's kv to a norm over its whole width, Qwen's projector comes behind one.
+  value of an image, the resampler's kv to a norm over its whole width, Qwen's projector comes behind one.
 - By columns (axis 1), of which each rank looks up its own, joined behind it: the token embedding, and Llama's positions, whose
-  table for every shape of a picture is larger than some layers.
+  table for every shape of an image is larger than some layers.
 
 Whole on every rank, and small (0.1 % of a published model at most): norms, gates, biases behind a sum, class embeddings, patch
 convolutions, the positions of CLIP, of Qwen's tower and of its resampler with its queries, and Llama's vectors of tiles.

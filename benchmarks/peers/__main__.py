@@ -46,7 +46,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(size, args.work / CHECKPOINT)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
-    # The last ids stand for pictures and padding, and no text has them.
+    # The last ids stand for images and padding, and no text has them.
     vocab, side = min(config["text_config"]["vocab_size"], config["image_token_index"]), config["vision_config"]["image_size"]
     wanted = measures(size, vocab, side)
     load = os.getloadavg()[0]

@@ -31,7 +31,7 @@ def tokens(count: int, seed: int, vocab: int) -> list[int]:
 
 
 def measures(size: Size, vocab: int, side: int) -> tuple[Measure, ...]:
-    """`vocab`: entries of the vocabulary; `side`: of a picture, in pixels."""
+    """`vocab`: entries of the vocabulary; `side`: of an image, in pixels."""
 
     def prompts(length: int, count: int = 1) -> list[list[int]]:
         return [tokens(length, seed, vocab) for seed in range(count)]
@@ -45,6 +45,6 @@ def measures(size: Size, vocab: int, side: int) -> tuple[Measure, ...]:
         Measure(f"decode behind {size.short}", "tokens/s", decode(size.short, 1), 1),
         Measure(f"decode behind {size.long}", "tokens/s", decode(size.long, 1), 1),
         Measure(f"decode, batch {size.batch}", "tokens/s", decode(size.short, size.batch), size.batch),
-        Measure("picture encoded", "1/s", {"do": "image", "side": side}, 1),
-        Measure(f"first token, picture and {size.text}", "s", {"do": "picture", "side": side, "tokens": text}),
+        Measure("image encoded", "1/s", {"do": "image", "side": side}, 1),
+        Measure(f"first token, image and {size.text}", "s", {"do": "picture", "side": side, "tokens": text}),
     )

@@ -21,12 +21,12 @@ class Size:
     prompt: int  # of the prefill that is timed
     short: int  # in the cache when decoding is timed, ...
     long: int  # ... and again
-    text: int  # of the prompt behind the picture
+    text: int  # of the prompt behind the image
     batch: int = 8
     steps: int = 16  # decode steps timed at once
 
 
-# 1.1 billion parameters in the decoder, the sizes of TinyLlama; CLIP-L/336 sees the pictures.
+# 1.1 billion parameters in the decoder, the sizes of TinyLlama; CLIP-L/336 sees the images.
 FULL = Size(
     source="llava-1.5-7b-hf",
     overrides={

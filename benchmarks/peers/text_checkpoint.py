@@ -1,4 +1,4 @@
-"""The decoder of a LLaVA checkpoint as a Llama checkpoint of its own, for peers that know no pictures."""
+"""The decoder of a LLaVA checkpoint as a Llama checkpoint of its own, for peers that know no images."""
 
 from __future__ import annotations
 

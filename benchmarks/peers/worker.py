@@ -57,23 +57,23 @@ class Worker:
         return {"seconds": (time.perf_counter() - started) / self.size.steps}
 
     def image(self, side: int) -> dict[str, Any]:
-        return _timed(lambda: self.runner.image(_picture(side)))
+        return _timed(lambda: self.runner.image(_image(side)))
 
     def picture(self, side: int, tokens: list[int]) -> dict[str, Any]:
-        """To the first token behind a picture and text."""
-        return _timed(lambda: self.runner.prefill_picture(_picture(side), tokens))
+        """To the first token behind an image and text."""
+        return _timed(lambda: self.runner.prefill_image(_image(side), tokens))
 
     def logits(self, tokens: list[int], file: str, side: int = 0) -> dict[str, Any]:
-        """Write the logits behind a prompt, with a picture of that side before it, into a file."""
+        """Write the logits behind a prompt, with an image of that side before it, into a file."""
         if side:
-            self.runner.prefill_picture(_picture(side), tokens)
+            self.runner.prefill_image(_image(side), tokens)
         else:
             self.runner.prefill([tokens])
         np.save(file, self.runner.last())
         return {}
 
 
-def _picture(side: int) -> np.ndarray:
+def _image(side: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (side, side, 3)).astype(np.uint8)
 
 

@@ -111,7 +111,7 @@ def _with_flag(e: Emitter, x: str, padding: str, value: float, shape: tuple[int,
 
 @lowers("staticvl.cross_attention")
 def _cross_attention(e: Emitter, node: Node, q: str, keys: Sequence[str], values: Sequence[str], mask: str, heads: int) -> str:
-    """Picture by picture, so that their keys are read where they lie: only scores are joined, under one softmax."""
+    """Image by image, so that their keys are read where they lie: only scores are joined, under one softmax."""
     b, t, c = shape_of(node.args[0])  # type: ignore[arg-type]
     kv_heads, rows, d = shape_of(node.args[1][0])[1:]  # type: ignore[arg-type, index]
     tiles = shape_of(node.args[3])[-1] // len(keys)  # type: ignore[arg-type]
@@ -136,7 +136,7 @@ def _cross_attention(e: Emitter, node: Node, q: str, keys: Sequence[str], values
 
 
 def _tile_bias(e: Emitter, mask: str, shape: tuple[int, int, int], image: int) -> str:
-    """What the mask adds to the scores of one picture: [B, 1, 1, T, tiles, 1]. Every layer needs it alike."""
+    """What the mask adds to the scores of one image: [B, 1, 1, T, tiles, 1]. Every layer needs it alike."""
     b, t, tiles = shape
 
     def make() -> str:

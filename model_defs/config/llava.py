@@ -90,7 +90,7 @@ def _original(keys: Keys, checkpoint: Path, vision_tower: Path | None) -> ModelC
             f"hidden_size {vision.hidden_size}; give the tower that the model was trained with"
         )
     pinpoints = keys.get("image_grid_pinpoints", PINPOINTS)
-    for unused in ("image_crop_resolution", "image_split_resolution"):  # of other ways to cut pictures
+    for unused in ("image_crop_resolution", "image_split_resolution"):  # of other ways to cut images
         keys.get(unused)
     return ModelConfig(
         family="llava_next" if anyres else "llava",

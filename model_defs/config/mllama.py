@@ -21,7 +21,7 @@ TEXT_DEFAULTS = {
 }
 CROSS_LAYERS = [3, 8, 13, 18, 23, 28, 33, 38]
 RATIOS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
-EXTRA_ROWS = 8  # the embedding table is this much longer than the vocabulary; the first of these rows is the picture's
+EXTRA_ROWS = 8  # the embedding table is this much longer than the vocabulary; the first of these rows is the image's
 
 
 def read_mllama(keys: Keys, checkpoint: Path, vision_tower: Path | None) -> ModelConfig:

@@ -41,7 +41,7 @@ def text_quant(quant: str) -> str:
 
 
 def tower_quant(quant: str) -> str:
-    """The quantisation of a vision tower's layers: most work of a picture is their products."""
+    """The quantisation of a vision tower's layers: most work of an image is their products."""
     return "w8a8" if quant.endswith("+vision") else "none"
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from .keys import MOST_LAYERS, MOST_PIXELS, Keys
 from .types import ConfigError, ModelConfig, ResampledConfig, RopeConfig, TextConfig
 
-STORED_POSITIONS = 256  # a 16 x 16 table, whatever the picture's size
+STORED_POSITIONS = 256  # a 16 x 16 table, whatever the image's size
 VISION_EPS = 1e-6  # of every norm in the tower, fixed in its code
 QUERIES = 256
 RESAMPLER_HEAD_DIM = 128

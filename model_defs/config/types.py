@@ -47,8 +47,8 @@ class TextConfig:
     rope: RopeConfig
     max_positions: int
     qkv_bias: bool = False
-    cross_layers: tuple[int, ...] = ()  # layers that attend to pictures instead of to the text
-    newline: bool = False  # one more embedding row, behind the others: the end of a row of picture features
+    cross_layers: tuple[int, ...] = ()  # layers that attend to images instead of to the text
+    newline: bool = False  # one more embedding row, behind the others: the end of a row of image features
     stage: Stage = WHOLE  # the part of the depth that is meant: all of it, but in a pipeline
     int8_cache: bool = False  # keys and values of the text are kept in 8 bits, by scales that lie among the weights
 
@@ -69,7 +69,7 @@ class TextConfig:
 
     @property
     def stage_cross(self) -> tuple[int, ...]:
-        """Those of this stage that attend to pictures, by their numbers among such layers."""
+        """Those of this stage that attend to images, by their numbers among such layers."""
         return tuple(j for j, layer in enumerate(self.cross_layers) if layer in self.stage_layers)
 
     @property
@@ -122,7 +122,7 @@ class ClipConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiledConfig:
-    """Sizes of Llama-3.2-Vision's tower, which sees all tiles of a picture at once."""
+    """Sizes of Llama-3.2-Vision's tower, which sees all tiles of an image at once."""
 
     hidden_size: int
     layers: int
@@ -132,7 +132,7 @@ class TiledConfig:
     image_size: int  # of one tile
     patch_size: int
     norm_eps: float
-    tiles: int  # of every picture; unused ones are zero
+    tiles: int  # of every image; unused ones are zero
     ratios: tuple[tuple[int, int], ...]  # (rows, columns) of tiles; entry i has id i + 1
     taps: tuple[int, ...]  # layers whose outputs are features too
 
@@ -166,7 +166,7 @@ class TiledConfig:
 
     @property
     def rows_per_image(self) -> int:
-        """Keys that one picture gives to each cross-attention layer."""
+        """Keys that one image gives to each cross-attention layer."""
         return self.tiles * self.rows_per_tile
 
     @property
@@ -221,12 +221,12 @@ class ModelConfig:
     text: TextConfig
     vision: VisionConfig
     projector_bias: bool = True
-    image_token_id: int | None  # None: the original LLaVA layout marks pictures outside the vocabulary
+    image_token_id: int | None  # None: the original LLaVA layout marks images outside the vocabulary
     bos_token_id: int
     eos_token_ids: tuple[int, ...]
     # crop (shortest edge, centre crop) | pad (to a square) | anyres (LLaVA-1.6) | tiles (Llama-3.2-Vision) | stretch (Qwen-VL)
     image_mode: str
-    grids: tuple[tuple[int, int], ...] = ()  # anyres and tiles: (rows, columns) that a picture may be cut into, in order
+    grids: tuple[tuple[int, int], ...] = ()  # anyres and tiles: (rows, columns) that an image may be cut into, in order
     vision_tower: str | None = None  # name or path given by an original-layout config
 
     def of_stage(self, index: int, count: int) -> ModelConfig:

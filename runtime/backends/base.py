@@ -57,7 +57,7 @@ class Backend(Protocol):
 
         `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`; a caller that passes the same
         mapping and arrays again gets them bound by pointer only once. Cache rows of slots slot .. slot + B - 1 are read
-        and written in place; `image` says which picture's entries a vision graph with cross keys writes.
+        and written in place; `image` says which image's entries a vision graph with cross keys writes.
         """
         ...
 
@@ -70,7 +70,7 @@ class Backend(Protocol):
         ...
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
-        """Copy the first `rows` rows of one slot to another, and the keys of its first `images` pictures."""
+        """Copy the first `rows` rows of one slot to another, and the keys of its first `images` images."""
         ...
 
 

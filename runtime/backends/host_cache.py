@@ -205,7 +205,7 @@ class HostCache:
         unsigned_weights.write(work, needed)
 
     def _one_of_each(self) -> list[GraphSpec]:
-        """Graphs that together hold all weights: decode graphs have those of prefill, and those for pictures all layers. A
+        """Graphs that together hold all weights: decode graphs have those of prefill, and those for images all layers. A
         stage behind the first of a pipeline may have no vision graph."""
         smallest = {graph.kind: graph for graph in sorted(self.graphs, key=lambda g: (g.images, -g.bucket))}
         return [smallest[kind] for kind in ("vision", "prefill") if kind in smallest]

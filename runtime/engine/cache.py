@@ -14,8 +14,8 @@ from .cache_keys import KEY
 class SlotCache:
     """Slots are rows of the cache; a sequence holds one. `lengths[slot]` counts the tokens whose keys and values are valid.
 
-    The ledger says what they are of: `keys[slot, :length]` (see content.py), and of a cross-attention cache `pictures[slot]`,
-    the digests of the pictures whose keys are there. With `keep` a released slot stays valid until somebody else takes it.
+    The ledger says what they are of: `keys[slot, :length]` (see content.py), and of a cross-attention cache `images[slot]`,
+    the digests of the images whose keys are there. With `keep` a released slot stays valid until somebody else takes it.
 
     A slot can also be parked for somebody who will come back: it is not free, but `reclaim` frees the one parked longest ago.
     """
@@ -30,7 +30,7 @@ class SlotCache:
         """Every slot is free and holds nothing."""
         slots = self.spec.slots
         self.lengths[:] = 0
-        self.pictures: list[tuple[bytes, ...]] = [()] * slots
+        self.images: list[tuple[bytes, ...]] = [()] * slots
         self.touched = [0] * slots  # when each slot was last of use, as a count of events
         self.parked: dict[object, int] = {}  # by whom they are parked for, the one parked longest ago first
         self._free = list(range(slots))  # ascending
@@ -78,7 +78,7 @@ class SlotCache:
 
     def clear(self, slot: int) -> None:
         """Forget what a slot holds."""
-        self.lengths[slot], self.pictures[slot] = 0, ()
+        self.lengths[slot], self.images[slot] = 0, ()
 
     def touch(self, slot: int) -> None:
         self._events += 1
@@ -95,19 +95,19 @@ class SlotCache:
         first = int(differ.argmax())
         return first if differ[first] else limit
 
-    def common_pictures(self, slot: int, pictures: Sequence[bytes]) -> int:
-        """How many leading pictures the slot has keys of."""
+    def common_images(self, slot: int, images: Sequence[bytes]) -> int:
+        """How many leading images the slot has keys of."""
         count = 0
-        for held, wanted in zip(self.pictures[slot], pictures, strict=False):
+        for held, wanted in zip(self.images[slot], images, strict=False):
             if held != wanted:
                 break
             count += 1
         return count
 
-    def settle(self, slot: int, keys: np.ndarray, pictures: Sequence[bytes]) -> tuple[int, int]:
-        """Give the slot to a prompt: what agrees stays valid. Returns how many positions and pictures that is."""
-        length, count = self.common(slot, keys), self.common_pictures(slot, pictures)
-        self.lengths[slot], self.pictures[slot] = length, tuple(pictures[:count])
+    def settle(self, slot: int, keys: np.ndarray, images: Sequence[bytes]) -> tuple[int, int]:
+        """Give the slot to a prompt: what agrees stays valid. Returns how many positions and images that is."""
+        length, count = self.common(slot, keys), self.common_images(slot, images)
+        self.lengths[slot], self.images[slot] = length, tuple(images[:count])
         self.touch(slot)
         return length, count
 
@@ -124,12 +124,12 @@ class SlotCache:
         row[0] = token
         self.lengths[slot] += 1
 
-    def copied(self, source: int, target: int, length: int, pictures: int) -> None:
-        """The first `length` positions (0: none) and `pictures` of a slot were copied to another."""
+    def copied(self, source: int, target: int, length: int, images: int) -> None:
+        """The first `length` positions (0: none) and `images` of a slot were copied to another."""
         if length:
             self.keys[target, :length] = self.keys[source, :length]
             self.lengths[target] = length
-        if pictures > len(self.pictures[target]):
-            self.pictures[target] = self.pictures[source][:pictures]
+        if images > len(self.images[target]):
+            self.images[target] = self.images[source][:images]
         self.touch(source)
         self.touch(target)

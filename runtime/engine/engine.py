@@ -16,15 +16,15 @@ from ..artifact import Artifact, Kind, Manifest
 from ..backends.base import Backend, Result
 from ..backends.open import open_backend
 from ..processor.prompt import Prompt
-from ..sampling.logits_processors import Guide, rules_for
-from ..sampling.prompt_lookup import Lookup
+from ..sampling.logits_processors import Constraint, logits_processors_for
+from ..sampling.prompt_lookup import PromptLookup
 from ..sampling.sampler import logprob_of, sample
 from .access import InterruptedStepError
 from .cache import SlotCache
-from .cache_keys import content_of
+from .cache_keys import cache_keys_of
 from .feeds import Feed, Feeds
 from .metrics import Metrics
-from .prefix_cache import FeatureCache, SharedPrefixes
+from .prefix_cache import EncoderCache, SlotPrefixCache
 from .request import SamplingParams, Sequence
 from .scheduler import Costs, Scheduler, Step
 
@@ -76,8 +76,8 @@ class Engine:
             manifest=self.manifest,
             verify=verify,
         )
-        self.features = FeatureCache(image_cache_mb << 20 if reuse else 0)
-        prefixes = SharedPrefixes(self.manifest, self.cache, self.backend, self.metrics, self.features) if reuse else None
+        self.features = EncoderCache(image_cache_mb << 20 if reuse else 0)
+        prefixes = SlotPrefixCache(self.manifest, self.cache, self.backend, self.metrics, self.features) if reuse else None
         self.scheduler = Scheduler(self.cache, self._costs(), prefill_budget=prefill_budget, reuse=prefixes)
         self.speculate, self.ngrams = self._drafted(speculate), _sizes(ngrams)
         # Called whenever a sequence has gained a token; whether a stop string has ended it.
@@ -108,7 +108,7 @@ class Engine:
         *,
         return_logits: bool = False,
         index: int = 0,
-        guides: tuple[Guide, ...] = (),
+        constraints: tuple[Constraint, ...] = (),
     ) -> Sequence:
         """A checked sequence that is not queued yet: answer `index` of params.n."""
         self._check_fit(prompt, params.max_new_tokens)
@@ -120,10 +120,12 @@ class Engine:
             params=params,
             sampling=params.resolved(model.sampling, index),
             features=np.empty((rows, model.hidden_size), np.float32),
-            content=content_of(prompt, model.image.rows, cross=cross is not None),
+            cache_keys=cache_keys_of(prompt, model.image.rows, cross=cross is not None),
             cross_tiles=cross.tiles if cross else 0,
-            rules=rules_for(params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, guides, model.sampling),
-            lookup=self._lookup(prompt, params),
+            logits_processors=logits_processors_for(
+                params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, constraints, model.sampling
+            ),
+            prompt_lookup=self._prompt_lookup(prompt, params),
             keep_logits=return_logits,
             arrived=self.clock(),
         )
@@ -233,7 +235,7 @@ class Engine:
         return result
 
     def _place(self, step: Step) -> tuple[int, int]:
-        """Slot and picture that a run works on. Decode runs over all slots; rows of features belong to no slot."""
+        """Slot and image that a run works on. Decode runs over all slots; rows of features belong to no slot."""
         first, cross = step.sequences[0], self.manifest.cache.cross
         if step.kind == "decode" or (step.kind == "vision" and not cross):
             return 0, 0
@@ -247,14 +249,14 @@ class Engine:
     def _commit_vision(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
         start, end = sequence.tiles_done, sequence.tiles_done + step.count
-        pictures = sequence.content.pictures
+        images = sequence.cache_keys.images
         if sequence.cross_tiles:
-            self.cache.pictures[sequence.held_slot] += (pictures[start // sequence.cross_tiles],)
+            self.cache.images[sequence.held_slot] += (images[start // sequence.cross_tiles],)
         else:
             rows = result.first
             per_tile = rows.shape[1]
             sequence.features[start * per_tile : end * per_tile] = rows[: step.count].reshape(-1, rows.shape[2])
-            for tile, digest in enumerate(pictures[start:end]):
+            for tile, digest in enumerate(images[start:end]):
                 self.features.put(digest, rows[tile])
         sequence.tiles_done = end
         sequence.vision_s = self.clock() - sequence.started
@@ -262,7 +264,7 @@ class Engine:
     def _commit_prefill(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
         end = sequence.computed + step.count
-        self.cache.extend(sequence.held_slot, sequence.content.keys[sequence.computed : end])
+        self.cache.extend(sequence.held_slot, sequence.cache_keys.keys[sequence.computed : end])
         sequence.computed = end
         if not sequence.prefilling:
             sequence.first_token = self.clock()
@@ -272,21 +274,21 @@ class Engine:
     def _commit_decode(self, step: Step, result: Result) -> None:
         for sequence in step.sequences:
             slot = sequence.held_slot
-            self.cache.append(slot, sequence.generated[-1], sequence.content.answer)
+            self.cache.append(slot, sequence.generated[-1], sequence.cache_keys.answer)
             self._gain(sequence, result, slot)
 
     def _commit_verify(self, step: Step, result: Result) -> None:
         """Tokens are chosen one by one as ever, for as long as the next one was drafted: it is in the cache already."""
         sequence, before = step.sequences[0], len(step.sequences[0].generated)
-        assert sequence.lookup is not None, "only a lookup makes drafts"
+        assert sequence.prompt_lookup is not None, "only a lookup makes drafts"
         for row, drafted in enumerate((*step.draft, None)):
-            self.cache.append(sequence.held_slot, sequence.generated[-1], sequence.content.answer)
+            self.cache.append(sequence.held_slot, sequence.generated[-1], sequence.cache_keys.answer)
             self._gain(sequence, result, row)
             if sequence.finish_reason or sequence.generated[-1] != drafted:
                 break
         gained = sequence.generated[before:]
         right = sum(token == drafted for token, drafted in zip(gained, step.draft, strict=False))
-        sequence.lookup.verified(right, len(step.draft))
+        sequence.prompt_lookup.verified(right, len(step.draft))
         self.metrics.drafted += len(step.draft)
         self.metrics.accepted += right
 
@@ -302,34 +304,38 @@ class Engine:
 
     def _choose(self, sequence: Sequence, result: Result, row: int) -> str | None:
         """Add the next token to a sequence; why it ends there, if it does."""
-        params, rules = sequence.params, sequence.rules
-        token = self._likely(sequence, result, row)
+        params, logits_processors = sequence.params, sequence.logits_processors
+        token = self._from_candidates(sequence, result, row)
         if token is None:
             token = self._of_whole_row(sequence, result.row(row))
         if token is None:
             return "dead_end"
         sequence.generated.append(token)
-        if rules:
-            rules.accept(token)
+        if logits_processors:
+            logits_processors.accept(token)
         stopped = self.on_token is not None and self.on_token(sequence)
-        if (token in self.eos and not params.ignore_eos) or token in params.stop_token_ids or (rules and rules.done):
+        if (
+            (token in self.eos and not params.ignore_eos)
+            or token in params.stop_token_ids
+            or (logits_processors and logits_processors.done)
+        ):
             return "stop"
         if stopped:
             return "stop"
         return "length" if len(sequence.generated) == params.max_new_tokens else None
 
-    def _likely(self, sequence: Sequence, result: Result, row: int) -> int | None:
+    def _from_candidates(self, sequence: Sequence, result: Result, row: int) -> int | None:
         """The token, where the graph's candidates decide it and nothing else is wanted of the row."""
-        if not result.candidates or sequence.rules or sequence.keep_logits or sequence.params.logprobs is not None:
+        if not result.candidates or sequence.logits_processors or sequence.keep_logits or sequence.params.logprobs is not None:
             return None
         model, position = self.manifest.model, len(sequence.generated)
         return result.candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
 
     def _of_whole_row(self, sequence: Sequence, logits: np.ndarray) -> int | None:
         """The token, and whatever else is wanted of its row; None where no token may follow."""
-        rules, logprobs = sequence.rules, sequence.params.logprobs
-        row = rules.applied(logits) if rules else logits
-        if rules and row.max() == -np.inf:
+        logits_processors, logprobs = sequence.logits_processors, sequence.params.logprobs
+        row = logits_processors.applied(logits) if logits_processors else logits
+        if logits_processors and row.max() == -np.inf:
             return None
         if sequence.keep_logits:
             sequence.logits.append(logits.copy())
@@ -367,7 +373,7 @@ class Engine:
         cross = self.manifest.cache.cross
         if cross and len(prompt.frames) > cross.images:
             raise ContextError(
-                f"the prompt has {len(prompt.frames)} pictures, but the artifact holds {cross.images} for each sequence; give "
+                f"the prompt has {len(prompt.frames)} images, but the artifact holds {cross.images} for each sequence; give "
                 f"fewer, or compile a larger one: {self.manifest.recompilation(images=len(prompt.frames))}"
             )
         context = self.manifest.cache.context
@@ -403,12 +409,12 @@ class Engine:
             )
         return wanted
 
-    def _lookup(self, prompt: Prompt, params: SamplingParams) -> Lookup | None:
+    def _prompt_lookup(self, prompt: Prompt, params: SamplingParams) -> PromptLookup | None:
         longest = self.speculate if params.speculate is None else self._drafted(params.speculate)
         if not longest:
             return None
         tokens = np.where(prompt.rows < 0, prompt.token_ids, -1)
-        return Lookup(tokens, self.manifest.model.vocab_size, longest, self.ngrams)
+        return PromptLookup(tokens, self.manifest.model.vocab_size, longest, self.ngrams)
 
     def _costs(self) -> Costs:
         costs: dict[tuple[Kind, int], dict[int, float]] = {}

@@ -1,7 +1,7 @@
 """A step -> the named, padded arrays that its graph takes. Arrays are allocated once per graph and refilled, so that a
 backend binds them once.
 
-B rows, T tokens, D head dim, C hidden size, n pictures of t tiles.
+B rows, T tokens, D head dim, C hidden size, n images of t tiles.
 """
 
 from __future__ import annotations
@@ -118,11 +118,11 @@ class Feeds:
 
     @staticmethod
     def _look(feed: Feed, sequence: Sequence, into: tuple | int, positions: slice) -> None:
-        """What tokens of a sequence see of its pictures; nothing where it has none."""
-        if sight := sequence.prompt.sight:
-            visible = sight.visible[positions]  # [T, n * t]
+        """What tokens of a sequence see of its images; nothing where it has none."""
+        if cross_attention := sequence.prompt.cross_attention:
+            visible = cross_attention.visible[positions]  # [T, n * t]
             feed["cross_mask"][into][..., : visible.shape[-1]] = np.where(visible, 0, CROSS_HIDDEN)
-            feed["cross_gate"][into] = sight.gates[positions]
+            feed["cross_gate"][into] = cross_attention.gates[positions]
 
     def _tables(self, ntk: float) -> tuple[np.ndarray, np.ndarray]:
         if ntk not in self.rope:

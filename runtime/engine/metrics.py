@@ -24,7 +24,7 @@ class Metrics:
     buckets: Counter[str] = field(default_factory=Counter)  # runs by the name of the graph
     prompt_tokens: int = 0  # positions of prompts that were run or reused
     reused_tokens: int = 0
-    tiles: int = 0  # of pictures whose features or keys were needed
+    tiles: int = 0  # of images whose features or keys were needed
     reused_tiles: int = 0
     drafted: int = 0  # tokens of answers that were verified
     accepted: int = 0  # of them

@@ -1,4 +1,4 @@
-"""What one request can take over from others: cache rows of equal beginnings, and features of equal pictures.
+"""What one request can take over from others: cache rows of equal beginnings, and features of equal images.
 
 Nothing here changes a result, it only saves runs. A beginning is taken over where it lies, when its slot is free, or copied
 from any slot, one that is in use as well: rows of a prompt do not change any more. It is copied where that costs less than
@@ -21,7 +21,7 @@ from .metrics import Metrics
 from .request import Sequence
 
 
-class FeatureCache:
+class EncoderCache:
     """Features of tiles by digest, the latest used ones, at most `limit` bytes of them."""
 
     def __init__(self, limit: int) -> None:
@@ -49,16 +49,16 @@ class FeatureCache:
             self.nbytes -= self._rows.popitem(last=False)[1].nbytes
 
 
-class SharedPrefixes:
+class SlotPrefixCache:
     """See scheduler.Reuse."""
 
     def __init__(
-        self, manifest: Manifest, cache: SlotCache, backend: Backend, metrics: Metrics, features: FeatureCache
+        self, manifest: Manifest, cache: SlotCache, backend: Backend, metrics: Metrics, features: EncoderCache
     ) -> None:
         self.cache, self.backend, self.metrics, self.features = cache, backend, metrics, features
         self.rows_per_tile = manifest.model.image.rows
         self.copy_ms = copy_ms_per_row(manifest)
-        # Copying is decided by text alone; a variant that sees pictures costs more, so what is copied would be all the more.
+        # Copying is decided by text alone; a variant that sees images costs more, so what is copied would be all the more.
         costs = {g.bucket: g.cost_ms for g in manifest.graphs if g.kind == "prefill" and not g.images}
         self.prefill = ChunkPlanner(costs)
 
@@ -67,11 +67,11 @@ class SharedPrefixes:
 
         What it holds besides is moved to a slot that was of use still earlier, if there is one.
         """
-        cache, keys = self.cache, sequence.content.keys
+        cache, keys = self.cache, sequence.cache_keys.keys
         shared, _, slot = max((cache.common(slot, keys), -cache.touched[slot], slot) for slot in free)
         if (oldest := self._place_for(slot, shared, keys)) is not None:
             cache.clear(oldest)
-            self._copy(slot, oldest, int(cache.lengths[slot]), len(cache.pictures[slot]))
+            self._copy(slot, oldest, int(cache.lengths[slot]), len(cache.images[slot]))
         return slot
 
     def _place_for(self, slot: int, shared: int, keys: np.ndarray) -> int | None:
@@ -94,35 +94,35 @@ class SharedPrefixes:
     def prepare(self, sequence: Sequence) -> None:
         """Take over features, and the longest beginning that any slot holds if the sequence's own holds less."""
         self._take_features(sequence)
-        cache, content, own = self.cache, sequence.content, sequence.held_slot
+        cache, cache_keys, own = self.cache, sequence.cache_keys, sequence.held_slot
         tiles = sequence.cross_tiles
         found = [
-            (cache.common(slot, content.keys), cache.common_pictures(slot, content.pictures) if tiles else 0, slot)
+            (cache.common(slot, cache_keys.keys), cache.common_images(slot, cache_keys.images) if tiles else 0, slot)
             for slot in range(cache.spec.slots)
             if slot != own
         ]
-        length, pictures, slot = max(found, key=lambda each: each[:2], default=(0, 0, own))
+        length, images, slot = max(found, key=lambda each: each[:2], default=(0, 0, own))
         if length <= sequence.computed or not self._worth_copying(length, sequence.computed):
             length = 0
-        if not length and pictures * tiles <= sequence.tiles_done:
+        if not length and images * tiles <= sequence.tiles_done:
             return
-        self._copy(slot, own, length, pictures)
+        self._copy(slot, own, length, images)
         sequence.computed = length or sequence.computed
-        sequence.tiles_done = max(sequence.tiles_done, pictures * tiles)
+        sequence.tiles_done = max(sequence.tiles_done, images * tiles)
 
     def _take_features(self, sequence: Sequence) -> None:
         per_tile = self.rows_per_tile
         while sequence.encoding and not sequence.cross_tiles:
             done = sequence.tiles_done
-            rows = self.features.get(sequence.content.pictures[done])
+            rows = self.features.get(sequence.cache_keys.images[done])
             if rows is None:
                 return
             sequence.features[done * per_tile : (done + 1) * per_tile] = rows
             sequence.tiles_done += 1
 
-    def _copy(self, source: int, target: int, length: int, pictures: int) -> None:
-        self.backend.copy_slot(source, target, length, pictures)
-        self.cache.copied(source, target, length, pictures)
+    def _copy(self, source: int, target: int, length: int, images: int) -> None:
+        self.backend.copy_slot(source, target, length, images)
+        self.cache.copied(source, target, length, images)
         self.metrics.copies += 1
         self.metrics.copied_tokens += length
 

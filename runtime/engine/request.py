@@ -9,11 +9,11 @@ import numpy as np
 
 from ..processor.boxes import Box
 from ..processor.prompt import Prompt
-from ..sampling.logits_processors import LogitRules
+from ..sampling.logits_processors import LogitsProcessors
 from ..sampling.params import ResolvedSampling, SamplingParams
-from ..sampling.prompt_lookup import Lookup
+from ..sampling.prompt_lookup import PromptLookup
 from ..sampling.sampler import TokenLogprob
-from .cache_keys import NOTHING, Content
+from .cache_keys import NO_KEYS, CacheKeys
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +54,10 @@ class Sequence:
     params: SamplingParams
     sampling: ResolvedSampling
     features: np.ndarray  # [tiles * P, C] float32, filled by vision steps
-    content: Content = NOTHING
-    cross_tiles: int = 0  # tiles of one picture, where pictures enter by cross-attention
-    rules: LogitRules | None = None
-    lookup: Lookup | None = None  # drafts its answer, where that was asked for
+    cache_keys: CacheKeys = NO_KEYS
+    cross_tiles: int = 0  # tiles of one image, where images enter by cross-attention
+    logits_processors: LogitsProcessors | None = None
+    prompt_lookup: PromptLookup | None = None  # drafts its answer, where that was asked for
     due: int = 0  # its place among those that wait
     prepared: bool = False  # what can be taken over from others is
     reused: int = 0  # tokens of the prompt that were in the cache already
@@ -92,8 +92,8 @@ class Sequence:
 
     @property
     def images(self) -> int:
-        """Pictures that the sequence's tokens see by cross-attention; 0 where pictures enter otherwise."""
-        return len(self.prompt.frames) if self.prompt.sight else 0
+        """Images that the sequence's tokens see by cross-attention; 0 where images enter otherwise."""
+        return len(self.prompt.frames) if self.prompt.cross_attention else 0
 
     @property
     def encoding(self) -> bool:

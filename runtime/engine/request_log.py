@@ -25,7 +25,7 @@ class RequestRecord(Record, frozen=True, kw_only=True):
     """One finished request. Times are seconds, those of its course as in request.Timings."""
 
     time: float  # of its arrival, since 1970-01-01 UTC
-    prompt_tokens: int  # of text; those of pictures are counted apart
+    prompt_tokens: int  # of text; those of images are counted apart
     image_sizes: tuple[tuple[int, int], ...] = ()  # (width, height) in pixels
     image_tokens: int = 0
     reused_tokens: int = 0  # positions of the prompt that a chat's slot already held

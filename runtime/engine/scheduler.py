@@ -27,7 +27,7 @@ class Step:
     """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows.
 
     `draft`: the tokens behind the last one of the answer that a verify step guesses. `images`: which variant of a text graph
-    runs, by how many pictures it can see (cross-attention only, else 0).
+    runs, by how many images it can see (cross-attention only, else 0).
     """
 
     kind: Kind
@@ -41,7 +41,7 @@ class Step:
 Costs = Mapping[tuple[Kind, int], Mapping[int, float]]  # (kind, images) -> bucket -> cost of a run
 
 
-class Reuse(Protocol):
+class PrefixCache(Protocol):
     """Knows which slots hold something that a sequence could use."""
 
     def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
@@ -57,7 +57,7 @@ class Scheduler:
     """First come, first served; of requests of several priorities, see `add`."""
 
     def __init__(
-        self, cache: SlotCache, costs: Costs, *, prefill_budget: int | None = None, reuse: Reuse | None = None
+        self, cache: SlotCache, costs: Costs, *, prefill_budget: int | None = None, reuse: PrefixCache | None = None
     ) -> None:
         """`prefill_budget`: while sequences answer, no chunk is larger than this many tokens (None: as large as is cheapest),
         and what runs between two of their tokens costs no more than the costliest such chunk, or is a single run."""
@@ -159,9 +159,9 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> None:
         """The sequence has its slot: what that holds of its prompt need not be run."""
-        content, tiles = sequence.content, sequence.cross_tiles
-        sequence.computed, pictures = self.cache.settle(sequence.held_slot, content.keys, content.pictures if tiles else ())
-        sequence.tiles_done = max(sequence.tiles_done, pictures * tiles)
+        cache_keys, tiles = sequence.cache_keys, sequence.cross_tiles
+        sequence.computed, images = self.cache.settle(sequence.held_slot, cache_keys.keys, cache_keys.images if tiles else ())
+        sequence.tiles_done = max(sequence.tiles_done, images * tiles)
         self.running.append(sequence)
 
     def _prepare(self, sequence: Sequence) -> None:
@@ -197,7 +197,7 @@ class Scheduler:
         come since the last decode step waits for the next, so that no stream waits for more drafts than there are slots."""
         decode, alone = self._decode(sequences), len(sequences) == 1
         for sequence in sequences if self.verify else ():
-            if sequence.lookup and (alone or sequence.id in self.may_draft) and (step := self._draft(sequence, decode)):
+            if sequence.prompt_lookup and (alone or sequence.id in self.may_draft) and (step := self._draft(sequence, decode)):
                 self.may_draft.discard(sequence.id)
                 if alone:
                     self.spent = 0.0
@@ -209,19 +209,19 @@ class Scheduler:
     def _draft(self, sequence: Sequence, decode: Step) -> Step | None:
         """A step that verifies a draft, if there is one and, by the times of both graphs, more tokens come of it than of
         `decode` meanwhile."""
-        assert sequence.lookup is not None, "only a lookup makes drafts"
+        assert sequence.prompt_lookup is not None, "only a lookup makes drafts"
         images = _enough(self.verify, sequence.images)
         room = self.cache.spec.rows - int(self.cache.lengths[sequence.held_slot])
         buckets = [bucket for bucket in self.verify[images] if bucket <= room]
         left = sequence.params.max_new_tokens - len(sequence.generated)
-        draft = sequence.lookup.draft(sequence.generated, min(left, max(buckets, default=0)) - 1)
+        draft = sequence.prompt_lookup.draft(sequence.generated, min(left, max(buckets, default=0)) - 1)
         if not draft:
             return None
         count = 1 + len(draft)
         bucket = next(bucket for bucket in buckets if bucket >= count)
         cost = self.costs["verify", images][bucket]
-        if (1 + sequence.lookup.expected(len(draft))) * self._cost(decode) <= len(decode.sequences) * cost:
-            sequence.lookup.skipped()
+        if (1 + sequence.prompt_lookup.expected(len(draft))) * self._cost(decode) <= len(decode.sequences) * cost:
+            sequence.prompt_lookup.skipped()
             return None
         return Step("verify", bucket, (sequence,), count, images, draft)
 
@@ -239,7 +239,7 @@ class Scheduler:
 
 
 def _enough(variants: Iterable[int], images: int) -> int:
-    """The smallest variant of a graph that sees `images` pictures; 0 sees none and has no layers for them."""
+    """The smallest variant of a graph that sees `images` images; 0 sees none and has no layers for them."""
     return min(variant for variant in variants if variant >= images)
 
 

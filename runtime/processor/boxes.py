@@ -1,4 +1,4 @@
-"""Boxes that a model writes into its answer, as coordinates of the original picture."""
+"""Boxes that a model writes into its answer, as coordinates of the original image."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NARROW = str.maketrans("０１２３４５６７８９，、．；％［］【�
 _NUMBER = r"[-+]?(?:\d+\.\d*|\.\d+|\d+)"
 # As many comma-separated numbers as stand together, with or without brackets.
 _NUMBERS = re.compile(rf"(?<![\w.]){_NUMBER}(?:\s*,\s*{_NUMBER})*(?!\w|\.\d|%)", re.ASCII)
-# Models write two decimals: a coordinate may miss the edge of the picture by this share of the square.
+# Models write two decimals: a coordinate may miss the edge of the image by this share of the square.
 ROUNDING = 0.005
 
 
@@ -25,7 +25,7 @@ class Quad:
     """Four points around a thing, in the order in which the model wrote them."""
 
     normalised: tuple[tuple[float, float], ...]  # x, y in 0..1
-    pixels: tuple[tuple[int, int], ...]  # of the original picture
+    pixels: tuple[tuple[int, int], ...]  # of the original image
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,8 +34,8 @@ class Box:
 
     label: str | None  # what the model called it, where it did
     normalised: Corners  # x1, y1, x2, y2 in 0..1 of the square that the model saw
-    pixels: tuple[int, int, int, int]  # the same in pixels of the original picture; in padding it may lie outside
-    image: int  # index of the picture
+    pixels: tuple[int, int, int, int]  # the same in pixels of the original image; in padding it may lie outside
+    image: int  # index of the image
     thousandths: tuple[int, int, int, int] | None = None  # x1, y1, x2, y2 in 0..1000, where the model wrote them so (Qwen-VL)
     quad: Quad | None = None  # the points, where the model wrote four: the box is what encloses them
 
@@ -73,7 +73,7 @@ def _in_brackets(text: str, match: re.Match[str]) -> bool:
 
 
 def place(corners: Corners, frame: Frame) -> tuple[int, int, int, int]:
-    """Pixels x1, y1, x2, y2 of the original picture, rounded; drawn to its edge when they miss it by no more than rounding."""
+    """Pixels x1, y1, x2, y2 of the original image, rounded; drawn to its edge when they miss it by no more than rounding."""
     (x1, y1), (x2, y2) = frame.point(*corners[:2]), frame.point(*corners[2:])
     return (
         _to_edge(x1, frame.image_width, frame.width),
@@ -91,9 +91,9 @@ def _to_edge(value: float, limit: int, span: float) -> int:
 
 
 def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
-    """Normalised boxes in an answer. Their coordinates name no picture: they are taken to mean the first one.
+    """Normalised boxes in an answer. Their coordinates name no image: they are taken to mean the first one.
 
-    Without pictures there is nothing that a box could refer to: the result is empty.
+    Without images there is nothing that a box could refer to: the result is empty.
     """
     if not frames:
         return ()

@@ -55,7 +55,7 @@ LLAVA_HF = """\
 """
 
 # Base checkpoints of Llama-3.2-Vision have no template, for they continue text: whatever the turns hold is joined as it
-# stands, pictures where their turn has them.
+# stands, images where their turn has them.
 MLLAMA_BASE = """\
 {{ bos_token }}
 {%- for message in messages %}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from .tokenizer import Detokenizer, Tokenizer
 
 
-class AnswerText:
+class IncrementalDetokenizer:
     """Tokens in, pieces of text out: without blanks around the answer, ended before the first stop string.
 
     What may still turn out to be a stop string, or a blank at the end, is held back; the pieces together are the text.

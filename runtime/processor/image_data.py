@@ -12,7 +12,7 @@ KINDS = ("image/", "application/octet-stream", "")  # beginnings of types that a
 
 
 class ImageError(ValueError):
-    """A picture that cannot be used; the message says which one and why."""
+    """An image that cannot be used; the message says which one and why."""
 
 
 def is_data_url(text: str) -> bool:
@@ -36,7 +36,7 @@ def decode_data_url(url: str, max_bytes: int) -> bytes:
     kind, *parameters = (part.strip().lower() for part in head[5:].split(";"))
     in_base64 = bool(parameters) and parameters[-1] == "base64"
     if not comma or not (kind.startswith("image/") or kind in KINDS):
-        raise ImageError(f"{name} is not a picture; expected data:image/...;base64,...")
+        raise ImageError(f"{name} is not an image; expected data:image/...;base64,...")
     if not in_base64:
         data = urllib.parse.unquote_to_bytes(body) if len(body) <= 3 * max_bytes else None
         return _limited(data, name, max_bytes)

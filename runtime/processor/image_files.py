@@ -21,7 +21,7 @@ __all__ = ["Alpha", "ImageError", "ImageSource", "load_image"]
 
 ImageSource: TypeAlias = str | Path | bytes | BinaryIO | Image.Image
 
-# What PIL would open further needs outside programs (EPS, WMF) or is no picture that people send.
+# What PIL would open further needs outside programs (EPS, WMF) or is no image that people send.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
@@ -66,8 +66,8 @@ def load_image(
 
     A file is turned as its EXIF orientation says; a PIL image is taken as it is: both as transformers does. The first frame of
     an animation is taken. More than 8 bits are scaled to 8, where PIL would clip them (image_modes.py). `alpha`
-    (ImageFacts.alpha) is what becomes of transparent parts: "white" lays them over white, "drop" shows their hidden colours
-    (Qwen-VL).
+    (ImageProcessorConfig.alpha) is what becomes of transparent parts: "white" lays them over white, "drop" shows their hidden
+    colours (Qwen-VL).
 
     The result may be given to `load_image` again and stays what it is.
 
@@ -79,7 +79,7 @@ def load_image(
     limits = _Limits(max_pixels, max_side, max_ratio)
     if isinstance(source, Image.Image):
         with quiet_pillow:
-            return _decoded(source, "the picture", limits, alpha)
+            return _decoded(source, "the image", limits, alpha)
     file, name = _file_of(source, timeout_s, max_bytes)
     try:
         with quiet_pillow:
@@ -109,7 +109,7 @@ def _file_of(source: ImageSource, timeout_s: float, max_bytes: int) -> tuple[Bin
     if hasattr(source, "read"):
         return cast(BinaryIO, source), shown(getattr(source, "name", "the file object"))
     kind = type(source).__name__
-    raise ImageError(f"a picture was given as {kind}; expected a path, a URL, bytes, a binary file or a PIL image")
+    raise ImageError(f"an image was given as {kind}; expected a path, a URL, bytes, a binary file or a PIL image")
 
 
 def _file_of_text(text: str, timeout_s: float, max_bytes: int) -> tuple[BinaryIO, str]:
@@ -133,7 +133,7 @@ def _open_path(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise ImageError(f"{shown(path)} does not exist; give the path or URL of a picture") from None
+        raise ImageError(f"{shown(path)} does not exist; give the path or URL of an image") from None
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error  # without the path, which may be long
         raise ImageError(f"{shown(repr(str(path)))} cannot be read ({reason})") from None
@@ -169,9 +169,9 @@ def _opened(file: BinaryIO, name: str, limits: _Limits) -> Image.Image:
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name} is refused: {error}") from None
     except UnidentifiedImageError:
-        raise ImageError(f"{name} is not a picture in a known format ({', '.join(FORMATS)})") from None
+        raise ImageError(f"{name} is not an image in a known format ({', '.join(FORMATS)})") from None
     except Exception as error:  # decoders raise anything for a damaged file
-        raise ImageError(f"{name} is damaged or not a picture ({_reason(error)})") from error
+        raise ImageError(f"{name} is damaged or not an image ({_reason(error)})") from error
 
 
 def _check_icon(file: BinaryIO, name: str, limits: _Limits) -> None:

@@ -82,8 +82,8 @@ def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Sight:
-    """What each position sees of the pictures, where they enter by cross-attention. N pictures of t tiles each."""
+class CrossAttentionMask:
+    """What each position sees of the images, where they enter by cross-attention. N images of t tiles each."""
 
     visible: np.ndarray  # bool [L, N * t]: the tiles that a position attends to
     gates: np.ndarray  # float32 [L, 2]: factors 0 or 1 of a cross layer's attention and of its MLP
@@ -93,13 +93,13 @@ class Sight:
 class Prompt:
     """A prompt ready for the graphs: the arrays are read, never written, by those who get it."""
 
-    token_ids: np.ndarray  # int32 [L]; at picture positions the image token, or 0 where pictures have no id
+    token_ids: np.ndarray  # int32 [L]; at image positions the image token, or 0 where images have no id
     rows: np.ndarray  # int32 [L]; -1: embed the token id, else that row of the features [tiles * P, C]
     pixels: np.ndarray  # uint8 [tiles, S, S, 3], in the order of the rows
-    frames: tuple[Frame, ...]  # one per picture, in the order given
-    image_tokens: int  # positions that pictures take
-    grids: np.ndarray | None = None  # int32 [pictures, 2]: (rows, columns) of tiles of each, where pictures have tiles
-    sight: Sight | None = None  # cross-attention only, and only with pictures
+    frames: tuple[Frame, ...]  # one per image, in the order given
+    image_tokens: int  # positions that images take
+    grids: np.ndarray | None = None  # int32 [images, 2]: (rows, columns) of tiles of each, where images have tiles
+    cross_attention: CrossAttentionMask | None = None  # cross-attention only, and only with images
     ntk: float = 1.0  # dynamic NTK: the base's factor before its exponent, fixed by this prompt's length
     # int32 [L]: what the keys and values of a position depend on besides the positions up to it. A chat may keep cached
     # positions only where this agrees too.

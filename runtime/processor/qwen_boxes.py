@@ -16,7 +16,7 @@ _POINT = r"\(\s*(\d{1,4})\s*,\s*(\d{1,4})\s*\)"
 _POINTS = re.compile(rf"\s*{_POINT}(?:[\s,;]*{_POINT})*\s*")
 _CORNERS = {"box": 2, "quad": 4}  # points of one
 # "Picture 2" is how prompts name images; answers also say "picture 2" and, in Chinese, "图2" and "图片2".
-_PICTURE = re.compile(r"(?:(?<![a-z])picture|图片?) ?(\d{1,4})(?![\da-z])", re.IGNORECASE)
+_IMAGE = re.compile(r"(?:(?<![a-z])picture|图片?) ?(\d{1,4})(?![\da-z])", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,9 @@ def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
     """Boxes and quads in an answer, in order; what is malformed is left out.
 
     A box is called what the <ref> before it says, with nothing but other boxes and punctuation between. It belongs to the
-    picture that the answer named last ("Picture 2"), else to the last picture given, on which the original code draws.
+    image that the answer named last ("Picture 2"), else to the last image given, on which the original code draws.
     Several boxes may stand in one tag, and the last tag may lack its end. Wide digits and punctuation count as those of ASCII.
-    Without pictures the result is empty. The time is linear in the length of the text.
+    Without images the result is empty. The time is linear in the length of the text.
     """
     found, label, end, image = [], None, 0, len(frames) - 1
     for element in _elements(text) if frames else ():
@@ -71,8 +71,8 @@ def _elements(text: str) -> Iterator[_Element]:
 
 
 def _named(text: str, image: int, count: int) -> int:
-    """The picture that a text names last, as an index; `image` where it names none of them."""
-    numbers = [int(number) for number in _PICTURE.findall(text)]
+    """The image that a text names last, as an index; `image` where it names none of them."""
+    numbers = [int(number) for number in _IMAGE.findall(text)]
     return next((k - 1 for k in reversed(numbers) if 1 <= k <= count), image)
 
 

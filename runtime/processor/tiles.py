@@ -1,4 +1,4 @@
-"""Which grid of tiles a picture is cut into, and how large it is on that grid.
+"""Which grid of tiles an image is cut into, and how large it is on that grid.
 
 A size is (width, height) in pixels, a grid (rows, columns) of tiles of `side` x `side` pixels. The arithmetic is that of the
 reference processors, float by float: another order of operations gives other sizes.
@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import math
 
-from ..artifact import ImageFacts
+from ..artifact import ImageProcessorConfig
 
 
-def grid_of(size: tuple[int, int], facts: ImageFacts) -> tuple[int, int]:
-    """The grid that a picture of `size` is cut into; (1, 1) in the modes that do not cut."""
-    if facts.mode == "anyres":
-        return anyres_grid(size, facts.grids, facts.size)
-    if facts.mode == "tiles":
-        return canvas_grid(size, tuple(grid for grid in facts.grids if math.prod(grid) <= facts.tiles), facts.size)
+def grid_of(size: tuple[int, int], config: ImageProcessorConfig) -> tuple[int, int]:
+    """The grid that an image of `size` is cut into; (1, 1) in the modes that do not cut."""
+    if config.mode == "anyres":
+        return anyres_grid(size, config.grids, config.size)
+    if config.mode == "tiles":
+        return canvas_grid(size, tuple(grid for grid in config.grids if math.prod(grid) <= config.tiles), config.size)
     return 1, 1
 
 
 def anyres_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...], side: int) -> tuple[int, int]:
-    """LLaVA-1.6: the grid that shows most pixels of the picture, of those the one that wastes least; the first of equals."""
+    """LLaVA-1.6: the grid that shows most pixels of the image, of those the one that wastes least; the first of equals."""
     width, height = size
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
@@ -34,7 +34,7 @@ def anyres_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...], side:
 
 
 def anyres_size(size: tuple[int, int], grid: tuple[int, int], side: int) -> tuple[int, int]:
-    """LLaVA-1.6: the picture as large as fits the grid, its shape kept."""
+    """LLaVA-1.6: the image as large as fits the grid, its shape kept."""
     width, height = size
     rows, columns = grid
     most_wide, most_high = columns * side, rows * side
@@ -45,7 +45,7 @@ def anyres_size(size: tuple[int, int], grid: tuple[int, int], side: int) -> tupl
 
 
 def canvas_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...], side: int) -> tuple[int, int]:
-    """Llama-3.2-Vision: the grid that enlarges the picture least; where all shrink it, the one that shrinks it least.
+    """Llama-3.2-Vision: the grid that enlarges the image least; where all shrink it, the one that shrinks it least.
 
     Of equals the smallest, then the first.
     """
@@ -60,7 +60,7 @@ def canvas_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...], side:
 
 
 def canvas_size(size: tuple[int, int], grid: tuple[int, int], side: int) -> tuple[int, int]:
-    """Llama-3.2-Vision: the picture at its own size where that fits the grid, but no edge below that of a tile."""
+    """Llama-3.2-Vision: the image at its own size where that fits the grid, but no edge below that of a tile."""
     width, height = size
     rows, columns = grid
     wide, high = min(max(width, side), columns * side), min(max(height, side), rows * side)

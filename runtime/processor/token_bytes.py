@@ -10,7 +10,7 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         vocabulary = tokenizer.vocabulary
-        ids = range(tokenizer.facts.used)
+        ids = range(tokenizer.config.used)
         self.hidden = [i for i in ids if vocabulary.is_special(i) or vocabulary.token(i) is None]
         nothing = set(self.hidden)
         self.tokens = [b"" if i in nothing else vocabulary.token_bytes(i) for i in ids]

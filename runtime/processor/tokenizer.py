@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..artifact import TokenizerFacts
+from ..artifact import TokenizerConfig
 from .tiktoken_vocabulary import TiktokenVocabulary
 from .vocabularies import BYTE_PIECE, SentencePieceVocabulary, TokenizerError, TokenizersVocabulary, Vocabulary
 
 __all__ = [
-    "PICTURE",
+    "IMAGE",
     "Detokenizer",
     "Tokenizer",
     "TokenizerError",
@@ -25,14 +25,14 @@ __all__ = [
     "read_vocabulary",
 ]
 
-PICTURE = -1  # stands for a picture in the ids of encode_with_images; never a token id
+IMAGE = -1  # stands for an image in the ids of encode_with_images; never a token id
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
     """A vocabulary and the facts that say how the model uses it."""
 
-    facts: TokenizerFacts
+    config: TokenizerConfig
     vocabulary: Vocabulary
 
     def encode(self, text: str, *, add_bos: bool, guard: str = "") -> list[int]:
@@ -42,23 +42,23 @@ class Tokenizer:
         """
         check_unicode(text)
         ids = self.vocabulary.encode(text, guard=guard)
-        bos = self.facts.bos_token_id
+        bos = self.config.bos_token_id
         return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
 
     def encode_with_images(self, text: str, mark: str, guard: str = "") -> list[int]:
-        """Ids of a prompt with PICTURE (-1) where a picture stands; BOS comes first if the checkpoint says so.
+        """Ids of a prompt with IMAGE (-1) where an image stands; BOS comes first if the checkpoint says so.
 
         hf: the mark is a token. original: the text is cut at the mark and each piece tokenised afresh, as LLaVA's
         tokenizer_image_token does, so that a piece begins with a blank like a text of its own.
         """
-        add_bos = self.facts.add_bos
-        if self.facts.style == "hf":
+        add_bos = self.config.add_bos
+        if self.config.style == "hf":
             ids = self.encode(text, add_bos=add_bos, guard=guard)
-            return [PICTURE if i == self.facts.image_token_id else i for i in ids]
+            return [IMAGE if i == self.config.image_token_id else i for i in ids]
         first, *others = text.split(mark)
         ids = self.encode(first, add_bos=add_bos, guard=guard)
         for piece in others:
-            ids += [PICTURE, *self.encode(piece, add_bos=False, guard=guard)]
+            ids += [IMAGE, *self.encode(piece, add_bos=False, guard=guard)]
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -73,7 +73,7 @@ class Tokenizer:
 def control_tokens(tokenizer: Tokenizer, template: str, mark: str, eos: Sequence[int]) -> frozenset[str]:
     """The tokens that words of a conversation must not become: the special ones, the mark of an image, BOS, those that end an
     answer, and added tokens that the template writes though they are not marked as special."""
-    named = (mark, *(tokenizer.token(i) for i in (tokenizer.facts.bos_token_id, *eos)))
+    named = (mark, *(tokenizer.token(i) for i in (tokenizer.config.bos_token_id, *eos)))
     vocabulary = tokenizer.vocabulary
     written = (token for token in vocabulary.added_tokens() if token in template)
     return frozenset(token for token in (*vocabulary.control_tokens(), *written, *named) if token)
@@ -162,14 +162,14 @@ def read_vocabulary(path: Path, *, added_tokens: Mapping[str, int] | None = None
     return SentencePieceVocabulary(path, added_tokens or {}, legacy=legacy)
 
 
-def load_tokenizer(folder: Path, facts: TokenizerFacts) -> Tokenizer:
+def load_tokenizer(folder: Path, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer in `folder`, which holds the file that facts.kind names; raises TokenizerError."""
-    if facts.kind == "tiktoken":
-        path = folder / facts.file
+    if config.kind == "tiktoken":
+        path = folder / config.file
         _check_there(path)
-        return Tokenizer(facts, TiktokenVocabulary(path, facts.added_tokens, pattern=facts.pattern, nfc=facts.nfc))
-    name = "tokenizer.json" if facts.kind == "tokenizers" else "tokenizer.model"
-    return Tokenizer(facts, read_vocabulary(folder / name, added_tokens=facts.added_tokens, legacy=facts.legacy))
+        return Tokenizer(config, TiktokenVocabulary(path, config.added_tokens, pattern=config.pattern, nfc=config.nfc))
+    name = "tokenizer.json" if config.kind == "tokenizers" else "tokenizer.model"
+    return Tokenizer(config, read_vocabulary(folder / name, added_tokens=config.added_tokens, legacy=config.legacy))
 
 
 def _check_there(path: Path) -> None:

@@ -17,7 +17,7 @@ from .sampler import drawn, uniform
 
 # How far off a device's sum over a row may be, relative to the sum. It only has to be wide enough: draws on which so much has
 # a bearing are made from the whole row, and they are rare.
-MASS_ERROR = 1e-3
+DENOMINATOR_ERROR = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +26,7 @@ class Candidates:
 
     logits: np.ndarray  # float32 [R, K]
     ids: np.ndarray  # int32 [R, K]
-    mass: np.ndarray  # float32 [R], at the temperature that the graph was fed
+    denominator: np.ndarray  # float32 [R], at the temperature that the graph was fed
 
     def choose(self, row: int, sampling: ResolvedSampling, position: int, *, used: int, vocab: int) -> int | None:
         """The token that `sample` chooses from the whole row, of `vocab` logits; None where the candidates do not tell."""
@@ -60,9 +60,9 @@ class Candidates:
             shares = np.exp((logits - logits.max()) / temperature)
         unused = self.ids[row] >= used
         seen, unseen = float(shares[unused].sum()), vocab - used - int(np.count_nonzero(unused))
-        total = float(self.mass[row])
-        least = total * (1 - MASS_ERROR) - seen - unseen * float(shares.min())
-        return max(least, float(shares[~unused].sum())), total * (1 + MASS_ERROR) - seen
+        total = float(self.denominator[row])
+        least = total * (1 - DENOMINATOR_ERROR) - seen - unseen * float(shares.min())
+        return max(least, float(shares[~unused].sum())), total * (1 + DENOMINATOR_ERROR) - seen
 
 
 def candidates_of(outputs: Mapping[str, np.ndarray]) -> Candidates | None:

@@ -37,10 +37,10 @@ class ConstraintError(ValueError):
     """A form that cannot be asked for; the message says why."""
 
 
-class Constraint:
+class GrammarConstraint:
     """The automaton of one answer; see logit_rules.Guide."""
 
-    def __init__(self, maker: Constraints, matcher: LLMatcher) -> None:
+    def __init__(self, maker: ConstraintFactory, matcher: LLMatcher) -> None:
         import llguidance.numpy
 
         self.matcher, self.ends = matcher, maker.ends
@@ -78,7 +78,7 @@ class Constraint:
         return self.ended or (self.matcher.is_stopped() and not self.lost)
 
 
-class Constraints:
+class ConstraintFactory:
     """Makes constraints for one tokenizer."""
 
     def __init__(self, table: TokenBytes, eos: tuple[int, ...]) -> None:
@@ -95,13 +95,13 @@ class Constraints:
         self.process = FormProcess()
         self._latest: tuple[str, LLMatcher] | None = None  # a grammar that was compiled: n answers have one
 
-    def make(self, params: SamplingParams) -> Constraint:
+    def make(self, params: SamplingParams) -> GrammarConstraint:
         """Raises ConstraintError for a schema or an expression that is too large, or that llguidance refuses."""
         name, grammar = _grammar(params)
         latest = self._latest
         if latest is None or latest[0] != grammar:
             latest = self._latest = grammar, self._compiled(name, grammar)
-        return Constraint(self, latest[1].deep_copy())
+        return GrammarConstraint(self, latest[1].deep_copy())
 
     def _compiled(self, name: str, grammar: str) -> LLMatcher:
         """A matcher that knows its first tokens. First another process compiles the grammar, which may not survive it."""

@@ -14,7 +14,7 @@ from pathlib import Path
 from .form_check import MEMORY_BYTES, PROCESSOR_S
 
 SCRIPT = Path(__file__).with_name("form_check.py")
-PATIENCE_S = 60.0  # for an answer, on a machine that is busy with other things
+TIMEOUT_S = 60.0  # for an answer, on a machine that is busy with other things
 TOO_COSTLY = "it takes more than {:g} s of processor time or {} MiB to compile, or nests too deeply"
 
 
@@ -69,7 +69,7 @@ def _asked(process: subprocess.Popen[bytes], form: bytes) -> bytes | None:
         return b""
     with selectors.DefaultSelector() as selector:
         selector.register(process.stdout, selectors.EVENT_READ)
-        return process.stdout.readline() if selector.select(PATIENCE_S) else None
+        return process.stdout.readline() if selector.select(TIMEOUT_S) else None
 
 
 def _ended(process: subprocess.Popen[bytes]) -> None:

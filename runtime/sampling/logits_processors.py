@@ -19,7 +19,7 @@ from .params import SamplingParams
 DEFAULTS = SamplingDefaults()
 
 
-class Guide(Protocol):
+class Constraint(Protocol):
     """Decides from the tokens so far which may come next."""
 
     def forbid(self, row: np.ndarray) -> None:
@@ -36,23 +36,23 @@ class Guide(Protocol):
         ...
 
 
-class LogitRules:
+class LogitsProcessors:
     """The rules of one answer; they know its tokens so far."""
 
     def __init__(
-        self, params: SamplingParams, prompt: Prompt, ends: Iterable[int], vocab: int, guides: tuple[Guide, ...]
+        self, params: SamplingParams, prompt: Prompt, ends: Iterable[int], vocab: int, constraints: tuple[Constraint, ...]
     ) -> None:
         """`ends`: tokens that end the answer, which are forbidden before min_new_tokens."""
-        self.params, self.guides = params, guides
+        self.params, self.constraints = params, constraints
         self.ends = np.array(sorted(ends), np.int64)
         self.bias = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
         # Penalties touch few tokens, so these are kept by id: a pass over the vocabulary takes longer than all else here.
         written = prompt.token_ids[prompt.rows < 0]
-        self.seen = np.unique(written[written < vocab])  # of the prompt or the answer; the mark of a picture may have no logit
+        self.seen = np.unique(written[written < vocab])  # of the prompt or the answer; the mark of an image may have no logit
         self.counts = np.zeros(vocab, np.int32)  # of the tokens of the answer
         self.answer = np.empty(0, np.int64)  # those that are in it
         self.generated = 0
-        self.changes = changes_asked(params, guides)
+        self.changes = changes_for(params, constraints)
 
     def applied(self, logits: np.ndarray) -> np.ndarray:
         """A changed copy of logits [V]."""
@@ -67,12 +67,12 @@ class LogitRules:
             self.seen = np.union1d(self.seen, token)
         self.counts[token] += 1
         self.generated += 1
-        for guide in self.guides:
-            guide.accept(token)
+        for constraint in self.constraints:
+            constraint.accept(token)
 
     @property
     def done(self) -> bool:
-        return any(guide.done for guide in self.guides)
+        return any(constraint.done for constraint in self.constraints)
 
     def _add_bias(self, row: np.ndarray) -> None:
         ids, values = self.bias
@@ -91,33 +91,33 @@ class LogitRules:
         if self.generated < self.params.min_new_tokens:
             row[self.ends] = -np.inf
 
-    def _forbid_by_guides(self, row: np.ndarray) -> None:
-        for guide in self.guides:
-            guide.forbid(row)
+    def _apply_constraints(self, row: np.ndarray) -> None:
+        for constraint in self.constraints:
+            constraint.forbid(row)
 
 
-_Change = Callable[[LogitRules, np.ndarray], None]
+_Change = Callable[[LogitsProcessors, np.ndarray], None]
 # In the order in which they apply: whether a request asks for a change, and the change.
 _CHANGES: tuple[tuple[Callable[[SamplingParams], object], _Change], ...] = (
-    (lambda params: params.logit_bias, LogitRules._add_bias),
-    (lambda params: params.repetition_penalty not in (None, 1), LogitRules._penalise_repetition),
-    (lambda params: params.presence_penalty or params.frequency_penalty, LogitRules._penalise_counts),
-    (lambda params: params.min_new_tokens, LogitRules._forbid_ends),
+    (lambda params: params.logit_bias, LogitsProcessors._add_bias),
+    (lambda params: params.repetition_penalty not in (None, 1), LogitsProcessors._penalise_repetition),
+    (lambda params: params.presence_penalty or params.frequency_penalty, LogitsProcessors._penalise_counts),
+    (lambda params: params.min_new_tokens, LogitsProcessors._forbid_ends),
 )
 
 
-def changes_asked(params: SamplingParams, guides: tuple[Guide, ...]) -> list[_Change]:
-    return [change for asked, change in _CHANGES if asked(params)] + [LogitRules._forbid_by_guides] * bool(guides)
+def changes_for(params: SamplingParams, constraints: tuple[Constraint, ...]) -> list[_Change]:
+    return [change for asked, change in _CHANGES if asked(params)] + [LogitsProcessors._apply_constraints] * bool(constraints)
 
 
-def rules_for(
+def logits_processors_for(
     params: SamplingParams,
     prompt: Prompt,
     ends: Iterable[int],
     vocab: int,
-    guides: tuple[Guide, ...],
+    constraints: tuple[Constraint, ...],
     defaults: SamplingDefaults = DEFAULTS,
-) -> LogitRules | None:
+) -> LogitsProcessors | None:
     """The rules that a request needs, those of its checkpoint among them, or None.
 
     Raises ValueError for a token id that the model does not have.
@@ -125,5 +125,5 @@ def rules_for(
     if unknown := [token for token in (*params.logit_bias, *params.stop_token_ids) if token >= vocab]:
         raise ValueError(f"token {unknown[0]} is named in logit_bias or stop_token_ids; the model has {vocab} tokens")
     params = replace(params, repetition_penalty=params.penalty(defaults))
-    guides = (*guides, *bans_of(defaults, prompt, vocab))
-    return LogitRules(params, prompt, ends, vocab, guides) if changes_asked(params, guides) else None
+    constraints = (*constraints, *bans_of(defaults, prompt, vocab))
+    return LogitsProcessors(params, prompt, ends, vocab, constraints) if changes_for(params, constraints) else None

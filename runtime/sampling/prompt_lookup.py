@@ -15,7 +15,7 @@ PRIOR = 2, 3  # right and drafted tokens that are taken for known before there a
 FORGET = 0.98  # what the record keeps of itself each time a draft is not verified
 
 
-class Lookup:
+class PromptLookup:
     """Drafts for one answer. Remembers, for every n-gram of prompt and answer, where it was last followed by something."""
 
     def __init__(self, prompt: np.ndarray, vocab: int, longest: int, ngrams: tuple[int, int]) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .params import ResolvedSampling
-from .top_logits import likeliest, mass
+from .top_logits import softmax_denominator, top_k_ids
 
 FEW, MANY = 64, 4096  # of the likeliest tokens, which a draw looks at first
 
@@ -36,11 +36,11 @@ def sample(logits: np.ndarray, sampling: ResolvedSampling, position: int, used: 
     row, number = logits[:used], uniform(sampling.seed, position, sampling.index)
     # A few tokens have nearly all of the probability, nearly always; only a draw that is not decided among them needs more.
     for count in (sampling.top_k,) if sampling.top_k else (FEW, MANY, used):
-        ids = likeliest(row, count)
+        ids = top_k_ids(row, count)
         if row[ids[0]] == -np.inf:
             return int(ids[0])
         complete = len(ids) < count or count >= len(row) or bool(sampling.top_k)
-        total = 0.0 if sampling.top_k else mass(row, sampling.temperature)
+        total = 0.0 if sampling.top_k else softmax_denominator(row, sampling.temperature)
         token = drawn(ids, row[ids], sampling, number, total, complete=complete)
         if token is not None:
             return token
@@ -50,10 +50,10 @@ def sample(logits: np.ndarray, sampling: ResolvedSampling, position: int, used: 
 def drawn(
     ids: np.ndarray, logits: np.ndarray, sampling: ResolvedSampling, number: float, total: float = 0.0, *, complete: bool
 ) -> int | None:
-    """The token that `number` in [0, 1) draws, if the likeliest tokens `ids` [n] decide it; None if more are needed.
+    """The token that `number` in [0, 1) draws, if the top tokens `ids` [n] decide it; None if more are needed.
 
-    logits [n] are theirs, falling. `total`: what probabilities are divided by, the `mass` of all tokens that may be drawn; with
-    top_k, whose tokens these then are, what they add up to. `complete`: no other token may be drawn.
+    logits [n] are theirs, falling. `total`: the softmax denominator of all tokens that may be drawn; with top_k, whose tokens
+    these then are, what they add up to. `complete`: no other token may be drawn.
 
     The same token whatever n is, to the bit: sums run over the likeliest in order, or over the whole row by id.
     """
@@ -92,4 +92,4 @@ def logprob_of(logits: np.ndarray, token_id: int, top: int) -> TokenLogprob:
     row = logits.astype(np.float64)
     row -= row.max()
     row -= np.log(np.exp(row).sum())
-    return TokenLogprob(token_id, float(row[token_id]), tuple((int(i), float(row[i])) for i in likeliest(logits, top)))
+    return TokenLogprob(token_id, float(row[token_id]), tuple((int(i), float(row[i])) for i in top_k_ids(logits, top)))

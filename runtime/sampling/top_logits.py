@@ -13,7 +13,7 @@ LARGEST = float(np.finfo(np.float32).max)
 CHUNK = 1 << 14  # numbers that are worked on at once, so that they stay in a core's cache
 
 
-def likeliest(row: np.ndarray, count: int) -> np.ndarray:
+def top_k_ids(row: np.ndarray, count: int) -> np.ndarray:
     """The ids of the `count` largest of row [V], the largest first, lower ids first among equals: int64 [at most count].
 
     What is -inf is left out, unless everything is.
@@ -38,7 +38,7 @@ def _threshold(row: np.ndarray, count: int) -> float:
     return float(np.partition(largest, blocks - count)[blocks - count])
 
 
-def mass(row: np.ndarray, temperature: float) -> float:
+def softmax_denominator(row: np.ndarray, temperature: float) -> float:
     """The sum of exp((x - largest) / temperature) over row [V]: what probabilities are divided by.
 
     Exponentials in float32, which are a third of the work; each is off by 1e-6 of itself at most. Sums of chunks are float64.

@@ -24,7 +24,7 @@ from .case import REPO, Attempt, Kind
 from .models import EMBEDDED, answer, known
 from .server import Target, request, serving
 
-PATIENCE_S = 60.0
+TIMEOUT_S = 60.0
 SMALL = Buckets(prefill=(64,), decode=(1,), vision=(1,), context=256, slots=1)
 TWO = Buckets(prefill=(64,), decode=(1, 2), vision=(1,), context=256, slots=2)
 
@@ -112,7 +112,7 @@ def _rank(ground: Ground, moment: float) -> str:
         with _asking(target):
             time.sleep(moment * 0.3)
             rank.kill()
-            status = target.process.wait(PATIENCE_S)
+            status = target.process.wait(TIMEOUT_S)
         _, left = psutil.wait_procs(family, timeout=5)
         said = target.log.path.read_text()
     if left:
@@ -137,7 +137,7 @@ def _asking(target: Target) -> Iterator[None]:
 
     def ask() -> None:
         with contextlib.suppress(Exception):  # whatever becomes of it: its server is killed
-            target.ask(body, PATIENCE_S)
+            target.ask(body, TIMEOUT_S)
 
     thread = threading.Thread(target=ask)
     thread.start()

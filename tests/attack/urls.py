@@ -17,7 +17,7 @@ from .hosts import BAD, Host, hosting
 from .mutate import shuffled
 from .server import REFUSALS, Target, checked, judged, request, serving
 
-# Names of addresses inside, beside those of test_server_pictures.py; none needs a name server.
+# Names of addresses inside, beside those of test_server_images.py; none needs a name server.
 NAMES = (
     "localhost.", "LOCALHOST", "127.0.0.1.", "127.0.1", "127.255.255.254", "0", "0x7f.1", "0x7F000001",
     "017700000001", "0177.0.0.01", "127.0.0.1%00", "127.0.0.1%2e", "[0:0:0:0:0:0:0:1]", "[::1%25lo]", "[::ffff:0:127.0.0.1]",
@@ -71,7 +71,7 @@ def ground(folder: Path) -> Iterator[Ground]:
 
 
 def menu(port: int) -> list[tuple[bool, str]]:
-    from ..test_server_pictures import INSIDE  # which imports a client of OpenAI's
+    from ..test_server_images import INSIDE  # which imports a client of OpenAI's
 
     inside = [f"http://{name}:{port}/image" for name in (*INSIDE, *NAMES, HOSTNAME)]
     hosts = [f"http://127.0.0.1:{port}/{name}" for name in BAD]

@@ -24,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data", type=Path, metavar="FILE", help="JSON lines of prompts, or conversations as Qwen-VL or LLaVA have them"
     )
-    group.add_argument("--image-folder", type=Path, metavar="DIR", help="where its pictures lie; default: beside it")
+    group.add_argument("--image-folder", type=Path, metavar="DIR", help="where its images lie; default: beside it")
     group.add_argument("--samples", type=int, metavar="N", help="the first N samples of it; default: all")
     group.add_argument("--new-tokens", type=int, default=16, metavar="N", help="of answers that are not given; default: 16")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the built-in pictures and tokens; default: 0")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the built-in images and tokens; default: 0")
     group.add_argument("--no-edges", action="store_true", help="do not run every graph at the edges of its bucket")
     group = parser.add_argument_group("limits and results")
     group.add_argument("--thresholds", type=Path, metavar="FILE", help="YAML, e.g. w8a16: {kl: 0.05, agreement: 0.95}")

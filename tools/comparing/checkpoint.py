@@ -10,11 +10,11 @@ from pathlib import Path
 import msgspec
 
 from ...compiler.eager import EagerBackend
-from ...compiler.facts import read_facts
 from ...compiler.graphs import GraphDef, define_graph
+from ...compiler.model_info import read_model_info
 from ...compiler.plan import Buckets, Options, Plan, make_plan
 from ...model_defs.config import ModelConfig, read_config
-from ...runtime.artifact import Artifact, BuildFacts, CacheSpec, Kind, Manifest, ModelFacts, WeightSpec
+from ...runtime.artifact import Artifact, BuildInfo, CacheSpec, Kind, Manifest, ModelInfo, WeightSpec
 from ...runtime.processor.tokenizer import Tokenizer, load_tokenizer
 from ...weights.convert import convert
 from ...weights.packing.settings import read_packing
@@ -32,8 +32,8 @@ class Checkpoint:
         self.folder, self.vision_tower = folder, vision_tower
         self.config: ModelConfig = read_config(folder, vision_tower=vision_tower)
         self.packing = read_packing(folder)
-        facts, settings = read_facts(folder, self.config, vision_tower=vision_tower)
-        self.facts: ModelFacts = facts
+        info, settings = read_model_info(folder, self.config, vision_tower=vision_tower)
+        self.info: ModelInfo = info
         self._temporary = tempfile.TemporaryDirectory(prefix="staticvl-compare-", dir=work)
         self.out = Path(self._temporary.name)
         self.tokenizer_folder = "tokenizer"
@@ -46,7 +46,7 @@ class Checkpoint:
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.out / self.tokenizer_folder, self.facts.tokenizer)
+        return load_tokenizer(self.out / self.tokenizer_folder, self.info.tokenizer)
 
     @cached_property
     def weights(self) -> dict[str, WeightSpec]:
@@ -71,12 +71,12 @@ class Checkpoint:
     def eager(self, context: int | None = None, images: int | None = None) -> tuple[Artifact, EagerBackend]:
         """The definitions as something that an engine can run."""
         plan = self.plan(context, images)
-        define = definer(self.config, self.facts, plan.cache)
+        define = definer(self.config, self.info, plan.cache)
         manifest = Manifest(
             backend="onnx",
             quant="none",
             tp=1,
-            model=self.facts,
+            model=self.info,
             tokenizer=self.tokenizer_folder,
             cache=plan.cache,
             graphs=tuple(
@@ -84,18 +84,18 @@ class Checkpoint:
             ),
             weights=self.weights,
             files={},
-            build=BuildFacts(staticvl="", torch="", options={}, key="", source={}),
+            build=BuildInfo(staticvl="", torch="", options={}, key="", source={}),
         )
         return Artifact(self.out, manifest), EagerBackend(self.out, self.weights, plan.cache, define)
 
 
 def definer(
-    config: ModelConfig, facts: ModelFacts, cache: CacheSpec, quant: str = "none", ranks: int = 1
+    config: ModelConfig, info: ModelInfo, cache: CacheSpec, quant: str = "none", ranks: int = 1
 ) -> Callable[[Kind, int, int], GraphDef]:
     """The definition of any graph over a cache, which is that of one rank."""
-    return lambda kind, bucket, images: define_graph(config, facts.image, cache, quant, kind, bucket, images, ranks)
+    return lambda kind, bucket, images: define_graph(config, info.image, cache, quant, kind, bucket, images, ranks)
 
 
-def narrowed(cache: CacheSpec, heads: int) -> CacheSpec:
+def with_heads(cache: CacheSpec, heads: int) -> CacheSpec:
     """A cache with another number of heads."""
     return msgspec.structs.replace(cache, kv_heads=heads)

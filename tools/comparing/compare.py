@@ -56,14 +56,14 @@ class Comparison:
 
     def run(self) -> Result:
         """Everything; raises DataError, ContextError or PromptError for a sample of a file that cannot be run."""
-        if self.reference.facts.vocab_size != self.candidate.facts.vocab_size:
+        if self.reference.info.vocab_size != self.candidate.info.vocab_size:
             raise SideError(
-                f"{self.reference.name} has {self.reference.facts.vocab_size} tokens and {self.candidate.name} "
-                f"{self.candidate.facts.vocab_size}; compare two sides of one model"
+                f"{self.reference.name} has {self.reference.info.vocab_size} tokens and {self.candidate.name} "
+                f"{self.candidate.info.vocab_size}; compare two sides of one model"
             )
         kind = coarser(precision(self.reference.manifest), precision(self.candidate.manifest))
         result = Result(reference=self.reference.name, candidate=self.candidate.name, precision=kind, limits=self.limits[kind])
-        result.findings += compare_settings(self.reference.facts, self.candidate.facts)
+        result.findings += compare_settings(self.reference.info, self.candidate.info)
         result.findings += self._weights(result)
         self._samples(result)
         if self._has_edges:
@@ -181,7 +181,7 @@ class Comparison:
         """The tokens that both sides are made to say."""
         if sample.answer is not None:
             tokenizer = self.reference.tokenizer
-            ids = [*tokenizer.encode(sample.answer, add_bos=False), self.reference.facts.eos_token_ids[0]]
+            ids = [*tokenizer.encode(sample.answer, add_bos=False), self.reference.info.eos_token_ids[0]]
             return np.array(ids, np.int64)
         return np.asarray(self.reference.greedy(prompt, self.new_tokens), np.int64)
 

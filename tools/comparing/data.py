@@ -23,11 +23,11 @@ from .samples import Box, DataError, Sample, asked
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 PROMPT_KEYS = ("prompt", "image", "images", "answer", "expected", "boxes", "id")
 MARK = "<image>"
-QWEN_PICTURE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
+QWEN_IMAGE = re.compile(r"(?:Image \d+: ?)?<img>(.*?)</img>\n?")
 
 
 def read_data(path: Path, image_folder: Path | None = None) -> list[Sample]:
-    """Every sample of a file; pictures lie beside it or in `image_folder`. Raises DataError with file and line."""
+    """Every sample of a file; images lie beside it or in `image_folder`. Raises DataError with file and line."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -128,11 +128,11 @@ def _conversation(record: Mapping[str, Any], where: _Where, folder: Path) -> lis
             samples.append(Sample(name=label, messages=tuple(messages), images=tuple(shown), answer=text))
             messages.append(Message(role, text))
             continue
-        parts, pictures = _cut(text, given, marked, number, where, folder)
-        shown += pictures
+        parts, images = _cut(text, given, marked, number, where, folder)
+        shown += images
         messages.append(Message(role, parts))
     if given:
-        raise where.error(f"{len(given)} of the pictures have no {MARK} mark; write {MARK} where each stands")
+        raise where.error(f"{len(given)} of the images have no {MARK} mark; write {MARK} where each stands")
     if not samples:
         raise where.error("no turn is the assistant's; expected one that can be compared")
     return samples
@@ -161,12 +161,12 @@ def _cut(
 ) -> tuple[tuple[Part, ...], list[Path]]:
     """A turn's texts and images in order, and the files of these."""
     if not marked and MARK not in text:
-        first, *others = QWEN_PICTURE.split(text)
+        first, *others = QWEN_IMAGE.split(text)
         return _parts([first, *others[1::2]]), [_file(name, where, folder) for name in others[::2]]
     pieces = text.split(MARK)
     count = len(pieces) - 1
     if count > len(given):
-        raise where.error(f"turn {number} has {count} {MARK} marks, but {len(given)} pictures are left; give image or images")
+        raise where.error(f"turn {number} has {count} {MARK} marks, but {len(given)} images are left; give image or images")
     return _parts(pieces), [given.pop(0) for _ in range(count)]
 
 
@@ -190,10 +190,10 @@ def _images(record: Mapping[str, Any], where: _Where, folder: Path) -> tuple[Pat
 
 def _file(name: Any, where: _Where, folder: Path) -> Path:
     if not isinstance(name, str):
-        raise where.error(f"a picture is {quoted(name)}; expected the path of a file")
+        raise where.error(f"an image is {quoted(name)}; expected the path of a file")
     path = folder / name
     if not path.is_file():
-        raise where.error(f"the picture {shown(path)} is not there; paths are relative to the file, or to --image-folder")
+        raise where.error(f"the image {shown(path)} is not there; paths are relative to the file, or to --image-folder")
     return path
 
 
@@ -202,7 +202,7 @@ def _boxes(value: Any, where: _Where) -> tuple[Box, ...]:
         return ()
     if not isinstance(value, list) or not value or not all(_is_box(box) for box in value):
         raise where.error(
-            f"boxes is {quoted(value)}; expected a list of [x1, y1, x2, y2] as fractions of the picture, x1 <= x2 and y1 <= y2"
+            f"boxes is {quoted(value)}; expected a list of [x1, y1, x2, y2] as fractions of the image, x1 <= x2 and y1 <= y2"
         )
     return tuple((float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in value)
 

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.artifact import Kind, Manifest, ModelFacts, graph_name
+from ...runtime.artifact import Kind, Manifest, ModelInfo, graph_name
 from ...runtime.processor.tiles import grid_of
-from .samples import QUESTION, TEXTS, Sample, asked, picture
+from .samples import QUESTION, TEXTS, Sample, asked, image
 
 FORCED = 3  # tokens behind a decode case's prompts
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """A sample of another length (None: as it is), in positions: text is `ids` behind its first token; behind pictures, which
+    """A sample of another length (None: as it is), in positions: text is `ids` behind its first token; behind images, which
     stay whole, `ids` are what is longer."""
 
     sample: Sample
@@ -51,10 +51,10 @@ def edges(manifest: Manifest, seed: int = 0) -> list[Edge]:
 
 class _Maker:
     def __init__(self, manifest: Manifest, seed: int) -> None:
-        self.manifest, self.facts = manifest, manifest.model
+        self.manifest, self.info = manifest, manifest.model
         rng = np.random.default_rng(seed)
         # Not the first ids, among which special tokens are, nor the last.
-        self.ids = rng.integers(3, max(4, self.facts.tokenizer.used // 2), manifest.cache.context).astype(np.int64)
+        self.ids = rng.integers(3, max(4, self.info.tokenizer.used // 2), manifest.cache.context).astype(np.int64)
         self.bases = {0: asked("text", TEXTS[0])}
 
     def _edge(self, kind: Kind, bucket: int, images: int, column: str, asks: list[Ask], forced: int, **route: int) -> Edge:
@@ -69,8 +69,8 @@ class _Maker:
 
     def _base(self, images: int) -> Sample:
         if images not in self.bases:
-            shown = tuple(picture(i) for i in range(images))
-            self.bases[images] = asked(f"text with {images} pictures", QUESTION, shown)
+            shown = tuple(image(i) for i in range(images))
+            self.bases[images] = asked(f"text with {images} images", QUESTION, shown)
         return self.bases[images]
 
     def prefill(self) -> Iterator[Edge]:
@@ -97,22 +97,22 @@ class _Maker:
                 yield self._edge("decode", bucket, images, column, asks, FORCED)
 
     def vision(self) -> Iterator[Edge]:
-        served = _pictures(self.facts, max(self.manifest.buckets("vision")))
+        served = _images(self.info, max(self.manifest.buckets("vision")))
         previous = 0
         for bucket in self.manifest.buckets("vision"):
             for tiles, grids in sorted(served.items()):
                 if previous < tiles <= bucket:
-                    shown = tuple(picture(tiles + 11 * i, grid, self.facts.image.size) for i, grid in enumerate(grids))
+                    shown = tuple(image(tiles + 11 * i, grid, self.info.image.size) for i, grid in enumerate(grids))
                     sample = asked(f"{tiles} tiles", QUESTION, shown)
                     yield self._edge("vision", bucket, 0, f"{tiles} tiles", [Ask(sample, None, self.ids)], 1, vision=bucket)
             previous = bucket
 
 
-def _pictures(facts: ModelFacts, most: int) -> dict[int, list[tuple[int, int]]]:
-    """Numbers of tiles that one run can be given -> grids (rows, columns) of pictures that have so many."""
-    if facts.image.mode in ("anyres", "tiles"):
-        whole = 1 if facts.image.mode == "anyres" else 0
-        side = facts.image.size  # a picture of exactly these tiles is cut into them
-        assert all(grid_of((c * side, r * side), facts.image) == (r, c) for r, c in facts.image.grids)
-        return {whole + rows * columns: [(rows, columns)] for rows, columns in facts.image.grids}
+def _images(info: ModelInfo, most: int) -> dict[int, list[tuple[int, int]]]:
+    """Numbers of tiles that one run can be given -> grids (rows, columns) of images that have so many."""
+    if info.image.mode in ("anyres", "tiles"):
+        whole = 1 if info.image.mode == "anyres" else 0
+        side = info.image.size  # an image of exactly these tiles is cut into them
+        assert all(grid_of((c * side, r * side), info.image) == (r, c) for r, c in info.image.grids)
+        return {whole + rows * columns: [(rows, columns)] for rows, columns in info.image.grids}
     return {n: [(1, 1)] * n for n in range(1, min(most, 4) + 1)}

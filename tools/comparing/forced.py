@@ -17,7 +17,7 @@ from ...runtime.engine.scheduler import Step
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """One run of a graph: what it was given, and which slot and picture it worked on."""
+    """One run of a graph: what it was given, and which slot and image it worked on."""
 
     step: Step
     feed: Feed

@@ -20,7 +20,7 @@ from ...runtime.processor.images import Frame, frame_of
 from ...runtime.processor.prompt import Message
 from .checkpoint import Checkpoint
 from .samples import Sample
-from .sides import HIDDEN_TOKEN, Prepared, Said, SideError
+from .sides import HIDDEN_TOKEN, Generated, Prepared, SideError
 
 FAMILIES = ("llava", "llava_next", "mllama")
 
@@ -66,7 +66,7 @@ class HfSide:
         import transformers
 
         self.name, self.checkpoint = name, checkpoint
-        self.facts, self.config, self.tokenizer = checkpoint.facts, checkpoint.config, checkpoint.tokenizer
+        self.info, self.config, self.tokenizer = checkpoint.info, checkpoint.config, checkpoint.tokenizer
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
         self.processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder)
@@ -80,12 +80,12 @@ class HfSide:
     def prepare(self, sample: Sample) -> HfPrepared:
         messages = [{"role": each.role, "content": self._content(each)} for each in sample.messages]
         text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        bos = self.tokenizer.token(self.facts.tokenizer.bos_token_id)
+        bos = self.tokenizer.token(self.info.tokenizer.bos_token_id)
         images = [_opened(image) for image in sample.images]
         given = self.processor(
             text=text, images=images or None, return_tensors="pt", add_special_tokens=not text.startswith(bos)
         )
-        frames = tuple(frame_of(image.size, self.facts.image) for image in images)
+        frames = tuple(frame_of(image.size, self.info.image) for image in images)
         return HfPrepared(self, dict(given), frames)
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
@@ -101,14 +101,14 @@ class HfSide:
         *,
         route: dict[str, int] | None = None,
         caches: bool = False,
-    ) -> list[Said]:
+    ) -> list[Generated]:
         """One pass over prompt and answer; there are no buckets, so `route` means nothing here."""
         found = []
         for prompt, answer in zip(prompts, answers, strict=True):
             assert isinstance(prompt, HfPrepared)
             out = self.forward(prompt, answer, caches=caches)
             logits = out.logits[0, prompt.length - 1 :].float().numpy()
-            found.append(Said(logits, self._caches(out.past_key_values) if caches else {}))
+            found.append(Generated(logits, self._caches(out.past_key_values) if caches else {}))
         return found
 
     def forward(self, prompt: HfPrepared, answer: np.ndarray, *, caches: bool = False) -> Any:
@@ -127,7 +127,7 @@ class HfSide:
 
     def greedy(self, prompt: Prepared, count: int) -> np.ndarray:
         assert isinstance(prompt, HfPrepared)
-        ends = list(self.facts.eos_token_ids)
+        ends = list(self.info.eos_token_ids)
         out = self.model.generate(
             **prompt.tensors, max_new_tokens=count, do_sample=False, temperature=None, top_p=None, top_k=None,
             eos_token_id=ends, pad_token_id=ends[0],
@@ -136,7 +136,7 @@ class HfSide:
 
     def boxes(self, text: str, prompt: Prepared) -> Sequence[Box]:
         assert isinstance(prompt, HfPrepared)
-        return family(self.facts.family).parse_boxes(text, prompt.frames)
+        return family(self.info.family).parse_boxes(text, prompt.frames)
 
     def rope(self, length: int) -> dict[str, np.ndarray]:
         """Rotary tables [L, D] as the model computes them."""

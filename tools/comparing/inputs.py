@@ -1,7 +1,7 @@
 """What the host makes of a prompt before any graph runs: token ids, tiles in their order, rotary tables, what is seen.
 
-Names that both sides have are compared. `token_ids` [L] (picture rows hidden), `row_index` [L], `rope_cos` and `rope_sin`
-[L, D], `query_scale` [L], `pixels` [tiles, S, S, 3] normalised, `aspect_id` [pictures], `tiles_seen` [L, pictures * tiles].
+Names that both sides have are compared. `token_ids` [L] (image rows hidden), `row_index` [L], `rope_cos` and `rope_sin`
+[L, D], `query_scale` [L], `pixels` [tiles, S, S, 3] normalised, `aspect_id` [images], `tiles_seen` [L, images * tiles].
 """
 
 from __future__ import annotations

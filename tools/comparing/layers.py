@@ -144,7 +144,7 @@ def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> Captured:
     length, first = prompt.length, runs[0]
     assert eager.config is not None
     cache = eager.artifact.manifest.cache
-    graph = definer(eager.config, eager.facts, cache)("prefill", length, first.graph.images)
+    graph = definer(eager.config, eager.info, cache)("prefill", length, first.graph.images)
     feed: dict[str, np.ndarray] = {}
     for name in first.feed:
         if name == "image_rows":
@@ -161,7 +161,7 @@ def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> Captured:
 
 
 def _join_rows(feed: dict[str, np.ndarray], runs: list[Captured], length: int) -> None:
-    """Rows of pictures one chunk after another, and the index of each position among them."""
+    """Rows of images one chunk after another, and the index of each position among them."""
     rows, index, left = [], [], length
     for run in runs:
         count = min(left, run.graph.bucket)

@@ -81,7 +81,7 @@ def _has_transformers() -> bool:
 
 
 def _room(like: Path | None) -> tuple[int | None, int | None]:
-    """Context and pictures of the artifact that is compared with."""
+    """Context and images of the artifact that is compared with."""
     if like is None or not (like / MANIFEST).is_file():
         return None, None
     manifest: Manifest = read_manifest(like)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from ..pages import document, drawn
-from .report import tables, verdict
+from .report import conclusion, tables
 from .result import Result, SampleResult
 
 TINY = 1e-9  # nothing smaller is drawn
@@ -27,7 +27,7 @@ def page(result: Result) -> str:
     if result.edges:
         height = 1.4 + 0.34 * len({edge.graph for edge in result.edges})
         plots.append(("Every graph at its edges", drawn(lambda axes: _heat(axes, result), height=height)))
-    return document("Comparison", [*verdict(result), *result.notes], plots, tables(result))
+    return document("Comparison", [*conclusion(result), *result.notes], plots, tables(result))
 
 
 def _layers(axes, result: Result) -> None:

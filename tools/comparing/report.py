@@ -9,7 +9,7 @@ from rich.table import Table
 from .result import EdgeResult, Result, SampleResult
 
 
-def verdict(result: Result) -> list[str]:
+def conclusion(result: Result) -> list[str]:
     """What is to be known first, a line each."""
     lines = [f"{result.candidate} against {result.reference}, limits of {result.precision}"]
     if result.passed:

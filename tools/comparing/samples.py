@@ -11,8 +11,8 @@ from PIL import Image
 from ...runtime.processor.prompt import Message
 from ..drawings import make_drawing, questions, render
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of the picture
-SIDE = 112  # pixels of a built-in picture
+Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of the image
+SIDE = 112  # pixels of a built-in image
 QUESTION = "What is in the picture?"
 TEXTS = ("Say one word about each of these: a circle, a square, a triangle and a star.", "Name three colours.")
 
@@ -27,7 +27,7 @@ class Sample:
 
     name: str
     messages: tuple[Message, ...]
-    images: tuple[Any, ...] = ()  # paths or pictures, in order
+    images: tuple[Any, ...] = ()  # paths or images, in order
     answer: str | None = None  # what both sides are made to say; None: what the reference says by itself
     expected: str | None = None  # the right answer, for exact match
     boxes: tuple[Box, ...] = ()  # the right boxes, for intersection over union
@@ -35,12 +35,12 @@ class Sample:
 
 
 def asked(name: str, text: str, images: tuple[Any, ...] = (), **more: Any) -> Sample:
-    """One turn of a user, pictures first."""
+    """One turn of a user, images first."""
     return Sample(name=name, messages=(Message("user", text, len(images)),), images=images, **more)
 
 
-def picture(seed: int, grid: tuple[int, int] = (1, 1), side: int = SIDE) -> Image.Image:
-    """A drawing, repeated on a grid of (rows, columns) so that no two parts of a wide picture are alike."""
+def image(seed: int, grid: tuple[int, int] = (1, 1), side: int = SIDE) -> Image.Image:
+    """A drawing, repeated on a grid of (rows, columns) so that no two parts of a wide image are alike."""
     rng = random.Random(seed)
     rows, columns = grid
     sheet = Image.new("RGB", (columns * side, rows * side))
@@ -51,7 +51,7 @@ def picture(seed: int, grid: tuple[int, int] = (1, 1), side: int = SIDE) -> Imag
 
 
 def built_in_samples(seed: int = 0) -> list[Sample]:
-    """Text alone, pictures of several shapes, questions whose answers are known, two pictures, an earlier turn."""
+    """Text alone, images of several shapes, questions whose answers are known, two images, an earlier turn."""
     rng = random.Random(seed)
     drawing = make_drawing(rng, 3)
     known = {kind: (question, answer) for question, answer, kind in questions(drawing, rng)}
@@ -61,8 +61,8 @@ def built_in_samples(seed: int = 0) -> list[Sample]:
         question, answer = known[kind]
         samples.append(asked(f"picture, {kind}", question, (shown,), built_in=True, answer=answer))
     for name, grid in (("wide", (1, 2)), ("tall", (3, 1)), ("large", (2, 2))):
-        samples.append(asked(f"picture, {name}", QUESTION, (picture(seed + 7, grid),), built_in=True))
-    samples.append(asked("two pictures", "Which of the two is larger?", (shown, picture(seed + 9)), built_in=True))
+        samples.append(asked(f"picture, {name}", QUESTION, (image(seed + 7, grid),), built_in=True))
+    samples.append(asked("two pictures", "Which of the two is larger?", (shown, image(seed + 9)), built_in=True))
     turns = (Message("user", QUESTION, 1), Message("assistant", "A red circle."), Message("user", "Where is it?"))
     samples.append(Sample(name="second turn", messages=turns, images=(shown,), built_in=True))
     return samples

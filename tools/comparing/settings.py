@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-from ...runtime.artifact import ModelFacts
+from ...runtime.artifact import ModelInfo
 from ...runtime.shown import quoted
 from .findings import Finding
 
@@ -15,9 +15,9 @@ from .findings import Finding
 IGNORED = ("sampling", "tokenizer.file", "layout", "stop_strings", "text_before_image")
 
 
-def compare_settings(reference: ModelFacts, candidate: ModelFacts) -> list[Finding]:
+def compare_settings(reference: ModelInfo, candidate: ModelInfo) -> list[Finding]:
     """Every setting that differs."""
-    a, b = (dict(_flat(msgspec.to_builtins(facts))) for facts in (reference, candidate))
+    a, b = (dict(_flat(msgspec.to_builtins(info))) for info in (reference, candidate))
     found = []
     for name in sorted(a.keys() | b.keys()):
         if name.startswith(IGNORED) or _alike(a.get(name), b.get(name)):

@@ -9,12 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from ...model_defs.config import ModelConfig
-from ...runtime.artifact import Manifest, ModelFacts
+from ...runtime.artifact import Manifest, ModelInfo
 from ...runtime.processor.boxes import Box
 from ...runtime.processor.tokenizer import Tokenizer
 from .samples import Sample
 
-HIDDEN_TOKEN = -1  # stands in compared token ids where a picture's rows do
+HIDDEN_TOKEN = -1  # stands in compared token ids where an image's rows do
 
 
 class SideError(ValueError):
@@ -38,7 +38,7 @@ class Prepared(Protocol):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Said:
+class Generated:
     """What a side says to forced tokens."""
 
     logits: np.ndarray  # float32 [n, V]: before each forced token
@@ -49,7 +49,7 @@ class Side(Protocol):
     """Reference or candidate."""
 
     name: str
-    facts: ModelFacts
+    info: ModelInfo
     tokenizer: Tokenizer
 
     @property
@@ -71,7 +71,7 @@ class Side(Protocol):
         *,
         route: dict[str, int] | None = None,
         caches: bool = False,
-    ) -> list[Said]:
+    ) -> list[Generated]:
         """Teacher-forced: the logits before each token of the answers, all prompts running together.
 
         `route`: use no other bucket of these kinds. `caches`: also what the cache then holds.

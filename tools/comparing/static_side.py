@@ -11,23 +11,23 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ...compiler.lockstep import LockstepBackend, widened
+from ...compiler.lockstep import LockstepBackend, with_all_heads
 from ...compiler.lockstep_stages import PipelineBackend, whole_pipeline
 from ...model_defs.config import ModelConfig, decode_config
-from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelFacts, WeightSpec, open_artifact, rank_weights
+from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelInfo, WeightSpec, open_artifact, rank_weights
 from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, Group
 from ...runtime.backends.open import open_backend
 from ...runtime.engine.request import SamplingParams
 from ...runtime.model import Model
 from ...runtime.processor.boxes import Box
-from ...runtime.processor.prompt import Prompt, Sight
+from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.rope import query_scales, rope_tables
 from ..bench import held
-from .checkpoint import Checkpoint, narrowed
+from .checkpoint import Checkpoint, with_heads
 from .forced import ForcedEngine
 from .samples import Sample
-from .sides import HIDDEN_TOKEN, Prepared, Said
+from .sides import HIDDEN_TOKEN, Generated, Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +35,7 @@ class StaticPrepared:
     """See sides.Prepared."""
 
     prompt: Prompt
-    facts: ModelFacts
+    info: ModelInfo
     head_dim: int
 
     @property
@@ -44,26 +44,26 @@ class StaticPrepared:
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
-        prompt, image = self.prompt, self.facts.image
+        prompt, image = self.prompt, self.info.image
         found = {"token_ids": np.where(self._shown, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
-        cos, sin = rope_tables(self.facts.rope, self.head_dim, self.length, prompt.ntk)
+        cos, sin = rope_tables(self.info.rope, self.head_dim, self.length, prompt.ntk)
         found |= {"rope_cos": cos, "rope_sin": sin}
-        if self.facts.rope.logn_positions:
-            found["query_scale"] = query_scales(self.facts.rope, self.length)
+        if self.info.rope.logn_positions:
+            found["query_scale"] = query_scales(self.info.rope, self.length)
         if len(prompt.pixels):
             mean, std = np.array(image.mean), np.array(image.std)
             used = prompt.pixels[self._used]
             found["pixels"] = ((used * image.rescale - mean) / std).astype(np.float32)
         if prompt.grids is not None and len(prompt.grids):
             found["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
-        if prompt.sight:
-            found["tiles_seen"] = prompt.sight.visible.astype(np.int64)
+        if prompt.cross_attention:
+            found["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
         return found
 
     @property
     def _shown(self) -> np.ndarray:
-        """Positions that are a picture's, newlines between its rows included."""
-        newline = self.facts.image.newline_id
+        """Positions that are an image's, newlines between its rows included."""
+        newline = self.info.image.newline_id
         return (self.prompt.rows >= 0) | (self.prompt.token_ids == (-2 if newline is None else newline))
 
     @property
@@ -77,15 +77,17 @@ class StaticPrepared:
 
     def with_tokens(self, length: int, ids: np.ndarray) -> StaticPrepared:
         prompt, more = self.prompt, max(0, length - self.length)
-        sight = prompt.sight
-        if sight:
-            sight = Sight(visible=held(sight.visible, more)[:length], gates=held(sight.gates, more)[:length])
+        cross_attention = prompt.cross_attention
+        if cross_attention:
+            cross_attention = CrossAttentionMask(
+                visible=held(cross_attention.visible, more)[:length], gates=held(cross_attention.gates, more)[:length]
+            )
         changed = dataclasses.replace(
             prompt,
             token_ids=np.concatenate((prompt.token_ids, ids[:more].astype(np.int32)))[:length],
             rows=np.concatenate((prompt.rows, np.full(more, -1, np.int32)))[:length],
             state=np.zeros(length, np.int32),
-            sight=sight,
+            cross_attention=cross_attention,
         )
         return dataclasses.replace(self, prompt=changed)
 
@@ -105,7 +107,7 @@ class StaticSide:
     ) -> None:
         """`compiled`: the graphs of the artifact are what runs, not the definitions."""
         self.name, self.artifact, self.config, self.checkpoint = name, artifact, config, checkpoint
-        self.facts = artifact.manifest.model
+        self.info = artifact.manifest.model
         self.compiled = compiled
         self.engine = ForcedEngine(artifact, backend)
         self.model = Model(artifact, self.engine)
@@ -121,7 +123,7 @@ class StaticSide:
 
     def prepare(self, sample: Sample) -> StaticPrepared:
         prompt = self.model.prepare_messages(list(sample.messages), list(sample.images))
-        return StaticPrepared(prompt, self.facts, self.artifact.manifest.cache.head_dim)
+        return StaticPrepared(prompt, self.info, self.artifact.manifest.cache.head_dim)
 
     def say(
         self,
@@ -130,9 +132,9 @@ class StaticSide:
         *,
         route: dict[str, int] | None = None,
         caches: bool = False,
-    ) -> list[Said]:
+    ) -> list[Generated]:
         engine, slots = self.engine, self.artifact.manifest.cache.slots
-        found: list[Said] = []
+        found: list[Generated] = []
         with engine.only(route):
             together = 1 if caches else slots  # a slot is written again as soon as its sequence has ended
             for start in range(0, len(prompts), together):
@@ -151,7 +153,7 @@ class StaticSide:
                     assert out.logits is not None
                     slot, positions = engine.slots.pop(sequence.id), sequence.prompt.length + len(out.token_ids) - 1
                     kept = self._caches(slot, positions) if caches else {}
-                    found.append(Said(out.logits, kept))
+                    found.append(Generated(out.logits, kept))
         return found
 
     def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
@@ -231,8 +233,10 @@ def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: 
 def together(manifest: Manifest) -> Manifest:
     """The manifest with the cache and the graphs of all ranks, as LockstepBackend takes them."""
     ranks = manifest.tp
-    cache = narrowed(manifest.cache, manifest.cache.kv_heads * ranks)
-    return msgspec.structs.replace(manifest, cache=cache, graphs=tuple(widened(graph, ranks) for graph in manifest.graphs))
+    cache = with_heads(manifest.cache, manifest.cache.kv_heads * ranks)
+    return msgspec.structs.replace(
+        manifest, cache=cache, graphs=tuple(with_all_heads(graph, ranks) for graph in manifest.graphs)
+    )
 
 
 def open_eager_side(checkpoint: Checkpoint, *, context: int | None, images: int | None, name: str) -> StaticSide:

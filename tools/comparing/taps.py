@@ -23,7 +23,7 @@ from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
 from .capture import Captured
-from .checkpoint import narrowed
+from .checkpoint import with_heads
 from .culprit import matched_culprit, named_culprit, whole_culprit
 from .static_side import StaticSide
 from .walk import Find, OpError, Walk
@@ -76,14 +76,14 @@ def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.expo
     assert side.config is not None
     manifest = side.artifact.manifest
     sizes = graph.kind, graph.bucket, graph.images, manifest.tp, graph.candidates
-    return traced(side.config, side.facts.image, rank_cache(side), manifest.quant, *sizes, rounded=manifest.backend == "onnx")
+    return traced(side.config, side.info.image, rank_cache(side), manifest.quant, *sizes, rounded=manifest.backend == "onnx")
 
 
 def rank_cache(side: StaticSide) -> CacheSpec:
     """One rank's part of the cache."""
     assert side.config is not None
     manifest = side.artifact.manifest
-    return narrowed(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
+    return with_heads(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
 
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few

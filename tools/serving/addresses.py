@@ -23,7 +23,7 @@ def connect_publicly(address: tuple[str, int], timeout: float | None) -> socket.
     def check(place: str) -> None:
         if not is_public(ipaddress.ip_address(place.partition("%")[0])):
             raise ImageError(
-                f"the host {shown(address[0])} is refused because it does not lie on the public internet; send the picture as "
+                f"the host {shown(address[0])} is refused because it does not lie on the public internet; send the image as "
                 "a data: URL, or start the server with --allow-private-urls"
             )
 

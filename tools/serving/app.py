@@ -95,7 +95,7 @@ def _card(service: Service, created: int) -> dict[str, object]:
         "created": created,
         "owned_by": "staticvl",
         "context_length": service.spec.context,
-        "family": service.model.facts.family,
+        "family": service.model.info.family,
     }
 
 

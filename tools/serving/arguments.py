@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a key a line; or STATICVL_API_KEYS, with commas between",
     )
-    group.add_argument("--allow-private-urls", action="store_true", help="fetch pictures from private addresses too")
+    group.add_argument("--allow-private-urls", action="store_true", help="fetch images from private addresses too")
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     group.add_argument("--tp", type=int, metavar="N", help="ranks of each layer; default: what the artifact was compiled for")
@@ -51,10 +51,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--max-waiting", type=int, default=64, metavar="N", help="answers beside those in slots; default: 64")
     group.add_argument("--max-body-mb", type=float, default=32, metavar="MB", help="of a request; default: 32")
     group.add_argument("--max-images", type=int, default=8, metavar="N", help="of a request; default: 8")
-    group.add_argument("--max-image-mb", type=float, default=16, metavar="MB", help="of a picture's file; default: 16")
+    group.add_argument("--max-image-mb", type=float, default=16, metavar="MB", help="of an image's file; default: 16")
     group.add_argument("--max-image-pixels", type=int, default=40_000_000, metavar="N", help="default: 40000000")
     group.add_argument("--request-s", type=float, default=600, metavar="S", help="that a request may take; default: 600")
-    group.add_argument("--fetch-s", type=float, default=20, metavar="S", help="that a picture's download may take; default: 20")
+    group.add_argument("--fetch-s", type=float, default=20, metavar="S", help="that an image's download may take; default: 20")
     group.add_argument("--send-s", type=float, default=60, metavar="S", help="that an answer may stay unread; default: 60")
     group.add_argument("--stall-s", type=float, default=60, metavar="S", help="of one step, then /health is 503; default: 60")
     group.add_argument(

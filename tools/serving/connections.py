@@ -82,7 +82,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
         raise ApiError(415, f"the body has the type {kind[:60] or 'none'}; expected application/json", code="invalid_type")
     most = settings.max_body_bytes
     too_large = ApiError(
-        413, f"the body has more than the {most} bytes allowed; send smaller pictures, or fewer", code="request_too_large"
+        413, f"the body has more than the {most} bytes allowed; send smaller images, or fewer", code="request_too_large"
     )
     length = request.headers.get("content-length", "")
     if length.isdecimal() and int(length) > most:

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import EngineClosedError
-from ...runtime.backends.distributed.verdict import RankError
+from ...runtime.backends.distributed.failures import RankError
 from ...runtime.engine.engine import ContextError
 from ...runtime.opening import RunError
 from ...runtime.processor.images import ImageError

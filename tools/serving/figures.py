@@ -49,7 +49,7 @@ class Figures:
         counters = {
             "staticvl_prompt_tokens": ("Positions of prompts that were run or taken over", metrics.prompt_tokens),
             "staticvl_reused_tokens": ("Positions of prompts that were in the cache already", metrics.reused_tokens),
-            "staticvl_tiles": ("Tiles of pictures whose features were needed", metrics.tiles),
+            "staticvl_tiles": ("Tiles of images whose features were needed", metrics.tiles),
             "staticvl_reused_tiles": ("Tiles whose features were known already", metrics.reused_tiles),
             "staticvl_slot_copies": ("Copies of cache rows from slot to slot", metrics.copies),
         }

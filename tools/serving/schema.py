@@ -47,7 +47,7 @@ class TextPart(_Part):
 
 class ImageUrl(_Part):
     url: str
-    detail: Literal["auto", "low", "high"] | None = None  # every picture is cut as its model was trained
+    detail: Literal["auto", "low", "high"] | None = None  # every image is cut as its model was trained
 
 
 class ImagePart(_Part):

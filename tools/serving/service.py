@@ -13,8 +13,8 @@ from ...runtime.model import Model
 from ...runtime.processor.token_bytes import TokenBytes
 from .errors import ApiError
 from .figures import Figures
+from .images import Images
 from .newer import Newer
-from .pictures import Pictures
 from .settings import Settings
 
 
@@ -28,11 +28,11 @@ class Service:
         self.engine = AsyncEngine(model)
         self.engine.on_failure = lambda: self.loop.call_soon_threadsafe(self.failed.set)
         self.figures = Figures(model.engine)
-        self.pictures = Pictures(settings, model.facts.image.alpha)
+        self.images = Images(settings, model.info.image.alpha)
         self.spec = model.artifact.manifest.cache
         self.newer = Newer(model.artifact)
         self.draining = False
-        self.ready = asyncio.Lock()  # one request at a time holds decoded pictures that are not cut yet
+        self.ready = asyncio.Lock()  # one request at a time holds decoded images that are not cut yet
         self._mean_s = 1.0  # that requests take, the latest counting most
 
     @functools.cached_property
@@ -87,4 +87,4 @@ class Service:
         """End what still runs; the model stays open."""
         self.draining = True
         await self.engine.close()
-        self.pictures.close()
+        self.images.close()

@@ -16,7 +16,7 @@ class Settings:
     allow_private_urls: bool = False
     max_body_bytes: int = 32 * MIB
     max_images: int = 8  # of one request
-    max_image_bytes: int = 16 * MIB  # of one picture's file
+    max_image_bytes: int = 16 * MIB  # of one image's file
     max_image_pixels: int = 40_000_000
     max_image_side: int = 10_000  # pixels; a padded square of this side is the largest that is made on the way
     max_image_ratio: int = 200  # of the longer side to the shorter
@@ -25,7 +25,7 @@ class Settings:
     request_s: float = 600  # from the first byte of a request to the last token
     body_s: float = 30  # until the body has arrived
     header_s: float = 30  # until a new connection has sent a request
-    fetch_s: float = 20  # of one picture behind a URL
+    fetch_s: float = 20  # of one image behind a URL
     stall_s: float = 60  # that the engine may need for one step before /health says so
     send_s: float = 60  # that a client may leave its answer unread
     drain_s: float = 30

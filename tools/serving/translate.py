@@ -1,4 +1,4 @@
-"""A request in OpenAI's words -> messages, pictures and settings in ours."""
+"""A request in OpenAI's words -> messages, images and settings in ours."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def check_request(request: ChatRequest, settings: Settings, context: int, places
         raise ApiError(404, told, param="model", code="model_not_found")
     for place, message in enumerate(request.messages):
         if message.urls and message.role != "user":
-            told = f"a message of the role {message.role} has a picture; put pictures into messages of the user"
+            told = f"a message of the role {message.role} has an image; put images into messages of the user"
             raise ApiError(400, told, param=f"messages[{place}].content", code="invalid_value")
     if (count := sum(len(message.urls) for message in request.messages)) > settings.max_images:
-        told = f"{count} pictures were sent; expected at most {settings.max_images}"
+        told = f"{count} images were sent; expected at most {settings.max_images}"
         raise ApiError(400, told, param="messages", code="too_many_images")
     chars, most = sum(message.characters for message in request.messages), context * settings.max_chars_per_token
     if chars > most:

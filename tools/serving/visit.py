@@ -59,17 +59,17 @@ class Visit:
             raise ApiError(503, "the request was not ready in time; try again", code="timeout") from None
         except Exception as error:  # whichever, the client is told in its own words
             raise of_request(error) from error
-        return Wording(service.settings.model_name, tokens, service.model.facts.eos_token_ids)
+        return Wording(service.settings.model_name, tokens, service.model.info.eos_token_ids)
 
     async def _prepared(self, request: ChatRequest) -> Prompt:
         service = self.service
         messages, urls = messages_of(request)
-        files = await service.pictures.fetched(urls)
+        files = await service.images.fetched(urls)
         if not files:
             return await service.engine.prepare(messages)
         async with service.ready:
-            prompt = await service.engine.prepare(messages, await service.pictures.decoded(files))
-        await service.pictures.forget(prompt.frames)
+            prompt = await service.engine.prepare(messages, await service.images.decoded(files))
+        await service.images.forget(prompt.frames)
         return prompt
 
     async def _items(self) -> AsyncGenerator[tuple[int, Piece | Output], None]:

@@ -5,7 +5,7 @@ A step of r rows runs in the smallest bucket that has them. With buckets b1 < b2
 
     F(k, b) = min over a < b of F(k - 1, a) + cost(b) * (number of steps with a < rows <= b),   F(0, 0) = 0.
 
-Variants of the graphs (which see so many pictures) share the buckets; each has costs and steps of its own, and they are
+Variants of the graphs (which see so many images) share the buckets; each has costs and steps of its own, and they are
 added.
 """
 

@@ -11,7 +11,7 @@ _PEAKS = 4
 
 def candidate_sizes(lengths: Mapping[int, float], granularity: int, largest: int) -> list[int]:
     """Multiples of `granularity` up to `largest`, denser where they are small: as many per octave as keep them few; and the
-    sizes at which many prompts end, as they do where prompts are a picture and little text.
+    sizes at which many prompts end, as they do where prompts are an image and little text.
     """
     last = min(largest, _up(max(lengths), granularity))
     grid = next(

@@ -68,7 +68,7 @@ def setup_of(costs: Costs, buckets: Mapping[str, tuple[int, ...]], chosen: Chose
 
 
 def by_variant(counted: Mapping[int, Mapping[int, int]], variants: tuple[int, ...]) -> list[Counter[int]]:
-    """Counts by pictures seen -> counts by the variant that runs: the smallest that sees as many."""
+    """Counts by images seen -> counts by the variant that runs: the smallest that sees as many."""
     found = [Counter[int]() for _ in variants]
     for seen, counts in counted.items():
         found[next(i for i, variant in enumerate(variants) if variant >= seen)].update(counts)

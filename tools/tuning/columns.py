@@ -40,7 +40,7 @@ class TraceError(ValueError):
 class Request:
     """What a trace says of one request.
 
-    `prompt` are tokens of text, `sizes` those pictures whose (width, height) is known, `images` all of them; `image_tokens` is
+    `prompt` are tokens of text, `sizes` those images whose (width, height) is known, `images` all of them; `image_tokens` is
     what they took there, None where the trace does not say. `time` is in seconds, from any origin, None where not known.
     """
 
@@ -123,7 +123,7 @@ def _moment(value: Any, where: str) -> float:
 
 
 def _images(value: Any, where: str) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """How many pictures, and their sizes where they are given: 2, "640x480;800x600", [[640, 480], [800, 600]]."""
+    """How many images, and their sizes where they are given: 2, "640x480;800x600", [[640, 480], [800, 600]]."""
     if value in (None, "", []) or value == ():
         return 0, ()
     if isinstance(value, str) and value.lstrip().startswith("["):

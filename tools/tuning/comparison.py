@@ -78,7 +78,7 @@ def coverages(result: Result, granularity: int) -> list[Coverage]:
 
 
 def replayed_powers(result: Result, granularity: int) -> Replayed:
-    """The replay with powers of two everywhere and every prompt in one run; pictures too."""
+    """The replay with powers of two everywhere and every prompt in one run; images too."""
     chosen, workload = result.chosen, result.workload
     decode = tuple(sorted({1 << i for i in range(chosen.slots.bit_length())} | {chosen.slots}))
     buckets = {

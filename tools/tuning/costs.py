@@ -21,7 +21,7 @@ from ...runtime.shown import quoted
 from ..cards import Card
 from .curves import CostError, Curve, fit
 
-Key = tuple[Kind, int]  # graph kind, pictures that it sees
+Key = tuple[Kind, int]  # graph kind, images that it sees
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Milliseconds of one run by kind, size and pictures seen; `source` says where they come from.
+    """Milliseconds of one run by kind, size and images seen; `source` says where they come from.
 
     `past_ms` is what a run takes more for each of its tokens and each token that is in the cache before it. It is 0 where a run
     reads the whole cache whatever is in it, and where it was not measured. The runtime's planner knows nothing of it.
@@ -155,7 +155,7 @@ def parse_costs(data: Any, where: str) -> Costs:
 
 
 def costs_yaml(costs: Costs) -> str:
-    """Measured costs as the table that parse_costs takes; without variants that see pictures, which it does not know. Raises
+    """Measured costs as the table that parse_costs takes; without variants that see images, which it does not know. Raises
     CostError where costs were not measured.
     """
     lines = [f"# {costs.source}"]

@@ -36,12 +36,12 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
-    """A set of buckets of each kind, ascending; `vision` is empty where the trace has no pictures."""
+    """A set of buckets of each kind, ascending; `vision` is empty where the trace has no images."""
 
     prefill: tuple[int, ...]
     decode: tuple[int, ...]
     vision: tuple[int, ...]
-    images: tuple[int, ...]  # variants besides the one without pictures
+    images: tuple[int, ...]  # variants besides the one without images
     context: int
     slots: int
 

@@ -20,7 +20,7 @@ from ...runtime.engine.chunks import ChunkPlanner
 from ...runtime.engine.request import Sequence as Running
 from ...runtime.engine.scheduler import Scheduler, Step
 from ...runtime.processor.images import Frame
-from ...runtime.processor.prompt import Prompt, Sight
+from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.sampling.params import ResolvedSampling, SamplingParams
 from .workload import Arrival
 
@@ -48,7 +48,7 @@ class Replayed:
     busy_s: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0.0))
     real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0))
     padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0))
-    rows: dict[int, Counter[int]] = field(default_factory=dict)  # pictures seen -> rows that a decode step reached -> steps
+    rows: dict[int, Counter[int]] = field(default_factory=dict)  # images seen -> rows that a decode step reached -> steps
     span_s: float = 0.0  # from the first arrival to the last token
 
     @property
@@ -63,7 +63,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is replayed: milliseconds by (kind, pictures) and bucket, and the cache."""
+    """What is replayed: milliseconds by (kind, images) and bucket, and the cache."""
 
     costs: Mapping[tuple[Kind, int], Mapping[int, float]]
     context: int
@@ -136,14 +136,16 @@ class _Replay:
         arrival = self.arrivals[place]
         ids = np.broadcast_to(np.int32(0), (arrival.prompt,))  # sizes without memory
         frame = Frame(left=0, top=0, width=1, height=1, image_width=1, image_height=1)
-        sight = Sight(visible=np.empty((0, 0), bool), gates=np.empty((0, 2), np.float32)) if arrival.images else None
+        cross_attention = (
+            CrossAttentionMask(visible=np.empty((0, 0), bool), gates=np.empty((0, 2), np.float32)) if arrival.images else None
+        )
         prompt = Prompt(
             token_ids=ids,
             rows=ids,
             pixels=np.broadcast_to(np.uint8(0), (arrival.tiles, 1, 1, 3)),
             frames=(frame,) * arrival.images,
             image_tokens=0,
-            sight=sight,
+            cross_attention=cross_attention,
             state=ids,
         )
         self.left[place] = arrival.generated

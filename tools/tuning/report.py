@@ -39,7 +39,7 @@ def chosen_table(result: Result) -> Table:
     rows = {
         "prefill": _numbers(chosen.prefill),
         "decode": _numbers(chosen.decode),
-        "vision": _numbers(chosen.vision) or "as derived from the model (no pictures in the trace)",
+        "vision": _numbers(chosen.vision) or "as derived from the model (no images in the trace)",
         **({"images": _numbers(chosen.images)} if chosen.images else {}),
         "context": f"{chosen.context} tokens; {_dropped(result)}",
         "slots": str(chosen.slots),

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from ...runtime.artifact import Kind, ModelFacts, open_artifact
+from ...runtime.artifact import Kind, ModelInfo, open_artifact
 from ...runtime.shown import shown
 from ..cards import CARDS, Card
 from .costs import (
@@ -35,21 +35,21 @@ class Target:
 
     name: str
     costs: Callable[[int, int], Costs]
-    facts: ModelFacts | None = None
-    tiles: int | None = None  # the one vision bucket of a model whose pictures enter by cross-attention
+    info: ModelInfo | None = None
+    tiles: int | None = None  # the one vision bucket of a model whose images enter by cross-attention
     weight_bytes: int = 0
     row_bytes: int = 0  # of the cache: one token of one slot
-    picture_bytes: int = 0  # of the cache: one picture of one slot
+    image_bytes: int = 0  # of the cache: one image of one slot
     max_positions: int | None = None  # None: not known, as in old artifacts; compiling checks the context against it
 
     @property
     def crossed(self) -> bool:
-        """Whether pictures enter by cross-attention."""
+        """Whether images enter by cross-attention."""
         return self.tiles is not None
 
     def nbytes(self, context: int, slots: int, smallest: int, images: int) -> int:
         """Weights and cache, whose rows are those of compiler/plan.py."""
-        return self.weight_bytes + slots * ((context + smallest) * self.row_bytes + images * self.picture_bytes)
+        return self.weight_bytes + slots * ((context + smallest) * self.row_bytes + images * self.image_bytes)
 
 
 def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: int, threads: int | None) -> Target:
@@ -73,12 +73,12 @@ def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: in
     return Target(
         name=folder.name,
         costs=lambda context, slots: costs,
-        facts=manifest.model,
+        info=manifest.model,
         max_positions=manifest.model.max_positions or None,
         tiles=cache.cross.tiles if cache.cross else None,
         weight_bytes=sum(weight.nbytes for weight in manifest.weights.values()) * manifest.tp,
         row_bytes=bare // (cache.slots * cache.rows),
-        picture_bytes=(cache.nbytes - bare) // (cache.slots * cache.cross.images) if cache.cross else 0,
+        image_bytes=(cache.nbytes - bare) // (cache.slots * cache.cross.images) if cache.cross else 0,
     )
 
 
@@ -94,7 +94,7 @@ def from_checkpoint(
 ) -> Target:
     """A checkpoint's folder, of which only the small files are read, or a model known by name; at best on a card."""
     from ...compiler.calibration import Calibration
-    from ...compiler.facts import read_facts
+    from ...compiler.model_info import read_model_info
     from ...compiler.plan import Buckets, Options, forecast, make_plan
     from ...model_defs.config import TiledConfig, read_config
 
@@ -103,7 +103,7 @@ def from_checkpoint(
     with tempfile.TemporaryDirectory() as scratch:
         folder = _settings(checkpoint, Path(scratch))
         config = read_config(folder, vision_tower=vision_tower)
-        facts, _ = read_facts(folder, config, vision_tower=vision_tower)
+        info, _ = read_model_info(folder, config, vision_tower=vision_tower)
     crossed = isinstance(config.vision, TiledConfig)
     options = Options(
         checkpoint=folder,
@@ -133,7 +133,7 @@ def from_checkpoint(
         ]
         points: dict[Key, list[tuple[int, int, int]]] = {}
         for kind, size, images in tqdm(jobs, desc="counting operations", disable=None):
-            counted = graph_cost(define_graph(config, facts.image, cache, quant, kind, size, images), dtype)
+            counted = graph_cost(define_graph(config, info.image, cache, quant, kind, size, images), dtype)
             points.setdefault((kind, images), []).append((size, counted.flops, counted.nbytes))
         lines = {key: line_through(sorted(found)) for key, found in points.items()}
         return roofline_costs(lines, device, overhead_ms, _roofline_source(Path(checkpoint).name, device, overhead_ms))
@@ -141,11 +141,11 @@ def from_checkpoint(
     return Target(
         name=Path(checkpoint).name,
         costs=costs,
-        facts=facts,
+        info=info,
         tiles=config.vision.tiles if isinstance(config.vision, TiledConfig) else None,
         weight_bytes=forecast(config, plan, options, options.floats({}))["weight_bytes"],
         row_bytes=bare // plan.cache.rows,
-        picture_bytes=plan.cache.nbytes - bare,
+        image_bytes=plan.cache.nbytes - bare,
         max_positions=config.text.max_positions,
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .columns import Request, TraceError
-from .pictures import PictureCounter
+from .images import ImageCounter
 
 _SEED = 20240
 
@@ -27,13 +27,13 @@ class Arrival:
 
 @dataclass(slots=True)
 class Workload:
-    """Counts of a trace, by size. `lengths` is told apart by the number of pictures that a prompt sees by cross-attention."""
+    """Counts of a trace, by size. `lengths` is told apart by the number of images that a prompt sees by cross-attention."""
 
     requests: int = 0
     dropped: int = 0  # longer than the cache may be
-    lengths: dict[int, Counter[int]] = field(default_factory=dict)  # pictures -> positions to compute -> requests
-    tiles: Counter[int] = field(default_factory=Counter)  # tiles of a request -> requests, those without pictures left out
-    images: Counter[int] = field(default_factory=Counter)  # pictures of a request -> requests
+    lengths: dict[int, Counter[int]] = field(default_factory=dict)  # images -> positions to compute -> requests
+    tiles: Counter[int] = field(default_factory=Counter)  # tiles of a request -> requests, those without images left out
+    images: Counter[int] = field(default_factory=Counter)  # images of a request -> requests
     totals: Counter[int] = field(default_factory=Counter)  # prompt and answer together -> requests
     generated: int = 0  # tokens of all answers
     block: list[Arrival] = field(default_factory=list)  # requests that follow one another
@@ -63,14 +63,14 @@ class _Block:
 
 
 def gather(
-    requests: Iterable[Request], pictures: PictureCounter | None, *, crossed: bool, context: int | None, block: int
+    requests: Iterable[Request], images: ImageCounter | None, *, crossed: bool, context: int | None, block: int
 ) -> Workload:
-    """Count requests. `crossed`: pictures enter by cross-attention. Those longer than `context` are counted as dropped, since
-    the runtime refuses them. Raises TraceError for pictures of which neither a counter nor the trace says what they take.
+    """Count requests. `crossed`: images enter by cross-attention. Those longer than `context` are counted as dropped, since
+    the runtime refuses them. Raises TraceError for images of which neither a counter nor the trace says what they take.
     """
     found, sample = Workload(), _Block(block)
     for request in requests:
-        tokens, tiles = _pictures(request, pictures)
+        tokens, tiles = _images(request, images)
         whole = request.prompt + tokens
         if context is not None and whole + request.generated > context:
             found.dropped += 1
@@ -89,8 +89,8 @@ def gather(
     return found
 
 
-def _pictures(request: Request, counter: PictureCounter | None) -> tuple[int, int]:
-    """Tokens and tiles of all pictures of a request."""
+def _images(request: Request, counter: ImageCounter | None) -> tuple[int, int]:
+    """Tokens and tiles of all images of a request."""
     if counter is None and request.images and request.image_tokens is None:
         raise TraceError(
             "the trace has images, and nothing says how many tokens one takes; give --artifact or --checkpoint beside --costs"

@@ -74,7 +74,7 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
 
 
 def _with_newline(embedding: Rule, width: int) -> Rule:
-    """The vector that ends a row of picture features becomes one more token, behind all others."""
+    """The vector that ends a row of image features becomes one more token, behind all others."""
     rows = embedding.shape[0]
     newline = SourceRef("newline", "", (width,))
     return Rule(embedding.target, (rows + 1, width), (*embedding.sources, newline), append_row)

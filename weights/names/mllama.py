@@ -1,4 +1,4 @@
-"""Llama-3.2-Vision: a decoder some of whose layers attend to pictures, and a tower that sees all tiles at once."""
+"""Llama-3.2-Vision: a decoder some of whose layers attend to images, and a tower that sees all tiles at once."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
 
 
 def _cross_layer(text: TextConfig, layer: int) -> Iterator[Rule]:
-    """What a layer that attends to pictures does to the text."""
+    """What a layer that attends to images does to the text."""
     ours, theirs, width = f"text.layers.{layer}", f"layers.{layer}", text.hidden_size
     q = text.heads * text.head_dim
     yield llama.attention_norm(text, layer)
@@ -52,7 +52,7 @@ def _cross_layer(text: TextConfig, layer: int) -> Iterator[Rule]:
 
 
 def _cross_keys(text: TextConfig, j: int, layer: int) -> Iterator[Rule]:
-    """What makes keys and values of pictures; it runs in the vision graph, where cross layers are counted alone."""
+    """What makes keys and values of images; it runs in the vision graph, where cross layers are counted alone."""
     theirs, kv = f"layers.{layer}.cross_attn", text.kv_heads * text.head_dim
     yield plain(f"cross.{j}.k.weight", "text", f"{theirs}.k_proj.weight", kv, text.hidden_size)
     yield plain(f"cross.{j}.v.weight", "text", f"{theirs}.v_proj.weight", kv, text.hidden_size)
@@ -88,7 +88,7 @@ def _tower_layer(vision: TiledConfig, ours: str, theirs: str) -> Iterator[Rule]:
 
 
 def _tile_table(name: str, vision: TiledConfig) -> Rule:
-    """One row per aspect ratio, after row 0, which stands for no picture: a vector for each tile."""
+    """One row per aspect ratio, after row 0, which stands for no image: a vector for each tile."""
     shape, theirs = (len(vision.ratios) + 1, vision.tiles * vision.hidden_size), f"{name}_positional_embedding"
     sources = SourceRef("vision", f"{theirs}.gate", (1,)), SourceRef("vision", f"{theirs}.embedding.weight", shape)
     return Rule(f"vision.{name}.weight", shape, sources, gated_table)

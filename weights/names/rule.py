@@ -50,7 +50,7 @@ class Table:
 
     `rules` are in the order in which targets are stored. `spellings`: part of a model -> what comes before its tensor names,
     in every known spelling. `published`: the spelling in which this layout is published. `ignored` matches whole names of
-    buffers that are computed from the config and of parts that no text or picture passes through. `tower`: the part that
+    buffers that are computed from the config and of parts that no text or image passes through. `tower`: the part that
     holds the vision tower.
     """
 

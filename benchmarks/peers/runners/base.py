@@ -39,11 +39,11 @@ class Runner(Protocol):
         ...
 
     def image(self, pixels: np.ndarray) -> None:
-        """A picture, uint8 [S, S, 3], to the rows that the decoder takes."""
+        """An image, uint8 [S, S, 3], to the rows that the decoder takes."""
         ...
 
-    def prefill_picture(self, pixels: np.ndarray, prompt: Tokens) -> None:
-        """A picture and the text behind it, up to the logits of the last token."""
+    def prefill_image(self, pixels: np.ndarray, prompt: Tokens) -> None:
+        """An image and the text behind it, up to the logits of the last token."""
         ...
 
 
@@ -54,10 +54,10 @@ def normalised(pixels: np.ndarray) -> np.ndarray:
 
 
 class TextRunner:
-    """A runner without pictures."""
+    """A runner without images."""
 
     def image(self, pixels: np.ndarray) -> None:
         raise UnsupportedError("runs text only here")
 
-    def prefill_picture(self, pixels: np.ndarray, prompt: Tokens) -> None:
+    def prefill_image(self, pixels: np.ndarray, prompt: Tokens) -> None:
         raise UnsupportedError("runs text only here")

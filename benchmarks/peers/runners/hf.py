@@ -51,7 +51,7 @@ class HfRunner:
     def image(self, pixels: np.ndarray) -> None:
         self.model.model.get_image_features(self._pixels(pixels))
 
-    def prefill_picture(self, pixels: np.ndarray, prompt: Tokens) -> None:
+    def prefill_image(self, pixels: np.ndarray, prompt: Tokens) -> None:
         vision = self.model.config.vision_config
         ids = [self.image_token] * (vision.image_size // vision.patch_size) ** 2 + list(prompt)
         self._fresh()

@@ -47,11 +47,11 @@ class StaticvlRunner:
         return self.running[0].logits[-1]
 
     def image(self, pixels: np.ndarray) -> None:
-        self._begin([self._picture(pixels, [1])])
-        self.engine.step()  # a picture's first step is the tower
+        self._begin([self._image(pixels, [1])])
+        self.engine.step()  # an image's first step is the tower
 
-    def prefill_picture(self, pixels: np.ndarray, prompt: Tokens) -> None:
-        self._begin([self._picture(pixels, prompt)])
+    def prefill_image(self, pixels: np.ndarray, prompt: Tokens) -> None:
+        self._begin([self._image(pixels, prompt)])
         while self.running[0].prefilling:
             self.engine.step()
 
@@ -62,8 +62,8 @@ class StaticvlRunner:
         params = runtime.SamplingParams(max_new_tokens=room, temperature=0.0, ignore_eos=True)
         self.running = [self.engine.add_request(prompt, params, return_logits=True) for prompt in prompts]
 
-    def _picture(self, pixels: np.ndarray, prompt: Tokens) -> Prompt:
-        rows = self.model.facts.image.rows
+    def _image(self, pixels: np.ndarray, prompt: Tokens) -> Prompt:
+        rows = self.model.info.image.rows
         text = _text(prompt)
         return Prompt(
             token_ids=np.concatenate((np.zeros(rows, np.int32), text.token_ids)),

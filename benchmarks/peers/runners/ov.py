@@ -87,7 +87,7 @@ class OpenvinoRunner:
             self.tower = self.core.compile_model(self.home / TOWER, "CPU", self.settings).create_infer_request()
         self.tower.infer([normalised(pixels)])
 
-    def prefill_picture(self, pixels: np.ndarray, prompt: Tokens) -> None:
+    def prefill_image(self, pixels: np.ndarray, prompt: Tokens) -> None:
         raise UnsupportedError("its decoder takes token ids only")
 
     def _run(self, ids: np.ndarray) -> None:

@@ -27,7 +27,7 @@ from ...sampling.candidates import candidates_of
 from ...shown import quoted
 from ..base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
 from . import torchair_host
-from .kernel import Kernel, ascend_facts, check_facts, load_kernel, load_program
+from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
 from .readiness import card_index, missing
 from .weights import map_weight, to_offsets, to_signed
 
@@ -171,7 +171,7 @@ class AscendBackend:
                     sources.append((source, inputs[-1]))
             else:
                 raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
-        # Outputs that belong into the cache and are no inputs: a picture's keys.
+        # Outputs that belong into the cache and are no inputs: an image's keys.
         placed = [cache_name(name, image) for name in segment.outputs]
         inputs += [self._rows(name, slot, 1) for name in placed if name and name not in segment.inputs]
         constants = [self._constant(name, values) for name, values in graph.constants.items()]
@@ -268,7 +268,7 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
         where, soc = simulated(wide=_is_wide(device)), manifest.ascend.soc
     else:
         where, soc = _card(_ranks_card(device, group))
-    check_facts(folder, manifest, ascend_facts(torchair_host.VERSION, soc))
+    check_ascend_info(folder, manifest, ascend_info(torchair_host.VERSION, soc))
     weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
     _check_weights(folder, manifest, weights)
     if not simulating and group and group.size > 1:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...artifact import ArtifactError, AscendFacts, FileSpec, Manifest
+from ...artifact import ArtifactError, AscendInfo, FileSpec, Manifest
 from ...files import read_regular
 from ..base import Group
 
@@ -71,12 +71,12 @@ def _checked(path: Path, spec: FileSpec) -> bytes:
     return data
 
 
-def ascend_facts(torch_npu: str, soc: str) -> AscendFacts:
+def ascend_info(torch_npu: str, soc: str) -> AscendInfo:
     """What a cache file made in this process depends on; torchair has to be importable."""
     import torch
     from torchair.inference._cache_compiler import CompiledModel  # pyright: ignore[reportMissingImports]
 
-    return AscendFacts(
+    return AscendInfo(
         python=".".join(platform.python_version_tuple()[:2]),
         torch=torch.__version__.split("+")[0],
         torch_npu=torch_npu,
@@ -85,7 +85,7 @@ def ascend_facts(torch_npu: str, soc: str) -> AscendFacts:
     )
 
 
-def check_facts(folder: Path, manifest: Manifest, here: AscendFacts) -> None:
+def check_ascend_info(folder: Path, manifest: Manifest, here: AscendInfo) -> None:
     """Raise ArtifactError unless graphs that were compiled under the manifest's facts can be loaded here."""
     recorded = manifest.ascend
     differing = [

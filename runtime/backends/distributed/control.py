@@ -19,8 +19,8 @@ from typing import Protocol
 
 import msgspec
 
-from .frames import HEADER, FrameError, Hello, Kind, Link, Record, decode, encode, read_header
-from .verdict import Peer, RankError
+from .failures import Peer, RankError
+from .frames import HEADER, FrameError, FrameKind, FramePayload, Hello, Link, decode, encode, read_header
 from .world import LOOPBACK, World
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ class Store(Protocol):
     def get(self, key: str) -> bytes: ...
 
 
-class Published(Record, frozen=True):
+class Published(FramePayload, frozen=True):
     """Where rank 0 listens; no host: on the machine that all ranks were told of."""
 
     host: str
@@ -148,7 +148,7 @@ class _Caller:
 
     def _announced(self) -> int:
         header = read_header(self.data[: HEADER.size])
-        if header.kind is not Kind.HELLO or not 0 < header.nbytes <= LARGEST_HELLO:
+        if header.kind is not FrameKind.HELLO or not 0 < header.nbytes <= LARGEST_HELLO:
             raise FrameError("it did not begin with a hello")
         return header.nbytes
 
@@ -166,7 +166,7 @@ def join(store: Store, world: World, limit: float) -> tuple[Peer, Link]:
     except OSError as error:
         raise RankError(f"{leader} cannot be reached at {host}, port {published.port}: {error}") from error
     link = Link(sock, limit)
-    link.send([encode(Kind.HELLO, Hello(published.token, world.rank, os.getpid(), socket.gethostname()))])
+    link.send([encode(FrameKind.HELLO, Hello(published.token, world.rank, os.getpid(), socket.gethostname()))])
     return leader, link
 
 

@@ -21,10 +21,10 @@ import msgspec
 MAGIC = b"SVR1"  # changes with the layout of any frame
 HEADER = struct.Struct("<4sHHiiQQ")  # magic, kind, graph, slot, image, step, bytes of payload
 LARGEST_RECORD = 1 << 16
-R = TypeVar("R", bound="Record")
+R = TypeVar("R", bound="FramePayload")
 
 
-class Kind(enum.IntEnum):
+class FrameKind(enum.IntEnum):
     HELLO = 1  # rank -> 0: Hello
     OPENED = 2  # rank -> 0: Opened
     GO = 3  # 0 -> rank: Go
@@ -35,46 +35,46 @@ class Kind(enum.IntEnum):
     PING = 8  # 0 -> rank: say what you are doing
     STATE = 9  # rank -> 0: State
     FAILED = 10  # rank -> 0: Failed
-    VERDICT = 11  # 0 -> rank: Verdict; stop
+    FAILURE_REPORT = 11  # 0 -> rank: Verdict; stop
     STOP = 12  # 0 -> rank: stop, all is well
     COPY = 13  # 0 -> rank: Copy
 
 
-class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class FramePayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Base of payloads that are not feeds."""
 
 
-class Hello(Record, frozen=True):
+class Hello(FramePayload, frozen=True):
     token: str
     rank: int
     pid: int
     host: str
 
 
-class Opened(Record, frozen=True):
+class Opened(FramePayload, frozen=True):
     """What a rank found: the digest of its manifest, or why it could not open the artifact."""
 
     digest: str = ""
     error: str = ""
 
 
-class Go(Record, frozen=True):
+class Go(FramePayload, frozen=True):
     """address: of rank 0 as others see it, for ranks on its machine; timeout: seconds that a collective may wait."""
 
     address: str
     timeout: float
 
 
-class State(Record, frozen=True):
+class State(FramePayload, frozen=True):
     doing: Literal["idle", "computing", "meeting"]
 
 
-class Failed(Record, frozen=True):
+class Failed(FramePayload, frozen=True):
     text: str
     meeting: bool  # in a collective: perhaps because of another rank
 
 
-class Copy(Record, frozen=True):
+class Copy(FramePayload, frozen=True):
     """Arguments of Backend.copy_slot."""
 
     source: int
@@ -83,7 +83,7 @@ class Copy(Record, frozen=True):
     images: int
 
 
-class Verdict(Record, frozen=True):
+class FailureReport(FramePayload, frozen=True):
     text: str
 
 
@@ -93,7 +93,7 @@ class FrameError(ConnectionError):
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    kind: Kind
+    kind: FrameKind
     graph: int = 0  # index in manifest.graphs
     slot: int = 0
     image: int = 0
@@ -107,12 +107,12 @@ class Header:
 def read_header(data: bytes | bytearray) -> Header:
     """Raises FrameError for bytes that no rank of this release sends."""
     magic, kind, *rest = HEADER.unpack(data)
-    if magic != MAGIC or kind not in Kind.__members__.values():
+    if magic != MAGIC or kind not in FrameKind.__members__.values():
         raise FrameError("what came is no message of a rank of this release of staticvl; use one release on all machines")
-    return Header(Kind(kind), *rest)
+    return Header(FrameKind(kind), *rest)
 
 
-def encode(kind: Kind, record: Record | None = None) -> bytes:
+def encode(kind: FrameKind, record: FramePayload | None = None) -> bytes:
     """A whole frame that holds a record, or nothing."""
     data = msgspec.json.encode(record) if record else b""
     return Header(kind, nbytes=len(data)).packed() + data

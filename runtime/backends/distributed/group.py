@@ -19,9 +19,9 @@ import torch.distributed
 
 from ...shown import quoted
 from .control import Store
+from .failures import CollectiveError, RankError
 from .store import POLL_S, StoreServer, call
-from .verdict import MeetingError, RankError
-from .world import HERE, LOOPBACK, STORE_FILE, Seat, World
+from .world import HERE, LOOPBACK, STORE_FILE, RankInfo, World
 
 TAG = 0  # what two ranks hand to each other comes in order
 dist: Any = torch.distributed  # its type stubs leave out what is made in C++
@@ -149,26 +149,28 @@ class GlooGroup:
     `meeting`: whether this rank is in a collective, or has left one with an error, for whoever looks for the one that is not.
     """
 
-    def __init__(self, store: Store, seat: Seat, timeout: float, address: str) -> None:
+    def __init__(self, store: Store, rank_info: RankInfo, timeout: float, address: str) -> None:
         """store: where all ranks find each other; `self.store` is the part of it that is this stage's alone.
 
         timeout: seconds that a rank waits for others. address: of the network interface by which the others are reached; where
         GLOO_SOCKET_IFNAME names one, that is taken, unless all ranks are on this machine.
         """
-        self.rank, self.size, self.stage, self.stages = seat.rank, seat.size, seat.stage, seat.stages
+        self.rank, self.size, self.stage, self.stages = rank_info.rank, rank_info.size, rank_info.stage, rank_info.stages
         self._held = store  # see RankStore
-        self.store = dist.PrefixStore(f"stage-{seat.stage}", store)
+        self.store = dist.PrefixStore(f"stage-{rank_info.stage}", store)
         self.meeting = False
         options = dist.ProcessGroupGloo._Options()
         options._timeout = timedelta(seconds=timeout)
         if address == LOOPBACK or "GLOO_SOCKET_IFNAME" not in os.environ:
             options._devices = [dist.ProcessGroupGloo.create_device(hostname=address)]
-        place = dist.PrefixStore(f"place-{seat.rank}", store)
+        place = dist.PrefixStore(f"place-{rank_info.rank}", store)
         try:
-            self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), seat.rank, seat.size, options)
-            self._line: Any = dist.ProcessGroupGloo(place, seat.stage, seat.stages, options) if seat.stages > 1 else None
+            self._group = dist.ProcessGroupGloo(dist.PrefixStore("gloo", self.store), rank_info.rank, rank_info.size, options)
+            self._line: Any = (
+                dist.ProcessGroupGloo(place, rank_info.stage, rank_info.stages, options) if rank_info.stages > 1 else None
+            )
         except RuntimeError as error:
-            raise MeetingError(f"no connection to the other ranks: {_told(error)}") from error
+            raise CollectiveError(f"no connection to the other ranks: {_told(error)}") from error
         self._parts: dict[tuple[tuple[int, int, int], str], np.ndarray] = {}
 
     def all_reduce(self, array: np.ndarray) -> None:
@@ -201,7 +203,7 @@ class GlooGroup:
         try:
             begin().wait()
         except RuntimeError as error:
-            raise MeetingError(_told(error)) from error
+            raise CollectiveError(_told(error)) from error
         self.meeting = False
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 
 from ...opening import Checks
 from ..cores import usable_cores
-from .crew import GRACE_S
-from .verdict import RankError
+from .failures import RankError
+from .monitor import GRACE_S
 from .world import LOOPBACK, STORE_FILE
 
 ENTRY = (sys.executable, "-P", "-m", "staticvl.runtime.backends.distributed")
@@ -66,7 +66,7 @@ class LocalRanks:
                 raise RankError(f"rank {rank} (pid {pid}) ended before it was ready ({_ended(status)}); see its own message")
 
     def ending(self, rank: int) -> str:
-        """See crew.Children."""
+        """See monitor.Children."""
         try:
             return _ended(self.processes[rank].wait(FAREWELL_S))
         except subprocess.TimeoutExpired:

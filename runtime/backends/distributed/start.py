@@ -22,13 +22,13 @@ from ...shown import quoted
 from ..base import Backend
 from ..open import open_backend
 from .control import Members, Store, join
-from .crew import Crew
-from .follower import Follower, Watched
-from .frames import Go, Kind, Link, Opened, encode
+from .failures import Peer
+from .frames import FrameKind, Go, Link, Opened, encode
 from .launch import LocalRanks, threads_each
-from .leader import LeadingBackend
-from .verdict import Peer
-from .world import LOOPBACK, World, seat_of
+from .leader import LeaderBackend
+from .monitor import RankMonitor
+from .rank_worker import RankWorker, Watched
+from .world import LOOPBACK, World, rank_info_of
 
 JOIN_S = 60.0  # for all ranks to come
 TIMEOUT_S = 300.0  # for a rank to come to a collective
@@ -48,9 +48,7 @@ def read_timeout(given: float | None) -> float:
     return seconds
 
 
-def spawn(
-    artifact: Artifact, *, device: str, threads: int | None, timeout: float, checks: Checks = UNCHECKED
-) -> LeadingBackend:
+def spawn(artifact: Artifact, *, device: str, threads: int | None, timeout: float, checks: Checks = UNCHECKED) -> LeaderBackend:
     """Start the other ranks of an artifact on this machine and lead them. Raises RankError when that fails."""
     size = artifact.manifest.ranks
     same: Any = {"device": device, "threads": threads, "timeout": timeout, "checks": checks}
@@ -81,7 +79,7 @@ def lead(
     timeout: float,
     checks: Checks = UNCHECKED,
     children: LocalRanks | None = None,
-) -> LeadingBackend:
+) -> LeaderBackend:
     """Rank 0: wait for the others, compare, and load; raises RankError, which names the rank that is at fault."""
     with contextlib.ExitStack() as after:
         after.callback(_groups().release, store)  # all are ready, or the start has failed: it has no more readers
@@ -91,25 +89,25 @@ def lead(
             members.wait(JOIN_S, children.check if children else _nothing)
         finally:
             members.close()
-        crew = Crew(Peer(0, os.getpid(), socket.gethostname()), members.joined, timeout, children)
+        monitor = RankMonitor(Peer(0, os.getpid(), socket.gethostname()), members.joined, timeout, children)
         try:
-            _compare(crew, artifact)
-            go = Go(_address(crew.links.values()), timeout)
-            for link in crew.links.values():
-                link.send([encode(Kind.GO, go)])
+            _compare(monitor, artifact)
+            go = Go(_address(monitor.links.values()), timeout)
+            for link in monitor.links.values():
+                link.send([encode(FrameKind.GO, go)])
 
             def open_all() -> Backend:
                 group, backend = _open(artifact, world, store, go.address, timeout, device, threads, checks)
-                crew.meeting = lambda: group.meeting
+                monitor.meeting = lambda: group.meeting
                 for graph in artifact.manifest.graphs:
                     backend.load(graph)
                 return backend
 
-            local = crew.together(open_all)
-            crew.collect(Kind.READY, None)
-            return LeadingBackend(local, crew, artifact.manifest)
+            local = monitor.together(open_all)
+            monitor.collect(FrameKind.READY, None)
+            return LeaderBackend(local, monitor, artifact.manifest)
         except BaseException:
-            crew.close()
+            monitor.close()
             raise
 
 
@@ -132,7 +130,7 @@ def follow(
     leader, link = join(store, world, timeout)
     opened = _opened(folder, world, link, checks)
     graphs = () if isinstance(opened, str) else _graphs(opened, world)
-    follower = Follower(world.rank, leader, link, graphs, timeout)
+    follower = RankWorker(world.rank, leader, link, graphs, timeout)
 
     def open_all(go: Go) -> tuple[Watched, Backend]:
         assert isinstance(opened, Artifact)
@@ -150,7 +148,7 @@ def _opened(folder: Path, world: World, link: Link, checks: Checks) -> Artifact 
         told = Opened(digest=opened.manifest.digest)
     except (ValueError, OSError) as error:
         opened, told = str(error), Opened(error=str(error)[:2000])
-    link.send([encode(Kind.OPENED, told)])
+    link.send([encode(FrameKind.OPENED, told)])
     return opened
 
 
@@ -173,9 +171,9 @@ def _open(
     checks: Checks,
 ) -> tuple[Watched, Backend]:
     """This rank's way to the others, and its backend."""
-    seat = seat_of(world.rank, artifact.manifest.tp, artifact.manifest.pp)
-    manifest = artifact.manifest.of_stage(seat.stage)
-    group = _groups().GlooGroup(store, seat, timeout, address)
+    rank_info = rank_info_of(world.rank, artifact.manifest.tp, artifact.manifest.pp)
+    manifest = artifact.manifest.of_stage(rank_info.stage)
+    group = _groups().GlooGroup(store, rank_info, timeout, address)
     threads = threads_each(threads, world.local_size)
     backend = open_backend(
         manifest.backend,
@@ -190,20 +188,20 @@ def _open(
     return group, backend
 
 
-def _compare(crew: Crew, artifact: Artifact) -> None:
+def _compare(monitor: RankMonitor, artifact: Artifact) -> None:
     """Every rank must have opened what rank 0 has."""
     told = []
     mine = artifact.manifest.digest
-    for rank, opened in crew.collect(Kind.OPENED, JOIN_S).items():
+    for rank, opened in monitor.collect(FrameKind.OPENED, JOIN_S).items():
         if opened.error:
-            told.append(f"{crew.peers[rank]}: {opened.error}")
+            told.append(f"{monitor.peers[rank]}: {opened.error}")
         elif opened.digest != mine:
             told.append(
-                f"{crew.peers[rank]} has another artifact: digest {opened.digest[:12]} instead of {mine[:12]}; copy "
-                f"{artifact.folder} of {crew.me.host} to {crew.peers[rank].host}, or compile it again"
+                f"{monitor.peers[rank]} has another artifact: digest {opened.digest[:12]} instead of {mine[:12]}; copy "
+                f"{artifact.folder} of {monitor.me.host} to {monitor.peers[rank].host}, or compile it again"
             )
     if told:
-        raise crew.stop("; ".join(told))
+        raise monitor.stop("; ".join(told))
 
 
 def _address(links: Iterable[Link]) -> str:

@@ -30,7 +30,7 @@ class World:
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class RankInfo:
     """A rank's place among those that run one model: `rank` of the `size` that compute one of its `stages` together."""
 
     rank: int
@@ -39,11 +39,11 @@ class Seat:
     stages: int = 1
 
 
-def seat_of(rank: int, tp: int, pp: int) -> Seat:
+def rank_info_of(rank: int, tp: int, pp: int) -> RankInfo:
     """The seat of a rank of the world: the first tp are the first stage, the next tp the second."""
     stage, own = divmod(rank, tp)
     assert stage < pp, (rank, tp, pp)
-    return Seat(own, tp, stage, pp)
+    return RankInfo(own, tp, stage, pp)
 
 
 def started_world(env: Mapping[str, str] = os.environ) -> World | None:

@@ -58,7 +58,7 @@ class Simulator:
             raise GeGraphError(f"{len(assigned)} tensors are assigned to {len(self.graph.outputs)} outputs")
         self._check_inputs(inputs)
         # What is written in place has to be widened before; weights are widened one by one, when an operator reads them.
-        held = [self._widened(x) if i in self._written else x for i, x in enumerate(inputs)]
+        held = [self._upcast(x) if i in self._written else x for i, x in enumerate(inputs)]
         values = {Source(node.name, 0): x for node, x in zip(self.graph.inputs, held, strict=True)}
         values |= {Source(name, 0): value for name, value in self._constants.items()}
         with torch.no_grad():
@@ -71,10 +71,10 @@ class Simulator:
     def _constant(self, value: Constant) -> Tensor:
         dtype = getattr(torch, value.dtype)
         if not value.data:  # which frombuffer refuses
-            return self._widened(torch.empty(value.shape, dtype=dtype))
-        return self._widened(torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape))
+            return self._upcast(torch.empty(value.shape, dtype=dtype))
+        return self._upcast(torch.frombuffer(bytearray(value.data), dtype=dtype).reshape(value.shape))
 
-    def _widened(self, value: Tensor) -> Tensor:
+    def _upcast(self, value: Tensor) -> Tensor:
         return value.float() if self.wide and value.dtype in HALVES else value
 
     def _plan(self) -> list[Step]:
@@ -106,7 +106,7 @@ class Simulator:
     def _run(self, step: Step, values: dict[Source, Tensor]) -> None:
         node = step.node
         try:
-            outputs = step.call([None if source is None else self._widened(values[source]) for source in node.inputs])
+            outputs = step.call([None if source is None else self._upcast(values[source]) for source in node.inputs])
             self._check_outputs(node, outputs)
         except GeGraphError as error:
             raise GeGraphError(f"{node.type} {node.name}: {error}") from error
@@ -145,7 +145,7 @@ class Simulator:
         owned = {each.untyped_storage().data_ptr() for each in (*inputs, *self._constants.values())}
         outputs = []
         for source, target in zip(self.graph.outputs, assigned, strict=True):
-            value = self._widened(values[source])
+            value = self._upcast(values[source])
             shared = value is not target and value.untyped_storage().data_ptr() in owned
             outputs.append(value.clone() if shared else value)
         return [

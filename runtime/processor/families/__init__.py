@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from ...artifact import ModelFacts
+from ...artifact import ModelInfo
 from ...shown import quoted
 from ..boxes import Box
 from ..images import Frame, ImageSource
@@ -21,7 +21,7 @@ class Family(Protocol):
     def chat_prompt(
         messages: Sequence[Message],
         images: Sequence[ImageSource],
-        facts: ModelFacts,
+        info: ModelInfo,
         tokenizer: Tokenizer,
         template: str,
         *,
@@ -35,7 +35,7 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def parts_of(text: str, images: int, facts: ModelFacts) -> tuple[Part, ...]:
+    def parts_of(text: str, images: int, info: ModelInfo) -> tuple[Part, ...]:
         """A user's plain text and its images as parts: images stand first unless marks in the text say where.
 
         Without images a mark in the text is words. Raises PromptError when marks and images differ in number.
@@ -43,8 +43,8 @@ class Family(Protocol):
         ...
 
     @staticmethod
-    def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
-        """The prompt of a text as it is, with the family's marks where pictures stand.
+    def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer) -> Prompt:
+        """The prompt of a text as it is, with the family's marks where images stand.
 
         Raises PromptError, ImageError or TokenizerError.
         """

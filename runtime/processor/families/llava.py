@@ -1,4 +1,4 @@
-"""LLaVA-1.5: every picture is one square whose feature rows take the place of its mark."""
+"""LLaVA-1.5: every image is one square whose feature rows take the place of its mark."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...artifact import ModelFacts
+from ...artifact import ModelInfo
 from ..boxes import parse_boxes
 from ..images import ImageSource
 from ..prompt import Prompt
@@ -17,13 +17,13 @@ from .marks import chat_by, parts_of, rendered, to_text
 __all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
 
 
-def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
-    return fused_prompt(text, images, facts, tokenizer, picture_rows, guard)
+def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
+    return fused_prompt(text, images, info, tokenizer, image_rows, guard)
 
 
 chat_prompt = chat_by(rendered, raw_prompt)
 
 
-def picture_rows(size: tuple[int, int], facts: ModelFacts) -> np.ndarray:
-    """All rows of the picture's one tile, int32 [P]."""
-    return np.arange(facts.image.rows, dtype=np.int32)
+def image_rows(size: tuple[int, int], info: ModelInfo) -> np.ndarray:
+    """All rows of the image's one tile, int32 [P]."""
+    return np.arange(info.image.rows, dtype=np.int32)

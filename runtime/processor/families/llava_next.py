@@ -1,4 +1,4 @@
-"""LLaVA-1.6: a picture is a small view of its whole and a grid of tiles, both rows of features in place of its mark.
+"""LLaVA-1.6: an image is a small view of its whole and a grid of tiles, both rows of features in place of its mark.
 
 Legend: P rows of features per tile, n * n = P; r x c tiles.
 """
@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...artifact import ModelFacts
+from ...artifact import ModelInfo
 from ..boxes import parse_boxes
 from ..images import ImageSource
 from ..prompt import Prompt
@@ -22,27 +22,27 @@ from .marks import chat_by, parts_of, rendered, to_text
 __all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
 
 
-def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
-    return fused_prompt(text, images, facts, tokenizer, picture_rows, guard)
+def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
+    return fused_prompt(text, images, info, tokenizer, image_rows, guard)
 
 
 chat_prompt = chat_by(rendered, raw_prompt)
 
 
-def picture_rows(size: tuple[int, int], facts: ModelFacts) -> np.ndarray:
+def image_rows(size: tuple[int, int], info: ModelInfo) -> np.ndarray:
     """The P rows of the whole; then the patches of the tiles, line by line over all of them, each line ended by -1.
 
     Lines and columns of patches that show nothing but the black border are left out.
     """
-    grid = grid_of(size, facts.image)
-    patches = _patches(grid, facts.image.rows)
-    lines, columns = _shown(size, (patches.shape[1], patches.shape[0]), rounded=facts.layout == "hf")
+    grid = grid_of(size, info.image)
+    patches = _patches(grid, info.image.rows)
+    lines, columns = _shown(size, (patches.shape[1], patches.shape[0]), rounded=info.layout == "hf")
     ended = np.pad(patches[lines, columns], ((0, 0), (0, 1)), constant_values=-1)
-    return np.concatenate((np.arange(facts.image.rows, dtype=np.int32), ended.ravel()))
+    return np.concatenate((np.arange(info.image.rows, dtype=np.int32), ended.ravel()))
 
 
 def _patches(grid: tuple[int, int], rows: int) -> np.ndarray:
-    """The feature row of every patch where it lies on the grid, int32 [r * n, c * n]; the first tile is the whole picture."""
+    """The feature row of every patch where it lies on the grid, int32 [r * n, c * n]; the first tile is the whole image."""
     r, c = grid
     n = math.isqrt(rows)
     tiles = np.arange(rows, rows * (1 + r * c), dtype=np.int32).reshape(r, c, n, n)
@@ -50,7 +50,7 @@ def _patches(grid: tuple[int, int], rows: int) -> np.ndarray:
 
 
 def _shown(size: tuple[int, int], plane: tuple[int, int], *, rounded: bool) -> tuple[slice, slice]:
-    """Lines and columns of a plane of patches, (columns, lines) in number, that a picture of `size` covers.
+    """Lines and columns of a plane of patches, (columns, lines) in number, that an image of `size` covers.
 
     transformers rounds to 7 digits before it cuts off the fraction, the original code does not.
     """

@@ -7,12 +7,12 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ...artifact import ModelFacts
+from ...artifact import ModelInfo
 from ..chat_template import ChatTemplateError, TemplateLimitError, render
 from ..guards import Guard, unguarded
 from ..images import ImageSource
 from ..prompt import ImagePart, Message, Part, Prompt, PromptError, instruction_in_user
-from ..tokenizer import PICTURE, Tokenizer, control_tokens
+from ..tokenizer import IMAGE, Tokenizer, control_tokens
 
 Content = str | list[dict[str, Any]]  # of one message, as templates expect it
 MakeContent = Callable[[Message, str, Callable[[str], str]], Content]
@@ -26,19 +26,19 @@ class RawPrompt(Protocol):
     """A family's raw_prompt; special tokens that `guard` breaks up are words."""
 
     def __call__(
-        self, text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer, *, guard: str = ""
+        self, text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer, *, guard: str = ""
     ) -> Prompt: ...
 
 
-def to_text(messages: Sequence[Message], template: str, facts: ModelFacts, tokenizer: Tokenizer, **settings: Any) -> str:
+def to_text(messages: Sequence[Message], template: str, info: ModelInfo, tokenizer: Tokenizer, **settings: Any) -> str:
     """The prompt text of a conversation, as a user reads it; arguments and errors as of `rendered`."""
-    return unguarded(*rendered(messages, template, facts, tokenizer, **settings))
+    return unguarded(*rendered(messages, template, info, tokenizer, **settings))
 
 
 def rendered(
     messages: Sequence[Message],
     template: str,
-    facts: ModelFacts,
+    info: ModelInfo,
     tokenizer: Tokenizer,
     *,
     add_generation_prompt: bool = True,
@@ -52,16 +52,16 @@ def rendered(
 
     Raises ChatTemplateError when the template refuses the messages.
     """
-    eos = facts.eos_token_ids
-    guard = Guard(control_tokens(tokenizer, template, facts.image.mark, eos))
+    eos = info.eos_token_ids
+    guard = Guard(control_tokens(tokenizer, template, info.image.mark, eos))
     make = content or parts_in_order
 
     def text_of(talk: Sequence[Message]) -> str:
         return render(
             template,
-            [{"role": guard.words(each.role), "content": make(each, facts.image.mark, guard.words)} for each in talk],
+            [{"role": guard.words(each.role), "content": make(each, info.image.mark, guard.words)} for each in talk],
             add_generation_prompt=add_generation_prompt,
-            bos_token=tokenizer.token(facts.tokenizer.bos_token_id),
+            bos_token=tokenizer.token(info.tokenizer.bos_token_id),
             eos_token=tokenizer.token(eos[0]),
         )
 
@@ -92,7 +92,7 @@ def chat_by(rendered: Callable[..., tuple[str, str]], raw_prompt: RawPrompt):
     def chat_prompt(
         messages: Sequence[Message],
         images: Sequence[ImageSource],
-        facts: ModelFacts,
+        info: ModelInfo,
         tokenizer: Tokenizer,
         template: str,
         *,
@@ -101,8 +101,8 @@ def chat_by(rendered: Callable[..., tuple[str, str]], raw_prompt: RawPrompt):
     ) -> Prompt:
         check_images(messages, images)
         settings = {"add_generation_prompt": add_generation_prompt, "system_in_user": system_in_user}
-        text, guard = rendered(messages, template, facts, tokenizer, **settings)
-        return raw_prompt(text, images, facts, tokenizer, guard=guard)
+        text, guard = rendered(messages, template, info, tokenizer, **settings)
+        return raw_prompt(text, images, info, tokenizer, guard=guard)
 
     return chat_prompt
 
@@ -125,12 +125,12 @@ def parts_in_order(message: Message, mark: str, words: Callable[[str], str]) -> 
     return content
 
 
-def parts_of(text: str, images: int, facts: ModelFacts) -> tuple[Part, ...]:
+def parts_of(text: str, images: int, info: ModelInfo) -> tuple[Part, ...]:
     """A user's plain text and its images as parts: images stand first unless marks in the text say where.
 
     Without images a mark in the text is words. Raises PromptError when marks and images differ in number.
     """
-    mark = facts.image.mark
+    mark = info.image.mark
     if not images or mark not in text:
         return Message("user", text, images).parts
     first, *others = text.split(mark)
@@ -151,16 +151,16 @@ def check_images(messages: Sequence[Message], images: Sequence[ImageSource]) -> 
         )
 
 
-def check_ids(ids: np.ndarray, images: int, facts: ModelFacts) -> None:
-    """Raise PromptError unless `ids`, int32 [L] with PICTURE at the marks, is a prompt for `images` pictures."""
-    marks = int(np.count_nonzero(ids == PICTURE))
+def check_ids(ids: np.ndarray, images: int, info: ModelInfo) -> None:
+    """Raise PromptError unless `ids`, int32 [L] with IMAGE at the marks, is a prompt for `images` images."""
+    marks = int(np.count_nonzero(ids == IMAGE))
     if marks != images:
-        raise PromptError(_differ(marks, images, facts.image.mark))
+        raise PromptError(_differ(marks, images, info.image.mark))
     if not ids.size:
         raise PromptError("the prompt is empty; expected some text or an image")
-    if ids.max() >= facts.vocab_size:
+    if ids.max() >= info.vocab_size:
         raise PromptError(
-            f"the prompt holds token {ids.max()} but the model knows {facts.vocab_size} tokens; "
+            f"the prompt holds token {ids.max()} but the model knows {info.vocab_size} tokens; "
             "take the special token that the tokenizer adds out of the text"
         )
 

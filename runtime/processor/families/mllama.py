@@ -1,6 +1,6 @@
-"""Llama-3.2-Vision: a picture is one token, and what positions see of its tiles goes to the cross-attention layers.
+"""Llama-3.2-Vision: an image is one token, and what positions see of its tiles goes to the cross-attention layers.
 
-Legend: L positions of the prompt, N pictures of t tiles each, S side of a tile.
+Legend: L positions of the prompt, N images of t tiles each, S side of a tile.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from ...artifact import ModelFacts
+from ...artifact import ModelInfo
 from ..boxes import parse_boxes
 from ..images import ImageSource, frame_of, load_image, stack_pixels
-from ..prompt import Message, Prompt, Sight
+from ..prompt import CrossAttentionMask, Message, Prompt
 from ..tiles import grid_of
-from ..tokenizer import PICTURE, Tokenizer
+from ..tokenizer import IMAGE, Tokenizer
 from . import marks
 
 __all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
@@ -24,9 +24,9 @@ __all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
 parts_of = marks.parts_of
 
 
-def to_text(messages: Sequence[Message], template: str, facts: ModelFacts, tokenizer: Tokenizer, **settings: Any) -> str:
+def to_text(messages: Sequence[Message], template: str, info: ModelInfo, tokenizer: Tokenizer, **settings: Any) -> str:
     """As marks.to_text."""
-    return marks.to_text(messages, template, facts, tokenizer, content=_content, **settings)
+    return marks.to_text(messages, template, info, tokenizer, content=_content, **settings)
 
 
 def _content(message: Message, mark: str, words: Callable[[str], str]) -> marks.Content:
@@ -39,27 +39,27 @@ def _content(message: Message, mark: str, words: Callable[[str], str]) -> marks.
     return [{"type": "text", "text": words(part)} if isinstance(part, str) else {"type": "image"} for part in message.parts]
 
 
-def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
+def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
     """Ids, tiles and sight of a text; BOS is put in when the text holds none.
 
-    Raises PromptError when marks and pictures differ in number, ImageError, TokenizerError.
+    Raises PromptError when marks and images differ in number, ImageError, TokenizerError.
     """
-    begun = _with_bos(text, tokenizer.token(facts.tokenizer.bos_token_id), facts.image.mark)
+    begun = _with_bos(text, tokenizer.token(info.tokenizer.bos_token_id), info.image.mark)
     token_ids = np.array(tokenizer.encode(begun, add_bos=False, guard=guard), dtype=np.int32)
-    shown = token_ids == facts.tokenizer.image_token_id
-    marks.check_ids(np.where(shown, PICTURE, token_ids), len(images), facts)
-    loaded = [load_image(image, alpha=facts.image.alpha) for image in images]
-    grids = np.array([grid_of(image.size, facts.image) for image in loaded], dtype=np.int32).reshape(-1, 2)
-    sight = picture_sight(shown, grids.prod(axis=1), facts) if images else None
+    shown = token_ids == info.tokenizer.image_token_id
+    marks.check_ids(np.where(shown, IMAGE, token_ids), len(images), info)
+    loaded = [load_image(image, alpha=info.image.alpha) for image in images]
+    grids = np.array([grid_of(image.size, info.image) for image in loaded], dtype=np.int32).reshape(-1, 2)
+    cross_attention = image_sight(shown, grids.prod(axis=1), info) if images else None
     return Prompt(
         token_ids=token_ids,
         rows=np.full(token_ids.shape, -1, dtype=np.int32),
-        pixels=stack_pixels(loaded, facts.image),
-        frames=tuple(frame_of(image.size, facts.image) for image in loaded),
+        pixels=stack_pixels(loaded, info.image),
+        frames=tuple(frame_of(image.size, info.image) for image in loaded),
         image_tokens=len(loaded),
         grids=grids,
-        sight=sight,
-        state=_state(sight, len(loaded), token_ids.size),
+        cross_attention=cross_attention,
+        state=_state(cross_attention, len(loaded), token_ids.size),
     )
 
 
@@ -76,37 +76,37 @@ def _with_bos(text: str, bos: str, mark: str) -> str:
     return text[: len(text) - len(rest)] + bos + rest
 
 
-def picture_sight(shown: np.ndarray, tiles: np.ndarray, facts: ModelFacts) -> Sight:
-    """What every position sees. `shown`, bool [L], is true at the pictures' tokens, `tiles`, int [N], are their tiles in use.
+def image_sight(shown: np.ndarray, tiles: np.ndarray, info: ModelInfo) -> CrossAttentionMask:
+    """What every position sees. `shown`, bool [L], is true at the images' tokens, `tiles`, int [N], are their tiles in use.
 
-    A picture is seen from its own token up to the next picture's; pictures in a row are seen together.
+    An image is seen from its own token up to the next image's; images in a row are seen together.
     """
     starts = np.flatnonzero(shown)
-    visible = np.zeros((shown.size, starts.size, facts.image.tiles), dtype=bool)
-    for picture, (start, end) in enumerate(zip(starts, _ends(starts, shown.size), strict=True)):
-        visible[start:end, picture, : tiles[picture]] = True
+    visible = np.zeros((shown.size, starts.size, info.image.tiles), dtype=bool)
+    for image, (start, end) in enumerate(zip(starts, _ends(starts, shown.size), strict=True)):
+        visible[start:end, image, : tiles[image]] = True
     visible = visible.reshape(shown.size, -1)  # [L, N * t]
     before = ~visible.any(axis=1)
     gates = np.ones((shown.size, 2), dtype=np.float32)
     gates[before] = 0
-    if facts.text_before_image == "transformers":
+    if info.text_before_image == "transformers":
         # There the mask of such a row is multiplied by 0: it hides nothing, not even tiles that are not in use.
         visible[before] = True
         gates[before, 0] = 1
-    return Sight(visible=visible, gates=gates)
+    return CrossAttentionMask(visible=visible, gates=gates)
 
 
 def _ends(starts: np.ndarray, length: int) -> np.ndarray:
     ends = np.append(starts[1:], length)
-    for picture in reversed(range(starts.size - 1)):
-        if ends[picture] == starts[picture] + 1:
-            ends[picture] = ends[picture + 1]
+    for image in reversed(range(starts.size - 1)):
+        if ends[image] == starts[image] + 1:
+            ends[image] = ends[image + 1]
     return ends
 
 
-def _state(sight: Sight | None, pictures: int, length: int) -> np.ndarray:
-    """int32 [L]: rows that see pictures behind them change with every further picture."""
-    if sight is None:
+def _state(cross_attention: CrossAttentionMask | None, images: int, length: int) -> np.ndarray:
+    """int32 [L]: rows that see images behind them change with every further image."""
+    if cross_attention is None:
         return np.zeros(length, dtype=np.int32)
-    everything = (sight.gates == (1, 0)).all(axis=1)
-    return np.where(everything, np.int32(pictures), np.int32(0))
+    everything = (cross_attention.gates == (1, 0)).all(axis=1)
+    return np.where(everything, np.int32(images), np.int32(0))

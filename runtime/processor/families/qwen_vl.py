@@ -1,8 +1,8 @@
-"""Qwen-VL: a picture is a span <img>...</img> whose inside is replaced by rows of features; chats are ChatML.
+"""Qwen-VL: an image is a span <img>...</img> whose inside is replaced by rows of features; chats are ChatML.
 
 Text becomes ids piece by piece, as in the original code: in a chat only the tags of boxes count as special tokens, so that
 "<|im_end|>" typed by a user stays text. Two things differ: between <img> and </img> the original writes the bytes of the
-picture's path, which the network never sees; here the padding token stands in every position. And only image parts make such a
+image's path, which the network never sees; here the padding token stands in every position. And only image parts make such a
 span: <img> in a text is words, where the original opens what stands in it.
 """
 
@@ -14,15 +14,15 @@ from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from ...artifact import ModelFacts
+from ...artifact import ModelInfo
 from ...rope import ntk_factor
 from ..images import ImageSource
 from ..prompt import ImagePart, Message, Part, Prompt, PromptError
 from ..qwen_boxes import parse_boxes
 from ..tiktoken_vocabulary import TAGS, TiktokenVocabulary
-from ..tokenizer import PICTURE, Tokenizer, check_unicode
+from ..tokenizer import IMAGE, Tokenizer, check_unicode
 from .fusion import fuse
-from .llava import picture_rows
+from .llava import image_rows
 from .marks import check_images
 
 __all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt"]
@@ -37,7 +37,7 @@ SYSTEM = Message("system", "You are a helpful assistant.")
 def chat_prompt(
     messages: Sequence[Message],
     images: Sequence[ImageSource],
-    facts: ModelFacts,
+    info: ModelInfo,
     tokenizer: Tokenizer,
     template: str,
     *,
@@ -46,25 +46,25 @@ def chat_prompt(
 ) -> Prompt:
     """The prompt of a conversation: ChatML, or for a base model (facts.chat "raw") its turns as lines of text.
 
-    An image part is a line "Picture k: <img>...</img>", k counting over the conversation, or the span alone where it is inline.
+    An image part is a line "Image k: <img>...</img>", k counting over the conversation, or the span alone where it is inline.
     What a text says in <img>...</img> is words and never opened. The whole conversation is kept, however long. `template` and
     `system_in_user` are not used: a system message has its place here.
 
     Raises PromptError, ImageError, TokenizerError.
     """
     check_images(messages, images)
-    if facts.chat != "raw" and (not messages or messages[0].role != "system"):
+    if info.chat != "raw" and (not messages or messages[0].role != "system"):
         messages = [SYSTEM, *messages]
     turns = [(message.role, runs) for message, runs in zip(messages, runs_of(messages), strict=True)]
-    if facts.chat == "raw":
-        return _prompt(_lines([runs for _, runs in turns], tokenizer), images, facts)
-    return _prompt(_chatml(turns, tokenizer, add_generation_prompt=add_generation_prompt), images, facts)
+    if info.chat == "raw":
+        return _prompt(_lines([runs for _, runs in turns], tokenizer), images, info)
+    return _prompt(_chatml(turns, tokenizer, add_generation_prompt=add_generation_prompt), images, info)
 
 
-def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, tokenizer: Tokenizer) -> Prompt:
+def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer) -> Prompt:
     """The prompt of a text as it is. Every special token written in it is one.
 
-    With pictures, they fill the <img>...</img> spans in order, whatever stands inside; without, the inside is the picture's
+    With images, they fill the <img>...</img> spans in order, whatever stands inside; without, the inside is the image's
     path or URL.
 
     Raises PromptError, ImageError, TokenizerError.
@@ -76,10 +76,10 @@ def raw_prompt(text: str, images: Sequence[ImageSource], facts: ModelFacts, toke
         raise PromptError(
             f"the prompt has an empty {OPEN}{CLOSE} mark and no images were given; write the path inside or give images"
         )
-    return _prompt(_encode_runs(SPAN.split(text)[::2], tokenizer, None), images or paths, facts)
+    return _prompt(_encode_runs(SPAN.split(text)[::2], tokenizer, None), images or paths, info)
 
 
-def parts_of(text: str, images: int, facts: ModelFacts) -> tuple[Part, ...]:
+def parts_of(text: str, images: int, info: ModelInfo) -> tuple[Part, ...]:
     """See Family.parts_of; a mark is <img>...</img>, whatever stands inside."""
     if not images or (OPEN not in text and CLOSE not in text):
         return Message("user", text, images).parts
@@ -108,7 +108,7 @@ def spans(text: str) -> list[str]:
     """What stands in each <img>...</img>; raises PromptError for tags that do not pair up."""
     found = SPAN.findall(text)
     if any(tag in SPAN.sub("", text) for tag in (OPEN, CLOSE)) or any(OPEN in inside for inside in found):
-        raise PromptError(f"the prompt has {OPEN} and {CLOSE} that do not pair up; write {OPEN}path{CLOSE} for each picture")
+        raise PromptError(f"the prompt has {OPEN} and {CLOSE} that do not pair up; write {OPEN}path{CLOSE} for each image")
     return found
 
 
@@ -143,10 +143,10 @@ def _chatml(turns: Sequence[tuple[str, list[str]]], tokenizer: Tokenizer, *, add
 
 
 def _encode_runs(runs: Sequence[str], tokenizer: Tokenizer, specials: Collection[str] | None) -> list[int]:
-    """Ids of runs of text with the span of an image between each two, PICTURE in it."""
+    """Ids of runs of text with the span of an image between each two, IMAGE in it."""
     ids = _encode(runs[0], tokenizer, specials)
     for run in runs[1:]:
-        ids += [_token_id(tokenizer, OPEN), PICTURE, _token_id(tokenizer, CLOSE), *_encode(run, tokenizer, specials)]
+        ids += [_token_id(tokenizer, OPEN), IMAGE, _token_id(tokenizer, CLOSE), *_encode(run, tokenizer, specials)]
     return ids
 
 
@@ -158,12 +158,12 @@ def _encode(text: str, tokenizer: Tokenizer, specials: Collection[str] | None) -
 
 
 def _token_id(tokenizer: Tokenizer, name: str) -> int:
-    return tokenizer.facts.added_tokens[name]
+    return tokenizer.config.added_tokens[name]
 
 
-def _prompt(ids: Sequence[int], images: Sequence[ImageSource], facts: ModelFacts) -> Prompt:
-    fused = fuse(np.array(ids, dtype=np.int32), images, facts, picture_rows)
-    alpha = ntk_factor(facts.rope, fused.length)
+def _prompt(ids: Sequence[int], images: Sequence[ImageSource], info: ModelInfo) -> Prompt:
+    fused = fuse(np.array(ids, dtype=np.int32), images, info, image_rows)
+    alpha = ntk_factor(info.rope, fused.length)
     # Cached keys are rotated by the base that alpha gives: under another alpha nothing of a slot can be kept.
     state = np.full(fused.length, int(alpha), dtype=np.int32)
     return dataclasses.replace(fused, ntk=alpha, state=state)

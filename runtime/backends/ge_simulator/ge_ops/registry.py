@@ -48,9 +48,9 @@ class Run:
         dtype = getattr(torch, name, None) if name else None
         if dtype is None:
             raise UnsupportedError(f"data type {value} is not supported")
-        return self.widened(dtype)
+        return self.upcast(dtype)
 
-    def widened(self, dtype: torch.dtype) -> torch.dtype:
+    def upcast(self, dtype: torch.dtype) -> torch.dtype:
         return torch.float32 if self.wide and dtype in HALVES else dtype
 
     def output_dtype(self, index: int) -> torch.dtype | None:

@@ -1,4 +1,4 @@
-"""Pictures that strangers send or point at: what may be fetched, and what may be decoded."""
+"""Images that strangers send or point at: what may be fetched, and what may be decoded."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 
 class Host(http.server.BaseHTTPRequestHandler):
-    """A picture at /noise.png; elsewhere redirects to what the path says."""
+    """An image at /noise.png; elsewhere redirects to what the path says."""
 
     seen: list[str] = []  # noqa: RUF012  (of all requests)
 
@@ -70,7 +70,7 @@ def host() -> Iterator[int]:
 
 
 def refusal(server: Running, url: str) -> str:
-    """What a request with a picture is told."""
+    """What a request with an image is told."""
     with pytest.raises(openai.BadRequestError) as raised:
         server.chat(asking("What?", url), max_tokens=2)
     assert raised.value.code == "invalid_image"
@@ -213,9 +213,9 @@ def raw(data: bytes, kind: str = "png") -> str:
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def encoded(picture: Image.Image, form: str) -> bytes:
+def encoded(image: Image.Image, form: str) -> bytes:
     file = io.BytesIO()
-    picture.save(file, form)
+    image.save(file, form)
     return file.getvalue()
 
 
@@ -237,22 +237,22 @@ HOSTILE = {
     "short": (png(500, 500, b"\0" * 40), "damaged or cut short"),
     "half": (raw(encoded(noise(1, (200, 200)), "PNG")[:40_000]), "damaged"),
     "head": (raw(encoded(noise(1), "JPEG")[:30], "jpeg"), "picture 1"),
-    "text": (raw(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not a picture in a known format"),
-    "program": (raw(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "not a picture in a known format"),
-    "empty": (raw(b""), "not a picture"),
+    "text": (raw(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not an image in a known format"),
+    "program": (raw(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "not an image in a known format"),
+    "empty": (raw(b""), "not an image"),
     "large": (raw(b"\x89PNG" + bytes(300_000)), "more than the 200000 bytes allowed"),
 }
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_pictures(server: Running, name: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_hostile_images(server: Running, name: str, caplog: pytest.LogCaptureFixture) -> None:
     url, message = HOSTILE[name]
     said = refusal(server, url)
     assert message in said and len(said) < 700
     assert not caplog.records or all(record.levelname == "INFO" for record in caplog.records)
 
 
-def test_pictures_at_the_limits(server: Running) -> None:
+def test_images_at_the_limits(server: Running) -> None:
     for url in (png(1000, 1000, b"\0" * 1_001_000), png(200, 1, b"\0" * 201), png(1, 1, b"\0\0")):
         assert server.chat(asking("What?", url), max_tokens=2).usage.prompt_tokens_details.image_tokens == 64
     for form in ("JPEG", "WEBP", "GIF", "BMP"):
@@ -273,11 +273,11 @@ def test_a_refusal_never_repeats_a_long_url(server: Running, url: str) -> None:
 
 
 def test_a_photograph_is_turned(server: Running) -> None:
-    """Of a wide picture that is to be shown upright, the tokens and the size are those of the upright one."""
+    """Of a wide image that is to be shown upright, the tokens and the size are those of the upright one."""
     photo, exif = noise(5, (80, 40)), Image.Exif()
     exif[0x0112] = 6
     file = io.BytesIO()
     photo.save(file, "PNG", exif=exif)
-    (turned,) = asyncio.run(server.service.pictures.decoded([file.getvalue()]))
+    (turned,) = asyncio.run(server.service.images.decoded([file.getvalue()]))
     assert turned.size == (40, 80)
     assert turned.tobytes() == photo.transpose(Image.Transpose.ROTATE_270).tobytes()

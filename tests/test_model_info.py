@@ -12,9 +12,9 @@ from transformers import AutoTokenizer, LlamaTokenizer, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
-from staticvl.compiler.facts import read_facts
+from staticvl.compiler.model_info import read_model_info
 from staticvl.model_defs.config import ConfigError, read_config
-from staticvl.runtime.artifact import ModelFacts, SamplingDefaults
+from staticvl.runtime.artifact import ModelInfo, SamplingDefaults
 from staticvl.runtime.processor.chat_template import LLAVA_HF, LLAVA_ORIGINAL
 
 from .checkpoints import CHAT_TEMPLATE, MEAN, STD, tiny_llava, write_json
@@ -49,9 +49,9 @@ def copy(source: Path, folder: Path) -> Path:
     return Path(shutil.copytree(source, folder, ignore=shutil.ignore_patterns("*.safetensors", "*.bin")))
 
 
-def read(folder: Path) -> tuple[ModelFacts, dict[str, bytes]]:
+def read(folder: Path) -> tuple[ModelInfo, dict[str, bytes]]:
     tower = folder / "clip" if (folder / "clip").is_dir() else None
-    return read_facts(folder, read_config(folder, vision_tower=tower), vision_tower=tower)
+    return read_model_info(folder, read_config(folder, vision_tower=tower), vision_tower=tower)
 
 
 def change(path: Path, **values: Any) -> None:
@@ -61,18 +61,18 @@ def change(path: Path, **values: Any) -> None:
 
 
 def test_hf_layout(hf: Path) -> None:
-    facts, files = read(hf)
-    assert (facts.family, facts.layout, facts.hidden_size, facts.vocab_size) == ("llava", "hf", 64, 389)
-    assert (facts.eos_token_ids, facts.stop_strings, facts.rope.theta) == ((2,), (), 10000.0)
-    image, tokenizer = facts.image, facts.tokenizer
+    info, files = read(hf)
+    assert (info.family, info.layout, info.hidden_size, info.vocab_size) == ("llava", "hf", 64, 389)
+    assert (info.eos_token_ids, info.stop_strings, info.rope.theta) == ((2,), (), 10000.0)
+    image, tokenizer = info.image, info.tokenizer
     assert (image.mode, image.size, image.rows, image.mark, image.resample) == ("crop", 28, 16, "<image>", 3)
     assert (image.mean, image.std) == (tuple(MEAN), tuple(STD))
     assert image.rescale == pytest.approx(1 / 255)
     assert (tokenizer.kind, tokenizer.style, tokenizer.bos_token_id, tokenizer.add_bos) == ("tokenizers", "hf", 1, True)
     reference = AutoTokenizer.from_pretrained(hf)
     assert tokenizer.image_token_id == reference.convert_tokens_to_ids("<image>")
-    assert tokenizer.used == len(reference) < facts.vocab_size
-    assert facts.sampling == SILENT
+    assert tokenizer.used == len(reference) < info.vocab_size
+    assert info.sampling == SILENT
     assert files == {
         "tokenizer/tokenizer.json": (hf / "tokenizer.json").read_bytes(),
         "tokenizer/chat_template.jinja": CHAT_TEMPLATE.encode(),
@@ -80,10 +80,10 @@ def test_hf_layout(hf: Path) -> None:
 
 
 def test_original_layout(original: Path) -> None:
-    facts, files = read(original)
-    assert (facts.layout, facts.vocab_size, facts.stop_strings, facts.eos_token_ids) == ("original", 389, ("</s>",), (2,))
-    assert (facts.image.mode, facts.image.size, facts.image.rows, facts.image.mark) == ("pad", 28, 16, "<image>")
-    tokenizer = facts.tokenizer
+    info, files = read(original)
+    assert (info.layout, info.vocab_size, info.stop_strings, info.eos_token_ids) == ("original", 389, ("</s>",), (2,))
+    assert (info.image.mode, info.image.size, info.image.rows, info.image.mark) == ("pad", 28, 16, "<image>")
+    tokenizer = info.tokenizer
     assert (tokenizer.kind, tokenizer.style, tokenizer.add_bos, tokenizer.legacy) == ("sentencepiece", "original", True, False)
     assert (tokenizer.image_token_id, tokenizer.used, tokenizer.added_tokens) == (None, 389, {})
     assert files == {
@@ -103,8 +103,8 @@ def test_published_settings_are_understood(hf: Path, original: Path) -> None:
     change(hf / "processor_config.json", **json.loads((theirs / "processor_config.json").read_text()) | {"patch_size": 7})
     for name in ("chat_template.json", "generation_config.json", "tokenizer_config.json"):
         shutil.copy(theirs / name, hf / name)
-    facts, files = read(hf)
-    assert (facts.image.mode, facts.tokenizer.add_bos, facts.sampling) == ("crop", True, SILENT)
+    info, files = read(hf)
+    assert (info.image.mode, info.tokenizer.add_bos, info.sampling) == ("crop", True, SILENT)
     assert b"{% generation %}" in files["tokenizer/chat_template.jinja"]
 
     theirs = PUBLISHED / "openai--clip-vit-large-patch14-336"
@@ -113,8 +113,8 @@ def test_published_settings_are_understood(hf: Path, original: Path) -> None:
     theirs = PUBLISHED / "liuhaotian--llava-v1.5-7b"
     for name in ("generation_config.json", "tokenizer_config.json"):
         shutil.copy(theirs / name, original / name)
-    facts, _ = read(original)
-    assert (facts.image.mode, facts.tokenizer.add_bos, facts.eos_token_ids) == ("pad", True, (2,))
+    info, _ = read(original)
+    assert (info.image.mode, info.tokenizer.add_bos, info.eos_token_ids) == ("pad", True, (2,))
 
 
 @pytest.mark.parametrize("pad", [False, True])
@@ -137,24 +137,24 @@ def test_processor_saved_by_transformers(hf: Path, pad: bool) -> None:
         chat_template=template,
     ).save_pretrained(hf)  # fmt: skip
     assert not (hf / "preprocessor_config.json").exists()
-    facts, files = read(hf)
-    assert facts.image.mode == ("pad" if pad else "crop")
-    assert facts.image.mean == (0.5, 0.25, 0.125)
-    assert (facts.tokenizer.add_bos, facts.tokenizer.bos_token_id) == (True, 1)
+    info, files = read(hf)
+    assert info.image.mode == ("pad" if pad else "crop")
+    assert info.image.mean == (0.5, 0.25, 0.125)
+    assert (info.tokenizer.add_bos, info.tokenizer.bos_token_id) == (True, 1)
     assert files["tokenizer/chat_template.jinja"].decode() == template
 
 
 def test_sources_of_image_settings(hf: Path, original: Path) -> None:
     (hf / "preprocessor_config.json").unlink()
     (hf / "processor_config.json").unlink()
-    facts, _ = read(hf)
-    assert (facts.image.mode, facts.image.mean, facts.image.std) == ("crop", tuple(MEAN), tuple(STD))
+    info, _ = read(hf)
+    assert (info.image.mode, info.image.mean, info.image.std) == ("crop", tuple(MEAN), tuple(STD))
     change(original / "clip" / "preprocessor_config.json", image_std=[1, 2, 3], rescale_factor=0.5, resample=2)
-    facts, _ = read(original)
-    assert (facts.image.std, facts.image.rescale, facts.image.resample) == ((1.0, 2.0, 3.0), 0.5, 2)
+    info, _ = read(original)
+    assert (info.image.std, info.image.rescale, info.image.resample) == ((1.0, 2.0, 3.0), 0.5, 2)
     change(original / "config.json", mm_vision_tower="clip")  # a folder inside the checkpoint, named by its config
-    facts, _ = read_facts(original, read_config(original), vision_tower=None)
-    assert facts.image.std == (1.0, 2.0, 3.0)
+    info, _ = read_model_info(original, read_config(original), vision_tower=None)
+    assert info.image.std == (1.0, 2.0, 3.0)
     change(original / "preprocessor_config.json", image_std=[4, 5, 6])  # the checkpoint's own goes first
     assert read(original)[0].image.std == (4.0, 5.0, 6.0)
 
@@ -180,12 +180,12 @@ def test_generation_config(hf: Path) -> None:
         hf / "generation_config.json", eos_token_id=[2, 7], do_sample=True, temperature=0.6, top_p=0.9, top_k=5, max_length=20,
         length_penalty=1.5,
     )  # fmt: skip
-    facts, _ = read(hf)
-    assert facts.eos_token_ids == (2, 7)
-    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=5)
+    info, _ = read(hf)
+    assert info.eos_token_ids == (2, 7)
+    assert info.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=5)
     (hf / "generation_config.json").unlink()
-    facts, _ = read(hf)
-    assert (facts.eos_token_ids, facts.sampling) == ((2,), SILENT)
+    info, _ = read(hf)
+    assert (info.eos_token_ids, info.sampling) == ((2,), SILENT)
 
 
 def test_sources_of_the_template(hf: Path) -> None:
@@ -251,10 +251,10 @@ def test_tokenizer_model_with_added_tokens(hf: Path, original: Path) -> None:
     tokens = {"1": {"content": "<s>", **flags}, "389": {"content": "<image>", **flags}}
     for known in ({}, {"added_tokens_decoder": tokens}):
         change(folder / "tokenizer_config.json", **known)
-        facts, files = read(folder)
-        assert (facts.tokenizer.kind, facts.tokenizer.style, facts.tokenizer.used) == ("sentencepiece", "hf", 391)
-        assert facts.tokenizer.added_tokens == {"<image>": 389, "<pad>": 390}
-        assert facts.image.mark == "<image>"
+        info, files = read(folder)
+        assert (info.tokenizer.kind, info.tokenizer.style, info.tokenizer.used) == ("sentencepiece", "hf", 391)
+        assert info.tokenizer.added_tokens == {"<image>": 389, "<pad>": 390}
+        assert info.image.mark == "<image>"
         assert "tokenizer/tokenizer.model" in files
     assert len(LlamaTokenizer.from_pretrained(folder)) >= 390
 

@@ -15,7 +15,7 @@ from msgspec import UNSET
 from ..model_defs.config import ConfigError
 from ..runtime.artifact import SamplingDefaults
 from ..runtime.shown import quoted
-from .settings import integer, number
+from .json_values import integer, number
 
 TOP_K = 50  # transformers' GenerationConfig, where a file is silent
 TAKEN = frozenset(

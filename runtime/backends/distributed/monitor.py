@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
-from .frames import Failed, Header, Kind, Link, Opened, Record, State, Verdict, encode
-from .verdict import BAD, Account, MeetingError, Peer, RankError, blame
-from .worker import Worker
+from .compute_thread import ComputeThread
+from .failures import BAD, CollectiveError, Peer, RankError, RankStatus, failure_report
+from .frames import Failed, FailureReport, FrameKind, FramePayload, Header, Link, Opened, State, encode
 
 GRACE_S = 2.0  # for ranks to say what they know, and to leave
-RECORDS: dict[Kind, type[Record]] = {Kind.OPENED: Opened, Kind.STATE: State, Kind.FAILED: Failed}
+RECORDS: dict[FrameKind, type[FramePayload]] = {FrameKind.OPENED: Opened, FrameKind.STATE: State, FrameKind.FAILED: Failed}
 
 
 class Children(Protocol):
@@ -32,7 +32,7 @@ class Children(Protocol):
         ...
 
 
-class Crew:
+class RankMonitor:
     """All ranks, seen from rank 0. `meeting` says whether this rank is in a collective."""
 
     def __init__(self, me: Peer, members: Mapping[int, tuple[Peer, Link]], timeout: float, children: Children | None) -> None:
@@ -41,8 +41,8 @@ class Crew:
         self.links = {rank: link for rank, (_, link) in members.items()}
         self.meeting: Callable[[], bool] = lambda: False
         self.over = ""  # why nothing runs any more
-        self.told: dict[tuple[Kind, int], Record | None] = {}  # what ranks have said once and for all
-        self.worker = Worker("rank 0")
+        self.told: dict[tuple[FrameKind, int], FramePayload | None] = {}  # what ranks have said once and for all
+        self.worker = ComputeThread("rank 0")
         self.selector = selectors.DefaultSelector()
         self.selector.register(self.worker.bell, selectors.EVENT_READ, me.rank)
         for rank, link in self.links.items():
@@ -76,15 +76,15 @@ class Crew:
         self._listen(0)
 
     def send(self, ranks: Sequence[int], header: Header, views: Sequence[memoryview] = ()) -> None:
-        """One frame to each of these ranks; raises MeetingError where one does not take it."""
+        """One frame to each of these ranks; raises CollectiveError where one does not take it."""
         head = header.packed()
         for rank in ranks:
             try:
                 self.links[rank].send([head, *views])
             except OSError as error:
-                raise MeetingError(f"{self.peers[rank]} did not take a message: {error}") from error
+                raise CollectiveError(f"{self.peers[rank]} did not take a message: {error}") from error
 
-    def collect(self, kind: Kind, seconds: float | None) -> dict[int, Any]:
+    def collect(self, kind: FrameKind, seconds: float | None) -> dict[int, Any]:
         """What every rank says under `kind`. Within `seconds`, or else as long as they give signs of life."""
         deadline = None if seconds is None else time.monotonic() + seconds
         while missing := [rank for rank in self.links if (kind, rank) not in self.told]:
@@ -94,7 +94,7 @@ class Crew:
             if deadline is None:
                 self._roll_call()
             elif left <= 0:
-                raise self.fail({rank: Account(self.peers[rank], "silent") for rank in missing})
+                raise self.fail({rank: RankStatus(self.peers[rank], "silent") for rank in missing})
         return {rank: self.told[kind, rank] for rank in self.links}
 
     def _watch(self) -> None:
@@ -110,7 +110,7 @@ class Crew:
         except RankError:
             raise
         except BaseException:
-            self.fail({}, Account(self.me, "failed", "interrupted in the middle of a step"))
+            self.fail({}, RankStatus(self.me, "failed", "interrupted in the middle of a step"))
             raise
         self._finish()
 
@@ -120,8 +120,8 @@ class Crew:
         except BaseException as error:
             raise self.fail({}, self._account(error)) from error
 
-    def _account(self, error: BaseException) -> Account:
-        return Account(self.me, "lost" if isinstance(error, MeetingError) else "failed", describe(error))
+    def _account(self, error: BaseException) -> RankStatus:
+        return RankStatus(self.me, "lost" if isinstance(error, CollectiveError) else "failed", describe(error))
 
     def _listen(self, seconds: float) -> list[int]:
         """Wait that long for anything; the ranks that were heard. Raises RankError for bad news."""
@@ -131,7 +131,7 @@ class Crew:
                 raise self.fail({rank: account})
         return heard
 
-    def _hear(self, rank: int) -> Account | None:
+    def _hear(self, rank: int) -> RankStatus | None:
         """Take one message of a rank; what it says of the rank's doings, if anything."""
         peer, link = self.peers[rank], self.links[rank]
         try:
@@ -139,11 +139,11 @@ class Crew:
             record = link.record(header, RECORDS[header.kind]) if header.kind in RECORDS else None
         except (EOFError, OSError):
             self.selector.unregister(link)
-            return Account(peer, "died", self.children.ending(rank) if self.children else "")
+            return RankStatus(peer, "died", self.children.ending(rank) if self.children else "")
         if isinstance(record, Failed):
-            return Account(peer, "lost" if record.meeting else "failed", record.text)
+            return RankStatus(peer, "lost" if record.meeting else "failed", record.text)
         if isinstance(record, State):
-            return Account(peer, record.doing)
+            return RankStatus(peer, record.doing)
         self.told[header.kind, rank] = record
         return None
 
@@ -153,14 +153,14 @@ class Crew:
         """Ask every rank for a sign of life; raises RankError when one gives none."""
         accounts = self._inquire({})
         if any(account.doing in BAD for account in accounts.values()):
-            raise self.stop(blame([self._mine(), *accounts.values()], self.timeout))
+            raise self.stop(failure_report([self._mine(), *accounts.values()], self.timeout))
 
-    def fail(self, known: dict[int, Account], mine: Account | None = None) -> RankError:
+    def fail(self, known: dict[int, RankStatus], mine: RankStatus | None = None) -> RankError:
         """Find out what every rank was doing, tell all whose fault it is, and end them. The error to raise."""
         accounts = self._inquire(known)
-        return self.stop(blame([mine or self._mine(), *accounts.values()], self.timeout))
+        return self.stop(failure_report([mine or self._mine(), *accounts.values()], self.timeout))
 
-    def _mine(self) -> Account:
+    def _mine(self) -> RankStatus:
         """What this rank is doing; an error of its own that nobody has seen yet is found."""
         if self.worker.busy and self.worker.ended:
             try:
@@ -168,15 +168,15 @@ class Crew:
             except BaseException as error:
                 return self._account(error)
         if not self.worker.busy:
-            return Account(self.me, "idle")
-        return Account(self.me, "meeting" if self.meeting() else "computing")
+            return RankStatus(self.me, "idle")
+        return RankStatus(self.me, "meeting" if self.meeting() else "computing")
 
-    def _inquire(self, known: dict[int, Account]) -> dict[int, Account]:
+    def _inquire(self, known: dict[int, RankStatus]) -> dict[int, RankStatus]:
         """What each rank was doing; `known` are accounts already given."""
         accounts = dict(known)
         for rank, link in self.links.items():
             if rank not in accounts:
-                link.offer(encode(Kind.PING))
+                link.offer(encode(FrameKind.PING))
         deadline = time.monotonic() + GRACE_S
         bell = self.worker.bell
         while (left := deadline - time.monotonic()) > 0 and len(accounts) < len(self.links):
@@ -188,14 +188,14 @@ class Crew:
         if bell not in self.selector.get_map():
             self.selector.register(bell, selectors.EVENT_READ, self.me.rank)
         for rank in self.peers.keys() - accounts.keys():
-            accounts[rank] = Account(self.peers[rank], "silent")
+            accounts[rank] = RankStatus(self.peers[rank], "silent")
             self.selector.unregister(self.links[rank])  # nobody waits for it any more
         return accounts
 
     def stop(self, told: str) -> RankError:
         """End every rank, because of what is told. The error to raise."""
         for link in self.links.values():
-            link.offer(encode(Kind.VERDICT, Verdict(told)))
+            link.offer(encode(FrameKind.FAILURE_REPORT, FailureReport(told)))
         self._leave(f"the ranks of this model stopped earlier ({told}); load the artifact again")
         return RankError(f"{told}; every rank was stopped")
 
@@ -203,7 +203,7 @@ class Crew:
         """End every rank in good order; nothing where that has happened already."""
         if not self.over:
             for link in self.links.values():
-                link.offer(encode(Kind.STOP))
+                link.offer(encode(FrameKind.STOP))
             self._leave("the model was closed; load the artifact again")
 
     def _leave(self, why: str) -> None:
@@ -225,7 +225,7 @@ class Crew:
             self.worker.close(GRACE_S)
 
 
-def _worse(new: Account, old: Account | None) -> bool:
+def _worse(new: RankStatus, old: RankStatus | None) -> bool:
     """Whether an account says more than one before: a rank may die after it has failed, or fail after a sign of life."""
     order = ("idle", "computing", "meeting", "lost", "failed")
     return old is None or (new.doing in order and old.doing in order and order.index(new.doing) > order.index(old.doing))
@@ -233,6 +233,6 @@ def _worse(new: Account, old: Account | None) -> bool:
 
 def describe(error: BaseException) -> str:
     """An error in one line."""
-    if isinstance(error, MeetingError):
+    if isinstance(error, CollectiveError):
         return str(error)
     return f"{type(error).__name__}: {error}".splitlines()[0][:2000]

@@ -1,4 +1,4 @@
-"""How pictures become pixels: preprocessor_config.json and the picture's part of processor_config.json.
+"""How images become pixels: preprocessor_config.json and the image's part of processor_config.json.
 
 Values that a file leaves out are those of the processor's own class in transformers.
 """
@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..model_defs.config import ClipConfig, ConfigError, ModelConfig, TiledConfig
-from ..runtime.artifact import ImageFacts
+from ..runtime.artifact import ImageProcessorConfig
 from ..runtime.shown import quoted
-from .settings import integer, number, only, read_settings, three
+from .json_values import integer, number, only, read_settings, three
 
 # Of every CLIP tower that LLaVA uses, and of Qwen-VL; transformers' OPENAI_CLIP_MEAN and OPENAI_CLIP_STD.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -22,12 +22,12 @@ HALF = (0.5, 0.5, 0.5)
 BILINEAR, BICUBIC = 2, 3
 
 
-def image_facts(
+def read_image_config(
     checkpoint: Path, config: ModelConfig, processor: Mapping[str, Any], vision_tower: Path | None, mark: str
-) -> ImageFacts:
-    """Facts about pictures, checked against `config`.
+) -> ImageProcessorConfig:
+    """Facts about images, checked against `config`.
 
-    `processor` is what processor_config.json holds, `vision_tower` the folder of a tower stored apart, `mark` how a picture is
+    `processor` is what processor_config.json holds, `vision_tower` the folder of a tower stored apart, `mark` how an image is
     written in a prompt. Raises ConfigError.
     """
     if config.image_mode == "stretch":
@@ -44,11 +44,11 @@ def image_facts(
     return (_anyres if config.image_mode == "anyres" else _one_square)(settings, where, config, mark)
 
 
-def _one_square(settings: Mapping[str, Any], where: str, config: ModelConfig, mark: str) -> ImageFacts:
+def _one_square(settings: Mapping[str, Any], where: str, config: ModelConfig, mark: str) -> ImageProcessorConfig:
     """LLaVA-1.5: CLIPImageProcessor, or LlavaImageProcessor, which may pad to a square."""
     _check_side("size", _side(settings, "size", {"shortest_edge"}, where), config, where)
     _check_side("crop_size", _side(settings, "crop_size", {"height", "width"}, where), config, where)
-    return ImageFacts(
+    return ImageProcessorConfig(
         mode="pad" if config.image_mode == "pad" or _pads(settings, where) else "crop",
         size=config.vision.image_size,
         rows=config.vision.rows_per_tile,
@@ -57,8 +57,8 @@ def _one_square(settings: Mapping[str, Any], where: str, config: ModelConfig, ma
     )
 
 
-def _anyres(settings: Mapping[str, Any], where: str, config: ModelConfig, mark: str) -> ImageFacts:
-    """LLaVA-1.6: LlavaNextImageProcessor, whose do_pad means the batch and changes no picture; or CLIP's in the original."""
+def _anyres(settings: Mapping[str, Any], where: str, config: ModelConfig, mark: str) -> ImageProcessorConfig:
+    """LLaVA-1.6: LlavaNextImageProcessor, whose do_pad means the batch and changes no image; or CLIP's in the original."""
     size = settings.get("size")
     keys = {"height", "width"} if isinstance(size, dict) and size.get("height") else {"shortest_edge"}
     _check_side("size", _side(settings, "size", keys, where), config, where)
@@ -66,7 +66,7 @@ def _anyres(settings: Mapping[str, Any], where: str, config: ModelConfig, mark: 
     if settings.get("aspect_ratio_setting", "anyres") != "anyres":
         raise ConfigError(f"{where}: aspect_ratio_setting is {quoted(settings['aspect_ratio_setting'])}; supported: 'anyres'")
     _check_pinpoints(settings, config, where)
-    return ImageFacts(
+    return ImageProcessorConfig(
         mode="anyres",
         size=config.vision.image_size,
         rows=config.vision.rows_per_tile,
@@ -77,7 +77,9 @@ def _anyres(settings: Mapping[str, Any], where: str, config: ModelConfig, mark: 
     )
 
 
-def _tiles(settings: Mapping[str, Any], where: str, config: ModelConfig, vision: TiledConfig, mark: str) -> ImageFacts:
+def _tiles(
+    settings: Mapping[str, Any], where: str, config: ModelConfig, vision: TiledConfig, mark: str
+) -> ImageProcessorConfig:
     """Llama-3.2-Vision: MllamaImageProcessor, which cuts by a list of grids of its own."""
     if not settings:
         raise ConfigError(f"{where} is missing; copy preprocessor_config.json from the model's page")
@@ -92,10 +94,10 @@ def _tiles(settings: Mapping[str, Any], where: str, config: ModelConfig, vision:
     every = _every_grid(tiles)
     if vision.ratios != every:
         raise ConfigError(
-            f"{where}: pictures are cut into the grids {list(every)}, whose place in this list is what the model is told, but "
+            f"{where}: images are cut into the grids {list(every)}, whose place in this list is what the model is told, but "
             f"vision_config.supported_aspect_ratios is {list(vision.ratios)}; expected the same list"
         )
-    return ImageFacts(
+    return ImageProcessorConfig(
         mode="tiles",
         size=vision.image_size,
         rows=vision.rows_per_tile,
@@ -106,8 +108,8 @@ def _tiles(settings: Mapping[str, Any], where: str, config: ModelConfig, vision:
     )
 
 
-def _stretch(config: ModelConfig, mark: str) -> ImageFacts:
-    return ImageFacts(
+def _stretch(config: ModelConfig, mark: str) -> ImageProcessorConfig:
+    return ImageProcessorConfig(
         mode="stretch",
         size=config.vision.image_size,
         mean=CLIP_MEAN,
@@ -166,7 +168,7 @@ def _check_side(name: str, found: int | None, config: ModelConfig, where: str) -
 
 
 def _check_pinpoints(settings: Mapping[str, Any], config: ModelConfig, where: str) -> None:
-    """The processor cuts pictures by its own list, the model packs their features by that of config.json."""
+    """The processor cuts images by its own list, the model packs their features by that of config.json."""
     given = settings.get("image_grid_pinpoints")
     side = config.vision.image_size
     expected = [[rows * side, columns * side] for rows, columns in config.grids]

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..model_defs.config import ConfigError, ModelConfig
-from ..runtime.artifact import TokenizerFacts
+from ..runtime.artifact import TokenizerConfig
 from ..runtime.processor.tiktoken_vocabulary import TiktokenVocabulary, is_tiktoken, read_ranks
 from ..runtime.processor.tokenizer import Tokenizer, TokenizerError, Vocabulary, read_vocabulary
 from ..runtime.shown import quoted
-from .settings import only, read_settings
+from .json_values import only, read_settings
 from .tiktoken_forms import LLAMA3, QWEN
 
 MARK = "<image>"
@@ -35,23 +35,23 @@ def tokenizer_file(checkpoint: Path, config: ModelConfig) -> Path:
 
 
 def read_tokenizer(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple[Tokenizer, str]:
-    """The checkpoint's tokenizer, checked, and the text that marks a picture."""
+    """The checkpoint's tokenizer, checked, and the text that marks an image."""
     where = str(path.with_name("tokenizer_config.json"))
     only(settings, "add_eos_token", False, where)
     try:
-        vocabulary, its_facts = _read_vocabulary(path, config, settings)
+        vocabulary, its_info = _read_vocabulary(path, config, settings)
     except TokenizerError as error:
         raise ConfigError(str(error)) from error
-    facts = TokenizerFacts(
+    info = TokenizerConfig(
         style="original" if config.layout == "original" else "hf",
         bos_token_id=_bos(vocabulary, settings, config, where),
         add_bos=_adds_bos(path, settings, config, where),
         image_token_id=config.image_token_id,
         # The image token of Llama-3.2-Vision lies behind the rows of lm_head: it is embedded, never sampled.
         used=min(vocabulary.size, config.text.vocab_size),
-        **its_facts,
+        **its_info,
     )
-    return Tokenizer(facts, vocabulary), _mark(path, vocabulary, config)
+    return Tokenizer(info, vocabulary), _mark(path, vocabulary, config)
 
 
 def _read_vocabulary(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
@@ -62,8 +62,8 @@ def _read_vocabulary(path: Path, config: ModelConfig, settings: Mapping[str, Any
     if path.name == QWEN_FILE or is_tiktoken(path):
         return _read_tiktoken(path, config, settings)
     legacy, added = bool(settings.get("legacy")), _added_tokens(path, settings)
-    facts = {"kind": "sentencepiece", "added_tokens": added, "legacy": legacy}
-    return read_vocabulary(path, added_tokens=added, legacy=legacy), facts
+    info = {"kind": "sentencepiece", "added_tokens": added, "legacy": legacy}
+    return read_vocabulary(path, added_tokens=added, legacy=legacy), info
 
 
 def _check_ids(path: Path) -> None:
@@ -94,12 +94,12 @@ def _read_tiktoken(path: Path, config: ModelConfig, settings: Mapping[str, Any])
     by_id |= {token_id: token for token, token_id in _added_by_config(settings, where).items()}
     added = {token: token_id for token_id, token in by_id.items()}
     vocabulary = TiktokenVocabulary(path, added, pattern=form.pattern, nfc=form.nfc)
-    facts = {"kind": "tiktoken", "file": path.name, "pattern": form.pattern, "nfc": form.nfc, "added_tokens": added}
-    return vocabulary, facts
+    info = {"kind": "tiktoken", "file": path.name, "pattern": form.pattern, "nfc": form.nfc, "added_tokens": added}
+    return vocabulary, info
 
 
 def _mark(path: Path, vocabulary: Vocabulary, config: ModelConfig) -> str:
-    """How a picture is marked: by the image token, or in Qwen-VL by the one that opens its span.
+    """How an image is marked: by the image token, or in Qwen-VL by the one that opens its span.
 
     The original layout has no such token and cuts the text at <image>.
     """

@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..model_defs.config import ConfigError, ModelConfig
-from ..runtime.artifact import Llama3Scaling, ModelFacts, RopeFacts
+from ..runtime.artifact import Llama3Scaling, ModelInfo, RopeParameters
 from ..runtime.processor.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, LLAVA_ORIGINAL, MLLAMA_BASE, ChatTemplateError
 from ..runtime.processor.families import family
 from ..runtime.processor.prompt import Message, PromptError
 from ..runtime.processor.tokenizer import Tokenizer
 from ..runtime.shown import quoted
-from .image_facts import image_facts
-from .sampling_facts import read_sampling
-from .settings import read_settings
-from .tokenizer_facts import MOST_IDS, check_mark_name, read_tokenizer, tokenizer_file
+from .image_config import read_image_config
+from .json_values import read_settings
+from .sampling_defaults import read_sampling
+from .tokenizer_config import MOST_IDS, check_mark_name, read_tokenizer, tokenizer_file
 
 TEMPLATE_FILE = "tokenizer/chat_template.jinja"
 
@@ -47,14 +47,14 @@ PIXEL = base64.b64decode(  # a PNG of one black pixel
 )
 
 
-def read_facts(
+def read_model_info(
     checkpoint: Path,
     config: ModelConfig,
     *,
     vision_tower: Path | None,
     text_before_image: Literal["transformers", "meta"] = "transformers",
     notes: list[str] | None = None,
-) -> tuple[ModelFacts, dict[str, bytes]]:
+) -> tuple[ModelInfo, dict[str, bytes]]:
     """Facts for the manifest, and the files to store: path under the artifact -> content.
 
     `vision_tower` is the folder of a tower stored apart; its preprocessor_config.json stands in for a missing one. `notes`
@@ -68,12 +68,12 @@ def read_facts(
     check_mark_name(checkpoint, mark, processor, tokenizer_config)
     chat, eos = _chat(checkpoint, generation, config), _eos(checkpoint, generation, config)
     if chat == "chatml":
-        eos = tuple(dict.fromkeys((*(tokenizer.facts.added_tokens[name] for name in CHATML_STOPS), *eos)))
+        eos = tuple(dict.fromkeys((*(tokenizer.config.added_tokens[name] for name in CHATML_STOPS), *eos)))
     template = NO_TEMPLATE
     if chat == "template":
         template = _chat_template(checkpoint, config, processor, tokenizer_config)
         _check_base(template, checkpoint, [tokenizer.token(i) for i in eos])
-    facts = ModelFacts(
+    info = ModelInfo(
         family=config.family,
         layout=config.layout,
         hidden_size=config.text.hidden_size,
@@ -81,15 +81,15 @@ def read_facts(
         rope=_rope(config),
         eos_token_ids=eos,
         stop_strings=("</s>",) if config.layout == "original" else (),
-        image=image_facts(checkpoint, config, processor, vision_tower, mark),
-        tokenizer=tokenizer.facts,
+        image=read_image_config(checkpoint, config, processor, vision_tower, mark),
+        tokenizer=tokenizer.config,
         sampling=read_sampling(checkpoint / "generation_config.json", generation, eos, [] if notes is None else notes),
         chat=chat,
         text_before_image=text_before_image,
         max_positions=config.text.max_positions,
     )
-    _try_chat(template, facts, tokenizer)
-    return facts, {f"tokenizer/{path.name}": path.read_bytes(), TEMPLATE_FILE: template.encode("utf-8")}
+    _try_chat(template, info, tokenizer)
+    return info, {f"tokenizer/{path.name}": path.read_bytes(), TEMPLATE_FILE: template.encode("utf-8")}
 
 
 def _chat(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) -> Chat:
@@ -108,11 +108,13 @@ def _chat(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) 
     return value
 
 
-def _rope(config: ModelConfig) -> RopeFacts:
+def _rope(config: ModelConfig) -> RopeParameters:
     """The same fields under the contract's types: model_defs and runtime know nothing of each other."""
     rope = config.text.rope
     scaling = Llama3Scaling(**asdict(rope.llama3)) if rope.llama3 else None
-    return RopeFacts(theta=rope.theta, llama3=scaling, ntk_positions=rope.ntk_positions, logn_positions=rope.logn_positions)
+    return RopeParameters(
+        theta=rope.theta, llama3=scaling, ntk_positions=rope.ntk_positions, logn_positions=rope.logn_positions
+    )
 
 
 def _chat_template(
@@ -155,11 +157,11 @@ def _check_base(template: str, checkpoint: Path, stops: list[str]) -> None:
         )
 
 
-def _try_chat(template: str, facts: ModelFacts, tokenizer: Tokenizer) -> None:
-    """A template made for text alone would lose the pictures: better to know at compile time."""
+def _try_chat(template: str, info: ModelInfo, tokenizer: Tokenizer) -> None:
+    """A template made for text alone would lose the images: better to know at compile time."""
     question = [Message("user", "question", images=1)]
     try:
-        family(facts.family).chat_prompt(question, [io.BytesIO(PIXEL)], facts, tokenizer, template)
+        family(info.family).chat_prompt(question, [io.BytesIO(PIXEL)], info, tokenizer, template)
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; correct the checkpoint's chat template") from error
     except PromptError as error:

@@ -1,4 +1,4 @@
-"""How pictures become pixels, from image settings in the forms of the published checkpoints."""
+"""How images become pixels, from image settings in the forms of the published checkpoints."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil, get_all_supported_aspect_ratios
 
-from staticvl.compiler.image_facts import CLIP_MEAN, CLIP_STD, image_facts
+from staticvl.compiler.image_config import CLIP_MEAN, CLIP_STD, read_image_config
 from staticvl.model_defs.config import ConfigError, read_config
-from staticvl.runtime.artifact import ImageFacts
+from staticvl.runtime.artifact import ImageProcessorConfig
 
 from .conftest import PUBLISHED
 
@@ -51,59 +51,59 @@ def write(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value))
 
 
-def facts(
+def info(
     folder: Path,
     name: str,
     settings: dict[str, Any] | None = None,
     processor: dict[str, Any] | None = None,
     tower: Path | None = None,
-) -> ImageFacts:
+) -> ImageProcessorConfig:
     """Facts of a checkpoint with the config `name` and these settings in preprocessor_config.json."""
     write(folder / "config.json", CONFIGS[name])
     if settings is not None:
         write(folder / "preprocessor_config.json", settings)
-    return image_facts(folder, read_config(folder), processor or {}, tower, "<mark>")
+    return read_image_config(folder, read_config(folder), processor or {}, tower, "<mark>")
 
 
 def test_llava_next(tmp_path: Path) -> None:
-    expected = ImageFacts(
+    expected = ImageProcessorConfig(
         mode="anyres", size=336, mean=CLIP_MEAN, std=CLIP_STD, rescale=1 / 255, resample=3, rows=576, mark="<mark>",
         grids=GRIDS, newline_id=32064,
     )  # fmt: skip
-    assert facts(tmp_path / "file", "llava_next", LLAVA_NEXT) == expected
-    assert facts(tmp_path / "none", "llava_next") == expected
+    assert info(tmp_path / "file", "llava_next", LLAVA_NEXT) == expected
+    assert info(tmp_path / "none", "llava_next") == expected
     for do_pad in (False, None):  # of the batch alone
-        assert facts(tmp_path / "batch", "llava_next", LLAVA_NEXT | {"do_pad": do_pad}) == expected
+        assert info(tmp_path / "batch", "llava_next", LLAVA_NEXT | {"do_pad": do_pad}) == expected
     square = LLAVA_NEXT | {"size": {"height": 336, "width": 336}}
-    assert facts(tmp_path / "square", "llava_next", square) == expected
+    assert info(tmp_path / "square", "llava_next", square) == expected
     nested = {"image_processor": LLAVA_NEXT | {"image_mean": [0.1, 0.2, 0.3]}, "patch_size": 14}
-    assert facts(tmp_path / "nested", "llava_next", processor=nested).mean == (0.1, 0.2, 0.3)
+    assert info(tmp_path / "nested", "llava_next", processor=nested).mean == (0.1, 0.2, 0.3)
 
 
 def test_original_llava_next(tmp_path: Path) -> None:
     """The settings are those of the tower stored apart; pairs of pixels have the width first."""
     write(tmp_path / "tower" / "preprocessor_config.json", CLIP | {"size": 336, "crop_size": 336, "image_std": [1, 2, 3]})
-    found = facts(tmp_path, "original", tower=tmp_path / "tower")
+    found = info(tmp_path, "original", tower=tmp_path / "tower")
     assert (found.mode, found.size, found.rows, found.newline_id) == ("anyres", 336, 576, 32000)
     assert found.grids == tuple((columns, rows) for rows, columns in GRIDS)
     assert (found.std, found.alpha) == ((1, 2, 3), "white")
 
 
 def test_mllama(tmp_path: Path) -> None:
-    expected = ImageFacts(
+    expected = ImageProcessorConfig(
         mode="tiles", size=560, mean=CLIP_MEAN, std=CLIP_STD, rescale=1 / 255, resample=2, rows=1601, mark="<mark>",
         grids=tuple(get_all_supported_aspect_ratios(4)), tiles=4,
     )  # fmt: skip
-    assert facts(tmp_path / "file", "mllama", MLLAMA) == expected
-    assert facts(tmp_path / "nested", "mllama", processor={"image_processor": MLLAMA}) == expected
+    assert info(tmp_path / "file", "mllama", MLLAMA) == expected
+    assert info(tmp_path / "nested", "mllama", processor={"image_processor": MLLAMA}) == expected
 
 
 def test_what_a_file_leaves_out_is_the_processors_default(tmp_path: Path) -> None:
-    found = facts(tmp_path / "mllama", "mllama", {"size": {"height": 560, "width": 560}})
+    found = info(tmp_path / "mllama", "mllama", {"size": {"height": 560, "width": 560}})
     theirs = MllamaImageProcessorPil(size={"height": 560, "width": 560})
     assert (found.mean, found.std) == (tuple(theirs.image_mean), tuple(theirs.image_std))
     assert (found.resample, found.tiles) == (int(theirs.resample), theirs.max_image_tiles)
-    found = facts(tmp_path / "next", "llava_next", {"size": {"shortest_edge": 336}})
+    found = info(tmp_path / "next", "llava_next", {"size": {"shortest_edge": 336}})
     theirs = LlavaNextImageProcessorPil()
     assert (found.mean, found.std) == (tuple(theirs.image_mean), tuple(theirs.image_std))
     assert found.resample == int(theirs.resample)
@@ -111,7 +111,7 @@ def test_what_a_file_leaves_out_is_the_processors_default(tmp_path: Path) -> Non
 
 
 def test_qwen_vl_needs_no_file(tmp_path: Path) -> None:
-    assert facts(tmp_path, "qwen_vl") == ImageFacts(
+    assert info(tmp_path, "qwen_vl") == ImageProcessorConfig(
         mode="stretch", size=448, mean=CLIP_MEAN, std=CLIP_STD, resample=3, rows=256, mark="<mark>", alpha="drop"
     )
 
@@ -151,14 +151,14 @@ def test_qwen_vl_needs_no_file(tmp_path: Path) -> None:
 )
 def test_refused_settings(tmp_path: Path, name: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=rf"preprocessor_config\.json: {message}"):
-        facts(tmp_path, name, settings)
+        info(tmp_path, name, settings)
 
 
 def test_mllama_needs_its_file(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"preprocessor_config\.json is missing; copy preprocessor_config\.json from the model"
     ):
-        facts(tmp_path, "mllama")
+        info(tmp_path, "mllama")
 
 
 def test_grids_in_another_order_would_have_other_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,13 +169,13 @@ def test_grids_in_another_order_would_have_other_ids(tmp_path: Path, monkeypatch
         ConfigError,
         match=r"cut into the grids \[\(1, 1\), .*supported_aspect_ratios is \[\(4, 1\), .*; expected the same list",
     ):
-        facts(tmp_path, "mllama", MLLAMA)
+        info(tmp_path, "mllama", MLLAMA)
 
 
 def test_llava_next_counts_its_rows(tmp_path: Path) -> None:
     processor = {"patch_size": 16, "vision_feature_select_strategy": "default"}
     with pytest.raises(ConfigError, match=r"patch_size 16, .* make 441 tokens per image but the vision tower gives 576"):
-        facts(tmp_path, "llava_next", LLAVA_NEXT, processor)
+        info(tmp_path, "llava_next", LLAVA_NEXT, processor)
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
@@ -191,7 +191,7 @@ def test_llava_next_counts_its_rows(tmp_path: Path) -> None:
 )
 def test_published_files(folder: str, tower: str | None, mode: str, size: int, rows: int) -> None:
     path, apart = PUBLISHED / folder, PUBLISHED / tower if tower else None
-    found = image_facts(path, read_config(path, vision_tower=apart), {}, apart, "<mark>")
+    found = read_image_config(path, read_config(path, vision_tower=apart), {}, apart, "<mark>")
     assert (found.mode, found.size, found.rows) == (mode, size, rows)
     assert (found.mean, found.std, found.rescale) == (CLIP_MEAN, CLIP_STD, 1 / 255)
     assert found.resample == (2 if mode == "tiles" else 3)
@@ -200,4 +200,4 @@ def test_published_files(folder: str, tower: str | None, mode: str, size: int, r
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published files are not here")
 def test_the_published_form_of_llava_next(tmp_path: Path) -> None:
     form = json.loads((PUBLISHED / "derivative--llava-v1.6-mistral-7b-hf-lora" / "preprocessor_config.json").read_text())
-    assert facts(tmp_path, "llava_next", form) == facts(tmp_path / "ours", "llava_next", LLAVA_NEXT)
+    assert info(tmp_path, "llava_next", form) == info(tmp_path / "ours", "llava_next", LLAVA_NEXT)

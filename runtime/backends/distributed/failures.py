@@ -15,7 +15,7 @@ class RankError(RuntimeError):
     """Ranks cannot go on together; the message names the one at fault and says what happened to it."""
 
 
-class MeetingError(RuntimeError):
+class CollectiveError(RuntimeError):
     """A collective failed, which is perhaps another rank's fault."""
 
 
@@ -32,7 +32,7 @@ class Peer:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class RankStatus:
     """What a rank was doing when something went wrong.
 
     lost: a collective of its failed; failed: it raised something itself; died: its connection ended without a word; silent:
@@ -44,7 +44,7 @@ class Account:
     text: str = ""
 
 
-def blame(accounts: Sequence[Account], timeout: float) -> str:
+def failure_report(accounts: Sequence[RankStatus], timeout: float) -> str:
     """One sentence that names whoever is at fault.
 
     A rank that died, raised, or does not answer is the cause of what others lost; one that computes while others wait for it
@@ -59,7 +59,7 @@ def blame(accounts: Sequence[Account], timeout: float) -> str:
     return told + (f"; and {len(found) - MOST} more" if len(found) > MOST else "")
 
 
-def _sentence(account: Account, timeout: float) -> str:
+def _sentence(account: RankStatus, timeout: float) -> str:
     words = f": {account.text}" if account.text else ""
     if account.doing == "died":
         return f"{account.peer} died{words}"

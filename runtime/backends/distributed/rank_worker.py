@@ -17,10 +17,10 @@ from typing import Any, Literal, Protocol
 from ...artifact import GraphSpec
 from ...backends.base import Feed, new_feed
 from ..base import Backend, Group
-from .crew import GRACE_S, describe
-from .frames import Copy, Failed, FrameError, Go, Header, Kind, Link, State, Verdict, encode
-from .verdict import MeetingError, Peer
-from .worker import Worker
+from .compute_thread import ComputeThread
+from .failures import CollectiveError, Peer
+from .frames import Copy, Failed, FailureReport, FrameError, FrameKind, Go, Header, Link, State, encode
+from .monitor import GRACE_S, describe
 
 log = logging.getLogger(__name__)
 GONE = (EOFError, OSError)
@@ -33,7 +33,7 @@ class Watched(Group, Protocol):
     def meeting(self) -> bool: ...
 
 
-class Follower:
+class RankWorker:
     """One rank from the moment its artifact is open."""
 
     def __init__(self, rank: int, leader: Peer, link: Link, graphs: tuple[GraphSpec | None, ...], timeout: float) -> None:
@@ -42,13 +42,13 @@ class Follower:
         timeout: seconds that this rank may need to end a step after rank 0 has.
         """
         self.rank, self.leader, self.link, self.graphs, self.timeout = rank, leader, link, graphs, timeout
-        self.worker = Worker(f"rank {rank}")
+        self.worker = ComputeThread(f"rank {rank}")
         self.group: Watched | None = None
         self.backend: Backend | None = None
         self.feeds: dict[int, tuple[Feed, list[memoryview]]] = {}  # by graph: arrays, and the bytes of them
         self.failed = ""  # why this rank cannot go on
         self.at_fault = False  # and not because a collective failed, which is perhaps rank 0's doing
-        self.patience: float | None = None  # until when it waits for the verdict
+        self.report_deadline: float | None = None  # until when it waits for the verdict
 
     def follow(self, open_backend: Callable[[Go], tuple[Watched, Backend]]) -> int:
         """Take part until the end; the exit status. `open_backend` is called when rank 0 has compared all ranks' artifacts."""
@@ -62,7 +62,7 @@ class Follower:
             selector.register(self.link, selectors.EVENT_READ)
             selector.register(self.worker.bell, selectors.EVENT_READ)
             while True:
-                left = None if self.patience is None else max(self.patience - time.monotonic(), 0)
+                left = None if self.report_deadline is None else max(self.report_deadline - time.monotonic(), 0)
                 events = selector.select(left)
                 if not events and left is not None:
                     return self._stop(f"{self.failed}; {self.leader} gave no verdict: it is stopped, stuck, or out of reach")
@@ -89,17 +89,17 @@ class Follower:
     def _obey(self, header: Header, open_backend: Callable[[Go], tuple[Watched, Backend]]) -> int | None:
         """Do what rank 0 says; an exit status when that is the end."""
         match header.kind:
-            case Kind.STOP:
+            case FrameKind.STOP:
                 self._wait()
                 return 0
-            case Kind.VERDICT:
-                return self._stop(self.link.record(header, Verdict).text)
-            case Kind.PING:
-                self.link.send([encode(Kind.STATE, State(self._doing()))])
-            case Kind.GO:
+            case FrameKind.FAILURE_REPORT:
+                return self._stop(self.link.record(header, FailureReport).text)
+            case FrameKind.PING:
+                self.link.send([encode(FrameKind.STATE, State(self._doing()))])
+            case FrameKind.GO:
                 go = self.link.record(header, Go)
                 self.worker.start(partial(self._open, partial(open_backend, go)))
-            case Kind.RUN | Kind.LOAD | Kind.UNLOAD | Kind.COPY:
+            case FrameKind.RUN | FrameKind.LOAD | FrameKind.UNLOAD | FrameKind.COPY:
                 if not self._wait():
                     return self._stop(f"rank {self.rank}, this one, has not ended its last step for {self.timeout:g} s")
                 self._begin(header)
@@ -111,22 +111,22 @@ class Follower:
         self.group, self.backend = open_backend()
         for graph in filter(None, self.graphs):
             self.backend.load(graph)
-        self.link.send([encode(Kind.READY)])
+        self.link.send([encode(FrameKind.READY)])
 
     def _begin(self, header: Header) -> None:
         """Receive what a call takes, and start it."""
         graph, backend = self.graphs[header.graph], self.backend
         assert backend is not None, "rank 0 waits until all are ready"
         call: Callable[[], Any]
-        if header.kind is Kind.COPY:
+        if header.kind is FrameKind.COPY:
             copy = self.link.record(header, Copy)
             call = partial(backend.copy_slot, copy.source, copy.target, copy.rows, copy.images)
         elif graph is None:
             raise FrameError(f"graph {header.graph} is none of this rank's")
-        elif header.kind is Kind.RUN:
+        elif header.kind is FrameKind.RUN:
             call = partial(backend.run, graph, self._receive(header, graph), header.slot, header.image)
         else:
-            call = partial(backend.load if header.kind is Kind.LOAD else backend.unload, graph)
+            call = partial(backend.load if header.kind is FrameKind.LOAD else backend.unload, graph)
         if not self.failed:
             self.worker.start(call)
 
@@ -160,9 +160,9 @@ class Follower:
             self.worker.finish()
         except BaseException as error:
             log.debug("rank %d failed", self.rank, exc_info=True)
-            self.failed, self.patience = describe(error), time.monotonic() + 5 * GRACE_S
-            self.at_fault = not isinstance(error, MeetingError)
-            self.link.offer(encode(Kind.FAILED, Failed(self.failed, not self.at_fault)))
+            self.failed, self.report_deadline = describe(error), time.monotonic() + 5 * GRACE_S
+            self.at_fault = not isinstance(error, CollectiveError)
+            self.link.offer(encode(FrameKind.FAILED, Failed(self.failed, not self.at_fault)))
 
     def _doing(self) -> Literal["idle", "computing", "meeting"]:
         if not self.worker.busy:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Worker:
+class ComputeThread:
     """Runs one call at a time, all in one thread: some devices belong to the thread that opened them.
 
     `bell` becomes readable when a call has ended, for use in a selector.

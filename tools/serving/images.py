@@ -1,4 +1,4 @@
-"""Pictures of a request: from data: and http(s) URLs to decoded pictures, within the server's limits."""
+"""Images of a request: from data: and http(s) URLs to decoded images, within the server's limits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .settings import Settings
 FETCHES = 16  # downloads at once
 
 
-class Pictures:
+class Images:
     """Fetches and decodes. Downloads have threads of their own, so that slow hosts hold up nobody else."""
 
     def __init__(self, settings: Settings, alpha: Alpha) -> None:
@@ -37,7 +37,7 @@ class Pictures:
         return await asyncio.gather(*(loop.run_in_executor(self._fetching, self._fetch, i, url) for i, url in enumerate(urls)))
 
     async def decoded(self, files: Sequence[bytes]) -> list[Image.Image]:
-        """RGB pictures; raises ImageError."""
+        """RGB images; raises ImageError."""
         return await asyncio.get_running_loop().run_in_executor(self._decoding, partial(self._decode_all, files))
 
     async def forget(self, frames: Sequence[Frame]) -> None:
@@ -55,7 +55,7 @@ class Pictures:
             return decode_data_url(url, most)
         if url.partition(":")[0].lower() not in ("http", "https"):
             raise ImageError(
-                f"picture {index + 1} is {quoted(url)}; expected an http, https or data:image/...;base64,... URL (files "
+                f"image {index + 1} is {quoted(url)}; expected an http, https or data:image/...;base64,... URL (files "
                 "of the server are not read)"
             )
         connect = None if self.settings.allow_private_urls else connect_publicly
@@ -66,7 +66,7 @@ class Pictures:
 
     def _decode(self, index: int, data: bytes) -> Image.Image:
         file = io.BytesIO(data)
-        file.name = f"picture {index + 1}"  # type: ignore[attr-defined]  (what messages call it)
+        file.name = f"image {index + 1}"  # type: ignore[attr-defined]  (what messages call it)
         limits = self.settings
         return load_image(
             file, alpha=self.alpha, max_pixels=limits.max_image_pixels, max_side=limits.max_image_side,

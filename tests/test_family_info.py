@@ -13,10 +13,10 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from staticvl.compiler.facts import MLLAMA_BASE, read_facts
+from staticvl.compiler.model_info import MLLAMA_BASE, read_model_info
 from staticvl.compiler.tiktoken_forms import LLAMA3
 from staticvl.model_defs.config import ConfigError, read_config
-from staticvl.runtime.artifact import Llama3Scaling, ModelFacts, SamplingDefaults
+from staticvl.runtime.artifact import Llama3Scaling, ModelInfo, SamplingDefaults
 from staticvl.runtime.processor.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, ChatTemplateError
 from staticvl.runtime.processor.families import mllama
 from staticvl.runtime.processor.prompt import Message
@@ -58,9 +58,9 @@ def checkpoint(sources: dict[str, Path], tmp_path: Path) -> Any:
     return lambda name: copy(sources[name], tmp_path / name)
 
 
-def read(folder: Path, **settings: Any) -> tuple[ModelFacts, dict[str, bytes]]:
+def read(folder: Path, **settings: Any) -> tuple[ModelInfo, dict[str, bytes]]:
     tower = folder / "clip" if (folder / "clip").is_dir() else None
-    return read_facts(folder, read_config(folder, vision_tower=tower), vision_tower=tower, **settings)
+    return read_model_info(folder, read_config(folder, vision_tower=tower), vision_tower=tower, **settings)
 
 
 def change(path: Path, **values: Any) -> None:
@@ -75,13 +75,13 @@ def fails(folder: Path, message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-def stored_tokenizer(facts: ModelFacts, files: dict[str, bytes], folder: Path) -> Tokenizer:
+def stored_tokenizer(info: ModelInfo, files: dict[str, bytes], folder: Path) -> Tokenizer:
     """As the runtime loads it from an artifact that holds nothing else."""
     for name, content in files.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
-    return load_tokenizer(folder / "tokenizer", facts.tokenizer)
+    return load_tokenizer(folder / "tokenizer", info.tokenizer)
 
 
 # --- Llama-3.2-Vision -------------------------------------------------------------------------------------------------
@@ -90,18 +90,18 @@ def stored_tokenizer(facts: ModelFacts, files: dict[str, bytes], folder: Path) -
 @pytest.mark.parametrize("name", ["mllama", "mllama-tiktoken"])
 def test_mllama(name: str, checkpoint: Any, tmp_path: Path) -> None:
     folder = checkpoint(name)
-    facts, files = read(folder)
+    info, files = read(folder)
     config = json.loads((folder / "config.json").read_text())
     vocab = config["text_config"]["vocab_size"]
-    tokenizer = facts.tokenizer
-    assert (facts.family, facts.chat, facts.text_before_image) == ("mllama", "template", "transformers")
-    assert facts.image.mark == "<|image|>" and facts.image.mode == "tiles"
-    # The picture's token lies behind the rows of lm_head.
-    assert tokenizer.image_token_id == config["image_token_index"] == facts.vocab_size == tokenizer.used == vocab
+    tokenizer = info.tokenizer
+    assert (info.family, info.chat, info.text_before_image) == ("mllama", "template", "transformers")
+    assert info.image.mark == "<|image|>" and info.image.mode == "tiles"
+    # The image's token lies behind the rows of lm_head.
+    assert tokenizer.image_token_id == config["image_token_index"] == info.vocab_size == tokenizer.used == vocab
     assert tokenizer.add_bos and tokenizer.bos_token_id == vocab - 256
-    assert facts.eos_token_ids == tuple(vocab - 256 + i for i in (1, 8, 9))
-    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=50)
-    loaded = stored_tokenizer(facts, files, tmp_path / "artifact")
+    assert info.eos_token_ids == tuple(vocab - 256 + i for i in (1, 8, 9))
+    assert info.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=50)
+    loaded = stored_tokenizer(info, files, tmp_path / "artifact")
     assert loaded.encode("<|image|><|eot_id|>", add_bos=True) == [vocab - 256, vocab, vocab - 256 + 9]
     assert read(folder, text_before_image="meta")[0].text_before_image == "meta"
 
@@ -109,10 +109,10 @@ def test_mllama(name: str, checkpoint: Any, tmp_path: Path) -> None:
 def test_mllama_from_either_file_gives_the_same_ids(checkpoint: Any, tmp_path: Path) -> None:
     tokenizers = []
     for name in ("mllama", "mllama-tiktoken"):
-        facts, files = read(checkpoint(name))
-        tokenizers.append(stored_tokenizer(facts, files, tmp_path / f"artifact-{name}"))
-    kinds = [tokenizer.facts.kind for tokenizer in tokenizers]
-    assert kinds == ["tokenizers", "tiktoken"] and tokenizers[1].facts.file == "tokenizer.model"
+        info, files = read(checkpoint(name))
+        tokenizers.append(stored_tokenizer(info, files, tmp_path / f"artifact-{name}"))
+    kinds = [tokenizer.config.kind for tokenizer in tokenizers]
+    assert kinds == ["tokenizers", "tiktoken"] and tokenizers[1].config.file == "tokenizer.model"
     for text in ("What is in <|image|>?", "图中 123456 😀\n\n x", "<|eot_id|> I'll"):
         assert tokenizers[0].encode(text, add_bos=True) == tokenizers[1].encode(text, add_bos=True)
 
@@ -140,13 +140,13 @@ def test_special_tokens_of_llama_without_their_list(checkpoint: Any) -> None:
 
 def test_a_base_model_needs_no_template(checkpoint: Any, tmp_path: Path) -> None:
     folder = checkpoint("mllama-base")
-    facts, files = read(folder)
+    info, files = read(folder)
     assert files[TEMPLATE].decode() == MLLAMA_BASE
-    assert len(facts.eos_token_ids) == 1
-    tokenizer = stored_tokenizer(facts, files, tmp_path / "artifact")
+    assert len(info.eos_token_ids) == 1
+    tokenizer = stored_tokenizer(info, files, tmp_path / "artifact")
     text = "If I had to write a haiku for this one"
     talk = [Message("user", text, 1), Message("assistant", ", I"), Message("user", " would")]
-    assert mllama.to_text(talk, MLLAMA_BASE, facts, tokenizer) == f"<|begin_of_text|><|image|>{text}, I would"
+    assert mllama.to_text(talk, MLLAMA_BASE, info, tokenizer) == f"<|begin_of_text|><|image|>{text}, I would"
 
 
 def test_an_instruct_model_without_its_template_is_refused(checkpoint: Any) -> None:
@@ -171,32 +171,32 @@ def test_a_damaged_tiktoken_file_is_refused(checkpoint: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def llama_11b(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelFacts, dict[str, bytes], Tokenizer]:
+def llama_11b(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelInfo, dict[str, bytes], Tokenizer]:
     """From the published settings with a vocabulary of the published size."""
     folder = copy(LLAMA_11B, tmp_path_factory.mktemp("llama") / "11b")
     write_ranks(folder / "tokenizer.model", filler(128_000))
-    facts, files = read(folder)
-    return facts, files, stored_tokenizer(facts, files, folder / "artifact")
+    info, files = read(folder)
+    return info, files, stored_tokenizer(info, files, folder / "artifact")
 
 
 @published
-def test_published_mllama(llama_11b: tuple[ModelFacts, dict[str, bytes], Tokenizer]) -> None:
-    facts, files, _ = llama_11b
-    tokenizer = facts.tokenizer
+def test_published_mllama(llama_11b: tuple[ModelInfo, dict[str, bytes], Tokenizer]) -> None:
+    info, files, _ = llama_11b
+    tokenizer = info.tokenizer
     assert (tokenizer.kind, tokenizer.bos_token_id, tokenizer.add_bos) == ("tiktoken", 128000, True)
-    assert (tokenizer.image_token_id, tokenizer.used, facts.vocab_size) == (128256, 128256, 128256)
-    assert facts.eos_token_ids == (128001, 128008, 128009)
-    assert facts.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=50)
-    assert facts.rope.theta == 500000.0
-    assert facts.rope.llama3 == Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
-    assert (facts.image.size, facts.image.rows, facts.image.tiles) == (560, 1601, 4)
+    assert (tokenizer.image_token_id, tokenizer.used, info.vocab_size) == (128256, 128256, 128256)
+    assert info.eos_token_ids == (128001, 128008, 128009)
+    assert info.sampling == SamplingDefaults(do_sample=True, temperature=0.6, top_p=0.9, top_k=50)
+    assert info.rope.theta == 500000.0
+    assert info.rope.llama3 == Llama3Scaling(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_positions=8192)
+    assert (info.image.size, info.image.rows, info.image.tiles) == (560, 1601, 4)
     assert files[TEMPLATE].decode() == json.loads((LLAMA_11B / "chat_template.json").read_text())["chat_template"]
     assert set(files) == {"tokenizer/tokenizer.model", TEMPLATE}
 
 
 CHATS = [
     [Message("user", "What is this?", 1)],
-    [Message("user", " No picture\n")],
+    [Message("user", " No image\n")],
     [Message("system", "  Be short. "), Message("user", "Hi")],
     [Message("user", "A <b>", 2), Message("assistant", "Cats. "), Message("user", "And?", 1)],
     [Message("system", ""), Message("user", "x", 1)],
@@ -207,11 +207,11 @@ CHATS = [
 @pytest.mark.parametrize("messages", CHATS, ids=range(len(CHATS)))
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
 def test_published_mllama_template(
-    messages: list[Message], add_generation_prompt: bool, llama_11b: tuple[ModelFacts, dict[str, bytes], Tokenizer]
+    messages: list[Message], add_generation_prompt: bool, llama_11b: tuple[ModelInfo, dict[str, bytes], Tokenizer]
 ) -> None:
-    facts, files, tokenizer = llama_11b
+    info, files, tokenizer = llama_11b
     template = files[TEMPLATE].decode()
-    ours = mllama.to_text(messages, template, facts, tokenizer, add_generation_prompt=add_generation_prompt)
+    ours = mllama.to_text(messages, template, info, tokenizer, add_generation_prompt=add_generation_prompt)
     special = ["<|begin_of_text|>", "<|eot_id|>"]
     theirs = PreTrainedTokenizerFast(
         tokenizer_object=Fast(models.BPE(vocab={token: i for i, token in enumerate(special)}, merges=[])),
@@ -228,12 +228,12 @@ def test_published_mllama_template(
     assert ours == theirs.apply_chat_template(
         talk, chat_template=template, tokenize=False, add_generation_prompt=add_generation_prompt
     )
-    pictures = sum(message.images for message in messages)
-    assert ours.count("<|image|>") == pictures
-    if not pictures:
+    images = sum(message.images for message in messages)
+    assert ours.count("<|image|>") == images
+    if not images:
         assert f"Today Date: {datetime.now():%d %b %Y}\n\n" in ours
     with pytest.raises(ChatTemplateError, match="Prompting with images is incompatible with system messages"):
-        mllama.to_text([Message("system", "Be short."), Message("user", "x", 1)], template, facts, tokenizer)
+        mllama.to_text([Message("system", "Be short."), Message("user", "x", 1)], template, info, tokenizer)
 
 
 # --- LLaVA-1.6 --------------------------------------------------------------------------------------------------------
@@ -241,11 +241,11 @@ def test_published_mllama_template(
 
 def test_llava_next_hf(checkpoint: Any) -> None:
     folder = checkpoint("next-hf")
-    facts, files = read(folder)
-    assert (facts.family, facts.layout, facts.chat, facts.image.mode) == ("llava_next", "hf", "template", "anyres")
+    info, files = read(folder)
+    assert (info.family, info.layout, info.chat, info.image.mode) == ("llava_next", "hf", "template", "anyres")
     reference = AutoTokenizer.from_pretrained(folder)
-    assert facts.tokenizer.image_token_id == reference.convert_tokens_to_ids("<image>")
-    assert (facts.tokenizer.add_bos, facts.eos_token_ids, facts.image.mark) == (True, (2,), "<image>")
+    assert info.tokenizer.image_token_id == reference.convert_tokens_to_ids("<image>")
+    assert (info.tokenizer.add_bos, info.eos_token_ids, info.image.mark) == (True, (2,), "<image>")
     assert TEMPLATE in files
 
 
@@ -263,9 +263,9 @@ def test_old_processor_configs_of_llava_next(checkpoint: Any) -> None:
 
 
 def test_llava_next_original(checkpoint: Any) -> None:
-    facts, files = read(checkpoint("next-original"))
-    assert (facts.family, facts.layout, facts.image.mode) == ("llava_next", "original", "anyres")
-    assert (facts.tokenizer.style, facts.tokenizer.image_token_id, facts.stop_strings) == ("original", None, ("</s>",))
+    info, files = read(checkpoint("next-original"))
+    assert (info.family, info.layout, info.image.mode) == ("llava_next", "original", "anyres")
+    assert (info.tokenizer.style, info.tokenizer.image_token_id, info.stop_strings) == ("original", None, ("</s>",))
     assert files[TEMPLATE].decode() == LLAVA_NEXT_ORIGINAL
 
 
@@ -273,15 +273,15 @@ def test_llava_next_original(checkpoint: Any) -> None:
 
 
 def test_qwen_vl(checkpoint: Any, tmp_path: Path) -> None:
-    facts, files = read(checkpoint("qwen"))
-    assert (facts.family, facts.chat, facts.image.mark, facts.image.rows) == ("qwen_vl", "chatml", "<img>", 16)
-    tokenizer = facts.tokenizer
+    info, files = read(checkpoint("qwen"))
+    assert (info.family, info.chat, info.image.mark, info.image.rows) == ("qwen_vl", "chatml", "<img>", 16)
+    tokenizer = info.tokenizer
     assert (tokenizer.kind, tokenizer.file, tokenizer.nfc, tokenizer.add_bos) == ("tiktoken", "qwen.tiktoken", True, False)
-    assert (tokenizer.image_token_id, tokenizer.used, facts.vocab_size) == (552, 553, 560)
-    assert facts.eos_token_ids == (338, 337, 336)
-    assert (facts.rope.ntk_positions, facts.rope.logn_positions) == (64, 64)
+    assert (tokenizer.image_token_id, tokenizer.used, info.vocab_size) == (552, 553, 560)
+    assert info.eos_token_ids == (338, 337, 336)
+    assert (info.rope.ntk_positions, info.rope.logn_positions) == (64, 64)
     assert "tokenizer/qwen.tiktoken" in files
-    loaded = stored_tokenizer(facts, files, tmp_path / "artifact")
+    loaded = stored_tokenizer(info, files, tmp_path / "artifact")
     assert loaded.encode("<img></img><imgpad><|im_end|>", add_bos=False) == [550, 551, 552, 338]
 
 
@@ -289,16 +289,16 @@ def test_chat_formats_of_qwen_vl(checkpoint: Any) -> None:
     folder = checkpoint("qwen")
     settings = folder / "generation_config.json"
     change(settings, chat_format="raw")
-    facts, _ = read(folder)
-    assert (facts.chat, facts.eos_token_ids) == ("raw", (336,))
+    info, _ = read(folder)
+    assert (info.chat, info.eos_token_ids) == ("raw", (336,))
     change(settings, chat_format=None, eos_token_id=[336, 339])
-    facts, _ = read(folder)
-    assert (facts.chat, facts.eos_token_ids) == ("chatml", (338, 337, 336, 339))
+    info, _ = read(folder)
+    assert (info.chat, info.eos_token_ids) == ("chatml", (338, 337, 336, 339))
     change(settings, chat_format="other")
     fails(folder, r"generation_config\.json: chat_format is 'other'; expected 'chatml' \(Qwen-VL-Chat\) or 'raw' \(Qwen-VL\)")
     settings.unlink()
-    facts, _ = read(folder)
-    assert (facts.chat, facts.eos_token_ids, facts.sampling) == ("chatml", (338, 337, 336), SamplingDefaults(top_k=50))
+    info, _ = read(folder)
+    assert (info.chat, info.eos_token_ids, info.sampling) == ("chatml", (338, 337, 336), SamplingDefaults(top_k=50))
 
 
 def test_refused_tokenizers_of_qwen_vl(checkpoint: Any) -> None:
@@ -322,15 +322,15 @@ def test_refused_tokenizers_of_qwen_vl(checkpoint: Any) -> None:
 def test_published_qwen_vl(source: Path, chat: str, eos: tuple[int, ...], top_p: float, tmp_path: Path) -> None:
     folder = copy(source, tmp_path / "published")
     write_ranks(folder / "qwen.tiktoken", filler(151_643))
-    facts, _ = read(folder)
-    assert (facts.chat, facts.eos_token_ids) == (chat, eos)
-    assert facts.sampling == SamplingDefaults(do_sample=True, top_p=top_p, top_k=0)
-    tokenizer = facts.tokenizer
-    assert (tokenizer.image_token_id, tokenizer.used, facts.vocab_size) == (151859, 151860, 151936)
+    info, _ = read(folder)
+    assert (info.chat, info.eos_token_ids) == (chat, eos)
+    assert info.sampling == SamplingDefaults(do_sample=True, top_p=top_p, top_k=0)
+    tokenizer = info.tokenizer
+    assert (tokenizer.image_token_id, tokenizer.used, info.vocab_size) == (151859, 151860, 151936)
     ids = tokenizer.added_tokens
     assert [ids[token] for token in ("<|endoftext|>", "<|extra_0|>", "<|extra_204|>")] == [151643, 151646, 151850]
     assert [ids[token] for token in ("<ref>", "<quad>", "<img>", "</img>")] == [151851, 151855, 151857, 151858]
-    assert (facts.image.size, facts.image.rows, facts.rope.ntk_positions, facts.rope.theta) == (448, 256, 2048, 10000.0)
+    assert (info.image.size, info.image.rows, info.rope.ntk_positions, info.rope.theta) == (448, 256, 2048, 10000.0)
 
 
 def test_the_forms_have_as_many_special_tokens_as_the_models() -> None:
