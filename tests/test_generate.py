@@ -170,7 +170,7 @@ def test_stop_strings_of_the_model(model: runtime.Model, monkeypatch: pytest.Mon
     """They end an answer as an end-of-sequence token does, and are ignored with it."""
     whole = model.generate(QUESTION, max_new_tokens=6, ignore_eos=True)
     stop = whole.text.split()[2]
-    monkeypatch.setattr(model, "facts", msgspec.structs.replace(model.info, stop_strings=(stop,)))
+    monkeypatch.setattr(model, "info", msgspec.structs.replace(model.info, stop_strings=(stop,)))
     assert model.generate(QUESTION, max_new_tokens=6).text == whole.text[: whole.text.index(stop)].rstrip()
     assert model.generate(QUESTION, max_new_tokens=6, ignore_eos=True).text == whole.text
 

@@ -47,7 +47,7 @@ def options(out: Path, checkpoint: Path = EMBEDDED, **more: Any) -> Options:
 def tuner_of(made: Options) -> KernelTuner:
     """For an artifact that is there."""
     job, weights = prepare(made, Progress()), read_manifest(made.out).weights
-    settings: dict[str, Any] = {"config": job.config, "facts": job.info, "cache": job.plan.cache, "weights": weights}
+    settings: dict[str, Any] = {"config": job.config, "info": job.info, "cache": job.plan.cache, "weights": weights}
     return KernelTuner(**settings, quant=made.stored_quant, candidates=0, out=made.out)
 
 

@@ -80,7 +80,7 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [asking("x", "/etc/passwd")]}, "messages", "files of the server are not read"),
     ({"messages": [asking("x", "data:image/png;base64,!!!")]}, "messages", "not valid base64"),
     ({"messages": [asking("x", "data:text/html;base64,AAAA")]}, "messages", "not an image"),
-    ({"messages": [asking("x", "data:image/png;base64,AAAA")]}, "messages", "picture 1 is not a picture in a known format"),
+    ({"messages": [asking("x", "data:image/png;base64,AAAA")]}, "messages", "image 1 is not an image in a known format"),
     ({"messages": [asking("x", *["data:,"] * 9)]}, "messages", "9 images were sent; expected at most 8"),
     ({"max_tokens": "5"}, "max_tokens", "valid integer; given: 5"),
     ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
