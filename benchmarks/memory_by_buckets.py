@@ -57,8 +57,8 @@ def compare(folder: Path, args: argparse.Namespace) -> dict:
     # Imported here: the processes that are measured load no torch.
     from staticvl.compiler.build import build
     from staticvl.compiler.plan import Options
+    from staticvl.tools.development.random_checkpoint import write_checkpoint
     from staticvl.tools.progress import TerminalProgress
-    from staticvl.tools.random_checkpoint import write_checkpoint
 
     write_config(folder / "config", args.hidden, args.layers)
     write_checkpoint(folder / "config", folder / "checkpoint")

@@ -32,9 +32,9 @@ from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
+from staticvl.tools.development.train_tiny import Case, cases
+from staticvl.tools.development.training.data import HELD_OUT_SEED
 from staticvl.tools.drawings import iou, parse_box
-from staticvl.tools.train_tiny import Case, cases
-from staticvl.tools.training.data import HELD_OUT_SEED
 
 ASSETS = Path(__file__).parent.parent / "tools" / "assets"
 MODELS = ("tiny_llava15", "tiny_llava16", "tiny_mllama")

@@ -34,7 +34,7 @@ import psutil
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.tools.train_tiny import cases
+from staticvl.tools.development.train_tiny import cases
 
 EMBEDDED = Path(__file__).parent.parent / "tools" / "assets" / "tiny_llava15"
 BUCKETS = Buckets(prefill=(16, 64), decode=(1, 2, 4), vision=(1, 2), context=512, slots=4)

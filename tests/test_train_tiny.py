@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from staticvl.tools.development.train_tiny import cases
+from staticvl.tools.development.training.cli import FAMILIES, family_of
+from staticvl.tools.development.training.evaluation import answers, messages
+from staticvl.tools.development.training.layout_mllama import PATCH
+from staticvl.tools.development.training.loop import train
+from staticvl.tools.development.training.packing import IGNORE, Ask, Pictures
+from staticvl.tools.development.training.probe import patch_owners
 from staticvl.tools.drawings import Drawing, Shape, make_drawing, render
-from staticvl.tools.train_tiny import cases
-from staticvl.tools.training.cli import FAMILIES, family_of
-from staticvl.tools.training.evaluation import answers, messages
-from staticvl.tools.training.layout_mllama import PATCH
-from staticvl.tools.training.loop import train
-from staticvl.tools.training.packing import IGNORE, Ask, Pictures
-from staticvl.tools.training.probe import patch_owners
 
 from .conftest import REPO
 

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from benchmarks.bandwidth import read_gb_per_s
 from staticvl.runtime.backends.cores import usable_cores
 from staticvl.runtime.files import write_atomically
-from staticvl.tools.random_checkpoint import write_checkpoint
+from staticvl.tools.development.random_checkpoint import write_checkpoint
 
 from .chart import draw
 from .contestants import CONTESTANTS, OURS, Contestant

@@ -1,6 +1,7 @@
 """Memory and speed of one model by how what is not quantised is stored; the last line is one JSON object.
 
-    python -m benchmarks.stored_floats [--layers 4] [--tower-layers 8] [--runs 7] [--threads 2] [--sides none none/float16 ...]
+    python -m benchmarks.studies.stored_floats [--layers 4] [--tower-layers 8] [--runs 7] [--threads 2]
+        [--sides none none/float16 ...]
 
 A side is QUANT/DTYPE, as `staticvl compile` is told. The checkpoint is random, in bfloat16, 1B-shaped but for its number of
 layers. Memory is PSS (shared pages count once) of a process that has loaded an artifact and run a chunk, a token and an image;
@@ -76,10 +77,10 @@ def main() -> None:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    from staticvl.tools.random_checkpoint import write_checkpoint
+    from staticvl.tools.development.random_checkpoint import write_checkpoint
 
-    from .peers.build import build_for_timing  # torch, which the processes that are measured do without
-    from .random_model import SHAPE
+    from ..peers.build import build_for_timing  # torch, which the processes that are measured do without
+    from ..random_model import SHAPE
 
     layers = {"text_config.num_hidden_layers": args.layers, "vision_config.num_hidden_layers": args.tower_layers}
     write_checkpoint(Path("llava-1.5-7b-hf"), folder / "checkpoint", dtype="bfloat16", overrides=SHAPE | layers)
@@ -90,7 +91,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float
         quant, _, dtype = side.partition("/")
         build_for_timing(folder / "checkpoint", artifact, quant, BUCKETS, dtype)
         runtime.load(artifact, threads=args.threads)  # packs weights, which is done once for a machine
-        command = [sys.executable, "-m", "benchmarks.stored_floats", "--measure", artifact, "--threads", args.threads]
+        command = [sys.executable, "-m", "benchmarks.studies.stored_floats", "--measure", artifact, "--threads", args.threads]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         weights = sum(path.stat().st_size for path in (artifact / "weights").iterdir())
         packed = sum(path.stat().st_size for path in (artifact / ".host").rglob("*.bin"))

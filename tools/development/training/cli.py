@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..drawings import KINDS
+from ...drawings import KINDS
 from .evaluation import cases, evaluate, report
 from .family import Family
 from .family_llava15 import Llava15
@@ -32,13 +32,13 @@ def family_of(folder: Path) -> type[Family]:
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m staticvl.tools.train_tiny",
+        prog="python -m staticvl.tools.development.train_tiny",
         description="Train a miniature vision-language model on drawings of shapes, or measure one.",
         epilog="examples:\n"
-        "  python -m staticvl.tools.train_tiny --out tiny_llava15\n"
-        "  python -m staticvl.tools.train_tiny --family llava16 --start tiny_llava15 --out tiny_llava16\n"
-        "  python -m staticvl.tools.train_tiny --out quick --vision-steps 200 --steps 50\n"
-        "  python -m staticvl.tools.train_tiny --evaluate tiny_llava15 --drawings 600",
+        "  python -m staticvl.tools.development.train_tiny --out tiny_llava15\n"
+        "  python -m staticvl.tools.development.train_tiny --family llava16 --start tiny_llava15 --out tiny_llava16\n"
+        "  python -m staticvl.tools.development.train_tiny --out quick --vision-steps 200 --steps 50\n"
+        "  python -m staticvl.tools.development.train_tiny --evaluate tiny_llava15 --drawings 600",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     task = parser.add_mutually_exclusive_group(required=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..drawings import COLOURS, GRID, SHAPES, Drawing, Shape
+from ...drawings import COLOURS, GRID, SHAPES, Drawing, Shape
 from .packing import IGNORE, Packer, Pictures
 
 # What a patch is asked for: shape, colour, left, top, right, bottom of its box, and place in the reading order.

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from ..drawings import Drawing
+from ...drawings import Drawing
 
 IGNORE = -100
 

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from ..drawings import Drawing, render
+from ...drawings import Drawing, render
 from .family import MEAN, STD, Family
 from .files import write_json, write_weights
 from .layout_llava import CHAT_TEMPLATE, CLIP, LLAMA, PATCHES, published_name, train_tokenizer, write_tokenizer_files

@@ -1,6 +1,6 @@
 """How fast onnxruntime's kernels multiply with one layer's weights, by how these are stored.
 
-    python -m benchmarks.matmul_kernels [--k 2048] [--n 5632] [--rows 1,8,64,512] [--runs 15] [--only NAME,...]
+    python -m benchmarks.studies.matmul_kernels [--k 2048] [--n 5632] [--rows 1,8,64,512] [--runs 15] [--only NAME,...]
 
 Each graph holds several products, so that weights come from memory and not from the cache; each product quantises its own
 input. Kernels take turns, and the figures are medians: Gop/s (2 M N K a product), and in brackets GB/s of weights. The last
@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from .onnx_session import CONTRIB, opened
+from ..onnx_session import CONTRIB, opened
 
 WEIGHT_BYTES = 90e6  # of all products of a graph together, more than a cache holds
 

@@ -20,7 +20,7 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from ..drawings import Drawing, render
+from ...drawings import Drawing, render
 from .family import Schedule
 from .family_llava15 import Llava15, parts, patch_grid, prepared
 from .layout_llava import CLIP, PATCHES

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
-from ..drawings import Drawing, make_drawing, questions, questions_of_many
+from ...drawings import Drawing, make_drawing, questions, questions_of_many
 from .family import Family, Schedule
 from .packing import Ask, Batch, Packer, Pictures, collate
 

@@ -1,6 +1,6 @@
 """Time to first token of a chat's second turn, and of another question about a known image, against fresh prompts.
 
-    python -m benchmarks.second_turn [--hidden 512] [--layers 8] [--repeats 5]
+    python -m benchmarks.studies.second_turn [--hidden 512] [--layers 8] [--repeats 5]
 
 A random LLaVA-1.5 whose images take 576 tokens is compiled for ONNX Runtime. A fresh prompt is the same text and image with
 nothing reused. Figures are medians in milliseconds of the time from the request to its first token; the last line is JSON.

@@ -1,7 +1,7 @@
 """What the host does with the logits of a step: the time to choose one token for each row of a batch, from whole rows and from
 candidates; and what onnxruntime takes to find the candidates.
 
-    python -m benchmarks.token_choice [--vocab 151936] [--batch 8] [--runs 30] [--candidates 64]
+    python -m benchmarks.studies.token_choice [--vocab 151936] [--batch 8] [--runs 30] [--candidates 64]
 
 Rows are normal noise with a few likely tokens, as a model's are. Figures are medians, in microseconds a step of the whole
 batch; the last line is JSON.

@@ -19,7 +19,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
     get_image_size_fit_to_canvas,
 )
 
-from ..drawings import Drawing, render
+from ...drawings import Drawing, render
 from .family import Family, Schedule
 from .files import write_json, write_weights
 from .layout_mllama import (

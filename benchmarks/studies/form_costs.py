@@ -1,6 +1,6 @@
 """What forms cost: processor time to compile one, and for each token of its answer; and what other requests wait meanwhile.
 
-    python -m benchmarks.form_costs [--vocabulary 32000] [--tokens 200] [--limit-s 20]
+    python -m benchmarks.studies.form_costs [--vocabulary 32000] [--tokens 200] [--limit-s 20]
 
 Tokens are drawn from those that the form allows, so answers are hostile too. Each form has a process of its own, which ends
 after so many seconds of processor time. What others wait is the longest step beside an answer of the form, by a device that

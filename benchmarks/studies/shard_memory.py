@@ -1,6 +1,6 @@
 """Memory that converting one rank's weights takes; the last line is one JSON object.
 
-    python benchmarks/shard_memory.py [--layers 4] [--vocab 128256] [--tp 1 8] [--quant none]
+    python -m benchmarks.studies.shard_memory [--layers 4] [--vocab 128256] [--tp 1 8] [--quant none]
 
 The checkpoint has the widths of Llama-3.2-Vision 90B, few layers, and zeros for weights: what is in memory does not depend
 on their values. Each conversion runs in a process of its own. Measured is what the process takes at most beyond what it
@@ -27,7 +27,7 @@ from staticvl.weights.rules import source_names
 from staticvl.weights.stored import stored_targets, uniform
 from staticvl.weights.tensors import StoredTensor
 
-SETTINGS = Path(__file__).parent.parent / "tools" / "assets" / "tiny_mllama"
+SETTINGS = Path(__file__).parents[2] / "tools" / "assets" / "tiny_mllama"
 DTYPE = "bfloat16"
 INTERVAL = 0.002  # seconds between two looks at the memory
 

@@ -1,6 +1,7 @@
 """onnxruntime's GroupQueryAttention over a cache in 8 bits against one in float32: time, and what it computes.
 
-    python -m benchmarks.cache_kernels [--runs 15] [--threads 2] [--heads 32] [--kv-heads 4] [--width 64] [--capacity 1024]
+    python -m benchmarks.studies.cache_kernels [--runs 15] [--threads 2] [--heads 32] [--kv-heads 4]
+        [--width 64] [--capacity 1024]
 
 Keys and values are normal random numbers; scales end at four standard deviations, one for all or one for each channel.
 Both sides update their cache in place and take turns. `error` is against attention in numpy over what lies in the cache
@@ -19,7 +20,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from .onnx_session import CONTRIB, bound, opened
+from ..onnx_session import CONTRIB, bound, opened
 
 LARGEST = 4.0  # what the largest stored number stands for
 STEPS = (

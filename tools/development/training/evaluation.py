@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..drawings import KINDS, Drawing, iou, make_drawing, parse_box, questions, questions_of_many, render
+from ...drawings import KINDS, Drawing, iou, make_drawing, parse_box, questions, questions_of_many, render
 from .data import GREETINGS, HELD_OUT_SEED, NO_PICTURE
 
 # Pictures that are not square, width by height, for models that cut a picture into tiles of its own form.

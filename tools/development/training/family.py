@@ -11,7 +11,7 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..drawings import Drawing
+from ...drawings import Drawing
 from .packing import Batch, Packer, Pictures
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)

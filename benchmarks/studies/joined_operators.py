@@ -1,6 +1,6 @@
 """What it would gain to join operators that are emitted apart, or to cut an attention otherwise, each against the way in use.
 
-    python -m benchmarks.joined_operators [--runs 30] [--threads 2] [--only TEXT ...]
+    python -m benchmarks.studies.joined_operators [--runs 30] [--threads 2] [--only TEXT ...]
 
 Graphs hold as many copies as layers of a 1.1B decoder, or four of a chunk's attention, each with weights or caches of its own,
 so that they come from memory and not from the processor's cache. Both ways take turns; figures are medians of a copy's
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from staticvl.runtime.backends.cores import usable_cores
 
-from .onnx_session import CONTRIB, bound, opened
+from ..onnx_session import CONTRIB, bound, opened
 
 COPIES = 22
 HIDDEN, MLP, HEADS, KV_HEADS, WIDTH, CAPACITY = 2048, 5632, 32, 4, 64, 1024
