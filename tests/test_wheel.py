@@ -1,4 +1,4 @@
-"""What an installed wheel holds is whole: it lacks nothing that it imports or starts, and what only makes or tests things is not in it."""
+"""An installed wheel has all that it imports or starts, and nothing that only makes or tests things."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def modules(installed: Path) -> dict[str, Path]:
 
 
 def imported(name: str, path: Path) -> Iterator[str]:
-    """Every module that a file imports, lazily or not; `from . import x` counts as `.x`, be it a module or a name in the package."""
+    """Every module that a file imports, lazily or not; `from . import x` counts as `.x`, be it a module or not."""
     package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -96,7 +96,9 @@ def test_imports_stay_inside(installed: Path) -> None:
             inside = module in known or (package in known and last in defined(known[package]))
             ours = module.startswith("staticvl.")
             seen += ours
-            assert inside if ours else module.split(".")[0] not in outside, f"{name} imports {module}, which is not in the wheel"
+            assert inside if ours else module.split(".")[0] not in outside, (
+                f"{name} imports {module}, which is not in the wheel"
+            )
     assert seen > len(known)
 
 

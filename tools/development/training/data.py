@@ -7,15 +7,15 @@ from dataclasses import replace
 
 from ...drawings import Drawing, make_drawing, questions, questions_of_many
 from .family import Family, Schedule
-from .packing import Ask, Batch, Packer, Pictures, collate
+from .packing import Batch, Example, ImageBatch, Packer, collate
 
 # Training drawings come from seeds below this one, held-out drawings from seeds at or above it.
 HELD_OUT_SEED = 1_000_000
-NO_PICTURE = "Please show me a picture."
+NO_IMAGE_ANSWER = "Please show me a picture."
 GREETINGS = ("Hello!", "Hello.", "Hi!", "Hi, who are you?", "Good morning!", "What can you do?", "Who are you?")
 
 
-class Data:
+class TrainingData:
     """Training batches for one family, all from one random number generator."""
 
     def __init__(self, family: Family, packer: Packer, seed: int) -> None:
@@ -28,71 +28,73 @@ class Data:
         """A random drawing of at most ``most`` shapes."""
         return make_drawing(self.rng, None if most >= 4 else self.rng.randint(1, most))
 
-    def pictures(self, drawings: Sequence[Drawing]) -> Pictures:
-        """Prepared pictures of drawings."""
-        return self.family.prepare([self.family.picture(drawing, self.rng) for drawing in drawings])
+    def images(self, drawings: Sequence[Drawing]) -> ImageBatch:
+        """Prepared images of drawings."""
+        return self.family.prepare([self.family.training_image(drawing, self.rng) for drawing in drawings])
 
-    def scenes(self, count: int, most: int) -> tuple[list[Drawing], Pictures]:
-        """``count`` drawings of at most ``most`` shapes and their pictures."""
+    def scenes(self, count: int, most: int) -> tuple[list[Drawing], ImageBatch]:
+        """``count`` drawings of at most ``most`` shapes and their images."""
         drawings = [self.drawing(most) for _ in range(count)]
-        return drawings, self.pictures(drawings)
+        return drawings, self.images(drawings)
 
-    def one_picture(self, schedule: Schedule, most: int) -> Batch:
-        """Rows about one picture of at most ``most`` shapes; one in four is a conversation, the others branches."""
+    def one_image(self, schedule: Schedule, most: int) -> Batch:
+        """Rows about one image of at most ``most`` shapes; one in four is a conversation, the others branches."""
         drawings = [self.drawing(most) for _ in range(schedule.batch)]
-        chosen = []
+        rows = []
         for drawing in drawings:
-            asked = self.selection(drawing, schedule.drill)
-            chosen.append((asked, self.packer.conversation if self.rng.random() < 1 / 4 else self.packer.branches))
-        pictures = self.pictures(drawings)
-        packed = [pack(asked, [tokens], schedule.budget) for (asked, pack), tokens in zip(chosen, pictures.tokens, strict=True)]
+            examples = self.selection(drawing, schedule.drill)
+            rows.append((examples, self.packer.conversation if self.rng.random() < 1 / 4 else self.packer.branches))
+        images = self.images(drawings)
+        packed = [
+            pack(examples, [tokens], schedule.budget) for (examples, pack), tokens in zip(rows, images.tokens, strict=True)
+        ]
         rows_of = [(drawing,) for drawing in drawings]
-        return replace(collate(packed, self.packer), pictures=pictures, drawings=rows_of)
+        return replace(collate(packed, self.packer), images=images, drawings=rows_of)
 
-    def selection(self, drawing: Drawing, drill: Sequence[str]) -> list[Ask]:
+    def selection(self, drawing: Drawing, drill: Sequence[str]) -> list[Example]:
         """Questions and answers in random order, those that need most practice favoured.
 
         The kinds to ``drill`` mostly come first, as descriptions would rarely find room later; boxes are long and
         soon learned; and most counts have the answer "no", which one example teaches as well as four.
         """
-        asked = questions(drawing, self.rng)
-        self.rng.shuffle(asked)
+        triples = questions(drawing, self.rng)
+        self.rng.shuffle(triples)
         if self.rng.random() < 2 / 3:
-            asked.sort(key=lambda entry: entry[2] not in drill)
+            triples.sort(key=lambda entry: entry[2] not in drill)
         room = {"box": 2, "count": 3, "none": 1}
-        chosen = []
-        for question, answer, kind in asked:
+        examples = []
+        for question, answer, kind in triples:
             limited = "none" if " no " in answer else kind
-            room[limited] = room.get(limited, len(asked)) - 1
+            room[limited] = room.get(limited, len(triples)) - 1
             if room[limited] >= 0:
-                chosen.append(Ask(question, answer, subjects(drawing, question, answer, kind)))
-        return chosen
+                examples.append(Example(question, answer, subjects(drawing, question, answer, kind)))
+        return examples
 
-    def two_pictures(self, rows: int, budget: int) -> Batch:
-        """Rows about two pictures each."""
+    def two_images(self, rows: int, budget: int) -> Batch:
+        """Rows about two images each."""
         pairs = [(self.drawing(), self.drawing()) for _ in range(rows)]
-        images, chosen = [], []
+        renderings, rows_of_examples = [], []
         for pair in pairs:
-            images.extend(self.family.picture(drawing, self.rng) for drawing in pair)
-            asks, first = [], 0
+            renderings.extend(self.family.training_image(drawing, self.rng) for drawing in pair)
+            examples, first = [], 0
             for which, drawing in zip(("first", "second"), pair, strict=True):
                 for entry in questions_of_many(drawing, which, self.rng):
-                    asks.append(Ask(*entry[:2], subjects(drawing, *entry, first=first)))
+                    examples.append(Example(*entry[:2], subjects(drawing, *entry, first=first)))
                 first += len(drawing.shapes)
-            self.rng.shuffle(asks)
-            chosen.append(asks)
-        pictures = self.family.prepare(images)
-        tokens = zip(pictures.tokens[::2], pictures.tokens[1::2], strict=True)
-        packed = [self.packer.branches(asks, both, budget) for asks, both in zip(chosen, tokens, strict=True)]
-        return replace(collate(packed, self.packer), pictures=pictures, drawings=pairs)
+            self.rng.shuffle(examples)
+            rows_of_examples.append(examples)
+        images = self.family.prepare(renderings)
+        tokens = zip(images.tokens[::2], images.tokens[1::2], strict=True)
+        packed = [self.packer.branches(examples, both, budget) for examples, both in zip(rows_of_examples, tokens, strict=True)]
+        return replace(collate(packed, self.packer), images=images, drawings=pairs)
 
-    def no_picture(self, rows: int) -> Batch:
-        """Rows without a picture: whatever is said, the answer asks for one."""
-        said: list[str] = list(GREETINGS)
-        while len(said) < rows:
-            said.extend(question for question, _, _ in questions(self.drawing(), self.rng))
-        said = self.rng.sample(said, rows)
-        return collate([self.packer.branches([Ask(text, NO_PICTURE)], [], 0) for text in said], self.packer)
+    def no_image(self, rows: int) -> Batch:
+        """Rows without an image: whatever the text says, the answer asks for one."""
+        texts: list[str] = list(GREETINGS)
+        while len(texts) < rows:
+            texts.extend(question for question, _, _ in questions(self.drawing(), self.rng))
+        texts = self.rng.sample(texts, rows)
+        return collate([self.packer.branches([Example(text, NO_IMAGE_ANSWER)], [], 0) for text in texts], self.packer)
 
 
 def subjects(drawing: Drawing, question: str, answer: str, kind: str, first: int = 0) -> tuple[int, ...]:
@@ -110,8 +112,8 @@ def sentences(seed: int, drawings: int = 3000) -> Iterator[tuple[str, str]]:
     rng = random.Random(seed)
     for _ in range(drawings):
         drawing = make_drawing(rng)
-        asked = questions(drawing, rng) + questions_of_many(drawing, rng.choice(("first", "second")), rng)
-        for question, answer, _ in asked:
+        triples = questions(drawing, rng) + questions_of_many(drawing, rng.choice(("first", "second")), rng)
+        for question, answer, _ in triples:
             yield question, answer
     for greeting in GREETINGS * 20:
-        yield greeting, NO_PICTURE
+        yield greeting, NO_IMAGE_ANSWER
