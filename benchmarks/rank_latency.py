@@ -67,12 +67,12 @@ def measure(model: runtime.Model, tokens: int) -> dict[str, Any]:
 def timed(where: Any, name: str, span: str, spans: dict[str, list[float]]) -> None:
     """Note how long each call takes."""
     call: Callable[..., Any] = getattr(where, name)
-    found = spans.setdefault(span, [])
+    seconds = spans.setdefault(span, [])
 
     def measured(*args: Any) -> Any:
-        started = time.perf_counter()
+        start = time.perf_counter()
         result = call(*args)
-        found.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
         return result
 
     setattr(where, name, measured)

@@ -51,10 +51,10 @@ class Worker:
         self.runner.prefill(prompts)
         for _ in range(2):
             self.runner.step()
-        started = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(self.size.steps):
             self.runner.step()
-        return {"seconds": (time.perf_counter() - started) / self.size.steps}
+        return {"seconds": (time.perf_counter() - start) / self.size.steps}
 
     def image(self, side: int) -> dict[str, Any]:
         return _timed(lambda: self.runner.image(_image(side)))
@@ -78,9 +78,9 @@ def _image(side: int) -> np.ndarray:
 
 
 def _timed(call: Callable[[], None]) -> dict[str, Any]:
-    started = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - start}
 
 
 def _process_began() -> float:

@@ -90,11 +90,11 @@ def vocabulary(size: int) -> Any:
         *(b"a" * n for n in (2, 4, 8, 16)),
         *(w.encode() for w in TEXT.split()),
     ]
-    known = set(tokens)
+    words = set(tokens)
     while len(tokens) < size:
         word = draw.choice(["", " "]) + "".join(draw.choices("etaoinshrdlucmfw", k=draw.randint(2, 9)))
-        if word.encode() not in known:
-            known.add(word.encode())
+        if word.encode() not in words:
+            words.add(word.encode())
             tokens.append(word.encode())
     return SimpleNamespace(tokens=tokens, hidden=[0, 1])
 
@@ -104,22 +104,22 @@ def cost(name: str, args: argparse.Namespace) -> None:
     table, draw, clock = vocabulary(args.vocabulary), random.Random(0), time.process_time
     makers = ConstraintFactory(table, (1,))
     resource.setrlimit(resource.RLIMIT_CPU, (int(clock()) + args.limit_s, resource.RLIM_INFINITY))
-    started = clock()
+    start = clock()
     try:
         guide = makers.make(SamplingParams(**FORMS[name]))
     except ValueError as error:
         print(f"{name:36s} refused: {' '.join(str(error).split())[:150]}", flush=True)
         return
-    print(f"{name:36s} compiled in {clock() - started:.2f} s", end="", flush=True)
+    print(f"{name:36s} compiled in {clock() - start:.2f} s", end="", flush=True)
     times: list[float] = []
     while len(times) < args.tokens and not guide.done:
         row = np.zeros(len(table.tokens), np.float32)
-        started = clock()
+        start = clock()
         guide.forbid(row)
         allowed = np.flatnonzero(np.isfinite(row))
         if len(allowed):
             guide.accept(int(draw.choice(allowed)))
-        times.append(clock() - started)
+        times.append(clock() - start)
         if not len(allowed):
             print(", ends early", end="")
             break
@@ -143,9 +143,9 @@ def wait(name: str, args: argparse.Namespace) -> None:
             model.start(sequence)
         longest = 0.0
         while not sequences[1].finish_reason:
-            started = time.perf_counter()
+            start = time.perf_counter()
             model.advance()
-            longest = max(longest, time.perf_counter() - started)
+            longest = max(longest, time.perf_counter() - start)
         print(f"{1e3 * longest:.1f} ms; {len(sequences[1].generated)} tokens, {sequences[1].finish_reason}", flush=True)
 
 

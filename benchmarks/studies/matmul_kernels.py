@@ -155,16 +155,16 @@ def main() -> None:
     rows = [int(m) for m in args.rows.split(",")]
     table: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in kernels}
     for m in rows:
-        built = {name: build(make, args.k, args.n, m) for name, make in kernels.items()}
+        sessions = {name: build(make, args.k, args.n, m) for name, make in kernels.items()}
         x = np.random.default_rng(1).standard_normal((m, args.k), np.float32)
-        seconds: dict[str, list[float]] = {name: [] for name in built}
+        seconds: dict[str, list[float]] = {name: [] for name in sessions}
         for _ in range(args.runs):
-            for name, (session, products, _) in built.items():
+            for name, (session, products, _) in sessions.items():
                 feed = {f"x{i}": x for i in range(products)}
-                started = time.perf_counter()
+                start = time.perf_counter()
                 session.run(None, feed)
-                seconds[name].append(time.perf_counter() - started)
-        for name, (_, products, nbytes) in built.items():
+                seconds[name].append(time.perf_counter() - start)
+        for name, (_, products, nbytes) in sessions.items():
             median = statistics.median(seconds[name][1:] or seconds[name])
             table[name][m] = 2 * m * args.n * args.k * products / median / 1e9, nbytes / median / 1e9
     print(f"{'K=' + str(args.k) + ' N=' + str(args.n):52}", *(f"{'M=' + str(m):>14}" for m in rows))

@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="staticvl-turns-") as folder:
-        made = tiny_llava(
+        checkpoint = tiny_llava(
             Path(folder) / "checkpoint", hidden=args.hidden, layers=args.layers, heads=8, kv_heads=8, head_dim=args.hidden // 8,
             intermediate=args.hidden * 11 // 4, context=1024, vision_hidden=256, vision_layers=6, vision_heads=4,
             vision_intermediate=1024, image_size=336, patch_size=14,
         )  # fmt: skip
         artifact = Path(folder) / "artifact"
-        build(Options(checkpoint=made.folder, out=artifact, buckets=BUCKETS))
+        build(Options(checkpoint=checkpoint.folder, out=artifact, buckets=BUCKETS))
         model = runtime.load(artifact)
         fresh = runtime.Model(model.artifact, Engine(model.artifact, backend=model.engine.backend, reuse=False))
         print(json.dumps(measure(model, fresh, args.repeats)))

@@ -79,8 +79,8 @@ def compare(config: ModelConfig, folder: Path, args: argparse.Namespace) -> dict
 
 
 def ratio(config: ModelConfig, quant: str, tp: int) -> float:
-    held, whole = (sum(s.nbytes for s in stored_targets(config, quant, uniform(DTYPE), n).values()) for n in (tp, 1))
-    return round(tp * held / whole, 4)
+    of_rank, whole = (sum(s.nbytes for s in stored_targets(config, quant, uniform(DTYPE), n).values()) for n in (tp, 1))
+    return round(tp * of_rank / whole, 4)
 
 
 def write_zeros(config: ModelConfig, folder: Path) -> None:
@@ -110,15 +110,15 @@ def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: st
         while not done.wait(INTERVAL):
             peak = max(peak, process.memory_info().rss)
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    started = time.perf_counter()
+    watch = threading.Thread(target=look)
+    watch.start()
+    start = time.perf_counter()
     try:
         converted = convert(source, config, out, quant=quant, prefix="k", floats=uniform(DTYPE), tp=tp, rank=tp - 1)
     finally:
         done.set()
-        looking.join()
-    seconds = time.perf_counter() - started
+        watch.join()
+    seconds = time.perf_counter() - start
     shutil.rmtree(out)
     return {
         "peak_mb": round((peak - before) / 1e6, 1),

@@ -41,12 +41,12 @@ class Side:
 
     def run(self) -> dict[str, float]:
         """Seconds of each graph, and seconds of processors, which depend less on what else the machine does."""
-        found = {}
+        seconds = {}
         for graph, feed in self.feeds:
-            started, worked = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             self.model.engine.backend.run(graph, feed)
-            found |= {graph.name: time.perf_counter() - started, f"{graph.name} cpu": time.process_time() - worked}
-        return found
+            seconds |= {graph.name: time.perf_counter() - start, f"{graph.name} cpu": time.process_time() - cpu_start}
+        return seconds
 
 
 def measure(artifact: Path, threads: int) -> dict[str, float]:
@@ -84,7 +84,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float
 
     layers = {"text_config.num_hidden_layers": args.layers, "vision_config.num_hidden_layers": args.tower_layers}
     write_checkpoint(Path("llava-1.5-7b-hf"), folder / "checkpoint", dtype="bfloat16", overrides=SHAPE | layers)
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     sides = {}
     for side in args.sides:
         artifact = folder / side.replace("/", "-")
@@ -95,17 +95,17 @@ def compare(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         weights = sum(path.stat().st_size for path in (artifact / "weights").iterdir())
         packed = sum(path.stat().st_size for path in (artifact / ".host").rglob("*.bin"))
-        found[side] = {"weights_mb": round(weights / 1e6, 1), "host_mb": round(packed / 1e6, 1)}
-        found[side] |= json.loads(done.stdout.splitlines()[-1])
+        results[side] = {"weights_mb": round(weights / 1e6, 1), "host_mb": round(packed / 1e6, 1)}
+        results[side] |= json.loads(done.stdout.splitlines()[-1])
         sides[side] = Side(artifact, args.threads)
-        print(side, found[side], file=sys.stderr, flush=True)
+        print(side, results[side], file=sys.stderr, flush=True)
     turns = [{name: side.run() for name, side in sides.items()} for _ in range(args.runs + 1)][1:]
     graphs = turns[0][args.sides[0]]
     for side in args.sides:
         for graph in graphs:
             ratio = statistics.median(turn[side][graph] / turn[args.sides[0]][graph] for turn in turns)
-            found[side][graph] = round(ratio, 3)
-    return found
+            results[side][graph] = round(ratio, 3)
+    return results
 
 
 if __name__ == "__main__":

@@ -60,10 +60,10 @@ def main() -> None:
         for other in others:
             other.kill()
         cut.close()
-    found = {name: round(statistics.median(each), 3) for name, each in times.items()}
+    result = {name: round(statistics.median(each), 3) for name, each in times.items()}
     print(
         json.dumps(
-            {**found, "cut / shared out": round(found["cut"] / found["shared out"], 3), "tiles": args.tiles, "tp": args.tp}
+            {**result, "cut / shared out": round(result["cut"] / result["shared out"], 3), "tiles": args.tiles, "tp": args.tp}
         )
     )
 
@@ -71,9 +71,9 @@ def main() -> None:
 def timed(model: runtime.Model) -> float:
     """Seconds of one run of the vision graph."""
     graph = next(graph for graph in model.artifact.manifest.graphs if graph.kind == "vision")
-    started = time.perf_counter()
+    start = time.perf_counter()
     model.engine.backend.run(graph, new_feed(graph))
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def tell(other: subprocess.Popen[bytes]) -> None:

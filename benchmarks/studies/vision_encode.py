@@ -73,12 +73,12 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(args.runs + 1):
             for side, run in sides.items():
-                started = time.perf_counter()
+                start = time.perf_counter()
                 run()
-                seconds[side].append(time.perf_counter() - started)
-    found = {side: statistics.median(each[1:]) for side, each in seconds.items()}
-    base = found["transformers bfloat16"]
-    print(json.dumps({side: {"seconds": round(each, 4), "speed": round(base / each, 2)} for side, each in found.items()}))
+                seconds[side].append(time.perf_counter() - start)
+    medians = {side: statistics.median(each[1:]) for side, each in seconds.items()}
+    base = medians["transformers bfloat16"]
+    print(json.dumps({side: {"seconds": round(each, 4), "speed": round(base / each, 2)} for side, each in medians.items()}))
 
 
 if __name__ == "__main__":

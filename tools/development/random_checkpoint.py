@@ -239,8 +239,8 @@ def _forget_quantisation(folder: Path) -> None:
     for name in SETTINGS_FILES:
         (folder / name).unlink(missing_ok=True)
     data = read_json(folder / "config.json")
-    if kept := data.keys() & set(QUANTISATION_KEYS):
-        _write_json(folder / "config.json", {key: value for key, value in data.items() if key not in kept})
+    if keys := data.keys() & set(QUANTISATION_KEYS):
+        _write_json(folder / "config.json", {key: value for key, value in data.items() if key not in keys})
 
 
 def _tiled_images(vision: TiledConfig) -> dict[str, object]:
@@ -299,7 +299,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shown = " (default: %(default)s)"
+    note = " (default: %(default)s)"
     parser.add_argument(
         "config_folder",
         metavar="CONFIG_FOLDER",
@@ -308,9 +308,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new or empty folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: that of config.json)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same weights" + shown)
-    parser.add_argument("--shard-gb", metavar="N", type=_positive, default=5.0, help="largest weight file, in GB" + shown)
-    parser.add_argument("--scale", metavar="X", type=_positive, default=0.02, help="standard deviation of the weights" + shown)
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same weights" + note)
+    parser.add_argument("--shard-gb", metavar="N", type=_positive, default=5.0, help="largest weight file, in GB" + note)
+    parser.add_argument("--scale", metavar="X", type=_positive, default=0.02, help="standard deviation of the weights" + note)
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
