@@ -47,7 +47,7 @@ BUCKETS = Buckets(prefill=(64, 256), decode=(1, 2, 4, 8), vision=(1,), context=1
 ONE_TOKEN = runtime.SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
 # What is measured, by what grows. The last is no panel of the chart; it reaches the best rate of arithmetic, as a rule.
 PANELS = {
-    "batch": f"decode step behind {SHORT} tokens, by rows",
+    "batch": f"decode step after {SHORT} tokens, by rows",
     "cache": "decode step of one row, by tokens in the cache",
     "prompt": "whole prompt, by its tokens",
     "chunk": "one chunk, by tokens before it",

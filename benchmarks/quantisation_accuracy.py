@@ -5,7 +5,7 @@
 
 With --calibrate every quantisation that can be is also measured calibrated with so many prompts about other drawings. With
 --kv-cache int8 each is measured with a cache in 8 bits alone (`none` may be among them).
-With --outliers F a few channels behind every norm are made F times as large and the weights behind them as much smaller: the
+With --outliers F a few channels after every norm are made F times as large and the weights after them as much smaller: the
 same model in floats, whose activations look like those of large models.
 
 Answers are greedy. Logits are compared before each token of the float model's own answers, whatever the quantised model would
@@ -40,7 +40,7 @@ ASSETS = Path(__file__).parent.parent / "tools" / "assets"
 MODELS = ("tiny_llava15", "tiny_llava16", "tiny_mllama")
 CALIBRATION_SEED = HELD_OUT_SEED + 10_000
 OUTLIERS = (5, 38, 71, 104)  # channels
-BEHIND = {  # a norm, and the weights that take what it puts out
+AFTER_NORM = {  # a norm, and the weights that take what it puts out
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_attn.q_proj"],
     "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
 }
@@ -78,10 +78,10 @@ def with_outliers(checkpoint: Path, out: Path, factor: float) -> Path:
     tensors = {name: value.float() for name, value in load_file(file).items()}
     for name, value in tensors.items():
         layer, _, norm = name.removesuffix(".weight").rpartition(".")
-        if "language_model" not in name or norm not in BEHIND:
+        if "language_model" not in name or norm not in AFTER_NORM:
             continue
         value[list(OUTLIERS)] *= factor
-        for linear in BEHIND[norm]:
+        for linear in AFTER_NORM[norm]:
             if (weight := tensors.get(f"{layer}.{linear}.weight")) is not None:
                 weight[:, list(OUTLIERS)] /= factor
     save_file(tensors, file)

@@ -2,9 +2,9 @@
 
     python -m benchmarks.speculation [--layers 4] [--quant none] [--tokens 96] [--drafts 4] [--runs 5]
 
-The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a guide lets one token through
-at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once. Ratios of
-medians, with and without drafts in turns; the last line is JSON.
+The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a constraint lets one token
+through at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once.
+Ratios of medians, with and without drafts in turns; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH = 4
 
 
 class Forced:
-    """A guide that lets through one token at each position; see runtime.sampling.logits_processors.Guide."""
+    """A constraint that lets through one token at each position; see runtime.sampling.logits_processors.Constraint."""
 
     done = False
 

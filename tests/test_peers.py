@@ -27,7 +27,7 @@ from .conftest import REPO
 ANCHORED = next(c for c in CONTESTANTS if c.name == ANCHOR)
 PEER = Contestant("peer", "peer", "", 2.0, 0.5)
 SPEED = Measure("speed", "tokens/s", {"do": "prefill", "tokens": [3]}, 10)
-DELAY = Measure("delay", "s", {"do": "picture"})
+DELAY = Measure("delay", "s", {"do": "image_prompt"})
 
 
 class Puppet:

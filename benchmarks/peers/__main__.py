@@ -34,7 +34,7 @@ from .process import CHECKPOINT, Process
 from .report import as_data, show
 from .sizes import FULL, QUICK, Size
 
-SEED = 99  # of the prompt that answers are compared behind
+SEED = 99  # of the prompt after which answers are compared
 
 
 def main() -> None:

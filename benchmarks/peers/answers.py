@@ -1,4 +1,4 @@
-"""Whether contestants compute the same thing: logits behind one prompt against transformers in float32.
+"""Whether contestants compute the same thing: logits after one prompt against transformers in float32.
 
 Nobody may be fast at something else. A distance is the length of the difference of the logits divided by the length of the
 reference's; rounding weights to few bits shows in it, a missing layer or wrong rotary tables give about 1.4.

@@ -59,12 +59,12 @@ class Worker:
     def image(self, side: int) -> dict[str, Any]:
         return _timed(lambda: self.runner.image(_image(side)))
 
-    def picture(self, side: int, tokens: list[int]) -> dict[str, Any]:
-        """To the first token behind an image and text."""
+    def image_prompt(self, side: int, tokens: list[int]) -> dict[str, Any]:
+        """To the first token after an image and text."""
         return _timed(lambda: self.runner.prefill_image(_image(side), tokens))
 
     def logits(self, tokens: list[int], file: str, side: int = 0) -> dict[str, Any]:
-        """Write the logits behind a prompt, with an image of that side before it, into a file."""
+        """Write the logits after a prompt, with an image of that side before it, into a file."""
         if side:
             self.runner.prefill_image(_image(side), tokens)
         else:

@@ -131,7 +131,7 @@ def main() -> None:
                 start = time.perf_counter()
                 side.run()
                 turns[-1][name] = time.perf_counter() - start
-        key = "{} rows of {} tokens behind {}".format(*step)
+        key = "{} rows of {} tokens after {}".format(*step)
         for name, side in sides.items():
             ratio = statistics.median(turn[name] / turn[""] for turn in turns[1:])
             results[f"{key}, {name or 'float32'}"] = {"time": round(ratio, 2)} | {

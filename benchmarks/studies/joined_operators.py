@@ -137,7 +137,7 @@ def products(storage: Storage, sizes: Sequence[int], rows: int, joined: bool) ->
 
 
 def norms(rows: int, fused: bool) -> Graph:
-    """What is added to a residual, and the norm behind it."""
+    """What is added to a residual, and the norm after it."""
     g = Graph()
     x, weight = g.normal("x", 1, rows, HIDDEN), g.normal("weight", HIDDEN)
     added = g.normal("added", 1, rows, HIDDEN)
@@ -256,10 +256,10 @@ def comparisons() -> dict[str, Callable[[bool], Graph]]:
                 makers[f"one product: {name} in {name_of_storage}, rows: {rows}"] = partial(products, storage, sizes, rows)
         makers[f"SkipSimplifiedLayerNormalization, rows: {rows}"] = partial(norms, rows)
     for past in PAST:
-        makers[f"heads as tokens: attention of one row behind {past}"] = partial(attentions, past)
+        makers[f"heads as tokens: attention of one row after {past}"] = partial(attentions, past)
     for chunk in CHUNKS:
         for past in (0, 512, 2048):
-            makers[f"{PIECE} tokens at a time: {chunk}, behind {past}"] = partial(chunks, chunk, past)
+            makers[f"{PIECE} tokens at a time: {chunk}, after {past}"] = partial(chunks, chunk, past)
     return makers
 
 

@@ -1,4 +1,4 @@
-"""A vision tower cut among ranks, or whole on each of them with the tiles shared out: which is faster on this machine.
+"""A vision tower sharded among ranks, or whole on each of them with the tiles shared out: which is faster on this machine.
 
     python -m benchmarks.studies.vision_among_ranks [--tiles 5] [--tp 2] [--runs 7]
 
