@@ -1,6 +1,6 @@
 """What running as ranks costs beside the graphs themselves; the last line is one JSON object.
 
-    python benchmarks/rank_latency.py ARTIFACT [--tokens 200]
+    python -m benchmarks.rank_latency ARTIFACT [--tokens 200]
 
 Medians over the decode steps of one prompt, in microseconds, in rank 0. step: all of it; outside: scheduling, feeds, sampling;
 around: what ranks add to the graph, which is handing it to the worker and telling the others; message: the latter alone; sum:
