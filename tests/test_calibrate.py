@@ -35,7 +35,7 @@ from staticvl.tools.comparing.forced import Ran
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
-from staticvl.tools.train_tiny import cases
+from staticvl.tools.development.train_tiny import cases
 from staticvl.weights.calibrated import Store, stored_by_ranks
 from staticvl.weights.convert import convert
 from staticvl.weights.inputs import Gathering, Inputs
@@ -306,7 +306,7 @@ def test_an_artifact_says_what_it_was_calibrated_with(tmp_path: Path) -> None:
     assert compiled(folder, out, calibration, quant="w4a16")
     after = read_manifest(out)
     info: Any = after.build.calibration
-    assert (info.method, info.sha256, info.prompts, info.images) == ("GPTQ", "ab" * 32, 1, 1)
+    assert (info.method, info.sha256, info.prompts, info.pictures) == ("GPTQ", "ab" * 32, 1, 1)
     assert after.build.options["calibrate"] == "FILE" and "--calibrate FILE" in after.recompilation()
     assert after.build.key != before.build.key
     name = "text.layers.0.mlp.down.qweight"

@@ -41,7 +41,7 @@ from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import open_artifact_side, open_eager_side
-from staticvl.tools.train_tiny import cases
+from staticvl.tools.development.train_tiny import cases
 from staticvl.tools.tuning.target import from_artifact, from_checkpoint
 from staticvl.weights.calibrated import decoder_folds
 from staticvl.weights.rules import targets

@@ -1,6 +1,6 @@
 """Memory that converting one rank's weights takes; the last line is one JSON object.
 
-    python benchmarks/shard_memory.py [--layers 4] [--vocab 128256] [--tp 1 8] [--quant none]
+    python -m benchmarks.studies.shard_memory [--layers 4] [--vocab 128256] [--tp 1 8] [--quant none]
 
 The checkpoint has the widths of Llama-3.2-Vision 90B, few layers, and zeros for weights: what is in memory does not depend
 on their values. Each conversion runs in a process of its own. Measured is what the process takes at most beyond what it
@@ -27,7 +27,7 @@ from staticvl.weights.rules import source_names
 from staticvl.weights.stored import stored_targets, uniform
 from staticvl.weights.tensors import StoredTensor
 
-SETTINGS = Path(__file__).parent.parent / "tools" / "assets" / "tiny_mllama"
+SETTINGS = Path(__file__).parents[2] / "tools" / "assets" / "tiny_mllama"
 DTYPE = "bfloat16"
 INTERVAL = 0.002  # seconds between two looks at the memory
 
@@ -79,8 +79,8 @@ def compare(config: ModelConfig, folder: Path, args: argparse.Namespace) -> dict
 
 
 def ratio(config: ModelConfig, quant: str, tp: int) -> float:
-    held, whole = (sum(s.nbytes for s in stored_targets(config, quant, uniform(DTYPE), n).values()) for n in (tp, 1))
-    return round(tp * held / whole, 4)
+    of_rank, whole = (sum(s.nbytes for s in stored_targets(config, quant, uniform(DTYPE), n).values()) for n in (tp, 1))
+    return round(tp * of_rank / whole, 4)
 
 
 def write_zeros(config: ModelConfig, folder: Path) -> None:
@@ -110,15 +110,15 @@ def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: st
         while not done.wait(INTERVAL):
             peak = max(peak, process.memory_info().rss)
 
-    looking = threading.Thread(target=look)
-    looking.start()
-    started = time.perf_counter()
+    watch = threading.Thread(target=look)
+    watch.start()
+    start = time.perf_counter()
     try:
         converted = convert(source, config, out, quant=quant, prefix="k", floats=uniform(DTYPE), tp=tp, rank=tp - 1)
     finally:
         done.set()
-        looking.join()
-    seconds = time.perf_counter() - started
+        watch.join()
+    seconds = time.perf_counter() - start
     shutil.rmtree(out)
     return {
         "peak_mb": round((peak - before) / 1e6, 1),

@@ -1,6 +1,6 @@
-"""Reading shape, colour and box off every picture embedding: the first lesson of a vision tower.
+"""Reading shape, colour and box off every image embedding: the first lesson of a vision tower.
 
-N pictures, P embeddings of each, B rows of D pictures, H the width of the text model.
+N images, P embeddings of each, B rows of D images, H the width of the text model.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ..drawings import COLOURS, GRID, SHAPES, Drawing, Shape
-from .packing import IGNORE, Packer, Pictures
+from ...drawings import COLOURS, GRID, SHAPES, Drawing, Shape
+from .packing import IGNORE, ImageBatch, Packer
 
 # What a patch is asked for: shape, colour, left, top, right, bottom of its box, and place in the reading order.
 PATCH_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, *[GRID + 1] * 4, 4)
@@ -23,13 +23,13 @@ def under(shape: Shape, centres: np.ndarray) -> np.ndarray:
     return (x >= shape.left) & (x <= shape.left + shape.size) & (y >= shape.top) & (y <= shape.top + shape.size)
 
 
-def patch_targets(drawings: Sequence[Drawing], pictures: Pictures) -> Tensor:
+def patch_targets(drawings: Sequence[Drawing], images: ImageBatch) -> Tensor:
     """(N, P, 7): shape, colour, box and rank of the shape under each patch; 0, 0 and IGNORE where there is none.
 
-    Boxes are asked only of views of the whole picture: a tile does not know which part it shows. Embeddings that
+    Boxes are asked only of views of the whole image: a tile does not know which part it shows. Embeddings that
     look at no place are asked for nothing.
     """
-    centres, whole = pictures.centres.numpy(), pictures.whole.numpy()
+    centres, whole = images.centres.numpy(), images.whole.numpy()
     targets = np.full((*whole.shape, len(PATCH_CLASSES)), IGNORE, dtype=np.int64)
     targets[~np.isnan(centres).any(-1), :2] = 0
     for index, drawing in enumerate(drawings):
@@ -41,9 +41,9 @@ def patch_targets(drawings: Sequence[Drawing], pictures: Pictures) -> Tensor:
     return torch.from_numpy(targets)
 
 
-def patch_owners(rows: Sequence[tuple[Drawing, ...]], pictures: Pictures) -> Tensor:
+def patch_owners(rows: Sequence[tuple[Drawing, ...]], images: ImageBatch) -> Tensor:
     """(B, D * P): the index, among the shapes of its row, of the shape under each embedding, or -1."""
-    centres = pictures.centres.numpy().reshape(len(rows), len(rows[0]), -1, 2)
+    centres = images.centres.numpy().reshape(len(rows), len(rows[0]), -1, 2)
     owners = np.full(centres.shape[:-1], -1)
     for row, drawings in enumerate(rows):
         shapes = ((column, shape) for column, drawing in enumerate(drawings) for shape in drawing.shapes)
@@ -53,9 +53,9 @@ def patch_owners(rows: Sequence[tuple[Drawing, ...]], pictures: Pictures) -> Ten
 
 
 class PatchProbe(nn.Module):
-    """Reads shape, colour and box off each picture embedding.
+    """Reads shape, colour and box off each image embedding.
 
-    The scores of shapes and colours are products with the embeddings of their words, so that a picture of
+    The scores of shapes and colours are products with the embeddings of their words, so that an image of
     something red comes to resemble the word "red", as it does in a tower that was trained on captions. The text
     model then finds what it is asked for much sooner. The rest of the probe is thrown away.
     """
@@ -80,5 +80,5 @@ class PatchProbe(nn.Module):
 
     def losses(self, scores: Sequence[Tensor], targets: Tensor) -> Tensor:
         """Mean cross entropy of each entry, from scores (M, classes) and targets (M, 7)."""
-        found = [cross_entropy(score.float(), targets[:, i], ignore_index=IGNORE) for i, score in enumerate(scores)]
-        return torch.stack(found)
+        losses = [cross_entropy(score.float(), targets[:, i], ignore_index=IGNORE) for i, score in enumerate(scores)]
+        return torch.stack(losses)

@@ -1,6 +1,6 @@
-"""LLaVA-1.6, also called LLaVA-NeXT: LLaVA-1.5 that also sees a picture cut into tiles, in the llava-hf layout.
+"""LLaVA-1.6, also called LLaVA-NeXT: LLaVA-1.5 that also sees an image cut into tiles, in the llava-hf layout.
 
-The pictures pass through transformers' own cutting and packing. A picture's embeddings are those of one view of
+The images pass through transformers' own cutting and packing. An image's embeddings are those of one view of
 the whole, then rows of tile patches, each row closed by the newline embedding.
 """
 
@@ -20,11 +20,11 @@ from transformers.image_processing_utils import select_best_resolution
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 from transformers.models.llava_next.modeling_llava_next import unpad_image
 
-from ..drawings import Drawing, render
+from ...drawings import Drawing, render
 from .family import Schedule
 from .family_llava15 import Llava15, parts, patch_grid, prepared
 from .layout_llava import CLIP, PATCHES
-from .packing import Pictures
+from .packing import ImageBatch
 
 TILE: int = CLIP["image_size"]
 # (height, width) in tiles, in the published order.
@@ -42,7 +42,7 @@ class Llava16(Llava15):
     any_form = True
 
     def __init__(self) -> None:
-        settings = self.picture_settings()
+        settings = self.image_settings()
         del settings["image_processor_type"], settings["processor_class"]
         self.processor = LlavaNextImageProcessorPil(**settings)
 
@@ -65,7 +65,7 @@ class Llava16(Llava15):
         start = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
         model.load_state_dict({"model.image_newline": model.model.image_newline.data, **start.state_dict()})
 
-    def picture(self, drawing: Drawing, rng: random.Random) -> Image.Image:
+    def training_image(self, drawing: Drawing, rng: random.Random) -> Image.Image:
         """Mostly square and large enough for four tiles; sometimes of one tile, sometimes wide or tall."""
         choice = rng.random()
         if choice < 0.5:
@@ -78,36 +78,36 @@ class Llava16(Llava15):
         form = (short, long) if rng.random() < 1 / 2 else (long, short)
         return render(drawing, 2 * TILE).resize(form, Image.Resampling.BICUBIC)
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> Pictures:
+    def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
         """Views by the published processor."""
-        found = self.processor(list(pictures), return_tensors="pt")
-        inputs = {name: found[name] for name in ("pixel_values", "image_sizes")}
-        places = [view_centres(picture.size) for picture in pictures]
+        features = self.processor(list(images), return_tensors="pt")
+        inputs = {name: features[name] for name in ("pixel_values", "image_sizes")}
+        places = [view_centres(image.size) for image in images]
         centres = pad_sequence(places, batch_first=True, padding_value=torch.nan)
-        whole = torch.arange(centres.shape[1]).expand(len(pictures), -1) < PATCHES * PATCHES
-        return Pictures(inputs, [len(place) for place in places], centres, whole)
+        whole = torch.arange(centres.shape[1]).expand(len(images), -1) < PATCHES * PATCHES
+        return ImageBatch(inputs, [len(place) for place in places], centres, whole)
 
-    def picture_embeddings(self, model: Any, pictures: Pictures) -> Tensor:
-        """Packed embeddings, padded with zeros to the longest picture."""
-        packed = model.model.get_image_features(**pictures.inputs, return_dict=True).pooler_output
+    def image_embeddings(self, model: Any, images: ImageBatch) -> Tensor:
+        """PackedRow embeddings, padded with zeros to the longest image."""
+        packed = model.model.get_image_features(**images.inputs, return_dict=True).pooler_output
         return pad_sequence(list(packed), batch_first=True)
 
-    def picture_settings(self) -> dict[str, Any]:
-        """preprocessor_config.json of a picture processor that cuts tiles."""
+    def image_settings(self) -> dict[str, Any]:
+        """preprocessor_config.json of an image processor that cuts tiles."""
         kind = {"image_processor_type": "LlavaNextImageProcessor", "do_pad": True, "image_grid_pinpoints": PINPOINTS}
-        return {**super().picture_settings(), "aspect_ratio_setting": "anyres", **kind}
+        return {**super().image_settings(), "aspect_ratio_setting": "anyres", **kind}
 
 
 def view_centres(size: tuple[int, int]) -> Tensor:
-    """(P, 2) places of all embeddings of a picture of ``size`` (width, height), by the rules of cutting and packing."""
+    """(P, 2) places of all embeddings of an image of ``size`` (width, height), by the rules of cutting and packing."""
     width, height = size
     best = select_best_resolution((height, width), PINPOINTS)
     canvas = torch.tensor([best[1], best[0]])  # x, y in pixels, as below
     scale = min(best[1] / width, best[0] / height)
-    shown = torch.tensor([width, height]) * scale
+    scaled = torch.tensor([width, height]) * scale
     rows, columns = best[0] // TILE * PATCHES, best[1] // TILE * PATCHES
     y, x = torch.meshgrid(torch.arange(rows) + 0.5, torch.arange(columns) + 0.5, indexing="ij")
     pixels = torch.stack((x, y), dim=-1) * CLIP["patch_size"]
-    places = ((pixels - (canvas - shown) / 2) / shown).permute(2, 0, 1)  # (2, rows, columns)
-    kept = pad(unpad_image(places, (height, width)), (0, 1), value=torch.nan)
-    return torch.cat((patch_grid(), kept.flatten(1).T))
+    places = ((pixels - (canvas - scaled) / 2) / scaled).permute(2, 0, 1)  # (2, rows, columns)
+    unpadded = pad(unpad_image(places, (height, width)), (0, 1), value=torch.nan)
+    return torch.cat((patch_grid(), unpadded.flatten(1).T))

@@ -1,6 +1,6 @@
 """What it would gain to join operators that are emitted apart, or to cut an attention otherwise, each against the way in use.
 
-    python -m benchmarks.joined_operators [--runs 30] [--threads 2] [--only TEXT ...]
+    python -m benchmarks.studies.joined_operators [--runs 30] [--threads 2] [--only TEXT ...]
 
 Graphs hold as many copies as layers of a 1.1B decoder, or four of a chunk's attention, each with weights or caches of its own,
 so that they come from memory and not from the processor's cache. Both ways take turns; figures are medians of a copy's
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from staticvl.runtime.backends.cores import usable_cores
 
-from .onnx_session import CONTRIB, bound, opened
+from ..onnx_session import CONTRIB, bound, opened
 
 COPIES = 22
 HIDDEN, MLP, HEADS, KV_HEADS, WIDTH, CAPACITY = 2048, 5632, 32, 4, 64, 1024
@@ -50,10 +50,10 @@ class Graph:
     def node(
         self, op: str, inputs: Sequence[str], outputs: int = 1, domain: str = "", names: Sequence[str] = (), **attributes: Any
     ) -> list[str]:
-        made = [f"{op}_{len(self.nodes)}_{i}" for i in range(outputs)]
-        made[len(made) - len(names) :] = names
-        self.nodes.append(helper.make_node(op, list(inputs), made, domain=domain, **attributes))
-        return made
+        results = [f"{op}_{len(self.nodes)}_{i}" for i in range(outputs)]
+        results[len(results) - len(names) :] = names
+        self.nodes.append(helper.make_node(op, list(inputs), results, domain=domain, **attributes))
+        return results
 
     def constant(self, value: npt.ArrayLike, dtype: npt.DTypeLike = np.int64) -> str:
         array = np.asarray(value, dtype)
@@ -87,7 +87,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Kind:
+class Storage:
     """How a weight of N rows is stored; `draw` gives numbers and scales, whose axes of N are `axes`."""
 
     draw: Callable[[np.random.Generator, int], tuple[np.ndarray, np.ndarray]]
@@ -103,41 +103,41 @@ class Kind:
         return g.node("MatMulIntegerToFloat", inputs, domain=CONTRIB)[0]
 
 
-def grouped(bits: int) -> Kind:
+def grouped(bits: int) -> Storage:
     def draw(random: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
         blocks = HIDDEN // BLOCK
         q = random.integers(0, 256, (n, blocks, BLOCK * bits // 8), np.uint8)
         return q, random.random((n, blocks), np.float32) / np.float32(1e4)
 
-    return Kind(draw, (0, 0), bits)
+    return Storage(draw, (0, 0), bits)
 
 
 def _whole(random: np.random.Generator, n: int) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(-127, 128, (HIDDEN, n), np.int8), random.random(n, np.float32) / np.float32(1e4)
 
 
-KINDS = {"4 bits": grouped(4), "8 bits": grouped(8), "w8a8": Kind(_whole, (1, 0))}
+STORAGES = {"4 bits": grouped(4), "8 bits": grouped(8), "w8a8": Storage(_whole, (1, 0))}
 
 
-def products(kind: Kind, sizes: Sequence[int], rows: int, joined: bool) -> Graph:
+def products(storage: Storage, sizes: Sequence[int], rows: int, joined: bool) -> Graph:
     """Several of the same rows; those of w8a8 were quantised before, as they are once for all of them."""
     g = Graph()
     shape = (1, rows, HIDDEN)
-    x = g.normal("x", *shape) if kind.bits else g.array("x", g.random.integers(0, 256, shape, np.uint8))
+    x = g.normal("x", *shape) if storage.bits else g.array("x", g.random.integers(0, 256, shape, np.uint8))
     for _ in range(COPIES):
-        drawn = [kind.draw(g.random, size) for size in sizes]
+        weights = [storage.draw(g.random, size) for size in sizes]
         if joined:
-            one = [np.concatenate(parts, axis) for parts, axis in zip(zip(*drawn, strict=True), kind.axes, strict=True)]
-            found = g.node("Split", [kind.product(g, x, *one), g.constant(sizes)], len(sizes), axis=-1)
+            one = [np.concatenate(parts, axis) for parts, axis in zip(zip(*weights, strict=True), storage.axes, strict=True)]
+            outputs = g.node("Split", [storage.product(g, x, *one), g.constant(sizes)], len(sizes), axis=-1)
         else:
-            found = [kind.product(g, x, *each) for each in drawn]
-        for value, size in zip(found, sizes, strict=True):
+            outputs = [storage.product(g, x, *each) for each in weights]
+        for value, size in zip(outputs, sizes, strict=True):
             g.keep(value, (1, rows, size))
     return g
 
 
 def norms(rows: int, fused: bool) -> Graph:
-    """What is added to a residual, and the norm behind it."""
+    """What is added to a residual, and the norm after it."""
     g = Graph()
     x, weight = g.normal("x", 1, rows, HIDDEN), g.normal("weight", HIDDEN)
     added = g.normal("added", 1, rows, HIDDEN)
@@ -249,18 +249,18 @@ def chunks(chunk: Chunk, past: int, in_pieces: bool) -> Graph:
 
 def comparisons() -> dict[str, Callable[[bool], Graph]]:
     """By what is compared and what the other way is: both ways."""
-    found: dict[str, Callable[[bool], Graph]] = {}
+    makers: dict[str, Callable[[bool], Graph]] = {}
     for rows in ROWS:
         for name, sizes in {"q, k, v": (HIDDEN, KV, KV), "gate, up": (MLP, MLP)}.items():
-            for stored, kind in KINDS.items():
-                found[f"one product: {name} in {stored}, rows: {rows}"] = partial(products, kind, sizes, rows)
-        found[f"SkipSimplifiedLayerNormalization, rows: {rows}"] = partial(norms, rows)
+            for name_of_storage, storage in STORAGES.items():
+                makers[f"one product: {name} in {name_of_storage}, rows: {rows}"] = partial(products, storage, sizes, rows)
+        makers[f"SkipSimplifiedLayerNormalization, rows: {rows}"] = partial(norms, rows)
     for past in PAST:
-        found[f"heads as tokens: attention of one row behind {past}"] = partial(attentions, past)
+        makers[f"heads as tokens: attention of one row after {past}"] = partial(attentions, past)
     for chunk in CHUNKS:
         for past in (0, 512, 2048):
-            found[f"{PIECE} tokens at a time: {chunk}, behind {past}"] = partial(chunks, chunk, past)
-    return found
+            makers[f"{PIECE} tokens at a time: {chunk}, after {past}"] = partial(chunks, chunk, past)
+    return makers
 
 
 def compare(make: Callable[[bool], Graph], runs: int, threads: int) -> dict[str, float]:
@@ -271,9 +271,9 @@ def compare(make: Callable[[bool], Graph], runs: int, threads: int) -> dict[str,
     for _ in range(runs + 1):
         times.append([])
         for run in sessions:
-            started = time.perf_counter()
+            start = time.perf_counter()
             run()
-            times[-1].append(1e6 * (time.perf_counter() - started) / ways[0].copies)
+            times[-1].append(1e6 * (time.perf_counter() - start) / ways[0].copies)
     del times[0]  # binds and allocates
     us, other = (statistics.median(turn[i] for turn in times) for i in (0, 1))
     a, b = (way.arrays[[*way.written.values()][-1]] for way in ways)
@@ -291,12 +291,12 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=usable_cores())
     parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="parts of names")
     args = parser.parse_args()
-    wanted = {name: make for name, make in comparisons().items() if any(part in name for part in args.only)}
-    found = {}
-    for name, make in tqdm(wanted.items(), disable=None):
-        found[name] = compare(make, args.runs, args.threads)
-        tqdm.write("{}: {other_us} us instead of {us}, ratio {ratio}".format(name, **found[name]))
-    print(json.dumps(found))
+    makers = {name: make for name, make in comparisons().items() if any(part in name for part in args.only)}
+    results = {}
+    for name, make in tqdm(makers.items(), disable=None):
+        results[name] = compare(make, args.runs, args.threads)
+        tqdm.write("{}: {other_us} us instead of {us}, ratio {ratio}".format(name, **results[name]))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

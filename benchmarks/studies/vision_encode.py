@@ -1,6 +1,6 @@
 """How long one image takes through CLIP-L/336, by how its layers are stored, and in transformers.
 
-    python benchmarks/vision_encode.py [--runs 9] [--threads 2]
+    python -m benchmarks.studies.vision_encode [--runs 9] [--threads 2]
 
 Random weights before a small decoder. The sides take turns; medians in seconds, and their ratios to transformers in bfloat16
 (the layers that LLaVA uses, no projector, in transformers' favour), are printed as JSON.
@@ -23,8 +23,8 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.backends.base import new_feed
+from staticvl.tools.development.random_checkpoint import write_checkpoint
 from staticvl.tools.progress import TerminalProgress
-from staticvl.tools.random_checkpoint import write_checkpoint
 
 SMALL = {
     "hidden_size": 512, "intermediate_size": 1024, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
@@ -73,12 +73,12 @@ def main() -> None:
         seconds: dict[str, list[float]] = {name: [] for name in sides}
         for _ in range(args.runs + 1):
             for side, run in sides.items():
-                started = time.perf_counter()
+                start = time.perf_counter()
                 run()
-                seconds[side].append(time.perf_counter() - started)
-    found = {side: statistics.median(each[1:]) for side, each in seconds.items()}
-    base = found["transformers bfloat16"]
-    print(json.dumps({side: {"seconds": round(each, 4), "speed": round(base / each, 2)} for side, each in found.items()}))
+                seconds[side].append(time.perf_counter() - start)
+    medians = {side: statistics.median(each[1:]) for side, each in seconds.items()}
+    base = medians["transformers bfloat16"]
+    print(json.dumps({side: {"seconds": round(each, 4), "speed": round(base / each, 2)} for side, each in medians.items()}))
 
 
 if __name__ == "__main__":

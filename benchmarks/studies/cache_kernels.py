@@ -1,6 +1,7 @@
 """onnxruntime's GroupQueryAttention over a cache in 8 bits against one in float32: time, and what it computes.
 
-    python -m benchmarks.cache_kernels [--runs 15] [--threads 2] [--heads 32] [--kv-heads 4] [--width 64] [--capacity 1024]
+    python -m benchmarks.studies.cache_kernels [--runs 15] [--threads 2] [--heads 32] [--kv-heads 4]
+        [--width 64] [--capacity 1024]
 
 Keys and values are normal random numbers; scales end at four standard deviations, one for all or one for each channel.
 Both sides update their cache in place and take turns. `error` is against attention in numpy over what lies in the cache
@@ -19,7 +20,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper
 
-from .onnx_session import CONTRIB, bound, opened
+from ..onnx_session import CONTRIB, bound, opened
 
 LARGEST = 4.0  # what the largest stored number stands for
 STEPS = (
@@ -87,12 +88,12 @@ class Side:
         total = sizes.past + sizes.tokens
         shape = [1] if quantised == "PER_TENSOR" else [sizes.kv_heads, 1, sizes.width]
         scales = {f"{which}_scale": np.full(shape, self.scale) for which in "kv"} if quantised else {}
-        given = {"q": q, "k": k, "v": v, "k_cache": caches[0], "v_cache": caches[1], **scales}
-        given |= {"last": np.full(sizes.rows, total - 1, np.int32), "total": np.array(total, np.int32)}
+        inputs = {"q": q, "k": k, "v": v, "k_cache": caches[0], "v_cache": caches[1], **scales}
+        inputs |= {"last": np.full(sizes.rows, total - 1, np.int32), "total": np.array(total, np.int32)}
         self.q, self.caches, self.y = q, caches, np.zeros_like(q)
-        written = {"y": self.y, "k_out": caches[0], "v_out": caches[1]}
-        self.run = bound(session(sizes, quantised, threads), given, written)
-        self.kept = given  # what the binding has pointers to
+        outputs = {"y": self.y, "k_out": caches[0], "v_out": caches[1]}
+        self.run = bound(session(sizes, quantised, threads), inputs, outputs)
+        self.kept = inputs  # what the binding has pointers to
 
     def errors(self) -> dict[str, float]:
         stored, true = (attention(self.sizes, self.q, *each) for each in ([c * self.scale for c in self.caches], self.true))
@@ -119,7 +120,7 @@ def main() -> None:
     for name, default in {"runs": 15, "threads": 2, "heads": 32, "kv-heads": 4, "width": 64, "capacity": 1024}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
-    found = {}
+    results = {}
     for step in STEPS:
         sizes = Sizes(*step, args.heads, args.kv_heads, args.width, args.capacity)
         sides = {name: Side(sizes, name, args.threads) for name in ("", "PER_TENSOR", "PER_CHANNEL")}
@@ -127,16 +128,16 @@ def main() -> None:
         for _ in range(args.runs + 1):
             turns.append({})
             for name, side in sides.items():
-                started = time.perf_counter()
+                start = time.perf_counter()
                 side.run()
-                turns[-1][name] = time.perf_counter() - started
-        key = "{} rows of {} tokens behind {}".format(*step)
+                turns[-1][name] = time.perf_counter() - start
+        key = "{} rows of {} tokens after {}".format(*step)
         for name, side in sides.items():
             ratio = statistics.median(turn[name] / turn[""] for turn in turns[1:])
-            found[f"{key}, {name or 'float32'}"] = {"time": round(ratio, 2)} | {
+            results[f"{key}, {name or 'float32'}"] = {"time": round(ratio, 2)} | {
                 k: float(f"{v:.1e}") for k, v in side.errors().items()
             }
-    print(json.dumps(found))
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Llama-3.2-Vision: a tiled tower whose features a Llama text model reads by cross-attention, in Meta's hub layout.
 
-N pictures, B rows of D pictures, P = tiles * (patches + 1) embeddings of a picture, in the order of tile and token.
+N images, B rows of D images, P = tiles * (patches + 1) embeddings of an image, in the order of tile and token.
 """
 
 import random
@@ -19,7 +19,7 @@ from transformers.models.mllama.image_processing_pil_mllama import (
     get_image_size_fit_to_canvas,
 )
 
-from ..drawings import Drawing, render
+from ...drawings import Drawing, render
 from .family import Family, Schedule
 from .files import write_json, write_weights
 from .layout_mllama import (
@@ -36,7 +36,7 @@ from .layout_mllama import (
     TILES,
     any_day,
     header,
-    picture_settings,
+    image_settings,
     published_config,
     published_name,
     system_text,
@@ -47,11 +47,11 @@ from .layout_mllama import (
     vision_settings,
     write_tokenizer_files,
 )
-from .packing import Batch, Packer, Pictures
+from .packing import Batch, ImageBatch, Packer
 
 
 class MllamaPacker(Packer):
-    """Prompts as the template writes them: headers, the pictures first, and every message closed."""
+    """Prompts as the template writes them: headers, the images first, and every message closed."""
 
     image, end, pad, space = IMAGE, END, PAD, "Ġ"
 
@@ -59,16 +59,16 @@ class MllamaPacker(Packer):
         super().__init__(tokenizer)
         self.days = random.Random(0)
 
-    def opening(self, pictures: Sequence[int]) -> list[int]:
-        """BOS, the block of dates where there is no picture, the header of the user, and all pictures."""
-        system = "" if pictures else header("system") + system_text(self.day()) + END
-        return self.encode(BOS + system + header("user") + IMAGE * len(pictures))
+    def opening(self, images: Sequence[int]) -> list[int]:
+        """BOS, the block of dates where there is no image, the header of the user, and all images."""
+        system = "" if images else header("system") + system_text(self.day()) + END
+        return self.encode(BOS + system + header("user") + IMAGE * len(images))
 
     def day(self) -> str:
-        """The date that a conversation without a picture begins with."""
+        """The date that a conversation without an image begins with."""
         return any_day(self.days)
 
-    def asked(self, question: str, first: bool, pictures: int) -> list[int]:
+    def question_ids(self, question: str, first: bool, images: int) -> list[int]:
         """The question, after the opening or a header of its own, and the header of the answer."""
         before = "" if first else END + header("user")
         return self.encode(before + question + END + header("assistant"))
@@ -86,7 +86,7 @@ class Mllama(Family):
     ranks = True
 
     def __init__(self) -> None:
-        self.processor: Any = MllamaImageProcessorPil(**picture_settings())
+        self.processor: Any = MllamaImageProcessorPil(**image_settings())
 
     def tokenizer(self, seed: int) -> Tokenizer:
         """A Llama-3-style tokenizer."""
@@ -114,7 +114,7 @@ class Mllama(Family):
         """Every weight of a checkpoint of this family."""
         model.load_state_dict(MllamaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict())
 
-    def picture(self, drawing: Drawing, rng: random.Random) -> Image.Image:
+    def training_image(self, drawing: Drawing, rng: random.Random) -> Image.Image:
         """Mostly square: as large as a tile, as four tiles, or anything between; sometimes wide or tall."""
         choice = rng.random()
         if choice < 0.25:
@@ -127,17 +127,17 @@ class Mllama(Family):
         form = (short, long) if rng.random() < 1 / 2 else (long, short)
         return render(drawing, 2 * TILE).resize(form, Image.Resampling.BICUBIC)
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> Pictures:
+    def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
         """Tiles by the published processor; the first token of a tile is its class token."""
-        found = self.processor([[picture] for picture in pictures], return_tensors="pt")
-        inputs = {name: found[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+        features = self.processor([[image] for image in images], return_tensors="pt")
+        inputs = {name: features[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
         forms = [FORMS[index - 1] for index in inputs["aspect_ratio_ids"].flatten().tolist()]
-        centres = torch.stack([tile_centres(p.size, form) for p, form in zip(pictures, forms, strict=True)])
-        return Pictures(inputs, [1] * len(pictures), centres, torch.ones(centres.shape[:2], dtype=torch.bool))
+        centres = torch.stack([tile_centres(p.size, form) for p, form in zip(images, forms, strict=True)])
+        return ImageBatch(inputs, [1] * len(images), centres, torch.ones(centres.shape[:2], dtype=torch.bool))
 
-    def picture_embeddings(self, model: MllamaForConditionalGeneration, pictures: Pictures) -> Tensor:
+    def image_embeddings(self, model: MllamaForConditionalGeneration, images: ImageBatch) -> Tensor:
         """Projected features of every token of every tile."""
-        states = model.model.vision_model(**pictures.inputs).last_hidden_state  # (N, 1, tiles, patches + 1, F)
+        states = model.model.vision_model(**images.inputs).last_hidden_state  # (N, 1, tiles, patches + 1, F)
         return model.model.multi_modal_projector(states).flatten(1, 3)
 
     def tower(self, model: MllamaForConditionalGeneration) -> nn.Module:
@@ -159,11 +159,11 @@ class Mllama(Family):
     def hidden_states(self, model: MllamaForConditionalGeneration, batch: Batch) -> tuple[Tensor, list[Tensor]]:
         """Final states, and how the first head of the later cross-attention layers looks at the tiles."""
         inputs = {"input_ids": batch.ids, "attention_mask": batch.mask, "position_ids": batch.positions, "use_cache": False}
-        if batch.pictures is None:
+        if batch.images is None:
             return model.model(**inputs).last_hidden_state, []
         rows = len(batch.ids)
-        embeddings = self.picture_embeddings(model, batch.pictures)
-        tiles = batch.pictures.inputs["aspect_ratio_mask"].reshape(rows, 1, -1, TILES)
+        embeddings = self.image_embeddings(model, batch.images)
+        tiles = batch.images.inputs["aspect_ratio_mask"].reshape(rows, 1, -1, TILES)
         states = model.model(
             **inputs,
             cross_attention_states=embeddings.reshape(rows, -1, embeddings.shape[-1]),
@@ -177,14 +177,14 @@ class Mllama(Family):
         return owners
 
     def logits(self, model: MllamaForConditionalGeneration, hidden: Tensor) -> Tensor:
-        """Scores by the output layer, which knows no picture token."""
+        """Scores by the output layer, which knows no image token."""
         return model.lm_head(hidden)
 
     def save(self, model: MllamaForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:
         """Write the folder under the published tensor names, weights in bfloat16."""
         write_weights(folder, {published_name(name): value for name, value in model.state_dict().items()}, torch.bfloat16)
         write_json(folder / "config.json", published_config(tokenizer))
-        write_json(folder / "preprocessor_config.json", picture_settings())
+        write_json(folder / "preprocessor_config.json", image_settings())
         write_tokenizer_files(tokenizer, folder)
         write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
         generation = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, **token_ids(tokenizer)}
@@ -194,7 +194,7 @@ class Mllama(Family):
 def waves(width: int) -> Tensor:
     """(forms + 1, tiles * (patches + 1) * width) sines and cosines of the place of each token on its canvas.
 
-    A place says the same on every canvas, so that what is learnt on one form of picture holds for the others.
+    A place says the same on every canvas, so that what is learnt on one form of image holds for the others.
     """
     table = torch.zeros(len(FORMS) + 1, TILES, 1 + SIDE * SIDE, width)
     cycles = torch.arange(1, width // 4 + 1) / 4
@@ -206,7 +206,7 @@ def waves(width: int) -> Tensor:
 
 
 def tile_centres(size: tuple[int, int], form: Sequence[int]) -> Tensor:
-    """(P, 2) places of all tokens of a picture of ``size`` (width, height) on ``form`` (rows, columns) of tiles."""
+    """(P, 2) places of all tokens of an image of ``size`` (width, height) on ``form`` (rows, columns) of tiles."""
     height, width = get_image_size_fit_to_canvas(size[1], size[0], form[0] * TILE, form[1] * TILE, TILE)
     centres = torch.full((TILES, 1 + SIDE * SIDE, 2), torch.nan)
     steps = (torch.arange(SIDE) + 0.5) * PATCH
@@ -219,6 +219,6 @@ def tile_centres(size: tuple[int, int], form: Sequence[int]) -> Tensor:
 
 
 def visible(batch: Batch) -> Tensor:
-    """(B, T, D): 1 from the token of each picture on; all pictures of a row follow one another."""
-    count = batch.images.cumsum(1)  # (B, T)
+    """(B, T, D): 1 from the token of each image on; all images of a row follow one another."""
+    count = batch.image_tokens.cumsum(1)  # (B, T)
     return (count[..., None] > torch.arange(int(count[0, -1]))).long()

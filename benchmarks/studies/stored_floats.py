@@ -1,6 +1,7 @@
 """Memory and speed of one model by how what is not quantised is stored; the last line is one JSON object.
 
-    python -m benchmarks.stored_floats [--layers 4] [--tower-layers 8] [--runs 7] [--threads 2] [--sides none none/float16 ...]
+    python -m benchmarks.studies.stored_floats [--layers 4] [--tower-layers 8] [--runs 7] [--threads 2]
+        [--sides none none/float16 ...]
 
 A side is QUANT/DTYPE, as `staticvl compile` is told. The checkpoint is random, in bfloat16, 1B-shaped but for its number of
 layers. Memory is PSS (shared pages count once) of a process that has loaded an artifact and run a chunk, a token and an image;
@@ -40,12 +41,12 @@ class Side:
 
     def run(self) -> dict[str, float]:
         """Seconds of each graph, and seconds of processors, which depend less on what else the machine does."""
-        found = {}
+        seconds = {}
         for graph, feed in self.feeds:
-            started, worked = time.perf_counter(), time.process_time()
+            start, cpu_start = time.perf_counter(), time.process_time()
             self.model.engine.backend.run(graph, feed)
-            found |= {graph.name: time.perf_counter() - started, f"{graph.name} cpu": time.process_time() - worked}
-        return found
+            seconds |= {graph.name: time.perf_counter() - start, f"{graph.name} cpu": time.process_time() - cpu_start}
+        return seconds
 
 
 def measure(artifact: Path, threads: int) -> dict[str, float]:
@@ -76,35 +77,35 @@ def main() -> None:
 
 
 def compare(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, float]]:
-    from staticvl.tools.random_checkpoint import write_checkpoint
+    from staticvl.tools.development.random_checkpoint import write_checkpoint
 
-    from .peers.build import build_for_timing  # torch, which the processes that are measured do without
-    from .random_model import SHAPE
+    from ..peers.build import build_for_timing  # torch, which the processes that are measured do without
+    from ..random_model import SHAPE
 
     layers = {"text_config.num_hidden_layers": args.layers, "vision_config.num_hidden_layers": args.tower_layers}
     write_checkpoint(Path("llava-1.5-7b-hf"), folder / "checkpoint", dtype="bfloat16", overrides=SHAPE | layers)
-    found: dict[str, dict[str, float]] = {}
+    results: dict[str, dict[str, float]] = {}
     sides = {}
     for side in args.sides:
         artifact = folder / side.replace("/", "-")
         quant, _, dtype = side.partition("/")
         build_for_timing(folder / "checkpoint", artifact, quant, BUCKETS, dtype)
         runtime.load(artifact, threads=args.threads)  # packs weights, which is done once for a machine
-        command = [sys.executable, "-m", "benchmarks.stored_floats", "--measure", artifact, "--threads", args.threads]
+        command = [sys.executable, "-m", "benchmarks.studies.stored_floats", "--measure", artifact, "--threads", args.threads]
         done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, text=True, check=True)
         weights = sum(path.stat().st_size for path in (artifact / "weights").iterdir())
         packed = sum(path.stat().st_size for path in (artifact / ".host").rglob("*.bin"))
-        found[side] = {"weights_mb": round(weights / 1e6, 1), "host_mb": round(packed / 1e6, 1)}
-        found[side] |= json.loads(done.stdout.splitlines()[-1])
+        results[side] = {"weights_mb": round(weights / 1e6, 1), "host_mb": round(packed / 1e6, 1)}
+        results[side] |= json.loads(done.stdout.splitlines()[-1])
         sides[side] = Side(artifact, args.threads)
-        print(side, found[side], file=sys.stderr, flush=True)
+        print(side, results[side], file=sys.stderr, flush=True)
     turns = [{name: side.run() for name, side in sides.items()} for _ in range(args.runs + 1)][1:]
     graphs = turns[0][args.sides[0]]
     for side in args.sides:
         for graph in graphs:
             ratio = statistics.median(turn[side][graph] / turn[args.sides[0]][graph] for turn in turns)
-            found[side][graph] = round(ratio, 3)
-    return found
+            results[side][graph] = round(ratio, 3)
+    return results
 
 
 if __name__ == "__main__":

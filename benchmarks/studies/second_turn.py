@@ -1,6 +1,6 @@
 """Time to first token of a chat's second turn, and of another question about a known image, against fresh prompts.
 
-    python -m benchmarks.second_turn [--hidden 512] [--layers 8] [--repeats 5]
+    python -m benchmarks.studies.second_turn [--hidden 512] [--layers 8] [--repeats 5]
 
 A random LLaVA-1.5 whose images take 576 tokens is compiled for ONNX Runtime. A fresh prompt is the same text and image with
 nothing reused. Figures are medians in milliseconds of the time from the request to its first token; the last line is JSON.
@@ -33,13 +33,13 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="staticvl-turns-") as folder:
-        made = tiny_llava(
+        checkpoint = tiny_llava(
             Path(folder) / "checkpoint", hidden=args.hidden, layers=args.layers, heads=8, kv_heads=8, head_dim=args.hidden // 8,
             intermediate=args.hidden * 11 // 4, context=1024, vision_hidden=256, vision_layers=6, vision_heads=4,
             vision_intermediate=1024, image_size=336, patch_size=14,
         )  # fmt: skip
         artifact = Path(folder) / "artifact"
-        build(Options(checkpoint=made.folder, out=artifact, buckets=BUCKETS))
+        build(Options(checkpoint=checkpoint.folder, out=artifact, buckets=BUCKETS))
         model = runtime.load(artifact)
         fresh = runtime.Model(model.artifact, Engine(model.artifact, backend=model.engine.backend, reuse=False))
         print(json.dumps(measure(model, fresh, args.repeats)))

@@ -1,6 +1,6 @@
-"""A vision tower cut among ranks, or whole on each of them with the tiles shared out: which is faster on this machine.
+"""A vision tower sharded among ranks, or whole on each of them with the tiles shared out: which is faster on this machine.
 
-    python benchmarks/vision_among_ranks.py [--tiles 5] [--tp 2] [--runs 7]
+    python -m benchmarks.studies.vision_among_ranks [--tiles 5] [--tp 2] [--runs 7]
 
 CLIP-L/336 with random weights before a small decoder, ONNX Runtime on CPU, one core for each rank. "cut" is what staticvl does:
 the ranks' own vision graph over all tiles. "shared out" is what a rank with the most tiles would need for its part, while the
@@ -23,8 +23,8 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.backends.base import new_feed
+from staticvl.tools.development.random_checkpoint import write_checkpoint
 from staticvl.tools.progress import TerminalProgress
-from staticvl.tools.random_checkpoint import write_checkpoint
 
 # LLaVA-1.5's tower before a decoder that is no work.
 SMALL = {
@@ -60,10 +60,10 @@ def main() -> None:
         for other in others:
             other.kill()
         cut.close()
-    found = {name: round(statistics.median(each), 3) for name, each in times.items()}
+    result = {name: round(statistics.median(each), 3) for name, each in times.items()}
     print(
         json.dumps(
-            {**found, "cut / shared out": round(found["cut"] / found["shared out"], 3), "tiles": args.tiles, "tp": args.tp}
+            {**result, "cut / shared out": round(result["cut"] / result["shared out"], 3), "tiles": args.tiles, "tp": args.tp}
         )
     )
 
@@ -71,9 +71,9 @@ def main() -> None:
 def timed(model: runtime.Model) -> float:
     """Seconds of one run of the vision graph."""
     graph = next(graph for graph in model.artifact.manifest.graphs if graph.kind == "vision")
-    started = time.perf_counter()
+    start = time.perf_counter()
     model.engine.backend.run(graph, new_feed(graph))
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def tell(other: subprocess.Popen[bytes]) -> None:

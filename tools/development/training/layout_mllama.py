@@ -18,7 +18,7 @@ FORMS = [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]]
 CROSS_LAYERS = [1, 3, 5]
 VOCABULARY = 512
 BOS, PAD, END, IMAGE = "<|begin_of_text|>", "<|finetune_right_pad_id|>", "<|eot_id|>", "<|image|>"
-# In the published order; reserved tokens fill the vocabulary up, and the picture comes after its end.
+# In the published order; reserved tokens fill the vocabulary up, and the image comes after its end.
 SPECIAL = (
     BOS,
     "<|end_of_text|>",
@@ -39,7 +39,7 @@ SPLIT = (
 )
 MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
 
-# The rules of the published template, without its tools: BOS, the block of dates only where there is no picture,
+# The rules of the published template, without its tools: BOS, the block of dates only where there is no image,
 # parts in their order and word for word.
 CHAT_TEMPLATE = """{{- bos_token }}
 {%- if date_string is not defined %}
@@ -86,7 +86,7 @@ def header(role: str) -> str:
 
 
 def system_text(day: str) -> str:
-    """What the template tells a model that is shown no picture, of a day written like 26 Jul 2024."""
+    """What the template tells a model that is shown no image, of a day written like 26 Jul 2024."""
     return f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\n"
 
 
@@ -96,7 +96,7 @@ def any_day(rng: random.Random) -> str:
 
 
 def train_tokenizer(seed: int) -> Tokenizer:
-    """Byte-level BPE, then the special tokens up to the size of the vocabulary, and the picture token after it."""
+    """Byte-level BPE, then the special tokens up to the size of the vocabulary, and the image token after it."""
     cut = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
@@ -112,8 +112,8 @@ def train_tokenizer(seed: int) -> Tokenizer:
         show_progress=False,
     )
     days = random.Random(seed)
-    asked = (f"system\n\n{system_text(any_day(days))}user\n\n{q}assistant\n\n{a}" for q, a in sentences(seed))
-    tokenizer.train_from_iterator(asked, trainer)
+    texts = (f"system\n\n{system_text(any_day(days))}user\n\n{q}assistant\n\n{a}" for q, a in sentences(seed))
+    tokenizer.train_from_iterator(texts, trainer)
     tokenizer.decoder = decoders.ByteLevel()  # pyright: ignore[reportAttributeAccessIssue]
     filler = VOCABULARY - tokenizer.get_vocab_size() - len(SPECIAL)
     reserved = [f"<|reserved_special_token_{2 + index}|>" for index in range(filler)]
@@ -176,12 +176,12 @@ def text_settings(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def published_config(tokenizer: Tokenizer) -> dict[str, Any]:
     """config.json."""
-    kept = {"dropout": 0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
+    defaults = {"dropout": 0, "initializer_range": 0.02, "torch_dtype": "bfloat16", "use_cache": True}
     return {
         "architectures": ["MllamaForConditionalGeneration"],
         "image_token_index": token_id(tokenizer, IMAGE),
         "model_type": "mllama",
-        "text_config": {**kept, **text_settings(tokenizer)},
+        "text_config": {**defaults, **text_settings(tokenizer)},
         "torch_dtype": "bfloat16",
         # The published file says so although nothing is tied.
         "vision_config": {"tie_word_embeddings": True, "torch_dtype": "bfloat16", **vision_settings()},
@@ -190,9 +190,9 @@ def published_config(tokenizer: Tokenizer) -> dict[str, Any]:
 
 def token_id(tokenizer: Tokenizer, token: str) -> int:
     """The id of a token that the tokenizer is sure to have."""
-    found = tokenizer.token_to_id(token)
-    assert found is not None, token
-    return found
+    index = tokenizer.token_to_id(token)
+    assert index is not None, token
+    return index
 
 
 def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def token_ids(tokenizer: Tokenizer) -> dict[str, Any]:
     }
 
 
-def picture_settings() -> dict[str, Any]:
+def image_settings() -> dict[str, Any]:
     """preprocessor_config.json."""
     return {
         "do_convert_rgb": True,

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..model_defs.config import (
+from ...model_defs.config import (
     QUANTISATION_KEYS,
     ClipConfig,
     ConfigError,
@@ -32,22 +32,23 @@ from ..model_defs.config import (
     read_config,
     read_json,
 )
-from ..runtime.files import write_atomically
-from ..runtime.shown import shown
-from ..weights.packing.settings import SETTINGS_FILES
-from ..weights.rules import source_names
-from ..weights.tensors import TOWER, StoredTensor, WeightsError
-from ..weights.writer import check_space, lay_out, one_thread, write_shard
-from .known_models import MODELS, write_known_model
-from .random_tokenizers import write_tokenizer
+from ...runtime.files import write_atomically
+from ...runtime.shown import shown
+from ...weights.packing.settings import SETTINGS_FILES
+from ...weights.rules import source_names
+from ...weights.tensors import TOWER, StoredTensor, WeightsError
+from ...weights.writer import check_space, lay_out, one_thread, write_shard
+from ..known_models import MODELS, write_known_model
+from ..random_tokenizers import write_tokenizer
 
 DTYPES = ("float16", "bfloat16", "float32")
 TOWER_FOLDER = "vision_tower"
 EXAMPLES = """examples:
-  python -m staticvl.tools.random_checkpoint llava-1.5-7b-hf --out /tmp/random-7b
-  python -m staticvl.tools.random_checkpoint llava-v1.6-vicuna-13b-hf --out /tmp/random-13b --dtype bfloat16 --shard-gb 10
-  python -m staticvl.tools.random_checkpoint Llama-3.2-11B-Vision --out /tmp/short --set text_config.num_hidden_layers=8 \\
-      --set text_config.cross_attention_layers=[3]
+  python -m staticvl.tools.development.random_checkpoint llava-1.5-7b-hf --out /tmp/random-7b
+  python -m staticvl.tools.development.random_checkpoint llava-v1.6-vicuna-13b-hf --out /tmp/random-13b --dtype bfloat16 \\
+      --shard-gb 10
+  python -m staticvl.tools.development.random_checkpoint Llama-3.2-11B-Vision --out /tmp/short \\
+      --set text_config.num_hidden_layers=8 --set text_config.cross_attention_layers=[3]
 """
 _CHUNK = 1 << 18  # elements drawn at once
 _NORM = re.compile(r".*norm.*\.weight|.*\.ln_\w+\.weight")
@@ -238,8 +239,8 @@ def _forget_quantisation(folder: Path) -> None:
     for name in SETTINGS_FILES:
         (folder / name).unlink(missing_ok=True)
     data = read_json(folder / "config.json")
-    if kept := data.keys() & set(QUANTISATION_KEYS):
-        _write_json(folder / "config.json", {key: value for key, value in data.items() if key not in kept})
+    if keys := data.keys() & set(QUANTISATION_KEYS):
+        _write_json(folder / "config.json", {key: value for key, value in data.items() if key not in keys})
 
 
 def _tiled_images(vision: TiledConfig) -> dict[str, object]:
@@ -293,12 +294,12 @@ def _write_json(path: Path, value: object) -> None:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m staticvl.tools.random_checkpoint",
+        prog="python -m staticvl.tools.development.random_checkpoint",
         description="Write a checkpoint with random weights, of the sizes that CONFIG_FOLDER/config.json gives.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    shown = " (default: %(default)s)"
+    note = " (default: %(default)s)"
     parser.add_argument(
         "config_folder",
         metavar="CONFIG_FOLDER",
@@ -307,9 +308,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", metavar="DIR", type=Path, required=True, help="new or empty folder to write")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: that of config.json)")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same weights" + shown)
-    parser.add_argument("--shard-gb", metavar="N", type=_positive, default=5.0, help="largest weight file, in GB" + shown)
-    parser.add_argument("--scale", metavar="X", type=_positive, default=0.02, help="standard deviation of the weights" + shown)
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="same seed, same weights" + note)
+    parser.add_argument("--shard-gb", metavar="N", type=_positive, default=5.0, help="largest weight file, in GB" + note)
+    parser.add_argument("--scale", metavar="X", type=_positive, default=0.02, help="standard deviation of the weights" + note)
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",

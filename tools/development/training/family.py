@@ -11,8 +11,8 @@ from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from ..drawings import Drawing
-from .packing import Batch, Packer, Pictures
+from ...drawings import Drawing
+from .packing import Batch, ImageBatch, Packer
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -29,18 +29,18 @@ class Schedule:
     budget: int = 200  # tokens a row may add to its opening
     rate: float = 2e-3  # of AdamW; Muon takes ten times as much
     guide: float = 0.3  # weight of looking at the right patches
-    extra_every: int = 5  # every so many steps, also two pictures and none
+    extra_every: int = 5  # every so many steps, also two images and none
     drill: tuple[str, ...] = ("describe",)  # kinds of question that mostly come first, and so are always asked
 
 
 class Family(ABC):
-    """One architecture: how it is built, sees pictures, writes prompts and is saved."""
+    """One architecture: how it is built, sees images, writes prompts and is saved."""
 
     name: ClassVar[str]
     model_type: ClassVar[str]  # as config.json names it
     packer: ClassVar[type[Packer]]
     schedule: ClassVar[Schedule] = Schedule()
-    # Whether it can tell the pictures of one message apart, and whether its picture tokens follow their form.
+    # Whether it can tell the images of one message apart, and whether its image tokens follow their form.
     pairs: ClassVar[bool] = True
     any_form: ClassVar[bool] = False
     # Whether patches also learn which in the reading order their shape is, as no later layer can compare patches.
@@ -59,16 +59,16 @@ class Family(ABC):
         """Copy what a finished checkpoint of this or a kindred family has in common with the model."""
 
     @abstractmethod
-    def picture(self, drawing: Drawing, rng: random.Random) -> Image.Image:
-        """A training picture of a drawing."""
+    def training_image(self, drawing: Drawing, rng: random.Random) -> Image.Image:
+        """A training image of a drawing."""
 
     @abstractmethod
-    def prepare(self, pictures: Sequence[Image.Image]) -> Pictures:
-        """Pictures as the model takes them."""
+    def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
+        """Images as the model takes them."""
 
     @abstractmethod
-    def picture_embeddings(self, model: Any, pictures: Pictures) -> Tensor:
-        """(N, P, H): what the text model is given of each picture."""
+    def image_embeddings(self, model: Any, images: ImageBatch) -> Tensor:
+        """(N, P, H): what the text model is given of each image."""
 
     @abstractmethod
     def tower(self, model: Any) -> nn.Module:
@@ -76,7 +76,7 @@ class Family(ABC):
 
     @abstractmethod
     def projector(self, model: Any) -> nn.Module:
-        """What turns features of the tower into picture embeddings."""
+        """What turns features of the tower into image embeddings."""
 
     @abstractmethod
     def word_embeddings(self, model: Any) -> nn.Embedding:

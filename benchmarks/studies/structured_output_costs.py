@@ -1,10 +1,10 @@
-"""What forms cost: processor time to compile one, and for each token of its answer; and what other requests wait meanwhile.
+"""What structured outputs cost: processor time to compile a constraint and for each token, and how long other requests wait.
 
-    python -m benchmarks.form_costs [--vocabulary 32000] [--tokens 200] [--limit-s 20]
+    python -m benchmarks.studies.structured_output_costs [--vocabulary 32000] [--tokens 200] [--limit-s 20]
 
-Tokens are drawn from those that the form allows, so answers are hostile too. Each form has a process of its own, which ends
-after so many seconds of processor time. What others wait is the longest step beside an answer of the form, by a device that
-takes no time.
+Tokens are drawn from those that the constraint allows, so answers are hostile too. Each constraint has a process of its own,
+which ends after so many seconds of processor time. How long others wait is the longest step beside an answer of that form,
+on a device that takes no time.
 """
 
 from __future__ import annotations
@@ -90,36 +90,36 @@ def vocabulary(size: int) -> Any:
         *(b"a" * n for n in (2, 4, 8, 16)),
         *(w.encode() for w in TEXT.split()),
     ]
-    known = set(tokens)
+    words = set(tokens)
     while len(tokens) < size:
         word = draw.choice(["", " "]) + "".join(draw.choices("etaoinshrdlucmfw", k=draw.randint(2, 9)))
-        if word.encode() not in known:
-            known.add(word.encode())
+        if word.encode() not in words:
+            words.add(word.encode())
             tokens.append(word.encode())
     return SimpleNamespace(tokens=tokens, hidden=[0, 1])
 
 
 def cost(name: str, args: argparse.Namespace) -> None:
-    """Print a form's costs."""
+    """Print the costs of one form of answer."""
     table, draw, clock = vocabulary(args.vocabulary), random.Random(0), time.process_time
-    makers = ConstraintFactory(table, (1,))
+    factory = ConstraintFactory(table, (1,))
     resource.setrlimit(resource.RLIMIT_CPU, (int(clock()) + args.limit_s, resource.RLIM_INFINITY))
-    started = clock()
+    start = clock()
     try:
-        guide = makers.make(SamplingParams(**FORMS[name]))
+        constraint = factory.make(SamplingParams(**FORMS[name]))
     except ValueError as error:
         print(f"{name:36s} refused: {' '.join(str(error).split())[:150]}", flush=True)
         return
-    print(f"{name:36s} compiled in {clock() - started:.2f} s", end="", flush=True)
+    print(f"{name:36s} compiled in {clock() - start:.2f} s", end="", flush=True)
     times: list[float] = []
-    while len(times) < args.tokens and not guide.done:
+    while len(times) < args.tokens and not constraint.done:
         row = np.zeros(len(table.tokens), np.float32)
-        started = clock()
-        guide.forbid(row)
+        start = clock()
+        constraint.forbid(row)
         allowed = np.flatnonzero(np.isfinite(row))
         if len(allowed):
-            guide.accept(int(draw.choice(allowed)))
-        times.append(clock() - started)
+            constraint.accept(int(draw.choice(allowed)))
+        times.append(clock() - start)
         if not len(allowed):
             print(", ends early", end="")
             break
@@ -143,9 +143,9 @@ def wait(name: str, args: argparse.Namespace) -> None:
             model.start(sequence)
         longest = 0.0
         while not sequences[1].finish_reason:
-            started = time.perf_counter()
+            start = time.perf_counter()
             model.advance()
-            longest = max(longest, time.perf_counter() - started)
+            longest = max(longest, time.perf_counter() - start)
         print(f"{1e3 * longest:.1f} ms; {len(sequences[1].generated)} tokens, {sequences[1].finish_reason}", flush=True)
 
 

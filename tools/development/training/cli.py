@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..drawings import KINDS
+from ...drawings import KINDS
 from .evaluation import cases, evaluate, report
 from .family import Family
 from .family_llava15 import Llava15
@@ -22,23 +22,23 @@ FAMILIES: dict[str, type[Family]] = {family.name: family for family in (Llava15,
 def family_of(folder: Path) -> type[Family]:
     """The family of a checkpoint folder, by its config.json."""
     model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    found = [family for family in FAMILIES.values() if family.model_type == model_type]
-    if not found:
-        known = ", ".join(family.model_type for family in FAMILIES.values())
-        raise ValueError(f"{folder} holds a model of type {model_type}; only {known} can be measured")
-    return found[0]
+    matches = [family for family in FAMILIES.values() if family.model_type == model_type]
+    if not matches:
+        names = ", ".join(family.model_type for family in FAMILIES.values())
+        raise ValueError(f"{folder} holds a model of type {model_type}; only {names} can be measured")
+    return matches[0]
 
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m staticvl.tools.train_tiny",
+        prog="python -m staticvl.tools.development.train_tiny",
         description="Train a miniature vision-language model on drawings of shapes, or measure one.",
         epilog="examples:\n"
-        "  python -m staticvl.tools.train_tiny --out tiny_llava15\n"
-        "  python -m staticvl.tools.train_tiny --family llava16 --start tiny_llava15 --out tiny_llava16\n"
-        "  python -m staticvl.tools.train_tiny --out quick --vision-steps 200 --steps 50\n"
-        "  python -m staticvl.tools.train_tiny --evaluate tiny_llava15 --drawings 600",
+        "  python -m staticvl.tools.development.train_tiny --out tiny_llava15\n"
+        "  python -m staticvl.tools.development.train_tiny --family llava16 --start tiny_llava15 --out tiny_llava16\n"
+        "  python -m staticvl.tools.development.train_tiny --out quick --vision-steps 200 --steps 50\n"
+        "  python -m staticvl.tools.development.train_tiny --evaluate tiny_llava15 --drawings 600",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     task = parser.add_mutually_exclusive_group(required=True)
@@ -63,12 +63,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     if options.evaluate:
         family = family_of(options.evaluate)
-        asked = cases(options.drawings, pairs=family.pairs, any_form=family.any_form)
-        print(report(evaluate(options.evaluate, asked)))
+        held_out = cases(options.drawings, pairs=family.pairs, any_form=family.any_form)
+        print(report(evaluate(options.evaluate, held_out)))
         return
     family = FAMILIES[options.family]()
-    asked = {name: getattr(options, name) for name in ("vision_steps", "steps", "batch", "rate")}
-    schedule = replace(family.schedule, **{name: value for name, value in asked.items() if value is not None})
+    overrides = {name: getattr(options, name) for name in ("vision_steps", "steps", "batch", "rate")}
+    schedule = replace(family.schedule, **{name: value for name, value in overrides.items() if value is not None})
     if options.drill:
         schedule = replace(schedule, drill=tuple(options.drill))
     train(family, options.out, options.seed, schedule, options.start)

@@ -1,6 +1,6 @@
 """How fast onnxruntime's kernels multiply with one layer's weights, by how these are stored.
 
-    python -m benchmarks.matmul_kernels [--k 2048] [--n 5632] [--rows 1,8,64,512] [--runs 15] [--only NAME,...]
+    python -m benchmarks.studies.matmul_kernels [--k 2048] [--n 5632] [--rows 1,8,64,512] [--runs 15] [--only NAME,...]
 
 Each graph holds several products, so that weights come from memory and not from the cache; each product quantises its own
 input. Kernels take turns, and the figures are medians: Gop/s (2 M N K a product), and in brackets GB/s of weights. The last
@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from .onnx_session import CONTRIB, opened
+from ..onnx_session import CONTRIB, opened
 
 WEIGHT_BYTES = 90e6  # of all products of a graph together, more than a cache holds
 
@@ -155,16 +155,16 @@ def main() -> None:
     rows = [int(m) for m in args.rows.split(",")]
     table: dict[str, dict[int, tuple[float, float]]] = {name: {} for name in kernels}
     for m in rows:
-        built = {name: build(make, args.k, args.n, m) for name, make in kernels.items()}
+        sessions = {name: build(make, args.k, args.n, m) for name, make in kernels.items()}
         x = np.random.default_rng(1).standard_normal((m, args.k), np.float32)
-        seconds: dict[str, list[float]] = {name: [] for name in built}
+        seconds: dict[str, list[float]] = {name: [] for name in sessions}
         for _ in range(args.runs):
-            for name, (session, products, _) in built.items():
+            for name, (session, products, _) in sessions.items():
                 feed = {f"x{i}": x for i in range(products)}
-                started = time.perf_counter()
+                start = time.perf_counter()
                 session.run(None, feed)
-                seconds[name].append(time.perf_counter() - started)
-        for name, (_, products, nbytes) in built.items():
+                seconds[name].append(time.perf_counter() - start)
+        for name, (_, products, nbytes) in sessions.items():
             median = statistics.median(seconds[name][1:] or seconds[name])
             table[name][m] = 2 * m * args.n * args.k * products / median / 1e9, nbytes / median / 1e9
     print(f"{'K=' + str(args.k) + ' N=' + str(args.n):52}", *(f"{'M=' + str(m):>14}" for m in rows))

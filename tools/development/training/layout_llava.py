@@ -10,7 +10,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from .data import sentences
 from .files import write_json
 
-# The rules of the published LLaVA-1.5 template: pictures first, then text, a space after every part.
+# The rules of the published LLaVA-1.5 template: images first, then text, a space after every part.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
@@ -85,9 +85,9 @@ def learn_merges(texts: Iterator[str], limit: int) -> tuple[list[str], list[tupl
         vocab_size=len(letters) + limit, initial_alphabet=letters, min_frequency=20, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    learned = json.loads(tokenizer.to_str())["model"]
-    pieces = sorted(learned["vocab"], key=learned["vocab"].__getitem__)
-    return pieces, [(left, right) for left, right in learned["merges"]]
+    model = json.loads(tokenizer.to_str())["model"]
+    pieces = sorted(model["vocab"], key=model["vocab"].__getitem__)
+    return pieces, [(left, right) for left, right in model["merges"]]
 
 
 def published_name(name: str) -> str:

@@ -1,4 +1,6 @@
-"""Every graph of a model at full size through torchair: `python -m staticvl.tools.ascend_coverage CONFIG_FOLDER...`.
+"""Every graph of a model at full size through torchair.
+
+    python -m staticvl.tools.development.ascend_coverage CONFIG_FOLDER...
 
 Configs are enough: nothing of a graph depends on weights, and tensors without data take no memory. A folder may also be the
 name of a known model. Prints what Ascend operators each graph became, and with --markdown writes it as a table. With --tp N
@@ -17,15 +19,15 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ..compiler.emit_ascend import DTYPES, emit
-from ..compiler.graphs import GraphDef, define_graph
-from ..compiler.plan import Buckets, Options, PlanError, make_plan
-from ..model_defs.config import ConfigError, ModelConfig, read_config
-from ..runtime.artifact import ArtifactError, ImageProcessorConfig
-from ..runtime.backends.ascend import torchair_host
-from ..runtime.backends.ge_simulator import ge_graph
-from ..weights.tensors import WeightsError
-from .known_models import MODELS, write_known_model
+from ...compiler.emit_ascend import DTYPES, emit
+from ...compiler.graphs import GraphDef, define_graph
+from ...compiler.plan import Buckets, Options, PlanError, make_plan
+from ...model_defs.config import ConfigError, ModelConfig, read_config
+from ...runtime.artifact import ArtifactError, ImageProcessorConfig
+from ...runtime.backends.ascend import torchair_host
+from ...runtime.backends.ge_simulator import ge_graph
+from ...weights.tensors import WeightsError
+from ..known_models import MODELS, write_known_model
 
 PREFILL, DECODE, IMAGES = (1, 64), (1, 4), (1, 4)
 CONTEXT = 2048
@@ -74,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="staticvl.tools.ascend_coverage", description="Every graph of a model at full size through torchair."
+        prog="staticvl.tools.development.ascend_coverage", description="Every graph of a model at full size through torchair."
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG_FOLDER", help=f"a folder, or one of {', '.join(MODELS)}")
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="graphs of one rank of N (default: %(default)s)")

@@ -1,7 +1,7 @@
 """What the host does with the logits of a step: the time to choose one token for each row of a batch, from whole rows and from
 candidates; and what onnxruntime takes to find the candidates.
 
-    python -m benchmarks.token_choice [--vocab 151936] [--batch 8] [--runs 30] [--candidates 64]
+    python -m benchmarks.studies.token_choice [--vocab 151936] [--batch 8] [--runs 30] [--candidates 64]
 
 Rows are normal noise with a few likely tokens, as a model's are. Figures are medians, in microseconds a step of the whole
 batch; the last line is JSON.
@@ -67,17 +67,17 @@ class Top(nn.Module):
 
 def in_graph(logits: np.ndarray, count: int, temperature: float) -> tuple[Callable[[int], None], Candidates]:
     """A run of a graph that is nothing but the search for candidates, and what it finds."""
-    given = {"logits": logits, "inverse_temperature": np.full(len(logits), 1 / temperature, np.float32)}
-    inputs = tuple(TensorSpec(name=name, dtype="float32", shape=each.shape) for name, each in given.items())
+    values = {"logits": logits, "inverse_temperature": np.full(len(logits), 1 / temperature, np.float32)}
+    inputs = tuple(TensorSpec(name=name, dtype="float32", shape=each.shape) for name, each in values.items())
     shapes = ((len(logits), count), (len(logits), count), (len(logits),))
     dtypes = ("float32", "int32", "float32")
-    made = zip(CANDIDATES, dtypes, shapes, strict=True)
-    outputs = tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name, dtype, shape in made)
+    rows = zip(CANDIDATES, dtypes, shapes, strict=True)
+    outputs = tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name, dtype, shape in rows)
     data = emit(GraphDef("decode", len(logits), 0, Top(count), inputs, outputs), {})
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     binding, results = session.io_binding(), [np.empty(spec.shape, spec.dtype) for spec in outputs]
     for bind, specs, arrays in (
-        (binding.bind_input, inputs, given.values()),
+        (binding.bind_input, inputs, values.values()),
         (binding.bind_output, outputs, results),
     ):
         for spec, array in zip(specs, arrays, strict=True):
@@ -89,22 +89,22 @@ def in_graph(logits: np.ndarray, count: int, temperature: float) -> tuple[Callab
 def measure_candidates(params: SamplingParams, logits: np.ndarray, runs: int, count: int) -> tuple[float, float, int]:
     """Microseconds in the graph and on the host, and how many of all draws the candidates decided."""
     vocab, resolved = logits.shape[1], params.resolved(SamplingDefaults())
-    run, found = in_graph(logits, count, resolved.temperature or 1.0)
+    run, candidates = in_graph(logits, count, resolved.temperature or 1.0)
     decided = 0
 
     def step(position: int) -> None:
         nonlocal decided
         for row in range(len(logits)):
-            decided += found.choose(row, resolved, position, used=vocab, vocab=vocab) is not None
+            decided += candidates.choose(row, resolved, position, used=vocab, vocab=vocab) is not None
 
     graph, host = (statistics.median(timed(each, i) for i in range(runs)) * 1e6 for each in (run, step))
     return graph, host, decided
 
 
 def timed(function: Callable[[int], None], argument: int) -> float:
-    started = time.perf_counter()
+    start = time.perf_counter()
     function(argument)
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -121,13 +121,13 @@ def main() -> None:
     result = {name: round(measure(params, logits, args.runs), 1) for name, params in SETTINGS.items()}
     for name, value in result.items():
         print(f"{name:28} {value:12.1f} us")
-    found = {}
+    results = {}
     for name in ("greedy", "top-k 50", "top-p 0.9", "temperature 1", "min-p 0.05"):
         graph, host, decided = measure_candidates(SETTINGS[name], logits, args.runs, args.candidates)
         share = decided / (args.runs * args.batch)
-        found[name] = {"graph_us": round(graph, 1), "host_us": round(host, 1), "decided": round(share, 4)}
+        results[name] = {"graph_us": round(graph, 1), "host_us": round(host, 1), "decided": round(share, 4)}
         print(f"{name:28} {graph:12.1f} us in the graph, {host:.1f} us on the host, {share:.1%} decided")
-    print(json.dumps({"vocab": args.vocab, "batch": args.batch, "step_us": result, "candidates": found}))
+    print(json.dumps({"vocab": args.vocab, "batch": args.batch, "step_us": result, "candidates": results}))
 
 
 if __name__ == "__main__":

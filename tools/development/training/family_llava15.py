@@ -1,6 +1,6 @@
 """LLaVA-1.5: a CLIP tower, a two-layer projector and a Llama text model, in the llava-hf layout.
 
-N pictures, B rows of D pictures, P embeddings of a picture, T tokens, H the width of the text model.
+N images, B rows of D images, P embeddings of an image, T tokens, H the width of the text model.
 """
 
 import random
@@ -15,31 +15,31 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from ..drawings import Drawing, render
+from ...drawings import Drawing, render
 from .family import MEAN, STD, Family
 from .files import write_json, write_weights
 from .layout_llava import CHAT_TEMPLATE, CLIP, LLAMA, PATCHES, published_name, train_tokenizer, write_tokenizer_files
-from .packing import IGNORE, Batch, Packer, Pictures
+from .packing import IGNORE, Batch, ImageBatch, Packer
 
 
 class LlavaPacker(Packer):
-    """Prompts as the template writes them: ``USER:``, the pictures, the question, ``ASSISTANT:``, the answer."""
+    """Prompts as the template writes them: ``USER:``, the images, the question, ``ASSISTANT:``, the answer."""
 
     image, end, pad, space = "<image>", "</s>", "<pad>", "▁"
 
-    def opening(self, pictures: Sequence[int]) -> list[int]:
-        """BOS, and for pictures also ``USER:`` and all of them up to the last line break."""
+    def opening(self, images: Sequence[int]) -> list[int]:
+        """BOS, and for images also ``USER:`` and all of them up to the last line break."""
         ids = [self.id_of("<s>")]
-        if not pictures:
+        if not images:
             return ids
-        counts = iter(pictures)
-        for token in self.encode("USER: " + "\n".join([self.image] * len(pictures))):
+        counts = iter(images)
+        for token in self.encode("USER: " + "\n".join([self.image] * len(images))):
             ids.extend([token] * (next(counts) if token == self.image_id else 1))
         return ids
 
-    def asked(self, question: str, first: bool, pictures: int) -> list[int]:
-        """The question and ``ASSISTANT:``, with ``USER:`` unless the pictures already brought it."""
-        if first and pictures:
+    def question_ids(self, question: str, first: bool, images: int) -> list[int]:
+        """The question and ``ASSISTANT:``, with ``USER:`` unless the images already brought it."""
+        if first and images:
             return self.encode(f"{self.image}\n{question} ASSISTANT:")[1:]
         return self.encode(f"USER: {question} ASSISTANT:")
 
@@ -99,23 +99,23 @@ class Llava15(Family):
         """Every weight of a checkpoint of this family."""
         model.load_state_dict(LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).state_dict())
 
-    def picture(self, drawing: Drawing, rng: random.Random) -> Image.Image:
-        """The drawing at the model's size, a third of the time by way of a larger picture, as users send them."""
+    def training_image(self, drawing: Drawing, rng: random.Random) -> Image.Image:
+        """The drawing at the model's size, a third of the time by way of a larger image, as users send them."""
         size = CLIP["image_size"]
         if rng.random() < 2 / 3:
             return render(drawing, size)
         larger = render(drawing, rng.randint(size + 1, 4 * size))
         return larger.resize((size, size), Image.Resampling.BICUBIC)
 
-    def prepare(self, pictures: Sequence[Image.Image]) -> Pictures:
-        """Normalised pixels of square pictures of the model's size, and the grid of patches."""
-        centres = patch_grid().expand(len(pictures), -1, -1)
+    def prepare(self, images: Sequence[Image.Image]) -> ImageBatch:
+        """Normalised pixels of square images of the model's size, and the grid of patches."""
+        centres = patch_grid().expand(len(images), -1, -1)
         whole = torch.ones(centres.shape[:2], dtype=torch.bool)
-        return Pictures({"pixel_values": normalise(pictures)}, [PATCHES * PATCHES] * len(pictures), centres, whole)
+        return ImageBatch({"pixel_values": normalise(images)}, [PATCHES * PATCHES] * len(images), centres, whole)
 
-    def picture_embeddings(self, model: Any, pictures: Pictures) -> Tensor:
+    def image_embeddings(self, model: Any, images: ImageBatch) -> Tensor:
         """Projected patches of the last layer but one, without the class token."""
-        states = model.model.vision_tower(**pictures.inputs, output_hidden_states=True).hidden_states
+        states = model.model.vision_tower(**images.inputs, output_hidden_states=True).hidden_states
         return model.model.multi_modal_projector(states[-2][:, 1:])
 
     def tower(self, model: Any) -> nn.Module:
@@ -138,18 +138,18 @@ class Llava15(Family):
             position_ids=batch.positions,
             use_cache=False,
             output_attentions=bool(batch.drawings),
-            **(batch.pictures.inputs if batch.pictures else {}),
+            **(batch.images.inputs if batch.images else {}),
         )
         if not batch.drawings:
             return states.last_hidden_state, []
         return states.last_hidden_state, [states.attentions[layer][:, 0] for layer in (1, 2)]
 
     def along_keys(self, batch: Batch, owners: Tensor) -> Tensor:
-        """The keys are the tokens, so every embedding's value goes to its picture token."""
-        assert batch.pictures is not None
+        """The keys are the tokens, so every embedding's value goes to its image token."""
+        assert batch.images is not None
         along = torch.full(batch.ids.shape, -1)
-        present = torch.arange(batch.pictures.centres.shape[1]) < torch.tensor(batch.pictures.tokens)[:, None]  # (N, P)
-        along[batch.images] = owners[present.reshape(owners.shape)]
+        present = torch.arange(batch.images.centres.shape[1]) < torch.tensor(batch.images.tokens)[:, None]  # (N, P)
+        along[batch.image_tokens] = owners[present.reshape(owners.shape)]
         return along
 
     def logits(self, model: Any, hidden: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class Llava15(Family):
         write_weights(folder, {published_name(name): value for name, value in model.state_dict().items()}, torch.float16)
         write_json(folder / "config.json", self.settings(tokenizer))
         write_tokenizer_files(tokenizer, folder, self.processor_name)
-        write_json(folder / "preprocessor_config.json", self.picture_settings())
+        write_json(folder / "preprocessor_config.json", self.image_settings())
         processor = {
             "image_token": "<image>",
             "num_additional_image_tokens": 1,
@@ -172,8 +172,8 @@ class Llava15(Family):
         write_json(folder / "processor_config.json", processor)
         write_json(folder / "chat_template.json", {"chat_template": CHAT_TEMPLATE})
 
-    def picture_settings(self) -> dict[str, Any]:
-        """preprocessor_config.json of a CLIP picture processor."""
+    def image_settings(self) -> dict[str, Any]:
+        """preprocessor_config.json of a CLIP image processor."""
         size = CLIP["image_size"]
         return {
             "crop_size": {"height": size, "width": size},
@@ -205,7 +205,7 @@ def prepared(model: Any) -> Any:
     model = model.float()
     # In bfloat16 on a CPU, plain products are faster than the fused attention.
     model.set_attn_implementation("eager")
-    # Words must start as large as the picture embeddings they are compared with.
+    # Words must start as large as the image embeddings they are compared with.
     nn.init.normal_(model.model.language_model.embed_tokens.weight, std=0.2)
     return model
 
@@ -216,8 +216,8 @@ def patch_grid() -> Tensor:
     return torch.stack(torch.meshgrid(steps, steps, indexing="xy"), dim=-1).flatten(0, 1)
 
 
-def normalise(pictures: Sequence[Image.Image]) -> Tensor:
-    """CLIP-normalised pixels (N, 3, S, S) of N square pictures of one size."""
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+def normalise(images: Sequence[Image.Image]) -> Tensor:
+    """CLIP-normalised pixels (N, 3, S, S) of N square images of one size."""
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
     mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
     return (pixels.float() / 255 - mean) / std
