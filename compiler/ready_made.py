@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from ..model_defs.config import ASYMMETRIC, READY_MADE
 from ..weights.packing.settings import Packing, read_packing
-from .plan import Options, PlanError
+from .choices import PlanError
+from .options import Options
 
 
 def resolve(options: Options) -> tuple[Options, Packing | None]:

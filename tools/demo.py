@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from .. import runtime
+from ..compiler.buckets import Buckets
 from ..compiler.build import build
-from ..compiler.plan import Buckets, Options
+from ..compiler.options import Options
 from ..runtime.artifact import ArtifactError
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.ascend.readiness import check_ready
