@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -22,7 +23,7 @@ def _shown(default: object) -> str:
     return "none" if default in (None, "", []) else f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def help_of(text: str, examples: str) -> dict[str, object]:
+def help_of(text: str, examples: str) -> dict[str, Any]:
     """What argparse's add_parser makes the help of a command of."""
     return {
         "help": text,

@@ -112,7 +112,7 @@ def _checked(option: CompileOption, value: Any, path: Path) -> Any:
     fits, expected = _TYPES[option.type]
     if not (fits(value) or (option.name in LISTS and isinstance(value, list))):
         raise PlanError(f"{path}: {option.name} is {quoted(value)}; expected {expected}")
-    return str(path.parent / value) if option.type in ("folder", "file") else value
+    return str(path.parent / str(value)) if option.type in ("folder", "file") else value
 
 
 def _is_names(value: Any) -> bool:
