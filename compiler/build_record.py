@@ -1,4 +1,4 @@
-"""What the manifest says of how an artifact was made."""
+"""The record of a build in the manifest."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def build_info(inputs: BuildInputs, key: str, source: dict[str, SourceFile]) -> 
 
 
 def kept_options(options: Options, plan: Plan) -> dict[str, str]:
-    """Name -> value of what a command that compiles the same again has to say."""
+    """Name -> value of the options of a command that compiles the same again."""
     texts = _changed(options) | _planned(options, plan)
     return {option.name: texts[option.name] for option in COMPILE_OPTIONS if option.name in texts}
 
 
 def _changed(options: Options) -> dict[str, str]:
-    """Options that are not what they are by default."""
+    """Options that differ from their defaults."""
     defaults = {field.name: field.default for field in fields(Options)}
     changed = {
         option.name: _WRITTEN.get(option.type, str)(value)
@@ -84,7 +84,7 @@ def _calibration_info(options: Options) -> CalibrationInfo | UnsetType:
 
 
 def _methods(options: Options) -> Iterator[str]:
-    """What a calibration was for."""
+    """The methods that a calibration was run for."""
     if options.quant in METHODS:
         yield METHODS[options.quant]
     if options.int8_cache:
@@ -92,5 +92,5 @@ def _methods(options: Options) -> Iterator[str]:
 
 
 def _machine() -> str:
-    """What kernels are chosen for."""
+    """The machine that kernels are chosen for."""
     return f"{processor_name()}, {usable_cores()} cores, onnxruntime {importlib.metadata.version('onnxruntime')}"

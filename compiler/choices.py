@@ -1,6 +1,6 @@
-"""What the options of a build may be, and what they are where nothing is asked for.
+"""Values that options of a build may have, and defaults.
 
-Needs the standard library alone: the help of the command line is made of it.
+Needs the standard library alone, because the help of the command line is made of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a build starts from: the checkpoint's settings, a plan for them, and the artifact that is there already."""
+"""The inputs of a build: the checkpoint's settings, a plan for them, and the artifact that is there already."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class BuildInputs:
-    """Everything that is known before anything slow is done."""
+    """Everything that a build reads and decides before its slow steps."""
 
     options: Options
     config: ModelConfig
@@ -43,7 +43,7 @@ class BuildInputs:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A plan, and what would be stored. `options` name the quantisation that a checkpoint brings."""
+    """A plan and its forecast. `options` name the quantisation of a checkpoint that is quantised."""
 
     options: Options
     plan: Plan
@@ -53,7 +53,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """What the config of a checkpoint and the options come to."""
+    """A plan, and what it was made from."""
 
     options: Options
     packing: Packing | None
@@ -118,7 +118,7 @@ def _without_folders(options: Options, notes: list[str]) -> tuple[str, ...]:
 
 
 def _expected_floats(options: Options, config: ModelConfig) -> Floats:
-    """As the weights will be stored; where no weights are there yet, they are taken to be in 16 bits, as most are."""
+    """dtypes of the stored weights; weights that are not there yet are taken to be in 16 bits, as most are."""
     from ..weights.source import open_source
 
     try:

@@ -1,4 +1,4 @@
-"""What a build is asked for."""
+"""The options of a build."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Options:
             )
 
     def _check_calibration(self) -> None:
-        """Whether what is to be calibrated can be, and what has to be is."""
+        """Raise PlanError for a calibration that is missing, or that has nothing to calibrate."""
         if self.kv_cache not in KV_CACHES:
             raise PlanError(f"kv cache {quoted(self.kv_cache)} is unknown; expected one of {', '.join(KV_CACHES)}")
         if self.int8_cache and self.calibration is None:

@@ -81,11 +81,11 @@ def graph_keys(inputs: BuildInputs, key: str) -> dict[tuple[Kind, int, int], str
     return {graph: keys.key(*graph) for graph in inputs.plan.graphs}
 
 
-# ---- what is there already
+# ---- graphs that are there already
 
 
 def _reusable(inputs: BuildInputs, parts: list[_Stage]) -> dict[str, JournalEntry]:
-    """Graphs that are whole and need not be made again, by key."""
+    """Graphs that need not be compiled again, by key."""
     finished = dict(_finished(inputs))
     entries = {key: finished[key] for part in parts for key in part.keys.values() if key in finished}
     return {key: entry for key, entry in entries.items() if all_intact(inputs.out, entry.files) and not _disturbed(entry.graph)}
@@ -105,15 +105,15 @@ def _finished(inputs: BuildInputs) -> Iterator[tuple[str, JournalEntry]]:
 
 
 def _disturbed(graph: GraphSpec) -> bool:
-    """Whether it was to be tuned and the machine was at work: perhaps it is not now."""
+    """Whether the machine was busy when kernels were measured: perhaps it is idle now."""
     return bool(graph.kernels and graph.kernels.busy)
 
 
-# ---- what is made
+# ---- graphs that are missing
 
 
 def _compiled(inputs: BuildInputs, parts: list[_Stage], reused: dict[str, JournalEntry]) -> dict[str, JournalEntry]:
-    """Everything else, made and noted, by key."""
+    """The missing graphs, compiled and noted, by key."""
     missing = [part.missing(reused) for part in parts]
     if not any(missing):
         return {}

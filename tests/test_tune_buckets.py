@@ -232,6 +232,25 @@ def test_a_distribution_and_a_table_of_costs(capsys: pytest.CaptureFixture[str],
     assert status == 0 and "more requests arrive than can be served" in text
 
 
+def test_sizes_to_choose_prefill_buckets_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The old name of the option means the same, and says what it is called now."""
+    table, out = tmp_path / "costs.yaml", tmp_path / "buckets.yaml"
+    table.write_text("prefill: {16: 20, 256: 150}\ndecode: {1: 9, 8: 14}\n")
+    command = ("tune-buckets", "--prompts", "20-300:3,400", "--generated", "5-20", "--rate", 2, "--replay", 50, "--slots", 2)
+    files, notes = [], []
+    for name in ("--prefill-sizes", "--candidates"):
+        status, _, err = run(capsys, *command, "--costs", table, "--out", out, name, "48,96,400")
+        assert status == 0
+        files.append(out.read_text())
+        notes.append("--candidates is now called --prefill-sizes" in err)
+    assert files[0] == files[1] and set(yaml.safe_load(files[0])["prefill"]) <= {48, 96, 400}
+    assert notes == [False, True]
+    with pytest.raises(SystemExit):
+        main(["tune-buckets", "--help"])
+    text = capsys.readouterr().out
+    assert "--prefill-sizes" in text and "--candidates" not in text
+
+
 WRONG = [
     (("{trace}", "--prompts", "5"), "give either a trace or --prompts"),
     ((), "give either a trace or --prompts"),

@@ -1,4 +1,4 @@
-"""`staticvl`: the command line. A command's module is imported when it runs, so that the light ones start at once."""
+"""`staticvl`: the command line. The module of a command is imported when it runs, so that light commands start at once."""
 
 from __future__ import annotations
 
@@ -57,12 +57,12 @@ def main(argv: list[str] | None = None) -> int:
     except (ModuleNotFoundError, MemoryError, ValueError, RuntimeError, OSError) as error:
         if args.traceback:
             raise
-        print(f"staticvl: {_told(error)}", file=sys.stderr)
+        print(f"staticvl: {_message(error)}", file=sys.stderr)
         return 1
 
 
-def _told(error: Exception) -> str:
-    """What is said of an error that was to be expected."""
+def _message(error: Exception) -> str:
+    """One sentence about an expected error."""
     if isinstance(error, ModuleNotFoundError):
         extra = EXTRAS.get((error.name or "").split(".")[0], "compile")
         return f"this command needs the package {error.name}; pip install 'staticvl[{extra}]'"

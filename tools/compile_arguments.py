@@ -21,7 +21,7 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """An argument for every option, None where it is not given, and what is said of this run of the command alone."""
+    """An argument for every option, None by default, and those of the command itself."""
     for name in GROUPS:
         group = parser.add_argument_group(name)
         for option in COMPILE_OPTIONS:

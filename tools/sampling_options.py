@@ -98,7 +98,7 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
 
 
 def read_sampling(args: argparse.Namespace) -> SamplingParams:
-    """The settings that were given; raises ValueError for values that cannot be used."""
+    """The settings of a command line; raises ValueError for values that cannot be used."""
     from ..runtime.sampling.params import SETTINGS, SamplingParams
 
     settings: dict[str, Any] = {name: value for name, value in vars(args).items() if name in SETTINGS}
@@ -108,7 +108,7 @@ def read_sampling(args: argparse.Namespace) -> SamplingParams:
 
 
 def _adder(group: Any):
-    """What is not given is not set at all."""
+    """`add_argument` of a group; an option that is not given is no attribute of the namespace."""
     return lambda *names, **how: group.add_argument(*names, default=argparse.SUPPRESS, **how)
 
 
