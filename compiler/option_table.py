@@ -1,7 +1,7 @@
-"""The options of `staticvl compile`: one table, which the command line, the keys of a --config file and their checks, what
-digests depend on, and the record in the manifest are made of.
+"""The table of compile options.
 
-Needs the standard library alone, and no step of a build imports it: another help text makes nothing again.
+The command line, the keys of a --config file and their checks, the options in digests, and the record in the manifest are made
+of it. It needs the standard library alone. No step of a build imports it, so another help text compiles nothing again.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class CompileOption:
     field: str = ""
     keyed_by: str = ""
     positional: bool = False
+    or_list: bool = False  # in a --config file it may be a list too
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "field", self.field or self.name)
@@ -186,6 +187,7 @@ COMPILE_OPTIONS = (
         name="images",
         type="count",
         metavar="N",
+        or_list=True,
         help="Llama-3.2-Vision: images that a sequence may hold",
         default_text="4",
         group="cache and buckets",
@@ -197,6 +199,7 @@ COMPILE_OPTIONS = (
         name="speculate",
         type="count",
         metavar="K",
+        or_list=True,
         help="also compile graphs that verify up to K drafted tokens at once, for --speculate of generate",
         default_text="none",
         group="cache and buckets",

@@ -25,7 +25,7 @@ from staticvl.compiler.stored_graphs import graph_keys
 from staticvl.runtime.backends.ascend.torchair_host import SOCS
 from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.cli import build_parser, main
-from staticvl.tools.compile_options import CONFIG_KEYS, read_options
+from staticvl.tools.compile_options import CONFIG_KEYS, FOLDERS, read_options
 
 from .conftest import EMBEDDED, REPO
 
@@ -71,9 +71,8 @@ EXAMPLES = {
 }
 
 
-def each_option(*, enters: str | None = None) -> pytest.MarkDecorator:
-    options = [option for option in COMPILE_OPTIONS if enters in (None, option.enters)]
-    return pytest.mark.parametrize("option", options, ids=lambda option: option.name)
+def each_option() -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("option", COMPILE_OPTIONS, ids=lambda option: option.name)
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +117,7 @@ def test_names_and_groups() -> None:
     assert len(set(names)) == len(names)
     assert set(names) == set(EXAMPLES) == set(CONFIG_KEYS)
     assert {option.group for option in COMPILE_OPTIONS} == set(GROUPS)
+    assert {option.name for option in COMPILE_OPTIONS if option.type == "folder"} - {"out"} == set(FOLDERS)
 
 
 def test_every_field_of_options_is_set_by_one() -> None:
@@ -188,6 +188,11 @@ def test_digests_depend_on_what_enters_them(option: CompileOption, folder: Path)
     weights = option.enters in ("files", "config", "weights", "calibration")
     assert (changed_key != key) == weights
     assert (changed_graphs != graphs) == (weights or option.enters in ("graphs", "plan"))
+
+
+def test_what_enters_no_digest() -> None:
+    """Where an artifact lies, and keys of a config that are read over."""
+    assert {option.name for option in COMPILE_OPTIONS if not option.enters} == {"out", "ignore_config_keys"}
 
 
 @each_option()

@@ -18,8 +18,7 @@ from ..runtime.shown import quoted, shown
 
 CONFIG_KEYS = tuple(option.name for option in COMPILE_OPTIONS)  # the command line's options, with underscores
 REQUIRED = ("checkpoint", "out")
-LISTS = ("images", "speculate")  # which are one number on the command line
-# What a folder is where it is not there, and what was expected.
+# Folders that have to be there: the noun in messages, and what was expected.
 FOLDERS = {
     "checkpoint": ("checkpoint", "a local checkpoint (models are never downloaded)"),
     "vision_tower": ("vision tower", "a local CLIP checkpoint"),
@@ -77,7 +76,7 @@ _READERS: dict[OptionType, Callable[[Any], Any]] = {
 
 
 def _buckets(values: dict[str, Any]) -> Buckets:
-    """Those of the file or the mapping, and what options say beside it."""
+    """Bucket sizes of the file or the mapping, then those of options of their own."""
     source = values.get("buckets", {})
     buckets = parse_buckets(_yaml(Path(source)), source) if isinstance(source, str) else parse_buckets(source, "buckets")
     images = image_buckets(values["images"], "options") if "images" in values else None
@@ -89,7 +88,7 @@ def _buckets(values: dict[str, Any]) -> Buckets:
 
 
 def _config_file(path: Path | None) -> dict[str, Any]:
-    """Name -> value of its options; keys without a value are as if they were not there. Paths in it are relative to it."""
+    """Name -> value of the options in a file. Keys without a value are left out; paths are relative to the file."""
     if path is None:
         return {}
     data = _yaml(path)
@@ -105,12 +104,11 @@ def _config_file(path: Path | None) -> dict[str, Any]:
 
 
 def _checked(option: CompileOption, value: Any, path: Path) -> Any:
-    """A value of a file, or an error where it is not of its option's type; choices and sizes are checked with the command
-    line's."""
+    """A value of a file; raises PlanError for another type than its option's. Options and Buckets check choices and sizes."""
     if option.name == "buckets" and not isinstance(value, str):
         return value  # the sizes themselves
     fits, expected = _TYPES[option.type]
-    if not (fits(value) or (option.name in LISTS and isinstance(value, list))):
+    if not (fits(value) or (option.or_list and isinstance(value, list))):
         raise PlanError(f"{path}: {option.name} is {quoted(value)}; expected {expected}")
     return str(path.parent / str(value)) if option.type in ("folder", "file") else value
 

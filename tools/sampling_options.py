@@ -6,10 +6,13 @@ SamplingParams has the defaults of settings that are not given.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..runtime.engine.request import SamplingParams
+
+Adder = Callable[..., argparse.Action]  # add_argument of a group
 
 EXAMPLES = (
     "staticvl generate llava-7b --prompt 'Write a haiku.' --temperature 0.7 --n 3 --seed 1 --json\n"
@@ -21,8 +24,14 @@ EXAMPLES = (
 
 def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
     """`several`: whether there may be more than one answer to a prompt."""
-    group = parser.add_argument_group("how tokens are chosen")
-    add = _adder(group)
+    _add_choice(_adder(parser.add_argument_group("how tokens are chosen")), several=several)
+    _add_penalties(_adder(parser.add_argument_group("scores of tokens")))
+    _add_ends(_adder(parser.add_argument_group("when the answer ends")))
+    _add_constraints(_adder(parser.add_argument_group("what the answer may be")))
+    _add_order(_adder(parser.add_argument_group("when and how it is computed")))
+
+
+def _add_choice(add: Adder, *, several: bool) -> None:
     add("--temperature", type=float, metavar="T", help="0: greedy; default: the checkpoint's")
     add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: no limit; default: the checkpoint's")
     add(
@@ -35,6 +44,15 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
     add("--seed", type=int, metavar="N", help="the same draws in every run; default: others in each")
     if several:
         add("--n", type=int, metavar="N", help="answers to the prompt, drawn one by one; default: 1")
+    add(
+        "--logprobs",
+        type=int,
+        metavar="K",
+        help="the logarithm of every token's probability, and the top K tokens; default: none",
+    )
+
+
+def _add_penalties(add: Adder) -> None:
     add(
         "--repetition-penalty",
         type=float,
@@ -50,14 +68,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
         metavar="ID=X",
         help="add X to the logit of a token; may be repeated; default: none",
     )
-    add(
-        "--logprobs",
-        type=int,
-        metavar="K",
-        help="the logarithm of every token's probability, and the top K tokens; default: none",
-    )
-    group = parser.add_argument_group("when the answer ends, and what it may be")
-    add = _adder(group)
+
+
+def _add_ends(add: Adder) -> None:
     add("--max-new-tokens", "--max-tokens", type=int, metavar="N", help="tokens of the answer at most; default: 128")
     add("--min-new-tokens", "--min-tokens", type=int, metavar="N", help="no end before so many; default: 0")
     add("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated; default: none")
@@ -77,6 +90,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
         metavar="S",
         help="end the answer, whatever it is, after S seconds; default: none",
     )
+
+
+def _add_constraints(add: Adder) -> None:
     add(
         "--bad-word",
         "--bad-words",
@@ -93,6 +109,9 @@ def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> N
         metavar="TEXT",
         help="one of the texts that the answer may be; to be repeated; default: anything",
     )
+
+
+def _add_order(add: Adder) -> None:
     add("--speculate", type=int, metavar="K", help="draft up to K tokens by prompt lookup; the answer is the same; default: 0")
     add("--priority", type=int, metavar="P", help="requests of a higher one are admitted earlier; default: 0")
 
@@ -107,7 +126,7 @@ def read_sampling(args: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**settings)
 
 
-def _adder(group: Any):
+def _adder(group: argparse._ArgumentGroup) -> Adder:
     """`add_argument` of a group; an option that is not given is no attribute of the namespace."""
     return lambda *names, **how: group.add_argument(*names, default=argparse.SUPPRESS, **how)
 
