@@ -19,9 +19,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ...compiler.buckets import Buckets
+from ...compiler.choices import PlanError
 from ...compiler.emit_ascend import DTYPES, emit
 from ...compiler.graphs import GraphDef, define_graph
-from ...compiler.plan import Buckets, Options, PlanError, make_plan
+from ...compiler.options import Options
+from ...compiler.plan import make_plan
 from ...model_defs.config import ConfigError, ModelConfig, read_config
 from ...runtime.artifact import ArtifactError, ImageProcessorConfig
 from ...runtime.backends.ascend import torchair_host
