@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .images import Frame
+from .images import Frame, ImageSource
 
 
 class PromptError(ValueError):
@@ -62,6 +63,53 @@ class Message:
     def text(self) -> str:
         """All texts, one after the other."""
         return "".join(self.texts)
+
+
+Turn = str | Message  # of the user
+Images = Sequence[ImageSource] | ImageSource | None
+
+
+def check_text(text: Any) -> str:
+    """The text; raises PromptError for anything else."""
+    if not isinstance(text, str):
+        raise PromptError(f"a prompt is {type(text).__name__}; expected text")
+    return text
+
+
+def check_turn(turn: Any) -> Turn:
+    """The turn of a user; raises PromptError for what is neither text nor a Message."""
+    return turn if isinstance(turn, Message) else check_text(turn)
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """The messages of a conversation; raises PromptError for what is no list of Messages."""
+    if not isinstance(messages, list | tuple):
+        raise PromptError(f"a prompt is {type(messages).__name__}; expected text, a Message or a list of Messages")
+    if other := next((each for each in messages if not isinstance(each, Message)), None):
+        raise PromptError(f"a message of a conversation is {type(other).__name__}; expected a Message")
+    return list(messages)
+
+
+def as_list(images: Any) -> list[ImageSource]:
+    """One image, several or none as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def pair_up(prompts: Sequence[Turn], images: Any) -> list[tuple[Turn, Any]]:
+    """Each prompt with its images; raises PromptError unless `images` is None or a list with an entry for each prompt."""
+    if not isinstance(prompts, list | tuple):
+        raise PromptError(f"prompts is {type(prompts).__name__}; expected a text or a list of texts")
+    if images is None:
+        return [(prompt, None) for prompt in prompts]
+    if not isinstance(images, list | tuple) or len(images) != len(prompts):
+        count = len(images) if isinstance(images, list | tuple) else "one entry that is no list"
+        raise PromptError(
+            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: an image, "
+            "a list of them, or None"
+        )
+    return list(zip(prompts, images, strict=True))
 
 
 def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:

@@ -20,6 +20,14 @@ def grid_of(size: tuple[int, int], config: ImageProcessorConfig) -> tuple[int, i
     return 1, 1
 
 
+def tile_count(size: tuple[int, int], config: ImageProcessorConfig) -> int:
+    """How many tiles the vision graph encodes for an image of `size`, empty ones included."""
+    if config.mode == "tiles":
+        return config.tiles
+    tiles = math.prod(grid_of(size, config))
+    return 1 + tiles if config.mode == "anyres" else tiles
+
+
 def anyres_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...], side: int) -> tuple[int, int]:
     """LLaVA-1.6: the grid that shows most pixels of the image, of those the one that wastes least; the first of equals."""
     width, height = size

@@ -19,7 +19,7 @@ from ..tokenizer import Tokenizer
 from .fusion import fused_prompt
 from .marks import chat_by, parts_of, rendered, to_text
 
-__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
+__all__ = ["chat_prompt", "image_tokens", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
 
 
 def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
@@ -39,6 +39,11 @@ def image_rows(size: tuple[int, int], info: ModelInfo) -> np.ndarray:
     lines, columns = _shown(size, (patches.shape[1], patches.shape[0]), rounded=info.layout == "hf")
     ended = np.pad(patches[lines, columns], ((0, 0), (0, 1)), constant_values=-1)
     return np.concatenate((np.arange(info.image.rows, dtype=np.int32), ended.ravel()))
+
+
+def image_tokens(size: tuple[int, int], info: ModelInfo) -> int:
+    """See Family.image_tokens."""
+    return len(image_rows(size, info))
 
 
 def _patches(grid: tuple[int, int], rows: int) -> np.ndarray:

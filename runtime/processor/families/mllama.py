@@ -19,7 +19,7 @@ from ..tiles import grid_of
 from ..tokenizer import IMAGE, Tokenizer
 from . import marks
 
-__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
+__all__ = ["chat_prompt", "image_tokens", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
 
 parts_of = marks.parts_of
 
@@ -61,6 +61,11 @@ def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokeni
         cross_attention=cross_attention,
         state=_state(cross_attention, len(loaded), token_ids.size),
     )
+
+
+def image_tokens(size: tuple[int, int], info: ModelInfo) -> int:
+    """See Family.image_tokens: the image's own token, whatever its size."""
+    return 1
 
 
 chat_prompt = marks.chat_by(functools.partial(marks.rendered, content=_content), raw_prompt)

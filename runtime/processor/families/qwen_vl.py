@@ -22,10 +22,10 @@ from ..qwen_boxes import parse_boxes
 from ..tiktoken_vocabulary import TAGS, TiktokenVocabulary
 from ..tokenizer import IMAGE, Tokenizer, check_unicode
 from .fusion import fuse
-from .llava import image_rows
+from .llava import image_rows, image_tokens
 from .marks import check_images
 
-__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt"]
+__all__ = ["chat_prompt", "image_tokens", "parse_boxes", "parts_of", "raw_prompt"]
 
 OPEN, CLOSE = "<img>", "</img>"
 SPAN = re.compile(re.escape(OPEN) + "(.*?)" + re.escape(CLOSE), re.DOTALL)
