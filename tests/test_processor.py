@@ -114,7 +114,7 @@ def test_an_artifact_can_go_once_its_processor_is_there(embedded_artifact: Path,
 
 
 def test_answers_are_read(artifact: Path) -> None:
-    """Tokens to text, whole or one by one, and boxes in pixels of the second image for Qwen-VL, which names it."""
+    """Tokens become text, at once or one by one; boxes are those that the family writes."""
     processor = Processor.open(artifact)
     ids = processor.tokenizer.encode("A red circle on the left.", add_bos=False)
     text = processor.detokenizer(streamed=True)
@@ -163,10 +163,9 @@ def test_what_is_no_conversation(messages: Any, error: str, embedded_artifact: P
 
 
 def test_the_example_of_the_readme_runs_without_a_device(embedded_artifact: Path, tmp_path: Path) -> None:
-    """Neither onnxruntime nor torch is loaded, and no graph or weight file is opened."""
-    (example,) = (
-        block for block in re.findall(r"```python\n(.*?)```", README.read_text("utf-8"), re.DOTALL) if "Processor" in block
-    )
+    """Neither onnxruntime nor torch is loaded."""
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+    (example,) = (block for block in blocks if "Processor" in block)
     images()[0].save(tmp_path / "cat.jpg")
     code = example.replace("llava-7b", str(embedded_artifact)) + (
         "import sys\n"
