@@ -11,8 +11,8 @@ from typing import BinaryIO, TypeAlias, cast
 from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 
 from ..shown import shown
-from .freed import give_back
 from .image_data import ImageError, data_url_name, decode_base64, decode_data_url, is_data_url
+from .image_memory import release_memory
 from .image_modes import Alpha, orientation_of, to_rgb
 from .image_urls import MIB, download
 from .pillow_quiet import quiet_pillow
@@ -87,7 +87,7 @@ def load_image(
     finally:
         if file is not source:
             file.close()
-    give_back(image.width * image.height)  # of the file's own mode
+    release_memory(image.width * image.height)  # of the file's own mode
     return image
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 LARGE = 4_000_000  # pixels; 16 MB in Pillow, of which decoding holds several copies
 
 
-def give_back(pixels: int) -> None:
+def release_memory(pixels: int) -> None:
     """Return free memory to the system after images of so many pixels; nothing for small ones, or without glibc.
 
     glibc keeps what it has once been given: a process would hold as much as its largest image needed, for good.
