@@ -1,4 +1,4 @@
-"""What a request asks, before and after preparation.
+"""Messages of a chat, and the Prompt that a processor makes of them.
 
 Legend: L positions of the prompt, S side of a tile, P rows of features per tile.
 """
@@ -15,14 +15,14 @@ from .images import Frame, ImageSource
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be run; the message says what to change."""
+    """A prompt that cannot be run; the error says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
     """An image in a message; the images of a conversation are given beside its messages, in the same order.
 
-    inline: a mark in a plain text said where the image stands, so nothing is put around it and no template moves it.
+    inline: a mark in a plain text said where the image stands: nothing is put around it, and no template moves it.
     """
 
     inline: bool = False
@@ -57,6 +57,7 @@ class Message:
 
     @property
     def texts(self) -> tuple[str, ...]:
+        """The text parts in order."""
         return tuple(part for part in self.parts if isinstance(part, str))
 
     @property
@@ -113,9 +114,9 @@ def pair_up(prompts: Sequence[Turn], images: Any) -> list[tuple[Turn, Any]]:
 
 
 def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
-    """The conversation with its system message as text of the first user turn, after images that the turn begins with.
+    """The conversation with its system message as text of the first user turn, after the images at the start of the turn.
 
-    None where there is nothing to move, or no turn to move it to.
+    None where there is no system message, or no turn of a user.
     """
     first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
     if not messages or messages[0].role != "system" or first is None:
@@ -131,7 +132,7 @@ def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CrossAttentionMask:
-    """What each position sees of the images, where they enter by cross-attention. N images of t tiles each."""
+    """Which tiles each position attends to, where images enter by cross-attention. N images of t tiles each."""
 
     visible: np.ndarray  # bool [L, N * t]: the tiles that a position attends to
     gates: np.ndarray  # float32 [L, 2]: factors 0 or 1 of a cross layer's attention and of its MLP
@@ -139,7 +140,7 @@ class CrossAttentionMask:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A prompt ready for the graphs: the arrays are read, never written, by those who get it."""
+    """A prompt as arrays for the graphs. Nobody writes into the arrays once it is made."""
 
     token_ids: np.ndarray  # int32 [L]; at image positions the image token, or 0 where images have no id
     rows: np.ndarray  # int32 [L]; -1: embed the token id, else that row of the features [tiles * P, C]
@@ -160,4 +161,5 @@ class Prompt:
 
     @property
     def text_tokens(self) -> int:
+        """Positions that text takes."""
         return self.length - self.image_tokens

@@ -1,4 +1,4 @@
-"""LLaVA-1.5: every image is one square whose feature rows take the place of its mark."""
+"""LLaVA-1.5: an image is one square, whose feature rows take the place of its mark."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ __all__ = ["chat_prompt", "image_tokens", "parse_boxes", "parts_of", "raw_prompt
 
 
 def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
+    """See Family.raw_prompt; special tokens that `guard` breaks up are words."""
     return fused_prompt(text, images, info, tokenizer, image_rows, guard)
 
 
