@@ -178,7 +178,7 @@ def test_bytes_of_tiktoken_tokens(tmp_path: Path) -> None:
     from .fakes import fake_model
 
     qwen = fake_model(GOLDEN_QWEN, tmp_path / "qwen", Buckets(prefill=(8,), decode=(1,), context=64, slots=1))
-    check_bytes(qwen.tokenizer.vocabulary)
+    check_bytes(qwen.processor.tokenizer.vocabulary)
 
 
 # --- Bad words ---------------------------------------------------------------------------------------------------------
