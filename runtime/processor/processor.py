@@ -19,7 +19,7 @@ from .token_bytes import TokenBytes
 from .tokenizer import Tokenizer, load_tokenizer
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Processor:
     """What the host does before and after the graphs: messages and images to a Prompt, tokens to text and boxes.
 
@@ -49,13 +49,13 @@ class Processor:
         with reading(folder, artifact.folder):
             tokenizer = load_tokenizer(folder, info.tokenizer)
         with reading(folder / TEMPLATE, artifact.folder):
-            template = read_template(folder)
+            template = _read_template(folder)
         return cls(info, tokenizer, template, system_in_user)
 
     @classmethod
     def read(cls, info: ModelInfo, folder: Path) -> Processor:
         """The processor of a model whose tokenizer and chat template lie in `folder`; raises TokenizerError or OSError."""
-        return cls(info, load_tokenizer(folder, info.tokenizer), read_template(folder))
+        return cls(info, load_tokenizer(folder, info.tokenizer), _read_template(folder))
 
     @functools.cached_property
     def family(self) -> Family:
@@ -114,6 +114,6 @@ class Processor:
         return self.family.parse_boxes(text, frames)
 
 
-def read_template(folder: Path) -> str:
+def _read_template(folder: Path) -> str:
     """The chat template beside a tokenizer."""
     return (folder / TEMPLATE).read_text(encoding="utf-8")
