@@ -2,9 +2,9 @@
 
     python -m benchmarks.speculation [--layers 4] [--quant none] [--tokens 96] [--drafts 4] [--runs 5]
 
-The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a guide lets one token through
-at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once. Ratios of
-medians, with and without drafts in turns; the last line is JSON.
+The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a constraint lets one token
+through at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once.
+Ratios of medians, with and without drafts in turns; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ PERIOD = 20  # tokens after which the text that repeats begins again
 BATCH = 4
 
 
-class Forced:
-    """A guide that lets through one token at each position; see runtime.sampling.logits_processors.Guide."""
+class OneToken:
+    """A constraint that lets through one token at each position; see runtime.sampling.logits_processors.Constraint."""
 
     done = False
 
@@ -68,7 +68,7 @@ def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: in
     engine = model.engine
     params = runtime.SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True, speculate=drafts)
     prompt = model.prepare("Say it again.", [], raw=False)
-    sequences = [engine.new_sequence(prompt, params, constraints=(Forced(answer),)) for _ in range(batch)]
+    sequences = [engine.new_sequence(prompt, params, constraints=(OneToken(answer),)) for _ in range(batch)]
     for sequence in sequences:
         engine.add(sequence)
     while not all(sequence.generated for sequence in sequences):

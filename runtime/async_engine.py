@@ -16,13 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import as_list, grouped, merge_params, one_answer
+from .arguments import as_list
 from .artifact import ArtifactError
 from .backends.distributed.failures import RankError
-from .engine.request import Output, SamplingParams, Sequence
+from .engine.request import Output, SamplingParams, Sequence, grouped, merge_params, one_answer
 from .model import Model
 from .opening import RunError
-from .processor.detokenizer import IncrementalDetokenizer
 from .processor.prompt import Message, Prompt
 from .sampling.sampler import TokenLogprob
 
@@ -38,7 +37,7 @@ class EngineClosedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What has become certain of an answer: its text, and of tokens not given before their log-probabilities, if asked for."""
+    """New text of an answer, with the log-probabilities of the tokens since the last piece, if the request asks for them."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -59,9 +58,8 @@ class _Answer:
     sequence: Sequence
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
-    given: int = 0  # pieces
-    told: int = 0  # log-probabilities
-    text: IncrementalDetokenizer | None = None  # once it is queued
+    pieces: int = 0  # that were given out
+    logprobs: int = 0  # that were given out
 
 
 class Answers:
@@ -169,9 +167,9 @@ class AsyncEngine:
         pool = self._forming if params.constrained else self._preparing
         items: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        asked = [_Answer(sequence, loop, items) for sequence in await self._aside(pool, sequences)]
-        self._command(lambda: [self._start(answer) for answer in asked])
-        return Answers(items, len(asked), lambda: self._command(lambda: [self._forget(answer) for answer in asked]))
+        answers = [_Answer(sequence, loop, items) for sequence in await self._aside(pool, sequences)]
+        self._command(lambda: [self._start(answer) for answer in answers])
+        return Answers(items, len(answers), lambda: self._command(lambda: [self._forget(answer) for answer in answers]))
 
     async def close(self) -> None:
         """Stop after the step that runs; whoever still waits for an answer gets an error."""
@@ -222,7 +220,7 @@ class AsyncEngine:
             with self._wake:
                 self._wake.wait_for(
                     lambda: self._commands or self._closing or self._answers,
-                    timeout=CHECK_S if self.model.check and self.failure is None else None,
+                    timeout=CHECK_S if self.model.ranks and self.failure is None else None,
                 )
                 commands, self._commands = self._commands, []
             self._turn = self.model.engine.clock()
@@ -232,8 +230,8 @@ class AsyncEngine:
                 self._fail(EngineClosedError("the engine was closed before the answer was complete"))
                 return
             try:
-                if self.model.check and self.failure is None and self.model.engine.scheduler.idle:
-                    self.model.access.exclusively(self.model.check)
+                if self.model.ranks and self.failure is None and self.model.engine.scheduler.idle:
+                    self.model.access.exclusively(self.model.ranks.check)
                 if self._answers:
                     self.model.advance()
             except Exception as error:  # concerns all; what concerns single requests is their own error
@@ -245,7 +243,7 @@ class AsyncEngine:
         try:
             if self.failure is not None:
                 raise self.failure
-            answer.text = self.model.start(answer.sequence, streamed=True)
+            self.model.start(answer.sequence, streamed=True)
             self._answers[answer.sequence.id] = answer
         except Exception as error:
             self._post(answer, error)
@@ -262,14 +260,14 @@ class AsyncEngine:
     def _give(self, answer: _Answer) -> None:
         sequence = answer.sequence
         output = self.model.output(sequence) if sequence.finish_reason else None
-        pieces = answer.text.given if answer.text else []
-        new, answer.given = pieces[answer.given :], len(pieces)
-        logprobs = tuple(sequence.logprobs[answer.told :])
+        pieces = sequence.text.given if sequence.text else []
+        new, answer.pieces = pieces[answer.pieces :], len(pieces)
+        logprobs = tuple(sequence.logprobs[answer.logprobs :])
         if output and logprobs and not new:
             new = [""]
         for text in new:
             self._post(answer, Piece(text, logprobs))
-            logprobs, answer.told = (), len(sequence.logprobs)
+            logprobs, answer.logprobs = (), len(sequence.logprobs)
         if output:
             self._post(answer, output)
             self._forget(answer)

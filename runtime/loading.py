@@ -9,8 +9,9 @@ from typing import Any
 from .artifact import Artifact, ArtifactError, Manifest
 from .backends.distributed.start import follow, lead, meet, read_timeout, spawn
 from .backends.distributed.world import World, started_world
-from .backends.open import check_device
-from .engine.engine import NGRAMS, Engine
+from .backends.open import check_device, open_backend
+from .engine.engine import Engine
+from .engine.options import NGRAMS, EngineOptions
 from .engine.request_log import RequestLog
 from .model import Model
 from .opening import Checks, open_checked
@@ -62,26 +63,35 @@ def load(
 
     Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
+    options = EngineOptions(
+        prefill_budget=prefill_budget, reuse=reuse, image_cache_mb=image_cache_mb, speculate=speculate, ngrams=ngrams
+    )
     checks = Checks(verify, Path(verify_key) if verify_key is not None else None)
     world = started_world() if tp != 1 else None
     if world is not None and world.rank > 0:
         raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout, checks))
     opened = open_checked(Path(artifact), checks, rank=0)
-    settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
-    settings |= {"speculate": speculate, "ngrams": ngrams}
+    manifest = opened.manifest
     try:
         _check(opened, artifact, tp, world, device)
         log = RequestLog(Path(request_log)) if request_log is not None else None
-        if opened.manifest.ranks == 1:
-            engine = Engine(opened, device=device, threads=threads, verify=checks.all_files, **settings)
-            return Model(opened, engine, log, system_in_user=system_in_user)
+        if manifest.ranks == 1:
+            backend = open_backend(
+                manifest.backend,
+                opened.folder,
+                manifest.cache,
+                device=device,
+                threads=threads,
+                manifest=manifest,
+                verify=checks.all_files,
+            )
+            return Model(opened, Engine(manifest, backend, options), log, system_in_user=system_in_user)
         start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
-        backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
+        leader = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
         try:
-            engine = Engine(opened, backend=backend, **settings)
-            return Model(opened, engine, log, backend.close, backend.monitor.check, system_in_user=system_in_user)
+            return Model(opened, Engine(manifest, leader, options), log, leader.monitor, system_in_user=system_in_user)
         except BaseException:
-            backend.close()
+            leader.close()
             raise
     except BaseException:
         opened.close()

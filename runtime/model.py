@@ -5,19 +5,19 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
-from .arguments import Images, Turn, as_list, check_text, grouped, merge_params, one_answer, pair_up
+from .arguments import Images, Turn, as_list, check_text, pair_up
 from .artifact import MANIFEST, Artifact
 from .chat import Chat
 from .engine.access import EngineAccess
 from .engine.engine import Engine
-from .engine.request import Output, SamplingParams, Sequence
+from .engine.request import Output, SamplingParams, Sequence, grouped, merge_params, one_answer
 from .engine.request_log import RequestLog, record_of
 from .opening import reading
 from .processor.detokenizer import IncrementalDetokenizer
@@ -35,11 +35,23 @@ class ModelClosedError(RuntimeError):
     """The model was closed, before a call or in the middle of one."""
 
 
+class Ranks(Protocol):
+    """The other ranks of a model, as rank 0 sees them."""
+
+    def check(self) -> None:
+        """Raise RankError if one of them has gone or failed while nothing was to be done."""
+        ...
+
+    def close(self) -> None:
+        """End them, and all that waits for them."""
+        ...
+
+
 class Model:
     """A loaded artifact; a context manager that closes it.
 
-    For any number of threads: what they ask for at the same time runs in one batch. A generator belongs to one thread at a
-    time, as everywhere in Python; it may be dropped in any.
+    For any number of threads: their requests run in one batch. A generator belongs to one thread at a time, as everywhere in
+    Python; it may be dropped in any.
     """
 
     def __init__(
@@ -47,20 +59,16 @@ class Model:
         artifact: Artifact,
         engine: Engine,
         request_log: RequestLog | None = None,
-        on_close: Callable[[], object] | None = None,
-        check: Callable[[], None] | None = None,
+        ranks: Ranks | None = None,
         *,
         system_in_user: bool = False,
     ) -> None:
-        """on_close: what `close` does besides; default: free the graphs. check: raises RankError if the model's other ranks
-        are not well, which somebody who does nothing else should ask now and then; None for a model of one rank."""
-        self.artifact, self.engine, self.request_log = artifact, engine, request_log
+        """`ranks`: they end with the model, and somebody should check them now and then while nothing runs; None for a model
+        of one rank."""
+        self.artifact, self.engine, self.request_log, self.ranks = artifact, engine, request_log, ranks
         self.access = EngineAccess(engine.interrupted)
-        self.check = check
         self.system_in_user = system_in_user
-        self._on_close, self.closed = on_close or engine.unload, False
-        self.texts: dict[int, IncrementalDetokenizer] = {}  # of the sequences that run or wait, by id
-        engine.on_token = self._gained
+        self.closed = False
         self.info = artifact.manifest.model
         with reading(artifact.path(MANIFEST), artifact.folder):
             self.family = family(self.info.family)
@@ -83,7 +91,7 @@ class Model:
     def _close(self) -> None:
         self._end_all()
         try:
-            self._on_close()
+            (self.ranks.close if self.ranks else self.engine.unload)()
         finally:
             self.artifact.close()
 
@@ -185,11 +193,11 @@ class Model:
         """
         text = self.start(sequence, streamed=True)
         try:
-            for given in itertools.count():
-                self.access.until(partial(_has_news, sequence, text, given), self._advance)
-                if given == len(text.given):
+            for taken in itertools.count():
+                self.access.until(partial(_has_news, sequence, text, taken), self._advance)
+                if taken == len(text.given):
                     break
-                yield text.given[given]
+                yield text.given[taken]
             if sequence.error is not None:
                 raise sequence.error
             if last := text.finish():
@@ -241,16 +249,15 @@ class Model:
 
     def start(self, sequence: Sequence, *, streamed: bool = False) -> IncrementalDetokenizer:
         """Queue a sequence; its text grows with every step, of whichever thread. `streamed`: see IncrementalDetokenizer."""
-        stops, least = self.stops(sequence), sequence.params.min_new_tokens
-        text = IncrementalDetokenizer(self.tokenizer, stops, from_token=least, streamed=streamed)
+        from_token = sequence.params.min_new_tokens
+        text = IncrementalDetokenizer(self.tokenizer, self.stops(sequence), from_token=from_token, streamed=streamed)
         self.access.exclusively(self._start, sequence, text)
         return text
 
     def _start(self, sequence: Sequence, text: IncrementalDetokenizer) -> None:
         if self.closed:
             raise ModelClosedError("the model was closed; load the artifact again")
-        self.texts[sequence.id] = text
-        self.engine.add(sequence)
+        self.engine.add(sequence, text)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence that has not finished, between two steps."""
@@ -269,12 +276,12 @@ class Model:
 
     def _forget(self, sequence: Sequence) -> None:
         try:
-            if self.request_log and sequence.id in self.texts:
+            if self.request_log and sequence.text is not None:
                 sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
-                arrived = time.time() - (self.engine.clock() - sequence.arrived)
+                arrived = time.time() - (self.engine.clock() - sequence.times.arrived)
                 self.request_log.write(record_of(self._output(sequence), arrived, sizes, sequence.reused))
         finally:
-            self.texts.pop(sequence.id, None)
+            self.engine.forget(sequence)
 
     def advance(self) -> SequenceOf[Sequence]:
         """One engine step, and the new text of each sequence that gained a token; the sequences that have changed.
@@ -299,14 +306,6 @@ class Model:
                 raise
             return (*expired, *engine.failed)
 
-    def _gained(self, sequence: Sequence) -> bool:
-        """The text of a sequence's latest token; whether it completes a stop string."""
-        text = self.texts.get(sequence.id)
-        if text is None:  # the engine was given it by somebody else
-            return False
-        text.add_unread(sequence.generated[-1])
-        return text.stopped
-
     def output(self, sequence: Sequence) -> Output:
         """The answer of a sequence that has finished and is not forgotten; raises what has ended it, where it failed."""
         if sequence.error is not None:
@@ -314,15 +313,13 @@ class Model:
         return self._output(sequence)
 
     def _output(self, sequence: Sequence) -> Output:
-        text, reason = self.texts[sequence.id], sequence.finish_reason or "cancelled"
+        text = sequence.text
+        assert text is not None, "only a sequence that was started and is not forgotten has an answer"
         text.finish()
-        if text.stopped and reason == "length":  # a stop string in what was held back
-            self.access.soon(self.engine.stop, sequence)
-            reason = "stop"
         return Output(
             text=text.text,
             token_ids=list(sequence.generated),
-            finish_reason=reason,
+            finish_reason=sequence.finish_reason or "cancelled",
             boxes=list(self.family.parse_boxes(text.text, sequence.prompt.frames)),
             prompt_tokens=sequence.prompt.length,
             image_tokens=sequence.prompt.image_tokens,
@@ -333,6 +330,6 @@ class Model:
         )
 
 
-def _has_news(sequence: Sequence, text: IncrementalDetokenizer, given: int) -> bool:
-    """Whether there are more than `given` pieces, or there will be none."""
-    return sequence.finish_reason is not None or len(text.given) > given
+def _has_news(sequence: Sequence, text: IncrementalDetokenizer, taken: int) -> bool:
+    """Whether there are more than `taken` pieces, or there will be none."""
+    return sequence.finish_reason is not None or len(text.given) > taken

@@ -13,7 +13,7 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.engine.fit import ContextError
 from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.tools.cli import main

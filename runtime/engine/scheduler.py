@@ -9,7 +9,8 @@ tokens costs no more than one chunk.
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -88,17 +89,31 @@ class Scheduler:
         self.running, self.waiting, self.preparing = [], [], None
         self.spent, self.may_draft = 0.0, set()
 
+    @contextlib.contextmanager
+    def only(self, buckets: Mapping[str, int]) -> Iterator[None]:
+        """Within the block, vision and prefill graphs run with these buckets alone, each given by its kind."""
+        before = self.vision, self.prefill, self.bounded
+        if "vision" in buckets:
+            self.vision = ChunkPlanner({buckets["vision"]: 1.0})
+        if "prefill" in buckets:
+            self.prefill = {images: ChunkPlanner({buckets["prefill"]: 1.0}) for images in self.prefill}
+            self.bounded = {}
+        try:
+            yield
+        finally:
+            self.vision, self.prefill, self.bounded = before
+
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; one that brings its slot, or whose slot is parked for it, does not wait.
+        """Queue a sequence; one for whose conversation a slot is parked does not wait.
 
         A priority of p is worth as much as having come p * AGING admissions earlier, so nobody waits for ever.
         """
-        if sequence.slot is None and sequence.holder is not None:
-            sequence.slot = self.cache.take_back(sequence.holder)
+        if sequence.conversation is not None:
+            sequence.slot = self.cache.take_back(sequence.conversation)
         if sequence.slot is not None:
             self._enter(sequence)
             return
@@ -134,10 +149,10 @@ class Scheduler:
                 self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
-        if sequence.holder is None:
+        if sequence.conversation is None:
             self.cache.release(sequence.slot)
         else:
-            self.cache.park(sequence.holder, sequence.slot)
+            self.cache.park(sequence.conversation, sequence.slot)
         sequence.slot = None
 
     def _admit(self) -> None:

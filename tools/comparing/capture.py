@@ -9,7 +9,7 @@ import numpy as np
 
 from ...runtime.artifact import GraphSpec, is_cached
 from ...runtime.backends.base import Feed
-from .forced import Ran
+from ...runtime.engine.engine import GraphRun
 from .sides import Prepared
 from .static_side import StaticSide
 
@@ -37,31 +37,32 @@ def capture(
     caches: bool = True,
 ) -> list[Captured]:
     """The runs that a request takes, at most `most` of one graph, with what the `caches` held before."""
-    found: list[Captured] = []
-    counted: dict[str, int] = {}
+    captured: list[Captured] = []
+    counts: dict[str, int] = {}
     runs = 0
 
-    def watch(ran: Ran) -> None:
+    def watch(run: GraphRun) -> None:
         nonlocal runs
-        step = ran.step
+        step = run.step
         graph = side.engine.graphs[step.kind, step.bucket, step.images]
         runs += 1
-        counted[graph.name] = counted.get(graph.name, 0) + 1
-        if most is not None and counted[graph.name] > most:
+        counts[graph.name] = counts.get(graph.name, 0) + 1
+        if most is not None and counts[graph.name] > most:
             return
-        feed = {name: array.copy() for name, array in ran.feed.items()}
-        kept = _caches(side, graph, ran) if caches else {}
-        found.append(Captured(graph, feed, kept, ran.image, runs, dict(ran.past), step.count))
+        feed = {name: array.copy() for name, array in run.feed.items()}
+        kept = _caches(side, graph, run) if caches else {}
+        past = {each.held_slot: int(side.engine.cache.lengths[each.held_slot]) for each in step.sequences}
+        captured.append(Captured(graph, feed, kept, run.image, runs, past, step.count))
 
-    side.engine.watch = watch
+    side.engine.on_run = watch
     try:
         side.say(prompts, answers, route=route)
     finally:
-        side.engine.watch = None
-    return found
+        side.engine.on_run = None
+    return captured
 
 
-def _caches(side: StaticSide, graph: GraphSpec, ran: Ran) -> dict[str, np.ndarray]:
-    wanted = [spec for spec in graph.inputs if is_cached(spec.name)]
+def _caches(side: StaticSide, graph: GraphSpec, run: GraphRun) -> dict[str, np.ndarray]:
+    specs = [spec for spec in graph.inputs if is_cached(spec.name)]
     backend = side.engine.backend
-    return {spec.name: backend.read_cache(spec.name, ran.slot + spec.shape[0])[ran.slot :] for spec in wanted}
+    return {spec.name: backend.read_cache(spec.name, run.slot + spec.shape[0])[run.slot :] for spec in specs}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelInfo, Weigh
 from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, Group
 from ...runtime.backends.open import open_backend
+from ...runtime.engine.engine import Engine
+from ...runtime.engine.options import EngineOptions
 from ...runtime.engine.request import SamplingParams
 from ...runtime.model import Model
 from ...runtime.processor.boxes import Box
@@ -25,7 +27,7 @@ from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.rope import query_scales, rope_tables
 from ..bench import held
 from .checkpoint import Checkpoint, with_heads
-from .forced import ForcedEngine
+from .forced import ForcedAnswer
 from .samples import Sample
 from .sides import HIDDEN_TOKEN, Generated, Prepared
 
@@ -109,7 +111,7 @@ class StaticSide:
         self.name, self.artifact, self.config, self.checkpoint = name, artifact, config, checkpoint
         self.info = artifact.manifest.model
         self.compiled = compiled
-        self.engine = ForcedEngine(artifact, backend)
+        self.engine = Engine(artifact.manifest, backend, EngineOptions(reuse=False))
         self.model = Model(artifact, self.engine)
         self.tokenizer = self.model.tokenizer
 
@@ -133,28 +135,26 @@ class StaticSide:
         route: dict[str, int] | None = None,
         caches: bool = False,
     ) -> list[Generated]:
-        engine, slots = self.engine, self.artifact.manifest.cache.slots
-        found: list[Generated] = []
-        with engine.only(route):
+        slots = self.artifact.manifest.cache.slots
+        generated: list[Generated] = []
+        with self.engine.scheduler.only(route or {}):
             together = 1 if caches else slots  # a slot is written again as soon as its sequence has ended
             for start in range(0, len(prompts), together):
                 some = slice(start, start + together)
-                sequences = []
-                for prompt, answer in zip(prompts[some], answers[some], strict=True):
-                    assert isinstance(prompt, StaticPrepared)
-                    params = SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True)
-                    sequences.append(engine.new_sequence(prompt.prompt, params, return_logits=True))
-                engine.forced = {each.id: answer for each, answer in zip(sequences, answers[some], strict=True)}
-                try:
-                    outputs = self.model.run(sequences)
-                finally:
-                    engine.forced = {}
-                for sequence, out in zip(sequences, outputs, strict=True):
-                    assert out.logits is not None
-                    slot, positions = engine.slots.pop(sequence.id), sequence.prompt.length + len(out.token_ids) - 1
-                    kept = self._caches(slot, positions) if caches else {}
-                    found.append(Generated(out.logits, kept))
-        return found
+                generated += self._say_together(prompts[some], answers[some], caches)
+        return generated
+
+    def _say_together(self, prompts: Sequence[Prepared], answers: Sequence[np.ndarray], caches: bool) -> Iterator[Generated]:
+        sources = [ForcedAnswer(answer) for answer in answers]
+        sequences = []
+        for prompt, source in zip(prompts, sources, strict=True):
+            assert isinstance(prompt, StaticPrepared)
+            params = SamplingParams(max_new_tokens=len(source.tokens), temperature=0.0, ignore_eos=True)
+            sequences.append(self.engine.new_sequence(prompt.prompt, params, return_logits=True, token_source=source))
+        for source, prompt, out in zip(sources, prompts, self.model.run(sequences), strict=True):
+            assert out.logits is not None
+            positions = prompt.length + len(out.token_ids) - 1
+            yield Generated(out.logits, self._caches(source.slot, positions) if caches else {})
 
     def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
         names = [name for name in self.artifact.manifest.cache.buffers() if name[:2] in ("k_", "v_")]
