@@ -26,7 +26,7 @@ from .processor.prompt import Message, Prompt
 from .sampling.sampler import TokenLogprob
 
 Images = Any
-Asked = str | Message | SequenceOf[Message]
+Turns = str | Message | SequenceOf[Message]  # one turn, or a conversation
 CHECK_S = 2.0  # between two looks at ranks that have nothing to do
 log = logging.getLogger(__name__)
 
@@ -97,8 +97,8 @@ class Answers:
 class AsyncEngine:
     """Answers prompts of a model; use it in an `async with` block or close it.
 
-    A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose images are `images` in order;
-    what an earlier turn left in the cache is taken over, so that no chat needs to be kept.
+    A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose images are `images` in order. The
+    prefix cache serves what an earlier turn left behind, so that no chat needs to be kept.
     """
 
     def __init__(self, model: Model) -> None:
@@ -117,13 +117,13 @@ class AsyncEngine:
 
     @property
     def turn_s(self) -> float:
-        """Seconds for which the engine has been in its present turn, one step at most; 0 while nothing is to be done."""
-        began = self._turn
-        return 0.0 if began is None else self.model.engine.clock() - began
+        """Seconds for which the engine has been in its present turn, one step at most; 0 while there is no work."""
+        start = self._turn
+        return 0.0 if start is None else self.model.engine.clock() - start
 
     async def generate(
         self,
-        prompt: Asked,
+        prompt: Turns,
         images: Images = None,
         *,
         sampling: SamplingParams | None = None,
@@ -138,7 +138,7 @@ class AsyncEngine:
 
     async def stream(
         self,
-        prompt: Asked,
+        prompt: Turns,
         images: Images = None,
         *,
         sampling: SamplingParams | None = None,
@@ -152,13 +152,12 @@ class AsyncEngine:
                 if isinstance(item, Piece):
                     yield item.text
 
-    async def prepare(self, prompt: Asked, images: Images = None, *, raw: bool = False) -> Prompt:
-        """A prompt made ready, so that its length is known before it is asked; raises PromptError, ImageError."""
+    async def prepare(self, prompt: Turns, images: Images = None, *, raw: bool = False) -> Prompt:
+        """The prompt, so that its length is known before it is queued; raises PromptError, ImageError."""
         return await self._aside(self._preparing, lambda: self._prepared(prompt, images, raw))
 
-    async def ask(self, prompt: Asked | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
-        """All of the params.n answers to a prompt, which is queued; errors of what was asked as of `generate`."""
-
+    async def ask(self, prompt: Turns | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
+        """Queue a prompt; all its params.n answers. Raises as `generate` does."""
         ready = prompt if isinstance(prompt, Prompt) else await self.prepare(prompt, images, raw=raw)
 
         def sequences() -> list[Sequence]:
@@ -189,7 +188,7 @@ class AsyncEngine:
     # ---- in the caller's thread
 
     async def _aside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
-        """The result of work that must not hold up the loop."""
+        """The result of work that must not block the loop."""
         if self._closing:
             raise EngineClosedError("the engine was closed; open another one")
         if self.failure is not None:
@@ -202,7 +201,7 @@ class AsyncEngine:
                 raise EngineClosedError("the engine was closed before the prompt was ready") from None
             raise
 
-    def _prepared(self, prompt: Asked, images: Images, raw: bool) -> Prompt:
+    def _prepared(self, prompt: Turns, images: Images, raw: bool) -> Prompt:
         if isinstance(prompt, list | tuple):
             return self.model.prepare_messages(list(prompt), as_list(images))
         return self.model.prepare(prompt, as_list(images), raw)  # type: ignore[arg-type]
@@ -249,7 +248,7 @@ class AsyncEngine:
             self._post(answer, error)
 
     def _deliver(self, answer: _Answer) -> None:
-        """What is new of an answer, or what has ended it, to its loop."""
+        """Send an answer's new pieces, or the error that has ended it, to its loop."""
         try:
             self._give(answer)
         except Exception as error:
@@ -284,7 +283,7 @@ class AsyncEngine:
                 log.error("%s", error)
 
     def _fail(self, error: Exception) -> None:
-        """End all answers that wait."""
+        """End all answers that have not ended, with an error."""
         self._check_final(error)
         for answer in list(self._answers.values()):
             self._post(answer, error)

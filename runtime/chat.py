@@ -1,4 +1,4 @@
-"""A conversation over a kept slot.
+"""A conversation that goes on in its slot of the cache.
 
 Each turn renders the whole conversation anew; the longest prefix that the slot holds is kept, and only the rest is prefilled.
 So the tokens are those of a fresh prompt, whatever the template does with earlier turns. A turn that is changed or taken back
@@ -32,8 +32,8 @@ class Chat:
 
     def __init__(self, model: Model, system: str | None = None) -> None:
         self.model = model
-        self._words = threading.RLock()  # held while messages, images or the turn change
-        self._sending = threading.RLock()  # held while a turn is sent
+        self._state = threading.RLock()  # while messages, images or the turn change
+        self._sending = threading.RLock()  # while a turn is sent
         self.messages: list[Message] = [Message("system", system)] if system else []
         self.images: list[ImageSource] = []
         self.turn: Sequence | None = None  # the turn that runs
@@ -76,7 +76,7 @@ class Chat:
 
         A turn that is still streamed is forgotten, one that another thread sends is waited for.
         """
-        with self._sending, self._words:
+        with self._sending, self._state:
             self._rewind(turns)
             self._end(self.turn)
 
@@ -92,7 +92,7 @@ class Chat:
     def fork(self) -> Chat:
         """Another chat with the same messages so far. Its first turn copies what this one's slot holds of them."""
         other = Chat(self.model)
-        with self._words:
+        with self._state:
             other.messages, other.images = list(self.messages), list(self.images)
             other.conversation = self.conversation.fork()
         return other
@@ -104,7 +104,7 @@ class Chat:
 
     def close(self) -> None:
         """Free the slot; the conversation can go on, at the cost of a fresh prefill."""
-        with self._words:
+        with self._state:
             turn, self.turn = self.turn, None
         self.model.access.at_last(self._release, self.model.engine, self.conversation, turn)
 
@@ -135,7 +135,7 @@ class Chat:
         sources = as_list(images)
         message = self.model.turn(text, len(sources))
         new = [load_image(image, alpha=self.model.info.image.alpha) for image in sources]
-        with self._words:  # a turn that ends meanwhile would be missing from the prompt
+        with self._state:  # a turn that ends meanwhile would be missing from the prompt
             prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
             sequence = self.model.new_sequence(prompt, one_answer(merge_params(sampling, settings)), return_logits)
             self._end(self.turn)
@@ -145,13 +145,13 @@ class Chat:
 
     def _end(self, sequence: Sequence | None) -> None:
         """Forget a turn that was not kept: it must not write into the slot any more."""
-        with self._words:
+        with self._state:
             if sequence is not None and sequence is self.turn:
                 self.model.cancel(sequence)
                 self.turn = None
 
     def _keep(self, message: Message, new: list[Any], sequence: Sequence, answer: str) -> None:
-        with self._words:
+        with self._state:
             if self.turn is not sequence:  # forgotten while its pieces were given out
                 return
             self.turn = None

@@ -43,10 +43,10 @@ def load(
     the ranks of this machine, or one for a model of less than 16 MiB. timeout: seconds that ranks wait for each other; default
     STATICVL_TIMEOUT, or 300.
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
-    reuse: take over from earlier requests what a new one shares with them: the beginning of its prompt as it lies in the
-    cache, and features of its images, of which image_cache_mb megabytes are kept.
-    speculate: draft up to so many tokens of every answer from what was said before, where the artifact has graphs that verify
-    them (compile with --speculate); ngrams: the fewest and the most last tokens that must have been said before.
+    reuse: use what earlier requests have computed: cache rows of a common prefix of the prompt, and image features, of which
+    image_cache_mb megabytes are kept.
+    speculate: draft up to so many tokens of every answer by prompt lookup, where the artifact has graphs that verify them
+    (compile with --speculate); ngrams: the fewest and the most last tokens that a draft is found by.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
     system_in_user: where the checkpoint's template refuses a system message, as Llama-3.2-Vision's does beside images, put its
     text into the first user turn; default: an error.
@@ -98,21 +98,21 @@ def load(
         raise
 
 
-def _check(opened: Artifact, given: str | Path, tp: int | None, world: World | None, device: str) -> None:
-    """Raise ArtifactError for what is known to be wrong before a graph is opened or a rank started."""
+def _check(opened: Artifact, name: str | Path, tp: int | None, world: World | None, device: str) -> None:
+    """Raise ArtifactError for what can be seen to be wrong before a graph is opened or a rank started."""
     manifest = opened.manifest
     if tp is not None and tp != manifest.tp:
         raise ArtifactError(
-            f"{given} was compiled for tp={manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
+            f"{name} was compiled for tp={manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
             f"tp={manifest.tp}"
         )
     if world is not None and world.size != manifest.ranks:
-        raise ArtifactError(_wrong_number(given, manifest, world.size))
+        raise ArtifactError(_wrong_number(name, manifest, world.size))
     check_device(manifest.backend, opened.folder, device)
 
 
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None, checks: Checks) -> int:
-    """Run as a rank that a launcher has started, to the end; the exit status."""
+    """Run as a rank that a launcher has started, to the end. Returns the exit status."""
     seconds = read_timeout(timeout)
     status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=seconds, checks=checks)
     if stuck:  # in a collective that does not end, and that the interpreter would wait for
@@ -120,10 +120,10 @@ def _take_part(folder: Path, world: World, device: str, threads: int | None, tim
     return status
 
 
-def _wrong_number(artifact: str | Path, manifest: Manifest, started: int) -> str:
+def _wrong_number(artifact: str | Path, manifest: Manifest, processes: int) -> str:
     ranks = manifest.ranks
-    compiled = f"{ranks} rank{'s' * (ranks > 1)} (tp={manifest.tp}, pp={manifest.pp})"
+    layout = f"{ranks} rank{'s' * (ranks > 1)} (tp={manifest.tp}, pp={manifest.pp})"
     right = f"torchrun --nproc-per-node {ranks} -m staticvl.tools.cli generate {artifact} ..."
     if ranks == 1:
         right = "no launcher, or load it with tp=1 for a whole model in every process"
-    return f"{artifact} was compiled for {compiled}, but WORLD_SIZE says that {started} were started; start it with {right}"
+    return f"{artifact} was compiled for {layout}, but WORLD_SIZE says that {processes} were started; start it with {right}"

@@ -92,8 +92,8 @@ def make_faulty(model: runtime.Model, seed: int) -> Faulty:
     backend.rng = random.Random(seed)
     model.engine.reset(DeviceError())  # a new device holds nothing
     model.engine.backend = backend
-    if model.engine.scheduler.reuse:
-        model.engine.scheduler.reuse.backend = backend  # type: ignore[attr-defined]
+    if model.engine.scheduler.prefix_cache:
+        model.engine.scheduler.prefix_cache.backend = backend  # type: ignore[attr-defined]
     return backend
 
 

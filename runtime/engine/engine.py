@@ -46,8 +46,8 @@ class GraphRun:
 class Engine:
     """The graphs of one artifact on one backend, and the requests that they answer.
 
-    For one thread at a time (access.py). An exception leaves it fit for use: it ends the sequences that it concerns, each with
-    the exception as its `error`, and what their slots hold is forgotten; all others go on.
+    For one thread at a time (access.py). An exception leaves it fit for use: the sequences that it concerns end with the
+    exception as their `error`, and their slots are cleared; all others go on.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Engine:
         self.graphs = self.feeds.graphs
         self.features = EncoderCache(options.feature_bytes)
         prefixes = SlotPrefixCache(manifest, self.cache, backend, self.metrics, self.features) if options.reuse else None
-        self.scheduler = Scheduler(self.cache, _costs(manifest), prefill_budget=options.prefill_budget, reuse=prefixes)
+        self.scheduler = Scheduler(self.cache, _costs(manifest), prefill_budget=options.prefill_budget, prefix_cache=prefixes)
         self.next_token = NextToken(manifest.model)
         self.on_run: Callable[[GraphRun], object] | None = None  # called before each run of a graph
         self.timed: list[Sequence] = []  # sequences with a deadline
@@ -135,7 +135,7 @@ class Engine:
         self.scheduler.add(sequence)
 
     def expire(self) -> list[Sequence]:
-        """End the sequences whose deadlines have passed; which they are."""
+        """End the sequences whose deadlines have passed, and return them."""
         if not self.timed:
             return []
         now, late = self.clock(), []
@@ -211,7 +211,7 @@ class Engine:
             self.reset(self.torn)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """End a sequence with an error; its slot may hold anything."""
+        """End a sequence with an error; its slot may contain anything."""
         if sequence.slot is not None:
             self.cache.clear(sequence.slot)
         sequence.error = error
@@ -219,6 +219,7 @@ class Engine:
         self.failed.append(sequence)
 
     def run_graph(self, step: Step, feed: Feed) -> Result:
+        """Run the graph of a step, by the clock."""
         slot, image = self._place(step)
         if self.on_run is not None:
             self.on_run(GraphRun(step, feed, slot, image))
@@ -232,7 +233,7 @@ class Engine:
         return result
 
     def _place(self, step: Step) -> tuple[int, int]:
-        """Slot and image that a run works on. Decode runs over all slots; rows of features belong to no slot."""
+        """The slot and the image that a run works on. Decode runs over all slots; image features belong to no slot."""
         first, cross = step.sequences[0], self.manifest.cache.cross
         if step.kind == "decode" or (step.kind == "vision" and not cross):
             return 0, 0
@@ -301,16 +302,16 @@ class Engine:
             self._gain(sequence, result, slot)
 
     def _commit_verify(self, step: Step, result: Result) -> None:
-        """Tokens are chosen one by one as ever, for as long as the next one was drafted: it is in the cache already."""
+        """Tokens are chosen one by one, for as long as the next one is the draft's: that one is in the cache already."""
         sequence, before = step.sequences[0], len(step.sequences[0].generated)
         assert sequence.prompt_lookup is not None, "only a lookup makes drafts"
-        for row, drafted in enumerate((*step.draft, None)):
+        for row, guess in enumerate((*step.draft, None)):
             self.cache.append(sequence.held_slot, sequence.generated[-1], sequence.cache_keys.answer)
             self._gain(sequence, result, row)
-            if sequence.finish_reason or sequence.generated[-1] != drafted:
+            if sequence.finish_reason or sequence.generated[-1] != guess:
                 break
-        gained = sequence.generated[before:]
-        right = sum(token == drafted for token, drafted in zip(gained, step.draft, strict=False))
+        tokens = sequence.generated[before:]
+        right = sum(token == guess for token, guess in zip(tokens, step.draft, strict=False))
         sequence.prompt_lookup.verified(right, len(step.draft))
         self.metrics.drafted += len(step.draft)
         self.metrics.accepted += right

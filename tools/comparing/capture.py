@@ -16,7 +16,7 @@ from .static_side import StaticSide
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
-    """`caches` [B, K, S, D] are what the graph's cached inputs held."""
+    """One run: its graph, its feed, and `caches` [B, K, S, D], the contents of the graph's cached inputs."""
 
     graph: GraphSpec
     feed: Feed
@@ -36,7 +36,7 @@ def capture(
     most: int | None = None,
     caches: bool = True,
 ) -> list[Captured]:
-    """The runs that a request takes, at most `most` of one graph, with what the `caches` held before."""
+    """The runs that some answers take, at most `most` of one graph; with `caches`, also what the cache contained."""
     captured: list[Captured] = []
     counts: dict[str, int] = {}
     runs = 0
@@ -50,9 +50,9 @@ def capture(
         if most is not None and counts[graph.name] > most:
             return
         feed = {name: array.copy() for name, array in run.feed.items()}
-        kept = _caches(side, graph, run) if caches else {}
+        cached = _caches(side, graph, run) if caches else {}
         past = {each.held_slot: int(side.engine.cache.lengths[each.held_slot]) for each in step.sequences}
-        captured.append(Captured(graph, feed, kept, run.image, runs, past, step.count))
+        captured.append(Captured(graph, feed, cached, run.image, runs, past, step.count))
 
     side.engine.on_run = watch
     try:

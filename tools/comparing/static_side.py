@@ -47,20 +47,20 @@ class StaticPrepared:
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         prompt, image = self.prompt, self.info.image
-        found = {"token_ids": np.where(self._shown, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
+        arrays = {"token_ids": np.where(self._shown, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
         cos, sin = rope_tables(self.info.rope, self.head_dim, self.length, prompt.ntk)
-        found |= {"rope_cos": cos, "rope_sin": sin}
+        arrays |= {"rope_cos": cos, "rope_sin": sin}
         if self.info.rope.logn_positions:
-            found["query_scale"] = query_scales(self.info.rope, self.length)
+            arrays["query_scale"] = query_scales(self.info.rope, self.length)
         if len(prompt.pixels):
             mean, std = np.array(image.mean), np.array(image.std)
-            used = prompt.pixels[self._used]
-            found["pixels"] = ((used * image.rescale - mean) / std).astype(np.float32)
+            pixels = prompt.pixels[self._used]
+            arrays["pixels"] = ((pixels * image.rescale - mean) / std).astype(np.float32)
         if prompt.grids is not None and len(prompt.grids):
-            found["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
+            arrays["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
         if prompt.cross_attention:
-            found["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
-        return found
+            arrays["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
+        return arrays
 
     @property
     def _shown(self) -> np.ndarray:
@@ -84,14 +84,14 @@ class StaticPrepared:
             cross_attention = CrossAttentionMask(
                 visible=held(cross_attention.visible, more)[:length], gates=held(cross_attention.gates, more)[:length]
             )
-        changed = dataclasses.replace(
+        extended = dataclasses.replace(
             prompt,
             token_ids=np.concatenate((prompt.token_ids, ids[:more].astype(np.int32)))[:length],
             rows=np.concatenate((prompt.rows, np.full(more, -1, np.int32)))[:length],
             state=np.zeros(length, np.int32),
             cross_attention=cross_attention,
         )
-        return dataclasses.replace(self, prompt=changed)
+        return dataclasses.replace(self, prompt=extended)
 
 
 class StaticSide:
@@ -158,12 +158,12 @@ class StaticSide:
 
     def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
         names = [name for name in self.artifact.manifest.cache.buffers() if name[:2] in ("k_", "v_")]
-        found = {
+        rows = {
             name: self._unscaled(name, self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions]) for name in names
         }
         heads = self.config.text.kv_heads if self.config else 0
         # Where there are more ranks than heads, neighbours hold the same one.
-        return {name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in found.items()}
+        return {name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in rows.items()}
 
     def _unscaled(self, name: str, rows: np.ndarray) -> np.ndarray:
         """What rows [K, S, D] of a cache stand for."""
