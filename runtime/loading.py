@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Artifact, ArtifactError, Manifest
+from .backends.base import Backend
 from .backends.distributed.start import follow, lead, meet, read_timeout, spawn
 from .backends.distributed.world import World, started_world
 from .backends.open import check_device, open_backend
@@ -76,15 +77,7 @@ def load(
         _check(opened, artifact, tp, world, device)
         log = RequestLog(Path(request_log)) if request_log is not None else None
         if manifest.ranks == 1:
-            backend = open_backend(
-                manifest.backend,
-                opened.folder,
-                manifest.cache,
-                device=device,
-                threads=threads,
-                manifest=manifest,
-                verify=checks.all_files,
-            )
+            backend = _open_alone(opened, device, threads, checks)
             return Model(opened, Engine(manifest, backend, options), log, system_in_user=system_in_user)
         start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
         leader = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
@@ -109,6 +102,14 @@ def _check(opened: Artifact, name: str | Path, tp: int | None, world: World | No
     if world is not None and world.size != manifest.ranks:
         raise ArtifactError(_wrong_number(name, manifest, world.size))
     check_device(manifest.backend, opened.folder, device)
+
+
+def _open_alone(opened: Artifact, device: str, threads: int | None, checks: Checks) -> Backend:
+    """The backend of a model of one rank."""
+    manifest, verify = opened.manifest, checks.all_files
+    return open_backend(
+        manifest.backend, opened.folder, manifest.cache, device=device, threads=threads, manifest=manifest, verify=verify
+    )
 
 
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None, checks: Checks) -> int:

@@ -102,19 +102,16 @@ class Engine:
         constraints: tuple[Constraint, ...] = (),
         token_source: TokenSource | None = None,
     ) -> Sequence:
-        """A checked sequence that is not queued yet: answer `index` of params.n.
-
-        A `token_source` chooses the tokens of the answer, whatever their logits; what ends other answers ends this one too.
-        """
+        """A checked sequence that is not queued yet: answer `index` of params.n. A `token_source` chooses its tokens, whatever
+        their logits; what ends other answers ends this one too."""
         check_fit(self.manifest, prompt, params.max_new_tokens)
         model, cross = self.manifest.model, self.manifest.cache.cross
-        rows = 0 if cross else len(prompt.pixels) * model.image.rows
         return Sequence(
             id=next(self._ids),
             prompt=prompt,
             params=params,
             sampling=params.resolved(model.sampling, index),
-            features=np.empty((rows, model.hidden_size), np.float32),
+            features=self._new_features(prompt),
             cache_keys=cache_keys_of(prompt, model.image.rows, cross=cross is not None),
             cross_tiles=cross.tiles if cross else 0,
             logits_processors=None if token_source else self._logits_processors(prompt, params, constraints),
@@ -341,6 +338,12 @@ class Engine:
         """Free what graphs take; a graph that is run again is loaded again."""
         for graph in self.manifest.graphs:
             self.backend.unload(graph)
+
+    def _new_features(self, prompt: Prompt) -> np.ndarray:
+        """Room for the features of a prompt's tiles; none with cross-attention, whose keys and values are in the cache."""
+        model = self.manifest.model
+        rows = 0 if self.manifest.cache.cross else len(prompt.pixels) * model.image.rows
+        return np.empty((rows, model.hidden_size), np.float32)
 
     def _logits_processors(
         self, prompt: Prompt, params: SamplingParams, constraints: tuple[Constraint, ...]

@@ -51,8 +51,7 @@ def capture(
             return
         feed = {name: array.copy() for name, array in run.feed.items()}
         cached = _caches(side, graph, run) if caches else {}
-        past = {each.held_slot: int(side.engine.cache.lengths[each.held_slot]) for each in step.sequences}
-        captured.append(Captured(graph, feed, cached, run.image, runs, past, step.count))
+        captured.append(Captured(graph, feed, cached, run.image, runs, _past(side, run), step.count))
 
     side.engine.on_run = watch
     try:
@@ -60,6 +59,11 @@ def capture(
     finally:
         side.engine.on_run = None
     return captured
+
+
+def _past(side: StaticSide, run: GraphRun) -> dict[int, int]:
+    lengths = side.engine.cache.lengths
+    return {sequence.slot: int(lengths[sequence.slot]) for sequence in run.step.sequences if sequence.slot is not None}
 
 
 def _caches(side: StaticSide, graph: GraphSpec, run: GraphRun) -> dict[str, np.ndarray]:
