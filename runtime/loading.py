@@ -72,17 +72,16 @@ def load(
     if world is not None and world.rank > 0:
         raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout, checks))
     opened = open_checked(Path(artifact), checks, rank=0)
-    manifest = opened.manifest
     try:
         _check(opened, artifact, tp, world, device)
         log = RequestLog(Path(request_log)) if request_log is not None else None
-        if manifest.ranks == 1:
+        if opened.manifest.ranks == 1:
             backend = _open_alone(opened, device, threads, checks)
-            return Model(opened, Engine(manifest, backend, options), log, system_in_user=system_in_user)
+            return Model(opened, Engine(opened.manifest, backend, options), log, system_in_user=system_in_user)
         start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
         leader = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
         try:
-            return Model(opened, Engine(manifest, leader, options), log, leader.monitor, system_in_user=system_in_user)
+            return Model(opened, Engine(opened.manifest, leader, options), log, leader.monitor, system_in_user=system_in_user)
         except BaseException:
             leader.close()
             raise
