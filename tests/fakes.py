@@ -356,7 +356,7 @@ def loaded(folder: Path) -> runtime.Model:
 
 
 def lent(folder: Path) -> Iterator[runtime.Model]:
-    """A compiled artifact for one test, which must leave nothing behind: no slot, no request, no text."""
+    """A compiled artifact for one test, which must leave nothing behind: no slot, no request."""
     model = loaded(folder)
     yield model
     assert model.engine.cache.free == model.engine.cache.spec.slots
