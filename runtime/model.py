@@ -228,6 +228,7 @@ class Model:
         return ConstraintFactory(self._token_bytes, self.info.eos_token_ids)
 
     def stops(self, sequence: Sequence) -> tuple[str, ...]:
+        """The strings that end the text of a sequence: its own, and the model's."""
         return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.info.stop_strings))
 
     def prepare_messages(self, messages: list[Message], images: list[ImageSource]) -> Prompt:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..artifact import ModelInfo
 from ..backends.base import Result
+from ..processor.detokenizer import IncrementalDetokenizer
 from ..sampling.sampler import logprob_of, sample
 from .request import Sequence
 
@@ -27,13 +28,14 @@ class NextToken:
         sequence.generated.append(token)
         if sequence.logits_processors:
             sequence.logits_processors.accept(token)
-        if sequence.text is not None:
-            sequence.text.add_unread(token)
-        return self._end(sequence, token)
+        text = sequence.text  # a signal handler may forget it
+        if text is not None:
+            text.add_unread(token)
+        return self._end(sequence, token, text)
 
-    def _end(self, sequence: Sequence, token: int) -> str | None:
+    def _end(self, sequence: Sequence, token: int, text: IncrementalDetokenizer | None) -> str | None:
         """Why an answer ends with its last token."""
-        params, logits_processors, text = sequence.params, sequence.logits_processors, sequence.text
+        params, logits_processors = sequence.params, sequence.logits_processors
         if (
             (token in self.eos and not params.ignore_eos)
             or token in params.stop_token_ids
