@@ -357,11 +357,12 @@ def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Store | 
     calibration, options = job.options.calibration, job.options
     if calibration is None:
         return None
+    from ..runtime.processor.processor import Processor
     from ..weights.calibrated import Store
     from .calibrate import calibrate, prompts_of
 
     cache = make_plan(job.config, replace(options, tp=1, pp=1)).cache
-    prompts = prompts_of(calibration, job.info, job.out / tokenizer, cache.context)
+    prompts = prompts_of(calibration, Processor.read(job.info, job.out / tokenizer), cache.context)
     if not any(each.images for each in calibration.conversations):
         job.progress.say("the calibration has no images: what images do to activations is not seen")
     store = Store(job.out, key)

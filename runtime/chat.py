@@ -12,11 +12,10 @@ from collections.abc import Iterator
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from .arguments import as_list
 from .engine.conversation import Conversation
 from .engine.request import Output, SamplingParams, Sequence, merge_params, one_answer
 from .processor.images import ImageSource, load_image
-from .processor.prompt import Message
+from .processor.prompt import Message, as_list
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
@@ -133,10 +132,10 @@ class Chat:
         settings: dict[str, Any],
     ):
         sources = as_list(images)
-        message = self.model.turn(text, len(sources))
+        message = self.model.processor.turn(text, len(sources))
         new = [load_image(image, alpha=self.model.info.image.alpha) for image in sources]
         with self._state:  # a turn that ends meanwhile would be missing from the prompt
-            prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
+            prompt = self.model.processor.prompt([*self.messages, message], [*self.images, *new])
             sequence = self.model.new_sequence(prompt, one_answer(merge_params(sampling, settings)), return_logits)
             self._end(self.turn)
             self.model.engine.resume(sequence, self.conversation)

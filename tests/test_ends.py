@@ -87,7 +87,7 @@ def test_an_end_is_there_before_the_answer_is_read(embedded_artifact: Path) -> N
     params = SamplingParams(
         max_new_tokens=12, temperature=2.0, seed=1, ignore_eos=True, stop=(whole.text[middle : middle + 4],)
     )
-    sequence = model.new_sequence(model.prepare("x", [], raw=False), params)
+    sequence = model.new_sequence(model.processor.prompt("x"), params)
     model.start(sequence)
     before = model.engine.metrics.finished.copy()
     while not sequence.finish_reason:
