@@ -29,7 +29,7 @@ PERIOD = 20  # tokens after which the text that repeats begins again
 BATCH = 4
 
 
-class Forced:
+class OneToken:
     """A constraint that lets through one token at each position; see runtime.sampling.logits_processors.Constraint."""
 
     done = False
@@ -68,7 +68,7 @@ def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: in
     engine = model.engine
     params = runtime.SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True, speculate=drafts)
     prompt = model.processor.prompt("Say it again.")
-    sequences = [engine.new_sequence(prompt, params, constraints=(Forced(answer),)) for _ in range(batch)]
+    sequences = [engine.new_sequence(prompt, params, constraints=(OneToken(answer),)) for _ in range(batch)]
     for sequence in sequences:
         engine.add(sequence)
     while not all(sequence.generated for sequence in sequences):

@@ -55,7 +55,7 @@ def timed(calls: list[float], function: Callable[..., Any]) -> Callable[..., Any
 
 def measure(batch: int, steps: int) -> dict[str, float]:
     artifact = fake_artifact(slots=batch, context=CONTEXT, prefill={16: 1.0, 64: 2.0}, decode={batch: 1.0})
-    engine = Engine(artifact, backend=Stub(artifact))  # type: ignore[arg-type]
+    engine = Engine(artifact.manifest, Stub(artifact))  # type: ignore[arg-type]
     parts: dict[str, list[float]] = {"scheduler": [], "feeds": [], "step": []}
     params = SamplingParams(max_new_tokens=steps + 1, temperature=0.0, ignore_eos=True)
     for row in range(batch):

@@ -16,18 +16,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import grouped, merge_params, one_answer
 from .artifact import ArtifactError
 from .backends.distributed.failures import RankError
-from .engine.request import Output, SamplingParams, Sequence
+from .engine.request import Output, SamplingParams, Sequence, grouped, merge_params, one_answer
 from .model import Model
 from .opening import RunError
-from .processor.detokenizer import IncrementalDetokenizer
 from .processor.prompt import Message, Prompt, check_text
 from .sampling.sampler import TokenLogprob
 
 Images = Any
-Asked = str | Message | SequenceOf[Message]
+Turns = str | Message | SequenceOf[Message]  # one turn, or a conversation
 CHECK_S = 2.0  # between two looks at ranks that have nothing to do
 log = logging.getLogger(__name__)
 
@@ -38,7 +36,7 @@ class EngineClosedError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What has become certain of an answer: its text, and of tokens not given before their log-probabilities, if asked for."""
+    """New text of an answer, with the log-probabilities of the tokens since the last piece, if the request asks for them."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
@@ -59,9 +57,8 @@ class _Answer:
     sequence: Sequence
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
-    given: int = 0  # pieces
-    told: int = 0  # log-probabilities
-    text: IncrementalDetokenizer | None = None  # once it is queued
+    pieces: int = 0  # that were given out
+    logprobs: int = 0  # that were given out
 
 
 class Answers:
@@ -99,8 +96,8 @@ class Answers:
 class AsyncEngine:
     """Answers prompts of a model; use it in an `async with` block or close it.
 
-    A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose images are `images` in order;
-    what an earlier turn left in the cache is taken over, so that no chat needs to be kept.
+    A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose images are `images` in order. The
+    prefix cache serves what an earlier turn left behind, so that no chat needs to be kept.
     """
 
     def __init__(self, model: Model) -> None:
@@ -119,13 +116,13 @@ class AsyncEngine:
 
     @property
     def turn_s(self) -> float:
-        """Seconds for which the engine has been in its present turn, one step at most; 0 while nothing is to be done."""
-        began = self._turn
-        return 0.0 if began is None else self.model.engine.clock() - began
+        """Seconds for which the engine has been in its present turn, one step at most; 0 while there is no work."""
+        start = self._turn
+        return 0.0 if start is None else self.model.engine.clock() - start
 
     async def generate(
         self,
-        prompt: Asked,
+        prompt: Turns,
         images: Images = None,
         *,
         sampling: SamplingParams | None = None,
@@ -140,7 +137,7 @@ class AsyncEngine:
 
     async def stream(
         self,
-        prompt: Asked,
+        prompt: Turns,
         images: Images = None,
         *,
         sampling: SamplingParams | None = None,
@@ -154,13 +151,12 @@ class AsyncEngine:
                 if isinstance(item, Piece):
                     yield item.text
 
-    async def prepare(self, prompt: Asked, images: Images = None, *, raw: bool = False) -> Prompt:
-        """A prompt made ready, so that its length is known before it is asked; raises PromptError, ImageError."""
+    async def prepare(self, prompt: Turns, images: Images = None, *, raw: bool = False) -> Prompt:
+        """The prompt, so that its length is known before it is queued; raises PromptError, ImageError."""
         return await self._aside(self._preparing, lambda: self._prepared(prompt, images, raw))
 
-    async def ask(self, prompt: Asked | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
-        """All of the params.n answers to a prompt, which is queued; errors of what was asked as of `generate`."""
-
+    async def ask(self, prompt: Turns | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
+        """Queue a prompt; all its params.n answers. Raises as `generate` does."""
         ready = prompt if isinstance(prompt, Prompt) else await self.prepare(prompt, images, raw=raw)
 
         def sequences() -> list[Sequence]:
@@ -169,9 +165,9 @@ class AsyncEngine:
         pool = self._forming if params.constrained else self._preparing
         items: asyncio.Queue[tuple[int, Item]] = asyncio.Queue()
         loop = asyncio.get_running_loop()
-        asked = [_Answer(sequence, loop, items) for sequence in await self._aside(pool, sequences)]
-        self._command(lambda: [self._start(answer) for answer in asked])
-        return Answers(items, len(asked), lambda: self._command(lambda: [self._forget(answer) for answer in asked]))
+        answers = [_Answer(sequence, loop, items) for sequence in await self._aside(pool, sequences)]
+        self._command(lambda: [self._start(answer) for answer in answers])
+        return Answers(items, len(answers), lambda: self._command(lambda: [self._forget(answer) for answer in answers]))
 
     async def close(self) -> None:
         """Stop after the step that runs; whoever still waits for an answer gets an error."""
@@ -191,7 +187,7 @@ class AsyncEngine:
     # ---- in the caller's thread
 
     async def _aside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
-        """The result of work that must not hold up the loop."""
+        """The result of work that must not block the loop."""
         if self._closing:
             raise EngineClosedError("the engine was closed; open another one")
         if self.failure is not None:
@@ -204,7 +200,7 @@ class AsyncEngine:
                 raise EngineClosedError("the engine was closed before the prompt was ready") from None
             raise
 
-    def _prepared(self, prompt: Asked, images: Images, raw: bool) -> Prompt:
+    def _prepared(self, prompt: Turns, images: Images, raw: bool) -> Prompt:
         if raw and not isinstance(prompt, list | tuple):
             return self.model.processor.raw_prompt(check_text(prompt), images)
         return self.model.processor.prompt(prompt, images)
@@ -222,7 +218,7 @@ class AsyncEngine:
             with self._wake:
                 self._wake.wait_for(
                     lambda: self._commands or self._closing or self._answers,
-                    timeout=CHECK_S if self.model.check and self.failure is None else None,
+                    timeout=CHECK_S if self.model.ranks and self.failure is None else None,
                 )
                 commands, self._commands = self._commands, []
             self._turn = self.model.engine.clock()
@@ -232,8 +228,8 @@ class AsyncEngine:
                 self._fail(EngineClosedError("the engine was closed before the answer was complete"))
                 return
             try:
-                if self.model.check and self.failure is None and self.model.engine.scheduler.idle:
-                    self.model.access.exclusively(self.model.check)
+                if self.model.ranks and self.failure is None and self.model.engine.scheduler.idle:
+                    self.model.access.exclusively(self.model.ranks.check)
                 if self._answers:
                     self.model.advance()
             except Exception as error:  # concerns all; what concerns single requests is their own error
@@ -245,13 +241,13 @@ class AsyncEngine:
         try:
             if self.failure is not None:
                 raise self.failure
-            answer.text = self.model.start(answer.sequence, streamed=True)
+            self.model.start(answer.sequence, streamed=True)
             self._answers[answer.sequence.id] = answer
         except Exception as error:
             self._post(answer, error)
 
     def _deliver(self, answer: _Answer) -> None:
-        """What is new of an answer, or what has ended it, to its loop."""
+        """Send an answer's new pieces, or the error that has ended it, to its loop."""
         try:
             self._give(answer)
         except Exception as error:
@@ -262,14 +258,14 @@ class AsyncEngine:
     def _give(self, answer: _Answer) -> None:
         sequence = answer.sequence
         output = self.model.output(sequence) if sequence.finish_reason else None
-        pieces = answer.text.given if answer.text else []
-        new, answer.given = pieces[answer.given :], len(pieces)
-        logprobs = tuple(sequence.logprobs[answer.told :])
+        pieces = sequence.text.given if sequence.text else []
+        new, answer.pieces = pieces[answer.pieces :], len(pieces)
+        logprobs = tuple(sequence.logprobs[answer.logprobs :])
         if output and logprobs and not new:
             new = [""]
         for text in new:
             self._post(answer, Piece(text, logprobs))
-            logprobs, answer.told = (), len(sequence.logprobs)
+            logprobs, answer.logprobs = (), len(sequence.logprobs)
         if output:
             self._post(answer, output)
             self._forget(answer)
@@ -286,7 +282,7 @@ class AsyncEngine:
                 log.error("%s", error)
 
     def _fail(self, error: Exception) -> None:
-        """End all answers that wait."""
+        """End all answers that have not ended, with an error."""
         self._check_final(error)
         for answer in list(self._answers.values()):
             self._post(answer, error)

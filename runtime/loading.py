@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Artifact, ArtifactError, Manifest
+from .backends.base import Backend
 from .backends.distributed.start import follow, lead, meet, read_timeout, spawn
 from .backends.distributed.world import World, started_world
-from .backends.open import check_device
-from .engine.engine import NGRAMS, Engine
+from .backends.open import check_device, open_backend
+from .engine.engine import Engine
+from .engine.options import NGRAMS, EngineOptions
 from .engine.request_log import RequestLog
 from .model import Model
 from .opening import Checks, open_checked
@@ -42,10 +44,10 @@ def load(
     the ranks of this machine, or one for a model of less than 16 MiB. timeout: seconds that ranks wait for each other; default
     STATICVL_TIMEOUT, or 300.
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
-    reuse: take over from earlier requests what a new one shares with them: the beginning of its prompt as it lies in the
-    cache, and features of its images, of which image_cache_mb megabytes are kept.
-    speculate: draft up to so many tokens of every answer from what was said before, where the artifact has graphs that verify
-    them (compile with --speculate); ngrams: the fewest and the most last tokens that must have been said before.
+    reuse: use what earlier requests have computed: cache rows of a common prefix of the prompt, and image features, of which
+    image_cache_mb megabytes are kept.
+    speculate: draft up to so many tokens of every answer by prompt lookup, where the artifact has graphs that verify them
+    (compile with --speculate); ngrams: the fewest and the most last tokens that a draft is found by.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
     system_in_user: where the checkpoint's template refuses a system message, as Llama-3.2-Vision's does beside images, put its
     text into the first user turn; default: an error.
@@ -62,47 +64,55 @@ def load(
 
     Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
+    options = EngineOptions(
+        prefill_budget=prefill_budget, reuse=reuse, image_cache_mb=image_cache_mb, speculate=speculate, ngrams=ngrams
+    )
     checks = Checks(verify, Path(verify_key) if verify_key is not None else None)
     world = started_world() if tp != 1 else None
     if world is not None and world.rank > 0:
         raise SystemExit(_take_part(Path(artifact), world, device, threads, timeout, checks))
     opened = open_checked(Path(artifact), checks, rank=0)
-    settings: dict[str, Any] = {"prefill_budget": prefill_budget, "reuse": reuse, "image_cache_mb": image_cache_mb}
-    settings |= {"speculate": speculate, "ngrams": ngrams}
     try:
         _check(opened, artifact, tp, world, device)
         log = RequestLog(Path(request_log)) if request_log is not None else None
         if opened.manifest.ranks == 1:
-            engine = Engine(opened, device=device, threads=threads, verify=checks.all_files, **settings)
-            return Model(opened, engine, log, system_in_user=system_in_user)
+            backend = _open_alone(opened, device, threads, checks)
+            return Model(opened, Engine(opened.manifest, backend, options), log, system_in_user=system_in_user)
         start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
-        backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
+        leader = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
         try:
-            engine = Engine(opened, backend=backend, **settings)
-            return Model(opened, engine, log, backend.close, backend.monitor.check, system_in_user=system_in_user)
+            return Model(opened, Engine(opened.manifest, leader, options), log, leader.monitor, system_in_user=system_in_user)
         except BaseException:
-            backend.close()
+            leader.close()
             raise
     except BaseException:
         opened.close()
         raise
 
 
-def _check(opened: Artifact, given: str | Path, tp: int | None, world: World | None, device: str) -> None:
-    """Raise ArtifactError for what is known to be wrong before a graph is opened or a rank started."""
+def _check(opened: Artifact, name: str | Path, tp: int | None, world: World | None, device: str) -> None:
+    """Raise ArtifactError for what can be seen to be wrong before a graph is opened or a rank started."""
     manifest = opened.manifest
     if tp is not None and tp != manifest.tp:
         raise ArtifactError(
-            f"{given} was compiled for tp={manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
+            f"{name} was compiled for tp={manifest.tp}, not tp={tp}; compile it again with --tp {tp} or load it with "
             f"tp={manifest.tp}"
         )
     if world is not None and world.size != manifest.ranks:
-        raise ArtifactError(_wrong_number(given, manifest, world.size))
+        raise ArtifactError(_wrong_number(name, manifest, world.size))
     check_device(manifest.backend, opened.folder, device)
 
 
+def _open_alone(opened: Artifact, device: str, threads: int | None, checks: Checks) -> Backend:
+    """The backend of a model of one rank."""
+    manifest, verify = opened.manifest, checks.all_files
+    return open_backend(
+        manifest.backend, opened.folder, manifest.cache, device=device, threads=threads, manifest=manifest, verify=verify
+    )
+
+
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None, checks: Checks) -> int:
-    """Run as a rank that a launcher has started, to the end; the exit status."""
+    """Run as a rank that a launcher has started, to the end. Returns the exit status."""
     seconds = read_timeout(timeout)
     status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=seconds, checks=checks)
     if stuck:  # in a collective that does not end, and that the interpreter would wait for
@@ -110,10 +120,10 @@ def _take_part(folder: Path, world: World, device: str, threads: int | None, tim
     return status
 
 
-def _wrong_number(artifact: str | Path, manifest: Manifest, started: int) -> str:
+def _wrong_number(artifact: str | Path, manifest: Manifest, processes: int) -> str:
     ranks = manifest.ranks
-    compiled = f"{ranks} rank{'s' * (ranks > 1)} (tp={manifest.tp}, pp={manifest.pp})"
+    layout = f"{ranks} rank{'s' * (ranks > 1)} (tp={manifest.tp}, pp={manifest.pp})"
     right = f"torchrun --nproc-per-node {ranks} -m staticvl.tools.cli generate {artifact} ..."
     if ranks == 1:
         right = "no launcher, or load it with tp=1 for a whole model in every process"
-    return f"{artifact} was compiled for {compiled}, but WORLD_SIZE says that {started} were started; start it with {right}"
+    return f"{artifact} was compiled for {layout}, but WORLD_SIZE says that {processes} were started; start it with {right}"

@@ -5,19 +5,18 @@ from __future__ import annotations
 import functools
 import itertools
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from collections.abc import Sequence as SequenceOf
 from functools import partial
-from typing import Any, overload
+from typing import Any, Protocol, overload
 
 import numpy as np
 
-from .arguments import grouped, merge_params, one_answer
 from .artifact import Artifact
 from .chat import Chat
 from .engine.access import EngineAccess
 from .engine.engine import Engine
-from .engine.request import Output, SamplingParams, Sequence
+from .engine.request import Output, SamplingParams, Sequence, grouped, merge_params, one_answer
 from .engine.request_log import RequestLog, record_of
 from .processor.detokenizer import IncrementalDetokenizer
 from .processor.processor import Processor
@@ -31,11 +30,23 @@ class ModelClosedError(RuntimeError):
     """The model was closed, before a call or in the middle of one."""
 
 
+class Ranks(Protocol):
+    """The other ranks of a model, as rank 0 sees them."""
+
+    def check(self) -> None:
+        """Raise RankError if one of them has gone or failed while nothing was to be done."""
+        ...
+
+    def close(self) -> None:
+        """End them, and all that waits for them."""
+        ...
+
+
 class Model:
     """A loaded artifact; a context manager that closes it.
 
-    For any number of threads: what they ask for at the same time runs in one batch. A generator belongs to one thread at a
-    time, as everywhere in Python; it may be dropped in any.
+    For any number of threads: their requests run in one batch. A generator belongs to one thread at a time, as everywhere in
+    Python; it may be dropped in any.
     """
 
     def __init__(
@@ -43,19 +54,15 @@ class Model:
         artifact: Artifact,
         engine: Engine,
         request_log: RequestLog | None = None,
-        on_close: Callable[[], object] | None = None,
-        check: Callable[[], None] | None = None,
+        ranks: Ranks | None = None,
         *,
         system_in_user: bool = False,
     ) -> None:
-        """on_close: what `close` does besides; default: free the graphs. check: raises RankError if the model's other ranks
-        are not well, which somebody who does nothing else should ask now and then; None for a model of one rank."""
-        self.artifact, self.engine, self.request_log = artifact, engine, request_log
+        """`ranks`: they end with the model, and somebody should check them now and then while nothing runs; None for a model
+        of one rank."""
+        self.artifact, self.engine, self.request_log, self.ranks = artifact, engine, request_log, ranks
         self.access = EngineAccess(engine.interrupted)
-        self.check = check
-        self._on_close, self.closed = on_close or engine.unload, False
-        self.texts: dict[int, IncrementalDetokenizer] = {}  # of the sequences that run or wait, by id
-        engine.on_token = self._gained
+        self.closed = False
         self.info = artifact.manifest.model
         self.processor = Processor.of(artifact, system_in_user=system_in_user)
 
@@ -72,7 +79,7 @@ class Model:
     def _close(self) -> None:
         self._end_all()
         try:
-            self._on_close()
+            (self.ranks.close if self.ranks else self.engine.unload)()
         finally:
             self.artifact.close()
 
@@ -172,11 +179,11 @@ class Model:
         """
         text = self.start(sequence, streamed=True)
         try:
-            for given in itertools.count():
-                self.access.until(partial(_has_news, sequence, text, given), self._advance)
-                if given == len(text.given):
+            for taken in itertools.count():
+                self.access.until(partial(_has_news, sequence, text, taken), self._advance)
+                if taken == len(text.given):
                     break
-                yield text.given[given]
+                yield text.given[taken]
             if sequence.error is not None:
                 raise sequence.error
             if last := text.finish():
@@ -203,6 +210,7 @@ class Model:
         return ConstraintFactory(self.processor.token_bytes, self.info.eos_token_ids)
 
     def stops(self, sequence: Sequence) -> tuple[str, ...]:
+        """The strings that end the text of a sequence: its own, and the model's."""
         return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.info.stop_strings))
 
     def _prompt(self, turn: Turn, images: Images, raw: bool) -> Prompt:
@@ -213,16 +221,15 @@ class Model:
 
     def start(self, sequence: Sequence, *, streamed: bool = False) -> IncrementalDetokenizer:
         """Queue a sequence; its text grows with every step, of whichever thread. `streamed`: see IncrementalDetokenizer."""
-        stops, least = self.stops(sequence), sequence.params.min_new_tokens
-        text = self.processor.detokenizer(stops, least, streamed=streamed)
+        from_token = sequence.params.min_new_tokens
+        text = self.processor.detokenizer(self.stops(sequence), from_token, streamed=streamed)
         self.access.exclusively(self._start, sequence, text)
         return text
 
     def _start(self, sequence: Sequence, text: IncrementalDetokenizer) -> None:
         if self.closed:
             raise ModelClosedError("the model was closed; load the artifact again")
-        self.texts[sequence.id] = text
-        self.engine.add(sequence)
+        self.engine.add(sequence, text)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a sequence that has not finished, between two steps."""
@@ -241,12 +248,12 @@ class Model:
 
     def _forget(self, sequence: Sequence) -> None:
         try:
-            if self.request_log and sequence.id in self.texts:
+            if self.request_log and sequence.text is not None:
                 sizes = tuple((frame.image_width, frame.image_height) for frame in sequence.prompt.frames)
-                arrived = time.time() - (self.engine.clock() - sequence.arrived)
+                arrived = time.time() - (self.engine.clock() - sequence.times.arrived)
                 self.request_log.write(record_of(self._output(sequence), arrived, sizes, sequence.reused))
         finally:
-            self.texts.pop(sequence.id, None)
+            self.engine.forget(sequence)
 
     def advance(self) -> SequenceOf[Sequence]:
         """One engine step, and the new text of each sequence that gained a token; the sequences that have changed.
@@ -271,14 +278,6 @@ class Model:
                 raise
             return (*expired, *engine.failed)
 
-    def _gained(self, sequence: Sequence) -> bool:
-        """The text of a sequence's latest token; whether it completes a stop string."""
-        text = self.texts.get(sequence.id)
-        if text is None:  # the engine was given it by somebody else
-            return False
-        text.add_unread(sequence.generated[-1])
-        return text.stopped
-
     def output(self, sequence: Sequence) -> Output:
         """The answer of a sequence that has finished and is not forgotten; raises what has ended it, where it failed."""
         if sequence.error is not None:
@@ -286,15 +285,13 @@ class Model:
         return self._output(sequence)
 
     def _output(self, sequence: Sequence) -> Output:
-        text, reason = self.texts[sequence.id], sequence.finish_reason or "cancelled"
+        text = sequence.text
+        assert text is not None, "only a sequence that was started and is not forgotten has an answer"
         text.finish()
-        if text.stopped and reason == "length":  # a stop string in what was held back
-            self.access.soon(self.engine.stop, sequence)
-            reason = "stop"
         return Output(
             text=text.text,
             token_ids=list(sequence.generated),
-            finish_reason=reason,
+            finish_reason=sequence.finish_reason or "cancelled",
             boxes=list(self.processor.boxes(text.text, sequence.prompt.frames)),
             prompt_tokens=sequence.prompt.length,
             image_tokens=sequence.prompt.image_tokens,
@@ -305,6 +302,6 @@ class Model:
         )
 
 
-def _has_news(sequence: Sequence, text: IncrementalDetokenizer, given: int) -> bool:
-    """Whether there are more than `given` pieces, or there will be none."""
-    return sequence.finish_reason is not None or len(text.given) > given
+def _has_news(sequence: Sequence, text: IncrementalDetokenizer, taken: int) -> bool:
+    """Whether there are more than `taken` pieces, or there will be none."""
+    return sequence.finish_reason is not None or len(text.given) > taken

@@ -33,6 +33,7 @@ from staticvl.runtime.artifact import (
     open_artifact,
 )
 from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.options import EngineOptions
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.images import frame_of
 from staticvl.runtime.processor.prompt import CrossAttentionMask, Prompt
@@ -188,8 +189,8 @@ def _text_graph(
 def fake_engine(*, reuse: bool = False, prefill_budget: int | None = None, speculate: int = 0, **sizes: Any) -> Engine:
     """An engine over `fake_artifact`; without reuse, every step of every request is there to be counted."""
     artifact = fake_artifact(**sizes)
-    backend = FakeBackend(artifact.manifest)
-    return Engine(artifact, backend=backend, reuse=reuse, prefill_budget=prefill_budget, speculate=speculate)
+    options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate)
+    return Engine(artifact.manifest, FakeBackend(artifact.manifest), options)
 
 
 class Guess:
@@ -355,18 +356,17 @@ def loaded(folder: Path) -> runtime.Model:
 
 
 def lent(folder: Path) -> Iterator[runtime.Model]:
-    """A compiled artifact for one test, which must leave nothing behind: no slot, no request, no text."""
+    """A compiled artifact for one test, which must leave nothing behind: no slot, no request."""
     model = loaded(folder)
     yield model
     assert model.engine.cache.free == model.engine.cache.spec.slots
     assert model.engine.scheduler.idle
-    assert not model.texts
 
 
 def loaded_with_fake(folder: Path, *, reuse: bool = False) -> runtime.Model:
     """The tokenizer, template and buckets of a compiled artifact over a fake backend: fast enough for random conversations."""
     artifact = open_artifact(folder)
-    return runtime.Model(artifact, Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=reuse))
+    return runtime.Model(artifact, Engine(artifact.manifest, FakeBackend(artifact.manifest), EngineOptions(reuse=reuse)))
 
 
 def fake_model(
@@ -392,6 +392,5 @@ def fake_model(
     definitions = [define_graph(config, info.image, plan.cache, "none", *graph) for graph in plan.graphs]
     graphs = tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in definitions)
     artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(info, **changes), plan.cache, graphs))
-    backend = FakeBackend(artifact.manifest)
-    settings: dict[str, Any] = {"reuse": reuse, "prefill_budget": prefill_budget, "speculate": speculate}
-    return runtime.Model(artifact, Engine(artifact, backend=backend, **settings))
+    options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate)
+    return runtime.Model(artifact, Engine(artifact.manifest, FakeBackend(artifact.manifest), options))

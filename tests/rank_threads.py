@@ -92,7 +92,7 @@ def ranks_as_threads(
         backend: LeaderBackend = start.lead(cut, worlds[0], store, **settings)
         assert all(each.loaded == [graph.name for graph in cut.manifest.graphs] for each in backends.values())
         try:
-            yield Engine(cut, backend=backend), others
+            yield Engine(cut.manifest, backend), others
         finally:
             backend.close()
             _part(backend, backends)

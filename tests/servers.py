@@ -135,7 +135,7 @@ def serving(model: runtime.Model, **settings: Any) -> Iterator[Running]:
         until(lambda: running.service.figures.active == 0)
         if running.service.engine.failure is None:
             until(lambda: model.engine.cache.free == model.engine.cache.spec.slots)
-            until(lambda: model.engine.scheduler.idle and not model.texts)
+            until(lambda: model.engine.scheduler.idle and not running.service.engine._answers)
     finally:
         running.http.close()
         server.should_exit = True

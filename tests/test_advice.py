@@ -13,7 +13,7 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.engine.fit import ContextError, check_draft
 from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.tools.cli import main
@@ -91,7 +91,7 @@ def test_an_artifact_of_before_says_nothing_of_positions(model: runtime.Model) -
 @pytest.mark.parametrize("wanted", [-1, 1, 63, 64, 1000])
 def test_drafts(model: runtime.Model, wanted: int) -> None:
     with pytest.raises(ValueError, match=f"speculate is {wanted}, but the artifact verifies at most 0") as caught:
-        model.engine._drafted(wanted)
+        check_draft(model.engine.manifest, wanted)
     advised = re.search(r"--speculate (\d+)", str(caught.value))
     assert bool(advised) == (0 < wanted < 64)
     if advised:

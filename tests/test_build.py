@@ -26,7 +26,7 @@ from staticvl.compiler.leftovers import JOURNAL
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import SCHEMA_VERSION, ArtifactError, FileSpec, open_artifact, verify, write_manifest
-from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.engine.fit import ContextError
 from staticvl.weights.source import WeightsError
 
 from .checkpoints import tiny_llava

@@ -29,9 +29,9 @@ from staticvl.model_defs.config import read_config
 from staticvl.model_defs.decoder import Block
 from staticvl.runtime.artifact import read_manifest
 from staticvl.runtime.backends.ascend.weights import map_weight
+from staticvl.runtime.engine.engine import GraphRun
 from staticvl.runtime.processor.prompt import Message, Prompt
 from staticvl.tools.comparing.checkpoint import Checkpoint
-from staticvl.tools.comparing.forced import Ran
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
@@ -86,11 +86,11 @@ def run_by_engine(setup: Setup, samples: list[Sample], context: int, *, tower: b
     rows: dict[str, list[Tensor]] = {}
     counts: list[int] = []
 
-    def watch(ran: Ran) -> None:
-        if ran.step.kind == "prefill":
-            counts.append(int(ran.feed["last_index"][0]) + 1)
+    def watch(run: GraphRun) -> None:
+        if run.step.kind == "prefill":
+            counts.append(int(run.feed["last_index"][0]) + 1)
 
-    side.engine.watch = watch
+    side.engine.on_run = watch
     for graph in side.artifact.manifest.graphs:
         side.engine.backend.load(graph)
         for name, module in side.engine.backend.modules[graph.name].named_modules():  # type: ignore[attr-defined]

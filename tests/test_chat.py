@@ -18,7 +18,7 @@ from PIL import Image
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.chat import Chat
-from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.engine.fit import ContextError
 from staticvl.runtime.processor.images import ImageError
 from staticvl.runtime.processor.prompt import Message, Prompt, PromptError
 
@@ -597,7 +597,6 @@ class Conversations(RuleBasedStateMachine):
             talk.chat.close()
         assert self.model.engine.cache.free == self.model.engine.cache.spec.slots
         assert self.model.engine.scheduler.idle
-        assert not self.model.texts
 
 
 @pytest.mark.parametrize(("family", "examples"), [("llava", 30), ("llava_next", 5), ("mllama", 15), ("qwen_vl", 12)])

@@ -16,7 +16,7 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.async_engine import AsyncEngine
-from staticvl.runtime.engine import cache, engine, metrics, request, scheduler
+from staticvl.runtime.engine import cache, conversation, engine, metrics, next_token, request, scheduler
 from staticvl.runtime.engine import prefix_cache as reuse
 from staticvl.runtime.engine.access import InterruptedStepError
 from staticvl.runtime.engine.request import Sequence
@@ -92,8 +92,8 @@ def make_faulty(model: runtime.Model, seed: int) -> Faulty:
     backend.rng = random.Random(seed)
     model.engine.reset(DeviceError())  # a new device holds nothing
     model.engine.backend = backend
-    if model.engine.scheduler.reuse:
-        model.engine.scheduler.reuse.backend = backend  # type: ignore[attr-defined]
+    if model.engine.scheduler.prefix_cache:
+        model.engine.scheduler.prefix_cache.backend = backend  # type: ignore[attr-defined]
     return backend
 
 
@@ -146,7 +146,7 @@ class Traffic:
             check_slots(self.model.engine)
 
     def ended(self, sequence: Sequence, wanted: list[int]) -> bool:
-        if not sequence.finish_reason and sequence.id in self.model.texts:
+        if not sequence.finish_reason and sequence.text is not None:
             return False
         if sequence.finish_reason == "length":
             assert self.model.output(sequence).token_ids == wanted
@@ -192,17 +192,18 @@ def test_a_device_that_fails_every_so_often(make: Callable[..., runtime.Model], 
 
 def check_whole(model: runtime.Model, backend: Faulty, traffic: Traffic) -> None:
     """Nothing is left behind, and everything that comes later is answered."""
-    assert model.engine.scheduler.idle and not model.texts and model.engine.cache.free == SLOTS
+    assert model.engine.scheduler.idle and model.engine.cache.free == SLOTS
     backend.every, traffic.failed, traffic.right = None, 0, 0
     traffic.run(9)
     assert traffic.right >= 9 and not traffic.failed
-    assert model.engine.scheduler.idle and not model.texts and model.engine.cache.free == SLOTS
+    assert model.engine.scheduler.idle and model.engine.cache.free == SLOTS
 
 
 # ---- an exception at any line
 
 
-FILES = {module.__file__ for module in (cache, engine, metrics, request, reuse, scheduler, text, tokenizer)}
+MODULES = cache, conversation, engine, metrics, next_token, request, reuse, scheduler, text, tokenizer
+FILES = {module.__file__ for module in MODULES}
 
 
 class AtLine:
@@ -272,7 +273,7 @@ def check_only_one_fails(model: runtime.Model, bad: Sequence, error: type[Except
     for sequence in everything:
         model.end(sequence)
     assert model.engine.metrics.finished["failed"] == 1
-    assert model.engine.scheduler.idle and not model.texts and model.engine.cache.free == SLOTS
+    assert model.engine.scheduler.idle and model.engine.cache.free == SLOTS
 
 
 class BadGuide:
@@ -298,16 +299,30 @@ def test_rules_that_raise(make: Callable[..., runtime.Model]) -> None:
 
 def test_text_that_raises(make: Callable[..., runtime.Model], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llava", reuse=True)
-    gained = model.engine.on_token
+    add_unread = text.IncrementalDetokenizer.add_unread
     bad = model.new_sequence(model.processor.prompt("Hello!"), runtime.SamplingParams(max_new_tokens=6))
 
-    def on_token(sequence: Sequence) -> bool:
-        if sequence is bad and len(sequence.generated) == 3:
+    def add(answer: text.IncrementalDetokenizer, token: int) -> None:
+        if answer is bad.text and len(bad.generated) == 3:
             raise DeviceError
-        assert gained is not None
-        return gained(sequence)
+        add_unread(answer, token)
 
-    monkeypatch.setattr(model.engine, "on_token", on_token)
+    monkeypatch.setattr(text.IncrementalDetokenizer, "add_unread", add)
+    check_only_one_fails(model, bad, DeviceError)
+
+
+def test_text_that_raises_at_its_end(make: Callable[..., runtime.Model], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the engine looks whether what is held back completes a stop string."""
+    model = make("llava", reuse=True)
+    at_end = text.IncrementalDetokenizer.stopped_at_end
+    bad = model.new_sequence(model.processor.prompt("Hello!"), runtime.SamplingParams(max_new_tokens=3))
+
+    def stopped_at_end(answer: text.IncrementalDetokenizer) -> bool:
+        if answer is bad.text:
+            raise DeviceError
+        return at_end(answer)
+
+    monkeypatch.setattr(text.IncrementalDetokenizer, "stopped_at_end", stopped_at_end)
     check_only_one_fails(model, bad, DeviceError)
 
 
@@ -338,4 +353,4 @@ def test_one_failing_step_of_an_async_engine(make: Callable[..., runtime.Model])
     failed = [result for result in results if isinstance(result, DeviceError)]
     assert 0 < len(failed) < len(results)
     assert all(isinstance(got, DeviceError) or got.text == text for got, text in zip(results, wanted, strict=True))
-    assert model.engine.scheduler.idle and not model.texts and model.engine.cache.free == SLOTS
+    assert model.engine.scheduler.idle and model.engine.cache.free == SLOTS

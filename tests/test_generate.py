@@ -20,7 +20,7 @@ from PIL import Image
 from staticvl import runtime
 from staticvl.runtime.artifact import ArtifactError, open_artifact
 from staticvl.runtime.backends.open import open_backend
-from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.engine.fit import ContextError
 from staticvl.runtime.processor.images import ImageError
 from staticvl.runtime.processor.prompt import PromptError
 from staticvl.runtime.processor.tokenizer import TokenizerError

@@ -127,7 +127,6 @@ class Traffic:
             chat.close()
         assert self.model.engine.cache.free == self.model.engine.cache.spec.slots
         assert self.model.engine.scheduler.idle
-        assert not self.model.texts
 
     def guess(self, sequence: Sequence, answer: list[int]) -> None:
         """Let drafts come from an answer that is known, beyond the end where it is longer."""

@@ -27,7 +27,6 @@ from staticvl.runtime.backends.distributed.group import meet_store
 from staticvl.runtime.backends.distributed.launch import threads_each
 from staticvl.runtime.backends.distributed.leader import LeaderBackend
 from staticvl.runtime.backends.distributed.world import LOOPBACK, World, started_world
-from staticvl.runtime.engine.engine import Engine
 
 from .checkpoints import tiny_llava
 from .conftest import EMBEDDED, REPO
@@ -50,7 +49,7 @@ class Pair:
 def cut(two_ranks: Path) -> Iterator[runtime.Model]:
     with runtime.load(two_ranks, tp=2, timeout=PATIENCE) as model:
         yield model
-        assert model.engine.cache.free == 4 and model.engine.scheduler.idle and not model.texts
+        assert model.engine.cache.free == 4 and model.engine.scheduler.idle
 
 
 @pytest.fixture
@@ -136,7 +135,7 @@ def test_a_chat(pair: Pair) -> None:
 def test_rows_that_a_request_takes_over_are_copied_on_every_rank(pair: Pair) -> None:
     settings = {"max_new_tokens": 6, "ignore_eos": True, "return_logits": True, "temperature": 0.0}
     questions = [QUESTION, "Where is the circle?", "Which colours are there?"]
-    alone = runtime.Model(pair.whole.artifact, Engine(pair.whole.artifact, threads=1, reuse=False))
+    alone = runtime.load(pair.whole.artifact.folder, threads=1, reuse=False)
     expected = [alone.generate(question, noise(7), **settings) for question in questions]
     before = pair.cut.engine.metrics.copies
     found = pair.cut.generate(questions, [noise(7)] * 3, **settings)

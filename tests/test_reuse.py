@@ -14,6 +14,7 @@ from staticvl.runtime.artifact import CacheSpec, CrossSpec
 from staticvl.runtime.backends.ort import OrtBackend
 from staticvl.runtime.engine.cache_keys import cache_keys_of
 from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.options import EngineOptions
 from staticvl.runtime.engine.prefix_cache import EncoderCache, copy_ms_per_row
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.processor.prompt import Prompt
@@ -97,7 +98,7 @@ def test_a_copy_that_costs_more_than_the_run_is_not_made() -> None:
     manifest = msgspec.structs.replace(artifact.manifest, graphs=tuple(slow))
     row = 2 * artifact.manifest.cache.head_dim * 4
     assert copy_ms_per_row(manifest) == 2 * row
-    engine = Engine(replace(artifact, manifest=manifest), backend=FakeBackend(manifest))
+    engine = Engine(manifest, FakeBackend(manifest))
     sequences = [engine.add_request(text_prompt(*SHARED, n), THREE) for n in (5, 6)]
     run_all(engine)
     assert [sequence.reused for sequence in sequences] == [0, 0]
@@ -295,7 +296,7 @@ def model(embedded_artifact: Path) -> runtime.Model:
 def test_a_real_cache_is_taken_over(model: runtime.Model) -> None:
     """Logits as of a fresh prompt: the same image, other questions, side by side and one after another."""
     settings = {"max_new_tokens": 6, "ignore_eos": True, "return_logits": True, "temperature": 0.0}
-    fresh_model = runtime.Model(model.artifact, Engine(model.artifact, backend=model.engine.backend, reuse=False))
+    fresh_model = runtime.Model(model.artifact, Engine(model.engine.manifest, model.engine.backend, EngineOptions(reuse=False)))
     questions = ["What is in the picture?", "Where is the circle?", "What is in the picture?"]
     fresh = [fresh_model.generate(question, noise(1), **settings) for question in questions]
     runs = model.engine.metrics.runs
@@ -332,7 +333,7 @@ def test_turns_that_are_taken_back(model: runtime.Model) -> None:
         out = chat.send("What is in the picture?", noise(2), **settings)
         text = f"USER: Hello! ASSISTANT: {before[1].text} USER: <image>\nWhat is in the picture? ASSISTANT:"
         assert out.reused_tokens > 8
-        fresh = runtime.Model(model.artifact, Engine(model.artifact, backend=model.engine.backend, reuse=False))
+        fresh = runtime.Model(model.artifact, Engine(model.engine.manifest, model.engine.backend, EngineOptions(reuse=False)))
         assert out.token_ids == fresh.generate(text, noise(2), raw=True, **settings).token_ids
         with pytest.raises(ValueError, match="3 turns were to be taken back; the conversation has 2"):
             chat.rewind(3)

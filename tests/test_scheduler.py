@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from staticvl.runtime.engine.conversation import Conversation
 from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.options import EngineOptions
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.engine.scheduler import AGING, Step
 from staticvl.runtime.processor.prompt import Prompt
@@ -162,7 +164,7 @@ def test_equal_priorities_go_in_the_order_of_arrival() -> None:
 def test_deadlines() -> None:
     """Of one that waits, one that is prefilled and one that answers; those without go on."""
     artifact, now = fake_artifact(slots=3, prefill={4: 1.0}), [0.0]
-    engine = Engine(artifact, backend=FakeBackend(artifact.manifest), reuse=False, clock=lambda: now[0])
+    engine = Engine(artifact.manifest, FakeBackend(artifact.manifest), EngineOptions(reuse=False), clock=lambda: now[0])
 
     def ask(prompt: Prompt, deadline: float | None) -> Sequence:
         return engine.add_request(prompt, SamplingParams(max_new_tokens=9, ignore_eos=True, deadline_s=deadline))
@@ -208,18 +210,21 @@ def test_a_batch_decodes_where_the_most_images_can_be_seen() -> None:
     assert steps == [(3, (0, 1, 2)), (3, (0, 1, 2)), (1, (0, 2)), (0, (0,))]
 
 
-def test_a_sequence_that_brings_its_slot_does_not_wait() -> None:
+def test_a_sequence_whose_slot_is_parked_does_not_wait() -> None:
     """As the turn of a chat does."""
     engine = fake_engine(slots=2)
-    chat, kept = object(), engine.cache.acquire()
+    chat, kept = Conversation(), engine.cache.acquire()
     for _ in range(2):
         add(engine, text_prompt(1, 2))
+    engine.cache.park(chat, kept)
     turn = engine.new_sequence(text_prompt(3, 4), SamplingParams(max_new_tokens=1))
-    turn.slot, turn.holder = kept, chat
-    engine.scheduler.add(turn)
+    engine.resume(turn, chat)
+    engine.add(turn)
+    assert (turn.slot, engine.slot_of(chat)) == (kept, None)
     engine.step()
     assert turn.finish_reason == "length"
     assert engine.cache.parked == {chat: kept}
+    assert engine.slot_of(chat) == kept
     assert len(engine.scheduler.waiting) == 1
     check_slots(engine)
     engine.step()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import RopeParameters
 from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.options import EngineOptions
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.rope import ntk_factor
@@ -238,7 +239,6 @@ def test_what_a_request_asks_for() -> None:
         fake_engine(speculate=1)
     with pytest.raises(ValueError, match="speculate is -1; expected at least 0"):
         SamplingParams(speculate=-1)
-    manifest = engine.manifest
     for ngrams in ((0, 2), (3, 2)):
         with pytest.raises(ValueError, match=r"ngrams is .*; expected the fewest and the most tokens"):
-            Engine(type("A", (), {"manifest": manifest})(), backend=FakeBackend(manifest), ngrams=ngrams)  # type: ignore[arg-type]
+            EngineOptions(ngrams=ngrams)

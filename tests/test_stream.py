@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from staticvl import runtime
-from staticvl.runtime.engine.engine import ContextError
+from staticvl.runtime.engine.fit import ContextError
 from staticvl.runtime.processor.prompt import PromptError
 
 from .fakes import lent, loaded_with_fake, noise

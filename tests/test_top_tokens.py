@@ -128,8 +128,10 @@ def test_an_artifact_with_candidates_answers_as_from_whole_rows(artifact: Path, 
     assert {graph.kind: graph.candidates for graph in manifest.graphs} == {"vision": 0, "prefill": 6, "decode": 6, "verify": 6}
     assert manifest.recompilation().endswith(f"--candidates {COUNT} --context 64 --slots 2 --speculate 2")
     model, seen = runtime.load(artifact, reuse=False), []
-    engine, whole = model.engine, model.engine._of_whole_row
-    monkeypatch.setattr(engine, "_of_whole_row", lambda sequence, row: (seen.append(len(row)), whole(sequence, row))[1])
+    engine, whole = model.engine, model.engine.next_token.of_whole_row
+    monkeypatch.setattr(
+        engine.next_token, "of_whole_row", lambda sequence, row: (seen.append(len(row)), whole(sequence, row))[1]
+    )
 
     def answers(**settings: Any) -> list[list[int]]:
         asked = {"max_new_tokens": 10, "ignore_eos": True, "seed": 3, **settings}
@@ -146,7 +148,7 @@ def test_an_artifact_with_candidates_answers_as_from_whole_rows(artifact: Path, 
         found = answers(**each)
         assert len(seen) <= most
         with monkeypatch.context() as context:
-            context.setattr(engine, "_from_candidates", lambda *_: None)
+            context.setattr(engine.next_token, "_from_candidates", lambda *_: None)
             assert answers(**each) == found
     assert seen == [manifest.model.vocab_size] * len(seen)
 

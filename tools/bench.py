@@ -100,7 +100,7 @@ class Bench:
         outputs: list[Output] = self.model.run(sequences)
         ended = time.perf_counter()
         runs, inside = engine.metrics.runs["decode"] - runs, engine.metrics.seconds["decode"] - inside
-        decoding = ended - max(sequence.first_token for sequence in sequences)
+        decoding = ended - max(sequence.times.first_token for sequence in sequences)
         return (
             statistics.median(out.timings.first_token_s for out in outputs) * 1e3,
             decoding / runs * 1e3,

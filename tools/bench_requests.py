@@ -121,7 +121,7 @@ class Replay:
             while begun < len(order) or alive:
                 while begun < len(order) and start + self.times[order[begun]] <= clock():
                     sequence = model.new_sequence(*self.requests[order[begun]])
-                    sequence.arrived = start + self.times[order[begun]]
+                    sequence.times.arrived = start + self.times[order[begun]]
                     alive[sequence.id] = sequence
                     model.start(sequence)
                     begun += 1

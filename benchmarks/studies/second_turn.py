@@ -18,6 +18,7 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.engine.engine import Engine
+from staticvl.runtime.engine.options import EngineOptions
 from tests.checkpoints import tiny_llava
 from tests.fakes import noise
 
@@ -41,7 +42,7 @@ def main() -> None:
         artifact = Path(folder) / "artifact"
         build(Options(checkpoint=checkpoint.folder, out=artifact, buckets=BUCKETS))
         model = runtime.load(artifact)
-        fresh = runtime.Model(model.artifact, Engine(model.artifact, backend=model.engine.backend, reuse=False))
+        fresh = runtime.Model(model.artifact, Engine(model.engine.manifest, model.engine.backend, EngineOptions(reuse=False)))
         print(json.dumps(measure(model, fresh, args.repeats)))
 
 

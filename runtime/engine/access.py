@@ -15,7 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
-AWAKE_S = 1.0  # between two looks of a thread that sleeps
+AWAKE_S = 1.0  # seconds after which a thread that sleeps looks for news by itself
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -27,9 +27,9 @@ class InterruptedStepError(RuntimeError):
     def by(cls, error: BaseException) -> InterruptedStepError:
         """The error of the requests, where `error` is that of the thread that ran the step."""
         name = type(error).__name__
-        told = cls(f"{name} ended a step in the middle, and every request with it; make the request again")
-        told.__cause__ = error
-        return told
+        own = cls(f"{name} ended a step in the middle, and every request with it; make the request again")
+        own.__cause__ = error
+        return own
 
 
 class EngineAccess:
@@ -51,7 +51,7 @@ class EngineAccess:
 
     @property
     def inside(self) -> bool:
-        """Whether this very thread works at the engine already: in a signal handler or a finalizer, in the middle of a step."""
+        """Whether this very thread has the engine already: in a signal handler or a finalizer, in the middle of a step."""
         return self._thread == threading.get_ident()
 
     def exclusively(self, work: Callable[..., T], *args: object) -> T:
@@ -63,7 +63,7 @@ class EngineAccess:
             self._left()
 
     def step(self, work: Callable[..., T], *args: object) -> T:
-        """As `exclusively`, but behind all that wait there: a thread that runs steps in a loop lets them in."""
+        """As `exclusively`, but after all that wait there: a thread that runs steps in a loop lets them in."""
         try:
             with self._door:
                 pass

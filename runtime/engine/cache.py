@@ -1,4 +1,4 @@
-"""Who holds which row of the preallocated KV cache, and what the rows of each slot are of."""
+"""The slots of the preallocated KV cache: who holds each of them, and the keys of its contents."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .cache_keys import KEY
 class SlotCache:
     """Slots are rows of the cache; a sequence holds one. `lengths[slot]` counts the tokens whose keys and values are valid.
 
-    The ledger says what they are of: `keys[slot, :length]` (see content.py), and of a cross-attention cache `images[slot]`,
-    the digests of the images whose keys are there. With `keep` a released slot stays valid until somebody else takes it.
+    `keys[slot, :length]` identify those tokens (cache_keys.py). With cross-attention, `images[slot]` are the digests of the
+    images that the slot has keys and values of. With `keep`, a slot that is released stays valid until somebody takes it.
 
-    A slot can also be parked for somebody who will come back: it is not free, but `reclaim` frees the one parked longest ago.
+    A slot can also be parked for a holder who will come back: it is not free, but `reclaim` frees the one parked longest ago.
     """
 
     def __init__(self, spec: CacheSpec, *, keep: bool = False) -> None:
@@ -31,8 +31,8 @@ class SlotCache:
         slots = self.spec.slots
         self.lengths[:] = 0
         self.images: list[tuple[bytes, ...]] = [()] * slots
-        self.touched = [0] * slots  # when each slot was last of use, as a count of events
-        self.parked: dict[object, int] = {}  # by whom they are parked for, the one parked longest ago first
+        self.touched = [0] * slots  # when each slot was last used, as a count of events
+        self.parked: dict[object, int] = {}  # slots by holder, the one parked longest ago first
         self._free = list(range(slots))  # ascending
         self._events = 0
 
@@ -84,10 +84,10 @@ class SlotCache:
         self._events += 1
         self.touched[slot] = self._events
 
-    # ---- the ledger
+    # ---- what the slots contain
 
     def common(self, slot: int, keys: np.ndarray) -> int:
-        """How many positions of a prompt with `keys` [L, KEY] the slot holds; never the last, whose logits are wanted."""
+        """How many leading positions of a prompt with keys [L, KEY] the slot contains: at most L - 1, the last one runs."""
         limit = min(int(self.lengths[slot]), len(keys) - 1)
         if limit <= 0 or self.keys[slot, 0, 0] != keys[0, 0]:
             return 0
@@ -98,27 +98,27 @@ class SlotCache:
     def common_images(self, slot: int, images: Sequence[bytes]) -> int:
         """How many leading images the slot has keys of."""
         count = 0
-        for held, wanted in zip(self.images[slot], images, strict=False):
-            if held != wanted:
+        for present, image in zip(self.images[slot], images, strict=False):
+            if present != image:
                 break
             count += 1
         return count
 
     def settle(self, slot: int, keys: np.ndarray, images: Sequence[bytes]) -> tuple[int, int]:
-        """Give the slot to a prompt: what agrees stays valid. Returns how many positions and images that is."""
+        """Give the slot to a prompt: the common prefix stays valid. Returns its positions and images."""
         length, count = self.common(slot, keys), self.common_images(slot, images)
         self.lengths[slot], self.images[slot] = length, tuple(images[:count])
         self.touch(slot)
         return length, count
 
     def extend(self, slot: int, keys: np.ndarray) -> None:
-        """Positions with these keys [n, KEY] were written behind what the slot holds."""
+        """Positions with these keys [n, KEY] were written after those that the slot contains."""
         start = int(self.lengths[slot])
         self.keys[slot, start : start + len(keys)] = keys
         self.lengths[slot] = start + len(keys)
 
     def append(self, slot: int, token: int, answer: np.ndarray) -> None:
-        """A token of an answer was written behind what the slot holds; `answer`: see Content."""
+        """A token of an answer was written after those that the slot contains; `answer`: see CacheKeys."""
         row = self.keys[slot, self.lengths[slot]]
         row[:] = answer
         row[0] = token

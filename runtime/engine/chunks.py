@@ -40,15 +40,15 @@ class ChunkPlanner:
     def split(self, length: int, *, tight: bool = False) -> list[int]:
         """The cheapest buckets that cover `length`, largest first."""
         self._extend(-(-length // self.unit), tight)
-        units, chosen = -(-length // self.unit), []
+        units, buckets = -(-length // self.unit), []
         while units > 0:
             bucket = self._first[tight][units]
-            chosen.append(bucket)
+            buckets.append(bucket)
             units -= bucket // self.unit
-        return sorted(chosen, reverse=True)
+        return sorted(buckets, reverse=True)
 
     def cost(self, length: int) -> float:
-        """Of the cheapest buckets that cover `length`."""
+        """The cost of the cheapest buckets that cover `length`."""
         units = -(-length // self.unit)
         self._extend(units, False)
         return self._total[False][units]

@@ -1,7 +1,7 @@
 """Requests in, tokens out: one step runs one graph.
 
 The engine joins the parts and holds no policy of its own: the scheduler decides what runs, the feeds fill the arrays, the
-backend computes, the sampler chooses.
+backend computes, NextToken chooses tokens and says where an answer ends.
 """
 
 from __future__ import annotations
@@ -9,80 +9,71 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 
-from ..artifact import Artifact, Kind, Manifest
+from ..artifact import Kind, Manifest
 from ..backends.base import Backend, Result
-from ..backends.open import open_backend
+from ..processor.detokenizer import IncrementalDetokenizer
 from ..processor.prompt import Prompt
-from ..sampling.logits_processors import Constraint, logits_processors_for
+from ..sampling.logits_processors import Constraint, LogitsProcessors, logits_processors_for
 from ..sampling.prompt_lookup import PromptLookup
-from ..sampling.sampler import logprob_of, sample
 from .access import InterruptedStepError
 from .cache import SlotCache
 from .cache_keys import cache_keys_of
+from .conversation import Conversation
 from .feeds import Feed, Feeds
+from .fit import check_draft, check_fit
 from .metrics import Metrics
+from .next_token import NextToken
+from .options import EngineOptions
 from .prefix_cache import EncoderCache, SlotPrefixCache
-from .request import SamplingParams, Sequence
+from .request import SamplingParams, Sequence, Times, TokenSource
 from .scheduler import Costs, Scheduler, Step
 
-NGRAMS = 2, 4
 
+@dataclass(frozen=True, slots=True)
+class GraphRun:
+    """One run of a graph: its feed, and the slot and the image of the cache that it works on."""
 
-class ContextError(ValueError):
-    """A prompt and its answer do not fit the cache."""
+    step: Step
+    feed: Feed
+    slot: int
+    image: int
 
 
 class Engine:
-    """Runs the graphs of one artifact on one backend.
+    """The graphs of one artifact on one backend, and the requests that they answer.
 
-    For one thread at a time (access.py). An exception leaves it fit for use: it ends the sequences that it concerns, each with
-    the exception as its `error`, and what their slots hold is forgotten; all others go on.
+    For one thread at a time (access.py). An exception leaves it fit for use: the sequences that it concerns end with the
+    exception as their `error`, and their slots are cleared; all others go on.
     """
 
     def __init__(
         self,
-        artifact: Artifact,
-        backend: Backend | None = None,
+        manifest: Manifest,
+        backend: Backend,
+        options: EngineOptions | None = None,
         *,
-        device: str = "cpu",
-        threads: int | None = None,
-        prefill_budget: int | None = None,
-        reuse: bool = True,
-        image_cache_mb: int = 256,
-        speculate: int = 0,
-        ngrams: tuple[int, int] = NGRAMS,
-        verify: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """`prefill_budget`: see Scheduler. `reuse`: whether requests take over cache rows and features from each other, of
-        features at most `image_cache_mb` megabytes. `speculate`, `ngrams`: tokens of a draft and of what it is found by (see
-        Lookup), for requests that do not say. `verify`: whether what this machine has packed of the weights is read and
-        checked. `clock`: seconds. Raises ValueError for what the artifact cannot verify."""
-        self.manifest: Manifest = artifact.manifest
-        self.clock = clock
+        """`backend` runs the graphs of the manifest; `clock` gives seconds.
+
+        Raises ValueError for drafts that no graph can verify.
+        """
+        options = options or EngineOptions()
+        self.manifest, self.backend, self.options, self.clock = manifest, backend, options, clock
+        check_draft(manifest, options.speculate)
         self.metrics = Metrics()
-        self.cache = SlotCache(self.manifest.cache, keep=reuse)
-        self.graphs = {(graph.kind, graph.bucket, graph.images): graph for graph in self.manifest.graphs}
-        self.feeds = Feeds(self.manifest)
-        self.backend = backend or open_backend(
-            self.manifest.backend,
-            artifact.folder,
-            self.manifest.cache,
-            device=device,
-            threads=threads,
-            manifest=self.manifest,
-            verify=verify,
-        )
-        self.features = EncoderCache(image_cache_mb << 20 if reuse else 0)
-        prefixes = SlotPrefixCache(self.manifest, self.cache, self.backend, self.metrics, self.features) if reuse else None
-        self.scheduler = Scheduler(self.cache, self._costs(), prefill_budget=prefill_budget, reuse=prefixes)
-        self.speculate, self.ngrams = self._drafted(speculate), _sizes(ngrams)
-        # Called whenever a sequence has gained a token; whether a stop string has ended it.
-        self.on_token: Callable[[Sequence], bool] | None = None
-        self.eos = frozenset(self.manifest.model.eos_token_ids)
+        self.cache = SlotCache(manifest.cache, keep=options.reuse)
+        self.feeds = Feeds(manifest)
+        self.graphs = self.feeds.graphs
+        self.features = EncoderCache(options.feature_bytes)
+        prefixes = SlotPrefixCache(manifest, self.cache, backend, self.metrics, self.features) if options.reuse else None
+        self.scheduler = Scheduler(self.cache, _costs(manifest), prefill_budget=options.prefill_budget, prefix_cache=prefixes)
+        self.next_token = NextToken(manifest.model)
+        self.on_run: Callable[[GraphRun], object] | None = None  # called before each run of a graph
         self.timed: list[Sequence] = []  # sequences with a deadline
         self.failed: list[Sequence] = []  # sequences that the latest step has ended with an exception
         self.computing = False  # in the backend: what an interrupt stops there can be run again
@@ -109,30 +100,31 @@ class Engine:
         return_logits: bool = False,
         index: int = 0,
         constraints: tuple[Constraint, ...] = (),
+        token_source: TokenSource | None = None,
     ) -> Sequence:
-        """A checked sequence that is not queued yet: answer `index` of params.n."""
-        self._check_fit(prompt, params.max_new_tokens)
+        """A checked sequence that is not queued yet: answer `index` of params.n. A `token_source` chooses its tokens, whatever
+        their logits; what ends other answers ends this one too."""
+        check_fit(self.manifest, prompt, params.max_new_tokens)
         model, cross = self.manifest.model, self.manifest.cache.cross
-        rows = 0 if cross else len(prompt.pixels) * model.image.rows
         return Sequence(
             id=next(self._ids),
             prompt=prompt,
             params=params,
             sampling=params.resolved(model.sampling, index),
-            features=np.empty((rows, model.hidden_size), np.float32),
+            features=self._new_features(prompt),
             cache_keys=cache_keys_of(prompt, model.image.rows, cross=cross is not None),
             cross_tiles=cross.tiles if cross else 0,
-            logits_processors=logits_processors_for(
-                params, prompt, {*self.eos, *params.stop_token_ids}, model.vocab_size, constraints, model.sampling
-            ),
+            logits_processors=None if token_source else self._logits_processors(prompt, params, constraints),
             prompt_lookup=self._prompt_lookup(prompt, params),
+            token_source=token_source,
             keep_logits=return_logits,
-            arrived=self.clock(),
+            times=Times(arrived=self.clock()),
         )
 
-    def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; not one that was cancelled before."""
+    def add(self, sequence: Sequence, text: IncrementalDetokenizer | None = None) -> None:
+        """Queue a sequence; not one that was cancelled before. `text` takes its tokens and says where a stop string ends it."""
         self._mend()
+        sequence.text = text
         if sequence.finish_reason is not None:
             return
         if sequence.params.deadline_s is not None:
@@ -140,12 +132,12 @@ class Engine:
         self.scheduler.add(sequence)
 
     def expire(self) -> list[Sequence]:
-        """End the sequences whose deadlines have passed; which they are."""
+        """End the sequences whose deadlines have passed, and return them."""
         if not self.timed:
             return []
         now, late = self.clock(), []
         for sequence in self.timed:
-            if sequence.finish_reason is None and now - sequence.arrived >= (sequence.params.deadline_s or 0):
+            if sequence.finish_reason is None and now - sequence.times.arrived >= (sequence.params.deadline_s or 0):
                 self._finish(sequence, "deadline")
                 late.append(sequence)
         self.timed = [sequence for sequence in self.timed if sequence.finish_reason is None]
@@ -203,7 +195,7 @@ class Engine:
         for sequence in self.scheduler.sequences():
             if sequence.finish_reason is None:
                 self.failed.append(sequence)
-                sequence.slot, sequence.error, sequence.finished = None, cause, self.clock()
+                sequence.slot, sequence.error, sequence.times.finished = None, cause, self.clock()
                 self.metrics.count_end(sequence, "failed")
                 sequence.finish_reason = "failed"
         self.scheduler.clear()
@@ -216,7 +208,7 @@ class Engine:
             self.reset(self.torn)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
-        """End a sequence with an error; its slot may hold anything."""
+        """End a sequence with an error; its slot may contain anything."""
         if sequence.slot is not None:
             self.cache.clear(sequence.slot)
         sequence.error = error
@@ -224,10 +216,13 @@ class Engine:
         self.failed.append(sequence)
 
     def run_graph(self, step: Step, feed: Feed) -> Result:
+        """Run the graph of a step, by the clock."""
         slot, image = self._place(step)
+        if self.on_run is not None:
+            self.on_run(GraphRun(step, feed, slot, image))
         started = self.clock()
         for sequence in step.sequences:
-            sequence.started = sequence.started or started
+            sequence.times.started = sequence.times.started or started
         self.computing = True
         result = self.backend.run(self.graphs[step.kind, step.bucket, step.images], feed, slot, image)
         self.computing = False
@@ -235,16 +230,41 @@ class Engine:
         return result
 
     def _place(self, step: Step) -> tuple[int, int]:
-        """Slot and image that a run works on. Decode runs over all slots; rows of features belong to no slot."""
+        """The slot and the image that a run works on. Decode runs over all slots; image features belong to no slot."""
         first, cross = step.sequences[0], self.manifest.cache.cross
         if step.kind == "decode" or (step.kind == "vision" and not cross):
             return 0, 0
         return first.held_slot, first.tiles_done // step.bucket if step.kind == "vision" else 0
 
     def cancel(self, sequence: Sequence) -> None:
-        """Drop a sequence that has not finished."""
+        """End a sequence that has not finished."""
         if sequence.finish_reason is None:
             self._finish(sequence, "cancelled")
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop the text of a sequence that has finished."""
+        sequence.text = None
+
+    def resume(self, sequence: Sequence, conversation: Conversation) -> None:
+        """Let a sequence that is not queued yet be the next turn of a conversation.
+
+        It runs in the conversation's slot, if that is still there when it is queued, and leaves it parked; images that the
+        conversation has encoded are not encoded again.
+        """
+        sequence.conversation = conversation
+        sequence.tiles_done = conversation.common_tiles(sequence.cache_keys.images)
+        if sequence.tiles_done:
+            rows = sequence.tiles_done * self.manifest.model.image.rows
+            sequence.features[:rows] = conversation.features[:rows]
+
+    def slot_of(self, conversation: Conversation) -> int | None:
+        """The slot that is parked for a conversation; None while a turn runs, or where others needed it."""
+        return self.cache.parked.get(conversation)
+
+    def release(self, conversation: Conversation) -> None:
+        """Free the slot that is parked for a conversation, if there is one."""
+        if (slot := self.cache.take_back(conversation)) is not None:
+            self.cache.release(slot)
 
     def _commit_vision(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
@@ -259,7 +279,7 @@ class Engine:
             for tile, digest in enumerate(images[start:end]):
                 self.features.put(digest, rows[tile])
         sequence.tiles_done = end
-        sequence.vision_s = self.clock() - sequence.started
+        sequence.times.vision_s = self.clock() - sequence.times.started
 
     def _commit_prefill(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
@@ -267,8 +287,9 @@ class Engine:
         self.cache.extend(sequence.held_slot, sequence.cache_keys.keys[sequence.computed : end])
         sequence.computed = end
         if not sequence.prefilling:
-            sequence.first_token = self.clock()
-            sequence.prefill_s = sequence.first_token - sequence.started - sequence.vision_s
+            times = sequence.times
+            times.first_token = self.clock()
+            times.prefill_s = times.first_token - times.started - times.vision_s
             self._gain(sequence, result, 0)
 
     def _commit_decode(self, step: Step, result: Result) -> None:
@@ -278,16 +299,16 @@ class Engine:
             self._gain(sequence, result, slot)
 
     def _commit_verify(self, step: Step, result: Result) -> None:
-        """Tokens are chosen one by one as ever, for as long as the next one was drafted: it is in the cache already."""
+        """Tokens are chosen one by one, for as long as the next one is the draft's: that one is in the cache already."""
         sequence, before = step.sequences[0], len(step.sequences[0].generated)
         assert sequence.prompt_lookup is not None, "only a lookup makes drafts"
-        for row, drafted in enumerate((*step.draft, None)):
+        for row, guess in enumerate((*step.draft, None)):
             self.cache.append(sequence.held_slot, sequence.generated[-1], sequence.cache_keys.answer)
             self._gain(sequence, result, row)
-            if sequence.finish_reason or sequence.generated[-1] != drafted:
+            if sequence.finish_reason or sequence.generated[-1] != guess:
                 break
-        gained = sequence.generated[before:]
-        right = sum(token == drafted for token, drafted in zip(gained, step.draft, strict=False))
+        tokens = sequence.generated[before:]
+        right = sum(token == guess for token, guess in zip(tokens, step.draft, strict=False))
         sequence.prompt_lookup.verified(right, len(step.draft))
         self.metrics.drafted += len(step.draft)
         self.metrics.accepted += right
@@ -295,69 +316,18 @@ class Engine:
     def _gain(self, sequence: Sequence, result: Result, row: int) -> None:
         """The next token of a sequence, from one row of logits, and its end if that is the last one."""
         try:
-            reason = self._choose(sequence, result, row)
-        except Exception as error:  # of its rules, its text, or its row: no other sequence is concerned
+            reason = self.next_token.add(sequence, result, row)
+        except Exception as error:  # of its constraints, its text, or its row: no other sequence is concerned
             self._fail(sequence, error)
             return
         if reason is not None:
             self._finish(sequence, reason)
 
-    def _choose(self, sequence: Sequence, result: Result, row: int) -> str | None:
-        """Add the next token to a sequence; why it ends there, if it does."""
-        params, logits_processors = sequence.params, sequence.logits_processors
-        token = self._from_candidates(sequence, result, row)
-        if token is None:
-            token = self._of_whole_row(sequence, result.row(row))
-        if token is None:
-            return "dead_end"
-        sequence.generated.append(token)
-        if logits_processors:
-            logits_processors.accept(token)
-        stopped = self.on_token is not None and self.on_token(sequence)
-        if (
-            (token in self.eos and not params.ignore_eos)
-            or token in params.stop_token_ids
-            or (logits_processors and logits_processors.done)
-        ):
-            return "stop"
-        if stopped:
-            return "stop"
-        return "length" if len(sequence.generated) == params.max_new_tokens else None
-
-    def _from_candidates(self, sequence: Sequence, result: Result, row: int) -> int | None:
-        """The token, where the graph's candidates decide it and nothing else is wanted of the row."""
-        if not result.candidates or sequence.logits_processors or sequence.keep_logits or sequence.params.logprobs is not None:
-            return None
-        model, position = self.manifest.model, len(sequence.generated)
-        return result.candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
-
-    def _of_whole_row(self, sequence: Sequence, logits: np.ndarray) -> int | None:
-        """The token, and whatever else is wanted of its row; None where no token may follow."""
-        logits_processors, logprobs = sequence.logits_processors, sequence.params.logprobs
-        row = logits_processors.applied(logits) if logits_processors else logits
-        if logits_processors and row.max() == -np.inf:
-            return None
-        if sequence.keep_logits:
-            sequence.logits.append(logits.copy())
-        token = sample(row, sequence.sampling, len(sequence.generated), self.manifest.model.tokenizer.used)
-        if logprobs is not None:
-            sequence.logprobs.append(logprob_of(logits, token, logprobs))
-        return token
-
     def _finish(self, sequence: Sequence, reason: str) -> None:
-        sequence.finished = self.clock()
+        sequence.times.finished = self.clock()
         self.metrics.count_end(sequence, reason)
         self.scheduler.finish(sequence)
         sequence.finish_reason = reason  # at last: another thread may wait for it
-
-    def stop(self, sequence: Sequence) -> None:
-        """End a sequence because its text holds a stop string."""
-        if sequence.finish_reason in (None, "length"):
-            if sequence.finish_reason is None:
-                self._finish(sequence, "stop")
-            else:
-                self.metrics.finished.update({"length": -1, "stop": 1})
-            sequence.finish_reason = "stop"
 
     def load(self) -> None:
         """Make all graphs ready to run."""
@@ -369,64 +339,30 @@ class Engine:
         for graph in self.manifest.graphs:
             self.backend.unload(graph)
 
-    def _check_fit(self, prompt: Prompt, max_new_tokens: int) -> None:
-        cross = self.manifest.cache.cross
-        if cross and len(prompt.frames) > cross.images:
-            raise ContextError(
-                f"the prompt has {len(prompt.frames)} images, but the artifact holds {cross.images} for each sequence; give "
-                f"fewer, or compile a larger one: {self.manifest.recompilation(images=len(prompt.frames))}"
-            )
-        context = self.manifest.cache.context
-        needed = prompt.length + max_new_tokens
-        if needed > context:
-            raise ContextError(
-                f"the prompt has {prompt.text_tokens} text tokens and {prompt.image_tokens} image tokens, and max_new_tokens "
-                f"is {max_new_tokens}: {needed} in all, but the artifact holds {context}; "
-                + self._fitting(prompt.length, needed)
-            )
+    def _new_features(self, prompt: Prompt) -> np.ndarray:
+        """Room for the features of a prompt's tiles; none with cross-attention, whose keys and values are in the cache."""
+        model = self.manifest.model
+        rows = 0 if self.manifest.cache.cross else len(prompt.pixels) * model.image.rows
+        return np.empty((rows, model.hidden_size), np.float32)
 
-    def _fitting(self, prompt: int, needed: int) -> str:
-        """What can be done about a prompt of so many tokens that needs a larger context than there is."""
-        model, context = self.manifest.model, self.manifest.cache.context
-        less = f"give at most {context - prompt} new tokens" if prompt < context else "give a shorter prompt"
-        if model.can_hold(needed):
-            return f"{less}, or compile a larger one: {self.manifest.recompilation(context=needed)}"
-        most = model.max_positions
-        assert isinstance(most, int)
-        if context < most and prompt < most:
-            larger = self.manifest.recompilation(context=most)
-            return f"{less}, or compile all {most} positions of the model, for at most {most - prompt} new tokens: {larger}"
-        return f"{less}: the model has {most} positions"
-
-    def _drafted(self, wanted: int) -> int:
-        """So many tokens of a draft, if a graph can verify them."""
-        most = max(self.manifest.buckets("verify"), default=1) - 1
-        if not 0 <= wanted <= most:
-            possible = 0 < wanted < self.manifest.cache.context  # a draft and the token before it have to fit
-            more = f", or compile one for more: {self.manifest.recompilation(speculate=wanted)}" if possible else ""
-            raise ValueError(
-                f"speculate is {wanted}, but the artifact verifies at most {most} drafted tokens; give 0 to {most}{more}"
-            )
-        return wanted
+    def _logits_processors(
+        self, prompt: Prompt, params: SamplingParams, constraints: tuple[Constraint, ...]
+    ) -> LogitsProcessors | None:
+        model = self.manifest.model
+        ends = {*model.eos_token_ids, *params.stop_token_ids}
+        return logits_processors_for(params, prompt, ends, model.vocab_size, constraints, model.sampling)
 
     def _prompt_lookup(self, prompt: Prompt, params: SamplingParams) -> PromptLookup | None:
-        longest = self.speculate if params.speculate is None else self._drafted(params.speculate)
+        options = self.options
+        longest = options.speculate if params.speculate is None else check_draft(self.manifest, params.speculate)
         if not longest:
             return None
         tokens = np.where(prompt.rows < 0, prompt.token_ids, -1)
-        return PromptLookup(tokens, self.manifest.model.vocab_size, longest, self.ngrams)
-
-    def _costs(self) -> Costs:
-        costs: dict[tuple[Kind, int], dict[int, float]] = {}
-        for graph in self.manifest.graphs:
-            costs.setdefault((graph.kind, graph.images), {})[graph.bucket] = graph.cost_ms
-        return costs
+        return PromptLookup(tokens, self.manifest.model.vocab_size, longest, options.ngrams)
 
 
-def _sizes(ngrams: tuple[int, int]) -> tuple[int, int]:
-    least, most = ngrams
-    if not 1 <= least <= most:
-        raise ValueError(
-            f"ngrams is {ngrams}; expected the fewest and the most tokens that a draft is found by, such as {NGRAMS}"
-        )
-    return least, most
+def _costs(manifest: Manifest) -> Costs:
+    costs: dict[tuple[Kind, int], dict[int, float]] = {}
+    for graph in manifest.graphs:
+        costs.setdefault((graph.kind, graph.images), {})[graph.bucket] = graph.cost_ms
+    return costs

@@ -1,5 +1,6 @@
-"""A step -> the named, padded arrays that its graph takes. Arrays are allocated once per graph and refilled, so that a
-backend binds them once.
+"""A step -> the named, padded arrays that its graph takes.
+
+Arrays are allocated once per graph and refilled, so that a backend binds them once.
 
 B rows, T tokens, D head dim, C hidden size, n images of t tiles.
 """
@@ -55,20 +56,20 @@ class Feeds:
         feed["token_ids"][0, count:] = 0
         if "row_index" in feed:
             rows = prompt.rows[start:end]
-            here = np.flatnonzero(rows >= 0)
+            places = np.flatnonzero(rows >= 0)
             feed["row_index"][...] = -1
-            feed["row_index"][0, here] = np.arange(len(here), dtype=np.int32)
-            feed["image_rows"][: len(here)] = sequence.features[rows[here]]
+            feed["row_index"][0, places] = np.arange(len(places), dtype=np.int32)
+            feed["image_rows"][: len(places)] = sequence.features[rows[places]]
         feed["lengths"][0] = start
         feed["last_index"][0] = count - 1
-        self._temper(feed, sequence, 0)
+        self._set_temperature(feed, sequence, 0)
         feed["rope_cos"][0], feed["rope_sin"][0] = (table[start:padded] for table in self._tables(prompt.ntk))
         if "query_scale" in feed:
             feed["query_scale"][0, :, 0] = self.query_scales[start:padded]
         if "cross_mask" in feed:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
-            self._look(feed, sequence, np.s_[0, :count], np.s_[start:end])
+            self._set_cross_attention(feed, sequence, np.s_[0, :count], np.s_[start:end])
 
     def _decode(self, feed: Feed, step: Step, cache: SlotCache) -> None:
         lengths = cache.lengths[: step.bucket]
@@ -84,16 +85,16 @@ class Feeds:
         for sequence in step.sequences:
             slot, prompt = sequence.held_slot, sequence.prompt
             feed["token_ids"][slot, 0] = sequence.generated[-1]
-            self._temper(feed, sequence, slot)
+            self._set_temperature(feed, sequence, slot)
             if prompt.ntk != 1.0:
                 tables = self._tables(prompt.ntk)
                 feed["rope_cos"][slot, 0], feed["rope_sin"][slot, 0] = (table[lengths[slot]] for table in tables)
             if "cross_mask" in feed:
                 # What the last token of the prompt sees, every token of the answer sees.
-                self._look(feed, sequence, np.s_[slot], np.s_[-1:])
+                self._set_cross_attention(feed, sequence, np.s_[slot], np.s_[-1:])
 
     def _verify(self, feed: Feed, step: Step, cache: SlotCache) -> None:
-        """The last token of an answer and its draft; padding behind them as in a chunk of a prompt."""
+        """The last token of an answer and its draft; padding after them as in a chunk of a prompt."""
         sequence = step.sequences[0]
         prompt, slot = sequence.prompt, sequence.held_slot
         start = int(cache.lengths[slot])
@@ -101,24 +102,24 @@ class Feeds:
         feed["token_ids"][0, : step.count] = sequence.generated[-1], *step.draft
         feed["token_ids"][0, step.count :] = 0
         feed["lengths"][0] = start
-        self._temper(feed, sequence, 0)
+        self._set_temperature(feed, sequence, 0)
         feed["rope_cos"][0], feed["rope_sin"][0] = (table[rows] for table in self._tables(prompt.ntk))
         if "query_scale" in feed:
             feed["query_scale"][0, :, 0] = self.query_scales[rows]
         if "cross_mask" in feed:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
-            self._look(feed, sequence, np.s_[0, :], np.s_[-1:])
+            self._set_cross_attention(feed, sequence, np.s_[0, :], np.s_[-1:])
 
     @staticmethod
-    def _temper(feed: Feed, sequence: Sequence, row: int) -> None:
-        """What candidates are weighed with. Greedy takes no notice of it."""
+    def _set_temperature(feed: Feed, sequence: Sequence, row: int) -> None:
+        """The inverse temperature that candidates are weighed with; greedy choices do not depend on it."""
         if "inverse_temperature" in feed:
             feed["inverse_temperature"][row] = min(1 / (sequence.sampling.temperature or 1.0), LARGEST)
 
     @staticmethod
-    def _look(feed: Feed, sequence: Sequence, into: tuple | int, positions: slice) -> None:
-        """What tokens of a sequence see of its images; nothing where it has none."""
+    def _set_cross_attention(feed: Feed, sequence: Sequence, into: tuple | int, positions: slice) -> None:
+        """The images that tokens of a sequence see; unchanged where it has none."""
         if cross_attention := sequence.prompt.cross_attention:
             visible = cross_attention.visible[positions]  # [T, n * t]
             feed["cross_mask"][into][..., : visible.shape[-1]] = np.where(visible, 0, CROSS_HIDDEN)

@@ -1,9 +1,9 @@
-"""What one request can take over from others: cache rows of equal beginnings, and features of equal images.
+"""The prefix cache and the encoder cache: cache rows of common prefixes and features of equal images are not computed again.
 
-Nothing here changes a result, it only saves runs. A beginning is taken over where it lies, when its slot is free, or copied
-from any slot, one that is in use as well: rows of a prompt do not change any more. It is copied where that costs less than
-running the tokens, by the times in the manifest: those of chunks, and of the decode graph, which reads the whole cache and so
-says how fast memory is.
+Nothing here changes a result, it only saves runs. A prefix is used where it lies, when its slot is free, or copied from any
+slot, even from one in use: rows of a prompt do not change any more. It is copied where that costs less than running the tokens,
+by the times in the manifest: those of chunks, and of the decode graph, which reads the whole cache and so tells how fast memory
+is.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class EncoderCache:
 
 
 class SlotPrefixCache:
-    """See scheduler.Reuse."""
+    """The prefix cache over the slots of the KV cache; see scheduler.PrefixCache."""
 
     def __init__(
         self, manifest: Manifest, cache: SlotCache, backend: Backend, metrics: Metrics, features: EncoderCache
@@ -63,9 +63,9 @@ class SlotPrefixCache:
         self.prefill = ChunkPlanner(costs)
 
     def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
-        """The free slot that holds most of the prompt, else the one that was of use the longest ago.
+        """The free slot with the longest prefix of the prompt, else the one that was used the longest ago.
 
-        What it holds besides is moved to a slot that was of use still earlier, if there is one.
+        What else it contains is moved to a slot that was used still earlier, if there is one.
         """
         cache, keys = self.cache, sequence.cache_keys.keys
         shared, _, slot = max((cache.common(slot, keys), -cache.touched[slot], slot) for slot in free)
@@ -75,16 +75,16 @@ class SlotPrefixCache:
         return slot
 
     def _place_for(self, slot: int, shared: int, keys: np.ndarray) -> int | None:
-        """Where to move what a slot holds, of which a prompt with `keys` keeps `shared` rows; None: let it go.
+        """The slot to move a slot's contents to, of which a prompt with `keys` keeps `shared` rows; None: let them go.
 
         That is a slot with an earlier state of the same, or else the oldest one that the prompt itself does not need.
         """
-        cache, held = self.cache, int(self.cache.lengths[slot])
+        cache, length = self.cache, int(self.cache.lengths[slot])
         older = [other for other in cache.free_slots if cache.touched[other] < cache.touched[slot]]
-        if shared > held // 2 or not older or not self._worth_copying(held, shared):
+        if shared > length // 2 or not older or not self._worth_copying(length, shared):
             return None
-        own = cache.keys[slot, :held]
-        same = [other for other in range(cache.spec.slots) if other != slot and cache.common(other, own) > held // 2]
+        own = cache.keys[slot, :length]
+        same = [other for other in range(cache.spec.slots) if other != slot and cache.common(other, own) > length // 2]
         if same:
             return same[0] if same[0] in older else None
         needed = max(older, key=lambda other: cache.common(other, keys))
@@ -92,16 +92,16 @@ class SlotPrefixCache:
         return min(others, key=cache.touched.__getitem__, default=None)
 
     def prepare(self, sequence: Sequence) -> None:
-        """Take over features, and the longest beginning that any slot holds if the sequence's own holds less."""
+        """Give a sequence the features of its images, and the longest prefix in any slot if its own slot has less."""
         self._take_features(sequence)
         cache, cache_keys, own = self.cache, sequence.cache_keys, sequence.held_slot
         tiles = sequence.cross_tiles
-        found = [
+        matches = [
             (cache.common(slot, cache_keys.keys), cache.common_images(slot, cache_keys.images) if tiles else 0, slot)
             for slot in range(cache.spec.slots)
             if slot != own
         ]
-        length, images, slot = max(found, key=lambda each: each[:2], default=(0, 0, own))
+        length, images, slot = max(matches, key=lambda each: each[:2], default=(0, 0, own))
         if length <= sequence.computed or not self._worth_copying(length, sequence.computed):
             length = 0
         if not length and images * tiles <= sequence.tiles_done:
@@ -126,13 +126,13 @@ class SlotPrefixCache:
         self.metrics.copies += 1
         self.metrics.copied_tokens += length
 
-    def _worth_copying(self, length: int, held: int) -> bool:
-        """Whether copying `length` rows costs less than running those behind the first `held`."""
-        return length > held and length * self.copy_ms < self.prefill.cost(length - held)
+    def _worth_copying(self, length: int, present: int) -> bool:
+        """Whether copying `length` rows costs less than running those after the first `present`."""
+        return length > present and length * self.copy_ms < self.prefill.cost(length - present)
 
 
 def copy_ms_per_row(manifest: Manifest) -> float:
-    """What it costs to copy one token's keys and values: read and written as fast as a decode step reads the model."""
+    """Milliseconds to copy one token's keys and values, read and written as fast as a decode step reads the model."""
     spec = manifest.cache
     fastest = min((g for g in manifest.graphs if g.kind == "decode"), key=lambda graph: graph.bucket)
     if not fastest.nbytes:

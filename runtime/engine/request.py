@@ -1,19 +1,27 @@
-"""What is asked of the engine, what it keeps about it while it runs, and what comes back."""
+"""Requests: what is asked of the engine, what it keeps of each while it runs, and what comes back."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ..processor.boxes import Box
+from ..processor.detokenizer import IncrementalDetokenizer
 from ..processor.prompt import Prompt
 from ..sampling.logits_processors import LogitsProcessors
-from ..sampling.params import ResolvedSampling, SamplingParams
+from ..sampling.params import SETTINGS, ResolvedSampling, SamplingParams
 from ..sampling.prompt_lookup import PromptLookup
 from ..sampling.sampler import TokenLogprob
+from ..shown import shown
 from .cache_keys import NO_KEYS, CacheKeys
+
+if TYPE_CHECKING:
+    from .conversation import Conversation
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,13 +50,41 @@ class Output:
     logits: np.ndarray | None = None  # float32 [generated, V]; row 0 comes from the prefill
     logprobs: list[TokenLogprob] | None = None  # of each token, where they were asked for
     reused_tokens: int = 0  # positions of the prompt that were in the cache already
-    others: tuple[Output, ...] = ()  # of n answers those behind this one
+    others: tuple[Output, ...] = ()  # of n answers those after this one
+
+
+@dataclass(slots=True, kw_only=True)
+class Times:
+    """The course of a request by the engine's clock, in seconds. What has not happened yet is 0."""
+
+    arrived: float = field(default_factory=time.perf_counter)
+    started: float = 0.0
+    first_token: float = 0.0
+    finished: float = 0.0
+    vision_s: float = 0.0  # from the start until the last image was encoded
+    prefill_s: float = 0.0  # from then until the first token
+
+    def timings(self, tokens: int) -> Timings:
+        """Of an answer of so many tokens.
+
+        What did not happen, because the request ended before, took until then or no time at all.
+        """
+        first_token = self.first_token or self.finished
+        return Timings(
+            queue_s=(self.started or self.finished) - self.arrived,
+            vision_s=self.vision_s,
+            prefill_s=self.prefill_s,
+            first_token_s=first_token - self.arrived,
+            per_token_s=(self.finished - first_token) / max(tokens - 1, 1),
+            total_s=self.finished - self.arrived,
+        )
 
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request on its way: owned by the engine, changed by its steps only."""
+    """A request on its way. The parts of the engine write it, between and in steps; everybody else reads it."""
 
+    # what was asked
     id: int
     prompt: Prompt
     params: SamplingParams
@@ -56,28 +92,29 @@ class Sequence:
     features: np.ndarray  # [tiles * P, C] float32, filled by vision steps
     cache_keys: CacheKeys = NO_KEYS
     cross_tiles: int = 0  # tiles of one image, where images enter by cross-attention
+    keep_logits: bool = False
     logits_processors: LogitsProcessors | None = None
     prompt_lookup: PromptLookup | None = None  # drafts its answer, where that was asked for
+    token_source: TokenSource | None = None  # chooses its tokens in place of the sampler
+    text: IncrementalDetokenizer | None = None  # of its answer, from when it is queued until it is forgotten
+    conversation: Conversation | None = None  # for which its slot is parked when it ends
+
+    # how far its prompt is
     due: int = 0  # its place among those that wait
+    slot: int | None = None
     prepared: bool = False  # what can be taken over from others is
     reused: int = 0  # tokens of the prompt that were in the cache already
     reused_tiles: int = 0
     tiles_done: int = 0
-    slot: int | None = None
-    holder: object | None = None  # for whom its slot is parked when it ends: a chat
     computed: int = 0  # tokens of the prompt in the cache
+
+    # its answer, and how that ended
     generated: list[int] = field(default_factory=list)
-    finish_reason: str | None = None  # as in Output, or "failed"; the last of its fields to change
-    error: Exception | None = None  # what ended it, where it failed
-    keep_logits: bool = False
     logits: list[np.ndarray] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    arrived: float = field(default_factory=time.perf_counter)
-    started: float = 0.0
-    first_token: float = 0.0
-    finished: float = 0.0
-    vision_s: float = 0.0
-    prefill_s: float = 0.0
+    times: Times = field(default_factory=Times)
+    error: Exception | None = None  # what ended it, where it failed
+    finish_reason: str | None = None  # as in Output, or "failed"; the last of its fields to change
 
     @property
     def held_slot(self) -> int:
@@ -100,14 +137,27 @@ class Sequence:
         return self.tiles_done < len(self.prompt.pixels)
 
     def timings(self) -> Timings:
-        """What did not happen, because the sequence ended before, took until then or no time at all."""
-        later = max(len(self.generated) - 1, 1)
-        first_token = self.first_token or self.finished
-        return Timings(
-            queue_s=(self.started or self.finished) - self.arrived,
-            vision_s=self.vision_s,
-            prefill_s=self.prefill_s,
-            first_token_s=first_token - self.arrived,
-            per_token_s=(self.finished - first_token) / later,
-            total_s=self.finished - self.arrived,
-        )
+        return self.times.timings(len(self.generated))
+
+
+TokenSource = Callable[[Sequence], int]  # a sequence -> the token after those generated so far
+
+
+def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> SamplingParams:
+    """`sampling` with the settings given by name; an unknown one is an error."""
+    if unknown := sorted(set(settings) - set(SETTINGS)):
+        raise TypeError(f"unknown settings {shown(', '.join(unknown))}; expected {', '.join(sorted(SETTINGS))}")
+    return dataclasses.replace(sampling or SamplingParams(), **settings)
+
+
+def one_answer(params: SamplingParams) -> SamplingParams:
+    """The params of an answer that is streamed or kept in a conversation; raises ValueError where several are asked for."""
+    if params.n > 1:
+        raise ValueError(f"n is {params.n}; a stream or a chat's turn has one answer, so use generate for several")
+    return params
+
+
+def grouped(outputs: list[Output], n: int) -> list[Output]:
+    """The answers to each prompt as one: the first, which has the others."""
+    groups = (outputs[start : start + n] for start in range(0, len(outputs), n))
+    return [dataclasses.replace(first, others=tuple(others)) for first, *others in groups]

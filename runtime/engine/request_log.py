@@ -1,8 +1,7 @@
-"""A log of requests: one JSON object a line, with what is needed to see later what was asked and how long it took.
+"""A log of requests: one JSON object a line, with the sizes and times of each, never a prompt or an answer.
 
-It holds sizes and times, never a prompt or an answer. A line is written by one call to the system at the end of the file, so
-that several processes may share a log. A last line without its end was cut short by a crash and is left out when the log is
-read.
+A line is written at the end of the file by one system call, so that several processes may share a log. A last line without its
+end was cut short by a crash; readers leave it out.
 """
 
 from __future__ import annotations
@@ -69,9 +68,9 @@ class RequestLog:
 
     def write(self, record: RequestRecord) -> None:
         line = msgspec.json.encode(record) + b"\n"
-        written = os.write(self._descriptor, line)
-        if written != len(line):
-            raise OSError(f"the request log took {written} of {len(line)} bytes of a line; free some space on its disk")
+        count = os.write(self._descriptor, line)
+        if count != len(line):
+            raise OSError(f"the request log took {count} of {len(line)} bytes of a line; free some space on its disk")
 
     def close(self) -> None:
         os.close(self._descriptor)

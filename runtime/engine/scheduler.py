@@ -1,15 +1,15 @@
-"""What runs next, as which graph kind and bucket. Pure Python: it sees sequences and slots, never arrays.
+"""Decides what runs next, as which graph kind and bucket. Pure Python: it sees sequences and slots, never arrays.
 
-Requests join and leave between steps. A waiting one is admitted as soon as a slot is free, or held by nothing but a chat
-between its turns. Prompts are encoded and prefilled
-in the order of admission, chunk by chunk; between chunks the sequences that answer go on: what runs between two of their
-tokens costs no more than one chunk.
+Requests join and leave between steps. One that waits is admitted as soon as a slot is free or parked for a chat between its
+turns. Prompts are encoded and prefilled in the order of admission, chunk by chunk. Between chunks the sequences that answer go
+on: what runs between two of their tokens costs no more than one chunk.
 """
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -26,7 +26,7 @@ AGING = 16  # admissions after which a waiting request is worth one priority mor
 class Step:
     """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows.
 
-    `draft`: the tokens behind the last one of the answer that a verify step guesses. `images`: which variant of a text graph
+    `draft`: the tokens that a verify step guesses after the last one of the answer. `images`: which variant of a text graph
     runs, by how many images it can see (cross-attention only, else 0).
     """
 
@@ -42,14 +42,14 @@ Costs = Mapping[tuple[Kind, int], Mapping[int, float]]  # (kind, images) -> buck
 
 
 class PrefixCache(Protocol):
-    """Knows which slots hold something that a sequence could use."""
+    """Knows which slots contain something that a sequence can use."""
 
     def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
-        """Which of some free slots, none of which enlarges the batch, a sequence is to get."""
+        """The slot that a sequence gets, of some free ones, none of which enlarges the batch."""
         ...
 
     def prepare(self, sequence: Sequence) -> None:
-        """The sequence's first run is next: fill in what is known already, and count it as done."""
+        """The sequence's first run is next: fill in what was computed before, and count it as done."""
         ...
 
 
@@ -57,11 +57,11 @@ class Scheduler:
     """First come, first served; of requests of several priorities, see `add`."""
 
     def __init__(
-        self, cache: SlotCache, costs: Costs, *, prefill_budget: int | None = None, reuse: PrefixCache | None = None
+        self, cache: SlotCache, costs: Costs, *, prefill_budget: int | None = None, prefix_cache: PrefixCache | None = None
     ) -> None:
         """`prefill_budget`: while sequences answer, no chunk is larger than this many tokens (None: as large as is cheapest),
         and what runs between two of their tokens costs no more than the costliest such chunk, or is a single run."""
-        self.cache, self.reuse = cache, reuse
+        self.cache, self.prefix_cache = cache, prefix_cache
         self.waiting: list[Sequence] = []  # in the order of admission
         self.running: list[Sequence] = []
         self.vision = ChunkPlanner(costs["vision", 0])
@@ -75,30 +75,44 @@ class Scheduler:
         self.verify = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "verify"}
         self.costs = costs
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
-        self.may_draft: set[int] = set()  # sequences of the last decode step that no draft has brought on since
-        self.preparing: Sequence | None = None  # it gets its slot, or what it shares: the device copies for it
+        self.may_draft: set[int] = set()  # ids of sequences in the last decode step that have not drafted since
+        self.preparing: Sequence | None = None  # the device copies cache rows for it
         self._admitted = 0
 
     def sequences(self) -> list[Sequence]:
-        """Whatever runs or waits."""
+        """All that run or wait."""
         return [*self.running, *self.waiting]
 
     def clear(self) -> None:
-        """Forget all of them, and who holds what."""
+        """Forget all sequences; the cache is reset by itself."""
         self.running, self.waiting, self.preparing = [], [], None
         self.spent, self.may_draft = 0.0, set()
+
+    @contextlib.contextmanager
+    def only(self, buckets: Mapping[str, int]) -> Iterator[None]:
+        """Within the block, vision and prefill graphs run with these buckets alone, each given by its kind."""
+        before = self.vision, self.prefill, self.bounded
+        if "vision" in buckets:
+            self.vision = ChunkPlanner({buckets["vision"]: 1.0})
+        if "prefill" in buckets:
+            self.prefill = {images: ChunkPlanner({buckets["prefill"]: 1.0}) for images in self.prefill}
+            self.bounded = {}
+        try:
+            yield
+        finally:
+            self.vision, self.prefill, self.bounded = before
 
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; one that brings its slot, or whose slot is parked for it, does not wait.
+        """Queue a sequence; one for whose conversation a slot is parked does not wait.
 
         A priority of p is worth as much as having come p * AGING admissions earlier, so nobody waits for ever.
         """
-        if sequence.slot is None and sequence.holder is not None:
-            sequence.slot = self.cache.take_back(sequence.holder)
+        if sequence.conversation is not None:
+            sequence.slot = self.cache.take_back(sequence.conversation)
         if sequence.slot is not None:
             self._enter(sequence)
             return
@@ -108,7 +122,7 @@ class Scheduler:
     def next_step(self) -> Step:
         """The next step; call only when not idle."""
         self._admit()
-        assert self.running, "whoever waits has been admitted: no slot is held without running but those that can be reclaimed"
+        assert self.running, "those that wait have been admitted: each slot runs, is free or can be reclaimed"
         new, answering = None, []
         for sequence in self.running:
             if not sequence.encoding and not sequence.prefilling:
@@ -134,16 +148,16 @@ class Scheduler:
                 self.waiting.remove(sequence)
             return
         self.running.remove(sequence)
-        if sequence.holder is None:
+        if sequence.conversation is None:
             self.cache.release(sequence.slot)
         else:
-            self.cache.park(sequence.holder, sequence.slot)
+            self.cache.park(sequence.conversation, sequence.slot)
         sequence.slot = None
 
     def _admit(self) -> None:
         while self.waiting and (self.cache.free or self.cache.reclaim()):
             sequence = self.preparing = self.waiting[0]
-            slot = self.reuse.slot_for(sequence, self._near()) if self.reuse else None
+            slot = self.prefix_cache.slot_for(sequence, self._near()) if self.prefix_cache else None
             self.preparing = None
             sequence.slot = self.cache.acquire(slot)
             self._admitted += 1
@@ -158,17 +172,17 @@ class Scheduler:
         return free[: bisect.bisect_left(free, reach)]
 
     def _enter(self, sequence: Sequence) -> None:
-        """The sequence has its slot: what that holds of its prompt need not be run."""
+        """The sequence has its slot: the part of its prompt that is there already is not run."""
         cache_keys, tiles = sequence.cache_keys, sequence.cross_tiles
         sequence.computed, images = self.cache.settle(sequence.held_slot, cache_keys.keys, cache_keys.images if tiles else ())
         sequence.tiles_done = max(sequence.tiles_done, images * tiles)
         self.running.append(sequence)
 
     def _prepare(self, sequence: Sequence) -> None:
-        """As late as can be: what ran before it may be of use."""
-        if self.reuse:
+        """As late as possible: it may use the results of what ran before it."""
+        if self.prefix_cache:
             self.preparing = sequence
-            self.reuse.prepare(sequence)
+            self.prefix_cache.prepare(sequence)
             self.preparing = None
         sequence.prepared, sequence.reused, sequence.reused_tiles = True, sequence.computed, sequence.tiles_done
 
@@ -193,8 +207,11 @@ class Scheduler:
         return planners[_enough(planners, images)]
 
     def _answer(self, sequences: SequenceOf[Sequence]) -> Step:
-        """Those who answer go on: all of them by a token, or, once in between, one of them by a draft that is worth it. Who has
-        come since the last decode step waits for the next, so that no stream waits for more drafts than there are slots."""
+        """The next step of the sequences that answer: each gains a token, or once in between one verifies a draft.
+
+        One that has come since the last decode step drafts after the next, so that no stream waits for more drafts than there
+        are slots.
+        """
         decode, alone = self._decode(sequences), len(sequences) == 1
         for sequence in sequences if self.verify else ():
             if sequence.prompt_lookup and (alone or sequence.id in self.may_draft) and (step := self._draft(sequence, decode)):
@@ -207,8 +224,7 @@ class Scheduler:
         return decode
 
     def _draft(self, sequence: Sequence, decode: Step) -> Step | None:
-        """A step that verifies a draft, if there is one and, by the times of both graphs, more tokens come of it than of
-        `decode` meanwhile."""
+        """A step that verifies a draft, if there is one and it gives more tokens in its time than `decode` would."""
         assert sequence.prompt_lookup is not None, "only a lookup makes drafts"
         images = _enough(self.verify, sequence.images)
         room = self.cache.spec.rows - int(self.cache.lengths[sequence.held_slot])

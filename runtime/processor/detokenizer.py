@@ -55,6 +55,12 @@ class IncrementalDetokenizer:
         piece = self._release(self.detokenizer.finish())
         return piece if self.stopped else piece + self._give(self.held.rstrip())
 
+    def stopped_at_end(self) -> bool:
+        """Whether a stop string ends the text, what is held back included, where no token follows."""
+        if self.stops:
+            self.finish()
+        return self.stopped
+
     def _read(self) -> None:
         unread, self.unread = self.unread, []
         for token_id in unread:

@@ -9,14 +9,14 @@ import numpy as np
 
 from ...runtime.artifact import GraphSpec, is_cached
 from ...runtime.backends.base import Feed
-from .forced import Ran
+from ...runtime.engine.engine import GraphRun
 from .sides import Prepared
 from .static_side import StaticSide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Captured:
-    """`caches` [B, K, S, D] are what the graph's cached inputs held."""
+    """One run: its graph, its feed, and `caches` [B, K, S, D], the contents of the graph's cached inputs."""
 
     graph: GraphSpec
     feed: Feed
@@ -36,32 +36,37 @@ def capture(
     most: int | None = None,
     caches: bool = True,
 ) -> list[Captured]:
-    """The runs that a request takes, at most `most` of one graph, with what the `caches` held before."""
-    found: list[Captured] = []
-    counted: dict[str, int] = {}
+    """The runs that some answers take, at most `most` of one graph; with `caches`, also what the cache contained."""
+    captured: list[Captured] = []
+    counts: dict[str, int] = {}
     runs = 0
 
-    def watch(ran: Ran) -> None:
+    def watch(run: GraphRun) -> None:
         nonlocal runs
-        step = ran.step
+        step = run.step
         graph = side.engine.graphs[step.kind, step.bucket, step.images]
         runs += 1
-        counted[graph.name] = counted.get(graph.name, 0) + 1
-        if most is not None and counted[graph.name] > most:
+        counts[graph.name] = counts.get(graph.name, 0) + 1
+        if most is not None and counts[graph.name] > most:
             return
-        feed = {name: array.copy() for name, array in ran.feed.items()}
-        kept = _caches(side, graph, ran) if caches else {}
-        found.append(Captured(graph, feed, kept, ran.image, runs, dict(ran.past), step.count))
+        feed = {name: array.copy() for name, array in run.feed.items()}
+        cached = _caches(side, graph, run) if caches else {}
+        captured.append(Captured(graph, feed, cached, run.image, runs, _past(side, run), step.count))
 
-    side.engine.watch = watch
+    side.engine.on_run = watch
     try:
         side.say(prompts, answers, route=route)
     finally:
-        side.engine.watch = None
-    return found
+        side.engine.on_run = None
+    return captured
 
 
-def _caches(side: StaticSide, graph: GraphSpec, ran: Ran) -> dict[str, np.ndarray]:
-    wanted = [spec for spec in graph.inputs if is_cached(spec.name)]
+def _past(side: StaticSide, run: GraphRun) -> dict[int, int]:
+    lengths = side.engine.cache.lengths
+    return {sequence.slot: int(lengths[sequence.slot]) for sequence in run.step.sequences if sequence.slot is not None}
+
+
+def _caches(side: StaticSide, graph: GraphSpec, run: GraphRun) -> dict[str, np.ndarray]:
+    specs = [spec for spec in graph.inputs if is_cached(spec.name)]
     backend = side.engine.backend
-    return {spec.name: backend.read_cache(spec.name, ran.slot + spec.shape[0])[ran.slot :] for spec in wanted}
+    return {spec.name: backend.read_cache(spec.name, run.slot + spec.shape[0])[run.slot :] for spec in specs}

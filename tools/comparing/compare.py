@@ -11,7 +11,7 @@ import numpy as np
 from msgspec import UNSET
 
 from ...compiler.calibration import METHODS
-from ...runtime.engine.engine import ContextError
+from ...runtime.engine.fit import ContextError
 from ...runtime.processor.images import ImageError
 from ...runtime.processor.prompt import PromptError
 from ...weights.calibrated import layer_of

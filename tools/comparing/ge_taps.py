@@ -22,28 +22,15 @@ from .walk import Find
 ALIKE = 2e-5  # of the largest magnitude: float32 sums in another order, never another operator
 
 
-class RecordingSimulator(Simulator):
-    """Keeps a copy of what every operator gave."""
-
-    def __init__(self, serialized: bytes, *, store: list[tuple[str, Tensor]], group: Group | None) -> None:
-        super().__init__(serialized, wide=True, group=group)
-        self.store = store
-
-    def _check_outputs(self, node: Node, outputs: Sequence[Tensor]) -> None:
-        super()._check_outputs(node, outputs)
-        # An operator that writes in place is followed by others that write there too.
-        self.store += [(f"{node.type} {node.name}", output.clone()) for output in outputs]
-
-
 class GeGraph:
     """One rank's graph on a simulator that records, and the values of its last run."""
 
     def __init__(self, side: StaticSide, graph: GraphSpec, cache: CacheSpec, rank: int, group: Group | None) -> None:
         """`graph` and `cache` are the rank's own, not those of all together."""
-        self.graph, self.store = graph, []
+        self.graph, self.values = graph, []
         host = torchair_host.load()
-        record = functools.partial(RecordingSimulator, store=self.store, group=group)
-        device = Device("cpu", lambda _group: host.running_on(record), wide=True)
+        simulator = functools.partial(Simulator, wide=True, group=group, on_outputs=self._keep)
+        device = Device("cpu", lambda _group: host.running_on(simulator), wide=True)
         artifact = side.artifact
         self.backend = AscendBackend(
             artifact.folder, cache, side.rank_weights[rank], artifact.manifest.files, device, group=group
@@ -53,21 +40,24 @@ class GeGraph:
         """Runs in float32; the first output."""
         for name, value in caches.items():
             self.backend.write_cache(name, value)
-        self.store.clear()
+        self.values.clear()
         return self.backend.run(self.graph, feed, 0, image).first
+
+    def _keep(self, _node: Node, outputs: Sequence[Tensor]) -> None:
+        self.values += [output.clone() for output in outputs]  # operators that write in place come later
 
     @property
     def find(self) -> Find:
         """Finds values of the last run by their contents."""
-        return Contents(self.store).find
+        return Contents(self.values).find
 
 
 class Contents:
     """Values by their contents, whatever their layout."""
 
-    def __init__(self, store: Sequence[tuple[str, Tensor]]) -> None:
+    def __init__(self, values: Sequence[Tensor]) -> None:
         self.by_size: dict[int, list[tuple[np.ndarray, np.ndarray]]] = {}  # as it lies, and sorted
-        for _, value in store:
+        for value in values:
             flat = value.detach().float().numpy().ravel()
             self.by_size.setdefault(flat.size, []).append((flat, np.sort(flat)))
 

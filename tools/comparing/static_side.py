@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +18,8 @@ from ...runtime.artifact import DEFINITION, Artifact, Manifest, ModelInfo, Weigh
 from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, Group
 from ...runtime.backends.open import open_backend
+from ...runtime.engine.engine import Engine
+from ...runtime.engine.options import EngineOptions
 from ...runtime.engine.request import SamplingParams
 from ...runtime.model import Model
 from ...runtime.processor.boxes import Box
@@ -25,7 +27,7 @@ from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.rope import query_scales, rope_tables
 from ..bench import held
 from .checkpoint import Checkpoint, with_heads
-from .forced import ForcedEngine
+from .forced import ForcedAnswer
 from .samples import Sample
 from .sides import HIDDEN_TOKEN, Generated, Prepared
 
@@ -45,20 +47,20 @@ class StaticPrepared:
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         prompt, image = self.prompt, self.info.image
-        found = {"token_ids": np.where(self._shown, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
+        arrays = {"token_ids": np.where(self._shown, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
         cos, sin = rope_tables(self.info.rope, self.head_dim, self.length, prompt.ntk)
-        found |= {"rope_cos": cos, "rope_sin": sin}
+        arrays |= {"rope_cos": cos, "rope_sin": sin}
         if self.info.rope.logn_positions:
-            found["query_scale"] = query_scales(self.info.rope, self.length)
+            arrays["query_scale"] = query_scales(self.info.rope, self.length)
         if len(prompt.pixels):
             mean, std = np.array(image.mean), np.array(image.std)
-            used = prompt.pixels[self._used]
-            found["pixels"] = ((used * image.rescale - mean) / std).astype(np.float32)
+            pixels = prompt.pixels[self._used]
+            arrays["pixels"] = ((pixels * image.rescale - mean) / std).astype(np.float32)
         if prompt.grids is not None and len(prompt.grids):
-            found["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
+            arrays["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
         if prompt.cross_attention:
-            found["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
-        return found
+            arrays["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
+        return arrays
 
     @property
     def _shown(self) -> np.ndarray:
@@ -82,14 +84,14 @@ class StaticPrepared:
             cross_attention = CrossAttentionMask(
                 visible=held(cross_attention.visible, more)[:length], gates=held(cross_attention.gates, more)[:length]
             )
-        changed = dataclasses.replace(
+        extended = dataclasses.replace(
             prompt,
             token_ids=np.concatenate((prompt.token_ids, ids[:more].astype(np.int32)))[:length],
             rows=np.concatenate((prompt.rows, np.full(more, -1, np.int32)))[:length],
             state=np.zeros(length, np.int32),
             cross_attention=cross_attention,
         )
-        return dataclasses.replace(self, prompt=changed)
+        return dataclasses.replace(self, prompt=extended)
 
 
 class StaticSide:
@@ -109,7 +111,7 @@ class StaticSide:
         self.name, self.artifact, self.config, self.checkpoint = name, artifact, config, checkpoint
         self.info = artifact.manifest.model
         self.compiled = compiled
-        self.engine = ForcedEngine(artifact, backend)
+        self.engine = Engine(artifact.manifest, backend, EngineOptions(reuse=False))
         self.model = Model(artifact, self.engine)
         self.processor = self.model.processor
 
@@ -133,37 +135,35 @@ class StaticSide:
         route: dict[str, int] | None = None,
         caches: bool = False,
     ) -> list[Generated]:
-        engine, slots = self.engine, self.artifact.manifest.cache.slots
-        found: list[Generated] = []
-        with engine.only(route):
+        slots = self.artifact.manifest.cache.slots
+        generated: list[Generated] = []
+        with self.engine.scheduler.only(route or {}):
             together = 1 if caches else slots  # a slot is written again as soon as its sequence has ended
             for start in range(0, len(prompts), together):
                 some = slice(start, start + together)
-                sequences = []
-                for prompt, answer in zip(prompts[some], answers[some], strict=True):
-                    assert isinstance(prompt, StaticPrepared)
-                    params = SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True)
-                    sequences.append(engine.new_sequence(prompt.prompt, params, return_logits=True))
-                engine.forced = {each.id: answer for each, answer in zip(sequences, answers[some], strict=True)}
-                try:
-                    outputs = self.model.run(sequences)
-                finally:
-                    engine.forced = {}
-                for sequence, out in zip(sequences, outputs, strict=True):
-                    assert out.logits is not None
-                    slot, positions = engine.slots.pop(sequence.id), sequence.prompt.length + len(out.token_ids) - 1
-                    kept = self._caches(slot, positions) if caches else {}
-                    found.append(Generated(out.logits, kept))
-        return found
+                generated += self._say_together(prompts[some], answers[some], caches)
+        return generated
+
+    def _say_together(self, prompts: Sequence[Prepared], answers: Sequence[np.ndarray], caches: bool) -> Iterator[Generated]:
+        sources = [ForcedAnswer(answer) for answer in answers]
+        sequences = []
+        for prompt, source in zip(prompts, sources, strict=True):
+            assert isinstance(prompt, StaticPrepared)
+            params = SamplingParams(max_new_tokens=len(source.tokens), temperature=0.0, ignore_eos=True)
+            sequences.append(self.engine.new_sequence(prompt.prompt, params, return_logits=True, token_source=source))
+        for source, prompt, out in zip(sources, prompts, self.model.run(sequences), strict=True):
+            assert out.logits is not None
+            positions = prompt.length + len(out.token_ids) - 1
+            yield Generated(out.logits, self._caches(source.slot, positions) if caches else {})
 
     def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
         names = [name for name in self.artifact.manifest.cache.buffers() if name[:2] in ("k_", "v_")]
-        found = {
+        rows = {
             name: self._unscaled(name, self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions]) for name in names
         }
         heads = self.config.text.kv_heads if self.config else 0
         # Where there are more ranks than heads, neighbours hold the same one.
-        return {name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in found.items()}
+        return {name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in rows.items()}
 
     def _unscaled(self, name: str, rows: np.ndarray) -> np.ndarray:
         """What rows [K, S, D] of a cache stand for."""

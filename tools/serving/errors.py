@@ -15,7 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import EngineClosedError
 from ...runtime.backends.distributed.failures import RankError
-from ...runtime.engine.engine import ContextError
+from ...runtime.engine.fit import ContextError
 from ...runtime.opening import RunError
 from ...runtime.processor.images import ImageError
 from ...runtime.sampling.constraints import ConstraintError

@@ -18,6 +18,7 @@ from ...runtime.artifact import CacheSpec, CrossSpec, Kind
 from ...runtime.engine.cache import SlotCache
 from ...runtime.engine.chunks import ChunkPlanner
 from ...runtime.engine.request import Sequence as Running
+from ...runtime.engine.request import Times
 from ...runtime.engine.scheduler import Scheduler, Step
 from ...runtime.processor.images import Frame
 from ...runtime.processor.prompt import CrossAttentionMask, Prompt
@@ -155,8 +156,7 @@ class _Replay:
             params=_PARAMS,
             sampling=_SAMPLING,
             features=np.empty((0, 0), np.float32),
-            arrived=arrival.time or 0.0,
-            started=-math.inf,
+            times=Times(arrived=arrival.time or 0.0, started=-math.inf),
         )
 
     def _seconds(self, step: Step) -> tuple[float, float]:
@@ -190,9 +190,10 @@ class _Replay:
         if kind == "decode":
             result.rows.setdefault(max(s.images for s in step.sequences), Counter())[step.count] += times
         for sequence in step.sequences:
-            if sequence.started == -math.inf:
-                sequence.started = self.now - spent
-                result.queue_s.append(sequence.started - sequence.arrived)
+            course = sequence.times
+            if course.started == -math.inf:
+                course.started = self.now - spent
+                result.queue_s.append(course.started - course.arrived)
 
     def _commit(self, step: Step, times: int) -> None:
         if step.kind == "vision":
@@ -202,7 +203,7 @@ class _Replay:
             sequence = step.sequences[0]
             sequence.computed += step.count
             if not sequence.prefilling:
-                sequence.first_token = self.now
+                sequence.times.first_token = self.now
                 self._generate(sequence, 1)
             return
         for sequence in step.sequences:
@@ -214,8 +215,8 @@ class _Replay:
             return
         self.scheduler.finish(sequence)
         del self.left[sequence.id]
-        result, answer = self.result, self.answers[sequence.id]
-        result.first_token_s.append(sequence.first_token - sequence.arrived)
-        result.total_s.append(self.now - sequence.arrived)
+        result, answer, course = self.result, self.answers[sequence.id], sequence.times
+        result.first_token_s.append(course.first_token - course.arrived)
+        result.total_s.append(self.now - course.arrived)
         if answer > 1:
-            result.per_token_s.append((self.now - sequence.first_token) / (answer - 1))
+            result.per_token_s.append((self.now - course.first_token) / (answer - 1))

@@ -9,7 +9,7 @@ can be told from how it rounds.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,8 @@ from .ge_ops.registry import HALVES, Bound
 
 # What torch raises for operands that it cannot compute with; errors of other kinds, such as those of a group, are no operand's.
 _TORCH_ERRORS = (RuntimeError, IndexError, TypeError, NotImplementedError, ZeroDivisionError)
+
+OnOutputs = Callable[[Node, Sequence[Tensor]], object]
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,12 +40,15 @@ class Simulator:
 
     Raises GeGraphError for a graph with an operator, an input or an attribute that is not simulated, and for a graph in which
     another node reads an input that is written in place, since nothing says which comes first. A graph of one rank of several
-    meets the others through `group`, and raises ArtifactError when it runs without them.
+    meets the others through `group`, and raises ArtifactError when it runs without them. `on_outputs` is called with every
+    node that has run, and its outputs, which later nodes may write over.
     """
 
-    def __init__(self, serialized: bytes, *, wide: bool = False, group: Group | None = None) -> None:
+    def __init__(
+        self, serialized: bytes, *, wide: bool = False, group: Group | None = None, on_outputs: OnOutputs | None = None
+    ) -> None:
         self.graph = parse(serialized)
-        self.wide, self.group = wide, group
+        self.wide, self.group, self.on_outputs = wide, group, on_outputs
         self._constants = {node.name: self._constant(node.attributes["value"]) for node in self.graph.nodes if _is_const(node)}
         self._written = _written_inputs(self.graph)
         self._steps = self._plan()
@@ -108,6 +113,8 @@ class Simulator:
         try:
             outputs = step.call([None if source is None else self._upcast(values[source]) for source in node.inputs])
             self._check_outputs(node, outputs)
+            if self.on_outputs is not None:
+                self.on_outputs(node, outputs)
         except GeGraphError as error:
             raise GeGraphError(f"{node.type} {node.name}: {error}") from error
         except Exception as error:

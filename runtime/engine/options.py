@@ -1,0 +1,30 @@
+"""How an engine works where the artifact leaves a choice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+NGRAMS = 2, 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineOptions:
+    """The choices of one engine; raises ValueError for ngrams that are no range."""
+
+    prefill_budget: int | None = None  # tokens of the largest chunk that runs while sequences answer; None: of any
+    reuse: bool = True  # requests take over cache rows and image features from each other
+    image_cache_mb: int = 256  # megabytes of image features that are kept for that
+    speculate: int = 0  # tokens of a draft, for requests that do not say
+    ngrams: tuple[int, int] = NGRAMS  # the fewest and the most last tokens that a draft is found by
+
+    def __post_init__(self) -> None:
+        fewest, most = self.ngrams
+        if not 1 <= fewest <= most:
+            raise ValueError(
+                f"ngrams is {self.ngrams}; expected the fewest and the most tokens that a draft is found by, such as {NGRAMS}"
+            )
+
+    @property
+    def feature_bytes(self) -> int:
+        """Bytes of image features that are kept."""
+        return self.image_cache_mb << 20 if self.reuse else 0
