@@ -10,7 +10,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import read_manifest
 from staticvl.tools.comparing.compare import Comparison
-from staticvl.tools.comparing.opening import open_side
+from staticvl.tools.comparing.open_side import open_side
 from staticvl.tools.comparing.result import Result
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.sides import Side

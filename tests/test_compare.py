@@ -19,7 +19,7 @@ from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import ConfigError, decode_config, encode_config, read_config
 from staticvl.runtime.artifact import DEFINITION, read_manifest, write_manifest
 from staticvl.tools.cli import main
-from staticvl.tools.comparing.opening import open_side
+from staticvl.tools.comparing.open_side import open_side
 from staticvl.tools.comparing.result import Scores
 from staticvl.tools.comparing.samples import asked, built_in_samples
 from staticvl.tools.comparing.thresholds import DEFAULTS

@@ -21,7 +21,8 @@ from staticvl.runtime.backends.distributed import control
 from staticvl.runtime.backends.distributed.compute_thread import ComputeThread
 from staticvl.runtime.backends.distributed.control import Members, Published, join
 from staticvl.runtime.backends.distributed.failures import CollectiveError, Doing, Peer, RankError, RankStatus, failure_report
-from staticvl.runtime.backends.distributed.frames import (
+from staticvl.runtime.backends.distributed.group import GlooGroup
+from staticvl.runtime.backends.distributed.protocol import (
     HEADER,
     LARGEST_RECORD,
     FrameError,
@@ -33,7 +34,6 @@ from staticvl.runtime.backends.distributed.frames import (
     encode,
     read_header,
 )
-from staticvl.runtime.backends.distributed.group import GlooGroup
 from staticvl.runtime.backends.distributed.start import _is_loopback, _plain, read_timeout
 from staticvl.runtime.backends.distributed.world import LOOPBACK, RankInfo, World, rank_info_of, started_world
 

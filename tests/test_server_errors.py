@@ -13,7 +13,7 @@ import openai
 import pytest
 
 from staticvl.tools.cli import main
-from staticvl.tools.serving.keys import KeyRing, collect_keys
+from staticvl.tools.serving.api_keys import KeyRing, collect_keys
 
 from .servers import HEAD, Running, asking, far_model, serving, slow_down, until
 

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from staticvl.tools.serving.bodies import MOST_VALUES, SMALL, VALUES_PER_TOKEN, check_values
+from staticvl.tools.serving.body_limits import MOST_VALUES, SMALL, VALUES_PER_TOKEN, check_values
 from staticvl.tools.serving.errors import ApiError
+from staticvl.tools.serving.log_format import LOST_WRITES
 from staticvl.tools.serving.main import listening
-from staticvl.tools.serving.quiet import LOST_WRITES
 from staticvl.tools.serving.schema import ChatRequest, read_request
 
 from .servers import HEAD, TIMEOUT_S, Running, far_model, rest, serving, until

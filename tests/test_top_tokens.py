@@ -31,7 +31,7 @@ from staticvl.runtime.artifact import CANDIDATES, GraphSpec, TensorSpec, WeightS
 from staticvl.runtime.backends.base import Result
 from staticvl.runtime.sampling.candidates import Candidates
 from staticvl.tools import ascend_acceptance
-from staticvl.tools.comparing.walk import Walk
+from staticvl.tools.comparing.operator_errors import Walk
 
 from .checkpoints import tiny_llava
 from .fake_backend import FakeBackend

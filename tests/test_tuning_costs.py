@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import open_artifact
 from staticvl.tools.cards import CARDS
-from staticvl.tools.tuning.candidates import MOST, candidate_sizes, powers_of_two
+from staticvl.tools.tuning.bucket_sizes import MOST, candidate_sizes, powers_of_two
 from staticvl.tools.tuning.costs import (
     Costs,
     costs_yaml,

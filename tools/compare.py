@@ -14,7 +14,7 @@ from ..compiler.eager import computing_with
 from ..runtime.files import write_atomically
 from .comparing.compare import Comparison
 from .comparing.data import read_data
-from .comparing.opening import check_side, open_side
+from .comparing.open_side import check_side, open_side
 from .comparing.report import conclusion, tables
 from .comparing.result import Result
 from .comparing.samples import Sample, built_in_samples

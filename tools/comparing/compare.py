@@ -17,6 +17,7 @@ from ...runtime.processor.prompt import PromptError
 from ...weights.calibrated import layer_of
 from .checkpoint import Checkpoint
 from .edges import Ask, Edge, edges
+from .fault_scope import scope
 from .findings import Finding
 from .hf_side import HfSide
 from .inputs import compare_inputs
@@ -24,7 +25,6 @@ from .localise import Failing, Localiser
 from .metrics import compare_logits, exact_match, matched_iou, relative_error, with_texts
 from .result import EdgeResult, Result, SampleResult, Scores
 from .samples import DataError, Sample
-from .scope import scope
 from .settings import compare_settings
 from .sides import Prepared, Side, SideError, answer_text
 from .static_side import StaticSide

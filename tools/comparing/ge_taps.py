@@ -16,8 +16,8 @@ from ...runtime.backends.ascend.backend import AscendBackend, Device
 from ...runtime.backends.base import Feed, Group
 from ...runtime.backends.ge_simulator.ge_graph import Node
 from ...runtime.backends.ge_simulator.simulator import Simulator
+from .operator_errors import Find
 from .static_side import StaticSide
-from .walk import Find
 
 ALIKE = 2e-5  # of the largest magnitude: float32 sums in another order, never another operator
 

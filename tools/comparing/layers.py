@@ -17,9 +17,9 @@ from .capture import Captured, capture
 from .checkpoint import definer
 from .findings import Finding
 from .hf_side import HfPrepared, HfSide
+from .operator_errors import Walk, module_of
 from .static_side import StaticPrepared, StaticSide
 from .taps import definition, inputs_of, parameters_of
-from .walk import Walk, module_of
 
 SAME = 1e-3  # float32 in another order, over the depth of a model
 

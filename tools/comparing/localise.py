@@ -1,8 +1,8 @@
 """From a case that came out wrong to the operator that is wrong.
 
-A captured run of a graph is walked operator by operator (walk.py), so a fault in a compiled graph is named at once: stage,
-bucket, layer and operator. What no graph explains is looked for in what the steps were fed and, where transformers is the
-reference, in the definition itself.
+A captured run of a graph is compared operator by operator (operator_errors.py), so a fault in a compiled graph is named at
+once: stage, bucket, layer and operator. What no graph explains is looked for in what the steps were fed and, where
+transformers is the reference, in the definition itself.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from .capture import Captured, capture
-from .culprit import layer_errors
 from .feeds import compare_feeds
 from .findings import Finding
+from .first_fault import layer_errors
 from .hf_side import HfPrepared, HfSide
 from .layers import compare_definition
+from .operator_errors import OpError
 from .sides import Prepared, Side
 from .static_side import StaticPrepared, StaticSide, open_eager_side
 from .taps import Inspector
 from .thresholds import Thresholds
-from .walk import OpError
 
 MOST_CASES = 12  # that are looked into
 RUNS = 3  # of one graph in one case

@@ -24,9 +24,9 @@ from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
 from .capture import Captured
 from .checkpoint import with_heads
-from .culprit import matched_culprit, named_culprit, whole_culprit
+from .first_fault import matched_culprit, named_culprit, whole_culprit
+from .operator_errors import Find, OpError, Walk
 from .static_side import StaticSide
-from .walk import Find, OpError, Walk
 
 Errors = dict[Node, OpError]
 KEPT = 8  # graphs that are open at once

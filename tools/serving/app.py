@@ -13,16 +13,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...runtime.model import Model
 from ...runtime.shown import quoted
-from .answers import Wording
-from .bodies import SMALL, check_values
+from .api_keys import KeyRing
+from .body_limits import SMALL, check_values
 from .connections import EventStream, read_body, unless_gone
 from .errors import ApiError, add_handlers
-from .keys import KeyRing
 from .page import page_response
+from .request_handler import Visit
+from .responses import Wording
 from .schema import ChatRequest, read_request
 from .service import Service
 from .settings import Settings
-from .visit import Visit
 
 SAFE = ["GET", "HEAD"]
 

@@ -19,7 +19,7 @@ from ...runtime.engine.engine import ContextError
 from ...runtime.opening import RunError
 from ...runtime.processor.images import ImageError
 from ...runtime.sampling.constraints import ConstraintError
-from .quiet import brief
+from .log_format import brief
 
 log = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ import uvicorn
 from ... import runtime
 from ...runtime.artifact import ArtifactError, read_manifest
 from ..show import CODE
+from .api_keys import collect_keys
 from .app import create_app
 from .arguments import settings_of
 from .connections import protocol_with
-from .keys import collect_keys
-from .quiet import keep_quiet
+from .log_format import keep_quiet
 from .service import Service
 from .settings import Settings
 

@@ -12,9 +12,9 @@ from ...runtime.async_engine import AsyncEngine
 from ...runtime.model import Model
 from ...runtime.processor.token_bytes import TokenBytes
 from .errors import ApiError
-from .figures import Figures
 from .images import Images
-from .newer import Newer
+from .newer_artifact import Newer
+from .server_metrics import Figures
 from .settings import Settings
 
 

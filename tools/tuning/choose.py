@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from ...runtime.artifact import Kind
 from .batches import batch_frontier, step_cost
-from .candidates import candidate_sizes
+from .bucket_sizes import candidate_sizes
 from .columns import TraceError
 from .costs import Costs
 from .curves import CostError

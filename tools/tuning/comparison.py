@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...runtime.engine.chunks import ChunkPlanner
-from .candidates import powers_of_two
+from .bucket_sizes import powers_of_two
 from .choose import Result, by_variant, decode_cost, setup_of
 from .replay import OneRun, Replayed, replay
 from .search import Problem, frontier, make_problem, set_cost

@@ -20,7 +20,7 @@ from typing import Protocol
 import msgspec
 
 from .failures import Peer, RankError
-from .frames import HEADER, FrameError, FrameKind, FramePayload, Hello, Link, decode, encode, read_header
+from .protocol import HEADER, FrameError, FrameKind, FramePayload, Hello, Link, decode, encode, read_header
 from .world import LOOPBACK, World
 
 log = logging.getLogger(__name__)

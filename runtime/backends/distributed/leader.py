@@ -11,8 +11,8 @@ import numpy as np
 
 from ...artifact import GraphSpec, Manifest, is_cached
 from ..base import Backend, Result, checked
-from .frames import Copy, FrameKind, Header
 from .monitor import RankMonitor
+from .protocol import Copy, FrameKind, Header
 
 
 class _Message:

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from .compute_thread import ComputeThread
 from .failures import BAD, CollectiveError, Peer, RankError, RankStatus, failure_report
-from .frames import Failed, FailureReport, FrameKind, FramePayload, Header, Link, Opened, State, encode
+from .protocol import Failed, FailureReport, FrameKind, FramePayload, Header, Link, Opened, State, encode
 
 GRACE_S = 2.0  # for ranks to say what they know, and to leave
 RECORDS: dict[FrameKind, type[FramePayload]] = {FrameKind.OPENED: Opened, FrameKind.STATE: State, FrameKind.FAILED: Failed}

@@ -19,8 +19,8 @@ from ...backends.base import Feed, new_feed
 from ..base import Backend, Group
 from .compute_thread import ComputeThread
 from .failures import CollectiveError, Peer
-from .frames import Copy, Failed, FailureReport, FrameError, FrameKind, Go, Header, Link, State, encode
 from .monitor import GRACE_S, describe
+from .protocol import Copy, Failed, FailureReport, FrameError, FrameKind, Go, Header, Link, State, encode
 
 log = logging.getLogger(__name__)
 GONE = (EOFError, OSError)

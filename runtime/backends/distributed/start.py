@@ -23,10 +23,10 @@ from ..base import Backend
 from ..open import open_backend
 from .control import Members, Store, join
 from .failures import Peer
-from .frames import FrameKind, Go, Link, Opened, encode
 from .launch import LocalRanks, threads_each
 from .leader import LeaderBackend
 from .monitor import RankMonitor
+from .protocol import FrameKind, Go, Link, Opened, encode
 from .rank_worker import RankWorker, Watched
 from .world import LOOPBACK, World, rank_info_of
 

@@ -10,8 +10,8 @@ from typing import Any
 from ...runtime.async_engine import Answers, Piece
 from ...runtime.engine.request import Output
 from ...runtime.processor.prompt import Prompt
-from .answers import Wording
 from .errors import ApiError, of_engine, of_request
+from .responses import Wording
 from .schema import ChatRequest
 from .service import Service
 from .translate import check_request, messages_of, sampling_of

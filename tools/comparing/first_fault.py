@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
-from .walk import OpError, module_of, op_name
+from .operator_errors import OpError, module_of, op_name
 
 ROUNDED = ("linear_w8", "linear_w4")  # whose kernels round activations to 8 bits, and their definitions do not
 EXACT = 2e-4
