@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from .artifact import Artifact, ArtifactError, Manifest
-from .backends.distributed.start import follow, lead, meet, read_timeout, spawn
+from .backends.distributed.start import launcher_store, lead, read_timeout, run_worker, spawn
 from .backends.distributed.world import World, started_world
 from .backends.open import check_device
 from .engine.engine import NGRAMS, Engine
@@ -76,7 +76,7 @@ def load(
             engine = Engine(opened, device=device, threads=threads, verify=checks.all_files, **settings)
             return Model(opened, engine, log, system_in_user=system_in_user)
         start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
-        backend = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
+        backend = lead(opened, world, launcher_store(world), **start) if world else spawn(opened, **start)
         try:
             engine = Engine(opened, backend=backend, **settings)
             return Model(opened, engine, log, backend.close, backend.monitor.check, system_in_user=system_in_user)
@@ -104,7 +104,9 @@ def _check(opened: Artifact, given: str | Path, tp: int | None, world: World | N
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None, checks: Checks) -> int:
     """Run as a rank that a launcher has started, to the end; the exit status."""
     seconds = read_timeout(timeout)
-    status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=seconds, checks=checks)
+    status, stuck = run_worker(
+        folder, world, launcher_store(world), device=device, threads=threads, timeout=seconds, checks=checks
+    )
     if stuck:  # in a collective that does not end, and that the interpreter would wait for
         os._exit(status)
     return status

@@ -227,7 +227,7 @@ def _on_device(outputs: Mapping[str, Tensor]) -> Result:
     def fetch(rows: slice) -> np.ndarray:
         return first[rows].cpu().numpy()
 
-    return Result(fetch, candidates_of({name: value.cpu().numpy() for name, value in others}), here=False)
+    return Result(fetch, candidates_of({name: value.cpu().numpy() for name, value in others}), on_host=False)
 
 
 def simulated(*, wide: bool = False) -> Device:
