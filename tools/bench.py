@@ -153,7 +153,7 @@ def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, info: Mode
     more = tokens - prompt.length
     text = rng.integers(3, info.tokenizer.used, more).astype(np.int32)
     cross_attention = prompt.cross_attention and CrossAttentionMask(
-        visible=held(prompt.cross_attention.visible, more), gates=held(prompt.cross_attention.gates, more)
+        visible=repeat_last(prompt.cross_attention.visible, more), gates=repeat_last(prompt.cross_attention.gates, more)
     )
     return dataclasses.replace(
         prompt,
@@ -165,8 +165,8 @@ def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, info: Mode
     )
 
 
-def held(rows: np.ndarray, more: int) -> np.ndarray:
-    """Rows with the last of them repeated behind."""
+def repeat_last(rows: np.ndarray, more: int) -> np.ndarray:
+    """Rows followed by `more` copies of the last of them."""
     return np.concatenate((rows, np.repeat(rows[-1:], more, axis=0)))
 
 

@@ -1,4 +1,4 @@
-"""One run of a graph as it happened: the artifact's state right before it, so that it can be run again and looked into."""
+"""Captured runs of graphs: the inputs and caches right before each, so that it can be run again and inspected."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .static_side import StaticSide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Captured:
-    """`caches` [B, K, S, D] are what the graph's cached inputs held."""
+class CapturedRun:
+    """One run of a graph. `caches` [B, K, S, D]: the contents of the graph's cached inputs before it."""
 
     graph: GraphSpec
     feed: Feed
@@ -35,10 +35,10 @@ def capture(
     *,
     most: int | None = None,
     caches: bool = True,
-) -> list[Captured]:
-    """The runs that a request takes, at most `most` of one graph, with what the `caches` held before."""
-    found: list[Captured] = []
-    counted: dict[str, int] = {}
+) -> list[CapturedRun]:
+    """The runs of forced requests, at most `most` of one graph; `caches`: with the contents of the caches before each."""
+    captured: list[CapturedRun] = []
+    counts: dict[str, int] = {}
     runs = 0
 
     def watch(ran: Ran) -> None:
@@ -46,22 +46,22 @@ def capture(
         step = ran.step
         graph = side.engine.graphs[step.kind, step.bucket, step.images]
         runs += 1
-        counted[graph.name] = counted.get(graph.name, 0) + 1
-        if most is not None and counted[graph.name] > most:
+        counts[graph.name] = counts.get(graph.name, 0) + 1
+        if most is not None and counts[graph.name] > most:
             return
         feed = {name: array.copy() for name, array in ran.feed.items()}
-        kept = _caches(side, graph, ran) if caches else {}
-        found.append(Captured(graph, feed, kept, ran.image, runs, dict(ran.past), step.count))
+        contents = _caches(side, graph, ran) if caches else {}
+        captured.append(CapturedRun(graph, feed, contents, ran.image, runs, dict(ran.past), step.count))
 
     side.engine.watch = watch
     try:
-        side.say(prompts, answers, route=route)
+        side.run_forced(prompts, answers, route=route)
     finally:
         side.engine.watch = None
-    return found
+    return captured
 
 
 def _caches(side: StaticSide, graph: GraphSpec, ran: Ran) -> dict[str, np.ndarray]:
-    wanted = [spec for spec in graph.inputs if is_cached(spec.name)]
+    specs = [spec for spec in graph.inputs if is_cached(spec.name)]
     backend = side.engine.backend
-    return {spec.name: backend.read_cache(spec.name, ran.slot + spec.shape[0])[ran.slot :] for spec in wanted}
+    return {spec.name: backend.read_cache(spec.name, ran.slot + spec.shape[0])[ran.slot :] for spec in specs}

@@ -1,4 +1,4 @@
-"""Errors of all operators of a graph -> the first that is wrong."""
+"""The first wrong operator of a graph, from the errors of all its operators."""
 
 from __future__ import annotations
 
@@ -9,44 +9,44 @@ from torch.fx import Node
 
 from .operator_errors import OpError, module_of, op_name
 
-ROUNDED = ("linear_w8", "linear_w4")  # whose kernels round activations to 8 bits, and their definitions do not
+ROUNDED = ("linear_w8", "linear_w4")  # their kernels round activations to 8 bits, their definitions do not
 EXACT = 2e-4
-# Definition and kernel round alike, and whole numbers add up exactly: all that is left is a rounding that falls the other way.
+# Definition and kernel round alike, and integers add up exactly: only roundings of ties may differ.
 WHOLE = {"linear_w8a8": 5e-3}
 
 
-def named_culprit(found: Mapping[Node, OpError], limit: float) -> OpError | None:
-    """Where values are found by name: the first operator with an error, or one that is missing right before it."""
-    for node, error in found.items():
+def first_fault_by_name(errors: Mapping[Node, OpError], limit: float) -> OpError | None:
+    """The first operator with an error, or one that is missing right before it, where values are found by name."""
+    for node, error in errors.items():
         if error.error is None or error.error <= allowed(error, limit):
             continue
-        missing = _missing_before(node, found)
+        missing = _missing_before(node, errors)
         if missing is not None:
             return OpError(
                 module=missing.module, op=missing.op, shape=missing.shape, error=error.error, drift=error.drift,
                 note="the compiled graph has no such operator", rank=error.rank,
             )  # fmt: skip
-        return _told_by_cache(node, found) or error
+        return _cache_error(node, errors) or error
     return None
 
 
-def _told_by_cache(node: Node, found: Mapping[Node, OpError]) -> OpError | None:
-    """What the rows written say of cached attention that went wrong: they may explain the rest."""
+def _cache_error(node: Node, errors: Mapping[Node, OpError]) -> OpError | None:
+    """The error of the rows that wrong cached attention has written, if it has a note: it may explain the rest."""
     items = node.all_input_nodes[0].users if _is_item(node) else ()
-    return next((found[item] for item in items if item in found and found[item].note), None)
+    return next((errors[item] for item in items if item in errors and errors[item].note), None)
 
 
 def allowed(error: OpError, limit: float) -> float:
-    """`limit` is for operators that round; all others are exact."""
+    """The error that an operator may have: `limit` for those that round; all others are exact."""
     return limit if error.op in ROUNDED else min(limit, WHOLE.get(error.op, EXACT))
 
 
-def _missing_before(node: Node, found: Mapping[Node, OpError]) -> OpError | None:
+def _missing_before(node: Node, errors: Mapping[Node, OpError]) -> OpError | None:
     """An operator without a value between this one and the nearest values before it."""
     waiting, last = list(node.all_input_nodes), None
     while waiting:
         each = waiting.pop(0)
-        error = found.get(each)
+        error = errors.get(each)
         if each.op == "placeholder" or (error is not None and error.error is not None):
             continue
         if error is not None and not _reshapes(each):
@@ -59,30 +59,30 @@ def _reshapes(node: Node) -> bool:
     return op_name(node).startswith(("aten.view", "aten.reshape", "aten.permute", "aten.unsqueeze", "aten.slice", "<built-in"))
 
 
-def matched_culprit(found: Mapping[Node, OpError]) -> OpError | None:
-    """Where values are found by their contents: the first operator whose value is nowhere, nor any value made of it.
+def first_fault_by_content(errors: Mapping[Node, OpError]) -> OpError | None:
+    """The first operator whose value is nowhere, nor any value made of it, where values are found by their contents.
 
-    A compiler may fuse operators, so a value that is missing means nothing while something behind it is there.
+    A compiler may fuse operators, so a value may be missing while one made of it is there.
     """
-    good: set[Node] = set()
-    for node in reversed([*found]):
-        if found[node].error is not None or any(user in good for user in _users(node)):
-            good.add(node)
-    for node, error in found.items():
-        if node not in good and node.users:
+    present: set[Node] = set()
+    for node in reversed([*errors]):
+        if errors[node].error is not None or any(user in present for user in _users(node)):
+            present.add(node)
+    for node, error in errors.items():
+        if node not in present and node.users:
             return error
     return None
 
 
-def whole_culprit(found: Mapping[Node, OpError]) -> OpError | None:
-    """Where nothing but outputs can be seen: the first that is wrong, in which operators before it have their part."""
+def first_faulty_output(errors: Mapping[Node, OpError]) -> OpError | None:
+    """The first wrong output, where nothing but outputs can be seen; operators before it may be at fault."""
     note = "of this graph only outputs can be seen, so an operator before this one may be at fault"
-    wrong = (error for error in found.values() if error.error is not None and error.error > EXACT)
+    wrong = (error for error in errors.values() if error.error is not None and error.error > EXACT)
     return next((dataclasses.replace(error, note=error.note or note) for error in wrong), None)
 
 
 def _users(node: Node) -> list[Node]:
-    """Who reads a value, or an item of it."""
+    """The nodes that read a value, or an item of it."""
     direct = list(node.users)
     return direct + [user for each in direct if each.op == "call_function" for user in each.users if _is_item(each)]
 
@@ -91,16 +91,16 @@ def _is_item(node: Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def layer_errors(found: Mapping[Node, OpError]) -> dict[str, tuple[float, float]]:
+def layer_errors(operators: Mapping[Node, OpError]) -> dict[str, tuple[float, float]]:
     """By layer, in order: the largest error of its own operators, and the drift of its last value."""
-    errors: dict[str, tuple[float, float]] = {}
-    for node, error in found.items():
+    layers: dict[str, tuple[float, float]] = {}
+    for node, error in operators.items():
         if error.error is None or error.drift is None:
             continue
         layer = layer_of(module_of(node))
-        worst = max(errors.get(layer, (0.0, 0.0))[0], error.error)
-        errors[layer] = worst, error.drift if not error.what else errors.get(layer, (0.0, error.drift))[1]
-    return errors
+        worst = max(layers.get(layer, (0.0, 0.0))[0], error.error)
+        layers[layer] = worst, error.drift if not error.output else layers.get(layer, (0.0, error.drift))[1]
+    return layers
 
 
 def layer_of(module: str) -> str:

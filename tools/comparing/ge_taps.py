@@ -16,7 +16,7 @@ from ...runtime.backends.ascend.backend import AscendBackend, Device
 from ...runtime.backends.base import Feed, Group
 from ...runtime.backends.ge_simulator.ge_graph import Node
 from ...runtime.backends.ge_simulator.simulator import Simulator
-from .operator_errors import Find
+from .operator_errors import ValueFinder
 from .static_side import StaticSide
 
 ALIKE = 2e-5  # of the largest magnitude: float32 sums in another order, never another operator
@@ -57,7 +57,7 @@ class GeGraph:
         return self.backend.run(self.graph, feed, 0, image).first
 
     @property
-    def find(self) -> Find:
+    def find(self) -> ValueFinder:
         """Finds values of the last run by their contents."""
         return Contents(self.store).find
 
