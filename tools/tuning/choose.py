@@ -142,9 +142,7 @@ class _Choice:
 
     def _slots(self) -> list[int]:
         """Numbers of slots that fit in memory, ascending."""
-        slots = (
-            [self.limits.slots] if self.limits.slots else [1 << i for i in range(self.limits.most_slots.bit_length())]
-        )
+        slots = [self.limits.slots] if self.limits.slots else [1 << i for i in range(self.limits.most_slots.bit_length())]
         images = max(self.images, default=0)
         sizes = {s: self.target.nbytes(self.context, s, self.limits.granularity, images) for s in slots}
         fitting = [s for s in slots if self.limits.memory is None or sizes[s] <= self.limits.memory]
@@ -224,9 +222,9 @@ class _Choice:
                 break
             if self.limits.graphs is not None and graphs > self.limits.graphs:
                 continue
-            found = self._within_time(places, slots)
-            if found and (not best or found[0] < best[0] * (1 - 1e-12)):
-                best = (found[0], graphs, found[1])
+            candidate = self._within_time(places, slots)
+            if candidate and (not best or candidate[0] < best[0] * (1 - 1e-12)):
+                best = (candidate[0], graphs, candidate[1])
         if not best:
             least = 2 * len(self.variants) + len(self._vision_buckets(0))
             raise LimitError(
