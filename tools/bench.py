@@ -149,7 +149,7 @@ class Bench:
 
 
 def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, info: ModelInfo) -> Prompt:
-    """A prompt with random text behind it, `tokens` positions in all, that sees the images which its end sees."""
+    """A prompt extended by random text to `tokens` positions, of which the added ones see the images that its last one sees."""
     more = tokens - prompt.length
     text = rng.integers(3, info.tokenizer.used, more).astype(np.int32)
     cross_attention = prompt.cross_attention and CrossAttentionMask(

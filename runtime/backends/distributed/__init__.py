@@ -1,4 +1,4 @@
-"""Ranks as processes: one model cut among several, on one machine or more.
+"""Ranks as processes: one model sharded over several, on one machine or more.
 
 Rank 0, the leader, is the process that the user talks to: it tokenises, schedules and samples, and sends the other ranks, its
 workers, one message for each run of a graph. All ranks then run that graph and take part in its collectives. Between runs the

@@ -47,7 +47,7 @@ class LeaderBackend:
         ]
         self.messages: dict[str, _FeedMessage] = {}
         self.run_count = 0
-        # Also at the end of the interpreter: the other ranks are told to stop, not left to find out.
+        # Also at the end of the interpreter, so that the other ranks get a STOP frame.
         self.close = weakref.finalize(self, monitor.close)
 
     def load(self, graph: GraphSpec) -> None:
