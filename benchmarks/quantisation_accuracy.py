@@ -30,7 +30,7 @@ from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import KV_CACHES, QUANTS
 from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.comparing.metrics import compare_logits
-from staticvl.tools.comparing.samples import asked
+from staticvl.tools.comparing.samples import user_sample
 from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
 from staticvl.tools.development.train_tiny import Case, cases
 from staticvl.tools.development.training.data import HELD_OUT_SEED
@@ -122,8 +122,8 @@ def is_right(case: Case, text: str) -> bool:
 
 def forced(side: StaticSide, questions: list[Case], answers: Answers) -> list[np.ndarray]:
     """Logits [n, V] before each token of the answers."""
-    prompts = [side.prepare(asked(case.kind, case.question, case.images)) for case in questions]
-    return [answer.logits for answer in side.say(prompts, answers.tokens)]
+    prompts = [side.prepare(user_sample(case.kind, case.question, case.images)) for case in questions]
+    return [answer.logits for answer in side.run_forced(prompts, answers.tokens)]
 
 
 def measure(

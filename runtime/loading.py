@@ -8,7 +8,7 @@ from typing import Any
 
 from .artifact import Artifact, ArtifactError, Manifest
 from .backends.base import Backend
-from .backends.distributed.start import follow, lead, meet, read_timeout, spawn
+from .backends.distributed.start import launcher_store, lead, read_timeout, run_worker, spawn
 from .backends.distributed.world import World, started_world
 from .backends.open import check_device, open_backend
 from .engine.engine import Engine
@@ -79,7 +79,7 @@ def load(
             backend = _open_alone(opened, device, threads, checks)
             return Model(opened, Engine(opened.manifest, backend, options), log, system_in_user=system_in_user)
         start: Any = {"device": device, "threads": threads, "timeout": read_timeout(timeout), "checks": checks}
-        leader = lead(opened, world, meet(world), **start) if world else spawn(opened, **start)
+        leader = lead(opened, world, launcher_store(world), **start) if world else spawn(opened, **start)
         try:
             return Model(opened, Engine(opened.manifest, leader, options), log, leader.monitor, system_in_user=system_in_user)
         except BaseException:
@@ -114,7 +114,9 @@ def _open_alone(opened: Artifact, device: str, threads: int | None, checks: Chec
 def _take_part(folder: Path, world: World, device: str, threads: int | None, timeout: float | None, checks: Checks) -> int:
     """Run as a rank that a launcher has started, to the end. Returns the exit status."""
     seconds = read_timeout(timeout)
-    status, stuck = follow(folder, world, meet(world), device=device, threads=threads, timeout=seconds, checks=checks)
+    status, stuck = run_worker(
+        folder, world, launcher_store(world), device=device, threads=threads, timeout=seconds, checks=checks
+    )
     if stuck:  # in a collective that does not end, and that the interpreter would wait for
         os._exit(status)
     return status

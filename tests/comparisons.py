@@ -10,8 +10,8 @@ from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import read_manifest
 from staticvl.tools.comparing.compare import Comparison
-from staticvl.tools.comparing.opening import open_side
-from staticvl.tools.comparing.result import Result
+from staticvl.tools.comparing.open_side import open_side
+from staticvl.tools.comparing.result import ComparisonResult
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.sides import Side
 from staticvl.tools.comparing.thresholds import read_thresholds
@@ -45,7 +45,7 @@ def samples_of(family: str) -> list[Sample]:
     return [sample for sample in built_in_samples() if sample.name in SAMPLES[family]]
 
 
-def compared(reference: Side, candidate: Path | Side, samples: Sequence[Sample], **settings: Any) -> Result:
+def compared(reference: Side, candidate: Path | Side, samples: Sequence[Sample], **settings: Any) -> ComparisonResult:
     side = candidate if not isinstance(candidate, Path) else open_side(candidate, threads=1)
     settings = {"new_tokens": 4, "limits": read_thresholds(None), **settings}
     return Comparison(reference=reference, candidate=side, samples=samples, **settings).run()

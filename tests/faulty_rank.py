@@ -1,7 +1,7 @@
 """A rank in which something happens on the way, as a process of its own.
 
 FAULT, e.g. "1 decode 3 SIGKILL": in rank 1, at the third sum of the first decode step, send this process that signal; "raise"
-instead of a signal raises an error, "sleep" takes a minute. By itself this file is a follower's entry; with --lead ARTIFACT it
+instead of a signal raises an error, "sleep" takes a minute. By itself this file is a worker's entry; with --lead ARTIFACT it
 is rank 0's.
 """
 
@@ -23,7 +23,7 @@ from staticvl.runtime.backends.distributed.__main__ import main
 from staticvl.runtime.backends.distributed.group import GlooGroup
 from staticvl.runtime.backends.ort import OrtBackend
 
-SAID = "what a follower prints is not printed by its starter"
+SAID = "what a worker rank prints is not printed by its starter"
 
 
 def arm(rank: int, fault: str) -> None:

@@ -58,7 +58,7 @@ def _part(backend: LeaderBackend, backends: dict[int, MeetingBackend]) -> None:
     """Let go of the groups: processes end, but threads that wait in a collective only notice that its others are gone."""
     for each in backends.values():
         del each.group
-    backend.monitor.meeting = lambda: False
+    backend.monitor.in_collective = lambda: False
     gc.collect()
     for thread in threading.enumerate():
         if thread.name.startswith("rank "):
@@ -75,7 +75,7 @@ def ranks_as_threads(
     timeout: float = PATIENCE,
     make: Make = lambda rank, artifact, group: MeetingBackend(artifact, group),
 ) -> Iterator[tuple[Engine, list[Future[tuple[int, bool]]]]]:
-    """An engine that leads `ranks` ranks, and what the others will return from `follow`. `make` makes the backend of each."""
+    """An engine that leads `ranks` ranks, and what `run_worker` will return in the others. `make` makes each backend."""
     cut = Artifact(artifact.folder, msgspec.structs.replace(artifact.manifest, tp=ranks))
     backends: dict[int, MeetingBackend] = {}
 
@@ -88,7 +88,7 @@ def ranks_as_threads(
     settings: Any = {"device": "cpu", "threads": 1, "timeout": timeout}
     worlds = [World(rank, ranks, ranks, LOOPBACK) for rank in range(ranks)]
     with ThreadPoolExecutor(ranks) as pool:
-        others = [pool.submit(start.follow, Path(), world, store, **settings) for world in worlds[1:]]
+        others = [pool.submit(start.run_worker, Path(), world, store, **settings) for world in worlds[1:]]
         backend: LeaderBackend = start.lead(cut, worlds[0], store, **settings)
         assert all(each.loaded == [graph.name for graph in cut.manifest.graphs] for each in backends.values())
         try:

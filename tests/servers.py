@@ -132,7 +132,7 @@ def serving(model: runtime.Model, **settings: Any) -> Iterator[Running]:
     running = Running(model, server, sock.getsockname()[1])
     try:
         yield running
-        until(lambda: running.service.figures.active == 0)
+        until(lambda: running.service.metrics.active == 0)
         if running.service.engine.failure is None:
             until(lambda: model.engine.cache.free == model.engine.cache.spec.slots)
             until(lambda: model.engine.scheduler.idle and not running.service.engine._answers)

@@ -67,7 +67,7 @@ def test_a_rank_takes_the_card_of_its_place_on_the_machine(card: SimpleNamespace
 
 
 def test_what_a_card_compiles_is_kept_by_rank(card: SimpleNamespace, tmp_path: Path) -> None:
-    names = [ascend._keep(tmp_path, "Ascend910B", group).name for group in (None, ArrayMember(Meeting(2), 1))]
+    names = [ascend._compile_cache_folder(tmp_path, "Ascend910B", group).name for group in (None, ArrayMember(Meeting(2), 1))]
     assert names == ["Ascend910B-8.5", "Ascend910B-8.5-rank-1-of-2"]
 
 

@@ -242,7 +242,7 @@ def test_a_rank_fetches_rows_where_it_computes(monkeypatch: pytest.MonkeyPatch) 
                 threads.append(threading.current_thread().name)
                 return result.fetch(rows)
 
-            return replace(result, fetch=fetch, here=False)
+            return replace(result, fetch=fetch, on_host=False)
 
     def make(rank: int, artifact: Any, group: Any) -> MeetingBackend:
         backends.append(Device(artifact, group))

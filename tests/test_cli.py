@@ -15,7 +15,7 @@ from PIL import Image
 
 from staticvl.runtime import load
 from staticvl.runtime.backends.cores import processor_name
-from staticvl.runtime.backends.unsigned_weights import PRECISE, cuts_off
+from staticvl.runtime.backends.unsigned_weights import PRECISE, saturates
 from staticvl.runtime.engine.request_log import read_request_log
 from staticvl.runtime.sampling.params import SETTINGS, SamplingParams
 from staticvl.tools.bench_requests import BenchRequest, arrival_times
@@ -100,7 +100,7 @@ def test_bench_ends_with_json(capsys: pytest.CaptureFixture[str], artifact: Path
     assert set(result["ttft_ms"]) == {"16"}
     assert set(result["tokens_per_s"]) == {"1", "2"}
     assert result["decode_step_outside_us"] > 0
-    assert result["machine"]["session_entries"] == ({PRECISE: "1"} if cuts_off() else {})
+    assert result["machine"]["session_entries"] == ({PRECISE: "1"} if saturates() else {})
     assert {"uss_mb", "weights_mb", "cache_mb"} <= set(result["memory"])
     status, out, _ = run(capsys, "bench", artifact, "--new-tokens", 4, "--repeats", 1, "--json")
     assert len(out.splitlines()) == 1

@@ -19,9 +19,9 @@ from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import ConfigError, decode_config, encode_config, read_config
 from staticvl.runtime.artifact import DEFINITION, read_manifest, write_manifest
 from staticvl.tools.cli import main
-from staticvl.tools.comparing.opening import open_side
+from staticvl.tools.comparing.open_side import open_side
 from staticvl.tools.comparing.result import Scores
-from staticvl.tools.comparing.samples import asked, built_in_samples
+from staticvl.tools.comparing.samples import built_in_samples, user_sample
 from staticvl.tools.comparing.thresholds import DEFAULTS
 from staticvl.tools.drawings import parse_box
 
@@ -50,12 +50,12 @@ def test_transformers_and_an_artifact_agree_on_everything(llava: Path, tmp_path:
     box = next(each for each in built_in_samples() if each.name == "picture, box")
     right = parse_box(box.answer or "")
     assert right is not None
-    known = asked("known", box.messages[0].text, box.images, expected=box.answer, boxes=(right,))
+    known = user_sample("known", box.messages[0].text, box.images, expected=box.answer, boxes=(right,))
     paths = image_files(tmp_path)
     deep = paths["16-bit.png"] = tmp_path / "16-bit.png"
     Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64)).save(deep)
     names = ("turned.jpg", "rgba.png", "palette_transparent.png", "16-bit.png")
-    files = [asked(name, "What is this?", (paths[name],)) for name in names]
+    files = [user_sample(name, "What is this?", (paths[name],)) for name in names]
     result = compared(reference, llava, [*samples_of("llava"), *files, known], new_tokens=20)
     frames = reference.prepare(files[0]).frames
     reference.close()

@@ -11,7 +11,7 @@ import pytest
 from staticvl.compiler import check, lower_ascend
 from staticvl.tools.comparing import ge_taps
 from staticvl.tools.comparing.capture import capture
-from staticvl.tools.comparing.opening import open_side
+from staticvl.tools.comparing.open_side import open_side
 from staticvl.tools.comparing.sides import Side
 from staticvl.tools.comparing.static_side import StaticSide
 from staticvl.tools.comparing.taps import Inspector

@@ -18,7 +18,7 @@ from staticvl.runtime.processor import images
 from staticvl.runtime.rope import rope_tables
 from staticvl.tools.comparing import taps
 from staticvl.tools.comparing.findings import Finding
-from staticvl.tools.comparing.result import Result
+from staticvl.tools.comparing.result import ComparisonResult
 from staticvl.tools.comparing.sides import Side
 
 from . import seeded
@@ -57,7 +57,7 @@ def by_transformers(mllama: Pair) -> Iterator[Side]:
     reference.close()
 
 
-def fault(result: Result) -> Finding:
+def fault(result: ComparisonResult) -> Finding:
     assert not result.passed
     assert result.first is not None, result.broken
     return result.first
@@ -326,4 +326,4 @@ def test_steps_fed_one_row_late(llava: Pair, monkeypatch: pytest.MonkeyPatch) ->
     found = fault(compared(reference, artifact, samples_of("llava")[:1], with_edges=False))
     reference.close()
     assert (found.stage, found.where, found.graph) == ("feeds", "lengths", "decode-1")
-    assert "lengths 14 behind 13 tokens, where 13 is right" in found.text
+    assert "lengths 14 after 13 tokens, where 13 is right" in found.text

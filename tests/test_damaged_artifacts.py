@@ -144,7 +144,7 @@ def test_a_run_that_fails_names_its_graph(artifact: Path, monkeypatch: pytest.Mo
 
         model.generate("one", max_new_tokens=2, ignore_eos=True)
         for bound in backend.bound.values():
-            bound.steps[:] = [fail]
+            bound.calls[:] = [fail]
         with pytest.raises(ArtifactError, match=r"\.onnx failed when it ran \(no such row\); check .*staticvl verify"):
             model.generate("one", max_new_tokens=2, ignore_eos=True)
 

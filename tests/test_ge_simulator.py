@@ -216,13 +216,13 @@ def test_outputs_that_swap_two_inputs() -> None:
 
 def test_values_go_after_their_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
     held: list[list[str]] = []
-    run = Simulator._run
+    run = Simulator._run_node
 
     def watch(self: Simulator, step: Any, values: dict[Source, Tensor]) -> None:
         run(self, step, values)
         held.append([source.producer for source in values])
 
-    monkeypatch.setattr(Simulator, "_run", watch)
+    monkeypatch.setattr(Simulator, "_run_node", watch)
     Simulator(simple())([torch.zeros(2, 3).half(), torch.zeros(3).half()])
     assert held == [["in1", "Muls"], ["Add"]]
 

@@ -40,7 +40,7 @@ from staticvl.runtime.processor.prompt import Message
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.comparing.metrics import compare_logits
-from staticvl.tools.comparing.samples import asked
+from staticvl.tools.comparing.samples import user_sample
 from staticvl.tools.comparing.static_side import open_artifact_side, open_eager_side
 from staticvl.tools.development.train_tiny import cases
 from staticvl.tools.tuning.target import from_artifact, from_checkpoint
@@ -261,8 +261,8 @@ def test_what_is_stored_was_measured(eight: Path, prompts: Calibration) -> None:
     side = open_eager_side(Checkpoint(EMBEDDED), context=256, images=None, name="float")
     largest = []
     for each in prompts.conversations:
-        prepared = side.prepare(asked("it", each.messages[0].text, each.images))
-        (said,) = side.say([prepared], [np.array([5])], caches=True)
+        prepared = side.prepare(user_sample("it", each.messages[0].text, each.images))
+        (said,) = side.run_forced([prepared], [np.array([5])], caches=True)
         largest.append([torch.from_numpy(np.ascontiguousarray(said.caches[f"{w}_cache.2"]))[None] for w in "kv"])
     expected, found = cache_scales([largest_in(*each) for each in largest]), scales_of(eight)
     for which in "kv":
@@ -527,8 +527,8 @@ def test_drafts_are_verified_over_it(eight: Path) -> None:
 def test_two_ranks_answer_as_one(eight: Path, tmp_path: Path, prompts: Calibration) -> None:
     out = built(tmp_path / "two", prompts, tp=2, buckets=replace(BUCKETS, prefill=(32,), decode=(1,), verify=None, slots=1))
     sides = [open_artifact_side(folder, device="auto", threads=1, name=folder.name) for folder in (eight, out)]
-    prepared = [side.prepare(asked("it", "What is in the picture?", (noise(2),))) for side in sides]
-    said = [side.say([each], [np.arange(5, 15)], caches=True)[0] for side, each in zip(sides, prepared, strict=True)]
+    prepared = [side.prepare(user_sample("it", "What is in the picture?", (noise(2),))) for side in sides]
+    said = [side.run_forced([each], [np.arange(5, 15)], caches=True)[0] for side, each in zip(sides, prepared, strict=True)]
     distance = np.linalg.norm(said[0].logits - said[1].logits) / np.linalg.norm(said[0].logits)
     assert distance < 0.02
     for name, expected in said[0].caches.items():  # what the numbers stand for, all heads together

@@ -21,7 +21,7 @@ from staticvl.runtime.artifact import GraphSpec, Manifest, Transfer, is_cached, 
 from staticvl.runtime.backends.base import Backend, Feed
 from staticvl.runtime.backends.open import open_backend
 from staticvl.tools.cli import main
-from staticvl.tools.comparing.opening import open_side
+from staticvl.tools.comparing.open_side import open_side
 from staticvl.weights.rules import targets
 
 from .comparisons import compared, samples_of

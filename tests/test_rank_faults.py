@@ -171,8 +171,8 @@ def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
             return super().run(graph, feed, slot, image)
 
     asked = []
-    roll_call = monitor.RankMonitor._roll_call
-    monkeypatch.setattr(monitor.RankMonitor, "_roll_call", lambda self: (asked.append(1), roll_call(self)))
+    check_alive = monitor.RankMonitor._check_alive
+    monkeypatch.setattr(monitor.RankMonitor, "_check_alive", lambda self: (asked.append(1), check_alive(self)))
 
     def make(rank: int, artifact: Artifact, group: Group) -> Slow:
         return Slow(artifact, group)
@@ -183,7 +183,7 @@ def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked
 
 
-def test_a_leader_that_gives_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_leader_that_sends_no_failure_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A stopped rank 0 does not keep a failed rank alive."""
 
     def make(rank: int, artifact: Artifact, group: Group) -> Failing:
@@ -193,16 +193,18 @@ def test_a_leader_that_gives_no_verdict(monkeypatch: pytest.MonkeyPatch, capsys:
     with ranks_as_threads(monkeypatch, fake_artifact(), 2, timeout=1.0, make=make) as (engine, others):
         backend = engine.backend
         assert isinstance(backend, LeaderBackend)
-        watch = backend.monitor._watch
-        monkeypatch.setattr(backend.monitor, "_watch", lambda: watch() if backend.step < 3 else others[0].result(PATIENCE))
+        wait = backend.monitor._wait_for_call
+        monkeypatch.setattr(
+            backend.monitor, "_wait_for_call", lambda: wait() if backend.run_count < 3 else others[0].result(PATIENCE)
+        )
         engine.add_request(text_prompt(3, 4, 5), PARAMS)
         with pytest.raises(runtime.RankError, match=r"rank 1 \(pid .*\) failed: OverflowError"):
             run_all(engine)
     told = capsys.readouterr().err
-    assert "OverflowError: a number is too large; rank 0 (pid" in told and "gave no verdict: it is stopped, stuck" in told
+    assert "OverflowError: a number is too large; rank 0 (pid" in told and "no failure report: it is stopped, stuck" in told
 
 
-# --- Opening -----------------------------------------------------------------------------------------------------------------
+# --- Opening ---------------------------------------------------------------------------------------------------------------
 
 
 def follow_with(folder: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> tuple[str, tuple[int, bool]]:
@@ -210,7 +212,7 @@ def follow_with(folder: Path, artifact: Artifact, monkeypatch: pytest.MonkeyPatc
     store: Any = DictStore()
     settings: Any = {"device": "cpu", "threads": 1, "timeout": PATIENCE}
     with ThreadPoolExecutor(1) as pool:
-        other = pool.submit(start.follow, folder, World(1, 2, 2, LOOPBACK), store, **settings)
+        other = pool.submit(start.run_worker, folder, World(1, 2, 2, LOOPBACK), store, **settings)
         with pytest.raises(runtime.RankError) as caught:
             start.lead(artifact, World(0, 2, 2, LOOPBACK), store, **settings)
         return str(caught.value), other.result(PATIENCE)
@@ -260,7 +262,7 @@ def test_a_rank_that_does_not_come_up(two_ranks: Path, monkeypatch: pytest.Monke
         runtime.load(two_ranks)
 
 
-# --- Processes ---------------------------------------------------------------------------------------------------------------
+# --- Processes -------------------------------------------------------------------------------------------------------------
 
 
 def gone(pids: list[int]) -> bool:
@@ -351,7 +353,7 @@ def test_a_starter_that_dies_early_leaves_no_process(two_ranks: Path) -> None:
         "def publish(self, store): print([p.pid for p in started], flush=True); os.kill(os.getpid(), signal.SIGKILL)\n"
         "started, popen = [], launch.subprocess.Popen\n"
         "launch.subprocess.Popen = lambda *a, **k: started.append(popen(*a, **k)) or started[-1]\n"
-        f"control.Members.publish = publish\nruntime.load({str(two_ranks)!r})\n"
+        f"control.WorkerListener.publish = publish\nruntime.load({str(two_ranks)!r})\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.returncode == -signal.SIGKILL and gone([int(done.stdout.strip("[]\n"))])

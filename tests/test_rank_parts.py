@@ -1,4 +1,4 @@
-"""What ranks are made of, each part by itself: frames, links, the door, the verdict, collectives."""
+"""What ranks are made of, each part by itself: the protocol, links, the start, failure reports, collectives."""
 
 from __future__ import annotations
 
@@ -19,11 +19,20 @@ from staticvl import runtime
 from staticvl.runtime.artifact import ArtifactError
 from staticvl.runtime.backends.distributed import control
 from staticvl.runtime.backends.distributed.compute_thread import ComputeThread
-from staticvl.runtime.backends.distributed.control import Members, Published, join
-from staticvl.runtime.backends.distributed.failures import CollectiveError, Doing, Peer, RankError, RankStatus, failure_report
-from staticvl.runtime.backends.distributed.frames import (
+from staticvl.runtime.backends.distributed.control import Published, WorkerListener, join
+from staticvl.runtime.backends.distributed.failures import (
+    Activity,
+    CollectiveError,
+    Peer,
+    RankError,
+    RankStatus,
+    failure_report,
+)
+from staticvl.runtime.backends.distributed.group import GlooGroup
+from staticvl.runtime.backends.distributed.protocol import (
     HEADER,
-    LARGEST_RECORD,
+    MAX_PAYLOAD_BYTES,
+    Failed,
     FrameError,
     FrameKind,
     Header,
@@ -33,8 +42,7 @@ from staticvl.runtime.backends.distributed.frames import (
     encode,
     read_header,
 )
-from staticvl.runtime.backends.distributed.group import GlooGroup
-from staticvl.runtime.backends.distributed.start import _is_loopback, _plain, read_timeout
+from staticvl.runtime.backends.distributed.start import _is_loopback, _plain_address, read_timeout
 from staticvl.runtime.backends.distributed.world import LOOPBACK, RankInfo, World, rank_info_of, started_world
 
 PATIENCE = 20.0  # seconds; only a broken test waits this long
@@ -59,11 +67,11 @@ class DictStore:
             return self.values[key]
 
 
-# --- Frames and links ------------------------------------------------------------------------------------------------------
+# --- The protocol and links ------------------------------------------------------------------------------------------------
 
 
 def test_a_header_survives_the_wire() -> None:
-    header = Header(FrameKind.RUN, graph=3, slot=2, image=1, step=1 << 40, nbytes=1 << 33)
+    header = Header(FrameKind.RUN, graph=3, slot=2, image=1, run=1 << 40, nbytes=1 << 33)
     assert len(header.packed()) == HEADER.size == 32
     assert read_header(header.packed()) == header
 
@@ -93,10 +101,10 @@ def test_what_the_system_takes_in_pieces_arrives_whole(pair: tuple[Link, Link]) 
     header = Header(FrameKind.RUN, nbytes=sum(map(len, sent)))
     with ThreadPoolExecutor(1) as pool:
         sending = pool.submit(near.send, [header.packed(), *(array.data for array in sent)])
-        assert far.header() == header
+        assert far.receive_header() == header
         found = [np.empty_like(array) for array in sent]
         for array in found:
-            far.receive(array.data)
+            far.receive_into(array.data)
         sending.result()
     assert all(map(np.array_equal, found, sent))
 
@@ -109,15 +117,15 @@ def test_a_peer_that_reads_nothing_keeps_nobody_waiting(pair: tuple[Link, Link])
         while True:
             near.socket.send(bytes(1 << 16))
     near.socket.settimeout(PATIENCE)
-    assert not near.offer(frame)
+    assert not near.try_send(frame)
 
 
 def test_a_peer_that_is_gone_is_offered_nothing(pair: tuple[Link, Link]) -> None:
     near, far = pair
     far.close()
     with pytest.raises(EOFError, match="closed"):
-        near.header()
-    assert not all(near.offer(encode(FrameKind.PING)) for _ in range(3))
+        near.receive_header()
+    assert not all(near.try_send(encode(FrameKind.PING)) for _ in range(3))
 
 
 @pytest.mark.parametrize(
@@ -125,14 +133,19 @@ def test_a_peer_that_is_gone_is_offered_nothing(pair: tuple[Link, Link]) -> None
     [
         (b'{"doing":"sleeping"}', "cannot be read"),
         (b'{"doing":"idle","more":1}', "cannot be read"),
-        (bytes(LARGEST_RECORD + 1), f"announces {LARGEST_RECORD + 1} bytes; expected at most {LARGEST_RECORD}"),
+        (bytes(MAX_PAYLOAD_BYTES + 1), f"announces {MAX_PAYLOAD_BYTES + 1} bytes; expected at most {MAX_PAYLOAD_BYTES}"),
     ],
 )
 def test_records_are_checked(pair: tuple[Link, Link], data: bytes, told: str) -> None:
     near, far = pair
     near.send([Header(FrameKind.STATE, nbytes=len(data)).packed(), data])
     with pytest.raises(FrameError, match=told):
-        far.record(far.header(), State)
+        far.receive_payload(far.receive_header(), State)
+
+
+def test_the_words_on_the_wire_stay() -> None:
+    assert encode(FrameKind.STATE, State("meeting")).endswith(b'{"doing":"meeting"}')
+    assert encode(FrameKind.FAILED, Failed("no memory", True)).endswith(b'{"text":"no memory","meeting":true}')
 
 
 def test_a_worker_gives_results_and_errors_from_one_thread() -> None:
@@ -149,7 +162,7 @@ def test_a_worker_gives_results_and_errors_from_one_thread() -> None:
     worker.close(PATIENCE)
 
 
-# --- The door --------------------------------------------------------------------------------------------------------------
+# --- The start -------------------------------------------------------------------------------------------------------------
 
 
 def world(rank: int, size: int = 3) -> World:
@@ -168,22 +181,22 @@ def call(store: DictStore, data: bytes) -> socket.socket:
 
 
 def hello(store: DictStore, rank: int, **changes: object) -> bytes:
-    record = Hello(token=published(store).token, rank=rank, pid=1, host="h")
-    return encode(FrameKind.HELLO, msgspec.structs.replace(record, **changes))
+    message = Hello(token=published(store).token, rank=rank, pid=1, host="h")
+    return encode(FrameKind.HELLO, msgspec.structs.replace(message, **changes))
 
 
 @pytest.fixture
-def door() -> Iterator[tuple[Members, DictStore]]:
-    members, store = Members(world(0), PATIENCE), DictStore()
-    members.publish(store)
-    yield members, store
-    members.close()
-    for _, link in members.joined.values():
+def listening() -> Iterator[tuple[WorkerListener, DictStore]]:
+    listener, store = WorkerListener(world(0), PATIENCE), DictStore()
+    listener.publish(store)
+    yield listener, store
+    listener.close()
+    for _, link in listener.workers.values():
         link.close()
 
 
-def test_strangers_are_turned_away_and_ranks_let_in(door: tuple[Members, DictStore]) -> None:
-    members, store = door
+def test_strangers_are_turned_away_and_ranks_let_in(listening: tuple[WorkerListener, DictStore]) -> None:
+    listener, store = listening
     strangers = [
         call(store, b"GET / HTTP/1.1\r\nHost: example.org\r\n\r\n"),
         call(store, hello(store, 1, token="0" * 32)),
@@ -194,21 +207,21 @@ def test_strangers_are_turned_away_and_ranks_let_in(door: tuple[Members, DictSto
     ]
     with ThreadPoolExecutor(2) as pool:
         joining = [pool.submit(join, store, world(rank), PATIENCE) for rank in (2, 1)]
-        members.wait(PATIENCE, lambda _: None)
+        listener.wait(PATIENCE, lambda _: None)
         peers = [each.result() for each in joining]
-    assert sorted(members.joined) == [1, 2]
+    assert sorted(listener.workers) == [1, 2]
     assert all(peer == Peer(0, os.getpid(), socket.gethostname()) for peer, _ in peers)
     for sock in strangers:
         with contextlib.suppress(ConnectionResetError):
             assert sock.recv(1) == b""
-    members.joined[2][1].send([encode(FrameKind.PING)])
-    assert peers[0][1].header().kind is FrameKind.PING, "the link of rank 2 leads to rank 2"
+    listener.workers[2][1].send([encode(FrameKind.PING)])
+    assert peers[0][1].receive_header().kind is FrameKind.PING, "the link of rank 2 leads to rank 2"
     with pytest.raises(OSError):
         call(store, b"")
 
 
-def test_a_hello_may_come_in_pieces(door: tuple[Members, DictStore]) -> None:
-    members, store = door
+def test_a_hello_may_come_in_pieces(listening: tuple[WorkerListener, DictStore]) -> None:
+    listener, store = listening
     data = hello(store, 1) + encode(FrameKind.READY)
     sock = call(store, data[:7])
     call(store, hello(store, 2))
@@ -219,8 +232,8 @@ def test_a_hello_may_come_in_pieces(door: tuple[Members, DictStore]) -> None:
         heard += 1
         sock.sendall(data[7:] if heard == 3 else b"")
 
-    members.wait(PATIENCE, send_more)
-    assert members.joined[1][1].header().kind is FrameKind.READY, "nothing behind the hello is lost"
+    listener.wait(PATIENCE, send_more)
+    assert listener.workers[1][1].receive_header().kind is FrameKind.READY, "nothing after the hello is lost"
 
 
 @pytest.mark.parametrize(
@@ -232,27 +245,27 @@ def test_a_hello_may_come_in_pieces(door: tuple[Members, DictStore]) -> None:
         ((3,), r"rank 3 \(pid 1 on h\) is no rank of 3; start all ranks with one WORLD_SIZE"),
     ],
 )
-def test_ranks_that_do_not_fit(door: tuple[Members, DictStore], ranks: tuple[int, ...], told: str) -> None:
-    members, store = door
+def test_ranks_that_do_not_fit(listening: tuple[WorkerListener, DictStore], ranks: tuple[int, ...], told: str) -> None:
+    listener, store = listening
     callers = [call(store, hello(store, rank)) for rank in ranks]
     with pytest.raises(RankError, match=told):
-        members.wait(0.3, lambda _: None)
+        listener.wait(0.3, lambda _: None)
     for caller in callers:
         caller.close()
 
 
-def test_joining_where_nobody_listens(door: tuple[Members, DictStore]) -> None:
-    members, store = door
-    members.close()
+def test_joining_where_nobody_listens(listening: tuple[WorkerListener, DictStore]) -> None:
+    listener, store = listening
+    listener.close()
     with pytest.raises(RankError, match=r"rank 0 \(pid \d+ on .*\) cannot be reached at 127.0.0.1, port \d+"):
         join(store, world(1), PATIENCE)
 
 
-# --- The verdict -----------------------------------------------------------------------------------------------------------
+# --- Failure reports -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("doings", "named"),
+    ("activities", "named"),
     [
         (("lost", "lost", "died"), (2,)),
         (("meeting", "silent", "lost"), (1,)),
@@ -264,9 +277,9 @@ def test_joining_where_nobody_listens(door: tuple[Members, DictStore]) -> None:
         (("computing", "computing", "idle"), ()),
     ],
 )
-def test_who_is_to_blame(doings: tuple[Doing, ...], named: tuple[int, ...]) -> None:
-    accounts = [RankStatus(Peer(rank, 100 + rank, "h"), doing) for rank, doing in enumerate(doings)]
-    told = failure_report(accounts, 5)
+def test_who_is_to_blame(activities: tuple[Activity, ...], named: tuple[int, ...]) -> None:
+    statuses = [RankStatus(Peer(rank, 100 + rank, "h"), activity) for rank, activity in enumerate(activities)]
+    told = failure_report(statuses, 5)
     assert [rank for rank in range(3) if f"rank {rank} (pid {100 + rank} on h)" in told] == list(named)
 
 
@@ -284,7 +297,7 @@ def test_the_world_is_what_the_launcher_says() -> None:
     assert started_world(both) == World(3, 4, 4, LOOPBACK)
     assert started_world(both | {"MASTER_ADDR": "node-0"}) == World(3, 4, 1, "node-0")
     spread = started_world(both | {"MASTER_ADDR": "node-0", "LOCAL_WORLD_SIZE": "2"})
-    assert spread == World(3, 4, 2, "node-0") and not spread.together
+    assert spread == World(3, 4, 2, "node-0") and not spread.on_one_machine
 
 
 @pytest.mark.parametrize(
@@ -322,7 +335,11 @@ def test_the_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_address_that_other_machines_see() -> None:
-    assert [_plain(address) for address in ("::ffff:10.0.0.7", "10.0.0.7", "fe80::1")] == ["10.0.0.7", "10.0.0.7", "fe80::1"]
+    assert [_plain_address(address) for address in ("::ffff:10.0.0.7", "10.0.0.7", "fe80::1")] == [
+        "10.0.0.7",
+        "10.0.0.7",
+        "fe80::1",
+    ]
     assert [_is_loopback(address) for address in ("::ffff:127.0.0.1", "127.0.1.1", "::1", "10.0.0.7")] == [True] * 3 + [False]
 
 
@@ -337,7 +354,7 @@ def members_of(seats: list[RankInfo], timeout: float) -> list[GlooGroup]:
 
 def test_sums_have_the_same_bits_everywhere_and_gathers_are_in_rank_order() -> None:
     groups = members_of([RankInfo(rank, 3) for rank in range(3)], PATIENCE)
-    assert [(group.rank, group.size, group.meeting) for group in groups] == [(rank, 3, False) for rank in range(3)]
+    assert [(group.rank, group.size, group.in_collective) for group in groups] == [(rank, 3, False) for rank in range(3)]
 
     def work(group: GlooGroup) -> list[np.ndarray]:
         rng = np.random.default_rng(group.rank)
@@ -395,7 +412,7 @@ def test_a_collective_waits_only_so_long() -> None:
     groups = members_of([RankInfo(rank, 2) for rank in range(2)], 0.2)
     with pytest.raises(CollectiveError, match=r"^Timed out waiting 200ms"):
         groups[0].all_reduce(np.zeros(4, np.float32))
-    assert groups[0].meeting, "it is not the one for whom others wait"
+    assert groups[0].in_collective, "it is not the one for whom others wait"
 
 
 # --- What `load` says ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from staticvl.runtime.backends.distributed import store as store_module
 from staticvl.runtime.backends.distributed.group import RankStore, release
-from staticvl.runtime.backends.distributed.store import MOST_BYTES, MOST_KEYS, MOST_VALUE, StoreServer, call
+from staticvl.runtime.backends.distributed.store import MAX_BYTES, MAX_KEYS, MAX_VALUE_BYTES, StoreServer, send_request
 from staticvl.runtime.backends.distributed.world import LOOPBACK
 
 PATIENCE = 60.0
@@ -27,23 +27,23 @@ def server() -> Iterator[StoreServer]:
 
 
 def test_set_and_get(server: StoreServer) -> None:
-    assert call(LOOPBACK, server.port, b"G", "key") is None
-    assert call(LOOPBACK, server.port, b"S", "key", b"value") == b""
-    assert call(LOOPBACK, server.port, b"G", "key") == b"value"
-    assert call(LOOPBACK, server.port, b"S", "key", b"value") == b""  # as it is
-    assert call(LOOPBACK, server.port, b"S", "key", b"other") is None
-    assert call(LOOPBACK, server.port, b"D", "key") is None
+    assert send_request(LOOPBACK, server.port, b"G", "key") is None
+    assert send_request(LOOPBACK, server.port, b"S", "key", b"value") == b""
+    assert send_request(LOOPBACK, server.port, b"G", "key") == b"value"
+    assert send_request(LOOPBACK, server.port, b"S", "key", b"value") == b""  # as it is
+    assert send_request(LOOPBACK, server.port, b"S", "key", b"other") is None
+    assert send_request(LOOPBACK, server.port, b"D", "key") is None
     assert server.values == {b"key": b"value"}
 
 
 def test_what_it_holds_is_bounded(server: StoreServer) -> None:
-    assert call(LOOPBACK, server.port, b"S", "large", b"x" * (MOST_VALUE + 1)) is None
+    assert send_request(LOOPBACK, server.port, b"S", "large", b"x" * (MAX_VALUE_BYTES + 1)) is None
     held = 0
-    while server.set(b"%d" % held, b"x" * MOST_VALUE):
+    while server.set(b"%d" % held, b"x" * MAX_VALUE_BYTES):
         held += 1
-    assert sum(map(len, server.values.values())) <= MOST_BYTES < (held + 1) * (MOST_VALUE + 8)
+    assert sum(map(len, server.values.values())) <= MAX_BYTES < (held + 1) * (MAX_VALUE_BYTES + 8)
     server.values.clear()
-    for number in range(MOST_KEYS):
+    for number in range(MAX_KEYS):
         assert server.set(b"%d" % number, b"")
     assert not server.set(b"one more", b"")
 
@@ -56,8 +56,8 @@ def test_a_length_without_end_takes_no_memory(server: StoreServer) -> None:
 
 def test_silent_callers_hold_up_nobody(server: StoreServer, monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than are heard at a time: each is dropped when its time is over."""
-    monkeypatch.setattr(store_module, "CALL_S", 0.2)
-    silent = [socket.create_connection((LOOPBACK, server.port)) for _ in range(2 * store_module.MOST_CALLERS)]
+    monkeypatch.setattr(store_module, "REQUEST_S", 0.2)
+    silent = [socket.create_connection((LOOPBACK, server.port)) for _ in range(2 * store_module.MAX_CLIENTS)]
     mine = RankStore(LOOPBACK, server.port, PATIENCE)  # calls again until it is heard
     mine.set("key", "value")
     assert mine.get("key") == b"value"
@@ -104,4 +104,4 @@ def test_rank_0_listens_until_all_have_come() -> None:
     release(mine)
     release(mine)
     with pytest.raises(OSError, match="refused"):
-        call(LOOPBACK, port, b"G", "key")
+        send_request(LOOPBACK, port, b"G", "key")

@@ -23,7 +23,7 @@ from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError, open_artifact
 from staticvl.runtime.backends.ascend import torchair_host
 from staticvl.runtime.backends.distributed import group, start
-from staticvl.runtime.backends.distributed.group import meet_store
+from staticvl.runtime.backends.distributed.group import open_store
 from staticvl.runtime.backends.distributed.launch import threads_each
 from staticvl.runtime.backends.distributed.leader import LeaderBackend
 from staticvl.runtime.backends.distributed.world import LOOPBACK, World, started_world
@@ -279,12 +279,12 @@ def test_the_store_of_ranks_that_others_have_started(host: str, monkeypatch: pyt
         monkeypatch.setenv(name, str(value))
     before = listeners(os.getpid())
     world = started_world()
-    assert world is not None and world.together
-    store = meet_store(world, PATIENCE)
+    assert world is not None and world.on_one_machine
+    store = open_store(world, PATIENCE)
     store.set("key", "value")
     assert listeners(os.getpid()) - before <= {LOOPBACK}
     monkeypatch.setenv("RANK", "1")
-    other = meet_store(World(1, 2, 2, host), PATIENCE)
+    other = open_store(World(1, 2, 2, host), PATIENCE)
     assert other.get("key") == b"value"
 
 

@@ -12,7 +12,7 @@ import pytest
 from staticvl import runtime
 from staticvl.runtime.artifact import ArtifactError, read_manifest, write_manifest
 from staticvl.runtime.opening import RunError
-from staticvl.tools.serving import newer
+from staticvl.tools.serving import newer_artifact
 
 from .damage import linked_copy
 from .servers import far_model, serving, until
@@ -44,7 +44,7 @@ def test_the_log_speaks_of_a_newer_artifact(
     embedded_artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Though nobody asks for the server's health; /health says the same, and of a manifest that is damaged as well."""
-    monkeypatch.setattr(newer, "CHECK_S", 0.01)
+    monkeypatch.setattr(newer_artifact, "CHECK_S", 0.01)
     artifact = linked_copy(embedded_artifact, tmp_path / "a")
     with runtime.load(artifact) as model, serving(model) as server:
         assert server.http.get("/health").json() == {"status": "ok"}

@@ -54,8 +54,8 @@ def test_who_leaves_frees_a_slot(slow: Running, stream: bool) -> None:
 def test_who_leaves_while_a_body_arrives_or_is_made_ready(slow: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     with slow.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
-        until(lambda: slow.service.figures.active == 1)
-    until(lambda: slow.service.figures.active == 0)
+        until(lambda: slow.service.metrics.active == 1)
+    until(lambda: slow.service.metrics.active == 0)
     go, prompt = threading.Event(), runtime.Processor.prompt
 
     def patiently(*args: Any) -> Any:
@@ -64,8 +64,8 @@ def test_who_leaves_while_a_body_arrives_or_is_made_ready(slow: Running, monkeyp
 
     monkeypatch.setattr(runtime.Processor, "prompt", patiently)
     with slow.begin(**LONG):
-        until(lambda: slow.service.figures.active == 1)
-    until(lambda: slow.service.figures.active == 0)
+        until(lambda: slow.service.metrics.active == 1)
+    until(lambda: slow.service.metrics.active == 0)
     go.set()
     assert slow.chat("Hello!", max_tokens=3).usage.completion_tokens == 3
     assert sum(slow.model.engine.metrics.finished.values()) == 1
@@ -95,7 +95,7 @@ def test_who_does_not_read(tmp_path: Path) -> None:
         with ThreadPoolExecutor(4) as pool:
             got = list(pool.map(lambda i: server.chat(f"Hello {i}!", max_tokens=9).choices[0].message.content, range(8)))
         assert got == wanted
-        until(lambda: server.service.figures.active == 0)
+        until(lambda: server.service.metrics.active == 0)
         until(lambda: not server.server.server_state.connections)  # though what they were sent is still unread
         for connection in stuck:
             assert b"[DONE]" not in rest(connection)
@@ -137,7 +137,7 @@ def test_images_hold_up_no_stream(slow: Running, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(slow.service.images, "_decode", lambda *args: (go.wait(TIMEOUT_S), decode(*args))[1])
     with ThreadPoolExecutor(1) as pool:
         held = pool.submit(slow.chat, asking("What?", data_url(noise(1))), max_tokens=3)
-        until(lambda: slow.service.figures.active == 1)
+        until(lambda: slow.service.metrics.active == 1)
         assert len(slow.chat("Hello!", max_tokens=3, stream=True)) >= 2
         assert not held.done()
         go.set()

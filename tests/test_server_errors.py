@@ -14,7 +14,7 @@ import pytest
 
 from staticvl import runtime
 from staticvl.tools.cli import main
-from staticvl.tools.serving.keys import KeyRing, collect_keys
+from staticvl.tools.serving.api_keys import KeyRing, collect_keys
 
 from .servers import HEAD, Running, asking, far_model, serving, slow_down, until
 
@@ -228,7 +228,7 @@ def test_those_who_come_when_all_places_are_taken(tmp_path: Path) -> None:
     with serving(model, max_waiting=2) as server:
         long = {"max_tokens": 3000, "ignore_eos": True}
         held = [server.begin(**long) for _ in range(6)]
-        until(lambda: server.service.figures.active == 6)
+        until(lambda: server.service.metrics.active == 6)
         response = server.post(GOOD)
         assert told(response, 429)["code"] == "rate_limit_exceeded"
         assert 1 <= int(response.headers["Retry-After"]) <= 60
@@ -236,7 +236,7 @@ def test_those_who_come_when_all_places_are_taken(tmp_path: Path) -> None:
             server.chat("Hello!")
         for connection in held[:3]:
             connection.close()
-        until(lambda: server.service.figures.active == 3)
+        until(lambda: server.service.metrics.active == 3)
         assert told(server.post(GOOD | {"n": 4}), 429)
         assert server.post(GOOD | {"n": 3}).status_code == 200
         for connection in held[3:]:

@@ -226,17 +226,17 @@ def damaged_avif() -> bytes:
 
 
 HOSTILE = {
-    "avif": (raw(damaged_avif(), "avif"), "picture 1 is damaged or cut short"),
-    "bomb": (png(30_000, 30_000, b"\0" * 1000), "picture 1 is refused"),
+    "avif": (raw(damaged_avif(), "avif"), "image 1 is damaged or cut short"),
+    "bomb": (png(30_000, 30_000, b"\0" * 1000), "image 1 is refused"),
     "limit": (png(1001, 1000, b"\0" * 1_002_000), "1001 x 1000 pixels, more than the 1000000 allowed"),
     "line": (png(1, 2900, b"\0\0" * 2900), "at most 200 times as long as each other"),
     "side": (png(3001, 100, b"\0" * 300_200), "sides of at most 3000"),
     "tape": (png(1, 40_000_000, b""), "1 x 40000000 pixels, more than the 1000000 allowed"),
     "float": (raw(encoded(Image.new("F", (9, 9), 1e6), "TIFF"), "tiff"), "values from 1e+06 to 1e+06; expected 0 to 1"),
-    "nothing": (png(0, 5, b""), "picture 1"),
+    "nothing": (png(0, 5, b""), "image 1"),
     "short": (png(500, 500, b"\0" * 40), "damaged or cut short"),
     "half": (raw(encoded(noise(1, (200, 200)), "PNG")[:40_000]), "damaged"),
-    "head": (raw(encoded(noise(1), "JPEG")[:30], "jpeg"), "picture 1"),
+    "head": (raw(encoded(noise(1), "JPEG")[:30], "jpeg"), "image 1"),
     "text": (raw(b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "not an image in a known format"),
     "program": (raw(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "eps"), "not an image in a known format"),
     "empty": (raw(b""), "not an image"),
@@ -278,6 +278,6 @@ def test_a_photograph_is_turned(server: Running) -> None:
     exif[0x0112] = 6
     file = io.BytesIO()
     photo.save(file, "PNG", exif=exif)
-    (turned,) = asyncio.run(server.service.images.decoded([file.getvalue()]))
+    (turned,) = asyncio.run(server.service.images.decode([file.getvalue()]))
     assert turned.size == (40, 80)
     assert turned.tobytes() == photo.transpose(Image.Transpose.ROTATE_270).tobytes()

@@ -15,10 +15,10 @@ import pytest
 from pydantic import ValidationError
 
 from staticvl import runtime
-from staticvl.tools.serving.bodies import MOST_VALUES, SMALL, VALUES_PER_TOKEN, check_values
+from staticvl.tools.serving.body_limits import MAX_VALUES, SMALL, VALUES_PER_TOKEN, check_values
 from staticvl.tools.serving.errors import ApiError
+from staticvl.tools.serving.log_format import LOST_WRITES
 from staticvl.tools.serving.main import listening
-from staticvl.tools.serving.quiet import LOST_WRITES
 from staticvl.tools.serving.schema import ChatRequest, read_request
 
 from .servers import HEAD, TIMEOUT_S, Running, far_model, rest, serving, until
@@ -39,7 +39,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.mark.parametrize("item", [b"1", b"[]", b"{}", b'""'])
 def test_bodies_of_a_million_values_are_not_parsed(item: bytes) -> None:
-    most = MOST_VALUES + VALUES_PER_TOKEN * 1000
+    most = MAX_VALUES + VALUES_PER_TOKEN * 1000
     body = b'{"messages": [' + b",".join([item] * most) + b"]}"
     with pytest.raises(ApiError, match=rf"about \d+ JSON values; expected at most {most}, so send fewer"):
         check_values(body, 1000)
@@ -207,9 +207,9 @@ def test_however_a_client_leaves_the_log_has_no_traceback(server: Running, caplo
         rest(connection)
     for stream in (True, False):
         connection = server.begin(stream=stream, max_tokens=2000, ignore_eos=True)
-        until(lambda: server.service.figures.active == 1)
+        until(lambda: server.service.metrics.active == 1)
         _reset(connection)
-        until(lambda: server.service.figures.active == 0)
+        until(lambda: server.service.metrics.active == 0)
     for data in (b"", b"POST /v1", HEAD + b"Content-Length: 100\r\n\r\n{"):
         connection = server.connect()
         connection.sendall(data)

@@ -32,7 +32,7 @@ from staticvl.runtime.artifact import CANDIDATES, GraphSpec, TensorSpec, WeightS
 from staticvl.runtime.backends.base import Result
 from staticvl.runtime.sampling.candidates import Candidates
 from staticvl.tools import ascend_acceptance
-from staticvl.tools.comparing.walk import Walk
+from staticvl.tools.comparing.operator_errors import OperatorComparison
 
 from .checkpoints import tiny_llava
 from .fake_backend import FakeBackend
@@ -97,7 +97,7 @@ def test_one_temperature_for_all_tokens_of_a_draft() -> None:
 def test_a_comparison_does_not_mind_the_order_of_equals() -> None:
     """Operator by operator, ids of equals may be others: certificates look at them."""
     given = {"logits": np.ones((1, 9), np.float32), "inverse_temperature": np.ones(1, np.float32)}
-    walk = Walk(trace(graph_of(given)), {})
+    walk = OperatorComparison(trace(graph_of(given)), {})
     assert walk.run([torch.from_numpy(each) for each in given.values()], lambda node, expected: expected.flip(-1)) == {}
 
 

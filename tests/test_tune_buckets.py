@@ -12,10 +12,10 @@ import yaml
 
 from staticvl.compiler.buckets import parse_buckets
 from staticvl.tools.cli import main
-from staticvl.tools.tuning.arrivals import timed
-from staticvl.tools.tuning.choose import Result, choose, decode_cost
+from staticvl.tools.tuning.arrivals import with_times
+from staticvl.tools.tuning.choose import TuningResult, choose, decode_cost
 from staticvl.tools.tuning.columns import TraceError
-from staticvl.tools.tuning.comparison import Reason, cover, coverages, reasons, replayed_powers
+from staticvl.tools.tuning.comparison import BucketReason, cover, coverages, reasons, replay_powers_of_two
 from staticvl.tools.tuning.costs import Costs, measured_costs
 from staticvl.tools.tuning.curves import CostError
 from staticvl.tools.tuning.limits import LimitError, Limits, compile_s
@@ -73,7 +73,7 @@ def trace(tmp_path: Path) -> Path:
 # --- Choosing ------------------------------------------------------------------------------------------------------------
 
 
-def spent(result: Result) -> float:
+def spent(result: TuningResult) -> float:
     """Milliseconds of a request that the choice makes of the replay it was made for."""
     prefill, vision = (result.problems.get(kind) for kind in ("prefill", "vision"))
     assert prefill
@@ -155,7 +155,7 @@ def test_images_by_cross_attention() -> None:
     assert chosen.images == (1, 2) and chosen.vision == (4,)
     assert chosen.graphs == 1 + 3 * (len(chosen.prefill) + len(chosen.decode)) <= 13
     assert parse_buckets(yaml.safe_load(buckets_yaml(result, [])), "x").images == (1, 2)
-    assert Reason("vision", 4, None, 1.0) in reasons(result)
+    assert BucketReason("vision", 4, None, 1.0) in reasons(result)
 
 
 # --- Comparing -----------------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ def test_the_choice_is_compared_with_powers_of_two() -> None:
     assert chosen.ms * result.workload.requests == pytest.approx(set_cost(result.problems["prefill"], result.chosen.prefill))
     assert single.runs == 1.0 and single.buckets == chunked.buckets == (16, 32, 64, 128, 256, 512, 1024)
     assert chosen.ms <= few.ms <= single.ms and chunked.ms <= few.ms
-    before = replayed_powers(result, 16)
+    before = replay_powers_of_two(result, 16)
     assert before.padding("prefill") > result.replayed.padding("prefill")
 
 
@@ -313,7 +313,7 @@ def test_the_published_trace() -> None:
     """Six graphs for the prefill: hardly any padding, and a fifth less time than powers of two, earlier tokens counted."""
     found = gather(read_trace(PUBLISHED_TRACE), None, crossed=False, context=None, block=500)
     assert found.requests == 19_366
-    found.block = timed(found.block, 0.2)
+    found.block = with_times(found.block, 0.2)
     result = choose(found, target(costs=lambda context, slots: costs(past_ms=2.3e-4)), Limits(slots=4))
     assert len(result.chosen.prefill) <= 6
     chosen, single, chunked, _ = coverages(result, 16)

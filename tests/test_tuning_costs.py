@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import open_artifact
 from staticvl.tools.cards import CARDS
-from staticvl.tools.tuning.candidates import MOST, candidate_sizes, powers_of_two
+from staticvl.tools.tuning.bucket_sizes import MAX_SIZES, candidate_sizes, powers_of_two
 from staticvl.tools.tuning.costs import (
     Costs,
     costs_yaml,
@@ -171,7 +171,7 @@ def test_a_line_through_one_point() -> None:
 def test_candidates() -> None:
     lengths = dict.fromkeys(range(1, 4000), 1)
     sizes = candidate_sizes(lengths, 16, 2048)
-    assert len(sizes) <= MOST and sizes[0] == 16 and sizes[-1] == 2048
+    assert len(sizes) <= MAX_SIZES and sizes[0] == 16 and sizes[-1] == 2048
     assert all(size % 16 == 0 for size in sizes)
     assert set(powers_of_two(16, 2048)) <= set(sizes)
     assert candidate_sizes({20: 1}, 16, 2048) == [16, 32]  # nothing above what the longest prompt takes

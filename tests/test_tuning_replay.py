@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.request import SamplingParams
 from staticvl.runtime.engine.scheduler import Step
-from staticvl.tools.tuning.arrivals import rate_of, timed
+from staticvl.tools.tuning.arrivals import rate_of, with_times
 from staticvl.tools.tuning.columns import TraceError
-from staticvl.tools.tuning.replay import Replayed, Setup, _Replay, replay
+from staticvl.tools.tuning.replay import ReplayStats, Setup, _Replay, replay
 from staticvl.tools.tuning.workload import Arrival
 
 from .fakes import fake_engine, text_prompt
@@ -37,7 +37,7 @@ class OneStepAtATime(_Replay):
         return 1
 
 
-def figures(result: Replayed) -> tuple:
+def figures(result: ReplayStats) -> tuple:
     lists = (sorted(each) for each in (result.first_token_s, result.per_token_s, result.total_s, result.queue_s))
     return (*lists, result.busy_s, result.real, result.padded, result.rows, result.span_s)
 
@@ -130,20 +130,20 @@ def block(*times: float | None) -> list[Arrival]:
 
 
 def test_times_are_sorted_and_begin_at_zero() -> None:
-    found = timed(block(1007.0, 1001.0, 1005.0), None)
+    found = with_times(block(1007.0, 1001.0, 1005.0), None)
     assert [(each.time, each.prompt) for each in found] == [(0.0, 2), (4.0, 3), (6.0, 1)]
 
 
 def test_a_rate_stretches_times() -> None:
-    found = timed(block(10.0, 11.0, 14.0), 0.5)
+    found = with_times(block(10.0, 11.0, 14.0), 0.5)
     assert [each.time for each in found] == [0.0, 1.0, 4.0]
     assert rate_of(found) == pytest.approx(0.5)
 
 
 def test_without_times() -> None:
     with pytest.raises(TraceError, match="does not say when requests arrived; give --rate"):
-        timed(block(1.0, None), None)
-    found = timed(block(*[None] * 2000), 4.0)
-    assert found == timed(block(*[None] * 2000), 4.0)
+        with_times(block(1.0, None), None)
+    found = with_times(block(*[None] * 2000), 4.0)
+    assert found == with_times(block(*[None] * 2000), 4.0)
     assert rate_of(found) == pytest.approx(4.0, rel=0.1)
-    assert rate_of(timed(block(*[5.0] * 2000), 4.0)) == pytest.approx(4.0, rel=0.1)  # all at once, and a rate is asked for
+    assert rate_of(with_times(block(*[5.0] * 2000), 4.0)) == pytest.approx(4.0, rel=0.1)  # all at once, and a rate is asked for

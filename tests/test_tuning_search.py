@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from staticvl.runtime.engine.chunks import ChunkPlanner
 from staticvl.tools.tuning import search
 from staticvl.tools.tuning.batches import batch_frontier, step_cost
-from staticvl.tools.tuning.frontiers import knee, worth
-from staticvl.tools.tuning.search import Best, frontier, make_problem, set_cost
+from staticvl.tools.tuning.frontiers import knee, worthwhile
+from staticvl.tools.tuning.search import BestSet, frontier, make_problem, set_cost
 
 # Whole and half milliseconds, whole counts: sums are exact, so that costs compare with ==.
 HALVES = st.integers(1, 60).map(lambda n: n / 2)
@@ -70,7 +70,7 @@ def test_branch_and_bound_needs_no_good_start(
     load = {b: float(loads[b - 1]) for b in costs}
     kept = [each for each in itertools.combinations(sorted(costs), count) if sum(load[b] for b in each) <= limit]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search, "_TOGETHER", together)
+        patch.setattr(search, "_BATCH", together)
         tried = search._Search(make_problem(list(costs), [costs], [lengths], load), count, limit)
         if not kept:
             with pytest.raises(ValueError, match="keeps the limit"):
@@ -171,7 +171,7 @@ def test_knee() -> None:
 
 
 def test_graphs_that_save_too_little_are_left_out() -> None:
-    found = [Best((i,), cost) for i, cost in enumerate([100.0, 90.0, 89.95, 89.9, 80.0, 79.99])]
-    assert worth(found, 0.001) == found[:5]  # the fifth makes up for the two before it, the last saves one in 8000
-    assert worth(found, 0.0) == found
-    assert worth(found, 0.5) == found[:1]
+    found = [BestSet((i,), cost) for i, cost in enumerate([100.0, 90.0, 89.95, 89.9, 80.0, 79.99])]
+    assert worthwhile(found, 0.001) == found[:5]  # the fifth makes up for the two before it, the last saves one in 8000
+    assert worthwhile(found, 0.0) == found
+    assert worthwhile(found, 0.5) == found[:1]

@@ -19,7 +19,7 @@ from staticvl.runtime.processor.tokenizer import load_tokenizer
 from staticvl.tools.tuning import workload as workload_module
 from staticvl.tools.tuning.columns import Request, TraceError
 from staticvl.tools.tuning.images import ImageCounter
-from staticvl.tools.tuning.traces import drawn_requests, parse_distribution, read_trace
+from staticvl.tools.tuning.traces import parse_distribution, random_requests, read_trace
 from staticvl.tools.tuning.workload import gather
 
 from .conftest import EMBEDDED, REPO
@@ -193,7 +193,7 @@ def test_a_distribution() -> None:
     found = parse_distribution("10-12:3, 20:1", "--prompts")
     assert found.values.tolist() == [10, 11, 12, 20]
     assert found.shares.tolist() == [0.25] * 4
-    draw = [drawn_requests(found, parse_distribution("5", "--generated"), None, 2.0, 4000) for _ in range(2)]
+    draw = [random_requests(found, parse_distribution("5", "--generated"), None, 2.0, 4000) for _ in range(2)]
     first, second = map(list, draw)
     assert first == second
     counted = Counter(each.prompt for each in first)

@@ -66,7 +66,9 @@ def values(model: onnx.ModelProto, folder: Path, x: np.ndarray) -> list[np.ndarr
     path = folder / "model.onnx"
     path.write_bytes(model.SerializeToString())
     options = backend._options(pack=True, threads=1)
-    session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"], disabled_optimizers=backend._LEFT_OUT)
+    session = ort.InferenceSession(
+        path, options, providers=["CPUExecutionProvider"], disabled_optimizers=backend._DISABLED_OPTIMIZERS
+    )
     return [np.asarray(each) for each in session.run(None, {"x": x})]
 
 
@@ -78,7 +80,7 @@ def test_products_are_exact(turned: bool, x: np.ndarray, weight: np.ndarray, tmp
         model.graph.node[1].input[1] = "copy"  # onnxruntime itself turns no weight over that two products share
         model.graph.initializer.append(numpy_helper.from_array(weight, "copy"))
     else:
-        unsigned_weights.write(tmp_path, unsigned_weights.turn_over(model))
+        unsigned_weights.write(tmp_path, unsigned_weights.make_unsigned(model))
         (first, second, other) = model.graph.node
         assert first.input[1] == second.input[1] != other.input[0] == "w"
     y, z, floats = values(model, tmp_path, x)
@@ -89,7 +91,7 @@ def test_products_are_exact(turned: bool, x: np.ndarray, weight: np.ndarray, tmp
 
 
 def test_files_hold_what_is_needed(weight: np.ndarray, tmp_path: Path) -> None:
-    needed = unsigned_weights.turn_over(model_of(weight, tmp_path))
+    needed = unsigned_weights.make_unsigned(model_of(weight, tmp_path))
     assert needed == {"weights.bin": {(SHIFT, weight.nbytes)}}
     unsigned_weights.write(tmp_path, needed)
     held = np.frombuffer((tmp_path / "weights.bin.unsigned").read_bytes(), np.uint8)
@@ -101,7 +103,7 @@ def test_the_processor_is_asked() -> None:
     flags = next((line.split() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), [])
     if "avx2" not in flags:
         pytest.skip("tells of x86 processors from AVX2 on")
-    assert unsigned_weights.cuts_off() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
+    assert unsigned_weights.saturates() == (not {"avx512_vnni", "avx_vnni"} & set(flags))
 
 
 def test_the_probe_is_one_product_of_bytes() -> None:
@@ -115,16 +117,16 @@ def test_the_probe_is_one_product_of_bytes() -> None:
 
 def test_the_probe_needs_no_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    assert unsigned_weights.cuts_off.__wrapped__() == unsigned_weights.cuts_off()
+    assert unsigned_weights.saturates.__wrapped__() == unsigned_weights.saturates()
 
 
 def test_signed_weights_stay_where_their_products_are_exact(
     weight: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A session that turned them over would hold a copy of its own beside those that are packed, and multiply slowly."""
-    monkeypatch.setattr(unsigned_weights, "cuts_off", lambda: True)
+    monkeypatch.setattr(unsigned_weights, "saturates", lambda: True)
     assert backend._options(pack=True, threads=1).get_session_config_entry(unsigned_weights.PRECISE) == "1"
-    monkeypatch.setattr(unsigned_weights, "cuts_off", lambda: False)
+    monkeypatch.setattr(unsigned_weights, "saturates", lambda: False)
     options = backend._options(pack=True, threads=1)
     options.optimized_model_filepath = str(tmp_path / "opened.onnx")
     model = model_of(weight, tmp_path)
@@ -132,7 +134,7 @@ def test_signed_weights_stay_where_their_products_are_exact(
     model.graph.initializer.append(numpy_helper.from_array(weight, "copy"))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     ort.InferenceSession(
-        tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"], disabled_optimizers=backend._LEFT_OUT
+        tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"], disabled_optimizers=backend._DISABLED_OPTIMIZERS
     )
     graph = onnx.load(tmp_path / "opened.onnx").graph
     types = {tensor.name: tensor.data_type for tensor in graph.initializer}
@@ -152,7 +154,7 @@ def test_packed_either_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
     alone = answer()
     monkeypatch.setattr(backend, "WORTH_PACKING", 0)
-    monkeypatch.setattr(host_cache.unsigned_weights, "cuts_off", lambda: True)
+    monkeypatch.setattr(host_cache.unsigned_weights, "saturates", lambda: True)
     packed = answer()
     copies = [*(artifact / host_cache.FOLDER).glob("*/decode-1-*.onnx")]
     tensors = onnx.load(copies[0], load_external_data=False).graph.initializer

@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 class Bench:
-    """Runs an artifact at several batch sizes and prompt lengths."""
+    """Measurements of an artifact at several batch sizes and prompt lengths."""
 
     def __init__(self, model: runtime.Model, new_tokens: int, repeats: int) -> None:
         if repeats < 1 or new_tokens < 2:
@@ -77,13 +77,13 @@ class Bench:
     def points(self) -> list[Point]:
         """Prompt lengths at batch 1, batches at a short prompt, and a prompt with an image."""
         manifest = self.model.artifact.manifest
-        room = manifest.cache.context - self.new_tokens
-        lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048) if n <= room] or [room]
+        longest = manifest.cache.context - self.new_tokens
+        lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048) if n <= longest] or [longest]
         grid = [(1, n, 0) for n in lengths] + [(b, lengths[0], 0) for b in manifest.buckets("decode") if b > 1]
         image = self._image_prompt()
-        seen = max(image.length, image.image_tokens + TEXT_AROUND_IMAGE)
-        if seen <= room:
-            grid.append((1, seen, 1))
+        image_length = max(image.length, image.image_tokens + TEXT_AROUND_IMAGE)
+        if image_length <= longest:
+            grid.append((1, image_length, 1))
         return [self.point(*where) for where in tqdm(grid, desc="measuring", disable=None)]
 
     def point(self, batch: int, prompt_tokens: int, images: int) -> Point:
@@ -109,7 +109,7 @@ class Bench:
         )
 
     def _prompt(self, tokens: int, images: int) -> Prompt:
-        """Random text of so many tokens, the images at its beginning among them."""
+        """A prompt of random text of so many tokens, those of the images at its start included."""
         prompt = self._image_prompt() if images else self._text_prompt()
         return lengthened(prompt, tokens, self.rng, self.model.info)
 
@@ -120,12 +120,12 @@ class Bench:
 
     def _image_prompt(self) -> Prompt:
         """A turn with an image alone: random pixels, four wide to three high, several tiles in families that cut images."""
-        side = self.model.info.image.size
-        image = Image.fromarray(self.rng.integers(0, 256, (side * 3 // 2, side * 2, 3)).astype(np.uint8))
+        size = self.model.info.image.size
+        image = Image.fromarray(self.rng.integers(0, 256, (size * 3 // 2, size * 2, 3)).astype(np.uint8))
         return self.model.processor.prompt("", image)
 
     def summary(self, artifact: Path, points: SequenceOf[Point]) -> dict[str, Any]:
-        """Everything measured, as plain data."""
+        """All measurements as JSON types."""
         metrics = self.model.engine.metrics
         memory = psutil.Process().memory_full_info()
         first = points[0]
@@ -153,11 +153,11 @@ class Bench:
 
 
 def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, info: ModelInfo) -> Prompt:
-    """A prompt with random text behind it, `tokens` positions in all, that sees the images which its end sees."""
+    """A prompt extended by random text to `tokens` positions, of which the added ones see the images that its last one sees."""
     more = tokens - prompt.length
     text = rng.integers(3, info.tokenizer.used, more).astype(np.int32)
     cross_attention = prompt.cross_attention and CrossAttentionMask(
-        visible=held(prompt.cross_attention.visible, more), gates=held(prompt.cross_attention.gates, more)
+        visible=repeat_last(prompt.cross_attention.visible, more), gates=repeat_last(prompt.cross_attention.gates, more)
     )
     return dataclasses.replace(
         prompt,
@@ -169,13 +169,13 @@ def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, info: Mode
     )
 
 
-def held(rows: np.ndarray, more: int) -> np.ndarray:
-    """Rows with the last of them repeated behind."""
+def repeat_last(rows: np.ndarray, more: int) -> np.ndarray:
+    """Rows followed by `more` copies of the last of them."""
     return np.concatenate((rows, np.repeat(rows[-1:], more, axis=0)))
 
 
 def table(points: SequenceOf[Point]) -> Table:
-    """The measurements for people."""
+    """The measurements as a table."""
     result = Table()
     for column in ("batch", "prompt", "images", "first token ms", "per token ms", "tokens/s", "outside the backend us"):
         result.add_column(column, justify="right")

@@ -1,4 +1,4 @@
-"""`staticvl bench --requests`: traffic from a file through the runtime as fast as it comes in, and what became of it.
+"""`staticvl bench --requests`: the latencies of requests from a file, which run as they arrive.
 
 Each line of the file is a JSON object: `prompt`, and perhaps `images` (paths, beside the file, or URLs), `max_new_tokens` and
 `time` of arrival in seconds. Times are milliseconds in the result unless a name says otherwise.
@@ -31,7 +31,7 @@ class RequestsError(ValueError):
 
 
 class BenchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line."""
+    """One line of the file."""
 
     prompt: str
     images: tuple[str, ...] = ()
@@ -41,8 +41,8 @@ class BenchRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def run(args: argparse.Namespace) -> int:
     console = Console(stderr=args.json, highlight=False)
-    asked = read_requests(args.requests)
-    times = arrival_times(asked, args.rate, args.seed)
+    requests = read_requests(args.requests)
+    times = arrival_times(requests, args.rate, args.seed)
     model = runtime.load(
         args.artifact,
         device=args.device,
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         reuse=not args.no_reuse,
         request_log=args.request_log,
     )
-    replay = Replay(model, prepared(model, asked, args.requests.parent), times)
+    replay = Replay(model, prepare_all(model, requests, args.requests.parent), times)
     result = {"artifact": args.artifact.name, **replay.run()}
     if not args.json:
         console.print(table(result))
@@ -61,37 +61,37 @@ def run(args: argparse.Namespace) -> int:
 
 def read_requests(path: Path) -> list[BenchRequest]:
     """The requests of a file, in its order; raises RequestsError."""
-    decoder, found = msgspec.json.Decoder(BenchRequest), []
+    decoder, requests = msgspec.json.Decoder(BenchRequest), []
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            found.append(decoder.decode(line))
+            requests.append(decoder.decode(line))
         except msgspec.MsgspecError as error:
             raise RequestsError(
                 f"{path}, line {number}: {error}; expected a JSON object with prompt, and perhaps images, max_new_tokens, time"
             ) from None
-    if not found:
+    if not requests:
         raise RequestsError(f"{path} holds no request; expected a line for each")
-    return found
+    return requests
 
 
-def arrival_times(asked: SequenceOf[BenchRequest], rate: float | None, seed: int) -> list[float]:
+def arrival_times(requests: SequenceOf[BenchRequest], rate: float | None, seed: int) -> list[float]:
     """Seconds from the first arrival on, rising or not. With a rate, a Poisson process; raises RequestsError without either."""
     if rate is not None:
         if not rate > 0:
             raise RequestsError(f"--rate is {rate}; expected a number of requests a second above 0")
-        return np.random.default_rng(seed).exponential(1 / rate, len(asked)).cumsum().tolist()
-    times = [each.time for each in asked if each.time is not None]
-    if len(times) < len(asked):
+        return np.random.default_rng(seed).exponential(1 / rate, len(requests)).cumsum().tolist()
+    times = [each.time for each in requests if each.time is not None]
+    if len(times) < len(requests):
         raise RequestsError("not every request says when it came (time); give --rate, how many come in a second")
     return [each - min(times) for each in times]
 
 
-def prepared(model: runtime.Model, asked: SequenceOf[BenchRequest], folder: Path) -> list[tuple[Prompt, SamplingParams]]:
-    """Every prompt made ready beforehand, so that only the runtime is measured."""
+def prepare_all(model: runtime.Model, requests: SequenceOf[BenchRequest], folder: Path) -> list[tuple[Prompt, SamplingParams]]:
+    """All prompts and sampling parameters, prepared beforehand so that only the engine is measured."""
     ready = []
-    for each in tqdm(asked, desc="preparing", disable=None):
+    for each in tqdm(requests, desc="preparing", disable=None):
         images: list[ImageSource] = [image if ":" in image else str(folder / image) for image in each.images]
         params = SamplingParams(max_new_tokens=each.max_new_tokens)
         ready.append((model.processor.prompt(each.prompt, images), params))
@@ -100,7 +100,7 @@ def prepared(model: runtime.Model, asked: SequenceOf[BenchRequest], folder: Path
 
 @dataclass(slots=True)
 class Replay:
-    """Requests handed over when their time has come."""
+    """A replay of requests at their times of arrival."""
 
     model: runtime.Model
     requests: list[tuple[Prompt, SamplingParams]]
@@ -109,7 +109,7 @@ class Replay:
     gaps: list[float] = field(default_factory=list)  # seconds between two tokens of one answer
 
     def run(self) -> dict[str, Any]:
-        """Answer everything; the figures."""
+        """The figures of all requests, which are answered as they arrive."""
         model, clock = self.model, self.model.engine.clock
         for graph in model.artifact.manifest.graphs:
             model.engine.backend.load(graph)
@@ -168,9 +168,11 @@ def shares(seconds: SequenceOf[float]) -> dict[str, float]:
 
 def table(result: dict[str, Any]) -> Table:
     """The times for people."""
-    shown = Table(title=f"{result['requests']} requests in {result['span_s']} s, {result['tokens_per_s']} tokens a second")
+    result_table = Table(
+        title=f"{result['requests']} requests in {result['span_s']} s, {result['tokens_per_s']} tokens a second"
+    )
     for column in ("milliseconds", "p50", "p90", "p99", "max"):
-        shown.add_column(column, justify="right")
+        result_table.add_column(column, justify="right")
     for name in ("queue_ms", "ttft_ms", "tpot_ms", "between_tokens_ms"):
-        shown.add_row(name.removesuffix("_ms"), *(f"{value:.1f}" for value in result[name].values()))
-    return shown
+        result_table.add_row(name.removesuffix("_ms"), *(f"{value:.1f}" for value in result[name].values()))
+    return result_table

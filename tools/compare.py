@@ -1,4 +1,4 @@
-"""`staticvl compare`: whether two sides say the same, and if not, what is wrong."""
+"""`staticvl compare`: whether two sides of one model agree, and if not, what is wrong."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..compiler.eager import computing_with
 from ..runtime.files import write_atomically
 from .comparing.compare import Comparison
 from .comparing.data import read_data
-from .comparing.opening import check_side, open_side
+from .comparing.open_side import check_side, open_side
 from .comparing.report import conclusion, tables
-from .comparing.result import Result
+from .comparing.result import ComparisonResult
 from .comparing.samples import Sample, built_in_samples
 from .comparing.sides import SideError
 from .comparing.thresholds import read_thresholds
 from .ready import require
 
 WIDTH = 160  # of tables in a file
-SMALL = 200_000_000  # bytes of weights: below, handing work to threads takes longer than the work
+SMALL = 200_000_000  # bytes of weights below which one thread is faster than several
 
 
 def run(args: argparse.Namespace) -> int:
-    """0 where everything is within the limits, else 1."""
+    """The exit status: 0 where everything is within the limits, else 1."""
     samples, limits = _samples(args), read_thresholds(args.thresholds)
     _check(args)
     with contextlib.ExitStack() as stack:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
             seed=args.seed,
             stage=_bars(stack, args.json),
         ).run()
-    _tell(args, result)
+    _report(args, result)
     return 0 if result.passed else 1
 
 
@@ -62,7 +62,7 @@ def _samples(args: argparse.Namespace) -> list[Sample]:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be wrong with the command line, before anything slow."""
+    """Raise SideError for a wrong command line, before anything slow."""
     for name in ("new_tokens", "samples", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -81,14 +81,14 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def _threads(args: argparse.Namespace) -> int | None:
-    """One for small models, else every core."""
+    """Default threads: one for small models, else None, for every core."""
     files = [path for folder in (args.reference, args.candidate) for path in folder.rglob("*")]
     sizes = [path.stat().st_size for path in files if path.suffix in (".safetensors", ".bin")]
     return 1 if sum(sizes) < SMALL else None
 
 
 def _bars(stack: contextlib.ExitStack, quiet: bool) -> Callable[[str, int], Callable[[], object]]:
-    """A bar for each stage on stderr, none where that is no terminal."""
+    """A progress bar for each stage on stderr, none where that is no terminal."""
 
     def stage(name: str, steps: int) -> Callable[[], object]:
         bar = stack.enter_context(tqdm(total=steps, desc=name, disable=True if quiet else None, leave=False))
@@ -97,7 +97,7 @@ def _bars(stack: contextlib.ExitStack, quiet: bool) -> Callable[[str, int], Call
     return stage
 
 
-def _tell(args: argparse.Namespace, result: Result) -> None:
+def _report(args: argparse.Namespace, result: ComparisonResult) -> None:
     if args.report:
         from .comparing.page import page
 

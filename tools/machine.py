@@ -17,7 +17,7 @@ def machine() -> dict[str, Any]:
         "features": list(processor_features()),
         "cores": usable_cores(),
         "onnxruntime": version("onnxruntime"),
-        "exact_byte_products": not unsigned_weights.cuts_off(),
+        "exact_byte_products": not unsigned_weights.saturates(),
         "session_entries": unsigned_weights.entries(),
     }
 

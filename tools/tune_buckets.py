@@ -15,20 +15,20 @@ from ..runtime.files import write_atomically
 from ..runtime.shown import quoted, shown
 from .cards import CARDS
 from .ready import require
-from .tuning.arrivals import rate_of, timed
-from .tuning.choose import Result, choose
+from .tuning.arrivals import rate_of, with_times
+from .tuning.choose import TuningResult, choose
 from .tuning.columns import Request, TraceError
-from .tuning.comparison import coverages, reasons, replayed_powers
+from .tuning.comparison import coverages, reasons, replay_powers_of_two
 from .tuning.costs import costs_yaml, parse_costs
 from .tuning.curves import CostError
 from .tuning.images import ImageCounter
 from .tuning.limits import Limits
 from .tuning.report import buckets_yaml, chosen_table, coverage_table, frontier_table, reason_table, replay_table, slots_table
 from .tuning.target import CPU, Target, from_artifact, from_checkpoint
-from .tuning.traces import drawn_requests, parse_distribution, read_trace
+from .tuning.traces import parse_distribution, random_requests, read_trace
 from .tuning.workload import Workload, gather
 
-DRAWN = 20_000  # requests of a distribution
+RANDOM_REQUESTS = 20_000  # drawn from a distribution
 DEFAULT_MODEL = "llava-1.5-7b-hf"
 DEFAULT_CARD = "910B"
 _BUSY = 0.98  # the share of time above which requests wait longer and longer
@@ -42,41 +42,41 @@ def run(args: argparse.Namespace) -> int:
     limits, target = _limits(args), _target(args)
     workload = _workload(args, target)
     result = choose(workload, target, limits)
-    powers, found = replayed_powers(result, args.granularity), coverages(result, args.granularity)
-    spent = {kind: 1e3 * seconds / len(workload.block) for kind, seconds in result.replayed.busy_s.items()}
-    spent |= {"prefill": found[0].ms}
-    tables = [chosen_table(result), coverage_table(found), frontier_table(result), replay_table(powers, result.replayed)]
+    powers, coverage = replay_powers_of_two(result, args.granularity), coverages(result, args.granularity)
+    cost_ms = {kind: 1e3 * seconds / len(workload.block) for kind, seconds in result.replayed.busy_s.items()}
+    cost_ms |= {"prefill": coverage[0].ms}
+    tables = [chosen_table(result), coverage_table(coverage), frontier_table(result), replay_table(powers, result.replayed)]
     if result.slots_tried:
         tables.insert(3, slots_table(result))
     if args.explain or args.report:
-        tables.append(reason_table(reasons(result), spent))
+        tables.append(reason_table(reasons(result), cost_ms))
     notes = _notes(args, result)
-    saved = costs_yaml(result.costs) if args.save_costs else ""
+    costs_text = costs_yaml(result.costs) if args.save_costs else ""
     page_text = None
     if args.report:
         from .tuning.page import page
 
-        page_text = page(result, found, powers, tables, notes, target.name)
+        page_text = page(result, coverage, powers, tables, notes, target.name)
     for table in tables if args.explain or not args.report else tables[:-1]:
         console.print(table)
     for note in notes:
-        _say(console, note)
+        _print_line(console, note)
     write_atomically(args.out, buckets_yaml(result, notes).encode())
     if args.save_costs:
-        write_atomically(args.save_costs, saved.encode())
+        write_atomically(args.save_costs, costs_text.encode())
     if page_text is not None:
         write_atomically(args.report, page_text.encode())
-    _say(console, f"wrote {args.out}" + (f" and {args.report}" if args.report else ""))
-    _say(console, f"next: staticvl compile CHECKPOINT --out ARTIFACT --buckets {args.out} --plan-only")
+    _print_line(console, f"wrote {args.out}" + (f" and {args.report}" if args.report else ""))
+    _print_line(console, f"next: staticvl compile CHECKPOINT --out ARTIFACT --buckets {args.out} --plan-only")
     return 0
 
 
-def _say(console: Console, line: str) -> None:
+def _print_line(console: Console, line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be wrong with the command line, before anything slow."""
+    """Raise TraceError for a wrong command line, before anything slow."""
     if (args.trace is None) == (args.prompts is None):
         raise TraceError("give either a trace or --prompts, the lengths of prompts and how likely each is")
     if args.prompts is not None and (args.generated is None or args.rate is None):
@@ -146,7 +146,7 @@ def _workload(args: argparse.Namespace, target: Target) -> Workload:
     context = args.context or target.max_positions
     workload = gather(_requests(args), counter, crossed=target.crossed, context=context, block=args.replay)
     if workload.block:
-        workload.block = timed(workload.block, args.rate)
+        workload.block = with_times(workload.block, args.rate)
     return workload
 
 
@@ -155,7 +155,7 @@ def _requests(args: argparse.Namespace) -> Iterator[Request]:
         return read_trace(args.trace)
     images = parse_distribution(args.images, "--images") if args.images else None
     prompts, generated = parse_distribution(args.prompts, "--prompts"), parse_distribution(args.generated, "--generated")
-    return drawn_requests(prompts, generated, images, args.rate, DRAWN)
+    return random_requests(prompts, generated, images, args.rate, RANDOM_REQUESTS)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -206,21 +206,21 @@ def _prefill_sizes(args: argparse.Namespace) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _notes(args: argparse.Namespace, result: Result) -> list[str]:
-    """What the figures rest on."""
+def _notes(args: argparse.Namespace, result: TuningResult) -> list[str]:
+    """Notes on the origin of the figures."""
     workload, block = result.workload, result.workload.block
     origin = args.trace.name if args.trace else "a distribution of the command line"
-    found = [
+    notes = [
         f"made by staticvl tune-buckets from {origin}: {workload.requests} requests",
         f"costs: {result.costs.source}",
         f"replayed: {len(block)} requests that followed one another, {rate_of(block):.4g} a second",
     ]
     if "bound" not in result.costs.source:
-        found.append(f"compiling these graphs where runs cost as much takes about {result.compile_s() / 60:.1f} minutes")
+        notes.append(f"compiling these graphs where runs cost as much takes about {result.compile_s() / 60:.1f} minutes")
     if result.replayed.load > _BUSY:
         rate = len(block) / result.replayed.span_s
-        found.append(
+        notes.append(
             f"more requests arrive than can be served, which are about {rate:.3g} a second: times grow with the length of the "
             f"replay, and decode batches are as full as they can be; --rate {0.7 * rate:.2g} replays what this machine can take"
         )
-    return found
+    return notes

@@ -1,4 +1,4 @@
-"""What the engine asks of a device: run a graph of the artifact over caches that the backend allocated once."""
+"""The interface between the engine and a device: graphs of the artifact run over caches that the backend allocates once."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def new_feed(graph: GraphSpec) -> Feed:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one run of a graph has put out. It belongs to the backend and holds until the next run of the same graph.
+    """The outputs of one run of a graph. They belong to the backend and hold until the next run of the same graph.
 
-    `fetch` gives the rows of the first output that a slice names, in host memory. Where they lie elsewhere until somebody asks,
-    they are not `here`.
+    `fetch` gives the rows of the first output that a slice names, in host memory. `on_host`: whether they are there already, so
+    that `fetch` copies nothing from a device.
     """
 
     fetch: Callable[[slice], np.ndarray]
     candidates: Candidates | None = None
-    here: bool = True
+    on_host: bool = True
 
     @property
     def first(self) -> np.ndarray:
@@ -42,21 +42,21 @@ class Result:
 
 
 class Backend(Protocol):
-    """Runs graphs; owns the cache: the buffers that CacheSpec.buffers names."""
+    """A device that runs graphs. It owns the cache: the buffers that CacheSpec.buffers names."""
 
     def load(self, graph: GraphSpec) -> None:
         """Make a graph ready to run."""
         ...
 
     def unload(self, graph: GraphSpec) -> None:
-        """Free what `load` or `run` took for a graph."""
+        """Free what `load` or `run` allocated for a graph."""
         ...
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
-        """Run one graph: its first output, and the candidates where it has some; what belongs into the cache is written there.
+        """Run one graph: its first output, and its top-k candidates where it has them. Cache outputs go into the cache.
 
-        `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`; a caller that passes the same
-        mapping and arrays again gets them bound by pointer only once. Cache rows of slots slot .. slot + B - 1 are read
+        `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`. For a caller that passes the same
+        mapping and arrays again they are bound by pointer only once. Cache rows of slots slot .. slot + B - 1 are read
         and written in place; `image` says which image's entries a vision graph with cross keys writes.
         """
         ...
@@ -75,7 +75,8 @@ class Backend(Protocol):
 
 
 class Group(Protocol):
-    """One rank's way to the others. All ranks make the same calls in the same order with arrays of one shape and dtype."""
+    """Collectives of one rank with the others. All ranks make the same calls in the same order with arrays of one shape and
+    dtype."""
 
     @property
     def rank(self) -> int: ...
@@ -91,7 +92,7 @@ class Group(Protocol):
         """Write array [..., C] of all ranks, joined along the last axis with rank 0 first, into out [..., size * C]."""
         ...
 
-    # Of a pipeline: this group's stage, of how many, and the ways to the ranks in the same place of another stage.
+    # Of a pipeline: this group's stage, of how many, and arrays for the ranks in the same place of another stage.
 
     @property
     def stage(self) -> int: ...
@@ -100,29 +101,29 @@ class Group(Protocol):
     def stages(self) -> int: ...
 
     def send(self, array: np.ndarray, stage: int) -> None:
-        """Give an array to the rank of this number in another stage."""
+        """Send an array to this rank's counterpart in another stage."""
         ...
 
     def receive(self, array: np.ndarray, stage: int) -> None:
-        """Fill an array with what the rank of this number in another stage gives."""
+        """Fill an array with what this rank's counterpart in another stage sends."""
         ...
 
 
 def world_rank(group: Group | None) -> int:
-    """The number of a rank among all that run the model; whoever has no group runs it alone."""
+    """The number of a rank among all that run the model; 0 without a group."""
     return group.stage * group.size + group.rank if group else 0
 
 
 def weights_folder(group: Group) -> str:
-    """Where this rank's weights lie within the artifact."""
+    """The folder of this rank's weights within the artifact."""
     return rank_folder(group.stages * group.size, world_rank(group))
 
 
 def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray:
-    """What was fed for an input, if it can be bound as it is; raises ValueError otherwise."""
+    """The array fed for an input, if it can be bound as it is; raises ValueError otherwise."""
     if array.shape != spec.shape or array.dtype.name != spec.dtype or not array.flags.c_contiguous:
-        given = f"{array.dtype.name} {array.shape}"
-        raise ValueError(f"{graph.name}: {spec.name} is {given}; expected contiguous {spec.dtype} {spec.shape}")
+        actual = f"{array.dtype.name} {array.shape}"
+        raise ValueError(f"{graph.name}: {spec.name} is {actual}; expected contiguous {spec.dtype} {spec.shape}")
     return array
 
 
@@ -135,14 +136,14 @@ def check_group(what: str, ranks: int, group: Group | None) -> Group | None:
 
 
 def cache_name(output: str, image: int) -> str | None:
-    """The cache buffer that a graph output belongs into, if any."""
+    """The name of the cache buffer that a graph output is written to; None for other outputs."""
     if output.startswith(("cross_k.", "cross_v.")):
         return f"{output}.{image}"
     return output.removesuffix(".out") if output.endswith(".out") else None
 
 
 def rows_to_copy(name: str, rows: int, images: int) -> int | None:
-    """How many rows of a cache buffer `copy_slot` copies; None: all."""
+    """The number of rows of a cache buffer that `copy_slot` copies; None: all."""
     if not name.startswith("cross_"):
         return rows
     return None if int(name.rsplit(".", 1)[1]) < images else 0

@@ -1,4 +1,4 @@
-"""How many cores there are to compute with, and what they call themselves."""
+"""The processor: the cores that this process may use, its name, and its features."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def usable_cores() -> int:
 
 
 def core_numbers() -> tuple[int, ...]:
-    """Which these are, as the system counts them."""
+    """The numbers of those cores, as the system counts them."""
     try:
         return tuple(sorted(os.sched_getaffinity(0)))
     except AttributeError:  # not Linux
@@ -22,24 +22,24 @@ def core_numbers() -> tuple[int, ...]:
 
 
 def processor_name() -> str:
-    """What the processor calls itself."""
-    return _told("model name") or platform.processor() or platform.machine()
+    """The name of the processor's model."""
+    return _cpu_info("model name") or platform.processor() or platform.machine()
 
 
-# What the kernels of matrix products differ by, as Linux names it.
+# Features on which kernels of matrix products depend, by their names in Linux.
 FEATURES = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
 
 
 def processor_features() -> tuple[str, ...]:
     """Those of FEATURES that the processor has; none where the system does not list them."""
-    listed = set((_told("flags") or _told("Features")).split())
-    return tuple(name for name in FEATURES if name in listed)
+    flags = set((_cpu_info("flags") or _cpu_info("Features")).split())
+    return tuple(name for name in FEATURES if name in flags)
 
 
-def _told(what: str) -> str:
-    """What Linux says of the first core; empty elsewhere."""
+def _cpu_info(field: str) -> str:
+    """A field of /proc/cpuinfo for the first core; empty on other systems than Linux."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(what):
+            if line.startswith(field):
                 return line.partition(":")[2].strip()
     return ""

@@ -1,4 +1,4 @@
-"""Which backend runs an artifact on a device."""
+"""Devices, and the backend that runs an artifact on one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ DEVICES = {"onnx": ("cpu",), "ascend": ("npu", "sim")}
 
 
 def check_device(name: str, folder: Path, device: str) -> None:
-    """Raises ArtifactError where graphs of kind `name` never run on such a device."""
+    """Raises ArtifactError where graphs of the backend `name` never run on such a device."""
     if device.partition(":")[0] not in DEVICES.get(name, ()):
-        usable, wanted = DEVICES[name], next((kind for kind, devices in DEVICES.items() if device in devices), None)
-        remedy = f"use device {' or '.join(usable)}" + (f", or compile it with --backend {wanted}" if wanted else "")
+        usable, other = DEVICES[name], next((each for each, devices in DEVICES.items() if device in devices), None)
+        remedy = f"use device {' or '.join(usable)}" + (f", or compile it with --backend {other}" if other else "")
         raise ArtifactError(f"device {quoted(device)} cannot run {folder}, which was compiled for {name}; {remedy}")
 
 
@@ -31,11 +31,11 @@ def open_backend(
     group: Group | None = None,
     verify: bool = False,
 ) -> Backend:
-    """The backend for graphs of kind `name` in `folder`, on `device`; raises ArtifactError when the two do not match.
+    """The backend `name` for the graphs in `folder`, on `device`; raises ArtifactError when the two do not match.
 
     With a `manifest` (that of the rank's stage) the graphs share what can be shared; without one, while an artifact is being
     built, each stands alone. `group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
-    `verify`: read what this machine has packed of the weights, and make it again where it is not what was written.
+    `verify`: check the prepacked weights of this machine, and pack them again where they are damaged.
     """
     check_device(name, folder, device)
     if name == "onnx":

@@ -1,8 +1,8 @@
-"""ONNX Runtime on CPU. Caches are numpy arrays bound by pointer as input and output of the same run, so they are updated in
-place; feeds are bound by pointer once and then only refilled.
+"""The backend for ONNX Runtime on CPU. Caches are numpy arrays bound by pointer as input and output of the same run, so they
+are updated in place; feeds are bound by pointer once and then refilled.
 
 A graph in steps, one rank's of several, is run segment by segment; buffers between them are arrays bound by pointer too, and
-the group that the backend was given works on those very arrays.
+the backend's group works on the same arrays.
 
 Memory: the sessions of all buckets share one copy of the weights (see host_cache) and one arena for intermediate values.
 """
@@ -43,34 +43,37 @@ RUN_ERRORS = (
     ort_errors.NoSuchFile,
 )
 _PROVIDERS = ["CPUExecutionProvider"]
-# The first would keep a float32 copy of every weight in 16 bits in every session. Where weights are turned over, the second
-# would turn over what is not multiplied too, and fails where scales are those of channels.
-_LEFT_OUT = ["ConstantFolding", "QDQS8ToU8Transformer"]
-BETWEEN = "@"  # in the name of an output that is a cache behind a piece of a chunk (see artifact.py)
-# onnxruntime follows no path out of a model's folder, but for a model given as bytes it is told where the weights lie: so the
+# The first would keep a float32 copy of every weight in 16 bits in every session. Where weights are made unsigned, the second
+# would change tensors that are not multiplied too, and fails where scales are those of channels.
+_DISABLED_OPTIMIZERS = ["ConstantFolding", "QDQS8ToU8Transformer"]
+BETWEEN = "@"  # in the name of an output that is a cache after a piece of a chunk (see artifact.py)
+# onnxruntime follows no path out of a model's folder, but for a model given as bytes it takes the folder of the weights, so the
 # segment files are there once, whichever ranks run here, and neither copies nor links of them are needed.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 
 @functools.cache
 def _register_arena() -> None:
-    """One arena for all sessions of the process: a bucket that is not running holds no room for intermediate values."""
+    """Register one arena for all sessions of the process, so that a bucket that is not running holds no memory for
+    intermediate values."""
     memory = ort.OrtMemoryInfo("Cpu", ort.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, ort.OrtMemType.DEFAULT)
     try:
         ort.create_and_register_allocator(memory, None)
-    except RuntimeError as error:  # another user of onnxruntime in this process has registered one: use that
+    except RuntimeError as error:  # other code in this process has registered one: use that
         log.debug("using the allocator that is there: %s", error)
 
 
-# Below this, packed weights are not worth their place on disk: the kernels are as fast without.
+# Bytes below which prepacked weights are not worth their place on disk: the kernels are as fast without.
 WORTH_PACKING = 64 << 20
-# Below this, one core is done with a product before a second one is awake, and every session may pack weights for itself: on
-# the embedded tiny model, steps of one row are 1.4 times as fast on one core, and those of 8 rows 1.6 times as fast packed.
+# Bytes below which one core is done with a product before a second one is awake, and every session may pack weights for
+# itself: on the embedded tiny model, steps of one row are 1.4 times as fast on one core, and those of 8 rows 1.6 times as fast
+# packed.
 SMALL = 16 << 20
 
 
 def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.SessionOptions:
-    """`shared`: intermediate values lie in the arena of all sessions, else in one that is freed with the session."""
+    """Options of a session. `shared`: intermediate values are in the arena of all sessions, else in one that is freed with the
+    session."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     # Workers that wait in a loop take the cores from everything else: where one core of two is busy, steps take 1.3 times as
@@ -92,36 +95,37 @@ def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.Ses
 
 def _spin_us() -> int:
     """Microseconds that a core waits in a loop for the next operator of a run before it sleeps."""
-    given = os.environ.get(SPIN_US, "0")
-    if not given.isdecimal():
+    value = os.environ.get(SPIN_US, "0")
+    if not value.isdecimal():
         raise ArtifactError(
-            f"{SPIN_US} is {quoted(given)}; expected microseconds, such as 20, or 0 for cores that sleep at once"
+            f"{SPIN_US} is {quoted(value)}; expected microseconds, such as 20, or 0 for cores that sleep at once"
         )
-    return int(given)
+    return int(value)
 
 
-class _Bound:
-    """A graph with everything bound for one slot: running it takes no further argument."""
+class _BoundGraph:
+    """A graph with all inputs and outputs bound for one slot. `calls`: its segments and collectives, in order."""
 
     def __init__(
-        self, feed: Mapping[str, np.ndarray], arrays: dict[str, np.ndarray], steps: list[Callable[[], object]]
+        self, feed: Mapping[str, np.ndarray], arrays: dict[str, np.ndarray], calls: list[Callable[[], object]]
     ) -> None:
-        self.feed, self.fed, self.steps = feed, dict(feed), steps
-        self.arrays = arrays  # what the steps have pointers to
+        self.feed, self.fed_arrays, self.calls = feed, dict(feed), calls
+        self.arrays = arrays  # the calls have pointers to them
 
-    def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
-        """Whether the very arrays that are bound are passed again."""
-        return self.feed is feed or all(self.fed.get(name) is array for name, array in feed.items())
+    def matches(self, feed: Mapping[str, np.ndarray]) -> bool:
+        """Whether it was bound to the arrays of this feed."""
+        return self.feed is feed or all(self.fed_arrays.get(name) is array for name, array in feed.items())
 
     def run(self) -> None:
-        for step in self.steps:
-            step()
+        for call in self.calls:
+            call()
 
 
 def _segment(
     session: ort.InferenceSession, segment: Segment, arrays: Mapping[str, np.ndarray], free: dict[str, np.ndarray]
 ) -> Callable[[], object]:
-    """One segment, its inputs and outputs bound by pointer; outputs that have no array are put into `free` by every run."""
+    """A call that runs one segment, whose inputs and outputs are bound by pointer; every run puts outputs without an array
+    into `free`."""
     binding = session.io_binding()
     for bind, names in ((binding.bind_input, segment.inputs), (binding.bind_output, segment.outputs)):
         for name in names:
@@ -139,31 +143,31 @@ def _segment(
 
     def run_and_keep() -> None:
         run()
-        values = zip(segment.outputs, binding.get_outputs(), strict=False)  # behind them are caches between pieces of a chunk
+        values = zip(segment.outputs, binding.get_outputs(), strict=False)  # after them are caches between pieces of a chunk
         free.update({name: value.numpy() for name, value in values if name not in arrays})
 
     return run_and_keep
 
 
-def _meeting(group: Group, step: Collective | Transfer, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
-    """One step in which ranks meet."""
-    if isinstance(step, Transfer):
-        return partial(group.send if step.op == "send" else group.receive, arrays[step.name], step.stage)
-    source, target = arrays[step.reads], arrays[step.writes]
-    if step.op == "all_gather":
+def _collective(group: Group, item: Collective | Transfer, arrays: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    """A call that runs one collective, or one transfer between stages."""
+    if isinstance(item, Transfer):
+        return partial(group.send if item.op == "send" else group.receive, arrays[item.name], item.stage)
+    source, target = arrays[item.reads], arrays[item.writes]
+    if item.op == "all_gather":
         return partial(group.all_gather, source, target)
-    if step.reads == step.writes:
+    if item.reads == item.writes:
         return partial(group.all_reduce, target)
 
-    def sum_elsewhere() -> None:  # what is summed is read again later
+    def copy_and_sum() -> None:  # the source is read again later
         np.copyto(target, source)
         group.all_reduce(target)
 
-    return sum_elsewhere
+    return copy_and_sum
 
 
 def _trim() -> None:
-    """Give freed memory back to the system: opening a session packs weights for a moment, and glibc would keep the room."""
+    """Give freed memory back to the system: opening a session takes memory to pack weights, and glibc would keep it."""
     with contextlib.suppress(AttributeError, OSError):  # another C library
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -185,17 +189,17 @@ class OrtBackend:
         models: Mapping[str, bytes] | None = None,
         verify: bool = False,
     ) -> None:
-        """`group`: the other ranks, where graphs are those of one of several; `cache` is then this rank's.
+        """`group`: where the graphs are those of one rank of several; `cache` is then this rank's.
 
         `threads`: cores that a run is shared among, whatever its graph was tuned to; `few_cores`: of graphs that were not.
 
         `models`: contents to open in place of those files of the folder. They may have more outputs than the graph, which
         `free` holds after a run.
 
-        `host`: where packed weights are shared; `verify`: whether they are read and checked first. Without `host`, `pack` says
+        `host`: the cache of prepacked weights; `verify`: whether they are read and checked first. Without `host`, `pack` says
         whether each session packs a copy of its own.
 
-        `shared`: one arena for all graphs; without it, unloading a graph gives back what its intermediate values took.
+        `shared`: one arena for all graphs; without it, unloading a graph frees the memory of its intermediate values.
         """
         _register_arena()
         self.folder, self.threads, self.group, self.models = folder, threads, group, models or {}
@@ -205,10 +209,10 @@ class OrtBackend:
         self.caches = {name: np.zeros(shape, cache.dtype_of(name)) for name, shape in cache.buffers().items()}
         self.sessions: dict[str, ort.InferenceSession] = {}
         self.outputs: dict[str, dict[str, np.ndarray]] = {}  # by graph: those that are no cache
-        self.results: dict[str, Result] = {}  # of them, by graph
+        self.results: dict[str, Result] = {}  # by graph: of these outputs
         self.buffers: dict[str, dict[str, np.ndarray]] = {}  # by graph: tensors between its steps
-        self.bound: dict[tuple[str, int, int], _Bound] = {}
-        self.free: dict[str, np.ndarray] = {}  # outputs of segments that belong to nothing: see `models`
+        self.bound: dict[tuple[str, int, int], _BoundGraph] = {}
+        self.free: dict[str, np.ndarray] = {}  # outputs of segments that are no graph's: see `models`
 
     def load(self, graph: GraphSpec) -> None:
         """Raises ArtifactError for a graph in steps without a group, or with one of another size."""
@@ -220,7 +224,7 @@ class OrtBackend:
             ranks = next((step.ranks for step in graph.plan if isinstance(step, Collective)), alone)
             check_group(graph.name, ranks, self.group)
         if self.host:
-            self.host.take()
+            self.host.acquire()
         for step in graph.plan:
             if isinstance(step, Segment):
                 packed = self.host.path(step.file) if self.host else None
@@ -231,7 +235,7 @@ class OrtBackend:
             self._allocate(graph)
 
     def _allocate(self, graph: GraphSpec) -> None:
-        """What a graph writes that is no cache."""
+        """Allocate the outputs of a graph that are no caches, and its buffers."""
         outputs = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.outputs if cache_name(spec.name, 0) is None}
         self.outputs[graph.file] = outputs
         if outputs:
@@ -249,7 +253,7 @@ class OrtBackend:
             weights = self.folder / weights_folder(self.group) if self.group and ranked else self.folder
             options.add_session_config_entry(WEIGHTS_FOLDER, str(weights))
             model = self.models.get(segment.file) or (self.folder / segment.file).read_bytes()
-        return ort.InferenceSession(model, options, providers=_PROVIDERS, disabled_optimizers=_LEFT_OUT)
+        return ort.InferenceSession(model, options, providers=_PROVIDERS, disabled_optimizers=_DISABLED_OPTIMIZERS)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:
@@ -267,7 +271,7 @@ class OrtBackend:
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         key = (graph.file, slot, image)
         bound = self.bound.get(key)
-        if bound is None or not bound.holds(feed):
+        if bound is None or not bound.matches(feed):
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
         try:
             bound.run()
@@ -277,7 +281,7 @@ class OrtBackend:
             return self.results[graph.file]
         return Result(self._rows(f"{graph.outputs[0].name}.{image}", slot, 1).__getitem__)
 
-    def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _Bound:
+    def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _BoundGraph:
         self.load(graph)
         arrays = {**self.buffers[graph.file], **self.outputs[graph.file]}
         for spec in graph.inputs:
@@ -290,15 +294,15 @@ class OrtBackend:
         for spec in graph.outputs:
             if name := cache_name(spec.name, image):
                 arrays[spec.name] = self._rows(name, slot, spec.shape[0])
-        steps: list[Callable[[], object]] = []
+        calls: list[Callable[[], object]] = []
         for step in graph.plan:
             if isinstance(step, Segment):
                 with reading(self.folder / step.file, self.folder):
-                    steps.append(_segment(self.sessions[step.file], step, arrays, self.free))
+                    calls.append(_segment(self.sessions[step.file], step, arrays, self.free))
                 continue
             assert self.group is not None, "checked by load"
-            steps.append(_meeting(self.group, step, arrays))
-        return _Bound(feed, arrays, steps)
+            calls.append(_collective(self.group, step, arrays))
+        return _BoundGraph(feed, arrays, calls)
 
     def _rows(self, name: str, slot: int, count: int) -> np.ndarray:
         return self.caches[name][slot : slot + count]
@@ -324,7 +328,8 @@ def open_ort(
     group: Group | None = None,
     verify: bool = False,
 ) -> OrtBackend:
-    """The backend of an artifact, its weights shared by all graphs; or of single graphs, each packed for itself."""
+    """The backend of an artifact, whose weights are shared by all graphs; without a manifest, of single graphs, each packed
+    for itself."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
     small = sum(weight.nbytes for weight in manifest.weights.values()) < SMALL
@@ -334,7 +339,7 @@ def open_ort(
         host = HostCache(folder, manifest.graphs, weights.values(), ranks=manifest.ranks, rank=world_rank(group))
     if host and host.nbytes < WORTH_PACKING:
         host = None
-    # Where packed weights cannot be shared, float kernels do without; 8-bit kernels need them at any price.
+    # Where prepacked weights cannot be shared, float kernels do without; 8-bit kernels need them always.
     pack = small or manifest.quant != "none"
     few = 1 if small else None
     return OrtBackend(folder, cache, threads=threads, few_cores=few, host=host, pack=pack, group=group, verify=verify)

@@ -1,7 +1,8 @@
-"""The file in which onnxruntime leaves packed weights, laid out again so that everything in it is aligned.
+"""The file of prepacked weights that onnxruntime writes, laid out again so that everything in it is aligned.
 
-Kernels fault on packed weights that are not aligned, and onnxruntime aligns only tensors of a megabyte and more. It writes a
-tensor as it is, then what kernels have packed of it, and says where in the tensor's entry: as for any external data, and
+Kernels fault on prepacked weights that are not aligned, and onnxruntime aligns only tensors of a megabyte and more. It writes a
+tensor as it is, then the blobs that kernels have packed of it, with their places in the tensor's entry: as for any external
+data, and
 
     prepacked_0: KERNEL+HASH|OFFSET;LENGTH;CHECKSUM     (|OFFSET;LENGTH;CHECKSUM and so on, where there are several)
 """
@@ -24,36 +25,39 @@ def is_packed(entry: Mapping[str, str]) -> bool:
 
 
 def lay_out(path: Path, entries: Mapping[str, Entry]) -> dict[str, Entry]:
-    """Rewrite `path` with what `entries` refer to and nothing else, each part aligned; returns the entries for the new file.
+    """Rewrite `path` with the data of `entries` alone, each part aligned; returns the entries for the new file.
 
     Raises OSError for entries of another form.
     """
-    beside = path.with_name(path.name + ".partial")
-    with path.open("rb") as source, beside.open("wb") as target:
+    partial_file = path.with_name(path.name + ".partial")
+    with path.open("rb") as source, partial_file.open("wb") as target:
         laid_out = {
-            name: _moved(entry, lambda at, length: _copy(source, target, at, length)) for name, entry in entries.items()
+            name: _moved_entry(entry, lambda offset, length: _copy(source, target, offset, length))
+            for name, entry in entries.items()
         }
-    beside.replace(path)
+    partial_file.replace(path)
     return laid_out
 
 
-def _moved(entry: Entry, move: Callable[[int, int], int]) -> Entry:
+def _moved_entry(entry: Entry, move: Callable[[int, int], int]) -> Entry:
     try:
-        moved = {**entry, "offset": str(move(int(entry["offset"]), int(entry["length"])))}
+        new_entry = {**entry, "offset": str(move(int(entry["offset"]), int(entry["length"])))}
         for key in (key for key in entry if key.startswith(PREPACKED)):
             kernel, *blobs = entry[key].split("|")
             parts = (blob.split(";") for blob in blobs)
-            moved[key] = "|".join([kernel, *(f"{move(int(at), int(size))};{size};{check}" for at, size, check in parts)])
+            new_entry[key] = "|".join(
+                [kernel, *(f"{move(int(offset), int(size))};{size};{check}" for offset, size, check in parts)]
+            )
     except (KeyError, ValueError) as error:
         raise OSError(f"this release of onnxruntime describes packed weights in a form that is not known: {entry}") from error
-    return moved
+    return new_entry
 
 
-def _copy(source: BinaryIO, target: BinaryIO, at: int, length: int) -> int:
-    """Append bytes of `source` to `target`, aligned; where they begin."""
+def _copy(source: BinaryIO, target: BinaryIO, offset: int, length: int) -> int:
+    """Append bytes of `source` to `target`, aligned; the offset at which they begin."""
     begin = -(-target.tell() // ALIGNMENT) * ALIGNMENT
     target.seek(begin)
-    source.seek(at)
+    source.seek(offset)
     while length and (block := source.read(min(length, _BLOCK))):
         target.write(block)
         length -= len(block)

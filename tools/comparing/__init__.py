@@ -1,1 +1,1 @@
-"""Two sides that should say the same: what they say, where they part, and why."""
+"""The comparison of two sides of one model: their answers, where these differ, and why."""

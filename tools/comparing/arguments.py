@@ -12,7 +12,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     by = ("auto", "transformers", "eager")
     group = parser.add_argument_group("sides")
     group.add_argument(
-        "--reference-by", choices=by, default="auto", help="who runs a checkpoint: transformers, or the definitions (eager)"
+        "--reference-by", choices=by, default="auto", help="what runs a checkpoint: transformers, or the definitions (eager)"
     )
     group.add_argument("--candidate-by", choices=by, default="auto", help="the same for the candidate")
     group.add_argument("--reference-device", default="auto", metavar="DEVICE", help="of an artifact: cpu, npu, npu:1 or sim")

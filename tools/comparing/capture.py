@@ -1,4 +1,4 @@
-"""One run of a graph as it happened: the artifact's state right before it, so that it can be run again and looked into."""
+"""Captured runs of graphs: the inputs and caches right before each, so that it can be run again and inspected."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from .static_side import StaticSide
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Captured:
-    """One run: its graph, its feed, and `caches` [B, K, S, D], the contents of the graph's cached inputs."""
+class CapturedRun:
+    """One run of a graph. `caches` [B, K, S, D]: the contents of the graph's cached inputs before it."""
 
     graph: GraphSpec
     feed: Feed
@@ -35,9 +35,9 @@ def capture(
     *,
     most: int | None = None,
     caches: bool = True,
-) -> list[Captured]:
-    """The runs that some answers take, at most `most` of one graph; with `caches`, also what the cache contained."""
-    captured: list[Captured] = []
+) -> list[CapturedRun]:
+    """The runs of forced requests, at most `most` of one graph; `caches`: with the contents of the caches before each."""
+    captured: list[CapturedRun] = []
     counts: dict[str, int] = {}
     runs = 0
 
@@ -50,12 +50,12 @@ def capture(
         if most is not None and counts[graph.name] > most:
             return
         feed = {name: array.copy() for name, array in run.feed.items()}
-        cached = _caches(side, graph, run) if caches else {}
-        captured.append(Captured(graph, feed, cached, run.image, runs, _past(side, run), step.count))
+        contents = _caches(side, graph, run) if caches else {}
+        captured.append(CapturedRun(graph, feed, contents, run.image, runs, _past(side, run), step.count))
 
     side.engine.on_run = watch
     try:
-        side.say(prompts, answers, route=route)
+        side.run_forced(prompts, answers, route=route)
     finally:
         side.engine.on_run = None
     return captured

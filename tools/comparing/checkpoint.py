@@ -1,4 +1,4 @@
-"""A checkpoint as a side: its settings read, its weights converted into a temporary folder when somebody needs them."""
+"""A checkpoint as a side: its settings, and its weights, which are converted into a temporary folder at their first use."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHUNK = 128  # tokens of a prefill of the definitions
 
 
 class Checkpoint:
-    """A folder of a Hugging Face checkpoint; what is made of it lies in a folder of `work` and goes with `close`."""
+    """A Hugging Face checkpoint. Files made of it are in a temporary folder in `work`, which `close` deletes."""
 
     def __init__(self, folder: Path, *, vision_tower: Path | None = None, work: Path | None = None) -> None:
         """Raises ConfigError for a checkpoint that cannot be read."""
@@ -52,14 +52,14 @@ class Checkpoint:
 
     @cached_property
     def weights(self) -> dict[str, WeightSpec]:
-        """Every parameter in float32, converted once; one that is quantised as what it stands for."""
+        """Every parameter in float32, converted once; quantised ones are dequantised."""
         source = open_source(self.folder, self.vision_tower)
         if self.packing:
             source = open_packed(source, self.packing, self.config)
         return convert(source, self.config, self.out, quant="none", prefix="reference").weights
 
     def plan(self, context: int | None, images: int | None) -> Plan:
-        """Few graphs: nobody measures them, and what a bucket does wrong has to differ from these."""
+        """A plan of few graphs: they are not measured, and a fault of one bucket has to differ from them."""
         context = min(context or self.config.text.max_positions, self.config.text.max_positions)
         buckets = Buckets(
             prefill=(min(CHUNK, context),),
@@ -71,7 +71,7 @@ class Checkpoint:
         return make_plan(self.config, Options(checkpoint=self.folder, out=self.out, buckets=buckets))
 
     def eager(self, context: int | None = None, images: int | None = None) -> tuple[Artifact, EagerBackend]:
-        """The definitions as something that an engine can run."""
+        """The definitions as an artifact and a backend, which an engine can run."""
         plan = self.plan(context, images)
         define = definer(self.config, self.info, plan.cache)
         manifest = Manifest(
@@ -94,7 +94,7 @@ class Checkpoint:
 def definer(
     config: ModelConfig, info: ModelInfo, cache: CacheSpec, quant: str = "none", ranks: int = 1
 ) -> Callable[[Kind, int, int], GraphDef]:
-    """The definition of any graph over a cache, which is that of one rank."""
+    """A function that defines any graph over one rank's cache."""
     return lambda kind, bucket, images: define_graph(config, info.image, cache, quant, kind, bucket, images, ranks)
 
 

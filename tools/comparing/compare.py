@@ -1,4 +1,4 @@
-"""The comparison from beginning to end."""
+"""A whole comparison: settings, weights, samples, edge cases, and the search for causes."""
 
 from __future__ import annotations
 
@@ -16,31 +16,31 @@ from ...runtime.processor.images import ImageError
 from ...runtime.processor.prompt import PromptError
 from ...weights.calibrated import layer_of
 from .checkpoint import Checkpoint
-from .edges import Ask, Edge, edges
+from .edges import Edge, EdgeRequest, edges
+from .fault_scope import fault_scope
 from .findings import Finding
 from .hf_side import HfSide
 from .inputs import compare_inputs
-from .localise import Failing, Localiser
+from .localise import FailingCase, Localiser
 from .metrics import compare_logits, exact_match, matched_iou, relative_error, with_texts
-from .result import EdgeResult, Result, SampleResult, Scores
+from .result import ComparisonResult, EdgeResult, SampleResult, Scores
 from .samples import DataError, Sample
-from .scope import scope
 from .settings import compare_settings
 from .sides import Prepared, Side, SideError, answer_text
 from .static_side import StaticSide
 from .thresholds import Thresholds, broken, coarser, precision
-from .weights import Store, WeightComparison
+from .weights import RankWeights, WeightComparison
 
-Stage = Callable[[str, int], Callable[[], object]]  # name and steps -> what is called at each step
+ProgressStage = Callable[[str, int], Callable[[], object]]  # name and number of steps -> a function to call at each step
 
 
-def quiet(_name: str, _steps: int) -> Callable[[], object]:
+def no_progress(_name: str, _steps: int) -> Callable[[], object]:
     return lambda: None
 
 
 @dataclass(slots=True, kw_only=True)
 class Comparison:
-    """Two sides, what they are asked, and what may differ."""
+    """Two sides, the samples, and the limits of their differences."""
 
     reference: Side
     candidate: Side
@@ -50,19 +50,21 @@ class Comparison:
     with_edges: bool = True
     inspect: str = "failed"  # always | failed | never
     seed: int = 0
-    stage: Stage = quiet
-    failing: list[Failing] = field(default_factory=list)
+    stage: ProgressStage = no_progress
+    failing: list[FailingCase] = field(default_factory=list)
     _prepared: dict[tuple[int, str], tuple[Sample, Prepared]] = field(default_factory=dict)
 
-    def run(self) -> Result:
-        """Everything; raises DataError, ContextError or PromptError for a sample of a file that cannot be run."""
+    def run(self) -> ComparisonResult:
+        """The result; raises DataError, ContextError or PromptError for a sample of a file that cannot be run."""
         if self.reference.info.vocab_size != self.candidate.info.vocab_size:
             raise SideError(
                 f"{self.reference.name} has {self.reference.info.vocab_size} tokens and {self.candidate.name} "
                 f"{self.candidate.info.vocab_size}; compare two sides of one model"
             )
         kind = coarser(precision(self.reference.manifest), precision(self.candidate.manifest))
-        result = Result(reference=self.reference.name, candidate=self.candidate.name, precision=kind, limits=self.limits[kind])
+        result = ComparisonResult(
+            reference=self.reference.name, candidate=self.candidate.name, precision=kind, limits=self.limits[kind]
+        )
         result.findings += compare_settings(self.reference.info, self.candidate.info)
         result.findings += self._weights(result)
         self._samples(result)
@@ -72,7 +74,7 @@ class Comparison:
             self._localise(result)
         manifest = self.candidate.manifest
         ranks, quant = (manifest.tp, manifest.quant) if manifest else (1, "none")
-        result.scope = scope(result.edges, result.findings, ranks, quant)
+        result.scope = fault_scope(result.edges, result.findings, ranks, quant)
         return result
 
     @property
@@ -81,34 +83,34 @@ class Comparison:
 
     # ---- weights
 
-    def _weights(self, result: Result) -> list[Finding]:
-        stores = self._stores(self.reference), self._stores(self.candidate)
+    def _weights(self, result: ComparisonResult) -> list[Finding]:
+        weights = self._rank_weights(self.reference), self._rank_weights(self.candidate)
         config = self.candidate.config or self.reference.config
         if config is None or self._same_checkpoint():
             return []
-        comparison = WeightComparison(config, *stores, result.limits.weights)
+        comparison = WeightComparison(config, *weights, result.limits.weights)
         if not comparison.possible:
             result.notes.append("weights were not compared: both sides are cut, among different numbers of ranks")
             return []
-        names, found = comparison.names(), comparison.extra()
+        names, findings = comparison.names(), comparison.extra()
         if quants := self._calibrated:
             names = [name for name in names if not any(layer_of(name, quant) for quant in quants)]
             result.notes.append("weights of calibrated layers were not compared one by one: scales are folded into them")
         advance = self.stage("comparing weights", len(names))
         for name in names:
-            found += comparison.compare(name)
+            findings += comparison.compare(name)
             advance()
-        return found
+        return findings
 
     @property
     def _calibrated(self) -> list[str]:
-        """The quantisations that scales are folded in for."""
+        """The quantisations into which scales of a calibration are folded."""
         manifests = (self.reference.manifest, self.candidate.manifest)
         calibrated = [manifest.quant for manifest in manifests if manifest and manifest.build.calibration is not UNSET]
         return [quant for quant in calibrated if quant in METHODS]
 
     def _same_checkpoint(self) -> bool:
-        """Whether both sides read the same files, so that there are no two sets of weights."""
+        """Whether both sides read the weights of the same files."""
         folders = [
             side.checkpoint.folder.resolve() for side in (self.reference, self.candidate)
             if isinstance(side, StaticSide | HfSide) and side.checkpoint
@@ -116,51 +118,51 @@ class Comparison:
         return len(folders) == 2 and folders[0] == folders[1]
 
     @staticmethod
-    def _stores(side: Side) -> list[Store]:
+    def _rank_weights(side: Side) -> list[RankWeights]:
         if isinstance(side, StaticSide):
-            return [Store(side.artifact.folder, weights, side.artifact.manifest.quant) for weights in side.rank_weights]
+            return [RankWeights(side.artifact.folder, weights, side.artifact.manifest.quant) for weights in side.rank_weights]
         assert isinstance(side, HfSide)
         checkpoint: Checkpoint = side.checkpoint
-        return [Store(checkpoint.out, checkpoint.weights)]
+        return [RankWeights(checkpoint.out, checkpoint.weights)]
 
     # ---- samples
 
-    def _samples(self, result: Result) -> None:
+    def _samples(self, result: ComparisonResult) -> None:
         advance = self.stage("asking both sides", len(self.samples))
-        told: set[str] = set()
+        reported: set[str] = set()
         for sample in self.samples:
             try:
-                found = self._sample(sample, result, told)
+                sample_result = self._sample(sample, result, reported)
             except (ContextError, PromptError, ImageError, DataError) as error:
                 if not sample.built_in:
                     raise DataError(f"{sample.name}: {error}") from error
                 result.notes.append(f"the built-in sample {sample.name!r} was left out: {error}")
             else:
-                result.samples.append(found)
+                result.samples.append(sample_result)
             advance()
         if not result.samples:
             raise DataError("no sample fits both sides; give shorter ones with --data, or compile with a larger --context")
 
-    def _sample(self, sample: Sample, result: Result, told: set[str]) -> SampleResult:
+    def _sample(self, sample: Sample, result: ComparisonResult, reported: set[str]) -> SampleResult:
         pair = [self._prepare(side, sample) for side in (self.reference, self.candidate)]
         for finding in compare_inputs(pair[0].inputs, pair[1].inputs, result.limits.inputs):
-            if finding.where not in told:  # the first sample that shows it is enough
-                told.add(finding.where)
+            if finding.where not in reported:  # once, with the first sample that shows it
+                reported.add(finding.where)
                 text = f"{finding.text} (sample {sample.name!r})"
                 result.findings.append(dataclasses.replace(finding, text=text))
         answer = self._answer(sample, pair[0])
-        said = [
-            side.say([prompt], [answer], caches=True)[0]
+        outputs = [
+            side.run_forced([prompt], [answer], caches=True)[0]
             for side, prompt in zip((self.reference, self.candidate), pair, strict=True)
         ]
         limits, tokenizer = result.limits, self.reference.processor.tokenizer
-        figures = compare_logits(said[0].logits, said[1].logits, answer, tie=limits.relative)
+        figures = compare_logits(outputs[0].logits, outputs[1].logits, answer, tie=limits.relative)
         divergence = with_texts(figures.divergence, lambda token: tokenizer.token(token) or str(token))
         figures = dataclasses.replace(figures, divergence=divergence)
         clauses = tuple(broken(figures, limits))
         if clauses or (self.inspect == "always" and not self._has_edges):
             error = figures.relative
-            self.failing.append(Failing(sample.name, "", (pair[0],), (pair[1],), (answer,), None, error))
+            self.failing.append(FailingCase(sample.name, "", (pair[0],), (pair[1],), (answer,), None, error))
         return SampleResult(
             name=sample.name,
             positions=pair[0].length,
@@ -168,7 +170,7 @@ class Comparison:
             figures=figures,
             broken=clauses,
             scores=self._scores(sample, pair),
-            layers=_by_layer(said[0].caches, said[1].caches),
+            layers=_by_layer(outputs[0].caches, outputs[1].caches),
         )
 
     def _prepare(self, side: Side, sample: Sample) -> Prepared:
@@ -178,7 +180,7 @@ class Comparison:
         return self._prepared[key][1]
 
     def _answer(self, sample: Sample, prompt: Prepared) -> np.ndarray:
-        """The tokens that both sides are made to say."""
+        """The tokens that are forced on both sides, int64 [n]."""
         if sample.answer is not None:
             tokenizer = self.reference.processor.tokenizer
             ids = [*tokenizer.encode(sample.answer, add_bos=False), self.reference.info.eos_token_ids[0]]
@@ -186,77 +188,80 @@ class Comparison:
         return np.asarray(self.reference.greedy(prompt, self.new_tokens), np.int64)
 
     def _scores(self, sample: Sample, pair: Sequence[Prepared]) -> Scores | None:
-        """What each side says by itself, against what is right."""
+        """Scores of each side's own answer; None where the right one is not known."""
         if sample.expected is None and not sample.boxes:
             return None
-        wanted = sample.expected or ""
-        count = max(self.new_tokens, 2 * len(self.reference.processor.tokenizer.encode(wanted, add_bos=False)) + 8)
-        found: dict[str, Any] = {}
+        expected = sample.expected or ""
+        count = max(self.new_tokens, 2 * len(self.reference.processor.tokenizer.encode(expected, add_bos=False)) + 8)
+        scores: dict[str, Any] = {}
         for label, side, prompt in zip(("reference", "candidate"), (self.reference, self.candidate), pair, strict=True):
             text = answer_text(side, side.greedy(prompt, count))
             if sample.expected is not None:
-                found[f"{label}_exact"] = exact_match(sample.expected, text)
+                scores[f"{label}_exact"] = exact_match(sample.expected, text)
             if sample.boxes:
                 boxes = [box.normalised for box in side.boxes(text, prompt)]
-                found[f"{label}_iou"] = matched_iou(sample.boxes, boxes)
-        return Scores(**found)
+                scores[f"{label}_iou"] = matched_iou(sample.boxes, boxes)
+        return Scores(**scores)
 
     # ---- graphs at their edges
 
-    def _edges(self, result: Result) -> None:
+    def _edges(self, result: ComparisonResult) -> None:
         assert self.candidate.manifest is not None
         cases = edges(self.candidate.manifest, self.seed)
         advance = self.stage("running graphs at their edges", len(cases))
-        said: dict[tuple, np.ndarray] = {}
+        logits: dict[tuple, np.ndarray] = {}  # the reference's, by request
         left_out = 0
         for case in cases:
             try:
-                result.edges.append(self._edge(case, result.limits, said))
+                result.edges.append(self._edge(case, result.limits, logits))
             except (ContextError, PromptError):
                 left_out += 1
             advance()
         if left_out:
             result.notes.append(f"{left_out} edge cases were left out: they do not fit the context")
 
-    def _edge(self, case: Edge, limits: Thresholds, said: dict[tuple, np.ndarray]) -> EdgeResult:
-        mine = tuple(self._asked(self.reference, ask) for ask in case.asks)
-        theirs = tuple(self._asked(self.candidate, ask) for ask in case.asks)
+    def _edge(self, case: Edge, limits: Thresholds, logits: dict[tuple, np.ndarray]) -> EdgeResult:
+        reference = tuple(self._request_prompt(self.reference, request) for request in case.requests)
+        candidate = tuple(self._request_prompt(self.candidate, request) for request in case.requests)
         expected = [
-            self._expected(prompt, answer, ask, said) for prompt, answer, ask in zip(mine, case.answers, case.asks, strict=True)
+            self._expected(prompt, answer, request, logits)
+            for prompt, answer, request in zip(reference, case.answers, case.requests, strict=True)
         ]
-        found = self.candidate.say(theirs, case.answers, route=case.route)
-        error = max(relative_error(a, b.logits) for a, b in zip(expected, found, strict=True))
+        outputs = self.candidate.run_forced(candidate, case.answers, route=case.route)
+        error = max(relative_error(a, b.logits) for a, b in zip(expected, outputs, strict=True))
         wrong = not error <= limits.relative
         if wrong or (self.inspect == "always" and (case.column == "full" or "tiles" in case.column)):
-            self.failing.append(Failing(case.name, case.graph, mine, theirs, case.answers, case.route, error))
+            self.failing.append(FailingCase(case.name, case.graph, reference, candidate, case.answers, case.route, error))
         return EdgeResult(case.graph, case.column, error, wrong)
 
-    def _expected(self, prompt: Prepared, answer: np.ndarray, ask: Ask, said: dict[tuple, np.ndarray]) -> np.ndarray:
-        """The reference's logits, asked once."""
-        key = ask.sample.name, prompt.length, tuple(ask.ids[:8].tolist()), tuple(answer.tolist())
-        if key not in said:
-            said[key] = self.reference.say([prompt], [answer])[0].logits
-        return said[key]
+    def _expected(
+        self, prompt: Prepared, answer: np.ndarray, request: EdgeRequest, logits: dict[tuple, np.ndarray]
+    ) -> np.ndarray:
+        """The reference's logits, computed once for all cases with the same request."""
+        key = request.sample.name, prompt.length, tuple(request.ids[:8].tolist()), tuple(answer.tolist())
+        if key not in logits:
+            logits[key] = self.reference.run_forced([prompt], [answer])[0].logits
+        return logits[key]
 
-    def _asked(self, side: Side, ask: Ask) -> Prepared:
-        prompt = self._prepare(side, ask.sample)
-        if ask.length is None:
+    def _request_prompt(self, side: Side, request: EdgeRequest) -> Prepared:
+        prompt = self._prepare(side, request.sample)
+        if request.length is None:
             return prompt
-        if ask.sample.images:
-            return prompt.with_tokens(max(ask.length, prompt.length), ask.ids)
-        return prompt.with_tokens(1, ask.ids).with_tokens(ask.length, ask.ids)
+        if request.sample.images:
+            return prompt.with_tokens(max(request.length, prompt.length), request.ids)
+        return prompt.with_tokens(1, request.ids).with_tokens(request.length, request.ids)
 
     # ---- causes
 
-    def _localise(self, result: Result) -> None:
+    def _localise(self, result: ComparisonResult) -> None:
         localiser = Localiser(self.reference, self.candidate, result.limits)
         failing = [case for case in self.failing if case.error > 0]
         result.findings += localiser.localise(failing, self.stage("looking for the fault", len(failing)))
-        result.layers, result.looked_into = localiser.layers, localiser.looked_into
+        result.layers, result.inspected = localiser.layers, localiser.inspected
 
 
 def _by_layer(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> tuple[float, ...]:
-    """Errors of keys and values, by layer."""
+    """Errors of keys and values, by layer that attends to the text."""
     if not a or a.keys() != b.keys():
         return ()
     layers = sorted({int(name.partition(".")[2]) for name in a})

@@ -4,8 +4,8 @@
     {"id": ..., "conversations": [{"from": "user", "value": "Picture 1: <img>a.jpg</img>\\n..."}, {"from": "assistant", ...}]}
     {"id": ..., "image": "a.jpg", "conversations": [{"from": "human", "value": "<image>\\n..."}, {"from": "gpt", "value": ...}]}
 
-One object a line, or a JSON list of them. Every turn of the assistant in a conversation becomes a sample, behind the
-turns before it. Images stand in their turn where its marks stand.
+One object a line, or a JSON list of them. Every turn of the assistant in a conversation becomes a sample, after the
+turns before it. Images are placed where the marks of their turn are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 from ...runtime.processor.prompt import IMAGE, Message, Part
 from ...runtime.shown import quoted, shown
-from .samples import Box, DataError, Sample, asked
+from .samples import Box, DataError, Sample, user_sample
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 PROMPT_KEYS = ("prompt", "image", "images", "answer", "expected", "boxes", "id")
@@ -33,14 +33,14 @@ def read_data(path: Path, image_folder: Path | None = None) -> list[Sample]:
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from None
     folder = image_folder or path.parent
-    samples = [sample for line, record in _records(text, path) for sample in _samples(record, _Where(path, line), folder)]
+    samples = [sample for line, record in _records(text, path) for sample in _samples(record, _Location(path, line), folder)]
     if not samples:
         raise DataError(f'{path} holds no samples; write one JSON object a line, e.g. {{"prompt": "What is this?"}}')
     return samples
 
 
-class _Where:
-    """Makes errors that name file and line."""
+class _Location:
+    """A line of a file, for errors that name both."""
 
     def __init__(self, path: Path, line: int) -> None:
         self.path, self.line = path, line
@@ -59,115 +59,118 @@ def _records(text: str, path: Path) -> Iterator[tuple[int, Any]]:
             try:
                 yield number, json.loads(line)
             except json.JSONDecodeError as error:
-                raise _Where(path, number).error(
+                raise _Location(path, number).error(
                     f"not JSON ({error.msg}, column {error.colno}); write one object a line"
                 ) from None
 
 
 def _listed(text: str, path: Path) -> Iterator[tuple[int, Any]]:
-    decoder, at = json.JSONDecoder(), text.index("[") + 1
+    decoder, position = json.JSONDecoder(), text.index("[") + 1
     while True:
-        at = _past(text, at, " \t\r\n,")
-        if at == len(text) or text[at] == "]":
+        position = _after(text, position, " \t\r\n,")
+        if position == len(text) or text[position] == "]":
             return
-        line = text.count("\n", 0, at) + 1
+        line = text.count("\n", 0, position) + 1
         try:
-            record, at = decoder.raw_decode(text, at)
+            record, position = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
-            raise _Where(path, error.lineno).error(f"not JSON ({error.msg}); check the list") from None
+            raise _Location(path, error.lineno).error(f"not JSON ({error.msg}); check the list") from None
         yield line, record
 
 
-def _past(text: str, at: int, characters: str) -> int:
-    while at < len(text) and text[at] in characters:
-        at += 1
-    return at
+def _after(text: str, position: int, characters: str) -> int:
+    """The first position from `position` on that holds none of these characters."""
+    while position < len(text) and text[position] in characters:
+        position += 1
+    return position
 
 
-def _samples(record: Any, where: _Where, folder: Path) -> list[Sample]:
+def _samples(record: Any, location: _Location, folder: Path) -> list[Sample]:
     if not isinstance(record, Mapping):
-        raise where.error(f'{quoted(record)} is no object; expected {{"prompt": ...}} or {{"conversations": ...}}')
+        raise location.error(f'{quoted(record)} is no object; expected {{"prompt": ...}} or {{"conversations": ...}}')
     if "conversations" in record:
-        return _conversation(record, where, folder)
+        return _conversation(record, location, folder)
     if "prompt" in record:
-        return [_prompt(record, where, folder)]
-    raise where.error(
+        return [_prompt(record, location, folder)]
+    raise location.error(
         f"neither prompt nor conversations among {shown(', '.join(map(str, record))) or 'no keys'}; add one of them"
     )
 
 
-def _prompt(record: Mapping[str, Any], where: _Where, folder: Path) -> Sample:
+def _prompt(record: Mapping[str, Any], location: _Location, folder: Path) -> Sample:
     if unknown := sorted(set(record) - set(PROMPT_KEYS)):
-        raise where.error(f"unknown keys {shown(', '.join(unknown))}; expected {', '.join(PROMPT_KEYS)}")
-    texts = {key: _text(record[key], key, where) for key in ("prompt", "answer", "expected") if record.get(key) is not None}
-    images = _images(record, where, folder)
-    name = str(record.get("id", f"line {where.line}"))
+        raise location.error(f"unknown keys {shown(', '.join(unknown))}; expected {', '.join(PROMPT_KEYS)}")
+    texts = {key: _text(record[key], key, location) for key in ("prompt", "answer", "expected") if record.get(key) is not None}
+    images = _images(record, location, folder)
+    name = str(record.get("id", f"line {location.line}"))
     prompt = texts.pop("prompt", None)
     if prompt is None:
-        raise where.error("prompt is null; expected text")
+        raise location.error("prompt is null; expected text")
     if texts.get("answer") == "":
-        raise where.error("answer is empty; leave it out to use what the reference says")
-    return asked(name, prompt, images, boxes=_boxes(record.get("boxes"), where), **texts)
+        raise location.error("answer is empty; leave it out to use what the reference says")
+    return user_sample(name, prompt, images, boxes=_boxes(record.get("boxes"), location), **texts)
 
 
-def _conversation(record: Mapping[str, Any], where: _Where, folder: Path) -> list[Sample]:
+def _conversation(record: Mapping[str, Any], location: _Location, folder: Path) -> list[Sample]:
     turns = record["conversations"]
     if not isinstance(turns, list) or not turns:
-        raise where.error(f"conversations is {quoted(turns)}; expected a list of turns")
-    name = str(record.get("id", f"line {where.line}"))
-    given = list(_images(record, where, folder))
-    marked = given != []
+        raise location.error(f"conversations is {quoted(turns)}; expected a list of turns")
+    name = str(record.get("id", f"line {location.line}"))
+    files = list(_images(record, location, folder))
+    listed = files != []
     messages: list[Message] = []
     shown: list[Path] = []
     samples: list[Sample] = []
     for number, turn in enumerate(turns, 1):
-        role, text = _turn(turn, number, where)
-        _check_order(messages, role, number, where)
+        role, text = _turn(turn, number, location)
+        _check_order(messages, role, number, location)
         if role == "assistant":
             label = name if len(turns) <= 2 else f"{name}, turn {number}"
             samples.append(Sample(name=label, messages=tuple(messages), images=tuple(shown), answer=text))
             messages.append(Message(role, text))
             continue
-        parts, images = _cut(text, given, marked, number, where, folder)
+        parts, images = _split_turn(text, files, listed, number, location, folder)
         shown += images
         messages.append(Message(role, parts))
-    if given:
-        raise where.error(f"{len(given)} of the images have no {MARK} mark; write {MARK} where each stands")
+    if files:
+        raise location.error(f"{len(files)} of the images have no {MARK} mark; write {MARK} where each stands")
     if not samples:
-        raise where.error("no turn is the assistant's; expected one that can be compared")
+        raise location.error("no turn is the assistant's; expected one that can be compared")
     return samples
 
 
-def _turn(turn: Any, number: int, where: _Where) -> tuple[str, str]:
+def _turn(turn: Any, number: int, location: _Location) -> tuple[str, str]:
     if not isinstance(turn, Mapping) or not {"from", "value"} <= set(turn):
-        raise where.error(f"turn {number} is {quoted(turn)}; expected from and value")
+        raise location.error(f"turn {number} is {quoted(turn)}; expected from and value")
     if turn["from"] not in ROLES:
-        raise where.error(f"turn {number} is from {quoted(turn['from'])}; expected one of {', '.join(ROLES)}")
-    text = _text(turn["value"], f"turn {number}", where)
+        raise location.error(f"turn {number} is from {quoted(turn['from'])}; expected one of {', '.join(ROLES)}")
+    text = _text(turn["value"], f"turn {number}", location)
     if not text.strip():
-        raise where.error(f"turn {number} is empty; expected text")
+        raise location.error(f"turn {number} is empty; expected text")
     return ROLES[turn["from"]], text
 
 
-def _check_order(messages: list[Message], role: str, number: int, where: _Where) -> None:
+def _check_order(messages: list[Message], role: str, number: int, location: _Location) -> None:
     before = messages[-1].role if messages else None
     allowed = {None: ("user", "system"), "system": ("user",), "user": ("assistant",), "assistant": ("user",)}[before]
     if role not in allowed:
-        raise where.error(f"turn {number} is the {role}'s behind {before or 'nothing'}; expected the {' or '.join(allowed)}'s")
+        raise location.error(
+            f"turn {number} is the {role}'s after {before or 'nothing'}; expected the {' or '.join(allowed)}'s"
+        )
 
 
-def _cut(
-    text: str, given: list[Path], marked: bool, number: int, where: _Where, folder: Path
+def _split_turn(
+    text: str, files: list[Path], listed: bool, number: int, location: _Location, folder: Path
 ) -> tuple[tuple[Part, ...], list[Path]]:
-    """A turn's texts and images in order, and the files of these."""
-    if not marked and MARK not in text:
+    """A turn's texts and images in order, and the files of these images. `files`: those of the record, if it `listed` any."""
+    if not listed and MARK not in text:
         first, *others = QWEN_IMAGE.split(text)
-        return _parts([first, *others[1::2]]), [_file(name, where, folder) for name in others[::2]]
+        return _parts([first, *others[1::2]]), [_file(name, location, folder) for name in others[::2]]
     pieces = text.split(MARK)
     count = len(pieces) - 1
-    if count > len(given):
-        raise where.error(f"turn {number} has {count} {MARK} marks, but {len(given)} images are left; give image or images")
-    return _parts(pieces), [given.pop(0) for _ in range(count)]
+    if count > len(files):
+        raise location.error(f"turn {number} has {count} {MARK} marks, but {len(files)} images are left; give image or images")
+    return _parts(pieces), [files.pop(0) for _ in range(count)]
 
 
 def _parts(pieces: list[str]) -> tuple[Part, ...]:
@@ -180,28 +183,28 @@ def _parts(pieces: list[str]) -> tuple[Part, ...]:
     return tuple(parts) if any(isinstance(part, str) for part in parts) else (*parts, "")
 
 
-def _images(record: Mapping[str, Any], where: _Where, folder: Path) -> tuple[Path, ...]:
+def _images(record: Mapping[str, Any], location: _Location, folder: Path) -> tuple[Path, ...]:
     if record.get("image") is not None and record.get("images") is not None:
-        raise where.error("both image and images are given; leave one out")
+        raise location.error("both image and images are given; leave one out")
     value = record.get("image") if record.get("images") is None else record["images"]
     names = [] if value is None else value if isinstance(value, list) else [value]
-    return tuple(_file(name, where, folder) for name in names)
+    return tuple(_file(name, location, folder) for name in names)
 
 
-def _file(name: Any, where: _Where, folder: Path) -> Path:
+def _file(name: Any, location: _Location, folder: Path) -> Path:
     if not isinstance(name, str):
-        raise where.error(f"an image is {quoted(name)}; expected the path of a file")
+        raise location.error(f"an image is {quoted(name)}; expected the path of a file")
     path = folder / name
     if not path.is_file():
-        raise where.error(f"the image {shown(path)} is not there; paths are relative to the file, or to --image-folder")
+        raise location.error(f"the image {shown(path)} is not there; paths are relative to the file, or to --image-folder")
     return path
 
 
-def _boxes(value: Any, where: _Where) -> tuple[Box, ...]:
+def _boxes(value: Any, location: _Location) -> tuple[Box, ...]:
     if value is None:
         return ()
     if not isinstance(value, list) or not value or not all(_is_box(box) for box in value):
-        raise where.error(
+        raise location.error(
             f"boxes is {quoted(value)}; expected a list of [x1, y1, x2, y2] as fractions of the image, x1 <= x2 and y1 <= y2"
         )
     return tuple((float(x1), float(y1), float(x2), float(y2)) for x1, y1, x2, y2 in value)
@@ -218,7 +221,7 @@ def _is_box(value: Any) -> bool:
     )
 
 
-def _text(value: Any, what: str, where: _Where) -> str:
+def _text(value: Any, name: str, location: _Location) -> str:
     if not isinstance(value, str):
-        raise where.error(f"{what} is {quoted(value)}; expected text")
+        raise location.error(f"{name} is {quoted(value)}; expected text")
     return value

@@ -1,6 +1,6 @@
-"""Requests that run every compiled graph at its edges: where silent errors of fixed shapes appear.
+"""Edge cases: requests that run every compiled graph at the edges of its bucket, where silent errors of fixed shapes appear.
 
-prefill at 1 token, one more than the next smaller bucket, one less than the bucket and the bucket, and behind earlier tokens;
+prefill at 1 token, one more than the next smaller bucket, one less than the bucket and the bucket, and after earlier tokens;
 decode with as many rows as the bucket and as few as it serves; vision with every number of tiles that a bucket serves.
 """
 
@@ -13,15 +13,15 @@ import numpy as np
 
 from ...runtime.artifact import Kind, Manifest, ModelInfo, graph_name
 from ...runtime.processor.tiles import grid_of
-from .samples import QUESTION, TEXTS, Sample, asked, image
+from .samples import QUESTION, TEXTS, Sample, image, user_sample
 
-FORCED = 3  # tokens behind a decode case's prompts
+FORCED = 3  # tokens after a decode case's prompts
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """A sample of another length (None: as it is), in positions: text is `ids` behind its first token; behind images, which
-    stay whole, `ids` are what is longer."""
+class EdgeRequest:
+    """A sample of another length in positions; None: as it is. A text is `ids` after its first token; after images, which
+    stay whole, `ids` are appended."""
 
     sample: Sample
     length: int | None
@@ -30,11 +30,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Edge:
-    """One case of one graph: requests that run together, and the buckets that they may use."""
+    """One edge case of one graph: requests that run together, and the one bucket of each kind that they may use."""
 
     graph: str
     column: str
-    asks: tuple[Ask, ...]
+    requests: tuple[EdgeRequest, ...]
     answers: tuple[np.ndarray, ...]
     route: dict[str, int]
 
@@ -55,11 +55,13 @@ class _Maker:
         rng = np.random.default_rng(seed)
         # Not the first ids, among which special tokens are, nor the last.
         self.ids = rng.integers(3, max(4, self.info.tokenizer.used // 2), manifest.cache.context).astype(np.int64)
-        self.bases = {0: asked("text", TEXTS[0])}
+        self.base_samples = {0: user_sample("text", TEXTS[0])}
 
-    def _edge(self, kind: Kind, bucket: int, images: int, column: str, asks: list[Ask], forced: int, **route: int) -> Edge:
-        answers = tuple(self.ids[i + 5 : i + 5 + forced] for i in range(len(asks)))
-        return Edge(graph_name(kind, bucket, images), column, tuple(asks), answers, route)
+    def _edge(
+        self, kind: Kind, bucket: int, images: int, column: str, requests: list[EdgeRequest], forced: int, **route: int
+    ) -> Edge:
+        answers = tuple(self.ids[i + 5 : i + 5 + forced] for i in range(len(requests)))
+        return Edge(graph_name(kind, bucket, images), column, tuple(requests), answers, route)
 
     def _variants(self, kind: Kind) -> Iterator[tuple[int, int, int]]:
         """(bucket, next smaller, images) of every graph of a kind."""
@@ -68,10 +70,10 @@ class _Maker:
             yield graph.bucket, max((b for b in buckets if b < graph.bucket), default=0), graph.images
 
     def _base(self, images: int) -> Sample:
-        if images not in self.bases:
-            shown = tuple(image(i) for i in range(images))
-            self.bases[images] = asked(f"text with {images} images", QUESTION, shown)
-        return self.bases[images]
+        if images not in self.base_samples:
+            drawings = tuple(image(i) for i in range(images))
+            self.base_samples[images] = user_sample(f"text with {images} images", QUESTION, drawings)
+        return self.base_samples[images]
 
     def prefill(self) -> Iterator[Edge]:
         rows = self.manifest.cache.rows
@@ -79,40 +81,44 @@ class _Maker:
             lengths = {"1": 1, "least": previous + 1, "full - 1": bucket - 1, "full": bucket}
             if 2 * bucket <= min(rows, self.manifest.cache.context - 1):
                 lengths["2 x full"] = 2 * bucket
-            seen: set[int] = set()
+            used: set[int] = set()
             for column, length in lengths.items():
-                if 1 <= length < self.manifest.cache.context and length not in seen:
-                    seen.add(length)
-                    ask = Ask(self._base(images), length, self.ids)
-                    yield self._edge("prefill", bucket, images, column, [ask], 1, prefill=bucket)
+                if 1 <= length < self.manifest.cache.context and length not in used:
+                    used.add(length)
+                    request = EdgeRequest(self._base(images), length, self.ids)
+                    yield self._edge("prefill", bucket, images, column, [request], 1, prefill=bucket)
 
     def decode(self) -> Iterator[Edge]:
-        room = self.manifest.cache.context - FORCED
+        longest = self.manifest.cache.context - FORCED
         for bucket, previous, images in self._variants("decode"):
             for column, rows in (("least", previous + 1), ("full", bucket)):
                 if column == "least" and rows == bucket:
                     continue
-                lengths = [min(room, 5 + 3 * i) for i in range(rows)]
-                asks = [Ask(self._base(images), length, np.roll(self.ids, -7 * i)) for i, length in enumerate(lengths)]
-                yield self._edge("decode", bucket, images, column, asks, FORCED)
+                lengths = [min(longest, 5 + 3 * i) for i in range(rows)]
+                requests = [
+                    EdgeRequest(self._base(images), length, np.roll(self.ids, -7 * i)) for i, length in enumerate(lengths)
+                ]
+                yield self._edge("decode", bucket, images, column, requests, FORCED)
 
     def vision(self) -> Iterator[Edge]:
-        served = _images(self.info, max(self.manifest.buckets("vision")))
+        tile_grids = _tile_grids(self.info, max(self.manifest.buckets("vision")))
         previous = 0
         for bucket in self.manifest.buckets("vision"):
-            for tiles, grids in sorted(served.items()):
+            for tiles, grids in sorted(tile_grids.items()):
                 if previous < tiles <= bucket:
-                    shown = tuple(image(tiles + 11 * i, grid, self.info.image.size) for i, grid in enumerate(grids))
-                    sample = asked(f"{tiles} tiles", QUESTION, shown)
-                    yield self._edge("vision", bucket, 0, f"{tiles} tiles", [Ask(sample, None, self.ids)], 1, vision=bucket)
+                    images = tuple(image(tiles + 11 * i, grid, self.info.image.size) for i, grid in enumerate(grids))
+                    sample = user_sample(f"{tiles} tiles", QUESTION, images)
+                    yield self._edge(
+                        "vision", bucket, 0, f"{tiles} tiles", [EdgeRequest(sample, None, self.ids)], 1, vision=bucket
+                    )
             previous = bucket
 
 
-def _images(info: ModelInfo, most: int) -> dict[int, list[tuple[int, int]]]:
-    """Numbers of tiles that one run can be given -> grids (rows, columns) of images that have so many."""
+def _tile_grids(info: ModelInfo, most: int) -> dict[int, list[tuple[int, int]]]:
+    """By number of tiles of one run: grids (rows, columns) of images that have so many."""
     if info.image.mode in ("anyres", "tiles"):
-        whole = 1 if info.image.mode == "anyres" else 0
-        side = info.image.size  # an image of exactly these tiles is cut into them
-        assert all(grid_of((c * side, r * side), info.image) == (r, c) for r, c in info.image.grids)
-        return {whole + rows * columns: [(rows, columns)] for rows, columns in info.image.grids}
+        overview = 1 if info.image.mode == "anyres" else 0
+        size = info.image.size  # an image of exactly these tiles is cut into them
+        assert all(grid_of((c * size, r * size), info.image) == (r, c) for r, c in info.image.grids)
+        return {overview + rows * columns: [(rows, columns)] for rows, columns in info.image.grids}
     return {n: [(1, 1)] * n for n in range(1, min(most, 4) + 1)}

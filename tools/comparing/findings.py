@@ -1,11 +1,11 @@
-"""What was found to be wrong, and where."""
+"""Findings of a comparison: what is wrong, and where."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal
 
-# In the order in which a model computes: what comes first explains what comes behind.
+# In the order in which a model computes: a fault of an earlier stage explains those of later ones.
 STAGES = ("settings", "weights", "inputs", "feeds", "graph", "definition")
 Stage = Literal["settings", "weights", "inputs", "feeds", "graph", "definition"]
 
@@ -24,6 +24,6 @@ class Finding:
     rank: int | None = None
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
-        found = {name: getattr(self, name) for name in ("stage", "where", "text", "side", "graph", "error", "rank")}
-        return found | {"shape": list(self.shape)}
+        """The finding as JSON types."""
+        fields = {name: getattr(self, name) for name in ("stage", "where", "text", "side", "graph", "error", "rank")}
+        return fields | {"shape": list(self.shape)}

@@ -16,8 +16,8 @@ from ...runtime.backends.ascend.backend import AscendBackend, Device
 from ...runtime.backends.base import Feed, Group
 from ...runtime.backends.ge_simulator.ge_graph import Node
 from ...runtime.backends.ge_simulator.simulator import Simulator
+from .operator_errors import ValueFinder
 from .static_side import StaticSide
-from .walk import Find
 
 ALIKE = 2e-5  # of the largest magnitude: float32 sums in another order, never another operator
 
@@ -47,7 +47,7 @@ class GeGraph:
         self.values += [output.clone() for output in outputs]  # operators that write in place come later
 
     @property
-    def find(self) -> Find:
+    def find(self) -> ValueFinder:
         """Finds values of the last run by their contents."""
         return Contents(self.values).find
 

@@ -1,4 +1,4 @@
-"""A side that transformers runs: a checkpoint in the hub's layout, its own processor, in float32."""
+"""A side that transformers runs: a checkpoint in the layout of the hub, with its own processor, in float32."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ FAMILIES = ("llava", "llava_next", "mllama")
 
 @dataclass(frozen=True, slots=True)
 class HfPrepared:
-    """See sides.Prepared; `tensors` are what the model takes."""
+    """See sides.Prepared; `tensors`: the arguments of the model."""
 
     side: HfSide
     tensors: dict[str, Tensor]
@@ -40,16 +40,16 @@ class HfPrepared:
     def inputs(self) -> dict[str, np.ndarray]:
         tensors, mllama = self.tensors, self.side.config.family == "mllama"
         ids = tensors["input_ids"][0].numpy()
-        found = {"token_ids": ids if mllama else np.where(ids == self.side.image_token, HIDDEN_TOKEN, ids)}
-        found |= self.side.rope(self.length)
+        inputs = {"token_ids": ids if mllama else np.where(ids == self.side.image_token, HIDDEN_TOKEN, ids)}
+        inputs |= self.side.rope(self.length)
         if "pixel_values" in tensors:
-            found["pixels"] = self.side.tiles(tensors).permute(0, 2, 3, 1).numpy()
+            inputs["pixels"] = self.side.tiles(tensors).permute(0, 2, 3, 1).numpy()
         if "aspect_ratio_ids" in tensors:
-            found["aspect_id"] = tensors["aspect_ratio_ids"][0].numpy()
+            inputs["aspect_id"] = tensors["aspect_ratio_ids"][0].numpy()
             mask = tensors["cross_attention_mask"][0].flatten(1)  # [L, N * t]
-            # A position that sees nothing is treated as one that sees everything, only behind this mask.
-            found["tiles_seen"] = torch.where(mask.any(1, keepdim=True), mask, 1).long().numpy()
-        return found
+            # A position that sees nothing is treated as one that sees everything, but only after this mask.
+            inputs["tiles_seen"] = torch.where(mask.any(1, keepdim=True), mask, 1).long().numpy()
+        return inputs
 
     def with_tokens(self, length: int, ids: np.ndarray) -> HfPrepared:
         more = torch.from_numpy(ids[: max(0, length - self.length)].astype(np.int64))[None]
@@ -80,7 +80,7 @@ class HfSide:
         messages = [{"role": each.role, "content": self._content(each)} for each in sample.messages]
         text = self.hf_processor.apply_chat_template(messages, add_generation_prompt=True)
         bos = self.processor.tokenizer.token(self.info.tokenizer.bos_token_id)
-        images = [_opened(image) for image in sample.images]
+        images = [_processor_image(image) for image in sample.images]
         tensors = self.hf_processor(
             text=text, images=images or None, return_tensors="pt", add_special_tokens=not text.startswith(bos)
         )
@@ -88,12 +88,12 @@ class HfSide:
         return HfPrepared(self, dict(tensors), frames)
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
-        """As the template expects it; that of Llama-3.2-Vision trims a system message as one text."""
+        """A message in the template's form; that of Llama-3.2-Vision trims a system message as one text."""
         if message.role == "system" and self.config.family == "mllama":
             return message.text
         return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts]
 
-    def say(
+    def run_forced(
         self,
         prompts: Sequence[Prepared],
         answers: Sequence[np.ndarray],
@@ -101,28 +101,28 @@ class HfSide:
         route: dict[str, int] | None = None,
         caches: bool = False,
     ) -> list[Generated]:
-        """One pass over prompt and answer; there are no buckets, so `route` means nothing here."""
-        found = []
+        """See sides.Side. One pass over prompt and answer; `route` is ignored, as there are no buckets."""
+        generated = []
         for prompt, answer in zip(prompts, answers, strict=True):
             assert isinstance(prompt, HfPrepared)
             out = self.forward(prompt, answer, caches=caches)
             logits = out.logits[0, prompt.length - 1 :].float().numpy()
-            found.append(Generated(logits, self._caches(out.past_key_values) if caches else {}))
-        return found
+            generated.append(Generated(logits, self._caches(out.past_key_values) if caches else {}))
+        return generated
 
     def forward(self, prompt: HfPrepared, answer: np.ndarray, *, caches: bool = False) -> Any:
-        """All of the prompt and of the answer but its last token."""
+        """The model's outputs for the prompt and all of the answer but its last token."""
         more = torch.from_numpy(answer[:-1].astype(np.int64))[None]
         with torch.no_grad():
             return self.model(**lengthened(prompt.tensors, prompt.length + more.shape[1], more), use_cache=caches)
 
-    def _caches(self, kept: Any) -> dict[str, np.ndarray]:
+    def _caches(self, key_values: Any) -> dict[str, np.ndarray]:
         layers = [i for i in range(self.config.text.layers) if i not in self.config.text.cross_layers]
-        found = {}
+        caches = {}
         for place, layer in enumerate(layers):
-            found[f"k_cache.{place}"] = kept.layers[layer].keys[0].float().numpy()
-            found[f"v_cache.{place}"] = kept.layers[layer].values[0].float().numpy()
-        return found
+            caches[f"k_cache.{place}"] = key_values.layers[layer].keys[0].float().numpy()
+            caches[f"v_cache.{place}"] = key_values.layers[layer].values[0].float().numpy()
+        return caches
 
     def greedy(self, prompt: Prepared, count: int) -> np.ndarray:
         assert isinstance(prompt, HfPrepared)
@@ -145,7 +145,7 @@ class HfSide:
         return {"rope_cos": cos[0].numpy(), "rope_sin": sin[0].numpy()}
 
     def tiles(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Normalised pixels of the tiles that show something: [tiles, 3, S, S]."""
+        """Normalised pixels of the tiles that are not padding: [tiles, 3, S, S]."""
         pixels = tensors["pixel_values"]
         if self.config.family == "mllama":
             return torch.cat([pixels[0, i, : int(mask.sum())] for i, mask in enumerate(tensors["aspect_ratio_mask"][0])])
@@ -153,28 +153,28 @@ class HfSide:
             from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
             config = self.model.config
-            grids, side = config.image_grid_pinpoints, config.vision_config.image_size
-            counts = [image_size_to_num_patches(size, grids, side) for size in tensors["image_sizes"].tolist()]
+            grids, size = config.image_grid_pinpoints, config.vision_config.image_size
+            counts = [image_size_to_num_patches(sizes, grids, size) for sizes in tensors["image_sizes"].tolist()]
             return torch.cat([each[:count] for each, count in zip(pixels, counts, strict=True)])
         return pixels
 
 
-def _opened(source: Any) -> Image.Image:
-    """What the processor is given, which converts to RGB itself: a file as transformers' loader turns it, or a PIL image.
+def _processor_image(source: Any) -> Image.Image:
+    """An image for the processor, which converts to RGB itself: a file, turned as transformers' loader does, or a PIL image.
 
-    Grey of more than 8 bits is scaled as ours is, on purpose: transformers clips it. Raises ImageError.
+    Grey of more than 8 bits is scaled as ours, since transformers would clip it. Raises ImageError.
     """
-    ours = load_image(source)
+    loaded = load_image(source)
     image = source if isinstance(source, Image.Image) else ImageOps.exif_transpose(Image.open(source))
-    return ours if image.mode[0] in "IF" else image
+    return loaded if image.mode[0] in "IF" else image
 
 
 def lengthened(tensors: Mapping[str, Tensor], length: int, more: Tensor) -> dict[str, Tensor]:
-    """A model's inputs with `more` [1, n] ids behind them, cut to `length` positions."""
+    """A model's inputs followed by `more` ids [1, n], cut to `length` positions."""
     changed = dict(tensors)
     changed["input_ids"] = torch.cat((tensors["input_ids"], more), dim=1)[:, :length]
     changed["attention_mask"] = torch.ones_like(changed["input_ids"])
-    if "cross_attention_mask" in tensors:  # what the last token of the prompt sees, the answer sees
+    if "cross_attention_mask" in tensors:  # the answer sees what the last token of the prompt sees
         mask = tensors["cross_attention_mask"]
         changed["cross_attention_mask"] = torch.cat((mask, mask[:, -1:].expand(-1, more.shape[1], -1, -1)), dim=1)[:, :length]
     changed.pop("mm_token_type_ids", None)
@@ -183,7 +183,7 @@ def lengthened(tensors: Mapping[str, Tensor], length: int, more: Tensor) -> dict
 
 
 def open_hf_side(checkpoint: Checkpoint, name: str) -> HfSide:
-    """Raises SideError for a checkpoint that transformers does not know."""
+    """A checkpoint run by transformers; raises SideError for one that transformers does not support."""
     config: ModelConfig = checkpoint.config
     if config.family not in FAMILIES or config.layout != "hf":
         raise SideError(

@@ -1,7 +1,7 @@
-"""The definition of a model against transformers' own modules, for what no compiled graph can show: a wrong definition.
+"""The comparison of a model's definition with transformers' own modules, for faults that no compiled graph can show.
 
 Both run the same prompt over the same weights in float32. transformers' modules are hooked, ours traced, and the first module
-that gives something else is named. The table says which of ours is which of theirs.
+with another output is named. RENAMES maps the names of their modules to ours.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ import numpy as np
 from torch import Tensor
 
 from ...model_defs.config import ModelConfig
-from .capture import Captured, capture
+from .capture import CapturedRun, capture
 from .checkpoint import definer
 from .findings import Finding
 from .hf_side import HfPrepared, HfSide
+from .operator_errors import OperatorComparison, module_of
 from .static_side import StaticPrepared, StaticSide
 from .taps import definition, inputs_of, parameters_of
-from .walk import Walk, module_of
 
-SAME = 1e-3  # float32 in another order, over the depth of a model
+TOLERANCE = 1e-3  # float32 sums in another order, over the depth of a model
 
 # transformers' path -> ours, tried in order.
 RENAMES = (
@@ -53,7 +53,7 @@ _MODULE = re.compile(
 
 
 def our_name(path: str, config: ModelConfig) -> str | None:
-    """Our name of a module of transformers, None where we have no such thing."""
+    """Our name of a module of transformers; None where we have no such module."""
     for pattern, replacement in RENAMES:
         path = re.sub(pattern, replacement, path)
     of_cross = re.fullmatch(r"text\.layers\.(\d+)\.attn\.(k|v|k_norm)", path)
@@ -66,51 +66,51 @@ def compare_definition(
     eager: StaticSide, hf: HfSide, ours: StaticPrepared, theirs: HfPrepared
 ) -> tuple[list[Finding], dict[str, float]]:
     """The first module whose output differs, and the error of every module in transformers' order."""
-    found = _our_modules(eager, ours)
+    outputs = _our_modules(eager, ours)
     errors: dict[str, float] = {}
     missing: list[str] = []
     for name, value in _their_modules(hf, theirs):
-        if name not in found:
-            if not name.startswith(("vision.", "projector", "cross.")) or any(key.startswith("vision.") for key in found):
+        if name not in outputs:
+            if not name.startswith(("vision.", "projector", "cross.")) or any(key.startswith("vision.") for key in outputs):
                 missing.append(name)
             continue
-        compared = _last_token(value) if found[name].numel() == _last_token(value).numel() else value
-        if found[name].numel() != compared.numel():  # a run of padded tiles
+        compared = _last_token(value) if outputs[name].numel() == _last_token(value).numel() else value
+        if outputs[name].numel() != compared.numel():  # a run of padded tiles
             continue
-        error = errors[name] = _error(compared, found[name])
-        if error > SAME:
-            lacking = next((each for each in missing if each.rpartition(".")[0] == name.rpartition(".")[0]), None)
-            return [_finding(lacking or name, error, compared, bool(lacking))], errors
+        error = errors[name] = _error(compared, outputs[name])
+        if error > TOLERANCE:
+            absent = next((each for each in missing if each.rpartition(".")[0] == name.rpartition(".")[0]), None)
+            return [_finding(absent or name, error, compared, bool(absent))], errors
     return [], errors
 
 
 def _last_token(value: Tensor) -> Tensor:
-    """All that our last layer goes on with behind its attention: of [1, T, C] the last row."""
+    """The last row of [1, T, C], which is all that our last layer computes after its attention."""
     return value[:, -1] if value.dim() == 3 else value
 
 
-def _finding(name: str, error: float, value: Tensor, lacking: bool) -> Finding:
-    told = "transformers has it, the definition has not" if lacking else "the same weights give something else in transformers"
-    text = f"{name} {list(value.shape)}: {told} (relative error {error:.2e})"
+def _finding(name: str, error: float, value: Tensor, absent: bool) -> Finding:
+    cause = "transformers has it, the definition has not" if absent else "the same weights give something else in transformers"
+    text = f"{name} {list(value.shape)}: {cause} (relative error {error:.2e})"
     return Finding(stage="definition", where=name, text=text, error=error, shape=tuple(value.shape))
 
 
 def _error(a: Tensor, b: Tensor) -> float:
-    """Of the numbers in order, or whatever their order is: layouts differ."""
+    """The relative error of the numbers in order, or of the sorted ones where that is less: layouts differ."""
     x, y = a.detach().float().numpy().ravel(), b.detach().float().numpy().ravel()
     scale = max(float(np.abs(x).max(initial=0)), 1e-30)
     return min(float(np.abs(x - y).max(initial=0)), float(np.abs(np.sort(x) - np.sort(y)).max(initial=0))) / scale
 
 
 def _their_modules(hf: HfSide, prompt: HfPrepared) -> list[tuple[str, Tensor]]:
-    """What transformers' modules give, in the order in which they end."""
-    found: dict[str, Tensor] = {}
+    """The outputs of transformers' modules, in the order in which they end."""
+    outputs: dict[str, Tensor] = {}
 
     def hook(name: str):
         def keep(_module: Any, _inputs: Any, output: Any) -> None:
             value = output[0] if isinstance(output, tuple) else getattr(output, "last_hidden_state", output)
-            if isinstance(value, Tensor) and name not in found:
-                found[name] = value.detach().clone()
+            if isinstance(value, Tensor) and name not in outputs:
+                outputs[name] = value.detach().clone()
 
         return keep
 
@@ -123,22 +123,22 @@ def _their_modules(hf: HfSide, prompt: HfPrepared) -> list[tuple[str, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    return [*found.items()]
+    return [*outputs.items()]
 
 
 def _our_modules(eager: StaticSide, prompt: StaticPrepared) -> dict[str, Tensor]:
-    """What our modules give: of the vision graph's first run, and of one prefill as long as the prompt."""
-    found: dict[str, Tensor] = {}
+    """The outputs of our modules: of the vision graph's first run, and of one prefill as long as the prompt."""
+    outputs: dict[str, Tensor] = {}
     assert eager.config is not None
     answer = [np.zeros(1, np.int64)]
     for run in capture(eager, [prompt], answer, None):
-        if run.graph.kind == "vision" and not any(name.startswith("vision.") for name in found):
-            found |= _values(eager, run)
-    found |= _values(eager, _whole_prefill(eager, prompt))
-    return found
+        if run.graph.kind == "vision" and not any(name.startswith("vision.") for name in outputs):
+            outputs |= _values(eager, run)
+    outputs |= _values(eager, _whole_prefill(eager, prompt))
+    return outputs
 
 
-def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> Captured:
+def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> CapturedRun:
     """The prompt as one chunk: the feeds of its chunks, joined."""
     runs = [run for run in capture(eager, [prompt], [np.zeros(1, np.int64)], None) if run.graph.kind == "prefill"]
     length, first = prompt.length, runs[0]
@@ -149,49 +149,50 @@ def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> Captured:
     for name in first.feed:
         if name == "image_rows":
             continue
-        parts, left = [], length
+        parts, remaining = [], length
         for run in runs:
-            parts.append(run.feed[name][:, : min(left, run.graph.bucket)] if run.feed[name].ndim > 1 else run.feed[name])
-            left -= run.graph.bucket
+            parts.append(run.feed[name][:, : min(remaining, run.graph.bucket)] if run.feed[name].ndim > 1 else run.feed[name])
+            remaining -= run.graph.bucket
         feed[name] = np.concatenate(parts, axis=1) if parts[0].ndim > 1 else parts[0]
     if "image_rows" in first.feed:
         _join_rows(feed, runs, length)
     feed["last_index"] = np.array([length - 1], np.int32)
-    return Captured(graph.spec(), feed, first.caches, 0, 1, {0: 0}, length)
+    return CapturedRun(graph.spec(), feed, first.caches, 0, 1, {0: 0}, length)
 
 
-def _join_rows(feed: dict[str, np.ndarray], runs: list[Captured], length: int) -> None:
-    """Rows of images one chunk after another, and the index of each position among them."""
-    rows, index, left = [], [], length
+def _join_rows(feed: dict[str, np.ndarray], runs: list[CapturedRun], length: int) -> None:
+    """Join the rows of images of all chunks, and the index of each position among them."""
+    rows, index, remaining = [], [], length
     for run in runs:
-        count = min(left, run.graph.bucket)
+        count = min(remaining, run.graph.bucket)
         own = run.feed["row_index"][0, :count]
         index.append(np.where(own >= 0, own + sum(map(len, rows)), -1))
         rows.append(run.feed["image_rows"][: int(own.max(initial=-1)) + 1])
-        left -= count
+        remaining -= count
     joined = np.concatenate(rows)
     feed["row_index"] = np.concatenate(index)[None].astype(np.int32)
     feed["image_rows"] = np.concatenate((joined, np.zeros((length - len(joined), joined.shape[1]), np.float32)))
 
 
-def _values(eager: StaticSide, run: Captured) -> dict[str, Tensor]:
+def _values(eager: StaticSide, run: CapturedRun) -> dict[str, Tensor]:
     """The last value of every module of a graph."""
     assert eager.config is not None
     graph, program = definition(eager, run.graph)
-    walk = Walk(program, parameters_of(eager, eager.rank_weights[0], graph))
-    return by_module(walk, inputs_of(graph, run, 0, 1))
+    operators = OperatorComparison(program, parameters_of(eager, eager.rank_weights[0], graph))
+    return by_module(operators, inputs_of(graph, run, 0, 1))
 
 
-def by_module(walk: Walk, inputs: list[Tensor]) -> dict[str, Tensor]:
-    kept: dict[Any, Tensor] = {}
+def by_module(operators: OperatorComparison, inputs: list[Tensor]) -> dict[str, Tensor]:
+    """The last value of every module, and of every module that contains it."""
+    values: dict[Any, Tensor] = {}
 
     def keep(node: Any, expected: Tensor) -> None:
-        kept[node] = expected
+        values[node] = expected
 
-    walk.run(inputs, keep)
-    found: dict[str, Tensor] = {}
-    for node, value in kept.items():
+    operators.run(inputs, keep)
+    outputs: dict[str, Tensor] = {}
+    for node, value in values.items():
         parts = module_of(node).split(".")
         for i in range(1, len(parts) + 1):
-            found[".".join(parts[:i])] = value
-    return found
+            outputs[".".join(parts[:i])] = value
+    return outputs

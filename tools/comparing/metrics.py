@@ -1,4 +1,4 @@
-"""How far apart two sides are: logits [n, V] of the same n forced tokens, answers, boxes.
+"""Metrics of the difference of two sides: logits [n, V] of the same n forced tokens, answers, boxes.
 
 `a` is the reference, `b` the candidate. Bands are by the reference's rank: the k tokens that it gives the largest logits.
 """
@@ -65,23 +65,23 @@ def compare_logits(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, tie: float 
     if a.shape != b.shape or len(a) != len(tokens) or not len(a):
         raise ValueError(f"logits of the shapes {a.shape} and {b.shape} for {len(tokens)} tokens cannot be compared")
     a, b = a.astype(np.float64), b.astype(np.float64)
-    sound = bool(np.isfinite(a).all() and np.isfinite(b).all())
+    all_finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
     difference = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), math.inf)
     scale = np.maximum(np.abs(np.where(np.isfinite(a), a, 0)).max(1), 1e-30)  # [n]
     order = np.argsort(-a, axis=1, kind="stable")
     bands = tuple(_band(difference, scale, order, top) for top in (*(k for k in BANDS if k < a.shape[1]), None))
     logp, logq = _log_softmax(a), _log_softmax(b)
-    kl = np.maximum((np.exp(logp) * (logp - logq)).sum(1), 0) if sound else np.full(len(a), math.inf)
+    kl = np.maximum((np.exp(logp) * (logp - logq)).sum(1), 0) if all_finite else np.full(len(a), math.inf)
     rows = np.arange(len(a))
     first, second, chosen = order[:, 0], order[:, min(1, a.shape[1] - 1)], b.argmax(1)
-    apart = (first != chosen) & (a[rows, first] - a[rows, chosen] > tie * scale)
+    differs = (first != chosen) & (a[rows, first] - a[rows, chosen] > tie * scale)
     return Figures(
         bands=bands,
         kl=float(kl.max()),
         kl_mean=float(kl.mean()),
-        cosine=float(_cosine(a, b).min()) if sound else -1.0,
-        agreement=float(1 - apart.mean()),
-        divergence=_divergence(a, b, first, chosen, int(apart.argmax())) if apart.any() else None,
+        cosine=float(_cosine(a, b).min()) if all_finite else -1.0,
+        agreement=float(1 - differs.mean()),
+        divergence=_divergence(a, b, first, chosen, int(differs.argmax())) if differs.any() else None,
         reference_perplexity=_perplexity(logp, tokens),
         candidate_perplexity=_perplexity(logq, tokens),
         row_errors=tuple((difference.max(1) / scale).tolist()),
@@ -96,10 +96,10 @@ def relative_error(a: np.ndarray, b: np.ndarray) -> float:
         return math.inf
     if not a.size:
         return 0.0
-    fine = np.isfinite(a)
-    if not np.array_equal(fine, np.isfinite(b)):
+    finite = np.isfinite(a)
+    if not np.array_equal(finite, np.isfinite(b)):
         return math.inf
-    a, b = np.where(fine, a, 0), np.where(fine, b, 0)
+    a, b = np.where(finite, a, 0), np.where(finite, b, 0)
     return float(np.abs(a - b).max() / max(float(np.abs(a).max()), 1e-30))
 
 
@@ -111,18 +111,18 @@ def iou(a: Box, b: Box) -> float:
     return overlap / union if union > 0 else 0.0
 
 
-def matched_iou(expected: Sequence[Box], found: Sequence[Box]) -> float:
-    """The mean over expected boxes of the best found one's intersection over union; a missing box counts 0."""
-    return sum(max((iou(box, each) for each in found), default=0.0) for box in expected) / len(expected)
+def matched_iou(expected: Sequence[Box], boxes: Sequence[Box]) -> float:
+    """The mean over expected boxes of the intersection over union with the best of `boxes`; a missing box counts 0."""
+    return sum(max((iou(box, each) for each in boxes), default=0.0) for box in expected) / len(expected)
 
 
-def exact_match(expected: str, found: str) -> bool:
-    """Equal but for blanks around and between words."""
-    return expected.split() == found.split()
+def exact_match(expected: str, answer: str) -> bool:
+    """Whether two texts are equal but for blanks around and between words."""
+    return expected.split() == answer.split()
 
 
 def with_texts(divergence: Divergence | None, text: Callable[[int], str]) -> Divergence | None:
-    """The same with the tokens written out."""
+    """A divergence with the texts of its tokens."""
     if divergence is None:
         return None
     d = divergence
@@ -131,8 +131,8 @@ def with_texts(divergence: Divergence | None, text: Callable[[int], str]) -> Div
 
 
 def _band(difference: np.ndarray, scale: np.ndarray, order: np.ndarray, top: int | None) -> Band:
-    found = difference if top is None else np.take_along_axis(difference, order[:, :top], axis=1)
-    return Band(top, float(found.max()), float((found.max(1) / scale).max()))
+    errors = difference if top is None else np.take_along_axis(difference, order[:, :top], axis=1)
+    return Band(top, float(errors.max()), float((errors.max(1) / scale).max()))
 
 
 def _log_softmax(x: np.ndarray) -> np.ndarray:
@@ -148,6 +148,12 @@ def _perplexity(logp: np.ndarray, tokens: np.ndarray) -> float:
     return float(np.exp(-logp[np.arange(len(tokens)), tokens].mean()))
 
 
-def _divergence(a: np.ndarray, b: np.ndarray, first: np.ndarray, chosen: np.ndarray, at: int) -> Divergence:
-    mine, other = int(first[at]), int(chosen[at])
-    return Divergence(at, mine, other, float(a[at, mine] - a[at, other]), float(b[at, other] - b[at, mine]))
+def _divergence(a: np.ndarray, b: np.ndarray, first: np.ndarray, chosen: np.ndarray, position: int) -> Divergence:
+    reference, candidate = int(first[position]), int(chosen[position])
+    return Divergence(
+        position,
+        reference,
+        candidate,
+        float(a[position, reference] - a[position, candidate]),
+        float(b[position, candidate] - b[position, reference]),
+    )

@@ -1,4 +1,4 @@
-"""The report as one HTML file: errors by layer, what happens at each token, every bucket at its edges."""
+"""The report as one HTML file: errors by layer, by token, and of every bucket at its edges."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import numpy as np
 
 from ..pages import document, drawn
 from .report import conclusion, tables
-from .result import Result, SampleResult
+from .result import ComparisonResult, SampleResult
 
 TINY = 1e-9  # nothing smaller is drawn
 SHOWN = 6  # samples in the timeline
 
 
-def page(result: Result) -> str:
-    """The whole file; the same for the same result."""
+def page(result: ComparisonResult) -> str:
+    """The text of the file; the same for the same result."""
     plots = []
     if result.layers or any(each.layers for each in result.samples):
         plots.append(("Error by layer", drawn(lambda axes: _layers(axes, result))))
@@ -30,15 +30,15 @@ def page(result: Result) -> str:
     return document("Comparison", [*conclusion(result), *result.notes], plots, tables(result))
 
 
-def _layers(axes, result: Result) -> None:
-    """Of the graph that was looked into; else keys and values of every sample."""
+def _layers(axes, result: ComparisonResult) -> None:
+    """Errors by layer of the inspected graph, or else of the keys and values of every sample."""
     if result.layers:
         names = [*result.layers]
         places = np.arange(len(names))
         axes.plot(places, [_drawable(drift) for _, drift in result.layers.values()], marker=".", label="carried", color="#9ab")
         axes.plot(places, [_drawable(own) for own, _ in result.layers.values()], marker="o", label="its own", color="#c33")
         axes.set_xticks(places, names, rotation=60, ha="right", fontsize=7)
-        axes.set_title(result.looked_into, fontsize=9)
+        axes.set_title(result.inspected, fontsize=9)
         axes.legend()
     else:
         for each in result.samples:
@@ -49,8 +49,8 @@ def _layers(axes, result: Result) -> None:
     axes.set_ylabel("relative error")
 
 
-def _timeline(axes, shown: list[SampleResult], result: Result) -> None:
-    """A row for each sample, a cell for each forced token; a cross where the sides part."""
+def _timeline(axes, shown: list[SampleResult], result: ComparisonResult) -> None:
+    """A row for each sample, a cell for each forced token; a cross where the sides choose differently."""
     longest = max(len(each.tokens) for each in shown)
     cells = np.full((len(shown), longest), np.nan)
     for row, each in enumerate(shown):
@@ -59,15 +59,15 @@ def _timeline(axes, shown: list[SampleResult], result: Result) -> None:
             colour = _ink(each.figures.row_errors[column])
             axes.text(column, row, token[:6].replace("$", r"\$"), fontsize=5, ha="center", va="center", color=colour)
         if each.figures.divergence:
-            at = each.figures.divergence.position
-            axes.plot([at], [row], marker="x", markersize=14, color="#04a")
+            position = each.figures.divergence.position
+            axes.plot([position], [row], marker="x", markersize=14, color="#04a")
     image = axes.imshow(cells, aspect="auto", cmap="YlOrRd", vmin=-8, vmax=0)
     axes.set_yticks(range(len(shown)), [each.name for each in shown])
     axes.set_xlabel("forced token")
     axes.figure.colorbar(image, ax=axes, label="log10 of the relative error")
 
 
-def _heat(axes, result: Result) -> None:
+def _heat(axes, result: ComparisonResult) -> None:
     graphs = list(dict.fromkeys(edge.graph for edge in result.edges))
     columns = list(dict.fromkeys(edge.column for edge in result.edges))
     cells = np.full((len(graphs), len(columns)), np.nan)
@@ -84,7 +84,7 @@ def _heat(axes, result: Result) -> None:
 
 
 def _ink(error: float) -> str:
-    """Readable on the colour of a cell."""
+    """A text colour that is readable on a cell."""
     return "#fff" if _drawable(error) > 1e-2 else "#222"
 
 

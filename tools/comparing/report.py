@@ -1,4 +1,4 @@
-"""The result for people: a verdict, the fault, and tables."""
+"""The report of a comparison for people: whether it passed, the fault, and tables."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from .result import EdgeResult, Result, SampleResult
+from .result import ComparisonResult, EdgeResult, SampleResult
 
 
-def conclusion(result: Result) -> list[str]:
-    """What is to be known first, a line each."""
+def conclusion(result: ComparisonResult) -> list[str]:
+    """The lines of the conclusion, the most important first."""
     lines = [f"{result.candidate} against {result.reference}, limits of {result.precision}"]
     if result.passed:
         worst = max(each.figures.relative for each in result.samples)
@@ -23,14 +23,14 @@ def conclusion(result: Result) -> list[str]:
         lines.append(
             "no single cause was found: no operator is wrong by itself" if result.layers else "no cause was looked for"
         )
-    lines += [f"also: {each.text}" for each in result.findings if each is not first][:MOST]
-    if len(result.findings) > MOST + 1:
-        lines.append(f"and {len(result.findings) - MOST - 1} more causes, in the JSON")
+    lines += [f"also: {each.text}" for each in result.findings if each is not first][:MAX_CAUSES]
+    if len(result.findings) > MAX_CAUSES + 1:
+        lines.append(f"and {len(result.findings) - MAX_CAUSES - 1} more causes, in the JSON")
     lines += result.scope
     return lines
 
 
-MOST = 6
+MAX_CAUSES = 6  # beside the first
 NOUNS = {
     "settings": "settings",
     "weights": "weights",
@@ -61,7 +61,7 @@ def sample_table(samples: Sequence[SampleResult]) -> Table:
 
 
 def score_table(samples: Sequence[SampleResult]) -> Table | None:
-    """Where the right answers are known."""
+    """Scores of samples with right answers; None where there are none."""
     scored = [(each.name, each.scores) for each in samples if each.scores]
     if not scored:
         return None
@@ -80,7 +80,7 @@ def _yes(value: bool | None) -> str:
 
 
 def edge_table(edges: Sequence[EdgeResult]) -> Table | None:
-    """Every graph at its edges."""
+    """Errors of every graph at its edges; None where these were not run."""
     if not edges:
         return None
     columns = list(dict.fromkeys(edge.column for edge in edges))
@@ -94,11 +94,11 @@ def edge_table(edges: Sequence[EdgeResult]) -> Table | None:
     return table
 
 
-def layer_table(result: Result) -> Table | None:
-    """The graph that was looked into, by layer."""
+def layer_table(result: ComparisonResult) -> Table | None:
+    """Errors of the inspected graph by layer; None where none was inspected."""
     if not result.layers:
         return None
-    table = Table(title=f"Errors by layer: {result.looked_into}")
+    table = Table(title=f"Errors by layer: {result.inspected}")
     for name in ("layer", "of its own operators", "carried to its end"):
         table.add_column(name, justify="left" if name == "layer" else "right")
     for layer, (own, drift) in result.layers.items():
@@ -106,6 +106,6 @@ def layer_table(result: Result) -> Table | None:
     return table
 
 
-def tables(result: Result) -> list[Table]:
-    found = (sample_table(result.samples), score_table(result.samples), edge_table(result.edges), layer_table(result))
-    return [table for table in found if table is not None]
+def tables(result: ComparisonResult) -> list[Table]:
+    optional_tables = (sample_table(result.samples), score_table(result.samples), edge_table(result.edges), layer_table(result))
+    return [table for table in optional_tables if table is not None]

@@ -1,4 +1,4 @@
-"""Everything that a comparison found, as plain data."""
+"""The result of a comparison, as plain data."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .thresholds import Thresholds
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scores:
-    """Against what is right: whether the answer is, and the boxes' intersection over union."""
+    """Scores against the right answer: whether the texts are equal, and the boxes' intersection over union."""
 
     reference_exact: bool | None = None
     candidate_exact: bool | None = None
@@ -23,7 +23,7 @@ class Scores:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleResult:
-    """One sample."""
+    """The result of one sample."""
 
     name: str
     positions: int
@@ -36,7 +36,7 @@ class SampleResult:
 
 @dataclass(frozen=True, slots=True)
 class EdgeResult:
-    """One case of one graph."""
+    """The result of one edge case of one graph."""
 
     graph: str
     column: str
@@ -45,8 +45,8 @@ class EdgeResult:
 
 
 @dataclass(slots=True, kw_only=True)
-class Result:
-    """The whole comparison."""
+class ComparisonResult:
+    """The result of the whole comparison."""
 
     reference: str
     candidate: str
@@ -56,15 +56,15 @@ class Result:
     edges: list[EdgeResult] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     scope: list[str] = field(default_factory=list)
-    layers: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the graph looked into: own error, drift
-    looked_into: str = ""
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)  # of the inspected graph: own error, drift
+    inspected: str = ""  # the graph, and the case that it ran in
     notes: list[str] = field(default_factory=list)
 
     @property
     def broken(self) -> list[str]:
-        """Limits that are broken."""
-        told = [f"{each.name}: {clause}" for each in self.samples for clause in each.broken]
-        return told + [f"{e.graph}, {e.column}: relative error {e.error:.3g}" for e in self.edges if e.broken]
+        """The limits that are broken, a clause each."""
+        clauses = [f"{each.name}: {clause}" for each in self.samples for clause in each.broken]
+        return clauses + [f"{e.graph}, {e.column}: relative error {e.error:.3g}" for e in self.edges if e.broken]
 
     @property
     def passed(self) -> bool:
@@ -72,11 +72,11 @@ class Result:
 
     @property
     def first(self) -> Finding | None:
-        """What explains the rest."""
+        """The finding of the earliest stage, which explains the others."""
         return min(self.findings, key=lambda each: STAGES.index(each.stage), default=None)
 
     def plain(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """The result as JSON types."""
         first = self.first
         return _finite(
             {
@@ -92,14 +92,14 @@ class Result:
                 "samples": [asdict(each) for each in self.samples],
                 "edges": [asdict(each) for each in self.edges],
                 "layers": {name: {"own": own, "drift": drift} for name, (own, drift) in self.layers.items()},
-                "looked_into": self.looked_into,
+                "looked_into": self.inspected,
                 "notes": self.notes,
             }
         )
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no infinity: it is null."""
+    """A value with infinities and NaN as None, since JSON has neither."""
     if isinstance(value, dict):
         return {key: _finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What both sides are asked. The built-in samples follow from a seed."""
+"""Samples: the questions to both sides. The built-in ones follow from a seed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...runtime.processor.prompt import Message
 from ..drawings import make_drawing, questions, render
 
 Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of the image
-SIDE = 112  # pixels of a built-in image
+IMAGE_SIZE = 112  # height and width of a built-in image, in pixels
 QUESTION = "What is in the picture?"
 TEXTS = ("Say one word about each of these: a circle, a square, a triangle and a star.", "Name three colours.")
 
@@ -28,41 +28,41 @@ class Sample:
     name: str
     messages: tuple[Message, ...]
     images: tuple[Any, ...] = ()  # paths or images, in order
-    answer: str | None = None  # what both sides are made to say; None: what the reference says by itself
+    answer: str | None = None  # forced on both sides; None: the reference's own
     expected: str | None = None  # the right answer, for exact match
     boxes: tuple[Box, ...] = ()  # the right boxes, for intersection over union
     built_in: bool = False
 
 
-def asked(name: str, text: str, images: tuple[Any, ...] = (), **more: Any) -> Sample:
-    """One turn of a user, images first."""
+def user_sample(name: str, text: str, images: tuple[Any, ...] = (), **more: Any) -> Sample:
+    """A sample of one turn of a user, images first."""
     return Sample(name=name, messages=(Message("user", text, len(images)),), images=images, **more)
 
 
-def image(seed: int, grid: tuple[int, int] = (1, 1), side: int = SIDE) -> Image.Image:
+def image(seed: int, grid: tuple[int, int] = (1, 1), size: int = IMAGE_SIZE) -> Image.Image:
     """A drawing, repeated on a grid of (rows, columns) so that no two parts of a wide image are alike."""
     rng = random.Random(seed)
     rows, columns = grid
-    sheet = Image.new("RGB", (columns * side, rows * side))
+    canvas = Image.new("RGB", (columns * size, rows * size))
     for row in range(rows):
         for column in range(columns):
-            sheet.paste(render(make_drawing(rng), side), (column * side, row * side))
-    return sheet
+            canvas.paste(render(make_drawing(rng), size), (column * size, row * size))
+    return canvas
 
 
 def built_in_samples(seed: int = 0) -> list[Sample]:
     """Text alone, images of several shapes, questions whose answers are known, two images, an earlier turn."""
     rng = random.Random(seed)
     drawing = make_drawing(rng, 3)
-    known = {kind: (question, answer) for question, answer, kind in questions(drawing, rng)}
-    shown = render(drawing, SIDE)
-    samples = [asked(f"text {i + 1}", text, built_in=True) for i, text in enumerate(TEXTS)]
+    answers = {kind: (question, answer) for question, answer, kind in questions(drawing, rng)}
+    drawn = render(drawing, IMAGE_SIZE)
+    samples = [user_sample(f"text {i + 1}", text, built_in=True) for i, text in enumerate(TEXTS)]
     for kind in ("describe", "box"):
-        question, answer = known[kind]
-        samples.append(asked(f"picture, {kind}", question, (shown,), built_in=True, answer=answer))
+        question, answer = answers[kind]
+        samples.append(user_sample(f"picture, {kind}", question, (drawn,), built_in=True, answer=answer))
     for name, grid in (("wide", (1, 2)), ("tall", (3, 1)), ("large", (2, 2))):
-        samples.append(asked(f"picture, {name}", QUESTION, (image(seed + 7, grid),), built_in=True))
-    samples.append(asked("two pictures", "Which of the two is larger?", (shown, image(seed + 9)), built_in=True))
+        samples.append(user_sample(f"picture, {name}", QUESTION, (image(seed + 7, grid),), built_in=True))
+    samples.append(user_sample("two pictures", "Which of the two is larger?", (drawn, image(seed + 9)), built_in=True))
     turns = (Message("user", QUESTION, 1), Message("assistant", "A red circle."), Message("user", "Where is it?"))
-    samples.append(Sample(name="second turn", messages=turns, images=(shown,), built_in=True))
+    samples.append(Sample(name="second turn", messages=turns, images=(drawn,), built_in=True))
     return samples

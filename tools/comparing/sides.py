@@ -1,4 +1,4 @@
-"""What a side of a comparison can do, whoever computes it."""
+"""The interface of a side of a comparison, whatever computes it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...runtime.processor.boxes import Box
 from ...runtime.processor.processor import Processor
 from .samples import Sample
 
-HIDDEN_TOKEN = -1  # stands in compared token ids where an image's rows do
+HIDDEN_TOKEN = -1  # the compared token id of positions that are an image's rows
 
 
 class SideError(ValueError):
@@ -29,24 +29,24 @@ class Prepared(Protocol):
 
     @property
     def inputs(self) -> dict[str, np.ndarray]:
-        """What the host has made of the prompt, by names that sides share where they have the same; see inputs.py."""
+        """Inputs that the host has made of the prompt, by names that are the same on both sides; see inputs.py."""
         ...
 
     def with_tokens(self, length: int, ids: np.ndarray) -> Prepared:
-        """The first `length` positions; behind the last, `ids` from their beginning."""
+        """The prompt cut to its first `length` positions, or extended to them by the first of `ids`."""
         ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Generated:
-    """What a side says to forced tokens."""
+    """The outputs of a side for forced tokens."""
 
     logits: np.ndarray  # float32 [n, V]: before each forced token
     caches: dict[str, np.ndarray] = field(default_factory=dict)  # k_cache.N, v_cache.N [K, positions, D]
 
 
 class Side(Protocol):
-    """Reference or candidate."""
+    """One side of a comparison: reference or candidate."""
 
     name: str
     info: ModelInfo
@@ -59,12 +59,12 @@ class Side(Protocol):
 
     @property
     def manifest(self) -> Manifest | None:
-        """Of a compiled artifact."""
+        """The manifest of a compiled artifact; None for a checkpoint."""
         ...
 
     def prepare(self, sample: Sample) -> Prepared: ...
 
-    def say(
+    def run_forced(
         self,
         prompts: Sequence[Prepared],
         answers: Sequence[np.ndarray],
@@ -74,16 +74,16 @@ class Side(Protocol):
     ) -> list[Generated]:
         """Teacher-forced: the logits before each token of the answers, all prompts running together.
 
-        `route`: use no other bucket of these kinds. `caches`: also what the cache then holds.
+        `route`: the one bucket to use of these kinds. `caches`: with the cache's contents at the end.
         """
         ...
 
     def greedy(self, prompt: Prepared, count: int) -> np.ndarray:
-        """The tokens that the side says by itself, int64 [n <= count], the end of the answer included."""
+        """The tokens of greedy decoding, int64 [n <= count], the end of the answer included."""
         ...
 
     def boxes(self, text: str, prompt: Prepared) -> Sequence[Box]:
-        """Boxes in an answer."""
+        """The boxes in an answer."""
         ...
 
     def close(self) -> None: ...

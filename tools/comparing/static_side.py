@@ -25,7 +25,7 @@ from ...runtime.model import Model
 from ...runtime.processor.boxes import Box
 from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.rope import query_scales, rope_tables
-from ..bench import held
+from ..bench import repeat_last
 from .checkpoint import Checkpoint, with_heads
 from .forced import ForcedAnswer
 from .samples import Sample
@@ -47,30 +47,30 @@ class StaticPrepared:
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         prompt, image = self.prompt, self.info.image
-        arrays = {"token_ids": np.where(self._shown, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
+        inputs = {"token_ids": np.where(self._image_positions, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
         cos, sin = rope_tables(self.info.rope, self.head_dim, self.length, prompt.ntk)
-        arrays |= {"rope_cos": cos, "rope_sin": sin}
+        inputs |= {"rope_cos": cos, "rope_sin": sin}
         if self.info.rope.logn_positions:
-            arrays["query_scale"] = query_scales(self.info.rope, self.length)
+            inputs["query_scale"] = query_scales(self.info.rope, self.length)
         if len(prompt.pixels):
             mean, std = np.array(image.mean), np.array(image.std)
-            pixels = prompt.pixels[self._used]
-            arrays["pixels"] = ((pixels * image.rescale - mean) / std).astype(np.float32)
+            used = prompt.pixels[self._used_tiles]
+            inputs["pixels"] = ((used * image.rescale - mean) / std).astype(np.float32)
         if prompt.grids is not None and len(prompt.grids):
-            arrays["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
+            inputs["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
         if prompt.cross_attention:
-            arrays["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
-        return arrays
+            inputs["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
+        return inputs
 
     @property
-    def _shown(self) -> np.ndarray:
-        """Positions that are an image's, newlines between its rows included."""
+    def _image_positions(self) -> np.ndarray:
+        """A mask of the positions that are an image's, newlines between its rows included."""
         newline = self.info.image.newline_id
         return (self.prompt.rows >= 0) | (self.prompt.token_ids == (-2 if newline is None else newline))
 
     @property
-    def _used(self) -> np.ndarray:
-        """Tiles that show something."""
+    def _used_tiles(self) -> np.ndarray:
+        """Indices of the tiles that are not padding."""
         tiles = np.arange(len(self.prompt.pixels))
         if self.prompt.grids is None or not len(self.prompt.grids):
             return tiles
@@ -82,7 +82,8 @@ class StaticPrepared:
         cross_attention = prompt.cross_attention
         if cross_attention:
             cross_attention = CrossAttentionMask(
-                visible=held(cross_attention.visible, more)[:length], gates=held(cross_attention.gates, more)[:length]
+                visible=repeat_last(cross_attention.visible, more)[:length],
+                gates=repeat_last(cross_attention.gates, more)[:length],
             )
         extended = dataclasses.replace(
             prompt,
@@ -107,7 +108,7 @@ class StaticSide:
         compiled: bool,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """`compiled`: the graphs of the artifact are what runs, not the definitions."""
+        """`compiled`: it runs the graphs of the artifact, not the definitions."""
         self.name, self.artifact, self.config, self.checkpoint = name, artifact, config, checkpoint
         self.info = artifact.manifest.model
         self.compiled = compiled
@@ -127,7 +128,7 @@ class StaticSide:
         prompt = self.processor.prompt(sample.messages, sample.images)
         return StaticPrepared(prompt, self.info, self.artifact.manifest.cache.head_dim)
 
-    def say(
+    def run_forced(
         self,
         prompts: Sequence[Prepared],
         answers: Sequence[np.ndarray],
@@ -138,13 +139,13 @@ class StaticSide:
         slots = self.artifact.manifest.cache.slots
         generated: list[Generated] = []
         with self.engine.scheduler.only(route or {}):
-            together = 1 if caches else slots  # a slot is written again as soon as its sequence has ended
-            for start in range(0, len(prompts), together):
-                some = slice(start, start + together)
-                generated += self._say_together(prompts[some], answers[some], caches)
+            batch = 1 if caches else slots  # a slot is written again as soon as its sequence has ended
+            for start in range(0, len(prompts), batch):
+                span = slice(start, start + batch)
+                generated += self._run_batch(prompts[span], answers[span], caches)
         return generated
 
-    def _say_together(self, prompts: Sequence[Prepared], answers: Sequence[np.ndarray], caches: bool) -> Iterator[Generated]:
+    def _run_batch(self, prompts: Sequence[Prepared], answers: Sequence[np.ndarray], caches: bool) -> Iterator[Generated]:
         sources = [ForcedAnswer(answer) for answer in answers]
         sequences = []
         for prompt, source in zip(prompts, sources, strict=True):
@@ -158,25 +159,27 @@ class StaticSide:
 
     def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
         names = [name for name in self.artifact.manifest.cache.buffers() if name[:2] in ("k_", "v_")]
-        rows = {
-            name: self._unscaled(name, self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions]) for name in names
+        values = {
+            name: self._dequantised(name, self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions]) for name in names
         }
         heads = self.config.text.kv_heads if self.config else 0
         # Where there are more ranks than heads, neighbours hold the same one.
-        return {name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in rows.items()}
+        return {
+            name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in values.items()
+        }
 
-    def _unscaled(self, name: str, rows: np.ndarray) -> np.ndarray:
-        """What rows [K, S, D] of a cache stand for."""
+    def _dequantised(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Rows [K, S, D] of a cache in float32, dequantised where the cache is quantised."""
         if not self.artifact.manifest.cache.text_dtype:
             return rows
         assert self.config is not None, "a cache in 8 bits is newer than definition.json"
         which, _, number = name.partition("_cache.")
         layer = [i for i in range(self.config.text.layers) if i not in self.config.text.cross_layers][int(number)]
-        held = [
+        scales = [
             map_weight(self.artifact.folder, weights[f"text.layers.{layer}.attn.{which}_scale"])
             for weights in self.rank_weights
         ]
-        scale = np.concatenate([each.float().numpy().reshape(-1, 1, rows.shape[-1]) for each in held])
+        scale = np.concatenate([each.float().numpy().reshape(-1, 1, rows.shape[-1]) for each in scales])
         return rows * scale
 
     def greedy(self, prompt: Prepared, count: int) -> np.ndarray:
@@ -191,7 +194,7 @@ class StaticSide:
 
     @cached_property
     def rank_weights(self) -> list[dict[str, WeightSpec]]:
-        """What each rank holds, of all stages."""
+        """The weights of each rank, of all stages."""
         manifest = self.artifact.manifest
         if manifest.ranks == 1:
             return [manifest.weights]
@@ -212,8 +215,8 @@ def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: 
     manifest = artifact.manifest
     if device == "auto":
         device = "cpu" if manifest.backend == "onnx" else "sim"
-    stored = artifact.path(manifest.tokenizer) / DEFINITION
-    config = decode_config(stored.read_bytes(), str(stored)) if stored.is_file() else None
+    definition = artifact.path(manifest.tokenizer) / DEFINITION
+    config = decode_config(definition.read_bytes(), str(definition)) if definition.is_file() else None
     if manifest.ranks == 1:
         backend = open_backend(manifest.backend, folder, manifest.cache, device=device, threads=threads, manifest=manifest)
         return StaticSide(name, artifact, backend, config, compiled=True)
@@ -227,11 +230,11 @@ def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: 
         whole = Artifact(folder, whole_pipeline(manifest), artifact.hold)
         return StaticSide(name, whole, PipelineBackend(manifest, open_rank), config, compiled=True)
     backend = LockstepBackend(manifest.tp, lambda group: open_rank(manifest, group))
-    return StaticSide(name, Artifact(folder, together(manifest), artifact.hold), backend, config, compiled=True)
+    return StaticSide(name, Artifact(folder, merged_manifest(manifest), artifact.hold), backend, config, compiled=True)
 
 
-def together(manifest: Manifest) -> Manifest:
-    """The manifest with the cache and the graphs of all ranks, as LockstepBackend takes them."""
+def merged_manifest(manifest: Manifest) -> Manifest:
+    """The manifest with the cache and the graphs of all ranks as one, for LockstepBackend."""
     ranks = manifest.tp
     cache = with_heads(manifest.cache, manifest.cache.kv_heads * ranks)
     return msgspec.structs.replace(
@@ -240,6 +243,6 @@ def together(manifest: Manifest) -> Manifest:
 
 
 def open_eager_side(checkpoint: Checkpoint, *, context: int | None, images: int | None, name: str) -> StaticSide:
-    """The definitions over a checkpoint's weights."""
+    """A side that runs the definitions over a checkpoint's weights."""
     artifact, backend = checkpoint.eager(context, images)
     return StaticSide(name, artifact, backend, checkpoint.config, compiled=False, checkpoint=checkpoint)

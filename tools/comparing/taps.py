@@ -1,4 +1,4 @@
-"""A captured run again, with every value in sight: the errors of all operators of a compiled graph."""
+"""The errors of all operators of a compiled graph, from a captured run that is repeated with taps on every value."""
 
 from __future__ import annotations
 
@@ -22,43 +22,43 @@ from ...runtime.artifact import CacheSpec, GraphSpec, Segment, Step, WeightSpec
 from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
-from .capture import Captured
+from .capture import CapturedRun
 from .checkpoint import with_heads
-from .culprit import matched_culprit, named_culprit, whole_culprit
+from .first_fault import first_fault_by_content, first_fault_by_name, first_faulty_output
+from .operator_errors import OperatorComparison, OpError, ValueFinder
 from .static_side import StaticSide
-from .walk import Find, OpError, Walk
 
 Errors = dict[Node, OpError]
-KEPT = 8  # graphs that are open at once
+MAX_OPEN_GRAPHS = 8
 
 
 class Inspector:
-    """Looks into the graphs of one side; what it has opened it keeps, the last few graphs."""
+    """An inspector of the graphs of one side. It keeps the last few graphs open."""
 
     def __init__(self, side: StaticSide, limit: float) -> None:
         """`limit`: see Thresholds.operators."""
         self.side, self.limit = side, limit
         self.opened: dict[str, OnnxGraph] = {}
 
-    def inspect(self, run: Captured) -> tuple[OpError | None, list[Errors]]:
+    def inspect(self, run: CapturedRun) -> tuple[OpError | None, list[Errors]]:
         """The first wrong operator of a captured run, if any, and the errors of all, by rank."""
         if self.side.artifact.manifest.backend == "ascend":
             ranks = _ascend(self.side, run)
-            culprit = whole_culprit if run.graph.eager else matched_culprit
-            culprits = [culprit(errors) for errors in ranks]
+            find_fault = first_faulty_output if run.graph.eager else first_fault_by_content
+            faults = [find_fault(errors) for errors in ranks]
         else:
             ranks = self._graph(run.graph).errors(run)
-            culprits = [named_culprit(errors, self.limit) for errors in ranks]
-        found = [(error, rank) for rank, error in enumerate(culprits) if error]
-        if not found:
+            faults = [first_fault_by_name(errors, self.limit) for errors in ranks]
+        faulty_ranks = [(error, rank) for rank, error in enumerate(faults) if error]
+        if not faulty_ranks:
             return None, ranks
         order = [[*errors.values()] for errors in ranks]
-        first, rank = min(found, key=lambda each: _place(order[each[1]], each[0]))
+        first, rank = min(faulty_ranks, key=lambda each: _place(order[each[1]], each[0]))
         return dataclasses.replace(first, rank=rank), ranks
 
     def _graph(self, graph: GraphSpec) -> OnnxGraph:
         if graph.name not in self.opened:
-            if len(self.opened) == KEPT:
+            if len(self.opened) == MAX_OPEN_GRAPHS:
                 del self.opened[next(iter(self.opened))]
             self.opened[graph.name] = OnnxGraph(self.side, graph)
         return self.opened[graph.name]
@@ -72,7 +72,7 @@ def _place(order: list[OpError], error: OpError) -> int:
 
 
 def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.export.ExportedProgram]:
-    """One rank's definition of a graph, and its trace. Ascend's graphs are looked into while nothing rounds."""
+    """One rank's definition of a graph, and its trace. Ascend's graphs are compared without rounding."""
     assert side.config is not None
     manifest = side.artifact.manifest
     sizes = graph.kind, graph.bucket, graph.images, manifest.tp, graph.candidates
@@ -80,15 +80,15 @@ def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.expo
 
 
 def rank_cache(side: StaticSide) -> CacheSpec:
-    """One rank's part of the cache."""
+    """The cache of one rank."""
     assert side.config is not None
     manifest = side.artifact.manifest
     return with_heads(manifest.cache, side.config.text.rank_kv_heads(manifest.tp))
 
 
-@functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
+@functools.lru_cache(maxsize=16)  # both sides, and several cases, use the same few
 def traced(*sizes: Any, rounded: bool) -> tuple[GraphDef, torch.export.ExportedProgram]:
-    """The definition that `define_graph` makes of its arguments, and its trace."""
+    """The definition of `define_graph` for these arguments, and its trace."""
     graph = define_graph(*sizes)
     if not rounded:
         without_rounding(graph.module)
@@ -96,16 +96,16 @@ def traced(*sizes: Any, rounded: bool) -> tuple[GraphDef, torch.export.ExportedP
 
 
 def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: GraphDef) -> dict[str, Tensor]:
-    found = {name: torch.from_numpy(value) for name, value in graph.constants.items()}
+    parameters = {name: torch.from_numpy(value) for name, value in graph.constants.items()}
     for name, _ in graph.module.named_parameters():
-        if name not in found:
+        if name not in parameters:
             weight = map_weight(side.artifact.folder, weights[name])
-            found[name] = weight.float() if weight.is_floating_point() else weight
-    return found
+            parameters[name] = weight.float() if weight.is_floating_point() else weight
+    return parameters
 
 
-def inputs_of(graph: GraphDef, run: Captured, rank: int, ranks: int) -> list[Tensor]:
-    """What the rank's graph takes, in order."""
+def inputs_of(graph: GraphDef, run: CapturedRun, rank: int, ranks: int) -> list[Tensor]:
+    """The inputs of a rank's graph, in order."""
     arrays = [
         run.feed[spec.name] if spec.name in run.feed else np.split(run.caches[spec.name], ranks, axis=1)[rank]
         for spec in graph.inputs
@@ -123,35 +123,36 @@ class OnnxGraph:
         manifest, folder = side.artifact.manifest, side.artifact.folder
         self.ranks = manifest.tp
         self.definition, self.program = definition(side, graph)
-        referred = side.rank_weights[0]
-        if graph.steps:  # segments name a weight file without its folder; taps do not care
-            referred = {name: msgspec.structs.replace(spec, file=Path(spec.file).name) for name, spec in referred.items()}
-        self.tapped = tap(self.definition, self.program, referred, [(folder / name).read_bytes() for name in graph.files])
-        narrow = msgspec.structs.replace(graph, inputs=self.definition.inputs, outputs=self.definition.outputs)
-        self.spec = _with_taps(narrow, self.tapped)
+        weights = side.rank_weights[0]
+        if graph.steps:  # segments name a weight file without its folder
+            weights = {name: msgspec.structs.replace(spec, file=Path(spec.file).name) for name, spec in weights.items()}
+        self.tapped = tap(self.definition, self.program, weights, [(folder / name).read_bytes() for name in graph.files])
+        rank_graph = msgspec.structs.replace(graph, inputs=self.definition.inputs, outputs=self.definition.outputs)
+        self.spec = _with_taps(rank_graph, self.tapped)
         models = {name: each.data for name, each in zip(graph.files, self.tapped, strict=True)}
         cache = rank_cache(side)
         self.meeting = Meeting(self.ranks)
         groups = [ArrayMember(self.meeting, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
         self.backends = [OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups]
-        self.walks = [
-            Walk(self.program, parameters_of(side, side.rank_weights[rank], self.definition)) for rank in range(self.ranks)
+        self.comparisons = [
+            OperatorComparison(self.program, parameters_of(side, side.rank_weights[rank], self.definition))
+            for rank in range(self.ranks)
         ]
 
-    def errors(self, run: Captured) -> list[Errors]:
-        """Of every rank, in lockstep."""
-        return self.meeting.together(lambda rank: self._of_rank(run, rank))
+    def errors(self, run: CapturedRun) -> list[Errors]:
+        """The errors of every rank, in lockstep."""
+        return self.meeting.together(lambda rank: self._rank_errors(run, rank))
 
-    def _of_rank(self, run: Captured, rank: int) -> Errors:
+    def _rank_errors(self, run: CapturedRun, rank: int) -> Errors:
         backend, inputs = self.backends[rank], inputs_of(self.definition, run, rank, self.ranks)
         for each, value in zip(self.definition.inputs, inputs, strict=True):
             if each.name not in run.feed:
                 backend.write_cache(each.name, value.numpy())
         backend.run(self.spec, run.feed, 0, run.image)
-        return self.walks[rank].run(inputs, self._by_name(backend, run.image))
+        return self.comparisons[rank].run(inputs, self._finder(backend, run.image))
 
-    def _by_name(self, backend: OrtBackend, image: int) -> Find:
-        """Finds a traced node's value among taps, and what left the graph in its output or its cache."""
+    def _finder(self, backend: OrtBackend, image: int) -> ValueFinder:
+        """A finder of a traced node's value among taps, outputs and caches."""
         arrays = {node: backend.free[name] for part in self.tapped for node, name in part.taps.items()}
         result = backend.outputs[self.spec.file].get(self.definition.outputs[0].name)
         return named(arrays | outputs_of(self.program, self.definition, backend, result, image))
@@ -160,19 +161,19 @@ class OnnxGraph:
 def outputs_of(
     program: torch.export.ExportedProgram, graph: GraphDef, backend: Backend, result: np.ndarray | None, image: int
 ) -> dict[Node, np.ndarray]:
-    """What left a graph: in its first output, `result` unless that is in the cache too, or in the cache."""
-    found: dict[Node, np.ndarray] = {}
+    """The output values of a graph by traced node: its first output, which is `result` unless it is cached, and its caches."""
+    values: dict[Node, np.ndarray] = {}
     outputs: Any = program.graph.output_node().args[0]
     for node, output in zip(outputs, graph.outputs, strict=True):
         name = cache_name(output.name, image)
         value = backend.read_cache(name, output.shape[0]) if name else result if output is graph.outputs[0] else None
         if value is not None:
-            found[node] = value
-    return found
+            values[node] = value
+    return values
 
 
-def named(arrays: Mapping[Node, np.ndarray]) -> Find:
-    """Finds traced nodes' values where it is known which they are."""
+def named(arrays: Mapping[Node, np.ndarray]) -> ValueFinder:
+    """A finder of values that are given by traced node."""
 
     def find(node: Node, expected: Tensor) -> Tensor | None:
         array = arrays.get(node)
@@ -183,26 +184,26 @@ def named(arrays: Mapping[Node, np.ndarray]) -> Find:
 
 def _with_taps(graph: GraphSpec, tapped: list[Tapped]) -> GraphSpec:
     """The graph with every tap among the outputs of its segments."""
-    steps: list[Step] = []
-    left = [each.taps.values() for each in tapped]
-    for step in graph.plan:
-        taps = left.pop(0) if isinstance(step, Segment) else ()
-        steps.append(msgspec.structs.replace(step, outputs=(*step.outputs, *taps)) if isinstance(step, Segment) else step)
-    return msgspec.structs.replace(graph, steps=tuple(steps))
+    items: list[Step] = []
+    taps_left = [each.taps.values() for each in tapped]
+    for item in graph.plan:
+        taps = taps_left.pop(0) if isinstance(item, Segment) else ()
+        items.append(msgspec.structs.replace(item, outputs=(*item.outputs, *taps)) if isinstance(item, Segment) else item)
+    return msgspec.structs.replace(graph, steps=tuple(items))
 
 
 # ---- Ascend
 
 
-def _ascend(side: StaticSide, run: Captured) -> list[Errors]:
-    """Of every rank, in lockstep."""
+def _ascend(side: StaticSide, run: CapturedRun) -> list[Errors]:
+    """The errors of every rank, in lockstep."""
     from .ge_taps import GeGraph
 
     definition_, program = definition(side, run.graph)
     ranks, cache, meeting = side.artifact.manifest.tp, rank_cache(side), Meeting(side.artifact.manifest.tp)
     spec = msgspec.structs.replace(run.graph, inputs=definition_.inputs, outputs=definition_.outputs)
 
-    def of_rank(rank: int) -> Errors:
+    def errors_of_rank(rank: int) -> Errors:
         group = ArrayMember(meeting, rank) if ranks > 1 else None
         inputs = inputs_of(definition_, run, rank, ranks)
         caches = {
@@ -210,8 +211,8 @@ def _ascend(side: StaticSide, run: Captured) -> list[Errors]:
         }
         ge = GeGraph(side, spec, cache, rank, group)
         result = ge.run(run.feed, caches, run.image)
-        # A program calls the definitions' own operators: only what it gives can be seen.
+        # A program calls the definitions' own operators: only its outputs can be seen.
         find = named(outputs_of(program, definition_, ge.backend, result, run.image)) if spec.eager else ge.find
-        return Walk(program, parameters_of(side, side.rank_weights[rank], definition_)).run(inputs, find)
+        return OperatorComparison(program, parameters_of(side, side.rank_weights[rank], definition_)).run(inputs, find)
 
-    return meeting.together(of_rank)
+    return meeting.together(errors_of_rank)

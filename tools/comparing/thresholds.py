@@ -1,4 +1,4 @@
-"""What may differ: limits by precision, from a YAML file over defaults."""
+"""Limits of the differences between two sides, by precision: defaults, and a YAML file that changes them."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class ThresholdError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Thresholds:
-    """Limits of one precision. All are of what is worst: the worst row, sample, tensor or operator."""
+    """Limits of one precision, for the worst row, sample, tensor or operator."""
 
     relative: float  # difference of two logits over the largest magnitude of their row
     kl: float  # nats
     agreement: float  # least share of equal first choices
     perplexity: float  # relative change
     weights: float  # difference of two stored numbers over the largest magnitude of their tensor
-    inputs: float  # difference of what the host makes: pixels, rotary tables
+    inputs: float  # difference of inputs that the host makes: pixels, rotary tables
     operators: float  # error that one operator adds by itself
 
 
@@ -66,9 +66,9 @@ def precision(manifest: Manifest | None) -> str:
     quant = text_quant(manifest.quant).partition("-")[0]  # w4a16-g32 and -asym have the limits of w4a16
     if quant in DEFAULTS:
         return quant
-    # What was rounded to a dtype that was asked for; "auto" rounds nothing.
-    asked = manifest.build.options.get("dtype", "")
-    floats = asked if asked in DEFAULTS else manifest.cache.dtype
+    # The dtype option rounds weights to that dtype; "auto" rounds nothing.
+    dtype = manifest.build.options.get("dtype", "")
+    floats = dtype if dtype in DEFAULTS else manifest.cache.dtype
     return coarser(floats, "int8-cache") if manifest.cache.text_dtype else floats
 
 
@@ -88,28 +88,28 @@ def read_thresholds(path: Path | None) -> dict[str, Thresholds]:
         ) from None
     if not isinstance(data, Mapping):
         raise ThresholdError(f"{path} holds {type(data).__name__}; expected a mapping from {', '.join(DEFAULTS)} to limits")
-    found = dict(DEFAULTS)
+    thresholds = dict(DEFAULTS)
     for name, limits in data.items():
         if name not in DEFAULTS:
             raise ThresholdError(f"{path}: {quoted(name)} is no precision; expected one of {', '.join(DEFAULTS)}")
-        found[name] = replace(DEFAULTS[name], **_limits(limits, f"{path}: {name}"))
-    return found
+        thresholds[name] = replace(DEFAULTS[name], **_limits(limits, f"{path}: {name}"))
+    return thresholds
 
 
 def _limits(data: Any, where: str) -> dict[str, float]:
-    known = [field.name for field in dataclasses.fields(Thresholds)]
+    names = [field.name for field in dataclasses.fields(Thresholds)]
     if not isinstance(data, Mapping):
         raise ThresholdError(f"{where} is {quoted(data)}; expected limits such as {{kl: 1e-4}}")
     limits = {}
     for name, value in data.items():
-        if name not in known:
-            raise ThresholdError(f"{where}: {quoted(name)} is no limit; expected some of {', '.join(known)}")
+        if name not in names:
+            raise ThresholdError(f"{where}: {quoted(name)} is no limit; expected some of {', '.join(names)}")
         limits[name] = _number(value, f"{where}: {name}")
     return limits
 
 
 def _number(value: Any, where: str) -> float:
-    """YAML 1.1 reads 1e-4, without a point, as text."""
+    """A number of a YAML file. YAML 1.1 reads 1e-4, without a point, as text."""
     try:
         number = float(value) if isinstance(value, str | int | float) and not isinstance(value, bool) else -1.0
     except ValueError:
@@ -120,7 +120,7 @@ def _number(value: Any, where: str) -> float:
 
 
 def broken(figures: Figures, limits: Thresholds) -> list[str]:
-    """Which limits a sample breaks, each as a clause."""
+    """The limits that a sample breaks, a clause each."""
     change = abs(figures.candidate_perplexity / figures.reference_perplexity - 1)
     checks = (
         ("relative error", figures.relative, limits.relative, False),

@@ -1,4 +1,4 @@
-"""Stored weights of both sides, tensor by tensor, whatever each is stored in and however it is cut."""
+"""The comparison of both sides' stored weights, tensor by tensor, in any dtype, quantisation and number of shards."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ...weights.shard import rank_span, shard_axis
 from ...weights.stored import quant_of
 from .findings import Finding
 
-CERTAIN = 1e-5  # a match of this quality is no chance
+MATCH = 1e-5  # tensors this near are equal, not alike by chance
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
+class RankWeights:
     """One rank's weights in a folder; `quant` as in its manifest."""
 
     folder: Path
@@ -31,32 +31,32 @@ class Store:
     quant: str = "none"
 
     def names(self) -> list[str]:
-        """Parameters that a checkpoint has, a quantised one by the name that it would have in float."""
+        """Parameters of the checkpoint, quantised ones by the names that they have in float."""
         parts = (".qweight", ".scales", ".zeros")
-        found = dict.fromkeys(name for name in self.weights if not name.endswith(parts) and not is_cache_scale(name))
-        return [*found, *(f"{n.removesuffix('.qweight')}.weight" for n in self.weights if n.endswith(".qweight"))]
+        floats = dict.fromkeys(name for name in self.weights if not name.endswith(parts) and not is_cache_scale(name))
+        return [*floats, *(f"{n.removesuffix('.qweight')}.weight" for n in self.weights if n.endswith(".qweight"))]
 
     def quantised(self, name: str) -> bool:
         return name not in self.weights
 
     def read(self, name: str, columns: int) -> Tensor:
-        """A parameter in float32; `columns` cuts off what fills up a last block of quantised weights."""
+        """A parameter in float32, dequantised; `columns`: without the padding of a last block of quantised weights."""
         if not self.quantised(name):
             return map_weight(self.folder, self.weights[name]).float()
         stem = name.removesuffix(".weight")
-        held = [part for part in ("qweight", "scales", "zeros") if f"{stem}.{part}" in self.weights]
-        parts = {part: map_weight(self.folder, self.weights[f"{stem}.{part}"]) for part in held}
+        names = [part for part in ("qweight", "scales", "zeros") if f"{stem}.{part}" in self.weights]
+        parts = {part: map_weight(self.folder, self.weights[f"{stem}.{part}"]) for part in names}
         return dequantize(quant_of(name, self.quant), parts, columns)
 
     def bits(self, name: str) -> int:
-        """Of a quantised parameter."""
+        """The bits of a quantised parameter."""
         return quant_bits(quant_of(name, self.quant))
 
 
 class WeightComparison:
-    """A reference that holds everything, against the ranks of a candidate, or the other way round."""
+    """The comparison of a whole reference with the shards of a candidate, or the other way round."""
 
-    def __init__(self, config: ModelConfig, reference: list[Store], candidate: list[Store], limit: float) -> None:
+    def __init__(self, config: ModelConfig, reference: list[RankWeights], candidate: list[RankWeights], limit: float) -> None:
         """Lists are by rank; one of the two has to be whole, unless both are cut alike."""
         self.config, self.reference, self.candidate, self.limit = config, reference, candidate, limit
 
@@ -68,22 +68,21 @@ class WeightComparison:
         return self.reference[0].names()
 
     def compare(self, name: str) -> list[Finding]:
-        """What is wrong with one parameter, by rank."""
-        held = self.candidate[0].names()
-        if name not in held:
+        """Findings about one parameter, by rank."""
+        if name not in self.candidate[0].names():
             return [Finding(stage="weights", where=name, text=f"{name} is not among the candidate's weights")]
-        found = []
+        findings = []
         for rank in range(max(len(self.reference), len(self.candidate))):
             a, b = self._part(self.reference, name, rank), self._part(self.candidate, name, rank)
             if a.shape != b.shape:
                 text = f"{name} has the shape {list(b.shape)}; the reference has {list(a.shape)}"
-                found.append(Finding(stage="weights", where=name, text=text, rank=self._rank(rank)))
+                findings.append(Finding(stage="weights", where=name, text=text, rank=self._rank(rank)))
             elif not (error := _error(a, b)) <= self.limit:
-                found.append(self._finding(name, rank, a, b, error))
-        return found
+                findings.append(self._finding(name, rank, a, b, error))
+        return findings
 
     def extra(self) -> list[Finding]:
-        """Parameters of the candidate alone."""
+        """Findings for parameters of the candidate alone."""
         more = set(self.candidate[0].names()) - set(self.names())
         return [
             Finding(stage="weights", where=name, text=f"{name} is among the candidate's weights alone") for name in sorted(more)
@@ -95,22 +94,22 @@ class WeightComparison:
     def _finding(self, name: str, rank: int, a: Tensor, b: Tensor, error: float) -> Finding:
         reason = next(self._reasons(name, rank, a, b), "")
         text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude (allowed: {self.limit:.0e})"
-        store = self.candidate[0]
+        weights = self.candidate[0]
         text += f" on rank {rank}" if self._rank(rank) is not None else ""
-        text += f", stored in {store.bits(name)} bits" if store.quantised(name) else ""
+        text += f", stored in {weights.bits(name)} bits" if weights.quantised(name) else ""
         return Finding(
             stage="weights", where=name, text=text + (f": {reason}" if reason else ""), error=error, shape=tuple(b.shape),
             rank=self._rank(rank),
         )  # fmt: skip
 
-    def _part(self, stores: list[Store], name: str, rank: int) -> Tensor:
-        """What `rank` of as many as either side has holds of a parameter."""
+    def _part(self, ranks_weights: list[RankWeights], name: str, rank: int) -> Tensor:
+        """The shard of a parameter on `rank`, of as many ranks as either side has."""
         ranks = max(len(self.reference), len(self.candidate))
-        store = stores[rank if len(stores) > 1 else 0]
+        weights = ranks_weights[rank if len(ranks_weights) > 1 else 0]
         axis = shard_axis(self.config, name) if ranks > 1 else None
-        columns = self._columns(name, len(stores))
-        whole = store.read(name, columns)
-        if len(stores) > 1 or axis is None:
+        columns = self._columns(name, len(ranks_weights))
+        whole = weights.read(name, columns)
+        if len(ranks_weights) > 1 or axis is None:
             return whole
         first, stop = rank_span(self.config, name, tuple(whole.shape), ranks, rank)
         part = Span(axis, first, stop).of(whole)
@@ -118,21 +117,21 @@ class WeightComparison:
         return torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part
 
     def _columns(self, name: str, ranks: int) -> int:
-        """Columns of a decoder's linear layer as `ranks` hold it, for what is quantised."""
+        """Columns of a decoder's linear layer in each of `ranks` shards, for quantised parameters."""
         text = self.config.text
-        wide = text.intermediate_size if name.endswith("mlp.down.weight") else text.hidden_size
+        width = text.intermediate_size if name.endswith("mlp.down.weight") else text.hidden_size
         if name.endswith("attn.o.weight"):
-            wide = text.heads * text.head_dim
-        return wide // ranks if shard_axis(self.config, name) == 1 else wide
+            width = text.heads * text.head_dim
+        return width // ranks if shard_axis(self.config, name) == 1 else width
 
     def _reasons(self, name: str, rank: int, a: Tensor, b: Tensor) -> Iterator[str]:
-        """What the wrong numbers are, where they are something else's."""
-        near = self.limit + CERTAIN
+        """Clauses that explain the wrong numbers: scaled, of another tensor, moved, or only some rows."""
+        near = self.limit + MATCH
         factor = float((a * b).sum() / a.square().sum().clamp_min(1e-30))
         if abs(factor) > 1e-3 and _error(a * factor, b) <= near:
             yield f"it is {factor:.4g} times the reference's"
         if a.dim() == 2:
-            yield from self._elsewhere(name, rank, a, b, near)
+            yield from self._moved(name, rank, a, b, near)
         for other in self.names():
             if other == name or self._part_shape(other) != self._part_shape(name):
                 continue
@@ -145,29 +144,30 @@ class WeightComparison:
             yield f"only {len(wrong)} of {len(rows)} rows, from row {int(wrong[0])} on"
 
     def _part_shape(self, name: str) -> tuple[int, ...]:
-        """As stored by the first rank of the reference."""
-        store = self.reference[0]
-        key = name if not store.quantised(name) else f"{name.removesuffix('.weight')}.qweight"
-        return tuple(store.weights[key].shape)
+        """The shape of a parameter as the first rank of the reference stores it."""
+        weights = self.reference[0]
+        key = name if not weights.quantised(name) else f"{name.removesuffix('.weight')}.qweight"
+        return tuple(weights.weights[key].shape)
 
-    def _elsewhere(self, name: str, rank: int, a: Tensor, b: Tensor, near: float) -> Iterator[str]:
-        """Whether the rows, or columns, are others of the same tensor."""
+    def _moved(self, name: str, rank: int, a: Tensor, b: Tensor, near: float) -> Iterator[str]:
+        """Clauses for rows, or columns, that are others of the same tensor."""
         whole = self.reference[0].read(name, self._columns(name, len(self.reference))) if len(self.reference) == 1 else a
         axis = shard_axis(self.config, name) if max(len(self.reference), len(self.candidate)) > 1 else 0
         for direction, noun in ((0, "rows"), (1, "columns")):
             if axis is not None and axis != direction and whole.shape != b.shape:
                 continue
-            source, found, right = (each if direction == 0 else each.T for each in (whole, b, a))
-            if source.shape[1] != found.shape[1]:
+            source, actual, expected = (each if direction == 0 else each.T for each in (whole, b, a))
+            if source.shape[1] != actual.shape[1]:
                 continue
-            middle = len(found) // 2
-            here, there = _row_at(source, found[middle], near), _row_at(source, right[middle], near)
-            if here is None or there is None or here == there:
+            middle = len(actual) // 2
+            actual_row, expected_row = _row_at(source, actual[middle], near), _row_at(source, expected[middle], near)
+            if actual_row is None or expected_row is None or actual_row == expected_row:
                 continue
-            moved = torch.roll(source, there - here, 0)[there - middle :][: len(found)]
-            inside = slice(abs(here - there), len(found) - abs(here - there))
-            if moved.shape == found.shape and _error(moved[inside], found[inside]) <= near:
-                yield f"its {noun} lie {abs(here - there)} too {'early' if here > there else 'late'}"
+            moved = torch.roll(source, expected_row - actual_row, 0)[expected_row - middle :][: len(actual)]
+            distance = abs(actual_row - expected_row)
+            inside = slice(distance, len(actual) - distance)
+            if moved.shape == actual.shape and _error(moved[inside], actual[inside]) <= near:
+                yield f"its {noun} lie {distance} too {'early' if actual_row > expected_row else 'late'}"
 
 
 def _row_at(source: Tensor, row: Tensor, near: float) -> int | None:

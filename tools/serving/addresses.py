@@ -1,7 +1,7 @@
-"""Connections to public addresses only, so that nobody makes a server fetch what only the server can reach.
+"""Connections to public addresses only, so that no client makes the server fetch what only the server can reach.
 
 A name is resolved once, every address that it has is checked, and the connection goes to one of the addresses checked: a
-name server that answers differently the next time gains nothing. Redirects connect in the same way.
+name server that answers differently the next time has no effect. Redirects connect in the same way.
 """
 
 from __future__ import annotations

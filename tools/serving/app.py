@@ -1,4 +1,4 @@
-"""The routes."""
+"""The application: its routes, and the answer to a chat completion."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ...runtime.model import Model
 from ...runtime.shown import quoted
-from .answers import Wording
-from .bodies import SMALL, check_values
+from .api_keys import KeyRing
+from .body_limits import SMALL, check_values
 from .connections import EventStream, read_body, unless_gone
 from .errors import ApiError, add_handlers
-from .keys import KeyRing
 from .page import page_response
+from .request_handler import RequestHandler
+from .responses import ResponseWriter
 from .schema import ChatRequest, read_request
 from .service import Service
 from .settings import Settings
-from .visit import Visit
 
 SAFE = ["GET", "HEAD"]
 
@@ -33,7 +33,7 @@ def create_app(model: Model, settings: Settings) -> FastAPI:
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         app.state.service = Service(model, settings)
-        watching = asyncio.create_task(app.state.service.newer.watch())
+        watching = asyncio.create_task(app.state.service.newer_artifact.watch())
         yield
         watching.cancel()
         await app.state.service.close()
@@ -58,13 +58,13 @@ def _add_routes(app: FastAPI, settings: Settings, created: int) -> None:
     @app.api_route("/health", methods=SAFE)
     async def health(request: Request) -> Response:
         service = service_of(request)
-        trouble, note = service.trouble or service.stall, service.newer.look()
+        trouble, note = service.trouble or service.stall, service.newer_artifact.check()
         return JSONResponse({"status": trouble or "ok"} | ({"artifact": note} if note else {}), 503 if trouble else 200)
 
     @app.api_route("/metrics", methods=SAFE)
     async def metrics(request: Request) -> Response:
         keys.check(request.headers.get("authorization"))
-        return Response(service_of(request).figures.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.api_route("/v1/models", methods=SAFE)
     async def models(request: Request) -> Response:
@@ -100,25 +100,25 @@ def _card(service: Service, created: int) -> dict[str, object]:
 
 
 async def _answer(service: Service, request: Request) -> Response:
-    """The answer, whole or as a stream that closes the visit itself."""
-    visit = Visit(service)
+    """The answer, whole or as a stream that closes the handler itself."""
+    handler = RequestHandler(service)
     try:
         body = await read_body(request, service.settings)
-        asked, wording = await unless_gone(request.receive, _asked(visit, body))
-        if asked.stream:
-            with_usage = bool(asked.stream_options and asked.stream_options.include_usage)
-            return EventStream(visit.events(wording, with_usage), service.settings.send_s, visit.close)
-        answer = await unless_gone(request.receive, visit.whole(wording))
-        visit.status = 200
-        visit.close()
+        chat_request, writer = await unless_gone(request.receive, _queued(handler, body))
+        if chat_request.stream:
+            with_usage = bool(chat_request.stream_options and chat_request.stream_options.include_usage)
+            return EventStream(handler.events(writer, with_usage), service.settings.send_s, handler.close)
+        answer = await unless_gone(request.receive, handler.whole(writer))
+        handler.status = 200
+        handler.close()
         return JSONResponse(answer)
     except BaseException as error:
-        visit.status = error.status if isinstance(error, ApiError) else 499
-        visit.close()
+        handler.status = error.status if isinstance(error, ApiError) else 499
+        handler.close()
         raise
 
 
-async def _asked(visit: Visit, body: bytes) -> tuple[ChatRequest, Wording]:
-    check_values(body, visit.service.spec.context)
-    asked = read_request(body) if len(body) <= SMALL else await asyncio.to_thread(read_request, body)
-    return asked, await visit.ask(asked)
+async def _queued(handler: RequestHandler, body: bytes) -> tuple[ChatRequest, ResponseWriter]:
+    check_values(body, handler.service.spec.context)
+    chat_request = read_request(body) if len(body) <= SMALL else await asyncio.to_thread(read_request, body)
+    return chat_request, await handler.queue(chat_request)

@@ -1,4 +1,4 @@
-"""Connections that nobody can hold for nothing: requests must come, answers must be read, and who leaves ends their work."""
+"""Connections with time limits: requests must arrive, answers must be read, and a client that leaves ends its work."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 
 def protocol_with(settings: Settings) -> type[H11Protocol]:
-    """uvicorn's protocol, with two more limits: on the time to a connection's first request, and to the reading of the end
-    of an answer. Routes find `abort` in the request's state: it drops the connection with all that is not sent. What is no
+    """uvicorn's protocol with two more time limits: until a connection's first request, and until the client has read the end
+    of an answer. `abort` in a request's state drops the connection with all that is not sent. Bytes that are no
     HTTP gets an error in the API's form, or the end of the connection where an answer has begun."""
 
     class Protocol(H11Protocol):
@@ -30,20 +30,20 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
             self.app_state = {**self.app_state, "abort": transport.abort}
             self.head_timer: asyncio.TimerHandle | None = None
             self.timer: asyncio.TimerHandle | None = None
-            self._watch_the_head()
+            self._limit_head()
 
         def data_received(self, data: bytes) -> None:
             super().data_received(data)
-            self._watch_the_head()
+            self._limit_head()
 
-        def _watch_the_head(self) -> None:
+        def _limit_head(self) -> None:
             """A head that has begun must end in time, also after requests that were answered."""
             if self.cycle is not None and not self.cycle.response_complete:
-                self._forget_the_head()
+                self._cancel_head_limit()
             elif self.head_timer is None:
                 self.head_timer = self.loop.call_later(settings.header_s, self.transport.abort)
 
-        def _forget_the_head(self) -> None:
+        def _cancel_head_limit(self) -> None:
             if self.head_timer is not None:
                 self.head_timer.cancel()
                 self.head_timer = None
@@ -53,7 +53,7 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
             headers = [("content-type", "application/json"), ("content-length", str(len(data))), ("connection", "close")]
             try:
                 head = self.conn.send(h11.Response(status_code=400, headers=headers, reason=b"Bad Request"))
-            except h11.LocalProtocolError:  # it comes behind the request that is answered
+            except h11.LocalProtocolError:  # it comes after the request that is answered
                 self.transport.abort()
                 return
             self.transport.write((head or b"") + data)
@@ -68,7 +68,7 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self._forget_the_head()  # a timer would keep all of the connection in memory until then
+            self._cancel_head_limit()  # a timer would keep all of the connection in memory until then
             if self.timer is not None:
                 self.timer.cancel()
 
@@ -76,23 +76,25 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
 
 
 async def read_body(request: Request, settings: Settings) -> bytes:
-    """Raises ApiError where it is no JSON by its type, larger than allowed, or slow."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise ApiError(415, f"the body has the type {kind[:60] or 'none'}; expected application/json", code="invalid_type")
-    most = settings.max_body_bytes
+    """The body of a request; raises ApiError where it is no JSON by its type, larger than allowed, or slow."""
+    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if content_type != "application/json":
+        raise ApiError(
+            415, f"the body has the type {content_type[:60] or 'none'}; expected application/json", code="invalid_type"
+        )
+    limit = settings.max_body_bytes
     too_large = ApiError(
-        413, f"the body has more than the {most} bytes allowed; send smaller images, or fewer", code="request_too_large"
+        413, f"the body has more than the {limit} bytes allowed; send smaller images, or fewer", code="request_too_large"
     )
     length = request.headers.get("content-length", "")
-    if length.isdecimal() and int(length) > most:
+    if length.isdecimal() and int(length) > limit:
         raise too_large
     body = bytearray()
     try:
         async with asyncio.timeout(settings.body_s):
             async for part in request.stream():
                 body += part
-                if len(body) > most:
+                if len(body) > limit:
                     raise too_large
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {settings.body_s:g} s", code="timeout") from None
@@ -102,7 +104,7 @@ async def read_body(request: Request, settings: Settings) -> bytes:
 
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
-    """The result of some work, which is cancelled when the client leaves; then raises ClientGoneError.
+    """The result of `work`, which is cancelled when the client leaves; then raises ClientGoneError.
 
     `receive` is that of a request whose body was read.
     """
@@ -124,7 +126,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events. The events are drawn no faster than the client reads them."""
+    """A response of server-sent events, which are made no faster than the client reads them."""
 
     media_type = "text/event-stream"
 

@@ -19,13 +19,13 @@ from ...runtime.engine.fit import ContextError
 from ...runtime.opening import RunError
 from ...runtime.processor.images import ImageError
 from ...runtime.sampling.constraints import ConstraintError
-from .quiet import brief
+from .log_format import brief
 
 log = logging.getLogger(__name__)
 
 
 class ApiError(Exception):
-    """Something that the client is told, with an HTTP status."""
+    """An error that is sent to the client, with an HTTP status."""
 
     def __init__(
         self, status: int, message: str, *, param: str | None = None, code: str | None = None, headers: Mapping[str, str] = {}
@@ -44,11 +44,11 @@ class ApiError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection, or does not read what it is sent; nobody is left to be told anything."""
+    """The client closed its connection, or does not read it, so no answer can reach it."""
 
 
 def of_request(error: Exception) -> ApiError:
-    """What went wrong before an answer began: mostly what was asked."""
+    """The error to send for one that was raised before an answer began, which is mostly the request's."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):
@@ -63,20 +63,21 @@ def of_request(error: Exception) -> ApiError:
 
 
 def of_engine(error: Exception) -> ApiError:
-    """What went wrong while an answer was made: nothing that the client could change, so it is told no details."""
+    """The error to send for one that was raised while an answer was made; the client gets no details, as it can change
+    nothing."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RankError):
         return ApiError(503, "a part of the model is gone, and the server is about to end; try another one", code="rank_failed")
     if isinstance(error, ArtifactError) and not isinstance(error, RunError):
-        told = "a file of the model cannot be opened, and the server is about to end; try another one"
-        return ApiError(503, told, code="artifact_failed")
+        message = "a file of the model cannot be opened, and the server is about to end; try another one"
+        return ApiError(503, message, code="artifact_failed")
     if isinstance(error, EngineClosedError):
         return ApiError(503, "the server ends before the answer is complete; try another one", code="unavailable")
     name = secrets.token_hex(4)
     log.error("request %s failed: %s", name, brief(error))
-    told = f"the request failed inside the server, whose log says why under {name}; try again"
-    return ApiError(500, told, code="internal_error")
+    message = f"the request failed inside the server, whose log says why under {name}; try again"
+    return ApiError(500, message, code="internal_error")
 
 
 def response(error: ApiError) -> JSONResponse:
@@ -84,28 +85,30 @@ def response(error: ApiError) -> JSONResponse:
 
 
 def add_handlers(app: FastAPI) -> None:
-    """Whatever a route raises becomes an answer in the API's form."""
+    """Make every exception of a route an answer in the API's form."""
 
-    async def known(_: Request, error: Exception) -> JSONResponse:
+    async def api_error(_: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
         return response(error)
 
     async def routing(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
-        told = f"{request.method} {request.url.path} is not served here; expected POST /v1/chat/completions or GET /v1/models"
-        return response(ApiError(error.status_code, told, code="not_found", headers=error.headers or {}))
+        message = (
+            f"{request.method} {request.url.path} is not served here; expected POST /v1/chat/completions or GET /v1/models"
+        )
+        return response(ApiError(error.status_code, message, code="not_found", headers=error.headers or {}))
 
     async def gone(*_: object) -> JSONResponse:
         return JSONResponse(None, 499)  # which nobody reads
 
-    app.add_exception_handler(ApiError, known)
+    app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, routing)
     app.add_exception_handler(ClientGoneError, gone)
     app.add_middleware(_Unexpected)
 
 
 class _Unexpected:
-    """Around all routes: what none of the handlers knows is answered too. A handler for every exception would be called by
+    """A layer around all routes, which answers exceptions without a handler. A handler for every exception would be called by
     starlette, which then raises it again, and the log gets its traceback."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -115,18 +118,18 @@ class _Unexpected:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        begun = False
+        started = False
 
-        async def watched(message: Message) -> None:
-            nonlocal begun
-            begun = True
+        async def noting_start(message: Message) -> None:
+            nonlocal started
+            started = True
             await send(message)
 
         try:
-            await self.app(scope, receive, watched)
-        except Exception as error:  # whichever, this is the last place
-            told = of_engine(error)
-            if begun:
+            await self.app(scope, receive, noting_start)
+        except Exception as error:  # of any kind: there is no other handler
+            message = of_engine(error)
+            if started:
                 scope["state"]["abort"]()
             else:
-                await response(told)(scope, receive, send)
+                await response(message)(scope, receive, send)

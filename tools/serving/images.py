@@ -22,8 +22,8 @@ from .settings import Settings
 FETCHES = 16  # downloads at once
 
 
-class Images:
-    """Fetches and decodes. Downloads have threads of their own, so that slow hosts hold up nobody else."""
+class ImageLoader:
+    """A loader of images. Downloads have threads of their own, so that slow hosts delay no other request."""
 
     def __init__(self, settings: Settings, alpha: Alpha) -> None:
         self.settings = settings
@@ -31,17 +31,17 @@ class Images:
         self._fetching = ThreadPoolExecutor(FETCHES, "staticvl-fetch")
         self._decoding = ThreadPoolExecutor(1, "staticvl-decode")
 
-    async def fetched(self, urls: Sequence[str]) -> list[bytes]:
+    async def fetch(self, urls: Sequence[str]) -> list[bytes]:
         """The files behind URLs, not decoded; raises ImageError."""
         loop = asyncio.get_running_loop()
         return await asyncio.gather(*(loop.run_in_executor(self._fetching, self._fetch, i, url) for i, url in enumerate(urls)))
 
-    async def decoded(self, files: Sequence[bytes]) -> list[Image.Image]:
+    async def decode(self, files: Sequence[bytes]) -> list[Image.Image]:
         """RGB images; raises ImageError."""
         return await asyncio.get_running_loop().run_in_executor(self._decoding, partial(self._decode_all, files))
 
-    async def forget(self, frames: Sequence[Frame]) -> None:
-        """Give the memory of decoded images back, which nothing holds any more."""
+    async def free(self, frames: Sequence[Frame]) -> None:
+        """Give the memory of decoded images back to the system, once they are no longer used."""
         pixels = sum(frame.image_width * frame.image_height for frame in frames)
         await asyncio.get_running_loop().run_in_executor(self._decoding, release_memory, pixels)
 

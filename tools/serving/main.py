@@ -1,4 +1,4 @@
-"""`staticvl serve`: from the command line to the last answer."""
+"""`staticvl serve`: the server's process, from the command line to its end."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ import uvicorn
 from ... import runtime
 from ...runtime.artifact import ArtifactError, read_manifest
 from ..show import CODE
+from .api_keys import collect_keys
 from .app import create_app
 from .arguments import settings_of
 from .connections import protocol_with
-from .keys import collect_keys
-from .quiet import keep_quiet
+from .log_format import log_in_one_line
 from .service import Service
 from .settings import Settings
 
@@ -53,13 +53,13 @@ def run(args: argparse.Namespace) -> int:
             verify_key=args.verify_key,
         ) as model,
     ):
-        model.open_graphs()  # what cannot be opened is known before anybody is served
+        model.open_graphs()  # so that errors of opening are known before the first request
         return serve(model, settings, sock)
 
 
 @contextlib.contextmanager
 def warned_of_code(folder: Path, key: Path | None) -> Iterator[None]:
-    """Said before anything of an artifact with code in it is run; what is wrong with the artifact, loading it says."""
+    """Warn before anything of an artifact with code in it is run. Errors of the artifact are left to its loading."""
     with contextlib.suppress(ArtifactError):
         if read_manifest(folder).ascend is not None and key is None:
             print(f"staticvl: {folder} holds {CODE}", file=sys.stderr)
@@ -71,9 +71,9 @@ def listening(host: str, port: int) -> socket.socket:
     known at once."""
     try:
         (family, *_, place), *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        made = socket.create_server(place[:2], family=family, backlog=1024)
+        server = socket.create_server(place[:2], family=family, backlog=1024)
         # asyncio sets TCP_NODELAY only on sockets that are TCP's by number. Without it the end of each answer waits 40 ms.
-        return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=made.detach())
+        return socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP, fileno=server.detach())
     except OSError as error:
         raise OSError(f"cannot listen at {host}, port {port} ({error}); give another --host or --port") from error
 
@@ -88,8 +88,8 @@ def serve(model: runtime.Model, settings: Settings, sock: socket.socket) -> int:
 
 
 class Server(uvicorn.Server):
-    """uvicorn's, but it drains: at the first signal nobody is let in any more, and it ends when all have left; at the second it
-    ends at once."""
+    """uvicorn's server, which drains: after the first signal no request is admitted, and it ends when all have ended; at the
+    second it ends at once."""
 
     def __init__(self, model: runtime.Model, settings: Settings) -> None:
         self.app, self.settings, self.status = create_app(model, settings), settings, 0
@@ -113,28 +113,28 @@ class Server(uvicorn.Server):
         return self.app.state.service
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        keep_quiet(asyncio.get_running_loop())
+        log_in_one_line(asyncio.get_running_loop())
         await super().startup(sockets)
         self._tasks.append(asyncio.create_task(self._watch()))
 
     async def _watch(self) -> None:
-        """A model whose rank is gone answers nobody: end with an error."""
+        """End with an error when a rank has failed, since the model then answers no request."""
         await self.service.failed.wait()
         print(f"staticvl: {self.service.engine.failure}", file=sys.stderr)
         self.status = 1
-        await asyncio.sleep(0.5)  # in which those who wait are told, and /health too
+        await asyncio.sleep(0.5)  # in which waiting clients, and /health, get the error
         self.should_exit = True
 
     async def _drain(self) -> None:
-        """Let those who are here finish, then end."""
-        active = self.service.figures.active
+        """Let admitted requests finish, then end."""
+        active = self.service.metrics.active
         if active:
             print(f"staticvl: ends when {active} answers have, in {self.settings.drain_s:g} s at most", file=sys.stderr)
         await self.service.drain(self.settings.drain_s)
         self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Those who still wait are told that the server ends, before their connections close.
+        # Clients that still wait get an error before their connections close.
         await self.service.close()
         await super().shutdown(sockets)
 

@@ -1,4 +1,4 @@
-"""The page at /: one file, whose own script and style are all that a browser may run."""
+"""The page at /: one file, whose own script and style alone a browser may run."""
 
 from __future__ import annotations
 

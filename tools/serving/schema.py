@@ -1,4 +1,4 @@
-"""The body of POST /v1/chat/completions, as far as staticvl can do what it asks."""
+"""The body of POST /v1/chat/completions: the fields that staticvl supports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from ...runtime.shown import shown
 from .errors import ApiError
 
-# Of the client's own book-keeping, or without effect here: taken and not looked at.
+# Of the client's own book-keeping, or without effect here: accepted and ignored.
 HARMLESS = frozenset(
     "user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention parallel_tool_calls".split()
 )
@@ -29,10 +29,10 @@ REFUSED = {
     "web_search_options": "this server searches nothing",
     "reasoning_effort": "these models do not reason apart from their answers",
 }
-MOST_SHOWN = 60  # characters of a value that an error repeats
-MOST_NAMED = 5  # fields that an error names
-MOST_MESSAGES, MOST_PARTS = 4096, 1024  # of a conversation, of a message
-MOST_BIASES = 1024
+MAX_SHOWN = 60  # characters of a value that an error repeats
+MAX_NAMED = 5  # fields that an error names
+MAX_MESSAGES, MAX_PARTS = 4096, 1024  # of a conversation, of a message
+MAX_BIASES = 1024
 Whole = Annotated[int, Field(lt=2**31)]  # more is a mistake, or meant to take long
 
 
@@ -52,13 +52,13 @@ class ImageUrl(_Part):
 
 class ImagePart(_Part):
     type: Literal["image_url"]
-    image_url: Annotated[ImageUrl, BeforeValidator(lambda given: {"url": given} if isinstance(given, str) else given)]
+    image_url: Annotated[ImageUrl, BeforeValidator(lambda value: {"url": value} if isinstance(value, str) else value)]
 
 
-def _parts(given: Any) -> Any:
-    if given is None:
+def _parts(content: Any) -> Any:
+    if content is None:
         return []
-    return [{"type": "text", "text": given}] if isinstance(given, str) else given
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 class ChatMessage(BaseModel):
@@ -66,7 +66,7 @@ class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[
         list[Annotated[TextPart | ImagePart, Field(discriminator="type")]],
-        Field(max_length=MOST_PARTS, fail_fast=True),
+        Field(max_length=MAX_PARTS, fail_fast=True),
         BeforeValidator(_parts),
     ]
     name: str | None = None
@@ -108,15 +108,15 @@ class JsonSchema(_Part):
 Texts = Annotated[
     list[Annotated[str, Field(max_length=1000)]],
     Field(fail_fast=True),
-    BeforeValidator(lambda given: [given] if isinstance(given, str) else given),
+    BeforeValidator(lambda value: [value] if isinstance(value, str) else value),
 ]
 
 
-def _few(given: Any) -> Any:
-    """Counted before any is looked at: each that is wrong would be written down."""
-    if isinstance(given, dict) and len(given) > MOST_BIASES:
-        raise ValueError(f"{len(given)} tokens are named; expected at most {MOST_BIASES}")
-    return given
+def _few(biases: Any) -> Any:
+    """The biases, counted before they are validated, since every wrong one would add to the error."""
+    if isinstance(biases, dict) and len(biases) > MAX_BIASES:
+        raise ValueError(f"{len(biases)} tokens are named; expected at most {MAX_BIASES}")
+    return biases
 
 
 class ChatRequest(BaseModel):
@@ -124,7 +124,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
     model: str
-    messages: list[ChatMessage] = Field(min_length=1, max_length=MOST_MESSAGES, fail_fast=True)
+    messages: list[ChatMessage] = Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = Field(None, ge=1, le=128)
@@ -155,7 +155,7 @@ class ChatRequest(BaseModel):
 
 
 def read_request(body: bytes) -> ChatRequest:
-    """Raises ApiError, status 400, for anything but a request that can be tried."""
+    """The request in a body; raises ApiError, status 400, for a wrong one."""
     try:
         request = ChatRequest.model_validate_json(body)
     except ValidationError as error:
@@ -166,41 +166,41 @@ def read_request(body: bytes) -> ChatRequest:
     return request
 
 
-def _check_unknown(given: dict[str, Any], where: str, allowed: frozenset[str]) -> None:
-    unknown = [name for name, value in given.items() if name not in allowed and value is not None and value != []]
-    if given.get("modalities") == ["text"]:
+def _check_unknown(extra: dict[str, Any], where: str, allowed: frozenset[str]) -> None:
+    unknown = [name for name, value in extra.items() if name not in allowed and value is not None and value != []]
+    if extra.get("modalities") == ["text"]:
         unknown.remove("modalities")
     if not unknown:
         return
-    names = ", ".join(where + _shown(name) for name in unknown[:MOST_NAMED])
-    if len(unknown) > MOST_NAMED:
-        names += f" and {len(unknown) - MOST_NAMED} more"
-    why = "; ".join(dict.fromkeys(REFUSED[name] for name in unknown if name in REFUSED))
+    names = ", ".join(where + _shown(name) for name in unknown[:MAX_NAMED])
+    if len(unknown) > MAX_NAMED:
+        names += f" and {len(unknown) - MAX_NAMED} more"
+    reasons = "; ".join(dict.fromkeys(REFUSED[name] for name in unknown if name in REFUSED))
     raise ApiError(
         400,
-        f"the fields {shown(names)} cannot be used{': ' + why if why else ''}; leave them out",
+        f"the fields {shown(names)} cannot be used{': ' + reasons if reasons else ''}; leave them out",
         param=where + _shown(unknown[0]),
         code="unsupported_parameter",
     )
 
 
 def _explained(error: ValidationError) -> ApiError:
-    """The first thing that is wrong."""
+    """The error of the first wrong field."""
     first = error.errors(include_url=False)[0]
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {first['msg']}", code="invalid_json")
     param = ""
-    for step in first["loc"]:
-        param += f"[{step}]" if isinstance(step, int) else f".{_shown(step)}" if param else _shown(step)
-    given = "" if first["type"] == "missing" else f"; given: {_shown(first['input'])}"
-    return ApiError(400, f"{param or 'the body'}: {first['msg']}{given}", param=param or None, code="invalid_value")
+    for part in first["loc"]:
+        param += f"[{part}]" if isinstance(part, int) else f".{_shown(part)}" if param else _shown(part)
+    suffix = "" if first["type"] == "missing" else f"; given: {_shown(first['input'])}"
+    return ApiError(400, f"{param or 'the body'}: {first['msg']}{suffix}", param=param or None, code="invalid_value")
 
 
 def _shown(value: Any) -> str:
     """The first characters of a value, which may be large."""
     try:
         pieces = [value] if isinstance(value, str) else json.JSONEncoder(ensure_ascii=False, default=str).iterencode(value)
-        text = "".join(islice(pieces, MOST_SHOWN))
+        text = "".join(islice(pieces, MAX_SHOWN))
     except (ValueError, RecursionError):
         text = type(value).__name__
-    return text if len(text) <= MOST_SHOWN else f"{text[: MOST_SHOWN - 3]}..."
+    return text if len(text) <= MAX_SHOWN else f"{text[: MAX_SHOWN - 3]}..."

@@ -1,4 +1,4 @@
-"""A model that is served: who is let in, and how it ends."""
+"""A model that is served: admission of requests, health, and the end."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import AsyncEngine
 from ...runtime.model import Model
 from .errors import ApiError
-from .figures import Figures
-from .images import Images
-from .newer import Newer
+from .images import ImageLoader
+from .newer_artifact import NewerArtifact
+from .server_metrics import ServerMetrics
 from .settings import Settings
 
 
 class Service:
-    """Made where a loop runs, ended by `close`."""
+    """The state of a server in its event loop; ended by `close`."""
 
     def __init__(self, model: Model, settings: Settings) -> None:
         self.model, self.settings = model, settings
@@ -25,17 +25,17 @@ class Service:
         self.failed = asyncio.Event()  # a rank is gone, and the process has to end
         self.engine = AsyncEngine(model)
         self.engine.on_failure = lambda: self.loop.call_soon_threadsafe(self.failed.set)
-        self.figures = Figures(model.engine)
-        self.images = Images(settings, model.info.image.alpha)
+        self.metrics = ServerMetrics(model.engine)
+        self.images = ImageLoader(settings, model.info.image.alpha)
         self.spec = model.artifact.manifest.cache
-        self.newer = Newer(model.artifact)
+        self.newer_artifact = NewerArtifact(model.artifact)
         self.draining = False
-        self.ready = asyncio.Lock()  # one request at a time holds decoded images that are not cut yet
-        self._mean_s = 1.0  # that requests take, the latest counting most
+        self.preparing = asyncio.Lock()  # one request at a time holds decoded images that are not cut into tiles yet
+        self._mean_s = 1.0  # seconds that requests take, the latest counting most
 
     @property
     def trouble(self) -> str | None:
-        """Why nobody is let in, if so."""
+        """The reason why no request is admitted; None while they are."""
         if isinstance(self.engine.failure, ArtifactError):
             return "a file of the model cannot be opened"
         if self.engine.failure is not None:
@@ -44,41 +44,41 @@ class Service:
 
     @property
     def stall(self) -> str | None:
-        """What is wrong with an engine that has requests and does not step, if it is so; requests may wait meanwhile."""
+        """The state of an engine that has requests and does not step; None for one that does. Requests may wait meanwhile."""
         seconds = self.engine.turn_s
         return f"the engine has not ended a step for {seconds:.0f} s" if seconds > self.settings.stall_s else None
 
     @property
     def places(self) -> int:
-        """Answers that can be here at once: in slots, and those that wait."""
+        """The limit of answers at once: those in slots, and those that wait."""
         return self.spec.slots + self.settings.max_waiting
 
-    def enter(self, count: int = 1) -> None:
-        """Let in a request, or so many more answers of one; raises ApiError, status 503 or 429."""
+    def admit(self, count: int = 1) -> None:
+        """Admit a request, or more answers of one; raises ApiError, status 503 or 429."""
         if self.trouble:
             raise ApiError(503, f"{self.trouble}; try another one", code="unavailable", headers={"Retry-After": "5"})
-        if self.figures.active + count > self.places:
-            seconds = min(max(math.ceil(self._mean_s * self.figures.active / self.spec.slots / 2), 1), 60)
-            told = f"{self.figures.active} answers run or wait already; try again in {seconds} s"
-            raise ApiError(429, told, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
-        self.figures.active += count
+        if self.metrics.active + count > self.places:
+            seconds = min(max(math.ceil(self._mean_s * self.metrics.active / self.spec.slots / 2), 1), 60)
+            message = f"{self.metrics.active} answers run or wait already; try again in {seconds} s"
+            raise ApiError(429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)})
+        self.metrics.active += count
 
-    def leave(self, count: int, seconds: float, status: int) -> None:
-        """A request that was let in has ended."""
-        self.figures.active -= count
-        self.figures.seconds.observe(seconds)
-        self.figures.requests.labels(str(status)).inc()
+    def release(self, count: int, seconds: float, status: int) -> None:
+        """Count an admitted request as ended, after `seconds` and with an HTTP status."""
+        self.metrics.active -= count
+        self.metrics.seconds.observe(seconds)
+        self.metrics.requests.labels(str(status)).inc()
         self._mean_s += 0.1 * (seconds - self._mean_s)
 
     async def drain(self, seconds: float) -> None:
-        """Let nobody in any more and wait until all have left, at most so many seconds."""
+        """Admit no more requests and wait until all have ended, at most so many seconds."""
         self.draining = True
         deadline = time.monotonic() + seconds
-        while self.figures.active and time.monotonic() < deadline:
+        while self.metrics.active and time.monotonic() < deadline:
             await asyncio.sleep(0.02)
 
     async def close(self) -> None:
-        """End what still runs; the model stays open."""
+        """End requests that still run; the model stays open."""
         self.draining = True
         await self.engine.close()
         self.images.close()

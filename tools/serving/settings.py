@@ -1,4 +1,4 @@
-"""What a server allows, in one place."""
+"""Settings of a server: limits and access."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A request in OpenAI's words -> messages, images and settings in ours."""
+"""Translation of a request of OpenAI's API into messages, image URLs and sampling parameters."""
 
 from __future__ import annotations
 
@@ -13,34 +13,34 @@ from .settings import Settings
 
 
 def check_request(request: ChatRequest, settings: Settings, context: int, places: int) -> None:
-    """Raise ApiError for what can be refused before any work.
+    """Raise ApiError for a request that can be refused before any work.
 
-    `context` is the artifact's, in tokens; `places`: answers that can be here at once.
+    `context`: the artifact's, in tokens; `places`: the limit of answers at once.
     """
     if request.model != settings.model_name:
-        told = f"the model {quoted(request.model)} is not served here; expected {quoted(settings.model_name)}"
-        raise ApiError(404, told, param="model", code="model_not_found")
+        error = f"the model {quoted(request.model)} is not served here; expected {quoted(settings.model_name)}"
+        raise ApiError(404, error, param="model", code="model_not_found")
     for place, message in enumerate(request.messages):
         if message.urls and message.role != "user":
-            told = f"a message of the role {message.role} has an image; put images into messages of the user"
-            raise ApiError(400, told, param=f"messages[{place}].content", code="invalid_value")
+            error = f"a message of the role {message.role} has an image; put images into messages of the user"
+            raise ApiError(400, error, param=f"messages[{place}].content", code="invalid_value")
     if (count := sum(len(message.urls) for message in request.messages)) > settings.max_images:
-        told = f"{count} images were sent; expected at most {settings.max_images}"
-        raise ApiError(400, told, param="messages", code="too_many_images")
+        error = f"{count} images were sent; expected at most {settings.max_images}"
+        raise ApiError(400, error, param="messages", code="too_many_images")
     chars, most = sum(message.characters for message in request.messages), context * settings.max_chars_per_token
     if chars > most:
-        told = f"the messages have {chars} characters, more than the {most} that can fit a context of {context} tokens"
-        raise ApiError(400, told, param="messages", code="context_length_exceeded")
+        error = f"the messages have {chars} characters, more than the {most} that can fit a context of {context} tokens"
+        raise ApiError(400, error, param="messages", code="context_length_exceeded")
     if request.n and request.n > places:
-        told = f"n is {request.n}, but this server holds at most {places} answers at once; give a smaller n"
-        raise ApiError(400, told, param="n", code="invalid_value")
+        error = f"n is {request.n}, but this server holds at most {places} answers at once; give a smaller n"
+        raise ApiError(400, error, param="n", code="invalid_value")
     if request.top_logprobs and not request.logprobs:
         raise ApiError(400, "top_logprobs was given without logprobs; set logprobs to true", param="top_logprobs")
     if request.stream_options and not request.stream:
         raise ApiError(400, "stream_options was given without stream; set stream to true", param="stream_options")
     if request.max_tokens and request.max_completion_tokens:
-        told = "max_tokens and max_completion_tokens were given; expected one of them"
-        raise ApiError(400, told, param="max_tokens")
+        error = "max_tokens and max_completion_tokens were given; expected one of them"
+        raise ApiError(400, error, param="max_tokens")
 
 
 def messages_of(request: ChatRequest) -> tuple[list[Message], list[str]]:
@@ -48,17 +48,17 @@ def messages_of(request: ChatRequest) -> tuple[list[Message], list[str]]:
     return [_message(each) for each in request.messages], [url for each in request.messages for url in each.urls]
 
 
-def _message(given: ChatMessage) -> Message:
-    parts = [part.text if isinstance(part, TextPart) else IMAGE for part in given.content]
-    return Message("system" if given.role == "developer" else given.role, parts or "")
+def _message(message: ChatMessage) -> Message:
+    parts = [part.text if isinstance(part, TextPart) else IMAGE for part in message.content]
+    return Message("system" if message.role == "developer" else message.role, parts or "")
 
 
-def sampling_of(request: ChatRequest, room: int, seconds: float) -> SamplingParams:
-    """`room`: tokens that fit behind the prompt, `seconds`: what is left of the time for a request.
+def sampling_of(request: ChatRequest, tokens_left: int, seconds: float) -> SamplingParams:
+    """Sampling parameters. `tokens_left`: that fit after the prompt. `seconds`: that are left of the time for a request.
 
     Raises ValueError for settings that contradict each other.
     """
-    asked: dict[str, Any] = {
+    options: dict[str, Any] = {
         "min_new_tokens": request.min_tokens,
         "temperature": request.temperature,
         "top_k": None if request.top_k is None else max(request.top_k, 0),
@@ -81,9 +81,9 @@ def sampling_of(request: ChatRequest, room: int, seconds: float) -> SamplingPara
         "speculate": request.speculate,
     }
     return SamplingParams(
-        max_new_tokens=request.max_completion_tokens or request.max_tokens or max(room, 1),
+        max_new_tokens=request.max_completion_tokens or request.max_tokens or max(tokens_left, 1),
         deadline_s=min(seconds, request.deadline_s or seconds),
-        **{name: value for name, value in asked.items() if value is not None},
+        **{name: value for name, value in options.items() if value is not None},
     )
 
 
@@ -96,9 +96,9 @@ def _schema(request: ChatRequest) -> dict[str, Any] | None:
     return None
 
 
-def _biases(given: dict[str, float]) -> dict[int, float]:
+def _biases(logit_bias: dict[str, float]) -> dict[int, float]:
     try:
-        return {int(token): bias for token, bias in given.items()}
+        return {int(token): bias for token, bias in logit_bias.items()}
     except ValueError:
-        told = f'logit_bias has the keys {", ".join(given)[:100]}; expected token ids, such as {{"42": -1}}'
-        raise ApiError(400, told, param="logit_bias", code="invalid_value") from None
+        error = f'logit_bias has the keys {", ".join(logit_bias)[:100]}; expected token ids, such as {{"42": -1}}'
+        raise ApiError(400, error, param="logit_bias", code="invalid_value") from None

@@ -14,31 +14,33 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from .search import Best
+from .search import BestSet
 
 Costs = Sequence[Mapping[int, float]]  # of each variant: bucket -> milliseconds
 Steps = Sequence[Mapping[int, float]]  # of each variant: rows -> how many steps
 
 
 def step_cost(buckets: Sequence[int], costs: Costs, steps: Steps) -> float:
-    """What all steps cost in these buckets; infinite where a step has more rows than the largest."""
+    """The cost of all steps in these buckets, in milliseconds; infinite where a step has more rows than the largest."""
     total = 0.0
-    for table, counted in zip(costs, steps, strict=True):
-        for rows, count in counted.items():
+    for table, step_counts in zip(costs, steps, strict=True):
+        for rows, count in step_counts.items():
             bucket = min((b for b in buckets if b >= rows), default=None)
             total += math.inf if bucket is None else table[bucket] * count
     return total
 
 
-def batch_frontier(costs: Costs, steps: Steps, slots: int, most: int) -> list[Best]:
+def batch_frontier(costs: Costs, steps: Steps, slots: int, most: int) -> list[BestSet]:
     """The best sets of at most 1, 2, ... `most` buckets, each with `slots` as its largest."""
-    until = [[sum(count for rows, count in counted.items() if rows <= b) for b in range(slots + 1)] for counted in steps]
+    until = [
+        [sum(count for rows, count in step_counts.items() if rows <= b) for b in range(slots + 1)] for step_counts in steps
+    ]
 
     def between(a: int, b: int) -> float:
-        return sum(table[b] * (upto[b] - upto[a]) for table, upto in zip(costs, until, strict=True))
+        return sum(table[b] * (cumulative[b] - cumulative[a]) for table, cumulative in zip(costs, until, strict=True))
 
     best: dict[int, tuple[float, tuple[int, ...]]] = {0: (0.0, ())}  # largest bucket -> cost, buckets
-    found: list[Best] = []
+    frontier: list[BestSet] = []
     for _ in range(min(most, slots)):
         best = {
             b: min((cost + between(a, b), (*chosen, b)) for a, (cost, chosen) in best.items() if a < b)
@@ -46,7 +48,7 @@ def batch_frontier(costs: Costs, steps: Steps, slots: int, most: int) -> list[Be
             if any(a < b for a in best)
         }
         cost, chosen = best[slots]
-        if found and cost >= found[-1].cost * (1 - 1e-12):
-            cost, chosen = found[-1].cost, found[-1].buckets
-        found.append(Best(chosen, cost))
-    return found
+        if frontier and cost >= frontier[-1].cost * (1 - 1e-12):
+            cost, chosen = frontier[-1].cost, frontier[-1].buckets
+        frontier.append(BestSet(chosen, cost))
+    return frontier

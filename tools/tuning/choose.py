@@ -1,4 +1,4 @@
-"""A workload, costs and limits -> bucket sizes, context and slots.
+"""The choice of bucket sizes, context and slots for a workload, costs and limits.
 
 The expected machine time of a request is the sum of what its prefill, its vision runs and its share of the decode steps cost.
 The three kinds share nothing but the limits, so each is solved exactly for every number of graphs, and the numbers are then
@@ -15,31 +15,31 @@ from dataclasses import dataclass, field
 
 from ...runtime.artifact import Kind
 from .batches import batch_frontier, step_cost
-from .candidates import candidate_sizes
+from .bucket_sizes import candidate_sizes
 from .columns import TraceError
 from .costs import Costs
 from .curves import CostError
-from .frontiers import worth
-from .limits import Chosen, LimitError, Limits, compile_s
-from .replay import Replayed, Setup, replay
-from .search import Best, Problem, frontier, make_problem
+from .frontiers import worthwhile
+from .limits import BucketChoice, LimitError, Limits, compile_s
+from .replay import ReplayStats, Setup, replay
+from .search import BestSet, Problem, frontier, make_problem
 from .target import Target
 from .workload import Workload
 
 ROUNDS = 4
-ENOUGH = 1.01  # a mean time of a request within this factor of the best is as good
+TOLERANCE = 1.01  # a mean time of a request within this factor of the best is as good
 
 
 @dataclass(slots=True)
-class Result:
-    """The choice, and everything that a report tells about it. Costs are milliseconds of all requests together."""
+class TuningResult:
+    """The choice, and the figures for its report. Costs are milliseconds of all requests together."""
 
-    chosen: Chosen
+    chosen: BucketChoice
     costs: Costs
     workload: Workload
     problems: dict[Kind, Problem]
-    frontiers: dict[Kind, list[Best]]
-    replayed: Replayed
+    frontiers: dict[Kind, list[BestSet]]
+    replayed: ReplayStats
     steps: list[Counter[int]]
     slots_tried: dict[int, float] = field(default_factory=dict)  # slots -> mean seconds of a request
 
@@ -57,7 +57,7 @@ class Result:
         )
 
 
-def setup_of(costs: Costs, buckets: Mapping[str, tuple[int, ...]], chosen: Chosen, *, chunks: bool = True) -> Setup:
+def replay_setup(costs: Costs, buckets: Mapping[str, tuple[int, ...]], chosen: BucketChoice, *, chunks: bool = True) -> Setup:
     tables = {
         (kind, images): costs.table(kind, buckets[kind], images)
         for kind in ("prefill", "decode")
@@ -67,16 +67,16 @@ def setup_of(costs: Costs, buckets: Mapping[str, tuple[int, ...]], chosen: Chose
     return Setup(tables, chosen.context, chosen.slots, chunks, costs.past_ms)  # type: ignore[arg-type]
 
 
-def by_variant(counted: Mapping[int, Mapping[int, int]], variants: tuple[int, ...]) -> list[Counter[int]]:
-    """Counts by images seen -> counts by the variant that runs: the smallest that sees as many."""
-    found = [Counter[int]() for _ in variants]
-    for seen, counts in counted.items():
-        found[next(i for i, variant in enumerate(variants) if variant >= seen)].update(counts)
-    return found
+def counts_by_variant(image_counts: Mapping[int, Mapping[int, int]], variants: tuple[int, ...]) -> list[Counter[int]]:
+    """Counts by images seen as counts by the variant that runs, which is the smallest that sees as many."""
+    counts_of = [Counter[int]() for _ in variants]
+    for seen, counts in image_counts.items():
+        counts_of[next(i for i, variant in enumerate(variants) if variant >= seen)].update(counts)
+    return counts_of
 
 
-def choose(workload: Workload, target: Target, limits: Limits) -> Result:
-    """Raises LimitError, TraceError, CostError."""
+def choose(workload: Workload, target: Target, limits: Limits) -> TuningResult:
+    """The best choice within the limits; raises LimitError, TraceError or CostError."""
     if not workload.requests:
         most = target.max_positions
         raise TraceError(
@@ -104,14 +104,14 @@ class _Choice:
             raise CostError("the time of compiling can only be estimated from measured costs; leave --max-compile-minutes out")
         self.prefill = self._prefill_problem()
         self.vision = self._vision_problem()
-        self.frontiers: dict[Kind, list[Best]] = {"prefill": frontier(self.prefill, limits.prefill)}
+        self.frontiers: dict[Kind, list[BestSet]] = {"prefill": frontier(self.prefill, limits.prefill)}
         if self.vision:
             self.frontiers["vision"] = frontier(self.vision, limits.vision)
         self.slots_candidates = slots
-        self.replays: dict[Chosen, Replayed] = {}
+        self.replays: dict[BucketChoice, ReplayStats] = {}
 
-    def run(self) -> Result:
-        slots, tried = self._best_slots()
+    def run(self) -> TuningResult:
+        slots, mean_seconds = self._best_slots()
         before = self._provisional(slots)
         replayed, steps, chosen = self._round(self._replay(before), slots)
         for _ in range(ROUNDS):
@@ -120,11 +120,11 @@ class _Choice:
             before = chosen
             replayed, steps, chosen = self._round(replayed, slots)
         problems: dict[Kind, Problem] = {"prefill": self.prefill, **({"vision": self.vision} if self.vision else {})}
-        return Result(chosen, self.costs, self.workload, problems, self.frontiers, replayed, steps, tried)
+        return TuningResult(chosen, self.costs, self.workload, problems, self.frontiers, replayed, steps, mean_seconds)
 
-    def _round(self, replayed: Replayed, slots: int) -> tuple[Replayed, list[Counter[int]], Chosen]:
+    def _round(self, replayed: ReplayStats, slots: int) -> tuple[ReplayStats, list[Counter[int]], BucketChoice]:
         """Choose for the decode steps of a replay, and replay the choice."""
-        steps = by_variant(replayed.rows, self.variants)
+        steps = counts_by_variant(replayed.rows, self.variants)
         tables = [self.costs.table("decode", range(1, slots + 1), images) for images in self.variants]
         self.frontiers["decode"] = batch_frontier(tables, steps, slots, self.limits.decode)
         chosen = self._allocate(slots)
@@ -133,7 +133,7 @@ class _Choice:
     # ---- the cache
 
     def _context(self) -> int:
-        """What the longest request takes, rounded up; or as asked."""
+        """The context of the limits, or that of the longest request, rounded up to a multiple of 64."""
         if self.limits.context:
             return self.limits.context
         longest = max(self.workload.totals)
@@ -142,32 +142,32 @@ class _Choice:
 
     def _slots(self) -> list[int]:
         """Numbers of slots that fit in memory, ascending."""
-        wanted = [self.limits.slots] if self.limits.slots else [1 << i for i in range(self.limits.most_slots.bit_length())]
+        slots = [self.limits.slots] if self.limits.slots else [1 << i for i in range(self.limits.most_slots.bit_length())]
         images = max(self.images, default=0)
-        sizes = {s: self.target.nbytes(self.context, s, self.limits.granularity, images) for s in wanted}
-        fitting = [s for s in wanted if self.limits.memory is None or sizes[s] <= self.limits.memory]
+        sizes = {s: self.target.nbytes(self.context, s, self.limits.granularity, images) for s in slots}
+        fitting = [s for s in slots if self.limits.memory is None or sizes[s] <= self.limits.memory]
         if not fitting:
             raise LimitError(
-                f"{wanted[0]} slots of {self.context} tokens and the weights take {sizes[wanted[0]] / 1e9:.1f} GB, but "
+                f"{slots[0]} slots of {self.context} tokens and the weights take {sizes[slots[0]] / 1e9:.1f} GB, but "
                 f"{(self.limits.memory or 0) / 1e9:.1f} GB are allowed; give a smaller --context, fewer --slots or more memory"
             )
         return fitting
 
     def _best_slots(self) -> tuple[int, dict[int, float]]:
         """The fewest slots with which a request takes hardly longer than with the best number."""
-        tried: dict[int, float] = {}
+        mean_seconds: dict[int, float] = {}
         if len(self.slots_candidates) == 1:
-            return self.slots_candidates[0], tried
+            return self.slots_candidates[0], mean_seconds
         for slots in self.slots_candidates:
             times = self._replay(self._provisional(slots)).total_s
-            tried[slots] = sum(times) / len(times)
-        best = min(tried.values())
-        return next(slots for slots, mean in tried.items() if mean <= ENOUGH * best), tried
+            mean_seconds[slots] = sum(times) / len(times)
+        best = min(mean_seconds.values())
+        return next(slots for slots, mean in mean_seconds.items() if mean <= TOLERANCE * best), mean_seconds
 
-    def _provisional(self, slots: int) -> Chosen:
+    def _provisional(self, slots: int) -> BucketChoice:
         """The best buckets of the other kinds, and powers of two for decode."""
         decode = tuple(sorted({1 << i for i in range(slots.bit_length())} | {slots}))
-        return Chosen(
+        return BucketChoice(
             prefill=self.frontiers["prefill"][-1].buckets,
             decode=tuple(b for b in decode if b <= slots),
             vision=self._vision_buckets(-1),
@@ -176,16 +176,16 @@ class _Choice:
             slots=slots,
         )
 
-    def _replay(self, chosen: Chosen) -> Replayed:
+    def _replay(self, chosen: BucketChoice) -> ReplayStats:
         if chosen not in self.replays:
             buckets = {"prefill": chosen.prefill, "decode": chosen.decode, "vision": chosen.vision}
-            self.replays[chosen] = replay(self.workload.block, setup_of(self.costs, buckets, chosen))
+            self.replays[chosen] = replay(self.workload.block, replay_setup(self.costs, buckets, chosen))
         return self.replays[chosen]
 
     # ---- the exact problems
 
     def _prefill_problem(self) -> Problem:
-        limits, lengths = self.limits, by_variant(self.workload.lengths, self.variants)
+        limits, lengths = self.limits, counts_by_variant(self.workload.lengths, self.variants)
         every = self.workload.every_length
         sizes = limits.prefill_sizes or candidate_sizes(every, limits.granularity, min(limits.largest, self.context))
         if max(sizes) > self.context:
@@ -210,21 +210,21 @@ class _Choice:
 
     # ---- graphs among the kinds
 
-    def _allocate(self, slots: int) -> Chosen:
+    def _allocate(self, slots: int) -> BucketChoice:
         """The cheapest combination of the frontiers that keeps the limits; of equals the one with fewest graphs.
 
         Combinations are taken by what they cost without the limit on compile time, which only raises it; so the search
         ends at the first that cannot be better than the best found.
         """
-        best: tuple[float, int, Chosen] | None = None
+        best: tuple[float, int, BucketChoice] | None = None
         for bound, graphs, places in self._combinations():
             if best and bound >= best[0] * (1 - 1e-12):
                 break
             if self.limits.graphs is not None and graphs > self.limits.graphs:
                 continue
-            found = self._within_time(places, slots)
-            if found and (not best or found[0] < best[0] * (1 - 1e-12)):
-                best = (found[0], graphs, found[1])
+            candidate = self._within_time(places, slots)
+            if candidate and (not best or candidate[0] < best[0] * (1 - 1e-12)):
+                best = (candidate[0], graphs, candidate[1])
         if not best:
             least = 2 * len(self.variants) + len(self._vision_buckets(0))
             raise LimitError(
@@ -236,16 +236,18 @@ class _Choice:
     def _combinations(self) -> list[tuple[float, int, tuple[int, int, int]]]:
         """(milliseconds of a request, graphs, places in the frontiers of prefill, decode and vision), cheapest first."""
         requests, block = self.workload.requests, len(self.workload.block)
-        vision = self.frontiers.get("vision", [Best((), 0.0)])
-        found = []
-        kept = (worth(each, self.limits.least_saving) for each in (self.frontiers["prefill"], self.frontiers["decode"], vision))
-        for (i, p), (j, d), (k, v) in itertools.product(*(enumerate(each) for each in kept)):
+        vision = self.frontiers.get("vision", [BestSet((), 0.0)])
+        combinations = []
+        frontiers = (
+            worthwhile(each, self.limits.least_saving) for each in (self.frontiers["prefill"], self.frontiers["decode"], vision)
+        )
+        for (i, p), (j, d), (k, v) in itertools.product(*(enumerate(each) for each in frontiers)):
             seen = len(self._vision_buckets(k))
             graphs = seen + len(self.variants) * (len(p.buckets) + len(d.buckets))
-            found.append(((p.cost + v.cost) / requests + d.cost / block, graphs, (i, j, k)))
-        return sorted(found)
+            combinations.append(((p.cost + v.cost) / requests + d.cost / block, graphs, (i, j, k)))
+        return sorted(combinations)
 
-    def _within_time(self, places: tuple[int, int, int], slots: int) -> tuple[float, Chosen] | None:
+    def _within_time(self, places: tuple[int, int, int], slots: int) -> tuple[float, BucketChoice] | None:
         """A combination, prefill chosen again where it takes too long to compile; None where nothing is quick enough."""
         (i, j, k), limits = places, self.limits
         prefill, decode, vision = self.frontiers["prefill"][i], self.frontiers["decode"][j], self._vision_buckets(k)
@@ -259,10 +261,10 @@ class _Choice:
                 prefill = frontier(self.prefill, len(prefill.buckets), limits.compile_s - others)[-1]
         seen = self.frontiers["vision"][k].cost if self.vision else 0.0
         cost = (prefill.cost + seen) / self.workload.requests + decode.cost / len(self.workload.block)
-        return cost, Chosen(prefill.buckets, decode.buckets, vision, self.images, self.context, slots)
+        return cost, BucketChoice(prefill.buckets, decode.buckets, vision, self.images, self.context, slots)
 
 
-def decode_cost(result: Result, buckets: tuple[int, ...]) -> float:
+def decode_cost(result: TuningResult, buckets: tuple[int, ...]) -> float:
     """Milliseconds of all decode steps of the replay in other buckets."""
     tables = [result.costs.table("decode", buckets, images) for images in result.variants]
     return step_cost(buckets, tables, result.steps)

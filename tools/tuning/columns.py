@@ -1,4 +1,4 @@
-"""One row of a trace -> a request, whatever its columns are called.
+"""Requests from rows of a trace, whose columns may have many names.
 
 Names are compared without case and punctuation, so ContextTokens, context_tokens and "context tokens" are one name.
 """
@@ -16,7 +16,7 @@ from ...runtime.shown import quoted
 
 MOST_TOKENS = 1 << 20  # of one request; more is taken for an error in the trace
 MOST_IMAGES = 1 << 10
-# Meaning -> the names under which it is known, the first that a trace has being taken. Each was met in a public trace or in the
+# By meaning: names of its column, of which the first that a trace has is used. Each is that of a public trace or of the
 # interface of a serving system.
 NAMES: dict[str, str] = {
     "prompt": "prompttokens contexttokens inputtokens texttokens prompttokencount inputtokencount numprompttokens "
@@ -38,10 +38,10 @@ class TraceError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What a trace says of one request.
+    """One request of a trace.
 
-    `prompt` are tokens of text, `sizes` those images whose (width, height) is known, `images` all of them; `image_tokens` is
-    what they took there, None where the trace does not say. `time` is in seconds, from any origin, None where not known.
+    `prompt`: tokens of text. `images`: their number; `sizes`: (width, height) of those whose size is known. `image_tokens`:
+    tokens of all images, None where the trace does not say. `time`: in seconds, from any origin, None where not known.
     """
 
     prompt: int
@@ -54,16 +54,16 @@ class Request:
 
 
 def find_columns(names: Iterable[str], where: str) -> dict[str, str]:
-    """Meaning -> the name of its column; raises TraceError where there is none for prompts or for answers."""
+    """The name of the column of each meaning; raises TraceError where there is none for prompts or for answers."""
     plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in names if isinstance(name, str)}
-    found = {meaning: next((plain[n] for n in known.split() if n in plain), None) for meaning, known in NAMES.items()}
+    columns = {meaning: next((plain[n] for n in names.split() if n in plain), None) for meaning, names in NAMES.items()}
     for meaning, example in (("prompt", "ContextTokens or prompt_tokens"), ("generated", "GeneratedTokens or generated")):
-        if found[meaning] is None:
+        if columns[meaning] is None:
             raise TraceError(
                 f"{where}: no column says how many tokens the {'prompts' if meaning == 'prompt' else 'answers'} have; "
                 f"there are {', '.join(map(str, plain.values())) or 'none'}; name one {example}"
             )
-    return {meaning: name for meaning, name in found.items() if name is not None}
+    return {meaning: name for meaning, name in columns.items() if name is not None}
 
 
 def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Request:
@@ -71,8 +71,8 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
     value = {meaning: row.get(name) for meaning, name in columns.items()}
     images, sizes = _images(value.get("images"), where)
     prompt = _count(value["prompt"], "prompt tokens", where, least=0)
-    given = value.get("image_tokens")
-    if prompt == 0 and not images and not given:
+    image_tokens = value.get("image_tokens")
+    if prompt == 0 and not images and not image_tokens:
         raise TraceError(f"{where}: the request has no prompt tokens and no images; expected at least one token")
     return Request(
         prompt=prompt,
@@ -80,22 +80,22 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
         time=None if value.get("time") in (None, "") else _time(value["time"], columns["time"], where),
         images=images,
         sizes=sizes,
-        image_tokens=None if given in (None, "") else _count(given, "image tokens", where, least=0),
+        image_tokens=None if image_tokens in (None, "") else _count(image_tokens, "image tokens", where, least=0),
         reused=_count(value.get("reused") or 0, "reused tokens", where, least=0),
     )
 
 
-def _count(value: Any, what: str, where: str, *, least: int, most: int = MOST_TOKENS) -> int:
+def _count(value: Any, name: str, where: str, *, least: int, most: int = MOST_TOKENS) -> int:
     try:
         number = float(value) if isinstance(value, str) else value
-        whole = int(number)
+        integer = int(number)
     except (TypeError, ValueError, OverflowError):
-        raise TraceError(f"{where}: {what} is {quoted(value)}; expected a whole number") from None
-    if isinstance(value, bool) or whole != number or whole < least:
-        raise TraceError(f"{where}: {what} is {quoted(value)}; expected a whole number of at least {least}")
-    if whole > most:
-        raise TraceError(f"{where}: {what} is {quoted(value)}, more than {most}; correct the trace or take the line out")
-    return whole
+        raise TraceError(f"{where}: {name} is {quoted(value)}; expected a whole number") from None
+    if isinstance(value, bool) or integer != number or integer < least:
+        raise TraceError(f"{where}: {name} is {quoted(value)}; expected a whole number of at least {least}")
+    if integer > most:
+        raise TraceError(f"{where}: {name} is {quoted(value)}, more than {most}; correct the trace or take the line out")
+    return integer
 
 
 def _time(value: Any, column: str, where: str) -> float:
@@ -123,7 +123,7 @@ def _moment(value: Any, where: str) -> float:
 
 
 def _images(value: Any, where: str) -> tuple[int, tuple[tuple[int, int], ...]]:
-    """How many images, and their sizes where they are given: 2, "640x480;800x600", [[640, 480], [800, 600]]."""
+    """The number of images, and their sizes where the trace has them: 2, "640x480;800x600", [[640, 480], [800, 600]]."""
     if value in (None, "", []) or value == ():
         return 0, ()
     if isinstance(value, str) and value.lstrip().startswith("["):

@@ -1,4 +1,4 @@
-"""The choice beside what is done without it: buckets that are powers of two.
+"""The comparison of the choice with buckets that are powers of two, and the saving of each bucket.
 
 Padding is the share of all tokens computed that belong to no prompt. Costs are milliseconds of the prefill of a request.
 """
@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from ...runtime.engine.chunks import ChunkPlanner
-from .candidates import powers_of_two
-from .choose import Result, by_variant, decode_cost, setup_of
-from .replay import OneRun, Replayed, replay
+from .bucket_sizes import powers_of_two
+from .choose import TuningResult, counts_by_variant, decode_cost, replay_setup
+from .replay import ReplayStats, SingleRunPlanner, replay
 from .search import Problem, frontier, make_problem, set_cost
 
 
@@ -37,30 +37,31 @@ def cover(
     chunks: bool = True,
     past_ms: float = 0.0,
 ) -> Coverage:
-    """Every prompt in the chunks that the runtime's planner takes, or in one run; one table of costs for each variant.
+    """The coverage of all prompts in the chunks of the runtime's planner, or in one run; a table of costs for each variant.
 
     Later chunks attend to earlier ones, which costs `past_ms` (costs.py) for every token computed and every token before.
     """
     real = computed = 0
-    spent, runs = 0.0, Counter[int]()
-    for table, counted in zip(costs, lengths, strict=True):
+    total_ms, runs = 0.0, Counter[int]()
+    for table, length_counts in zip(costs, lengths, strict=True):
         planner = ChunkPlanner(table)
-        for length, count in counted.items():
-            split = planner.split(length) if chunks else [OneRun(table).next_bucket(length, 0)]
+        for length, count in length_counts.items():
+            split = planner.split(length) if chunks else [SingleRunPlanner(table).next_bucket(length, 0)]
             pairs = sum(bucket * past for bucket, past in zip(split, itertools.accumulate(split, initial=0), strict=False))
-            spent += count * (sum(table[bucket] for bucket in split) + past_ms * pairs)
+            total_ms += count * (sum(table[bucket] for bucket in split) + past_ms * pairs)
             computed += count * sum(split)
             real += count * length
             for bucket in split:
                 runs[bucket] += count
-    requests = sum(sum(counted.values()) for counted in lengths)
+    requests = sum(sum(length_counts.values()) for length_counts in lengths)
     buckets = tuple(sorted(costs[0]))
-    return Coverage(name, buckets, spent / requests, 1 - real / computed, sum(runs.values()) / requests, runs)
+    return Coverage(name, buckets, total_ms / requests, 1 - real / computed, sum(runs.values()) / requests, runs)
 
 
-def coverages(result: Result, granularity: int) -> list[Coverage]:
-    """The choice first; then powers of two: one run each, in chunks, and in chunks with as many graphs as the choice has."""
-    lengths = by_variant(result.workload.lengths, result.variants)
+def coverages(result: TuningResult, granularity: int) -> list[Coverage]:
+    """Coverages of the choice and of powers of two: in one run each, in chunks, and in chunks with as many graphs as the
+    choice."""
+    lengths = counts_by_variant(result.workload.lengths, result.variants)
     powers = powers_of_two(granularity, max(result.workload.every_length))
 
     def tables(buckets: Sequence[int]) -> list[dict[int, float]]:
@@ -77,7 +78,7 @@ def coverages(result: Result, granularity: int) -> list[Coverage]:
     ]
 
 
-def replayed_powers(result: Result, granularity: int) -> Replayed:
+def replay_powers_of_two(result: TuningResult, granularity: int) -> ReplayStats:
     """The replay with powers of two everywhere and every prompt in one run; images too."""
     chosen, workload = result.chosen, result.workload
     decode = tuple(sorted({1 << i for i in range(chosen.slots.bit_length())} | {chosen.slots}))
@@ -88,12 +89,12 @@ def replayed_powers(result: Result, granularity: int) -> Replayed:
         if "vision" in result.problems
         else chosen.vision,
     }
-    return replay(workload.block, setup_of(result.costs, buckets, chosen, chunks=False))
+    return replay(workload.block, replay_setup(result.costs, buckets, chosen, chunks=False))
 
 
 @dataclass(frozen=True, slots=True)
-class Reason:
-    """Why a bucket exists: what a request would cost more without it. None: it cannot be left out."""
+class BucketReason:
+    """The reason for a bucket: the cost that a request would have more without it. None: it cannot be left out."""
 
     kind: str
     bucket: int
@@ -101,15 +102,15 @@ class Reason:
     share: float  # of the runs of its kind
 
 
-def reasons(result: Result) -> list[Reason]:
-    """Every bucket of the choice."""
+def reasons(result: TuningResult) -> list[BucketReason]:
+    """The reason for every bucket of the choice."""
     chosen, requests = result.chosen, result.workload.requests
-    found: list[Reason] = []
+    bucket_reasons: list[BucketReason] = []
     for kind in ("prefill", "vision"):
         if problem := result.problems.get(kind):
-            found += _removals(kind, problem, chosen.of(kind), requests, _runs(result, kind))
+            bucket_reasons += _removals(kind, problem, chosen.of(kind), requests, _runs(result, kind))
     if chosen.vision and "vision" not in result.problems:
-        found += [Reason("vision", bucket, None, 1.0) for bucket in chosen.vision]
+        bucket_reasons += [BucketReason("vision", bucket, None, 1.0) for bucket in chosen.vision]
     block = len(result.workload.block)
     rows = sum(result.steps, Counter())
     now = decode_cost(result, chosen.decode)
@@ -117,14 +118,16 @@ def reasons(result: Result) -> list[Reason]:
         others = tuple(b for b in chosen.decode if b != bucket)
         used = sum(count for row, count in rows.items() if below < row <= bucket) / max(1, sum(rows.values()))
         saves = None if bucket == chosen.slots else (decode_cost(result, others) - now) / block
-        found.append(Reason("decode", bucket, saves, used))
-    return found
+        bucket_reasons.append(BucketReason("decode", bucket, saves, used))
+    return bucket_reasons
 
 
-def _removals(kind: str, problem: Problem, buckets: tuple[int, ...], requests: int, runs: Mapping[int, int]) -> list[Reason]:
+def _removals(
+    kind: str, problem: Problem, buckets: tuple[int, ...], requests: int, runs: Mapping[int, int]
+) -> list[BucketReason]:
     now, total = set_cost(problem, buckets), max(1, sum(runs.values()))
     return [
-        Reason(
+        BucketReason(
             kind,
             bucket,
             (set_cost(problem, [b for b in buckets if b != bucket]) - now) / requests if len(buckets) > 1 else None,
@@ -134,9 +137,9 @@ def _removals(kind: str, problem: Problem, buckets: tuple[int, ...], requests: i
     ]
 
 
-def _runs(result: Result, kind: str) -> Mapping[int, int]:
+def _runs(result: TuningResult, kind: str) -> Mapping[int, int]:
     if kind == "vision":
         return cover("", [result.costs.table("vision", result.chosen.vision)], [result.workload.tiles]).by_bucket
-    lengths = by_variant(result.workload.lengths, result.variants)
+    lengths = counts_by_variant(result.workload.lengths, result.variants)
     tables = [result.costs.table("prefill", result.chosen.prefill, images) for images in result.variants]
     return cover("", tables, lengths).by_bucket

@@ -1,8 +1,9 @@
-"""What a run of a graph costs: measured, or the least that a device needs (roofline).
+"""Costs of a run of a graph: measured, or the least that a device needs (roofline).
 
-Measured are the costs of an artifact's graphs (cost_ms in its manifest, or anew) or a table that a person wrote; sizes between
-them are read off a curve (curves.py). Without an artifact, operations and bytes are counted from the traced definitions
-(compiler/cost.py) at two sizes for each kind, which is exact for all others because both are straight lines in the size.
+Measured costs are those of an artifact's graphs (cost_ms in its manifest, or anew) or of a table that a person wrote; sizes
+between them are read off a curve (curves.py). Without an artifact, operations and bytes are counted from the traced
+definitions (compiler/cost.py) at two sizes for each kind, which is exact for all others because both are straight lines in the
+size.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Line:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """Milliseconds of one run by kind, size and images seen; `source` says where they come from.
+    """Milliseconds of one run by kind, size and images seen; `source` describes their origin.
 
     `past_ms` is what a run takes more for each of its tokens and each token that is in the cache before it. It is 0 where a run
     reads the whole cache whatever is in it, and where it was not measured. The runtime's planner knows nothing of it.
@@ -49,8 +50,8 @@ class Costs:
     past_ms: float = 0.0
 
     def ms(self, kind: Kind, size: int, images: int = 0) -> float:
-        """Raises CostError for a kind without costs."""
-        variants = sorted(seen for known, seen in self.curves if known == kind)
+        """Milliseconds of one run; raises CostError for a kind without costs."""
+        variants = sorted(seen for each, seen in self.curves if each == kind)
         if not variants:
             raise CostError(
                 f"there are no costs of {kind} graphs; give them in the table, or give an artifact that has such graphs"
@@ -66,11 +67,11 @@ def measured_costs(points: Mapping[Key, Mapping[int, float]], source: str, past_
     measured is larger, the decode step stands in for it: it says what is fixed in a run.
     """
     curves: dict[Key, Curve] = {}
-    for (kind, images), measured in points.items():
+    for (kind, images), costs in points.items():
         single = points.get(("decode", images), {}).get(1)
-        if kind == "prefill" and single and single < min(measured.values()) and 1 not in measured:
-            measured = {1: single, **measured}  # noqa: PLW2901
-        curves[kind, images] = fit(measured)
+        if kind == "prefill" and single and single < min(costs.values()) and 1 not in costs:
+            costs = {1: single, **costs}  # noqa: PLW2901
+        curves[kind, images] = fit(costs)
     return Costs(source, curves, past_ms)
 
 
@@ -88,7 +89,7 @@ def _points(costs: Iterable[tuple[GraphSpec, float]]) -> dict[Key, dict[int, flo
 
 def remeasure(folder: Path, passes: int, threads: int | None) -> tuple[dict[Key, dict[int, float]], float]:
     """Milliseconds of every graph of an artifact on this machine with an empty cache, and past_ms. Each is the best of several
-    passes over all graphs: what else the machine does only ever adds, and seldom in the same place twice.
+    passes over all graphs, since other work of the machine only ever adds time.
     """
     from ...runtime.backends.base import new_feed
     from ...runtime.backends.open import open_backend
@@ -107,10 +108,10 @@ def remeasure(folder: Path, passes: int, threads: int | None) -> tuple[dict[Key,
                 feeds[graph.name]["lengths"][:] = past
             started = time.perf_counter()
             backend.run(graph, feeds[graph.name])
-            spent = 1e3 * (time.perf_counter() - started)
+            elapsed_ms = 1e3 * (time.perf_counter() - started)
             if past:
                 feeds[graph.name]["lengths"][:] = 0
-            best[graph.name, past] = min(spent, best.get((graph.name, past), spent))
+            best[graph.name, past] = min(elapsed_ms, best.get((graph.name, past), elapsed_ms))
             bar.update()
     artifact.close()
     more = sum(best[graph.name, past] - best[graph.name, 0] for graph, past in jobs if past)
@@ -139,10 +140,10 @@ def parse_costs(data: Any, where: str) -> Costs:
         if kind not in data:
             continue
         table = data[kind]
-        sound = isinstance(table, Mapping) and all(
+        valid = isinstance(table, Mapping) and all(
             type(size) is int and isinstance(cost, int | float) and not isinstance(cost, bool) for size, cost in table.items()
         )
-        if not sound:
+        if not valid:
             raise CostError(
                 f"{where}: {kind} is {quoted(table)}; expected a mapping of size to milliseconds, e.g. {{16: 4.1, 64: 9.5}}"
             )
@@ -173,10 +174,10 @@ def costs_yaml(costs: Costs) -> str:
 
 def manifest_lines(manifest: Manifest) -> dict[Key, Line]:
     """Operations and bytes of an artifact's graphs; of a kind with one bucket, all bytes are taken to be fixed."""
-    found: dict[Key, list[tuple[int, int, int]]] = {}
+    points: dict[Key, list[tuple[int, int, int]]] = {}
     for graph in manifest.graphs:
-        found.setdefault((graph.kind, graph.images), []).append((graph.bucket, graph.flops, graph.nbytes))
-    return {key: line_through(sorted(points)) for key, points in found.items()}
+        points.setdefault((graph.kind, graph.images), []).append((graph.bucket, graph.flops, graph.nbytes))
+    return {key: line_through(sorted(points)) for key, points in points.items()}
 
 
 def line_through(points: list[tuple[int, int, int]]) -> Line:
@@ -198,7 +199,7 @@ def roofline_costs(lines: Mapping[Key, Line], card: Card, overhead_ms: float, so
 
 
 def this_cpu() -> Card:
-    """What this processor reaches in float32: one product of matrices, one copy of memory, the best of a few."""
+    """The float32 speed and bandwidth of this processor, measured by a matrix product and a copy of memory, best of five."""
     size, block = 1024, np.ones(1 << 25, np.float32)
     matrix, target = np.ones((size, size), np.float32), np.empty_like(block)
     flops = 2 * size**3 / _best(lambda: matrix @ matrix)

@@ -1,4 +1,4 @@
-"""The cost of a size that was not measured, from sizes that were.
+"""Cost curves: costs of sizes that were not measured, from sizes that were.
 
 The measured costs are first made to rise with the size, since a larger bucket does at least the work of a smaller one and
 what falls is noise: neighbours that fall are replaced by their mean (pool adjacent violators, Ayer et al. 1955). Between
@@ -15,12 +15,12 @@ import numpy as np
 
 
 class CostError(ValueError):
-    """Costs that cannot be had; the message says what to give."""
+    """Costs that are missing or wrong; the message says what to give."""
 
 
 @dataclass(frozen=True, slots=True)
 class Curve:
-    """Costs in milliseconds at rising sizes, straight between them."""
+    """Costs in milliseconds at rising sizes, linear between them."""
 
     sizes: tuple[int, ...]
     costs: tuple[float, ...]
@@ -37,22 +37,22 @@ class Curve:
 
     @property
     def fixed(self) -> float:
-        """What a run costs before any of its size: the cost at size 0."""
+        """The cost at size 0, which every run has."""
         return max(0.0, self(0))
 
 
-def fit(measured: Mapping[int, float]) -> Curve:
+def fit(costs_by_size: Mapping[int, float]) -> Curve:
     """A curve through measured costs {size: milliseconds}; raises CostError for none or for one that is not positive."""
-    if not measured:
+    if not costs_by_size:
         raise CostError("no costs were given; expected milliseconds for at least one size")
-    for size, cost in measured.items():
+    for size, cost in costs_by_size.items():
         if not (size >= 1 and 0 < cost < float("inf")):
             raise CostError(f"size {size} costs {cost} ms; expected a positive size and a positive cost")
     pools: list[list[float]] = []  # [sum, count] of neighbours that share a cost
-    for size in sorted(measured):
-        pools.append([measured[size], 1])
+    for size in sorted(costs_by_size):
+        pools.append([costs_by_size[size], 1])
         while len(pools) > 1 and pools[-2][0] / pools[-2][1] >= pools[-1][0] / pools[-1][1]:
             total, count = pools.pop()
             pools[-1] = [pools[-1][0] + total, pools[-1][1] + count]
     costs = [total / count for total, count in pools for _ in range(int(count))]
-    return Curve(tuple(sorted(measured)), tuple(costs))
+    return Curve(tuple(sorted(costs_by_size)), tuple(costs))

@@ -1,19 +1,19 @@
-"""How far along a frontier of sets it is worth to go: the cost falls with every further graph, and ever less."""
+"""The worthwhile part of a frontier of bucket sets, whose cost falls with every further graph, and ever less."""
 
 from __future__ import annotations
 
 import math
 
-from .search import Best
+from .search import BestSet
 
 
-def worth(found: list[Best], least_saving: float) -> list[Best]:
+def worthwhile(frontier: list[BestSet], least_saving: float) -> list[BestSet]:
     """A frontier up to its last set each of whose graphs beyond a smaller set saves at least this share."""
     last = 0
-    for i, best in enumerate(found):
-        if best.cost < found[last].cost * (1 - least_saving * (i - last)):
+    for i, best in enumerate(frontier):
+        if best.cost < frontier[last].cost * (1 - least_saving * (i - last)):
             last = i
-    return found[: last + 1]
+    return frontier[: last + 1]
 
 
 def knee(costs: list[float]) -> int:

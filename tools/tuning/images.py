@@ -1,4 +1,4 @@
-"""What an image takes: tokens of the prompt, and tiles of the vision graph, counted by the runtime's own functions."""
+"""Tokens of the prompt and tiles of the vision graph that an image takes, counted by the runtime's own functions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ...runtime.processor.tiles import tile_count
 
 
 class ImageCounter:
-    """Tokens and tiles of images in one family; sizes that a trace does not give are taken to be `usual`."""
+    """A counter of tokens and tiles of images in one family. `usual`: (width, height) of images without a size in the trace."""
 
     def __init__(self, info: ModelInfo, usual: tuple[int, int]) -> None:
         self.info, self.usual = info, usual

@@ -1,4 +1,4 @@
-"""What a choice of buckets must keep, and the choice itself."""
+"""Limits of a choice of buckets, and the choice."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ COMPILE_S = 1.0  # to trace and to write a graph
 
 
 class LimitError(ValueError):
-    """Limits that nothing keeps; the message says which one to raise."""
+    """Limits that no choice keeps; the message says which one to raise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """What the choice must keep; None: no limit. Graphs are counted as `staticvl compile --plan-only` lists them."""
+    """Limits that the choice must keep; None: no limit. Graphs are counted as `staticvl compile --plan-only` lists them."""
 
     prefill: int = 6
     decode: int = 6
@@ -35,7 +35,7 @@ class Limits:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class BucketChoice:
     """A set of buckets of each kind, ascending; `vision` is empty where the trace has no images."""
 
     prefill: tuple[int, ...]

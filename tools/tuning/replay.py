@@ -1,4 +1,4 @@
-"""Requests as they arrived, through the runtime's own scheduler, with the time of each step taken from a table of costs.
+"""A replay of requests through the runtime's own scheduler, with the time of each step from a table of costs.
 
 Only the clock is simulated: what runs next, which bucket it takes and who waits for a slot are decided by
 runtime/engine/scheduler.py. A decode step that would be repeated unchanged is counted as often as it repeats: until a
@@ -28,27 +28,27 @@ from .workload import Arrival
 _PARAMS = SamplingParams()
 _SAMPLING = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
-REPLAYED: tuple[Kind, ...] = ("vision", "prefill", "decode")  # nothing is known of texts, so nothing is drafted
+REPLAYED_KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")  # texts are not known, so nothing is drafted
 
 
-class OneRun(ChunkPlanner):
-    """Every length in one run of the smallest bucket that holds it: what a runtime without chunks does."""
+class SingleRunPlanner(ChunkPlanner):
+    """A planner without chunks: every length in one run of the smallest bucket that holds it."""
 
     def next_bucket(self, length: int, room: int) -> int:
         return next(bucket for bucket in self.costs if bucket >= length)
 
 
 @dataclass(slots=True)
-class Replayed:
-    """What happened: seconds of every request, and what ran."""
+class ReplayStats:
+    """The figures of a replay: seconds of every request, and the work of each kind of graph."""
 
     first_token_s: list[float] = field(default_factory=list)
     per_token_s: list[float] = field(default_factory=list)
     total_s: list[float] = field(default_factory=list)
     queue_s: list[float] = field(default_factory=list)
-    busy_s: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0.0))
-    real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0))
-    padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED, 0))
+    busy_s: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(REPLAYED_KINDS, 0.0))
+    real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED_KINDS, 0))
+    padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED_KINDS, 0))
     rows: dict[int, Counter[int]] = field(default_factory=dict)  # images seen -> rows that a decode step reached -> steps
     span_s: float = 0.0  # from the first arrival to the last token
 
@@ -64,7 +64,7 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is replayed: milliseconds by (kind, images) and bucket, and the cache."""
+    """The setup of a replay: milliseconds by (kind, images) and bucket, and the cache."""
 
     costs: Mapping[tuple[Kind, int], Mapping[int, float]]
     context: int
@@ -73,8 +73,8 @@ class Setup:
     past_ms: float = 0.0  # as in costs.py; a decode step takes it for the tokens that are there, not for its padding
 
 
-def replay(arrivals: Sequence[Arrival], setup: Setup) -> Replayed:
-    """Run requests, given in the order of their times, all of which are known."""
+def replay(arrivals: Sequence[Arrival], setup: Setup) -> ReplayStats:
+    """The figures of requests in the order of their times, all of which must be known."""
     return _Replay(arrivals, setup).run()
 
 
@@ -98,16 +98,16 @@ class _Replay:
         self.scheduler = Scheduler(self.cache, setup.costs)
         if not setup.chunks:
             self.scheduler.prefill = {  # type: ignore[assignment]
-                images: OneRun(table) for (kind, images), table in setup.costs.items() if kind == "prefill"
+                images: SingleRunPlanner(table) for (kind, images), table in setup.costs.items() if kind == "prefill"
             }
-        self.left: dict[int, int] = {}  # id -> tokens still to be generated
-        self.result, self.now, self.next = Replayed(), 0.0, 0
-        self.late: deque[Running] = deque()  # arrived, not handed over yet
+        self.remaining: dict[int, int] = {}  # id -> tokens still to be generated
+        self.stats, self.now, self.next = ReplayStats(), 0.0, 0
+        self.arrived: deque[Running] = deque()  # and not yet in the scheduler
         self.answers = [arrival.generated for arrival in arrivals]
 
-    def run(self) -> Replayed:
+    def run(self) -> ReplayStats:
         start = self.now = self.arrivals[0].time or 0.0
-        while self.next < len(self.arrivals) or self.late or not self.scheduler.idle:
+        while self.next < len(self.arrivals) or self.arrived or not self.scheduler.idle:
             self._arrive()
             if self.scheduler.idle:
                 self.now = self._next_time()
@@ -115,23 +115,24 @@ class _Replay:
             step = self.scheduler.next_step()
             first, more = self._seconds(step)
             times = self._repeats(step, first, more) if step.kind == "decode" else 1
-            spent = times * first + more * times * (times - 1) / 2
-            self.now += spent
-            self._count(step, times, spent)
+            elapsed = times * first + more * times * (times - 1) / 2
+            self.now += elapsed
+            self._count(step, times, elapsed)
             self._commit(step, times)
-        self.result.span_s = self.now - start
-        return self.result
+        self.stats.span_s = self.now - start
+        return self.stats
 
     def _next_time(self) -> float:
         return (self.arrivals[self.next].time or 0.0) if self.next < len(self.arrivals) else math.inf
 
     def _arrive(self) -> None:
-        """Hand over who has arrived, no more of them than there are slots free: the others would only stand in the line."""
+        """Add requests that have arrived to the scheduler, no more of them than slots are free: others would only wait
+        there."""
         while self._next_time() <= self.now:
-            self.late.append(self._sequence(self.next))
+            self.arrived.append(self._sequence(self.next))
             self.next += 1
-        while self.late and len(self.scheduler.waiting) < self.cache.free:
-            self.scheduler.add(self.late.popleft())
+        while self.arrived and len(self.scheduler.waiting) < self.cache.free:
+            self.scheduler.add(self.arrived.popleft())
 
     def _sequence(self, place: int) -> Running:
         arrival = self.arrivals[place]
@@ -149,7 +150,7 @@ class _Replay:
             cross_attention=cross_attention,
             state=ids,
         )
-        self.left[place] = arrival.generated
+        self.remaining[place] = arrival.generated
         return Running(
             id=place,
             prompt=prompt,
@@ -160,20 +161,20 @@ class _Replay:
         )
 
     def _seconds(self, step: Step) -> tuple[float, float]:
-        """What a step takes, and how much more each repetition takes than the one before, since caches grow."""
+        """Seconds of a step, and how many more each repetition takes than the one before, since caches grow."""
         past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.kind, step.images][step.bucket] / 1e3
         if step.kind == "prefill":
             return cost + past_s * step.bucket * step.sequences[0].computed, 0.0
         if step.kind == "vision" or not past_s:
             return cost, 0.0
-        held = sum(s.prompt.length + self.answers[s.id] - self.left[s.id] for s in step.sequences)
-        return cost + past_s * held, past_s * len(step.sequences)
+        cached_tokens = sum(s.prompt.length + self.answers[s.id] - self.remaining[s.id] for s in step.sequences)
+        return cost + past_s * cached_tokens, past_s * len(step.sequences)
 
     def _repeats(self, step: Step, first: float, more: float) -> int:
-        """How often a decode step repeats unchanged."""
+        """The number of unchanged repetitions of a decode step."""
         if len(step.sequences) < len(self.scheduler.running):  # others run between
             return 1
-        shortest = min(self.left[sequence.id] for sequence in step.sequences)
+        shortest = min(self.remaining[sequence.id] for sequence in step.sequences)
         if not self.cache.free or self._next_time() == math.inf:
             return shortest
         gap = self._next_time() - self.now
@@ -182,20 +183,20 @@ class _Replay:
         times = (math.sqrt(half * half + 2 * more * gap) - half) / more if more else gap / first
         return max(1, min(shortest, math.ceil(times)))
 
-    def _count(self, step: Step, times: int, spent: float) -> None:
-        result, kind = self.result, step.kind
-        result.busy_s[kind] += spent
-        result.real[kind] += times * (len(step.sequences) if kind == "decode" else step.count)
-        result.padded[kind] += times * step.bucket
+    def _count(self, step: Step, times: int, elapsed: float) -> None:
+        stats, kind = self.stats, step.kind
+        stats.busy_s[kind] += elapsed
+        stats.real[kind] += times * (len(step.sequences) if kind == "decode" else step.count)
+        stats.padded[kind] += times * step.bucket
         if kind == "decode":
-            result.rows.setdefault(max(s.images for s in step.sequences), Counter())[step.count] += times
+            stats.rows.setdefault(max(s.images for s in step.sequences), Counter())[step.count] += times
         for sequence in step.sequences:
             course = sequence.times
             if course.started == -math.inf:
-                course.started = self.now - spent
-                result.queue_s.append(course.started - course.arrived)
+                course.started = self.now - elapsed
+                stats.queue_s.append(course.started - course.arrived)
 
-    def _commit(self, step: Step, times: int) -> None:
+    def _commit(self, step: Step, course: int) -> None:
         if step.kind == "vision":
             step.sequences[0].tiles_done += step.count
             return
@@ -210,13 +211,13 @@ class _Replay:
             self._generate(sequence, times)
 
     def _generate(self, sequence: Running, tokens: int) -> None:
-        self.left[sequence.id] -= tokens
-        if self.left[sequence.id]:
+        self.remaining[sequence.id] -= tokens
+        if self.remaining[sequence.id]:
             return
         self.scheduler.finish(sequence)
-        del self.left[sequence.id]
-        result, answer, course = self.result, self.answers[sequence.id], sequence.times
-        result.first_token_s.append(course.first_token - course.arrived)
-        result.total_s.append(self.now - course.arrived)
+        del self.remaining[sequence.id]
+        stats, answer, times = self.stats, self.answers[sequence.id], sequence.times
+        stats.first_token_s.append(times.first_token - times.arrived)
+        stats.total_s.append(self.now - times.arrived)
         if answer > 1:
-            result.per_token_s.append((self.now - course.first_token) / (answer - 1))
+            stats.per_token_s.append((self.now - times.first_token) / (answer - 1))

@@ -1,4 +1,4 @@
-"""What was chosen and why, as tables on the terminal and as buckets.yaml."""
+"""The report of a choice: tables on the terminal, and buckets.yaml."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import numpy as np
 from rich.table import Table
 
 from ...compiler.buckets import parse_buckets
-from .choose import Result
-from .comparison import Coverage, Reason
+from .choose import TuningResult
+from .comparison import BucketReason, Coverage
 from .frontiers import knee
-from .replay import Replayed
+from .replay import ReplayStats
 
 PERCENTILES = (50, 90, 99)
 
 
-def buckets_yaml(result: Result, notes: Sequence[str]) -> str:
+def buckets_yaml(result: TuningResult, notes: Sequence[str]) -> str:
     """The file that `staticvl compile --buckets` takes, checked by its reader; `notes` stand above it as comments."""
     chosen = result.chosen
     data: dict[str, object] = {"prefill": list(chosen.prefill), "decode": list(chosen.decode)}
@@ -33,7 +33,7 @@ def buckets_yaml(result: Result, notes: Sequence[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def chosen_table(result: Result) -> Table:
+def chosen_table(result: TuningResult) -> Table:
     chosen = result.chosen
     table = Table(title=f"chosen: {chosen.graphs} graphs", show_header=False, title_justify="left")
     rows = {
@@ -49,24 +49,24 @@ def chosen_table(result: Result) -> Table:
     return table
 
 
-def _dropped(result: Result) -> str:
+def _dropped(result: TuningResult) -> str:
     if not (dropped := result.workload.dropped):
         return "every request fits"
-    every = dropped + result.workload.requests
-    return f"{dropped} of {every} requests ({dropped / every:.2%}) are longer and would be refused"
+    total = dropped + result.workload.requests
+    return f"{dropped} of {total} requests ({dropped / total:.2%}) are longer and would be refused"
 
 
-def coverage_table(found: Sequence[Coverage]) -> Table:
+def coverage_table(coverages: Sequence[Coverage]) -> Table:
     table = _table("prefill of all prompts", "", "graphs", "ms a request", "change", "padding", "runs a request")
-    for each in found:
-        change = "" if each is found[0] else f"{found[0].ms / each.ms - 1:+.1%}"
+    for each in coverages:
+        change = "" if each is coverages[0] else f"{coverages[0].ms / each.ms - 1:+.1%}"
         figures = f"{each.ms:.4g}", change, f"{each.padding:.2%}", f"{each.runs:.2f}"
         table.add_row(each.name, str(len(each.buckets)), *figures)
     table.caption = "change: of the time, by taking what was chosen instead"
     return table
 
 
-def replay_table(before: Replayed, after: Replayed) -> Table:
+def replay_table(before: ReplayStats, after: ReplayStats) -> Table:
     table = _table("replay of arrivals", "", "powers of two, one run", "chosen")
     for name, of in times(before, after).items():
         for q in PERCENTILES:
@@ -82,7 +82,7 @@ def replay_table(before: Replayed, after: Replayed) -> Table:
     return table
 
 
-def times(before: Replayed, after: Replayed) -> dict[str, tuple[list[float], list[float]]]:
+def times(before: ReplayStats, after: ReplayStats) -> dict[str, tuple[list[float], list[float]]]:
     """Name -> seconds of every request, before and after."""
     return {
         "first token": (before.first_token_s, after.first_token_s),
@@ -95,30 +95,30 @@ def percentile(values: Sequence[float], q: float) -> float:
     return float(np.percentile(values, q)) if values else float("nan")
 
 
-def frontier_table(result: Result) -> Table:
+def frontier_table(result: TuningResult) -> Table:
     table = _table("prefill by number of graphs", "graphs", "buckets", "ms a request", "saved by the last", "sets tried")
-    found, requests = result.frontiers["prefill"], result.workload.requests
-    at = knee([best.cost for best in found])
-    for i, best in enumerate(found):
-        saved = f"{1 - best.cost / found[i - 1].cost:.2%}" if i else ""
-        mark = " (knee)" if i == at else ""
+    frontier, requests = result.frontiers["prefill"], result.workload.requests
+    knee_index = knee([best.cost for best in frontier])
+    for i, best in enumerate(frontier):
+        saved = f"{1 - best.cost / frontier[i - 1].cost:.2%}" if i else ""
+        mark = " (knee)" if i == knee_index else ""
         table.add_row(f"{i + 1}{mark}", _numbers(best.buckets), f"{best.cost / requests:.4g}", saved, str(best.explored))
     return table
 
 
-def reason_table(found: Iterable[Reason], spent: Mapping[str, float]) -> Table:
-    """`spent`: milliseconds of a request by kind."""
+def reason_table(bucket_reasons: Iterable[BucketReason], cost_ms: Mapping[str, float]) -> Table:
+    """The reason for every bucket. `spent`: milliseconds of a request by kind."""
     table = _table("why each bucket is there", "kind", "bucket", "share of runs", "without it a request takes longer by")
-    for reason in found:
+    for reason in bucket_reasons:
         if reason.saves_ms is None:
             without = "(the largest decode bucket must hold all slots)" if reason.kind == "decode" else "(cannot be left out)"
         else:
-            without = f"{reason.saves_ms:.4g} ms ({reason.saves_ms / spent[reason.kind]:.2%} of {reason.kind})"
+            without = f"{reason.saves_ms:.4g} ms ({reason.saves_ms / cost_ms[reason.kind]:.2%} of {reason.kind})"
         table.add_row(reason.kind, str(reason.bucket), f"{reason.share:.1%}", without)
     return table
 
 
-def slots_table(result: Result) -> Table:
+def slots_table(result: TuningResult) -> Table:
     table = _table("slots", "slots", "mean seconds of a request in the replay")
     for slots, mean in result.slots_tried.items():
         table.add_row(f"{slots}{' (chosen)' if slots == result.chosen.slots else ''}", f"{mean:.4g}")

@@ -5,11 +5,11 @@ set B
 
     V(0) = 0,   V(n) = min over b in B of cost(b) + V(max(0, n - b)),
 
-and B is wanted, at most K of the candidates, that makes the sum of weight(n) * V(n) least.
+and the search is for the B of at most K candidates that makes the sum of weight(n) * V(n) least.
 
 Why the answer is the optimum. A further bucket never raises any V(n), so the sum for a set of buckets is at least that for
-every larger set. Sets are built from the smallest bucket upwards. Whatever is still added to a beginning whose largest bucket
-is p lies above p, so no completion can be better than the beginning with every candidate above p. A beginning is dropped only
+every larger set. Sets are built from the smallest bucket upwards. All buckets that are still added to a prefix whose largest
+bucket is p are above p, so no completion can be better than the prefix with every candidate above p. A prefix is dropped only
 when this bound is not below the best complete set known. All others are completed.
 
 Several streams (variants of a graph with costs of their own) may share one set of buckets: V has a row for each.
@@ -27,13 +27,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-_TOGETHER = 512  # beginnings that are completed together, so that the interpreter's part stays small
+_BATCH = 512  # prefixes that are completed together, so that the interpreter's part stays small
 _EXACT = 1e-12  # relative: below this, a difference of two sums is rounding
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Problem:
-    """What is to be covered, and by what.
+    """A problem: lengths to cover, and candidates of buckets that cover them.
 
     `costs`, float64 [G, S], are positive; `weights`, float64 [S, N + 1], say how often each length in units occurs (length 0
     costs nothing); `loads`, float64 [G], are what a candidate takes of a limit that a set must keep.
@@ -52,7 +52,7 @@ class Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class Best:
+class BestSet:
     """The best set of at most a given number of buckets."""
 
     buckets: tuple[int, ...]
@@ -73,8 +73,8 @@ def make_problem(
     unit = math.gcd(*ordered)
     longest = max((n for stream in lengths for n in stream), default=0)
     weights = np.zeros((len(lengths), -(-longest // unit) + 1))
-    for stream, counted in enumerate(lengths):
-        for n, count in counted.items():
+    for stream, length_counts in enumerate(lengths):
+        for n, count in length_counts.items():
             weights[stream, -(-n // unit)] += count
     weights[:, 0] = 0.0
     table = np.array([[stream[b] for stream in costs] for b in ordered], dtype=float)
@@ -89,19 +89,19 @@ def set_cost(problem: Problem, buckets: Sequence[int]) -> float:
     return _evaluate(problem, tuple(place[b] for b in buckets))
 
 
-def frontier(problem: Problem, most: int, limit: float = math.inf) -> list[Best]:
+def frontier(problem: Problem, most: int, limit: float = math.inf) -> list[BestSet]:
     """The best sets of at most 1, 2, ... `most` buckets whose loads sum to at most `limit`.
 
     Raises ValueError where not even one candidate keeps the limit.
     """
-    found: list[Best] = []
+    results: list[BestSet] = []
     for count in range(1, min(most, len(problem.candidates)) + 1):
-        found.append(_Search(problem, count, limit).run(found[-1] if found else None))
-    return found
+        results.append(_Search(problem, count, limit).run(results[-1] if results else None))
+    return results
 
 
 def _empty(problem: Problem) -> np.ndarray:
-    """V of the empty set: nothing but length 0 can be covered."""
+    """V of the empty set, which covers length 0 alone."""
     streams, lengths = problem.weights.shape
     values = np.full((lengths, streams, 1), math.inf)
     values[0] = 0.0
@@ -134,8 +134,8 @@ def _evaluate(problem: Problem, members: Sequence[int]) -> float:
 
 
 @dataclass(slots=True)
-class _Open:
-    """A beginning that lacks two buckets: its places, V [N + 1, S, 1], and a bound for each next place (infinite: none)."""
+class _OpenPrefix:
+    """A prefix that lacks two buckets: its places, V [N + 1, S, 1], and a bound for each next place (infinite: none)."""
 
     prefix: tuple[int, ...]
     values: np.ndarray
@@ -152,15 +152,15 @@ class _Search:
     best: float = math.inf
     members: tuple[int, ...] = ()
     explored: int = 0
-    _waiting: list[_Open] = field(default_factory=list)
+    _waiting: list[_OpenPrefix] = field(default_factory=list)
 
-    def run(self, smaller: Best | None) -> Best:
+    def run(self, smaller: BestSet | None) -> BestSet:
         """Raises ValueError where no set keeps the limit."""
         problem = self.problem
         if smaller:
             self._start(tuple(problem.candidates.index(b) for b in smaller.buckets), smaller.cost)
         if self.count == 1:
-            self._better([(i,) for i in range(len(problem.candidates))])
+            self._try_sets([(i,) for i in range(len(problem.candidates))])
         else:
             tables = [_empty(problem)]
             for i in reversed(range(len(problem.candidates))):
@@ -169,7 +169,7 @@ class _Search:
             self._complete()
         if not self.members:
             raise ValueError(f"no single candidate keeps the limit of {self.limit:g}; allow more")
-        return Best(tuple(problem.candidates[i] for i in self.members), self.best, self.explored)
+        return BestSet(tuple(problem.candidates[i] for i in self.members), self.best, self.explored)
 
     def _visit(self, prefix: tuple[int, ...], start: int, tables: np.ndarray, left: float) -> None:
         """Complete `prefix`. Set i of tables: the prefix and all candidates from start + i on; the last: the prefix."""
@@ -179,18 +179,18 @@ class _Search:
         bounds[start:end] = _sums(problem, tables[..., : end - start])
         bounds[problem.loads > left] = math.inf
         if missing == 2:
-            self._waiting.append(_Open(prefix, tables[..., -1:].copy(), bounds))
-            if len(self._waiting) == _TOGETHER:
+            self._waiting.append(_OpenPrefix(prefix, tables[..., -1:].copy(), bounds))
+            if len(self._waiting) == _BATCH:
                 self._complete()
             return
         for place in np.argsort(bounds, kind="stable").tolist():
-            if self._hopeless(float(bounds[place])):
+            if self._cannot_improve(float(bounds[place])):
                 break
             further = _extend(tables[..., place - start + 1 :], problem.sizes[place], problem.costs[place])
             self._visit((*prefix, place), place + 1, further, left - float(problem.loads[place]))
 
     def _complete(self) -> None:
-        """Try the last two buckets on all beginnings kept."""
+        """Try the last two buckets on all waiting prefixes."""
         problem, waiting = self.problem, self._waiting
         if not waiting:
             return
@@ -198,7 +198,7 @@ class _Search:
         bounds = np.array([each.bounds for each in waiting])
         left = np.array([self.limit - sum(problem.loads[i] for i in each.prefix) for each in waiting])
         for place, size in enumerate(problem.sizes):
-            rows = np.flatnonzero([not self._hopeless(bound) for bound in bounds[:, place]])
+            rows = np.flatnonzero([not self._cannot_improve(bound) for bound in bounds[:, place]])
             if rows.size:
                 partial = _extend(values[..., rows], size, problem.costs[place])
                 self._last([(*waiting[row].prefix, place) for row in rows], partial, left[rows] - problem.loads[place])
@@ -212,10 +212,10 @@ class _Search:
             self.explored += len(prefixes)
             sums[problem.loads[place] > left] = math.inf
             row = int(sums.argmin())
-            if not self._hopeless(sums[row]):
+            if not self._cannot_improve(sums[row]):
                 self.best, self.members = float(sums[row]), (*prefixes[row], place)
 
-    def _hopeless(self, bound: float) -> bool:
+    def _cannot_improve(self, bound: float) -> bool:
         return bound >= self.best * (1 - _EXACT) if math.isfinite(self.best) else bound == math.inf
 
     def _start(self, members: tuple[int, ...], cost: float) -> None:
@@ -225,17 +225,17 @@ class _Search:
             return
         every = range(len(self.problem.candidates))
         trials = [tuple(sorted((*members, i))) for i in every if i not in members]
-        while improved := self._better(trials):
+        while improved := self._try_sets(trials):
             trials = [
                 tuple(sorted((*(j for j in improved if j != out), i))) for out in improved for i in every if i not in improved
             ]
 
-    def _better(self, trials: list[tuple[int, ...]]) -> tuple[int, ...] | None:
+    def _try_sets(self, trials: list[tuple[int, ...]]) -> tuple[int, ...] | None:
         before = self.best
         for trial in trials:
             if sum(self.problem.loads[i] for i in trial) <= self.limit:
                 cost = _evaluate(self.problem, trial)
                 self.explored += 1
-                if not self._hopeless(cost):
+                if not self._cannot_improve(cost):
                     self.best, self.members = cost, trial
         return self.members if self.best < before else None

@@ -1,4 +1,4 @@
-"""What the buckets are for: a model and its costs on a device, from an artifact, a checkpoint or a table of costs."""
+"""The target of tuning: a model and its costs on a device, from an artifact, a checkpoint or a table of costs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SIZES: dict[Kind, tuple[int, int]] = {"vision": (1, 2), "prefill": (16, 256), "
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A model to be compiled. `costs` is given the context and the slots of its cache."""
+    """A model to be compiled. `costs`: a function of the context and the slots of its cache."""
 
     name: str
     costs: Callable[[int, int], Costs]
@@ -69,7 +69,7 @@ def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: in
         costs = measured_costs(points, source, past_ms)
     else:
         costs = measured_costs(manifest_points(manifest), f"graphs of {folder.name}, measured when it was compiled")
-    bare = msgspec.structs.replace(cache, cross=None).nbytes
+    self_attention = msgspec.structs.replace(cache, cross=None).nbytes
     return Target(
         name=folder.name,
         costs=lambda context, slots: costs,
@@ -77,8 +77,8 @@ def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: in
         max_positions=manifest.model.max_positions or None,
         tiles=cache.cross.tiles if cache.cross else None,
         weight_bytes=sum(weight.nbytes for weight in manifest.weights.values()) * manifest.tp,
-        row_bytes=bare // (cache.slots * cache.rows),
-        image_bytes=(cache.nbytes - bare) // (cache.slots * cache.cross.images) if cache.cross else 0,
+        row_bytes=self_attention // (cache.slots * cache.rows),
+        image_bytes=(cache.nbytes - self_attention) // (cache.slots * cache.cross.images) if cache.cross else 0,
     )
 
 
@@ -119,7 +119,7 @@ def from_checkpoint(
     )
     config = options.defined(config)
     plan = make_plan(config, options)
-    bare = msgspec.structs.replace(plan.cache, cross=None).nbytes
+    self_attention = msgspec.structs.replace(plan.cache, cross=None).nbytes
 
     def costs(context: int, slots: int) -> Costs:
         from ...compiler.cost import graph_cost
@@ -135,9 +135,9 @@ def from_checkpoint(
         ]
         points: dict[Key, list[tuple[int, int, int]]] = {}
         for kind, size, images in tqdm(jobs, desc="counting operations", disable=None):
-            counted = graph_cost(define_graph(config, info.image, cache, quant, kind, size, images), dtype)
-            points.setdefault((kind, images), []).append((size, counted.flops, counted.nbytes))
-        lines = {key: line_through(sorted(found)) for key, found in points.items()}
+            cost = graph_cost(define_graph(config, info.image, cache, quant, kind, size, images), dtype)
+            points.setdefault((kind, images), []).append((size, cost.flops, cost.nbytes))
+        lines = {key: line_through(sorted(costs)) for key, costs in points.items()}
         return roofline_costs(lines, device, overhead_ms, _roofline_source(Path(checkpoint).name, device, overhead_ms))
 
     return Target(
@@ -146,8 +146,8 @@ def from_checkpoint(
         info=info,
         tiles=config.vision.tiles if isinstance(config.vision, TiledConfig) else None,
         weight_bytes=forecast(config, plan, options, options.floats({}))["weight_bytes"],
-        row_bytes=bare // plan.cache.rows,
-        image_bytes=plan.cache.nbytes - bare,
+        row_bytes=self_attention // plan.cache.rows,
+        image_bytes=plan.cache.nbytes - self_attention,
         max_positions=config.text.max_positions,
     )
 

@@ -1,4 +1,4 @@
-"""Readers of traces: CSV and JSON lines, one request after another, never the whole file in memory."""
+"""Readers of traces: CSV and JSON lines, one request at a time, never the whole file in memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from ...runtime.shown import quoted, shown
 from .columns import Request, TraceError, find_columns, read_row
 
 _BAR_FROM = 16 << 20  # bytes: less is read in a moment
-_LONGEST_LINE = 1 << 20
-_MOST_KINDS = 1000
+_MAX_LINE_BYTES = 1 << 20
+_MAX_FIELD_SETS = 1000
 _SEED = 20240
 
 
@@ -47,11 +47,11 @@ def read_trace(path: Path) -> Iterator[Request]:
 def _lines(file: IO[bytes], path: Path, bar: tqdm) -> Iterator[tuple[int, str]]:
     """(line number, text), blank lines left out."""
     number = 0
-    while data := file.readline(_LONGEST_LINE):
+    while data := file.readline(_MAX_LINE_BYTES):
         number += 1
         bar.update(len(data))
-        if len(data) == _LONGEST_LINE:
-            raise TraceError(f"{path}, line {number}: the line has more than {_LONGEST_LINE} bytes; expected one request")
+        if len(data) == _MAX_LINE_BYTES:
+            raise TraceError(f"{path}, line {number}: the line has more than {_MAX_LINE_BYTES} bytes; expected one request")
         try:
             text = data.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError:
@@ -67,8 +67,8 @@ def _csv_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str
     names = _cells(first, delimiter, path)
     columns = find_columns(names, f"{path}, line {first[0]}")
     # The same name twice: which one is meant cannot be known.
-    if twice := sorted({name for name in columns.values() if names.count(name) > 1}):
-        raise TraceError(f"{path}, line {first[0]}: the column {twice[0]} is there twice; rename one")
+    if duplicates := sorted({name for name in columns.values() if names.count(name) > 1}):
+        raise TraceError(f"{path}, line {first[0]}: the column {duplicates[0]} is there twice; rename one")
     for line in lines:
         where, cells = f"{path}, line {line[0]}", _cells(line, delimiter, path)
         if len(cells) != len(names):
@@ -95,17 +95,17 @@ def _json_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, st
             raise TraceError(f"{path}, line {line[0]}: {error}; expected one JSON object a line") from None
 
     # Fields may be left out where they say nothing, so objects of one trace may differ in theirs.
-    known: dict[tuple[str, ...], dict[str, str]] = {}
+    columns: dict[tuple[str, ...], dict[str, str]] = {}  # by names of fields
     for line in itertools.chain([first], lines):
         row, where = decode(line), f"{path}, line {line[0]}"
         names = tuple(row)
-        if names not in known:
-            if len(known) == _MOST_KINDS:
+        if names not in columns:
+            if len(columns) == _MAX_FIELD_SETS:
                 raise TraceError(
-                    f"{where}: lines have more than {_MOST_KINDS} different sets of fields; expected requests alone"
+                    f"{where}: lines have more than {_MAX_FIELD_SETS} different sets of fields; expected requests alone"
                 )
-            known[names] = find_columns(names, where)
-        yield read_row(row, known[names], where)
+            columns[names] = find_columns(names, where)
+        yield read_row(row, columns[names], where)
 
 
 # ---- a distribution instead of a trace
@@ -113,7 +113,7 @@ def _json_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, st
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
-    """Values and how likely each is."""
+    """A distribution: values, and the probability of each."""
 
     values: np.ndarray  # int64
     shares: np.ndarray  # float64, their sum is 1
@@ -133,18 +133,20 @@ def parse_distribution(text: str, option: str) -> Distribution:
             raise TraceError(f"{option} holds {quoted(part)}; expected N, N-M, N:SHARE or N-M:SHARE, e.g. 100-500:3,1020:1")
         values.append(np.arange(low, high + 1))
         shares.append(np.full(high - low + 1, share / (high - low + 1)))
-    every = np.concatenate(shares)
-    return Distribution(np.concatenate(values), every / every.sum())
+    joined = np.concatenate(shares)
+    return Distribution(np.concatenate(values), joined / joined.sum())
 
 
-def drawn_requests(
+def random_requests(
     prompts: Distribution, generated: Distribution, images: Distribution | None, rate: float, count: int
 ) -> Iterator[Request]:
     """`count` requests, always the same ones, that arrive at random, `rate` a second (a Poisson process)."""
     rng = np.random.default_rng(_SEED)
-    pictures = images.draw(rng, count) if images else [0] * count
+    image_counts = images.draw(rng, count) if images else [0] * count
     gaps = rng.exponential(1 / rate, count).cumsum().tolist()
-    for prompt, answer, seen, time in zip(prompts.draw(rng, count), generated.draw(rng, count), pictures, gaps, strict=True):
+    for prompt, answer, seen, time in zip(
+        prompts.draw(rng, count), generated.draw(rng, count), image_counts, gaps, strict=True
+    ):
         if not prompt and not seen:
             raise TraceError("--prompts holds a prompt of 0 tokens without images; expected at least one token")
         yield Request(prompt=prompt, generated=answer, time=time, images=seen)

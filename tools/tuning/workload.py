@@ -1,4 +1,4 @@
-"""What a trace comes to: how often each size occurs, and a stretch of requests as they arrived. Its size is bounded however
+"""The workload of a trace: counts of each size, and one block of requests in their order. Its size is bounded however
 long the trace is: counts by size, and one block of requests chosen at random, the same each time."""
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SEED = 20240
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """One request of the replay; `prompt` are positions that have to be computed, image tokens among them."""
+    """One request of the replay. `prompt`: positions that have to be computed, image tokens among them."""
 
     time: float | None
     prompt: int
@@ -27,7 +27,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class Workload:
-    """Counts of a trace, by size. `lengths` is told apart by the number of images that a prompt sees by cross-attention."""
+    """Counts of a trace, by size. `lengths` are grouped by the number of images that a prompt sees by cross-attention."""
 
     requests: int = 0
     dropped: int = 0  # longer than the cache may be
@@ -50,7 +50,7 @@ class _Block:
     size: int
     rng: random.Random = field(default_factory=lambda: random.Random(_SEED))
     full: int = 0
-    kept: list[Arrival] = field(default_factory=list)
+    chosen: list[Arrival] = field(default_factory=list)
     filling: list[Arrival] = field(default_factory=list)
 
     def add(self, arrival: Arrival) -> None:
@@ -58,7 +58,7 @@ class _Block:
         if len(self.filling) == self.size:
             self.full += 1
             if self.rng.randrange(self.full) == 0:
-                self.kept = self.filling
+                self.chosen = self.filling
             self.filling = []
 
 
@@ -66,27 +66,27 @@ def gather(
     requests: Iterable[Request], images: ImageCounter | None, *, crossed: bool, context: int | None, block: int
 ) -> Workload:
     """Count requests. `crossed`: images enter by cross-attention. Those longer than `context` are counted as dropped, since
-    the runtime refuses them. Raises TraceError for images of which neither a counter nor the trace says what they take.
+    the runtime refuses them. Raises TraceError for images whose tokens neither a counter nor the trace gives.
     """
-    found, sample = Workload(), _Block(block)
+    workload, sample = Workload(), _Block(block)
     for request in requests:
         tokens, tiles = _images(request, images)
-        whole = request.prompt + tokens
-        if context is not None and whole + request.generated > context:
-            found.dropped += 1
+        prompt_tokens = request.prompt + tokens
+        if context is not None and prompt_tokens + request.generated > context:
+            workload.dropped += 1
             continue
-        prompt = max(1, whole - min(request.reused, whole))
+        prompt = max(1, prompt_tokens - min(request.reused, prompt_tokens))
         seen = request.images if crossed else 0
-        found.requests += 1
-        found.lengths.setdefault(seen, Counter())[prompt] += 1
-        found.totals[whole + request.generated] += 1
-        found.generated += request.generated
-        found.images[request.images] += 1
+        workload.requests += 1
+        workload.lengths.setdefault(seen, Counter())[prompt] += 1
+        workload.totals[prompt_tokens + request.generated] += 1
+        workload.generated += request.generated
+        workload.images[request.images] += 1
         if tiles:
-            found.tiles[tiles] += 1
+            workload.tiles[tiles] += 1
         sample.add(Arrival(request.time, prompt, max(1, request.generated), tiles, seen))
-    found.block = sample.kept or sample.filling
-    return found
+    workload.block = sample.chosen or sample.filling
+    return workload
 
 
 def _images(request: Request, counter: ImageCounter | None) -> tuple[int, int]:
@@ -98,7 +98,7 @@ def _images(request: Request, counter: ImageCounter | None) -> tuple[int, int]:
     if counter is None or not request.images:
         return request.image_tokens or 0, 0
     sizes = request.sizes or (counter.usual,) * request.images
-    counted = [counter.count(size) for size in sizes]
-    tokens = sum(tokens for tokens, _ in counted)
-    known = request.image_tokens if not request.sizes else None
-    return tokens if known is None else known, sum(tiles for _, tiles in counted)
+    counts = [counter.count(size) for size in sizes]
+    tokens = sum(tokens for tokens, _ in counts)
+    trace_tokens = request.image_tokens if not request.sizes else None
+    return tokens if trace_tokens is None else trace_tokens, sum(tiles for _, tiles in counts)

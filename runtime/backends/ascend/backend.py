@@ -1,8 +1,8 @@
 """Ascend: graphs that torchair compiled, on a card or on the simulator; the same engine, feeds and sampler as everywhere.
 
-The backend holds one copy of the weights and of the cache for all buckets, as tensors on the device. What a step brings is
-copied into tensors that stay where they are (addresses of a compiled graph never change), and the first output comes back as
-float32: at once, or where the graph has candidates, when somebody asks for it. Weights are read once, when the first graph
+The backend holds one copy of the weights and of the cache for all buckets, as tensors on the device. The feed of a run is
+copied into tensors with fixed addresses, which a compiled graph needs, and the first output comes back as
+float32: at once, or where the graph has top-k candidates, when it is fetched. Weights are read once, when the first graph
 that needs them is opened.
 """
 
@@ -35,46 +35,47 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger(__name__)
-# The other ranks, if any -> what has to hold while a kernel runs.
+# The group of ranks, if any -> a context in which a kernel runs.
 Context = Callable[[Group | None], contextlib.AbstractContextManager[None]]
 
 
-def _nothing(_group: Group | None) -> contextlib.AbstractContextManager[None]:
-    """A card's kernels find their group by themselves."""
+def _no_context(_group: Group | None) -> contextlib.AbstractContextManager[None]:
+    """The context of a card, whose kernels find their group by themselves."""
     return contextlib.nullcontext()
 
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """Where tensors live and what has to hold while a kernel runs."""
+    """The place of tensors, and the context in which kernels run."""
 
     name: str  # torch's
-    context: Context = _nothing
+    context: Context = _no_context
     wide: bool = False  # compute in float32 whatever the graph says: tells mistakes from rounding
 
 
 @dataclass(frozen=True, slots=True)
-class _Bound:
-    """Everything that one kernel takes, in order, for one slot; host arrays that are copied into it before a run."""
+class _BoundKernel:
+    """The arguments of one kernel, in order, for one slot, and the host arrays that are copied into them before a run."""
 
     tensors: list[Tensor]
     sources: list[tuple[Tensor, Tensor]]  # (what is refilled before each run, what the kernel reads)
     feed: Mapping[str, np.ndarray]
-    arrays: dict[str, np.ndarray]  # the feed, and what other stages hand on
+    arrays: dict[str, np.ndarray]  # the feed, and what other stages send
     before: list[Transfer]
     after: list[Transfer]
-    cached: str | None  # the part of the cache that the first output is, if it is one
-    returned: tuple[str, ...]  # outputs that are no cache
+    first_cache: str | None  # the cache buffer that the first output is written to, if any
+    returned: tuple[str, ...]  # names of outputs that go into no cache
 
-    def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
+    def matches(self, feed: Mapping[str, np.ndarray]) -> bool:
+        """Whether it was bound to the arrays of this feed."""
         return self.feed is feed or all(self.arrays.get(name) is array for name, array in feed.items())
 
 
-def _parts(graph: GraphSpec) -> tuple[list[Transfer], Segment, list[Transfer]]:
-    """What a stage takes from others, its one segment, and what follows it; collectives are in the segment."""
-    transfers = [step for step in graph.plan if isinstance(step, Transfer)]
-    at, segment = next((i, step) for i, step in enumerate(graph.plan) if isinstance(step, Segment))
-    return transfers[:at], segment, transfers[at:]
+def _split_plan(graph: GraphSpec) -> tuple[list[Transfer], Segment, list[Transfer]]:
+    """A graph's transfers before its one segment, the segment, and the transfers after it. Collectives are in the segment."""
+    transfers = [item for item in graph.plan if isinstance(item, Transfer)]
+    index, segment = next((i, item) for i, item in enumerate(graph.plan) if isinstance(item, Segment))
+    return transfers[:index], segment, transfers[index:]
 
 
 class AscendBackend:
@@ -87,18 +88,18 @@ class AscendBackend:
         weights: Mapping[str, WeightSpec],
         files: Mapping[str, FileSpec],
         device: Device,
-        keep: Path | None = None,
+        compile_cache: Path | None = None,
         group: Group | None = None,
     ) -> None:
-        """`group`: the other ranks, where graphs are those of one of several; `cache` and `weights` are then this rank's.
+        """`group`: where the graphs are those of one rank of several; `cache` and `weights` are then this rank's.
 
-        `files`: sizes and digests of the graph files. `keep`: see load_kernel.
+        `files`: sizes and digests of the graph files. `compile_cache`: see load_kernel.
         """
         import torch
 
-        self.folder, self.specs, self.files, self.device, self.keep = folder, weights, files, device, keep
+        self.folder, self.weight_specs, self.files, self.device = folder, weights, files, device
         self.group = group
-        self.kept = Hold(None)  # of `keep`, while graphs are open
+        self.compile_cache, self.compile_cache_hold = compile_cache, Hold(None)  # held while graphs are open
         self.dtype = torch.float32 if device.wide else getattr(torch, cache.dtype)
         self.caches = {
             name: torch.zeros(shape, dtype=torch.int8 if cache.dtype_of(name) == "int8" else self.dtype, device=device.name)
@@ -107,58 +108,58 @@ class AscendBackend:
         self.weights: dict[str, Tensor] = {}
         self.constants: dict[str, Tensor] = {}
         self.kernels: dict[str, Kernel] = {}
-        self.bound: dict[tuple[str, int, int], _Bound] = {}
+        self.bound: dict[tuple[str, int, int], _BoundKernel] = {}
 
     def load(self, graph: GraphSpec) -> None:
         if graph.file in self.kernels:
             return
-        if self.keep and not self.kept.held:
-            self.kept = hold(self.keep)
+        if self.compile_cache and not self.compile_cache_hold.held:
+            self.compile_cache_hold = hold(self.compile_cache)
         path, spec = self.folder / graph.file, self.files[graph.file]
         with reading(path, self.folder):
             if graph.eager:
                 self.kernels[graph.file] = load_program(path, spec, self.device.name, self.dtype, self.group)
             else:
-                self.kernels[graph.file] = load_kernel(path, spec, self.keep)
+                self.kernels[graph.file] = load_kernel(path, spec, self.compile_cache)
 
     def unload(self, graph: GraphSpec) -> None:
         for key in [key for key in self.bound if key[0] == graph.file]:
             del self.bound[key]
         self.kernels.pop(graph.file, None)
         if not self.kernels:
-            self.kept.close()
+            self.compile_cache_hold.close()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         key = (graph.file, slot, image)
         bound = self.bound.get(key)
-        if bound is None or not bound.holds(feed):
+        if bound is None or not bound.matches(feed):
             bound = self.bound[key] = self._bind(graph, feed, slot, image)
-        for step in bound.before:
-            self._transfer(step, bound.arrays[step.name])
+        for transfer in bound.before:
+            self._transfer(transfer, bound.arrays[transfer.name])
         for source, target in bound.sources:
             target.copy_(source)
         with self.device.context(self.group):
             output = self.kernels[graph.file](bound.tensors)
         if len(bound.returned) > 1:
             return _on_device(dict(zip(bound.returned, output, strict=True)))
-        result = self._rows(bound.cached, slot, 1).float().cpu().numpy() if bound.cached else output.cpu().numpy()
-        for step in bound.after:
-            result = result if step.op == "send" else bound.arrays[step.name]
-            self._transfer(step, result)
+        result = self._rows(bound.first_cache, slot, 1).float().cpu().numpy() if bound.first_cache else output.cpu().numpy()
+        for transfer in bound.after:
+            result = result if transfer.op == "send" else bound.arrays[transfer.name]
+            self._transfer(transfer, result)
         return Result(result.__getitem__)
 
-    def _transfer(self, step: Transfer, array: np.ndarray) -> None:
-        """To or from another stage, through the host."""
+    def _transfer(self, transfer: Transfer, array: np.ndarray) -> None:
+        """Send an array to another stage, or receive it from there, through the host."""
         assert self.group is not None, "a stage runs in a group"
-        (self.group.send if step.op == "send" else self.group.receive)(array, step.stage)
+        (self.group.send if transfer.op == "send" else self.group.receive)(array, transfer.stage)
 
-    def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _Bound:
+    def _bind(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int, image: int) -> _BoundKernel:
         import torch
 
         self.load(graph)
-        before, segment, after = _parts(graph)
+        before, segment, after = _split_plan(graph)
         specs = {spec.name: spec for spec in (*graph.inputs, *(graph.buffers or ()), *graph.outputs)}
-        received = [specs[step.name] for step in (*before, *after) if step.op == "receive"]
+        received = [specs[transfer.name] for transfer in (*before, *after) if transfer.op == "receive"]
         arrays = {**feed, **{spec.name: np.zeros(spec.shape, spec.dtype) for spec in received}}
         inputs, sources = [], []
         for spec in map(specs.__getitem__, segment.inputs):
@@ -171,15 +172,15 @@ class AscendBackend:
                     sources.append((source, inputs[-1]))
             else:
                 raise ValueError(f"{graph.name}: input {spec.name} was not fed; given: {', '.join(feed)}")
-        # Outputs that belong into the cache and are no inputs: an image's keys.
-        placed = [cache_name(name, image) for name in segment.outputs]
-        inputs += [self._rows(name, slot, 1) for name in placed if name and name not in segment.inputs]
+        # Outputs that go into the cache and are no inputs: an image's keys.
+        cache_names = [cache_name(name, image) for name in segment.outputs]
+        inputs += [self._rows(name, slot, 1) for name in cache_names if name and name not in segment.inputs]
         constants = [self._constant(name, values) for name, values in graph.constants.items()]
         with reading(self.folder / graph.file, self.folder):
             weights = [self._weight(name) for name in graph.weights]
         tensors = [*weights, *constants, *inputs]
-        returned = tuple(name for name, place in zip(segment.outputs, placed, strict=True) if place is None)
-        return _Bound(tensors, sources, feed, arrays, before, after, placed[0], returned)
+        returned = tuple(name for name, cache in zip(segment.outputs, cache_names, strict=True) if cache is None)
+        return _BoundKernel(tensors, sources, feed, arrays, before, after, cache_names[0], returned)
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
@@ -193,10 +194,11 @@ class AscendBackend:
         return self.weights[name]
 
     def _stored(self, name: str) -> Tensor:
-        return map_weight(self.folder, self.specs[name])
+        return map_weight(self.folder, self.weight_specs[name])
 
     def _constant(self, name: str, values: tuple[float, ...]) -> Tensor:
-        """The same tensor at every call: a kernel takes its address for final. One name has one value in all graphs."""
+        """A constant as the same tensor in all kernels, since their addresses are fixed. One name has one value in all
+        graphs."""
         import torch
 
         if name not in self.constants:
@@ -221,17 +223,18 @@ class AscendBackend:
 
 
 def _on_device(outputs: Mapping[str, Tensor]) -> Result:
-    """The candidates come to the host, which waits for the device; the rows before them stay until they are asked for."""
+    """A result whose candidates are copied to the host, which waits for the device; the first output stays until it is
+    fetched."""
     (_, first), *others = outputs.items()
 
     def fetch(rows: slice) -> np.ndarray:
         return first[rows].cpu().numpy()
 
-    return Result(fetch, candidates_of({name: value.cpu().numpy() for name, value in others}), here=False)
+    return Result(fetch, candidates_of({name: value.cpu().numpy() for name, value in others}), on_host=False)
 
 
 def simulated(*, wide: bool = False) -> Device:
-    """The simulator, in the graph's own types or in float32."""
+    """The simulator as a device. `wide`: it computes in float32 in place of the graph's 16-bit floats."""
     import functools
 
     from ..ge_simulator.simulator import Simulator
@@ -241,7 +244,7 @@ def simulated(*, wide: bool = False) -> Device:
 
 
 class RankedGroup(Group, Protocol):
-    """A group whose members can also agree on another one: a card's own."""
+    """A group through whose store the ranks can also make a process group of cards."""
 
     @property
     def store(self) -> Any:
@@ -250,11 +253,11 @@ class RankedGroup(Group, Protocol):
 
 
 def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | None = None) -> AscendBackend:
-    """The backend of an Ascend artifact on "npu", "npu:1", "sim" or "sim:float32"; of one rank where there are several.
+    """The backend of an Ascend artifact on "npu", "npu:1", "sim" or "sim:float32". `group`: where it is one rank of several.
 
     A rank on "npu" takes the card of its LOCAL_RANK, as torchrun sets it, or of its rank, and joins the others over HCCL
-    through the `store` of its group (RankedGroup); on "sim" it meets them through the group itself.
-    Raises ArtifactError where something is missing, saying what, and where the graphs were compiled for something else or for
+    through the `store` of its group (RankedGroup); on "sim" its collectives are those of the group itself.
+    Raises ArtifactError, which says what is missing, and where the graphs were compiled for another device or for
     another number of ranks.
     """
     assert manifest.ascend is not None, "a manifest of an Ascend artifact says what it was compiled for"
@@ -265,21 +268,21 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
     check_group(str(folder), manifest.tp, group)
     simulating = device.startswith("sim")
     if simulating:
-        where, soc = simulated(wide=_is_wide(device)), manifest.ascend.soc
+        target, soc = simulated(wide=_is_wide(device)), manifest.ascend.soc
     else:
-        where, soc = _card(_ranks_card(device, group))
+        target, soc = _card(_ranks_card(device, group))
     check_ascend_info(folder, manifest, ascend_info(torchair_host.VERSION, soc))
     weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
     _check_weights(folder, manifest, weights)
     if not simulating and group and group.size > 1:
         _join(cast(RankedGroup, group))
-    keep = None if simulating else _keep(folder, soc, group)
+    compile_cache = None if simulating else _compile_cache_folder(folder, soc, group)
     with reading(folder, folder):
-        return AscendBackend(folder, manifest.cache, weights, manifest.files, where, keep, group)
+        return AscendBackend(folder, manifest.cache, weights, manifest.files, target, compile_cache, group)
 
 
 def _is_wide(device: str) -> bool:
-    """Whether the simulator is to compute in float32, whatever the graphs say: then what remains is no rounding."""
+    """Whether the simulator computes in float32, whatever the graphs say, so that differences are no rounding."""
     if device not in ("sim", "sim:float32"):
         raise ArtifactError(
             f"device {quoted(device)} is unknown; expected sim, or sim:float32, which does not round to 16 bits"
@@ -288,37 +291,37 @@ def _is_wide(device: str) -> bool:
 
 
 def _check_weights(folder: Path, manifest: Manifest, weights: Mapping[str, WeightSpec]) -> None:
-    """Every weight file of the rank against its digest: a card reads them whole anyway, and nothing in a graph would tell."""
+    """Raise ArtifactError for a weight file of the rank with another digest. A card reads them whole anyway."""
     for name in sorted({weight.file for weight in weights.values()}):
         log.info("checking %s", name)
         with reading(folder / name, folder):
-            found = sha256_file(folder / name)
-        if found != manifest.files[name].sha256:
+            digest = sha256_file(folder / name)
+        if digest != manifest.files[name].sha256:
             raise ArtifactError(
                 f"{folder / name} is not the file that the manifest describes; compile or fetch the artifact again"
             )
 
 
 def _ranks_card(device: str, group: Group | None) -> str:
-    """The card of a rank, where none was named."""
+    """The device of a rank: its own card, where none is named."""
     if group is None or group.stages * group.size == 1 or ":" in device:
         return device
     return f"{device}:{os.environ.get('LOCAL_RANK', world_rank(group))}"
 
 
 def _join(group: RankedGroup) -> None:
-    """Make the ranks' own group the default one of this process, over HCCL: graphs look for it when they are loaded."""
+    """Make a default process group of the ranks over HCCL, which graphs look for when they are loaded."""
     import torch
 
     dist: Any = torch.distributed
 
-    wanted = ("hccl", group.rank, group.size)
+    required = ("hccl", group.rank, group.size)
     if not dist.is_initialized():
         dist.init_process_group("hccl", store=dist.PrefixStore("hccl", group.store), rank=group.rank, world_size=group.size)
-    elif (found := (dist.get_backend(), dist.get_rank(), dist.get_world_size())) != wanted:
+    elif (present := (dist.get_backend(), dist.get_rank(), dist.get_world_size())) != required:
         raise ArtifactError(
             "this process has a default process group already, over {} as rank {} of {}, but the graphs need one over {} as "
-            "rank {} of {}; run them in a process of their own".format(*found, *wanted)
+            "rank {} of {}; run them in a process of their own".format(*present, *required)
         )
 
 
@@ -345,9 +348,9 @@ def _card(device: str) -> tuple[Device, str]:
     return Device(f"npu:{index}"), torchair_host.family(npu.get_device_name(index))
 
 
-def _keep(folder: Path, soc: str, group: Group | None) -> Path:
-    """Where the device's compiler keeps its results: beside the artifact, by chip, CANN version and rank, so that no two
-    processes write one file; if that cannot be written, in a folder for this process."""
+def _compile_cache_folder(folder: Path, soc: str, group: Group | None) -> Path:
+    """The folder in which the device's compiler caches its results: beside the artifact, by chip, CANN version and rank, so
+    that no two processes write one file; where that cannot be written, a temporary one."""
     import torch_npu  # pyright: ignore[reportMissingImports]
 
     name = f"{soc}-{torch_npu.npu.utils.get_cann_version()}".replace(" ", "").replace("/", "-")

@@ -1,4 +1,5 @@
-"""A torchair cache file of an artifact -> a function over tensors, without a trace and without the definition of the model.
+"""Kernels: the torchair cache files of an artifact as functions over tensors, without a trace and without the model's
+definition.
 
 The file is a pickle with Python byte code in it, so it is opened only after its digest was found to be the one in the sealed
 manifest, and by a reader that knows three classes. torchair insists on a file that belongs to the user alone, which a copied
@@ -23,40 +24,41 @@ Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> 
 _FILE = "compiled_module"
 
 
-def load_kernel(path: Path, spec: FileSpec, keep: Path | None = None) -> Kernel:
-    """The kernel in a cache file; its graph is loaded when it first runs. `keep`: where a device keeps what it compiles.
+def load_kernel(path: Path, spec: FileSpec, compile_cache: Path | None = None) -> Kernel:
+    """The kernel in a cache file; its graph is loaded when it first runs. `compile_cache`: the folder for what a device
+    compiles.
 
     Raises ArtifactError for a file that is not what the manifest says, before anything of it is interpreted.
     """
     from torchair.inference._cache_compiler import CompiledModel  # pyright: ignore[reportMissingImports]
 
-    data = _checked(path, spec)
+    data = _read_checked(path, spec)
     with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
         private = Path(folder) / _FILE
         with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
         model = CompiledModel.load(str(private))
-    method = model.rebase(None, {}, cache_dir=str(keep) if keep else None)
-    return lambda tensors: method(None, *tensors)  # compiled from a method of an object that it makes no use of
+    method = model.rebase(None, {}, cache_dir=str(compile_cache) if compile_cache else None)
+    return lambda tensors: method(None, *tensors)  # compiled from a method, whose object it does not use
 
 
 def load_program(path: Path, spec: FileSpec, device: str, dtype: Any, group: Group | None = None) -> Kernel:
     """The kernel of an eager graph: source of torch operators, checked like a cache file, run on `device` in `dtype`.
 
-    A program of one rank of several meets the others through `group`, on whatever device; without them it raises ArtifactError
-    when it runs.
+    The collectives of a program of one rank of several are those of `group`, on whatever device; without one it raises
+    ArtifactError when it runs.
     """
     import torch
 
-    from ..ge_simulator.exchange import EagerGroup
+    from ..ge_simulator.collectives import EagerGroup
 
     scope = {"group": EagerGroup(group)}
     scope |= {"torch": torch, "device": torch.device(device), "half": dtype, "inf": float("inf"), "nan": float("nan")}
-    exec(compile(_checked(path, spec), str(path), "exec"), scope)
+    exec(compile(_read_checked(path, spec), str(path), "exec"), scope)
     program: Any = scope["forward"]
 
     def kernel(tensors: Sequence[Any]) -> Any:
-        # Weights are stored in 16 bits, also where the arithmetic is in float32; the cache is of its type already.
+        # Weights are stored in 16 bits, also where the arithmetic is in float32; the cache has its dtype already.
         halves = (torch.float16, torch.bfloat16)
         with torch.no_grad():
             return program(None, *(x.to(dtype) if x.dtype in halves else x for x in tensors))
@@ -64,7 +66,7 @@ def load_program(path: Path, spec: FileSpec, device: str, dtype: Any, group: Gro
     return kernel
 
 
-def _checked(path: Path, spec: FileSpec) -> bytes:
+def _read_checked(path: Path, spec: FileSpec) -> bytes:
     data = read_regular(path, spec.nbytes)
     if len(data) != spec.nbytes or hashlib.sha256(data).hexdigest() != spec.sha256:
         raise ArtifactError(f"{path} is not the file that the manifest describes; compile or fetch the artifact again")
@@ -72,7 +74,7 @@ def _checked(path: Path, spec: FileSpec) -> bytes:
 
 
 def ascend_info(torch_npu: str, soc: str) -> AscendInfo:
-    """What a cache file made in this process depends on; torchair has to be importable."""
+    """The versions on which a cache file made in this process depends; torchair has to be importable."""
     import torch
     from torchair.inference._cache_compiler import CompiledModel  # pyright: ignore[reportMissingImports]
 
@@ -85,13 +87,14 @@ def ascend_info(torch_npu: str, soc: str) -> AscendInfo:
     )
 
 
-def check_ascend_info(folder: Path, manifest: Manifest, here: AscendInfo) -> None:
-    """Raise ArtifactError unless graphs that were compiled under the manifest's facts can be loaded here."""
+def check_ascend_info(folder: Path, manifest: Manifest, local: AscendInfo) -> None:
+    """Raise ArtifactError unless graphs that were compiled for the manifest's versions can be loaded in this process, whose
+    versions are `local`."""
     recorded = manifest.ascend
     differing = [
-        f"{name} {getattr(recorded, name)} (here {getattr(here, name)})"
-        for name in here.__struct_fields__
-        if getattr(recorded, name) != getattr(here, name)
+        f"{name} {getattr(recorded, name)} (here {getattr(local, name)})"
+        for name in local.__struct_fields__
+        if getattr(recorded, name) != getattr(local, name)
     ]
     if differing:
         raise ArtifactError(

@@ -1,9 +1,9 @@
-"""torchair's process groups without a device, torch_npu or another process: names are enough to convert and to load a graph.
+"""Stand-ins for the process groups of torchair, which needs no more than their names to convert and to load a graph.
 
-A graph says of a collective which ranks meet: `tag=;rank_list=0,1,...`, whoever compiled it. On a card the code in a torchair
+A collective in a graph names its ranks: `tag=;rank_list=0,1,...`, wherever it was compiled. On a card the code in a torchair
 cache asks torch.distributed for the group of these ranks and writes the name of its communicator into the graph, each time
 that it is loaded; the empty tag finds any group of them, so the default group of a process will do. Elsewhere torchair's
-converters and the generated code are given the stand-ins below in place of `torch` and `torch_npu`, and nobody else sees them:
+converters and the generated code get the stand-ins below in place of `torch` and `torch_npu`, and no other code sees them:
 no default group is made or needed, and threads of one process may be different ranks.
 """
 
@@ -21,31 +21,31 @@ _CONVERTERS = ("hcom_utils", "ge_converter.c10d_functional.c10d_functional")
 
 
 def group_of_all(ranks: int) -> str:
-    """What a traced collective among all of `ranks` calls its group."""
+    """The name of the group of a traced collective among all of `ranks`."""
     return f"{ranks} ranks"
 
 
 def ranks_of(group: str) -> list[int] | None:
     """The ranks of a group by its name in a graph; None where it names none."""
-    found = re.search(r"(?:^|;)rank_list=(\d+(?:,\d+)*)$", group)
-    return [int(rank) for rank in found[1].split(",")] if found else None
+    match = re.search(r"(?:^|;)rank_list=(\d+(?:,\d+)*)$", group)
+    return [int(rank) for rank in match[1].split(",")] if match else None
 
 
 @dataclass(frozen=True, slots=True)
-class _Group:
-    """What torchair asks of a torch.distributed.ProcessGroup."""
+class _NamedGroup:
+    """The methods that torchair uses of a torch.distributed.ProcessGroup."""
 
     ranks: tuple[int, ...]
 
-    def _get_backend(self, _device: Any) -> _Group:
+    def _get_backend(self, _device: Any) -> _NamedGroup:
         return self
 
     def get_hccl_comm_name(self, _rank: int, *, init_comm: bool) -> str:
-        """A simulated communicator is called what the group is called in the graph, so that its ranks are known."""
+        """The name of a simulated communicator: that of the group in the graph, so that it names the ranks."""
         return f"tag=;rank_list={','.join(map(str, self.ranks))}"
 
 
-class _Instead(types.ModuleType):
+class _PatchedModule(types.ModuleType):
     """A module with some members replaced."""
 
     def __init__(self, module: types.ModuleType, **members: Any) -> None:
@@ -56,27 +56,27 @@ class _Instead(types.ModuleType):
         return getattr(self._module, name)
 
 
-def _torch() -> types.ModuleType:
+def _torch_stand_in() -> types.ModuleType:
     import torch
     import torch.distributed.distributed_c10d as c10d
 
-    def resolved(name: str) -> _Group:
+    def resolve(name: str) -> _NamedGroup:
         count, _, word = name.partition(" ")
         assert word == "ranks", name
-        return _Group(tuple(range(int(count))))
+        return _NamedGroup(tuple(range(int(count))))
 
-    def found(_tag: str, ranks: Sequence[int], _size: int = 0) -> _Group:
-        return _Group(tuple(ranks))
+    def find(_tag: str, ranks: Sequence[int], _size: int = 0) -> _NamedGroup:
+        return _NamedGroup(tuple(ranks))
 
-    groups = _Instead(
+    groups = _PatchedModule(
         c10d,
-        _resolve_process_group=resolved,
-        _find_or_create_pg_by_ranks_and_tag=found,
-        _find_pg_by_ranks_and_tag=found,
+        _resolve_process_group=resolve,
+        _find_or_create_pg_by_ranks_and_tag=find,
+        _find_pg_by_ranks_and_tag=find,
         _get_group_tag=lambda _group: "",
         _get_pg_default_device=lambda _group: torch.device("cpu"),
     )
-    distributed = _Instead(
+    distributed = _PatchedModule(
         torch.distributed,
         distributed_c10d=groups,
         get_process_group_ranks=lambda group: list(group.ranks),
@@ -84,12 +84,14 @@ def _torch() -> types.ModuleType:
         is_initialized=lambda: False,
     )
     # A device that torch does not know without torch_npu.
-    return _Instead(torch, distributed=distributed, device=lambda *name: None if name == ("npu",) else torch.device(*name))
+    return _PatchedModule(
+        torch, distributed=distributed, device=lambda *name: None if name == ("npu",) else torch.device(*name)
+    )
 
 
 def install(torchair: dict[str, types.ModuleType]) -> None:
-    """Give the modules of torchair, by their names, the stand-ins."""
-    torch = _torch()
+    """Replace torch and torch_npu in the modules of torchair, which are given by name."""
+    torch = _torch_stand_in()
     npu = types.ModuleType("torch_npu")
     npu.__dict__["distributed"] = types.SimpleNamespace(_is_support_hccl_comm_name=lambda: True)
     imported = {"torch": torch, "torch_npu": npu}

@@ -1,7 +1,7 @@
-"""Whether a device for Ascend graphs is there, found out without opening it.
+"""A check that a device for Ascend graphs is there, without opening it.
 
-Commands ask before they compile, convert or compare for minutes. torch_npu is never imported here: a process that has imported
-it can compile nothing, since torchair's stand-ins and the device exclude each other.
+Commands check before they compile, convert or compare for minutes. torch_npu is never imported here: a process that has
+imported it can compile nothing, since torchair's stand-ins and the device exclude each other.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ def check_ready(device: str) -> None:
     index = card_index(device)
     if importlib.util.find_spec("torch_npu") is None:
         raise ArtifactError(missing(device))
-    counted = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=False)
-    found = [line.removeprefix("cards: ") for line in counted.stdout.splitlines() if line.startswith("cards: ")]
-    if not found:
-        lines = counted.stderr.strip().splitlines() or ["no message"]
+    process = subprocess.run([sys.executable, "-c", _COUNT], capture_output=True, text=True, check=False)
+    counts = [line.removeprefix("cards: ") for line in process.stdout.splitlines() if line.startswith("cards: ")]
+    if not counts:
+        lines = process.stderr.strip().splitlines() or ["no message"]
         raise ArtifactError(
             f"device {device} needs torch_npu, which cannot be imported here ({lines[-1]:.200}); see `npu-smi info`"
         )
-    if index >= int(found[0]):
-        raise ArtifactError(f"device {device} was requested, but torch_npu sees {found[0]} Ascend cards; see `npu-smi info`")
+    if index >= int(counts[0]):
+        raise ArtifactError(f"device {device} was requested, but torch_npu sees {counts[0]} Ascend cards; see `npu-smi info`")
 
 
 def card_index(device: str) -> int:
@@ -47,5 +47,5 @@ def card_index(device: str) -> int:
 
 
 def missing(device: str) -> str:
-    """What to do where torch_npu is not installed."""
+    """The error text where torch_npu is not installed."""
     return f"device {device} needs torch_npu, which is not installed: pip install torch_npu=={torchair_host.VERSION}"

@@ -1,9 +1,9 @@
-"""torchair, on a machine with an Ascend device or without.
+"""torchair, on a machine with an Ascend device or without one.
 
 Where torch_npu is imported already (a machine with CANN), torchair is taken from it and graphs run on the device. Anywhere
-else the real torchair is taken out of an unpacked torch_npu wheel, which is never imported itself, and what it expects of
-the device gets stand-ins: operator schemas and shape functions come from the wheel's own files, and the C++ executor is
-replaced by whatever `running_on` names: a simulator, or a recorder while compiling.
+else the real torchair is taken from an unpacked torch_npu wheel, which is never imported itself, and the parts of
+the device are stand-ins: operator schemas and shape functions come from the wheel's own files, and the C++ executor is
+replaced by that of `running_on`: a simulator, or a recorder while compiling.
 
     host = torchair_host.load()
     with host.running_on(Simulator):
@@ -45,7 +45,7 @@ def family(name: str) -> str:
 
 
 def default_folder() -> Path:
-    """Where `make ascend-sim` unpacks the wheel."""
+    """The folder into which `make ascend-sim` unpacks the wheel."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(cache) / "staticvl" / f"torch_npu-{VERSION}"
 
@@ -70,9 +70,9 @@ def _installed() -> list[Path]:
 class TorchairHost:
     """torchair with stand-ins for the device."""
 
-    def __init__(self, torchair: types.ModuleType, keep: tuple[Any, ...]) -> None:
+    def __init__(self, torchair: types.ModuleType, libraries: tuple[Any, ...]) -> None:
         self.torchair = torchair
-        self._keep = keep  # libraries live as long as somebody holds them
+        self._libraries = libraries  # which live as long as they are referenced
 
     @contextlib.contextmanager
     def running_on(self, executor: Executor) -> Iterator[None]:
@@ -116,9 +116,9 @@ def _load() -> TorchairHost:
 def _check_version(folder: Path) -> None:
     import torch
 
-    found = [path.stem.removeprefix("torch_npu-") for path in folder.glob("torch_npu-*.dist-info")]
-    if found and found[0] != VERSION:
-        raise ArtifactError(f"{folder} holds torch_npu {found[0]}; expected {VERSION}")
+    versions = [path.stem.removeprefix("torch_npu-") for path in folder.glob("torch_npu-*.dist-info")]
+    if versions and versions[0] != VERSION:
+        raise ArtifactError(f"{folder} holds torch_npu {versions[0]}; expected {VERSION}")
     if torch.__version__.split("+")[0] != VERSION:
         raise ArtifactError(f"torch {torch.__version__} is installed; torch_npu {VERSION} needs torch {VERSION}")
 
@@ -133,7 +133,7 @@ def _define_operators(folder: Path) -> Any:
     data = yaml.load(path.read_text(encoding="utf-8"), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     library = torch.library.Library("npu", "DEF")
     for schema in _schemas([data[section] for section in ("custom", "symint", "quant")]):
-        # Some stand in two sections, some have types that torch has no name for.
+        # Some are in two sections, some have types that torch has no name for.
         with contextlib.suppress(RuntimeError):
             library.define(schema)
     return library
@@ -151,7 +151,7 @@ def _schemas(data: Any) -> Iterator[str]:
 
 
 def _register_shapes(folder: Path) -> Any:
-    """The wheel's shape functions; the module wants parts of torch_npu for error texts and versions only."""
+    """The wheel's shape functions; their module imports parts of torch_npu for error texts and versions only."""
     names = {
         "torch_npu": DTYPE_NUMBERS,
         "torch_npu.utils": {},
@@ -187,7 +187,7 @@ def _module(name: str, **members: Any) -> types.ModuleType:
 
 @contextlib.contextmanager
 def _modules(stand_ins: dict[str, types.ModuleType]) -> Iterator[None]:
-    """Modules that are there for a moment."""
+    """Modules that can be imported inside the context."""
     sys.modules.update(stand_ins)
     try:
         yield
@@ -199,7 +199,7 @@ def _modules(stand_ins: dict[str, types.ModuleType]) -> Iterator[None]:
 def _import_torchair(folder: Path) -> types.ModuleType:
     sys.path.insert(0, str(folder / "torch_npu" / "dynamo"))
     sys.modules[_EXTENSION] = _extension()
-    # torchair takes over two signals; the process is not its own here.
+    # torchair sets handlers of two signals, which belong to this process's own program.
     handlers = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
         import torch
@@ -219,7 +219,7 @@ def _import_torchair(folder: Path) -> types.ModuleType:
 
 
 class _Graph:
-    """What torchair's C++ class of this name is to Python, with the graph handed to the executor of the moment."""
+    """A stand-in for torchair's C++ class of a graph, which is run by the executor of `running_on`."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -234,7 +234,7 @@ class _Graph:
         """Shapes are in the graph."""
 
     def compile(self) -> None:
-        """There is nothing to compile for."""
+        """Nothing: there is no device to compile for."""
 
     def run(self, arguments: tuple[Sequence[Any], Sequence[Any], Any]) -> list[Any]:
         inputs, assigned, _stream = arguments

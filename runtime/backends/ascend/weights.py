@@ -17,9 +17,9 @@ def map_weight(folder: Path, spec: WeightSpec) -> Tensor:
     """One weight of the artifact in `folder`, mapped copy-on-write from its file."""
     import torch
 
-    # numpy has no bfloat16: its bits are mapped.
-    stored = "uint16" if spec.dtype == "bfloat16" else spec.dtype
-    tensor = torch.from_numpy(np.memmap(folder / spec.file, stored, mode="c", offset=spec.offset, shape=spec.shape))
+    # numpy has no bfloat16: its bits are mapped as uint16.
+    numpy_dtype = "uint16" if spec.dtype == "bfloat16" else spec.dtype
+    tensor = torch.from_numpy(np.memmap(folder / spec.file, numpy_dtype, mode="c", offset=spec.offset, shape=spec.shape))
     return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
 
 
@@ -27,10 +27,10 @@ PACKED_BLOCKS = (16, 64)  # bytes of a block of 32 or 128 numbers of 4 bits; blo
 
 
 def to_signed(qweight: Tensor) -> Tensor:
-    """Quantised weights as artifacts store them -> as Ascend graphs take them: the same but for the top bit of each number.
+    """Quantised weights of an artifact in the signed form of Ascend graphs: the same but for the top bit of each number.
 
     Of 8 bits: uint8 around 128 -> int8 around 0, same shape. Of 4 bits, two in a byte around 8: int32 of eight around 0, the
-    first in the lowest bits, the last axis a quarter as long. int8 stays what it is.
+    first in the lowest bits, the last axis a quarter as long. int8 stays as it is.
     """
     import torch
 
@@ -42,13 +42,14 @@ def to_signed(qweight: Tensor) -> Tensor:
 
 
 def to_offsets(zeros: Tensor, qweight: Tensor, scales: Tensor) -> Tensor:
-    """Zero points as artifacts store them -> what Ascend adds to numbers around 0: [N, B] in the dtype of scales [N, B].
+    """Zero points of an artifact as the offsets that Ascend adds to numbers around 0: [N, B] in the dtype of scales [N, B].
 
-    Of 8 bits: [N, B] uint8. Of 4 bits: [N, ceil(B / 2)], two in a byte, the first in the low bits; `qweight` tells, as stored.
+    Of 8 bits: [N, B] uint8. Of 4 bits: [N, ceil(B / 2)], two in a byte, the first in the low bits. The shape of `qweight`
+    tells which.
     """
     import torch
 
     if qweight.shape[-1] not in PACKED_BLOCKS:
         return 128 - zeros.to(scales.dtype)
-    whole = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)[:, : scales.shape[1]]
-    return 8 - whole.to(scales.dtype)
+    unpacked = torch.stack((zeros & 15, zeros >> 4), dim=-1).flatten(1)[:, : scales.shape[1]]
+    return 8 - unpacked.to(scales.dtype)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...opening import Checks
-from .start import follow, meet
+from .start import launcher_store, run_worker
 from .world import started_world
 
 
@@ -29,9 +29,9 @@ def main() -> int:
         parser.error("expected the variables RANK and WORLD_SIZE; this command is for staticvl itself, use torchrun")
     threading.Thread(target=_leave_with_starter, daemon=True).start()
     try:
-        store = meet(world)
-        same: Any = {"device": args.device, "threads": args.threads, "timeout": args.timeout}
-        status, _ = follow(args.artifact, world, store, checks=Checks(args.verify, args.verify_key), **same)
+        store = launcher_store(world)
+        options: Any = {"device": args.device, "threads": args.threads, "timeout": args.timeout}
+        status, _ = run_worker(args.artifact, world, store, checks=Checks(args.verify, args.verify_key), **options)
         return status
     except (ValueError, RuntimeError, OSError) as error:
         sys.stderr.write(f"staticvl: rank {world.rank}: {error}\n")
@@ -42,7 +42,7 @@ def _leave_with_starter() -> None:
     """The starter's end of standard input closes when it is gone; joining takes a while to notice that by itself."""
     while sys.stdin.buffer.read(1 << 10):
         pass
-    # What is said on the control channel may still be read and answered.
+    # Messages on the control channel may still be read and answered.
     threading.Event().wait(5.0)
     os._exit(1)
 

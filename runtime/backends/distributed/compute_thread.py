@@ -1,7 +1,7 @@
 """A thread that computes while the thread which started it watches the other ranks.
 
-A collective that waits for a dead rank cannot be interrupted, on some devices not even after a time. So everything that
-may meet other ranks runs here, and whoever started it stays able to hear news, to be interrupted, and to give up.
+A collective that waits for a dead rank cannot be interrupted, on some devices not even after a timeout. So every call that may
+wait for other ranks runs here, and the thread that started it can still read messages, be interrupted, and give up.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 
 class ComputeThread:
-    """Runs one call at a time, all in one thread: some devices belong to the thread that opened them.
+    """One thread that runs one call at a time: some devices belong to the thread that opened them.
 
-    `bell` becomes readable when a call has ended, for use in a selector.
+    `done_socket` becomes readable when a call has ended, for use in a selector.
     """
 
     def __init__(self, name: str) -> None:
-        self.bell, self._rope = socket.socketpair()
+        self.done_socket, self._notifier = socket.socketpair()
         self.busy = False
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._result: Any = None
@@ -40,12 +40,12 @@ class ComputeThread:
     def ended(self) -> bool:
         """Whether the call that was begun has ended."""
         with selectors.DefaultSelector() as selector:
-            selector.register(self.bell, selectors.EVENT_READ)
+            selector.register(self.done_socket, selectors.EVENT_READ)
             return bool(selector.select(0))
 
     def finish(self) -> Any:
-        """Wait for the call that was begun; its result, or what it raised."""
-        self.bell.recv(1)
+        """The result of the call that was begun, once it has ended; raises what the call raised."""
+        self.done_socket.recv(1)
         self.busy = False
         result, error = self._result, self._error
         self._result = self._error = None
@@ -54,7 +54,7 @@ class ComputeThread:
         return result
 
     def close(self, seconds: float) -> None:
-        """Let the thread end after what it does now, and wait that long for it."""
+        """End the thread after its present call, and wait up to `seconds` for that."""
         self._calls.put(None)
         if threading.current_thread() is not self._thread:
             self._thread.join(seconds)
@@ -66,6 +66,6 @@ class ComputeThread:
             except BaseException as error:
                 self._error = error
             del call  # it may hold arrays
-            self._rope.send(b"\0")
-        self._rope.close()
-        self.bell.close()
+            self._notifier.send(b"\0")
+        self._notifier.close()
+        self.done_socket.close()

@@ -1,8 +1,8 @@
-"""The control channel: a star of TCP connections with rank 0 in the middle, kept as long as the ranks live.
+"""The control channel: TCP connections between rank 0 and every other rank, kept as long as the ranks live.
 
-Rank 0 listens on any free port and publishes it, with a random token, in the store through which ranks find each other.
-Whoever connects and does not say the token is turned away. The end of a connection is how a rank learns, at once and without
-asking, that the process at its other end is gone.
+Rank 0 listens on any free port and publishes it, with a random token, in the store through which ranks find each other. A
+connection that does not send the token is closed. The end of a connection tells a rank, at once and without a request, that
+the process at its other end is gone.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from typing import Protocol
 import msgspec
 
 from .failures import Peer, RankError
-from .frames import HEADER, FrameError, FrameKind, FramePayload, Hello, Link, decode, encode, read_header
+from .protocol import HEADER, FrameError, FrameKind, FramePayload, Hello, Link, decode, encode, read_header
 from .world import LOOPBACK, World
 
 log = logging.getLogger(__name__)
 KEY = "control"
-LARGEST_HELLO = 1024
-HELLO_S = 10.0  # for a stranger to say something
+MAX_HELLO_BYTES = 1024
+HELLO_S = 10.0  # seconds for a new connection to send its hello
 
 
-class Store(Protocol):
-    """What is used of a torch store."""
+class KeyValueStore(Protocol):
+    """The methods that are used of a torch.distributed.Store."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -38,7 +38,7 @@ class Store(Protocol):
 
 
 class Published(FramePayload, frozen=True):
-    """Where rank 0 listens; no host: on the machine that all ranks were told of."""
+    """Where rank 0 listens. An empty host stands for the machine of World.address."""
 
     host: str
     port: int
@@ -47,79 +47,80 @@ class Published(FramePayload, frozen=True):
     machine: str
 
 
-class Members:
-    """Rank 0's end before the start: the door through which the other ranks come."""
+class WorkerListener:
+    """Rank 0's listening socket during the start. `workers`: the ranks that have connected so far."""
 
-    def __init__(self, world: World, limit: float) -> None:
-        """`limit`: see Link."""
-        self.world, self.limit = world, limit
+    def __init__(self, world: World, timeout: float) -> None:
+        """`timeout`: that of every Link."""
+        self.world, self.timeout = world, timeout
         self.token = secrets.token_hex(16)
-        self.listener = _listen(here=world.together)
+        self.listener = _listen(local=world.on_one_machine)
         self.listener.setblocking(False)
-        self.joined: dict[int, tuple[Peer, Link]] = {}
+        self.workers: dict[int, tuple[Peer, Link]] = {}
 
-    def publish(self, store: Store) -> None:
-        host = LOOPBACK if self.world.together else ""
+    def publish(self, store: KeyValueStore) -> None:
+        """Write address and token into the store."""
+        host = LOOPBACK if self.world.on_one_machine else ""
         port = self.listener.getsockname()[1]
-        record = Published(host, port, self.token, os.getpid(), socket.gethostname())
-        store.set(KEY, msgspec.json.encode(record).decode())
+        published = Published(host, port, self.token, os.getpid(), socket.gethostname())
+        store.set(KEY, msgspec.json.encode(published).decode())
 
     def wait(self, seconds: float, check: Callable[[Collection[int]], None]) -> None:
-        """Let in every other rank; raises RankError when some have not come within `seconds`.
+        """Accept a connection of every other rank; raises RankError when some are missing after `seconds`.
 
         `check` is called now and then with the ranks still missing; it may know that one will not come.
         """
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self.listener, selectors.EVENT_READ)
-            callers: dict[socket.socket, _Caller] = {}
-            while missing := set(range(1, self.world.size)) - set(self.joined):
+            connections: dict[socket.socket, _NewConnection] = {}
+            while missing := set(range(1, self.world.size)) - set(self.workers):
                 if time.monotonic() > deadline:
                     raise RankError(f"{_ranks(missing)} did not join within {seconds:g} s; start all {self.world.size} ranks")
                 check(missing)
                 for key, _ in selector.select(0.2):
                     if key.fileobj is self.listener:
-                        caller = _Caller(self.listener.accept()[0])
-                        callers[caller.socket] = caller
-                        selector.register(caller.socket, selectors.EVENT_READ)
-                    elif self._hear(caller := callers[key.fileobj]):  # pyright: ignore[reportArgumentType]
-                        selector.unregister(caller.socket)
-                        del callers[caller.socket]
-                for caller in [caller for caller in callers.values() if caller.late]:
-                    selector.unregister(caller.socket)
-                    callers.pop(caller.socket).socket.close()
-            for caller in callers.values():
-                caller.socket.close()
+                        connection = _NewConnection(self.listener.accept()[0])
+                        connections[connection.socket] = connection
+                        selector.register(connection.socket, selectors.EVENT_READ)
+                    elif self._admit(connection := connections[key.fileobj]):  # pyright: ignore[reportArgumentType]
+                        selector.unregister(connection.socket)
+                        del connections[connection.socket]
+                for connection in [each for each in connections.values() if each.late]:
+                    selector.unregister(connection.socket)
+                    connections.pop(connection.socket).socket.close()
+            for connection in connections.values():
+                connection.socket.close()
         self.listener.close()
 
-    def _hear(self, caller: _Caller) -> bool:
-        """Read what has come from a caller; whether it is known now who that is."""
+    def _admit(self, connection: _NewConnection) -> bool:
+        """Read what a connection has sent; whether it is decided: a worker was added, or the connection was closed."""
         try:
-            hello = caller.hear()
+            hello = connection.read_hello()
             if hello is None:
                 return False
             if not hmac.compare_digest(hello.token, self.token):
                 raise FrameError("it does not know this run's token")
         except (EOFError, OSError) as error:
             log.warning("turned away a connection to the control port: %s", error)
-            caller.socket.close()
+            connection.socket.close()
             return True
         peer = Peer(hello.rank, hello.pid, hello.host)
-        if hello.rank in self.joined:
-            raise RankError(f"{peer} and {self.joined[hello.rank][0]} are one rank; give every process its own RANK")
+        if hello.rank in self.workers:
+            raise RankError(f"{peer} and {self.workers[hello.rank][0]} are one rank; give every process its own RANK")
         if not 0 < hello.rank < self.world.size:
             raise RankError(f"{peer} is no rank of {self.world.size}; start all ranks with one WORLD_SIZE")
-        caller.socket.setblocking(True)
-        self.joined[hello.rank] = peer, Link(caller.socket, self.limit)
+        connection.socket.setblocking(True)
+        self.workers[hello.rank] = peer, Link(connection.socket, self.timeout)
         return True
 
     def close(self) -> None:
-        """Turn away who comes now; those who have joined stay."""
+        """Listen no more; the connections of workers stay open."""
         self.listener.close()
 
 
-class _Caller:
-    """A connection that has not said who it is. It is read as bytes come, so that a silent stranger keeps nobody waiting."""
+class _NewConnection:
+    """A connection that has not sent its hello. It is read as bytes come, so that a silent client keeps nobody waiting."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -130,31 +131,31 @@ class _Caller:
     def late(self) -> bool:
         return time.monotonic() > self.deadline
 
-    def hear(self) -> Hello | None:
-        """The hello, once all of it has come. Not a byte behind it is read."""
-        wanted = HEADER.size
+    def read_hello(self) -> Hello | None:
+        """The hello, once all of it has come. Not a byte after it is read."""
+        size = HEADER.size
         if len(self.data) >= HEADER.size:
-            wanted += self._announced()
+            size += self._payload_bytes()
         try:
-            got = self.socket.recv(wanted - len(self.data))
+            chunk = self.socket.recv(size - len(self.data))
         except BlockingIOError:
             return None
-        if not got:
+        if not chunk:
             raise EOFError("it left without a word")
-        self.data += got
-        if len(self.data) < HEADER.size or len(self.data) < HEADER.size + self._announced():
+        self.data += chunk
+        if len(self.data) < HEADER.size or len(self.data) < HEADER.size + self._payload_bytes():
             return None
         return decode(self.data[HEADER.size :], Hello)
 
-    def _announced(self) -> int:
+    def _payload_bytes(self) -> int:
         header = read_header(self.data[: HEADER.size])
-        if header.kind is not FrameKind.HELLO or not 0 < header.nbytes <= LARGEST_HELLO:
+        if header.kind is not FrameKind.HELLO or not 0 < header.nbytes <= MAX_HELLO_BYTES:
             raise FrameError("it did not begin with a hello")
         return header.nbytes
 
 
-def join(store: Store, world: World, limit: float) -> tuple[Peer, Link]:
-    """Another rank's end: connect to rank 0. Raises RankError when it is not there."""
+def join(store: KeyValueStore, world: World, timeout: float) -> tuple[Peer, Link]:
+    """A worker's connection to rank 0. Raises RankError when rank 0 cannot be reached. `timeout`: that of the Link."""
     try:
         published = decode(store.get(KEY), Published)
     except RuntimeError as error:  # a timeout of the store
@@ -165,14 +166,14 @@ def join(store: Store, world: World, limit: float) -> tuple[Peer, Link]:
         sock = socket.create_connection((host, published.port), timeout=HELLO_S)
     except OSError as error:
         raise RankError(f"{leader} cannot be reached at {host}, port {published.port}: {error}") from error
-    link = Link(sock, limit)
+    link = Link(sock, timeout)
     link.send([encode(FrameKind.HELLO, Hello(published.token, world.rank, os.getpid(), socket.gethostname()))])
     return leader, link
 
 
-def _listen(*, here: bool) -> socket.socket:
-    """A listening socket on any free port; `here`: for processes of this machine alone."""
-    if here:
+def _listen(*, local: bool) -> socket.socket:
+    """A listening socket on any free port; `local`: for processes of this machine alone."""
+    if local:
         return socket.create_server((LOOPBACK, 0))
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)

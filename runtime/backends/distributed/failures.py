@@ -1,4 +1,4 @@
-"""When ranks stop: what each of them was doing, and who is to blame."""
+"""Failure reports: what each rank was doing when something went wrong, and which of them is at fault."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Doing = Literal["idle", "computing", "meeting", "lost", "failed", "died", "silent"]
-BAD = ("died", "failed", "lost", "silent")
-MOST = 3  # ranks whose words are repeated
+# "meeting" is the word of the protocol for a rank that is in a collective.
+Activity = Literal["idle", "computing", "meeting", "lost", "failed", "died", "silent"]
+FAILURES = ("died", "failed", "lost", "silent")
+MAX_NAMED = 3  # ranks that a report names; the others are counted
 
 
 class RankError(RuntimeError):
@@ -21,9 +22,9 @@ class CollectiveError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A rank as people find it."""
+    """A rank as people find it: its number in the world, its process and its machine."""
 
-    rank: int  # in the world
+    rank: int
     pid: int
     host: str
 
@@ -35,38 +36,38 @@ class Peer:
 class RankStatus:
     """What a rank was doing when something went wrong.
 
-    lost: a collective of its failed; failed: it raised something itself; died: its connection ended without a word; silent:
-    it said nothing when it was asked. `text`: its own words, or what its starter knows.
+    lost: one of its collectives failed; failed: it raised an error; died: its connection ended without a message; silent: it
+    did not answer a status request. `text`: its error message, or how its process ended, as far as its starter knows.
     """
 
     peer: Peer
-    doing: Doing
+    activity: Activity
     text: str = ""
 
 
-def failure_report(accounts: Sequence[RankStatus], timeout: float) -> str:
-    """One sentence that names whoever is at fault.
+def failure_report(statuses: Sequence[RankStatus], timeout: float) -> str:
+    """One sentence that names the ranks at fault. `timeout`: seconds that a collective waits.
 
     A rank that died, raised, or does not answer is the cause of what others lost; one that computes while others wait for it
-    is only when they have lost patience.
+    is the cause only if their timeout has passed.
     """
-    found = [a for a in accounts if a.doing in ("died", "failed", "silent")]
-    if not found and any(a.doing == "lost" for a in accounts):
-        found = [a for a in accounts if a.doing == "computing"]
-    if not found:
-        found = [a for a in accounts if a.doing == "lost"]
-    told = "; ".join(_sentence(account, timeout) for account in found[:MOST])
-    return told + (f"; and {len(found) - MOST} more" if len(found) > MOST else "")
+    causes = [each for each in statuses if each.activity in ("died", "failed", "silent")]
+    if not causes and any(each.activity == "lost" for each in statuses):
+        causes = [each for each in statuses if each.activity == "computing"]
+    if not causes:
+        causes = [each for each in statuses if each.activity == "lost"]
+    report = "; ".join(_sentence(status, timeout) for status in causes[:MAX_NAMED])
+    return report + (f"; and {len(causes) - MAX_NAMED} more" if len(causes) > MAX_NAMED else "")
 
 
-def _sentence(account: RankStatus, timeout: float) -> str:
-    words = f": {account.text}" if account.text else ""
-    if account.doing == "died":
-        return f"{account.peer} died{words}"
-    if account.doing == "silent":
-        return f"{account.peer} does not answer: it is stopped, stuck, or out of reach"
-    if account.doing == "computing":
-        return f"{account.peer} kept the others waiting for more than {timeout:g} s; if that may be, give a longer timeout"
-    if account.doing == "lost":
-        return f"{account.peer} lost the others in a collective{words}"
-    return f"{account.peer} failed{words}"
+def _sentence(status: RankStatus, timeout: float) -> str:
+    words = f": {status.text}" if status.text else ""
+    if status.activity == "died":
+        return f"{status.peer} died{words}"
+    if status.activity == "silent":
+        return f"{status.peer} does not answer: it is stopped, stuck, or out of reach"
+    if status.activity == "computing":
+        return f"{status.peer} kept the others waiting for more than {timeout:g} s; if that may be, give a longer timeout"
+    if status.activity == "lost":
+        return f"{status.peer} lost the others in a collective{words}"
+    return f"{status.peer} failed{words}"

@@ -1,7 +1,7 @@
-"""The other ranks as processes of this machine, started by the one that wants them.
+"""The worker ranks as processes of this machine, started by rank 0.
 
-They sit in sessions of their own, so that a terminal's Ctrl-C reaches their starter alone. They end when it tells them, when
-their connection to it ends, and, before there is one, when their standard input does: so never later than their starter,
+They run in sessions of their own, so that a terminal's Ctrl-C reaches rank 0 alone. They end when rank 0 tells them, when
+their connection to it ends, and, before there is one, when their standard input does: so never later than rank 0,
 however that ends.
 """
 
@@ -22,11 +22,11 @@ from .monitor import GRACE_S
 from .world import LOOPBACK, STORE_FILE
 
 ENTRY = (sys.executable, "-P", "-m", "staticvl.runtime.backends.distributed")
-FAREWELL_S = 0.5  # for the system to say how a process ended
+EXIT_S = 0.5  # seconds for a process that is gone to get an exit status
 
 
 def threads_each(threads: int | None, local_size: int) -> int:
-    """What was asked for, or else this machine's cores split among its ranks."""
+    """Threads of each rank: as requested, or else this machine's cores split among its ranks."""
     return threads or max(1, usable_cores() // local_size)
 
 
@@ -36,7 +36,7 @@ class LocalRanks:
     def __init__(
         self, folder: Path, size: int, store: str, *, device: str, threads: int | None, timeout: float, checks: Checks
     ) -> None:
-        """store: the file through which they meet rank 0."""
+        """store: the file of the store in which they find rank 0."""
         arguments = [str(folder.resolve()), "--device", device, "--timeout", str(timeout)]
         if threads:
             arguments += ["--threads", str(threads)]
@@ -63,17 +63,19 @@ class LocalRanks:
         for rank in ranks:
             if (status := self.processes[rank].poll()) is not None:
                 pid = self.processes[rank].pid
-                raise RankError(f"rank {rank} (pid {pid}) ended before it was ready ({_ended(status)}); see its own message")
+                raise RankError(
+                    f"rank {rank} (pid {pid}) ended before it was ready ({_exit_text(status)}); see its own message"
+                )
 
-    def ending(self, rank: int) -> str:
-        """See monitor.Children."""
+    def exit_text(self, rank: int) -> str:
+        """How the process of a rank that is gone ended; empty where that is not known yet."""
         try:
-            return _ended(self.processes[rank].wait(FAREWELL_S))
+            return _exit_text(self.processes[rank].wait(EXIT_S))
         except subprocess.TimeoutExpired:
             return ""
 
     def end(self) -> None:
-        """Give those that are leaving a moment, and kill the others."""
+        """Wait half of GRACE_S for all to end, and kill those that have not."""
         deadline = time.monotonic() + GRACE_S / 2
         for process in self.processes.values():
             if process.stdin:
@@ -82,19 +84,19 @@ class LocalRanks:
             try:
                 process.wait(max(deadline - time.monotonic(), 0))
             except subprocess.TimeoutExpired:
-                process.kill()  # a stopped process hears nothing else
+                process.kill()  # a stopped process takes no other signal
         for process in self.processes.values():
             process.wait()
 
 
 def _environment(env: Mapping[str, str], rank: int, size: int, store: str, threads: int) -> dict[str, str]:
-    """What torchrun would set, with a file in place of a port."""
+    """The variables that torchrun would set, with a file in place of a port."""
     world = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size, STORE_FILE: store}
     settings = {"OMP_NUM_THREADS": str(threads)} | dict(env) | {name: str(value) for name, value in world.items()}
     return settings | {"MASTER_ADDR": LOOPBACK}
 
 
-def _ended(status: int) -> str:
+def _exit_text(status: int) -> str:
     if status >= 0:
         return f"exit status {status}"
     try:

@@ -1,4 +1,4 @@
-"""Rank 0's backend: what it is asked to do, every rank does. So the engine knows nothing of ranks."""
+"""Rank 0's backend: every call is sent to all ranks and run by all. So the engine knows nothing of ranks."""
 
 from __future__ import annotations
 
@@ -11,80 +11,83 @@ import numpy as np
 
 from ...artifact import GraphSpec, Manifest, is_cached
 from ..base import Backend, Result, checked
-from .frames import Copy, FrameKind, Header
 from .monitor import RankMonitor
+from .protocol import Copy, FrameKind, Header
 
 
-class _Message:
+class _FeedMessage:
     """A graph's feed as the bytes that are sent, made once for arrays that are refilled."""
 
     def __init__(self, graph: GraphSpec, feed: Mapping[str, np.ndarray]) -> None:
         specs = [spec for spec in graph.inputs if not is_cached(spec.name)]
-        self.feed, self.fed = feed, dict(feed)
-        arrays = [checked(graph, spec, feed[spec.name]) for spec in specs]
-        self.views = [array.data.cast("B") for array in arrays if array.nbytes]
+        self.feed, self.arrays = feed, dict(feed)
+        inputs = [checked(graph, spec, feed[spec.name]) for spec in specs]
+        self.views = [array.data.cast("B") for array in inputs if array.nbytes]
         self.nbytes = sum(view.nbytes for view in self.views)
 
-    def holds(self, feed: Mapping[str, np.ndarray]) -> bool:
-        return self.feed is feed or all(self.fed.get(name) is array for name, array in feed.items())
+    def matches(self, feed: Mapping[str, np.ndarray]) -> bool:
+        """Whether it was made of the arrays of this feed."""
+        return self.feed is feed or all(self.arrays.get(name) is array for name, array in feed.items())
 
 
 class LeaderBackend:
     """See backends.base.Backend. Raises RankError when a rank fails; then, and after `close`, nothing runs any more.
 
-    The cache that is read and written is this rank's part.
+    The cache that is read and written is this rank's shard.
     """
 
     def __init__(self, local: Backend, monitor: RankMonitor, manifest: Manifest) -> None:
         self.local, self.monitor = local, monitor
-        self.index = {graph.file: place for place, graph in enumerate(manifest.graphs)}
+        self.graph_indices = {graph.file: place for place, graph in enumerate(manifest.graphs)}
         stages = [{graph.name for graph in manifest.of_stage(stage).graphs} for stage in range(manifest.pp)]
-        # Not every stage of a pipeline has a part in every graph.
-        self.takers = [
+        # By graph: the workers that run it. Not every stage of a pipeline has a part in every graph.
+        self.graph_workers = [
             [rank for rank in range(1, manifest.ranks) if graph.name in stages[rank // manifest.tp]]
             for graph in manifest.graphs
         ]
-        self.messages: dict[str, _Message] = {}
-        self.step = 0
-        # Also at the end of the interpreter: the other ranks are told to stop, not left to find out.
+        self.messages: dict[str, _FeedMessage] = {}
+        self.run_count = 0
+        # Also at the end of the interpreter, so that the other ranks get a STOP frame.
         self.close = weakref.finalize(self, monitor.close)
 
     def load(self, graph: GraphSpec) -> None:
-        self._all(Header(FrameKind.LOAD, self.index[graph.file]), partial(self.local.load, graph))
+        self._run_on_all(Header(FrameKind.LOAD, self.graph_indices[graph.file]), partial(self.local.load, graph))
 
     def unload(self, graph: GraphSpec) -> None:
         self.messages.pop(graph.file, None)
-        self._all(Header(FrameKind.UNLOAD, self.index[graph.file]), partial(self.local.unload, graph))
+        self._run_on_all(Header(FrameKind.UNLOAD, self.graph_indices[graph.file]), partial(self.local.unload, graph))
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         message = self.messages.get(graph.file)
-        if message is None or not message.holds(feed):
-            message = self.messages[graph.file] = _Message(graph, feed)
-        self.step += 1
-        header = Header(FrameKind.RUN, self.index[graph.file], slot, image, self.step, message.nbytes)
-        result = self._all(header, partial(self.local.run, graph, feed, slot, image), message.views)
-        if result.here:
+        if message is None or not message.matches(feed):
+            message = self.messages[graph.file] = _FeedMessage(graph, feed)
+        self.run_count += 1
+        header = Header(FrameKind.RUN, self.graph_indices[graph.file], slot, image, self.run_count, message.nbytes)
+        result = self._run_on_all(header, partial(self.local.run, graph, feed, slot, image), message.views)
+        if result.on_host:
             return result
-        return Result(lambda rows: self.monitor.together(partial(result.fetch, rows)), result.candidates, here=False)
+        return Result(lambda rows: self.monitor.run_watched(partial(result.fetch, rows)), result.candidates, on_host=False)
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         data = msgspec.json.encode(Copy(source, target, rows, images))
         header = Header(FrameKind.COPY, nbytes=len(data))
         copy = partial(self.local.copy_slot, source, target, rows, images)
-        self._all(header, copy, [memoryview(data)], sorted(self.monitor.links))
+        self._run_on_all(header, copy, [memoryview(data)], sorted(self.monitor.links))
 
-    def _all(self, header: Header, call: partial, views: Sequence[memoryview] = (), takers: Sequence[int] | None = None):
-        """`takers`: the ranks that are told; default those that have a part in the header's graph."""
+    def _run_on_all(
+        self, header: Header, call: partial, views: Sequence[memoryview] = (), workers: Sequence[int] | None = None
+    ):
+        """Send a frame to the workers and run this rank's part. `workers`: default those that run the header's graph."""
         monitor = self.monitor
 
         def work():
-            monitor.send(self.takers[header.graph] if takers is None else takers, header, views)
+            monitor.send(self.graph_workers[header.graph] if workers is None else workers, header, views)
             return call()
 
-        return monitor.together(work)
+        return monitor.run_watched(work)
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
-        return self.monitor.together(partial(self.local.read_cache, name, slots))
+        return self.monitor.run_watched(partial(self.local.read_cache, name, slots))
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
-        self.monitor.together(partial(self.local.write_cache, name, value))
+        self.monitor.run_watched(partial(self.local.write_cache, name, value))

@@ -1,4 +1,4 @@
-"""Which processes take part and where this one sits: the variables that torchrun and other launchers set."""
+"""The processes of one run and this one's place among them: the variables that torchrun and other launchers set."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from ...artifact import ArtifactError
 from ...shown import quoted
 
 LOOPBACK = "127.0.0.1"
-HERE = (LOOPBACK, "localhost", "::1")
+LOCAL_ADDRESSES = (LOOPBACK, "localhost", "::1")
 STORE_FILE = "STATICVL_STORE_FILE"  # set for ranks that rank 0 has started on its machine: where they find each other
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """All processes of one run. `rank` counts through the world; a model's own rank is Seat.rank."""
+    """All processes of one run. `rank` counts through the world; a rank's number within its stage is RankInfo.rank."""
 
     rank: int
     size: int
@@ -24,7 +24,7 @@ class World:
     address: str  # of the machine that rank 0 runs on
 
     @property
-    def together(self) -> bool:
+    def on_one_machine(self) -> bool:
         """Whether all ranks run on this machine."""
         return self.local_size == self.size
 
@@ -40,16 +40,16 @@ class RankInfo:
 
 
 def rank_info_of(rank: int, tp: int, pp: int) -> RankInfo:
-    """The seat of a rank of the world: the first tp are the first stage, the next tp the second."""
-    stage, own = divmod(rank, tp)
+    """The place of a rank of the world: the first tp ranks are the first stage, the next tp the second."""
+    stage, rank_in_stage = divmod(rank, tp)
     assert stage < pp, (rank, tp, pp)
-    return RankInfo(own, tp, stage, pp)
+    return RankInfo(rank_in_stage, tp, stage, pp)
 
 
 def started_world(env: Mapping[str, str] = os.environ) -> World | None:
     """The world that a launcher has started this process in, if any.
 
-    Raises ArtifactError for variables that make no sense.
+    Raises ArtifactError for variables that are no numbers or do not fit each other.
     """
     if "RANK" not in env or "WORLD_SIZE" not in env:
         return None
@@ -57,7 +57,7 @@ def started_world(env: Mapping[str, str] = os.environ) -> World | None:
     if not 0 <= rank < size:
         raise ArtifactError(f"RANK is {rank} and WORLD_SIZE is {size}; expected a rank from 0 to WORLD_SIZE - 1")
     address = env.get("MASTER_ADDR", LOOPBACK)
-    local = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else size if address in HERE else 1
+    local = _number(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else size if address in LOCAL_ADDRESSES else 1
     return World(rank, size, local, address)
 
 

@@ -1,4 +1,4 @@
-"""The GE graph that torchair makes, as small frozen objects.
+"""GE graphs that torchair makes, as small frozen objects.
 
 A graph arrives as a serialised ModelDef (torchair._ge_concrete_graph.ge_ir_pb2) with one GraphDef. Its conventions, read from
 torchair/ge/_ge_graph.py:
@@ -48,10 +48,10 @@ class Source(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Described:
-    """What a descriptor says of a tensor: a dtype by torch's name, and None where nothing is known.
+class TensorDescriptor:
+    """The descriptor of a tensor: its dtype by torch's name, and its shape; None where the graph leaves them open.
 
-    torchair knows dtype and shape of what was a tensor of the traced program, and leaves the rest open.
+    torchair writes dtype and shape for tensors of the traced program alone.
     """
 
     name: str
@@ -70,8 +70,8 @@ class Constant:
     def array(self) -> np.ndarray:
         """The value; bfloat16, which numpy lacks, as float32."""
         if self.dtype == "bfloat16":
-            wide = np.frombuffer(self.data, np.uint16).astype(np.uint32) << 16
-            return wide.view(np.float32).reshape(self.shape)
+            bits = np.frombuffer(self.data, np.uint16).astype(np.uint32) << 16
+            return bits.view(np.float32).reshape(self.shape)
         return np.frombuffer(self.data, np.dtype(self.dtype)).reshape(self.shape)
 
 
@@ -84,7 +84,7 @@ class Node:
     input_names: tuple[str, ...]
     inputs: tuple[Source | None, ...]
     attributes: Mapping[str, Any]
-    outputs: tuple[Described, ...]
+    outputs: tuple[TensorDescriptor, ...]
     after: tuple[str, ...] = ()  # nodes that have to run first, though nothing of theirs is read
 
     @property
@@ -95,7 +95,7 @@ class Node:
 
 @dataclass(frozen=True, slots=True)
 class GeGraph:
-    """Nodes in an order in which they can run; inputs by index; what NetOutput takes, in order."""
+    """A graph: nodes in an order in which they can run, inputs by index, and the inputs of NetOutput in order."""
 
     name: str
     nodes: tuple[Node, ...]
@@ -121,7 +121,7 @@ class GeGraph:
         return {node.name: node.attributes["value"] for node in self.nodes if node.type == "Const"}
 
     def readers(self, source: Source) -> list[Node]:
-        """The nodes that take this output."""
+        """The nodes that read this output."""
         return [node for node in self.nodes if source in node.inputs]
 
 
@@ -132,11 +132,11 @@ def parse(serialized: bytes) -> GeGraph:
     count up from 0, inputs that nobody makes, and cycles.
     """
     graph = _graph_def(serialized)
-    nodes = _in_order([_node(op) for op in graph.op])
+    nodes = _sorted_nodes([_node(op) for op in graph.op])
     inputs = sorted((node for node in nodes if node.type in INPUT_TYPES), key=lambda node: node.attributes["index"])
     if [node.attributes["index"] for node in inputs] != list(range(len(inputs))):
-        found = [node.attributes["index"] for node in inputs]
-        raise GeGraphError(f"the graph's inputs have the indices {found}; expected 0 to {len(inputs) - 1}, each once")
+        indices = [node.attributes["index"] for node in inputs]
+        raise GeGraphError(f"the graph's inputs have the indices {indices}; expected 0 to {len(inputs) - 1}, each once")
     ends = [node for node in nodes if node.type == OUTPUT_TYPE]
     if len(ends) != 1:
         raise GeGraphError(f"the graph has {len(ends)} nodes of type {OUTPUT_TYPE}; expected one")
@@ -162,16 +162,16 @@ def _graph_def(serialized: bytes) -> Any:
 
 
 def _node(op: Any) -> Node:
-    fed = [name for name in op.input if not name.endswith(":-1")]
-    if len(fed) != len(op.input_desc) and op.type not in INPUT_TYPES:
-        raise GeGraphError(f"{op.type} {op.name} has {len(fed)} inputs and {len(op.input_desc)} descriptors of inputs")
+    inputs = [name for name in op.input if not name.endswith(":-1")]
+    if len(inputs) != len(op.input_desc) and op.type not in INPUT_TYPES:
+        raise GeGraphError(f"{op.type} {op.name} has {len(inputs)} inputs and {len(op.input_desc)} descriptors of inputs")
     return Node(
         type=op.type,
         name=op.name,
-        input_names=tuple(described.name for described in op.input_desc) if fed else (),
-        inputs=tuple(_source(name) if name else None for name in fed),
+        input_names=tuple(descriptor.name for descriptor in op.input_desc) if inputs else (),
+        inputs=tuple(_source(name) if name else None for name in inputs),
         attributes={name: _attribute(value) for name, value in sorted(op.attr.items())},
-        outputs=tuple(_described(described, op.type) for described in op.output_desc),
+        outputs=tuple(_descriptor(descriptor, op.type) for descriptor in op.output_desc),
         after=tuple(name.removesuffix(":-1") for name in op.input if name.endswith(":-1")),
     )
 
@@ -181,21 +181,21 @@ def _source(name: str) -> Source:
     return Source(producer, int(index))
 
 
-def _described(described: Any, node_type: str) -> Described:
+def _descriptor(descriptor: Any, node_type: str) -> TensorDescriptor:
     """torchair marks a descriptor that it filled from the traced program by `_meta`; in others the dtype means nothing."""
-    dtype = PROTO_DTYPES.get(described.dtype)
+    dtype = PROTO_DTYPES.get(descriptor.dtype)
     if node_type in INPUT_TYPES or node_type == "Const":
-        return Described(described.name, dtype, tuple(described.shape.dim))
-    if "_meta" not in described.attr:
-        return Described(described.name, None, None)
-    return Described(described.name, dtype, _meta_shape(described.attr["_meta"].s.decode()))
+        return TensorDescriptor(descriptor.name, dtype, tuple(descriptor.shape.dim))
+    if "_meta" not in descriptor.attr:
+        return TensorDescriptor(descriptor.name, None, None)
+    return TensorDescriptor(descriptor.name, dtype, _meta_shape(descriptor.attr["_meta"].s.decode()))
 
 
 def _meta_shape(text: str) -> tuple[int, ...] | None:
     """The shape in `Tensor(dtype=torch.float16, shape=torch.Size([1, 8])`, where it is all numbers."""
-    _, found, rest = text.partition("torch.Size([")
+    _, marker, rest = text.partition("torch.Size([")
     sizes = [size for size in rest.partition("]")[0].split(",") if size.strip()]
-    if not found or not all(size.strip().isdigit() for size in sizes):
+    if not marker or not all(size.strip().isdigit() for size in sizes):
         return None
     return tuple(int(size) for size in sizes)
 
@@ -215,10 +215,10 @@ def _attribute(value: Any) -> Any:
 
 
 def _list(values: Any) -> list[Any]:
-    """Some writers leave out what the list is of."""
+    """The values of a list attribute; some writers leave out their type."""
     name = _LISTS.get(values.val_type) or "i"
-    found = getattr(values, name) or next((getattr(values, other) for other in _LISTS.values() if getattr(values, other)), [])
-    return [_text(each) if isinstance(each, bytes) else each for each in found]
+    items = getattr(values, name) or next((getattr(values, other) for other in _LISTS.values() if getattr(values, other)), [])
+    return [_text(each) if isinstance(each, bytes) else each for each in items]
 
 
 def _text(data: bytes) -> str:
@@ -236,29 +236,29 @@ def _constant(tensor: Any) -> Constant:
     return Constant(dtype, shape, tensor.data)
 
 
-def _in_order(nodes: list[Node]) -> tuple[Node, ...]:
-    """Every node behind those that it needs, otherwise in the order in which they came."""
+def _sorted_nodes(nodes: list[Node]) -> tuple[Node, ...]:
+    """The nodes, each after those that it needs, otherwise in their given order."""
     place = {node.name: i for i, node in enumerate(nodes)}
     if len(place) != len(nodes):
         raise GeGraphError("two nodes of the graph have one name")
     _check_producers(nodes, place)
     waiting = [len(set(node.producers)) for node in nodes]
-    followers: list[list[int]] = [[] for _ in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
     for i, node in enumerate(nodes):
         for producer in set(node.producers):
-            followers[place[producer]].append(i)
+            readers[place[producer]].append(i)
     ready = [i for i, count in enumerate(waiting) if not count]
     ordered = []
     while ready:
         i = heapq.heappop(ready)
         ordered.append(nodes[i])
-        for follower in followers[i]:
-            waiting[follower] -= 1
-            if not waiting[follower]:
-                heapq.heappush(ready, follower)
+        for reader in readers[i]:
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                heapq.heappush(ready, reader)
     if len(ordered) != len(nodes):
-        stuck = next(node for node, count in zip(nodes, waiting, strict=True) if count)
-        raise GeGraphError(f"{stuck.type} {stuck.name} waits for itself: the graph has a cycle")
+        blocked = next(node for node, count in zip(nodes, waiting, strict=True) if count)
+        raise GeGraphError(f"{blocked.type} {blocked.name} waits for itself: the graph has a cycle")
     return tuple(ordered)
 
 

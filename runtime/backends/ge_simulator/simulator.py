@@ -1,8 +1,8 @@
-"""Runs the GE graphs that torchair makes, with torch on a CPU: what an NPU would compute can be checked anywhere.
+"""A simulator of the GE graphs that torchair makes, with torch on a CPU: it shows anywhere what an NPU would compute.
 
 The default mode keeps the graph's dtypes: a value is stored in its dtype after every operator, and an operator that adds up
 many products (matrix products, convolution, norms, softmax, attention, reductions) computes in float32 and rounds once at its
-end, as the cube and vector units do. With `wide` every float16 or bfloat16 is a float32 instead, so that what a graph computes
+end, as the cube and vector units do. With `wide` every float16 or bfloat16 is upcast to float32, so that what a graph computes
 can be told from how it rounds.
 """
 
@@ -18,30 +18,30 @@ from torch import Tensor
 from ..base import Group
 from . import ge_ops
 from .ge_graph import INPUT_TYPES, OUTPUT_TYPE, Constant, GeGraph, GeGraphError, Node, Source, parse
-from .ge_ops.registry import HALVES, Bound
+from .ge_ops.registry import HALVES, BoundOp
 
-# What torch raises for operands that it cannot compute with; errors of other kinds, such as those of a group, are no operand's.
+# Errors of torch for operands that it cannot compute with; other errors, such as those of a group, are passed on.
 _TORCH_ERRORS = (RuntimeError, IndexError, TypeError, NotImplementedError, ZeroDivisionError)
 
 OnOutputs = Callable[[Node, Sequence[Tensor]], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """One node bound to its operator; `last` are the values that nobody reads after it."""
+class BoundNode:
+    """A node bound to its operator; `unused_after`: values that no later node reads."""
 
     node: Node
-    call: Bound
-    last: tuple[Source, ...]
+    call: BoundOp
+    unused_after: tuple[Source, ...]
 
 
 class Simulator:
     """One graph, ready to run; an executor for `torchair_host.TorchairHost.running_on`.
 
     Raises GeGraphError for a graph with an operator, an input or an attribute that is not simulated, and for a graph in which
-    another node reads an input that is written in place, since nothing says which comes first. A graph of one rank of several
-    meets the others through `group`, and raises ArtifactError when it runs without them. `on_outputs` is called with every
-    node that has run, and its outputs, which later nodes may write over.
+    another node reads an input that is written in place, since their order is open. A graph of one rank of several needs their
+    `group`, and raises ArtifactError when it runs without one. `on_outputs` is called with every node that has run, and its
+    outputs, which later nodes may write over.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Simulator:
         self.wide, self.group, self.on_outputs = wide, group, on_outputs
         self._constants = {node.name: self._constant(node.attributes["value"]) for node in self.graph.nodes if _is_const(node)}
         self._written = _written_inputs(self.graph)
-        self._steps = self._plan()
+        self._bound_nodes = self._bind_nodes()
 
     def __call__(self, inputs: Sequence[Tensor], assigned: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Outputs, in order; the one at i is written into assigned[i], if that is a tensor, which is returned.
@@ -62,16 +62,16 @@ class Simulator:
         if assigned and len(assigned) != len(self.graph.outputs):
             raise GeGraphError(f"{len(assigned)} tensors are assigned to {len(self.graph.outputs)} outputs")
         self._check_inputs(inputs)
-        # What is written in place has to be widened before; weights are widened one by one, when an operator reads them.
-        held = [self._upcast(x) if i in self._written else x for i, x in enumerate(inputs)]
-        values = {Source(node.name, 0): x for node, x in zip(self.graph.inputs, held, strict=True)}
+        # Inputs that are written in place are upcast first; weights one by one, when an operator reads them.
+        operands = [self._upcast(x) if i in self._written else x for i, x in enumerate(inputs)]
+        values = {Source(node.name, 0): x for node, x in zip(self.graph.inputs, operands, strict=True)}
         values |= {Source(name, 0): value for name, value in self._constants.items()}
         with torch.no_grad():
-            for step in self._steps:
-                self._run(step, values)
-            for index in self._written:  # a half input that was widened: what was written has to reach the caller's tensor
-                _written(inputs[index], held[index])
-            return self._deliver(values, inputs, assigned or [None] * len(self.graph.outputs))
+            for bound_node in self._bound_nodes:
+                self._run_node(bound_node, values)
+            for index in self._written:  # an upcast copy of an input was written: the caller's tensor gets its values
+                _copied(inputs[index], operands[index])
+            return self._outputs(values, inputs, assigned or [None] * len(self.graph.outputs))
 
     def _constant(self, value: Constant) -> Tensor:
         dtype = getattr(torch, value.dtype)
@@ -82,36 +82,36 @@ class Simulator:
     def _upcast(self, value: Tensor) -> Tensor:
         return value.float() if self.wide and value.dtype in HALVES else value
 
-    def _plan(self) -> list[Step]:
-        last: dict[Source, Node] = {}
+    def _bind_nodes(self) -> list[BoundNode]:
+        last_reader: dict[Source, Node] = {}
         for node in self.graph.nodes:
-            last.update({source: node for source in node.inputs if source})
-        dropped: dict[str, list[Source]] = {}
-        for source, node in last.items():
-            dropped.setdefault(node.name, []).append(source)
+            last_reader.update({source: node for source in node.inputs if source})
+        unused: dict[str, list[Source]] = {}
+        for source, node in last_reader.items():
+            unused.setdefault(node.name, []).append(source)
         nodes = [node for node in self.graph.nodes if node.type not in (*INPUT_TYPES, OUTPUT_TYPE, "Const")]
-        return [Step(node, _bound(node, self.wide, self.group), tuple(dropped.get(node.name, ()))) for node in nodes]
+        return [BoundNode(node, _bind(node, self.wide, self.group), tuple(unused.get(node.name, ()))) for node in nodes]
 
     def _check_inputs(self, inputs: Sequence[Tensor]) -> None:
         if len(inputs) != len(self.graph.inputs):
             raise GeGraphError(f"{len(inputs)} inputs were given to a graph of {len(self.graph.inputs)}")
-        for given, node in zip(inputs, self.graph.inputs, strict=True):
-            self._check_input(given, node)
+        for tensor, node in zip(inputs, self.graph.inputs, strict=True):
+            self._check_input(tensor, node)
 
-    def _check_input(self, given: Tensor, node: Node) -> None:
-        described = node.outputs[0]
+    def _check_input(self, tensor: Tensor, node: Node) -> None:
+        descriptor = node.outputs[0]
         name = f"input {node.attributes['index']} ({node.name})"
-        expected = getattr(torch, described.dtype or "float32")
+        expected = getattr(torch, descriptor.dtype or "float32")
         allowed = (expected, torch.float32) if self.wide and expected in HALVES else (expected,)
-        if given.dtype not in allowed:
-            raise GeGraphError(f"{name} is {given.dtype}; expected {expected}")
-        if described.shape is not None and min(described.shape, default=0) >= 0 and tuple(given.shape) != described.shape:
-            raise GeGraphError(f"{name} has the shape {list(given.shape)}; expected {list(described.shape)}")
+        if tensor.dtype not in allowed:
+            raise GeGraphError(f"{name} is {tensor.dtype}; expected {expected}")
+        if descriptor.shape is not None and min(descriptor.shape, default=0) >= 0 and tuple(tensor.shape) != descriptor.shape:
+            raise GeGraphError(f"{name} has the shape {list(tensor.shape)}; expected {list(descriptor.shape)}")
 
-    def _run(self, step: Step, values: dict[Source, Tensor]) -> None:
-        node = step.node
+    def _run_node(self, bound_node: BoundNode, values: dict[Source, Tensor]) -> None:
+        node = bound_node.node
         try:
-            outputs = step.call([None if source is None else self._upcast(values[source]) for source in node.inputs])
+            outputs = bound_node.call([None if source is None else self._upcast(values[source]) for source in node.inputs])
             self._check_outputs(node, outputs)
             if self.on_outputs is not None:
                 self.on_outputs(node, outputs)
@@ -122,41 +122,41 @@ class Simulator:
                 raise
             raise GeGraphError(f"{node.type} {node.name}: {str(error).splitlines()[0]}") from error
         values.update({Source(node.name, i): output for i, output in enumerate(outputs)})
-        for source in step.last:
+        for source in bound_node.unused_after:
             values.pop(source, None)
 
     def _check_outputs(self, node: Node, outputs: Sequence[Tensor]) -> None:
-        """What was computed has to be what torchair expected where it traced the program."""
+        """Raise GeGraphError unless outputs have the sizes and dtypes that torchair traced."""
         if len(outputs) != len(node.outputs):
             raise GeGraphError(f"{len(outputs)} outputs; the graph has {len(node.outputs)}")
-        for output, described in zip(outputs, node.outputs, strict=True):
+        for output, descriptor in zip(outputs, node.outputs, strict=True):
             # torchair notes the shape of a view on the operator whose output it is a view of, so sizes have to do.
-            if described.shape is not None and output.numel() != math.prod(described.shape):
+            if descriptor.shape is not None and output.numel() != math.prod(descriptor.shape):
                 raise GeGraphError(
-                    f"output {described.name} has the shape {list(output.shape)}; torchair traced {list(described.shape)}"
+                    f"output {descriptor.name} has the shape {list(output.shape)}; torchair traced {list(descriptor.shape)}"
                 )
-            if described.dtype is None:
+            if descriptor.dtype is None:
                 continue
-            unrounded = self.wide and described.dtype == "int8" and output.is_floating_point()
-            if not unrounded and output.dtype != (expected := self._dtype(described.dtype)):
-                raise GeGraphError(f"output {described.name} is {output.dtype}; torchair traced {expected}")
+            unrounded = self.wide and descriptor.dtype == "int8" and output.is_floating_point()
+            if not unrounded and output.dtype != (expected := self._dtype(descriptor.dtype)):
+                raise GeGraphError(f"output {descriptor.name} is {output.dtype}; torchair traced {expected}")
 
     def _dtype(self, name: str) -> torch.dtype:
         dtype = getattr(torch, name)
         return torch.float32 if self.wide and dtype in HALVES else dtype
 
-    def _deliver(
+    def _outputs(
         self, values: dict[Source, Tensor], inputs: Sequence[Tensor], assigned: Sequence[Tensor | None]
     ) -> list[Tensor]:
-        """Outputs of their own memory: none is a view of an input or a constant, none changes when another is written."""
-        owned = {each.untyped_storage().data_ptr() for each in (*inputs, *self._constants.values())}
+        """The graph's outputs in memory of their own: none is a view of an input or a constant."""
+        shared_storages = {each.untyped_storage().data_ptr() for each in (*inputs, *self._constants.values())}
         outputs = []
         for source, target in zip(self.graph.outputs, assigned, strict=True):
             value = self._upcast(values[source])
-            shared = value is not target and value.untyped_storage().data_ptr() in owned
+            shared = value is not target and value.untyped_storage().data_ptr() in shared_storages
             outputs.append(value.clone() if shared else value)
         return [
-            value.contiguous() if target is None else _written(target, value)
+            value.contiguous() if target is None else _copied(target, value)
             for value, target in zip(outputs, assigned, strict=True)
         ]
 
@@ -165,11 +165,11 @@ def _is_const(node: Node) -> bool:
     return node.type == "Const"
 
 
-def _written(target: Tensor, value: Tensor) -> Tensor:
+def _copied(target: Tensor, value: Tensor) -> Tensor:
     return target if value is target else target.copy_(value)
 
 
-def _bound(node: Node, wide: bool, group: Group | None) -> Bound:
+def _bind(node: Node, wide: bool, group: Group | None) -> BoundOp:
     op = ge_ops.OPS.get(node.type)
     if op is None:
         raise GeGraphError(f"{node.type} {node.name}: operators of type {node.type} are not simulated")

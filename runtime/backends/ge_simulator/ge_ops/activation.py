@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .reduce import wide
+from .reduce import upcast
 from .registry import UnsupportedError, ge_op
 
 
@@ -27,7 +27,7 @@ def swish(x: Tensor, *, scale: float = 1.0) -> Tensor:
 @ge_op("SwiGlu")
 def swi_glu(x: Tensor, *, dim: int = -1) -> Tensor:
     """silu(a) * b of the halves a and b of x along an axis (Shazeer 2020)."""
-    gate, up = wide(x).chunk(2, dim)
+    gate, up = upcast(x).chunk(2, dim)
     return (functional.silu(gate) * up).to(x.dtype)
 
 
@@ -38,7 +38,7 @@ def gelu(x: Tensor) -> Tensor:
     The definition of this operator names x * Phi(x), and its kernels compute that by the tanh form. torchair lowers aten.gelu
     to it whatever `approximate` says; the erf form is GeluV2.
     """
-    return functional.gelu(wide(x), approximate="tanh").to(x.dtype)
+    return functional.gelu(upcast(x), approximate="tanh").to(x.dtype)
 
 
 @ge_op("GeluV2")
@@ -46,7 +46,7 @@ def gelu_v2(x: Tensor, *, approximate: str = "none") -> Tensor:
     """The erf form for "none", the tanh form for "tanh"."""
     if approximate not in ("none", "tanh"):
         raise UnsupportedError(f"attribute approximate = {approximate!r} is not supported; expected 'none' or 'tanh'")
-    y = wide(x)
+    y = upcast(x)
     if approximate == "tanh":
         return functional.gelu(y, approximate=approximate).to(x.dtype)
     # torch's own, where it computes several values at a time, has 0 times infinity in it.
@@ -60,20 +60,20 @@ def fast_gelu(x: Tensor) -> Tensor:
 
 
 def _swish(x: Tensor, scale: float) -> Tensor:
-    y = wide(x)
+    y = upcast(x)
     return (y * (y * scale).sigmoid()).to(x.dtype)
 
 
 @ge_op("LogSoftmaxV2")
 def log_softmax_v2(logits: Tensor, *, axes: Sequence[int] = (-1,)) -> Tensor:
     """The logarithm of the softmax over one axis."""
-    return wide(logits).log_softmax(_one_axis(axes)).to(logits.dtype)
+    return upcast(logits).log_softmax(_one_axis(axes)).to(logits.dtype)
 
 
 @ge_op("SoftmaxV2")
 def softmax_v2(x: Tensor, *, axes: Sequence[int] = (-1,), half_to_float: bool = False) -> Tensor:
     """Softmax over one axis; half_to_float leaves a half's result in float32."""
-    y = wide(x).softmax(_one_axis(axes))
+    y = upcast(x).softmax(_one_axis(axes))
     return y if half_to_float else y.to(x.dtype)
 
 

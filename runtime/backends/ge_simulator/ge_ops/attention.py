@@ -13,12 +13,12 @@ import functools
 import torch
 from torch import Tensor
 
-from .reduce import wide
-from .registry import HALVES, Run, UnsupportedError, ge_op, integers, same_dtypes
+from .reduce import upcast
+from .registry import HALVES, NodeContext, UnsupportedError, ge_op, integers, same_dtypes
 
-EVERYTHING = 2147483647  # pre_tokens and next_tokens that hide nothing
-COMPRESSED = 2048  # rows and columns of the mask that stands for any causal one
-MOST_INT8_QUERIES = 16  # of a row, over keys and values of int8
+ALL_TOKENS = 2147483647  # pre_tokens and next_tokens that hide nothing
+COMPRESSED = 2048  # rows and columns of the compressed mask, which stands for any causal one
+MAX_INT8_QUERIES = 16  # of a row, over keys and values of int8
 DEFAULT, ALL, LEFT_UP, RIGHT_DOWN, BAND = range(5)  # sparse_mode
 LAYOUTS = ("BNSD", "BSND", "BSH")
 
@@ -52,13 +52,13 @@ def fused_infer_attention_score(
     sparse_mode: int = 0,
     inner_precise: int = 0,
     softmax_lse_flag: bool = False,
-    run: Run,
+    context: NodeContext,
 ) -> tuple[Tensor, Tensor]:
     """softmax(query key^T scale, hidden keys left out) value, and with softmax_lse_flag the logarithm of each softmax's sum.
 
     The input layout is BNSD, BSND or BSH (heads and head dim in one axis); `X_Y` gives the result in layout Y. Query head n
     attends with kv head n // (N / K). Row b has actual_seq_lengths[b] queries and actual_seq_lengths_kv[b] keys (one number
-    stands for all rows; none, for as many as there are): queries behind that give zeros, keys behind it are never read.
+    stands for all rows; none, for as many as there are): queries after that give zeros, keys after it are never read.
 
     sparse_mode says which keys query t of q sees among s, besides atten_mask, where 1 hides:
         0  those that the mask leaves, or all without a mask
@@ -69,8 +69,8 @@ def fused_infer_attention_score(
     Modes 2 to 4 want the mask of [2048, 2048] with ones above the diagonal. For one query per row the device takes another
     kernel, which knows no sparse_mode: modes 2 and 4, which mean something there, are refused.
 
-    Keys and values may be int8 in the layout BNSD: they stand for so many steps of their channels' scales (antiquant modes 0)
-    of query's type, to which they are widened, rounding once. One query per row takes scales [1, K, 1, D]; up to 16 take
+    Keys and values may be int8 in the layout BNSD: they are multiplied by the scales of their channels (antiquant modes 0),
+    which have query's type, and so dequantised to it, rounding once. One query per row takes scales [1, K, 1, D]; up to 16 take
     scales [K, 1, D], [K, D] or [K * D], in bfloat16 alone.
 
     inner_precise (0 to 3) trades accuracy for speed and is the same here. A query that sees no key gives zeros, and an lse of
@@ -82,9 +82,9 @@ def fused_infer_attention_score(
     if inner_precise not in (0, 1, 2, 3):
         raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 to 3")
     if key_antiquant_scale is not None or value_antiquant_scale is not None:
-        key = [_antiquantised(query, key, key_antiquant_scale, "key")]
-        value = [_antiquantised(query, value, value_antiquant_scale, "value")]
-    q, k, v = _operands(query, key, value, layout, num_heads, num_key_value_heads or num_heads, run)
+        key = [_dequantised(query, key, key_antiquant_scale, "key")]
+        value = [_dequantised(query, value, value_antiquant_scale, "value")]
+    q, k, v = _operands(query, key, value, layout, num_heads, num_key_value_heads or num_heads, context)
     queries = _lengths(actual_seq_lengths, "actual_seq_lengths", q.shape[0], q.shape[2])
     keys = _lengths(actual_seq_lengths_kv, "actual_seq_lengths_kv", q.shape[0], k.shape[2])
     _check_tokens(sparse_mode, pre_tokens, next_tokens)
@@ -97,12 +97,12 @@ def fused_infer_attention_score(
             hidden = hidden | mask[b, :count, :length]
         rows = (q[b, :, :count], k[b, :, :length], v[b, :, :length])
         out[b, :, :count], lse[b, :, :count] = _attend(*rows, hidden, scale)
-    return _arranged(out, out_layout or layout), lse if softmax_lse_flag else torch.empty(run.node.outputs[1].shape or 0)
+    return _to_layout(out, out_layout or layout), lse if softmax_lse_flag else torch.empty(context.node.outputs[1].shape or 0)
 
 
-def _antiquantised(query: Tensor, given: list[Tensor], scale: Tensor | None, name: str) -> Tensor:
-    """Keys or values [B, K, S, D] of int8 in query's type. Layouts other than BNSD are not simulated."""
-    (numbers,) = given
+def _dequantised(query: Tensor, tensors: list[Tensor], scale: Tensor | None, name: str) -> Tensor:
+    """Keys or values [B, K, S, D] of int8, dequantised to query's type. Layouts other than BNSD are not simulated."""
+    (numbers,) = tensors
     if numbers.dtype != torch.int8 or scale is None or scale.dtype != query.dtype:
         raise UnsupportedError(
             f"{name} is {numbers.dtype} with an antiquant scale of {'nothing' if scale is None else scale.dtype}; expected "
@@ -111,11 +111,11 @@ def _antiquantised(query: Tensor, given: list[Tensor], scale: Tensor | None, nam
     if query.dim() != 4 or tuple(scale.shape) not in _channel_shapes(query.shape[2], numbers):
         raise UnsupportedError(
             f"antiquant scale {list(scale.shape)} of {name} {list(numbers.shape)} with query {list(query.shape)}; expected "
-            f"BNSD, and [1, K, 1, D] for one query per row, or [K, 1, D], [K, D] or [K * D] for 2 to {MOST_INT8_QUERIES}"
+            f"BNSD, and [1, K, 1, D] for one query per row, or [K, 1, D], [K, D] or [K * D] for 2 to {MAX_INT8_QUERIES}"
         )
     if query.shape[2] > 1 and query.dtype == torch.float16:
         raise UnsupportedError(f"query {list(query.shape)} in float16; several queries over {name} in int8 take bfloat16 alone")
-    return (numbers.float() * wide(scale).reshape(numbers.shape[1], 1, numbers.shape[3])).to(query.dtype)
+    return (numbers.float() * upcast(scale).reshape(numbers.shape[1], 1, numbers.shape[3])).to(query.dtype)
 
 
 def _channel_shapes(queries: int, numbers: Tensor) -> list[tuple[int, ...]]:
@@ -123,19 +123,19 @@ def _channel_shapes(queries: int, numbers: Tensor) -> list[tuple[int, ...]]:
     heads, width = numbers.shape[1], numbers.shape[3]
     if queries == 1:
         return [(1, heads, 1, width)]
-    return [(heads, 1, width), (heads, width), (heads * width,)] if queries <= MOST_INT8_QUERIES else []
+    return [(heads, 1, width), (heads, width), (heads * width,)] if queries <= MAX_INT8_QUERIES else []
 
 
 def _operands(
-    query: Tensor, key: list[Tensor], value: list[Tensor], layout: str, heads: int, kv_heads: int, run: Run
+    query: Tensor, key: list[Tensor], value: list[Tensor], layout: str, heads: int, kv_heads: int, context: NodeContext
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Query [B, N, Q, D], key [B, K, S, D] and value of any layout."""
     if len(key) != 1 or len(value) != 1:
         raise UnsupportedError(f"{len(key)} keys and {len(value)} values are not supported; expected one tensor of each")
     same_dtypes(query=query, key=key[0], value=value[0])
-    if not run.wide and query.dtype not in HALVES:
+    if not context.wide and query.dtype not in HALVES:
         raise UnsupportedError(f"query is {query.dtype}; the operator takes float16 and bfloat16")
-    q, k, v = _split(query, layout, heads), _split(key[0], layout, kv_heads), _split(value[0], layout, kv_heads)
+    q, k, v = _to_bnsd(query, layout, heads), _to_bnsd(key[0], layout, kv_heads), _to_bnsd(value[0], layout, kv_heads)
     if heads % kv_heads or k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
         raise UnsupportedError(
             f"query {list(query.shape)} with {heads} heads does not fit key {list(key[0].shape)} and value "
@@ -144,7 +144,7 @@ def _operands(
     return q, k, v
 
 
-def _split(x: Tensor, layout: str, heads: int) -> Tensor:
+def _to_bnsd(x: Tensor, layout: str, heads: int) -> Tensor:
     """Any layout -> BNSD."""
     if x.dim() != len(layout):
         raise UnsupportedError(f"{list(x.shape)} does not have the layout {layout}")
@@ -158,7 +158,7 @@ def _split(x: Tensor, layout: str, heads: int) -> Tensor:
     return x
 
 
-def _arranged(x: Tensor, layout: str) -> Tensor:
+def _to_layout(x: Tensor, layout: str) -> Tensor:
     """BNSD -> any layout."""
     if layout == "BNSD":
         return x
@@ -166,27 +166,27 @@ def _arranged(x: Tensor, layout: str) -> Tensor:
     return x.flatten(2) if layout == "BSH" else x
 
 
-def _lengths(given: Tensor | None, name: str, rows: int, most: int) -> list[int]:
+def _lengths(tensor: Tensor | None, name: str, rows: int, most: int) -> list[int]:
     """True lengths, one per row."""
-    if given is None:
+    if tensor is None:
         return [most] * rows
-    lengths = integers(given)
+    lengths = integers(tensor)
     lengths = lengths * rows if len(lengths) == 1 else lengths
-    if given.dtype != torch.int64:
-        raise UnsupportedError(f"input {name} is {given.dtype}; the operator takes int64")
+    if tensor.dtype != torch.int64:
+        raise UnsupportedError(f"input {name} is {tensor.dtype}; the operator takes int64")
     if len(lengths) != rows or any(not 0 <= length <= most for length in lengths):
         raise UnsupportedError(f"input {name} = {lengths}; expected {rows} numbers from 0 to {most}")
     return lengths
 
 
 def _check_tokens(mode: int, before: int, after: int) -> None:
-    """Modes 2 and 3 ignore them, as documented."""
-    if mode in (DEFAULT, ALL) and (before, after) != (EVERYTHING, EVERYTHING):
+    """Raise UnsupportedError for limits of tokens in modes 0 and 1. Modes 2 and 3 ignore them, as documented."""
+    if mode in (DEFAULT, ALL) and (before, after) != (ALL_TOKENS, ALL_TOKENS):
         raise UnsupportedError(f"attributes pre_tokens = {before}, next_tokens = {after} are supported in sparse_mode 4 only")
 
 
 def _mask(mask: Tensor | None, mode: int, sizes: tuple[int, int, int]) -> Tensor | None:
-    """The given mask as bool [B, Q, S]; None where there is none to apply."""
+    """The mask as bool [B, Q, S]; None where there is none to apply."""
     rows, queries, keys = sizes
     if mode not in (DEFAULT, ALL, LEFT_UP, RIGHT_DOWN, BAND):
         raise UnsupportedError(f"attribute sparse_mode = {mode} is not supported; expected 0 to 4")
@@ -199,10 +199,10 @@ def _mask(mask: Tensor | None, mode: int, sizes: tuple[int, int, int]) -> Tensor
     if mode not in (DEFAULT, ALL):
         _check_compressed(mask, mode, queries)
         return None
-    return _spread(mask.bool(), rows, queries, keys)
+    return _expanded_mask(mask.bool(), rows, queries, keys)
 
 
-def _spread(mask: Tensor, rows: int, queries: int, keys: int) -> Tensor:
+def _expanded_mask(mask: Tensor, rows: int, queries: int, keys: int) -> Tensor:
     """A mask of any allowed shape -> [B, Q, S]."""
     shape = tuple(mask.shape)
     whole = (queries, keys)
@@ -232,23 +232,23 @@ def _upper_triangle() -> Tensor:
 
 
 def _hidden(mode: int, queries: int, keys: int, before: int, after: int) -> Tensor:
-    """Which keys the mode hides: [Q, S]."""
-    at = torch.arange(queries)[:, None] + (0 if mode == LEFT_UP else keys - queries)  # the key that a query stands at
+    """The keys that the mode hides from each query: bool [Q, S]."""
+    own = torch.arange(queries)[:, None] + (0 if mode == LEFT_UP else keys - queries)  # the key of each query's position
     place = torch.arange(keys)
     if mode in (DEFAULT, ALL):
         return torch.zeros((queries, keys), dtype=torch.bool)
     if mode == BAND:
-        return (place < at - before) | (place > at + after)
-    return place > at
+        return (place < own - before) | (place > own + after)
+    return place > own
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """q [N, Q, D], k and v [K, S, D], hidden [Q, S] -> the result [N, Q, D] and the logarithms [N, Q, 1]."""
     kv_heads = k.shape[0]
-    grouped = wide(q).unflatten(0, (kv_heads, -1))  # [K, N / K, Q, D]
-    scores = (grouped @ wide(k)[:, None].transpose(-1, -2)) * scale
+    grouped = upcast(q).unflatten(0, (kv_heads, -1))  # [K, N / K, Q, D]
+    scores = (grouped @ upcast(k)[:, None].transpose(-1, -2)) * scale
     scores = scores.masked_fill(hidden, -torch.inf)
-    blind = hidden.all(-1, keepdim=True)  # all of no keys, too
-    weights = scores.softmax(-1).masked_fill(blind, 0)
-    lse = scores.logsumexp(-1, keepdim=True).masked_fill(blind, torch.inf)
-    return (weights @ wide(v)[:, None]).flatten(0, 1).to(q.dtype), lse.flatten(0, 1)
+    all_hidden = hidden.all(-1, keepdim=True)  # all of no keys, too
+    weights = scores.softmax(-1).masked_fill(all_hidden, 0)
+    lse = scores.logsumexp(-1, keepdim=True).masked_fill(all_hidden, torch.inf)
+    return (weights @ upcast(v)[:, None]).flatten(0, 1).to(q.dtype), lse.flatten(0, 1)

@@ -1,4 +1,4 @@
-"""Operators that write in place. Their first input is what they write, and their first output is that very memory."""
+"""Operators that write in place. Their first input is the tensor that they write, and their first output is the same memory."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def scatter(var: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0) -> 
 def scatter_update(var: Tensor, indices: Tensor, updates: Tensor) -> Tensor:
     """Replace whole parts of var [N, ...]: var[indices] = updates."""
     same_dtypes(var=var, updates=updates)
-    places = indices.reshape(-1).long()
-    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < var.shape[0]:
-        raise UnsupportedError(f"indices {places.tolist()} are out of range; var has {var.shape[0]} parts")
-    var[places] = updates.reshape(-1, *var.shape[1:])
+    rows = indices.reshape(-1).long()
+    if rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < var.shape[0]:
+        raise UnsupportedError(f"indices {rows.tolist()} are out of range; var has {var.shape[0]} parts")
+    var[rows] = updates.reshape(-1, *var.shape[1:])
     return var
 
 

@@ -1,6 +1,6 @@
 """Arithmetic, comparisons and choices, element by element; operands broadcast.
 
-torch computes a half in float32 and rounds once, which is what is wanted here.
+torch computes a 16-bit float in float32 and rounds once, as a device does.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .registry import Run, UnsupportedError, ge_op, number, same_dtypes
+from .registry import NodeContext, UnsupportedError, ge_op, number, same_dtypes
 
 _UNARY: dict[str, Callable[[Tensor], Tensor]] = {
     "Abs": torch.abs,
@@ -86,7 +86,7 @@ def _check_numbers(name: str, x: Tensor) -> None:
 
 
 def _check_divisor(x2: Tensor) -> None:
-    """What a device makes of an integer divided by 0 is left open."""
+    """Raise UnsupportedError for an integer divisor with a 0, whose result on a device is not defined."""
     if not x2.is_floating_point() and bool((x2 == 0).any()):
         raise UnsupportedError("input x2 holds 0; an integer cannot be divided by it")
 
@@ -136,14 +136,14 @@ def axpy(x1: Tensor, x2: Tensor, alpha: Tensor) -> Tensor:
 
 @ge_op("ClipByValueV2")
 def clip_by_value_v2(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
-    """x held between two bounds; the upper one where it is below the lower one."""
+    """x clipped to two bounds; the upper one where it is below the lower one."""
     same_dtypes(x=x, clip_value_min=clip_value_min, clip_value_max=clip_value_max)
     return torch.clamp(x, clip_value_min, clip_value_max)
 
 
 @ge_op("ClipByValue")
 def clip_by_value(x: Tensor, clip_value_min: Tensor, clip_value_max: Tensor) -> Tensor:
-    """x held between two bounds; the lower one where it is above the upper one, as in TensorFlow's operator of this name."""
+    """x clipped to two bounds; the lower one where it is above the upper one, as in TensorFlow's operator of this name."""
     same_dtypes(x=x, clip_value_min=clip_value_min, clip_value_max=clip_value_max)
     return torch.maximum(torch.minimum(x, clip_value_max), clip_value_min)
 
@@ -174,6 +174,6 @@ def masked_fill(x: Tensor, mask: Tensor, value: Tensor) -> Tensor:
 
 
 @ge_op("Cast")
-def cast(x: Tensor, *, dst_type: int, run: Run) -> Tensor:
+def cast(x: Tensor, *, dst_type: int, context: NodeContext) -> Tensor:
     """x in another dtype; floats become integers towards zero."""
-    return x.to(run.dtype(dst_type))
+    return x.to(context.dtype(dst_type))

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .reduce import wide
-from .registry import Run, UnsupportedError, ge_op, number, same_dtypes
+from .reduce import upcast
+from .registry import NodeContext, UnsupportedError, ge_op, number, same_dtypes
 
 
 @ge_op("GatherV2", batch_dims=0, is_preprocessed=False)
@@ -44,10 +44,10 @@ def gather_elements(x: Tensor, index: Tensor, *, dim: int = 0) -> Tensor:
 
 @ge_op("ScatterElements")
 def scatter_elements(data: Tensor, indices: Tensor, updates: Tensor, *, axis: int = 0, reduction: str = "none") -> Tensor:
-    """A copy of data with one value of updates at every place of indices along an axis: put there, added or multiplied.
+    """A copy of data with one value of updates at every place of indices along an axis: assigned, added or multiplied.
 
-    data and indices have as many axes, indices and updates one shape. A place that is put to twice is an error here; a device
-    leaves open which value stays. Sums and products are in float32, rounded once.
+    data and indices have as many axes, indices and updates one shape. An index that is assigned twice is an error here; on a
+    device either value may stay. Sums and products are in float32, rounded once.
     """
     same_dtypes(data=data, updates=updates)
     reductions = {"none": None, "add": "sum", "mul": "prod"}
@@ -58,19 +58,19 @@ def scatter_elements(data: Tensor, indices: Tensor, updates: Tensor, *, axis: in
         raise UnsupportedError(f"{shapes} do not fit each other")
     places = indices.long()
     _check_range(places, 0, data.shape[axis])
-    found = wide(data).clone()
-    if how := reductions[reduction]:
-        return found.scatter_reduce(axis, places, wide(updates), how).to(data.dtype)
+    result = upcast(data).clone()
+    if method := reductions[reduction]:
+        return result.scatter_reduce(axis, places, upcast(updates), method).to(data.dtype)
     if torch.zeros(data.shape).scatter_add(axis, places, torch.ones(places.shape)).gt(1).any():
         raise UnsupportedError("input indices names a place twice; which value stays is left open")
-    return found.scatter(axis, places, wide(updates)).to(data.dtype)
+    return result.scatter(axis, places, upcast(updates)).to(data.dtype)
 
 
 @ge_op("IndexByTensor")
 def index_by_tensor(x: Tensor, indices: list[Tensor], *, indices_mask: Sequence[int] = ()) -> Tensor:
     """x[i, j, ...] with broadcast index tensors at the axes that indices_mask marks with 1, and whole axes elsewhere."""
-    given = iter(indices)
-    index = tuple(next(given).long() if marked else slice(None) for marked in indices_mask)
+    remaining = iter(indices)
+    index = tuple(next(remaining).long() if marked else slice(None) for marked in indices_mask)
     for each, size in zip(index, x.shape, strict=False):
         if isinstance(each, Tensor):
             _check_range(each, -size, size)
@@ -80,14 +80,14 @@ def index_by_tensor(x: Tensor, indices: list[Tensor], *, indices_mask: Sequence[
 def _check_range(indices: Tensor, low: int, high: int) -> None:
     """Indices have to be from `low` to below `high`."""
     if indices.numel() and (int(indices.min()) < low or int(indices.max()) >= high):
-        wrong = next(int(each) for each in indices.reshape(-1) if not low <= int(each) < high)
-        raise UnsupportedError(f"index {wrong} is out of range; expected {low} to {high - 1}")
+        invalid = next(int(each) for each in indices.reshape(-1) if not low <= int(each) < high)
+        raise UnsupportedError(f"index {invalid} is out of range; expected {low} to {high - 1}")
 
 
 @ge_op("ArgMaxV2")
-def arg_max_v2(x: Tensor, dimension: Tensor, *, dtype: str = "int64", run: Run) -> Tensor:
+def arg_max_v2(x: Tensor, dimension: Tensor, *, dtype: str = "int64", context: NodeContext) -> Tensor:
     """The index of the largest value along an axis, the first of equals."""
-    return x.argmax(int(number(dimension, "dimension"))).to(run.dtype(dtype))
+    return x.argmax(int(number(dimension, "dimension"))).to(context.dtype(dtype))
 
 
 @ge_op("ArgMaxWithValue")
@@ -95,8 +95,8 @@ def arg_max_with_value(x: Tensor, *, dimension: int, keep_dims: bool = False) ->
     """The index (int32) of the largest value along an axis, and the value."""
     index = x.argmax(dimension, keepdim=True)
     value = x.gather(dimension, index)
-    found = (index.int(), value)
-    return found if keep_dims else (found[0].squeeze(dimension), found[1].squeeze(dimension))
+    index = index.int()
+    return (index, value) if keep_dims else (index.squeeze(dimension), value.squeeze(dimension))
 
 
 @ge_op("TopKV2", "TopK", sort_policy=1)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .reduce import wide
+from .reduce import upcast
 from .registry import UnsupportedError, ge_op, same_dtypes
 
 
@@ -48,8 +48,8 @@ def _product(x1: Tensor, x2: Tensor, bias: Tensor | None, transpose_x1: bool, tr
     right = x2.transpose(-1, -2) if transpose_x2 else x2
     if left.shape[-1] != right.shape[-2]:
         raise UnsupportedError(f"{list(left.shape)} times {list(right.shape)}: the inner sizes differ")
-    product = wide(left) @ wide(right)
-    return (product if bias is None else product + wide(bias)).to(x1.dtype)
+    product = upcast(left) @ upcast(right)
+    return (product if bias is None else product + upcast(bias)).to(x1.dtype)
 
 
 @ge_op("Conv2D", data_format="NCHW", offset_x=0)
@@ -69,9 +69,9 @@ def conv2d(
         if len(values) != 4 or list(values[:2]) != [1, 1]:
             raise UnsupportedError(f"attribute {name} = {values} is not supported; expected [1, 1, rows, columns]")
     top, bottom, left, right = pads
-    padded = functional.pad(wide(x), (left, right, top, bottom))
-    kernel = wide(filter)
-    shift = None if bias is None else wide(bias)
+    padded = functional.pad(upcast(x), (left, right, top, bottom))
+    kernel = upcast(filter)
+    shift = None if bias is None else upcast(bias)
     return functional.conv2d(padded, kernel, shift, tuple(strides[2:]), 0, tuple(dilations[2:]), groups).to(x.dtype)
 
 

@@ -1,6 +1,6 @@
 """Products with quantised weights, and the quantisation of activations.
 
-With `wide` nothing is rounded: activations stay what they are worth in steps of 8 bits, as float32 (see simulator.py).
+With `wide` nothing is rounded: quantised activations are float32 numbers of steps (see simulator.py).
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from .matmul import exact_product
-from .reduce import wide
-from .registry import HALVES, Run, UnsupportedError, ge_op, same_dtypes
+from .reduce import upcast
+from .registry import HALVES, NodeContext, UnsupportedError, ge_op, same_dtypes
 
 
 @ge_op("WeightQuantBatchMatmulV2", dtype=-1)
@@ -40,19 +40,19 @@ def weight_quant_batch_matmul_v2(
     left = x.T if transpose_x else x
     right = weight.T if transpose_weight else weight
     _check_group(antiquant_group_size, left)
-    right = _unpacked(right, left.shape[1]) if right.dtype == torch.int32 else right
+    right = _unpack_int4(right, left.shape[1]) if right.dtype == torch.int32 else right
     scale, offset = antiquant_scale, antiquant_offset
     if transpose_weight:  # then scale and offset are transposed too
         scale, offset = (each.T if each is not None and each.dim() == 2 else each for each in (scale, offset))
     assert scale is not None
-    dense = wide(_per_row(scale, right, antiquant_group_size, "antiquant_scale"))
-    shift = 0 if offset is None else wide(_per_row(offset, right, antiquant_group_size, "antiquant_offset"))
-    product = wide(left) @ wide(((right.float() + shift) * dense).to(x.dtype))
-    return (product if bias is None else product + wide(bias)).to(x.dtype)
+    row_scale = upcast(_row_values(scale, right, antiquant_group_size, "antiquant_scale"))
+    row_offset = 0 if offset is None else upcast(_row_values(offset, right, antiquant_group_size, "antiquant_offset"))
+    product = upcast(left) @ upcast(((right.float() + row_offset) * row_scale).to(x.dtype))
+    return (product if bias is None else product + upcast(bias)).to(x.dtype)
 
 
 def _check_group(group: int, x: Tensor) -> None:
-    """What a card takes for x [M, K]."""
+    """Raise UnsupportedError for a shape of x [M, K] or a group size that a card refuses."""
     if x.dim() != 2:
         raise UnsupportedError(f"input x has the shape {list(x.shape)}; expected two axes")
     if group and (group % 32 or not 0 < group < x.shape[1]):
@@ -62,18 +62,18 @@ def _check_group(group: int, x: Tensor) -> None:
         )
 
 
-def _unpacked(weight: Tensor, rows: int) -> Tensor:
+def _unpack_int4(weight: Tensor, rows: int) -> Tensor:
     """int32 [K / 8, N] or [K, N / 8] -> int8 [K, N], K being `rows`."""
     packed = weight.T if len(weight) * 8 == rows else weight  # numbers lie along the last axis
     if rows not in (len(weight), 8 * len(weight)):
         shape = list(weight.shape)
         raise UnsupportedError(f"input weight has the shape {shape}; expected {rows} or {rows // 8} rows of int32")
     numbers = (packed.unsqueeze(-1) >> torch.arange(0, 32, 4, dtype=torch.int32)) & 15
-    whole = ((numbers ^ 8) - 8).to(torch.int8).flatten(1)
-    return whole.T if packed is not weight else whole
+    weight_int8 = ((numbers ^ 8) - 8).to(torch.int8).flatten(1)
+    return weight_int8.T if packed is not weight else weight_int8
 
 
-def _per_row(values: Tensor, weight: Tensor, group: int, name: str) -> Tensor:
+def _row_values(values: Tensor, weight: Tensor, group: int, name: str) -> Tensor:
     """Scales or offsets in a shape that broadcasts with weight [K, N]."""
     rows, columns = weight.shape
     if group == 0 and tuple(values.shape) in ((1,), (columns,), (1, columns)):
@@ -95,32 +95,33 @@ def quant_batch_matmul_v3(
     dtype: int,
     transpose_x1: bool = False,
     transpose_x2: bool = False,
-    run: Run,
+    context: NodeContext,
 ) -> Tensor:
     """x1 [..., M, K] times x2 [..., K, N], both int8, times scale ([1] or [N]) and pertoken_scale [M], plus bias [N].
 
     An int32 bias joins the integers, which add up exactly; any other is added after the scales. Scales are float32 or bfloat16:
     those in 64 bits, which the device's float16 path packs, are refused.
     """
-    if x1.dtype != (torch.float32 if run.wide and x1.is_floating_point() else torch.int8) or x2.dtype != torch.int8:
+    if x1.dtype != (torch.float32 if context.wide and x1.is_floating_point() else torch.int8) or x2.dtype != torch.int8:
         raise UnsupportedError(f"operands are {x1.dtype} and {x2.dtype}; only int8 is supported")
     if scale.dtype not in (torch.float32, torch.bfloat16):
         raise UnsupportedError(f"input scale is {scale.dtype}; only float32 and bfloat16 are supported")
-    _check_types_out(scale, bias, run, dtype)
+    _check_output_dtype(scale, bias, context, dtype)
     left, right = x1.mT if transpose_x1 else x1, x2.mT if transpose_x2 else x2
     total = left @ right.float() if left.is_floating_point() else exact_product(left, right)
     if bias is not None and bias.dtype == torch.int32:
         total, bias = total + bias, None
-    if run.dtype(dtype) == torch.int32:
+    if context.dtype(dtype) == torch.int32:
         return total.int()
-    y = total.float() * wide(scale)
+    y = total.float() * upcast(scale)
     y = y if pertoken_scale is None else y * pertoken_scale[..., None]
-    return (y if bias is None else y + wide(bias)).to(run.dtype(dtype))
+    return (y if bias is None else y + upcast(bias)).to(context.dtype(dtype))
 
 
-def _check_types_out(scale: Tensor, bias: Tensor | None, run: Run, dtype: int) -> None:
-    """What a card takes with an output in 16 bits: with float16 a scale in float32, and a bias in 16 bits of the same type."""
-    out = run.dtype(dtype)
+def _check_output_dtype(scale: Tensor, bias: Tensor | None, context: NodeContext, dtype: int) -> None:
+    """Raise UnsupportedError for dtypes that a card refuses: an output in float16 needs a scale in float32, and one in 16 bits
+    a bias of its own type, in float32 or in int32."""
+    out = context.dtype(dtype)
     if out == torch.float16 and scale.dtype != torch.float32:
         raise UnsupportedError(f"input scale is {scale.dtype}; an output in float16 takes float32")
     if out in HALVES and bias is not None and bias.dtype in HALVES and bias.dtype != out:
@@ -128,14 +129,16 @@ def _check_types_out(scale: Tensor, bias: Tensor | None, run: Run, dtype: int) -
 
 
 @ge_op("DynamicQuant")
-def dynamic_quant(x: Tensor, smooth_scales: Tensor | None = None, *, dst_type: int = 2, run: Run) -> tuple[Tensor, Tensor]:
+def dynamic_quant(
+    x: Tensor, smooth_scales: Tensor | None = None, *, dst_type: int = 2, context: NodeContext
+) -> tuple[Tensor, Tensor]:
     """Each row of x in int8, and its scale max|x| / 127 in float32; smooth_scales multiply the columns first.
 
     Rounds to the nearest, halves to even, unless it is wide. A row of zeros has the scale 0.
     """
-    if run.dtype(dst_type) != torch.int8:
-        raise UnsupportedError(f"attribute dst_type = {run.dtype(dst_type)} is not supported; only int8 is")
-    y = wide(x) if smooth_scales is None else wide(x) * wide(smooth_scales)
+    if context.dtype(dst_type) != torch.int8:
+        raise UnsupportedError(f"attribute dst_type = {context.dtype(dst_type)} is not supported; only int8 is")
+    y = upcast(x) if smooth_scales is None else upcast(x) * upcast(smooth_scales)
     scale = y.abs().amax(-1) / 127
     steps = y / scale.where(scale > 0, 1)[..., None]
-    return steps if run.wide else steps.round().clamp(-128, 127).to(torch.int8), scale
+    return steps if context.wide else steps.round().clamp(-128, 127).to(torch.int8), scale

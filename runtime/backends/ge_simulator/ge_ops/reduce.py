@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .registry import HALVES, Run, ge_op, integers, number
+from .registry import HALVES, NodeContext, ge_op, integers, number
 
 
-def wide(x: Tensor) -> Tensor:
-    """A half as float32; anything else as it is."""
+def upcast(x: Tensor) -> Tensor:
+    """A 16-bit float tensor as float32; any other as it is."""
     return x.float() if x.dtype in HALVES else x
 
 
@@ -28,7 +28,7 @@ def reduce_sum_d(x: Tensor, *, axes: list[int], keep_dims: bool = False) -> Tens
 
 
 def _sum(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return wide(x).sum(axes, keepdim=keep).to(x.dtype) if axes else x
+    return upcast(x).sum(axes, keepdim=keep).to(x.dtype) if axes else x
 
 
 @ge_op("Cumsum")
@@ -44,7 +44,7 @@ def cumsum_d(x: Tensor, *, axis: int, exclusive: bool = False, reverse: bool = F
 
 
 def _cumsum(x: Tensor, axis: int, exclusive: bool, reverse: bool) -> Tensor:
-    y = wide(x).flip(axis) if reverse else wide(x)
+    y = upcast(x).flip(axis) if reverse else upcast(x)
     total = y.cumsum(axis, dtype=y.dtype)
     if exclusive:
         total = torch.cat((torch.zeros_like(total.narrow(axis, 0, 1)), total), axis).narrow(axis, 0, total.shape[axis])
@@ -64,13 +64,13 @@ def reduce_mean_d(x: Tensor, *, axes: list[int], keep_dims: bool = False) -> Ten
 
 
 @ge_op("ReduceMeanWithCast", noop_with_empty_axes=True)
-def reduce_mean_with_cast(x: Tensor, axes: Tensor, *, keep_dims: bool = False, dtype: str, run: Run) -> Tensor:
+def reduce_mean_with_cast(x: Tensor, axes: Tensor, *, keep_dims: bool = False, dtype: str, context: NodeContext) -> Tensor:
     """As ReduceMean, the result in another dtype."""
-    return _mean(x.to(run.dtype(dtype)), integers(axes), keep_dims)
+    return _mean(x.to(context.dtype(dtype)), integers(axes), keep_dims)
 
 
 def _mean(x: Tensor, axes: list[int], keep: bool) -> Tensor:
-    return wide(x).mean(axes, keepdim=keep).to(x.dtype) if axes else x
+    return upcast(x).mean(axes, keepdim=keep).to(x.dtype) if axes else x
 
 
 @ge_op("ReduceMax")

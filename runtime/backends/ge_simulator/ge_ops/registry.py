@@ -8,8 +8,8 @@ torchair's auto_generated_ge_raw_ops.py), so that a graph's node is bound by nam
     def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float) -> tuple[Tensor, Tensor]: ...
 
 A parameter annotated `list[Tensor]` takes a dynamic input: x0, x1, ... of the definition's x. A default makes an input
-optional. An input whose name Python keeps for itself has a trailing underscore (`else_`). A keyword-only parameter `run`
-receives the `Run`, for operators that need to know more than their operands.
+optional. An input whose name Python keeps for itself has a trailing underscore (`else_`). A keyword-only parameter `context`
+receives a NodeContext, for operators that need to know more than their operands.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class UnsupportedError(GeGraphError):
 
 
 @dataclass(frozen=True, slots=True)
-class Run:
-    """What an operator may want to know of its node: `wide` stands for float32 in place of every narrower float, `group` are
-    the ranks that the graph meets."""
+class NodeContext:
+    """The node of an operator and the mode of the simulator. `wide`: every narrower float is float32. `group`: the other
+    ranks."""
 
     node: Node
     wide: bool
@@ -54,7 +54,7 @@ class Run:
         return torch.float32 if self.wide and dtype in HALVES else dtype
 
     def output_dtype(self, index: int) -> torch.dtype | None:
-        """What torchair noted for an output; None where it noted nothing."""
+        """The dtype that torchair traced for an output; None where it traced none."""
         dtype = self.node.outputs[index].dtype
         return None if dtype is None else self.dtype(dtype)
 
@@ -64,19 +64,19 @@ Arguments = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Op:
-    """A registered operator: `neutral` has attributes that may only have the value that changes nothing."""
+    """A registered operator. `neutral`: attributes that it does not simulate, each with the one value that changes nothing."""
 
     type: str
     call: Callable[..., Tensor | list[Tensor] | tuple[Tensor, ...]]
     neutral: Mapping[str, Any] = field(default_factory=dict)
 
-    def bind(self, node: Node, wide: bool, group: Group | None = None) -> Bound:
+    def bind(self, node: Node, wide: bool, group: Group | None = None) -> BoundOp:
         """Check everything that does not depend on the values; raises UnsupportedError, naming what is not supported."""
         parameters = inspect.signature(self.call).parameters
         attributes = self._attributes(node, parameters)
-        if "run" in parameters:
-            attributes["run"] = Run(node, wide, group)
-        return Bound(self, self._inputs(node, parameters), attributes)
+        if "context" in parameters:
+            attributes["context"] = NodeContext(node, wide, group)
+        return BoundOp(self, self._inputs(node, parameters), attributes)
 
     def _inputs(self, node: Node, parameters: Mapping[str, inspect.Parameter]) -> dict[str, int | list[int]]:
         places: dict[str, int | list[int]] = {}
@@ -87,9 +87,9 @@ class Op:
             if parameter is None:
                 raise UnsupportedError(f"input {name} is not supported")
             if parameter.annotation == "list[Tensor]":
-                many = places.setdefault(parameter.name, [])
-                assert isinstance(many, list)
-                many.append(place)
+                dynamic = places.setdefault(parameter.name, [])
+                assert isinstance(dynamic, list)
+                dynamic.append(place)
             else:
                 places[parameter.name] = place
         for parameter in parameters.values():
@@ -99,39 +99,39 @@ class Op:
         return places
 
     def _attributes(self, node: Node, parameters: Mapping[str, inspect.Parameter]) -> Arguments:
-        found = {}
+        values = {}
         for name, value in node.attributes.items():
             parameter = parameters.get(name)
             if name.startswith("_") or name in IGNORED:
                 continue
-            if parameter is not None and parameter.kind == parameter.KEYWORD_ONLY and name != "run":
-                found[name] = value
+            if parameter is not None and parameter.kind == parameter.KEYWORD_ONLY and name != "context":
+                values[name] = value
             elif name not in self.neutral:
                 raise UnsupportedError(f"attribute {name} = {value!r} is not supported")
             elif value != self.neutral[name]:
                 raise UnsupportedError(f"attribute {name} = {value!r} is not supported; only {self.neutral[name]!r} is")
         for parameter in parameters.values():
             required = parameter.kind == parameter.KEYWORD_ONLY and parameter.default is parameter.empty
-            if required and parameter.name not in found and parameter.name != "run":
+            if required and parameter.name not in values and parameter.name != "context":
                 raise UnsupportedError(f"attribute {parameter.name} is missing")
-        return found
+        return values
 
 
-# torchair's notes on memory layouts, which a CPU does not have: every tensor here is as torch sees it.
+# Memory layouts of a device, which a CPU does not have.
 IGNORED = ("input_layout_info", "output_layout_info")
 
 
 def _input_parameter(name: str, parameters: Mapping[str, inspect.Parameter]) -> inspect.Parameter | None:
-    """The parameter that an input goes to: of its name, or of its name less the number of a dynamic input."""
+    """The parameter of an input: that of its name, or of its name without the number of a dynamic input."""
     exact = parameters.get(f"{name}_" if keyword.iskeyword(name) else name)
     if exact is not None and exact.kind != exact.KEYWORD_ONLY and exact.annotation != "list[Tensor]":
         return exact
-    many = parameters.get(name.rstrip("0123456789"))
-    return many if many is not None and many.annotation == "list[Tensor]" else None
+    dynamic = parameters.get(name.rstrip("0123456789"))
+    return dynamic if dynamic is not None and dynamic.annotation == "list[Tensor]" else None
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class BoundOp:
     """An operator with the attributes of one node, and the places of its inputs."""
 
     op: Op
@@ -152,7 +152,7 @@ OPS: dict[str, Op] = {}
 
 
 def ge_op(*types: str, **neutral: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a function for GE operators; `neutral` names attributes that it does not take, with their only allowed value."""
+    """Register a function for GE operators; `neutral`: see Op."""
 
     def register(call: Callable[..., Any]) -> Callable[..., Any]:
         for name in types:
@@ -164,19 +164,19 @@ def ge_op(*types: str, **neutral: Any) -> Callable[[Callable[..., Any]], Callabl
 
 
 def number(tensor: Tensor, name: str) -> int | float:
-    """The value of an operand that has to hold one number."""
+    """The value of an operand of one element; raises UnsupportedError for other sizes."""
     if tensor.numel() != 1:
         raise UnsupportedError(f"input {name} has {tensor.numel()} values; expected one")
     return tensor.item()
 
 
 def integers(tensor: Tensor) -> list[int]:
-    """The values of an operand that lists sizes, axes or places."""
+    """The values of an operand that lists sizes, axes or indices."""
     return [int(value) for value in tensor.reshape(-1).tolist()]
 
 
 def same_dtypes(**operands: Tensor) -> None:
-    """The kernels of an NPU do not promote: operands of one operator have one dtype."""
+    """Raise UnsupportedError unless all operands have one dtype, as the kernels of an NPU promote none."""
     dtypes = {name: value.dtype for name, value in operands.items()}
     if len(set(dtypes.values())) > 1:
         raise UnsupportedError(f"operands have several dtypes: {', '.join(f'{n} {_short(d)}' for n, d in dtypes.items())}")

@@ -1,4 +1,4 @@
-"""Operators that move values about and never change one."""
+"""Operators that move values and change none."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .registry import Run, UnsupportedError, ge_op, integers, number
+from .registry import NodeContext, UnsupportedError, ge_op, integers, number
 
 
 @ge_op("Identity")
@@ -65,9 +65,9 @@ def triu(x: Tensor, *, diagonal: int = 0) -> Tensor:
 @ge_op("Squeeze")
 def squeeze(x: Tensor, *, axis: Sequence[int] = ()) -> Tensor:
     """x without the axes `axis`, which have size 1; without all such axes where the list is empty."""
-    wrong = [i for i in axis if x.shape[i] != 1]
-    if wrong:
-        raise UnsupportedError(f"attribute axis = {axis}: axis {wrong[0]} of {list(x.shape)} is not of size 1")
+    invalid = [i for i in axis if x.shape[i] != 1]
+    if invalid:
+        raise UnsupportedError(f"attribute axis = {axis}: axis {invalid[0]} of {list(x.shape)} is not of size 1")
     return x.squeeze(tuple(axis)) if axis else x.squeeze()
 
 
@@ -79,7 +79,7 @@ def flatten(x: Tensor, *, axis: int = 1, end_axis: int = -1) -> Tensor:
 
 @ge_op("ConcatV2")
 def concat_v2(x: list[Tensor], concat_dim: Tensor, *, N: int) -> Tensor:  # noqa: N803  the attribute's name
-    """The N operands one behind the other."""
+    """The N operands one after another along an axis."""
     return _concatenate(x, int(number(concat_dim, "concat_dim")), N)
 
 
@@ -226,7 +226,7 @@ def expand(x: Tensor, shape: Tensor) -> Tensor:
 
 @ge_op("Pad")
 def pad(x: Tensor, paddings: Tensor) -> Tensor:
-    """x with zeros around it: paddings [rank, 2], before and behind each axis."""
+    """x with zeros around it: paddings [rank, 2], before and after each axis."""
     return _pad(x, integers(paddings), 0)
 
 
@@ -271,6 +271,6 @@ def range_(start: Tensor, limit: Tensor, delta: Tensor) -> Tensor:
 
 
 @ge_op("Shape")
-def shape_(x: Tensor, *, dtype: int = 3, run: Run) -> Tensor:
+def shape_(x: Tensor, *, dtype: int = 3, context: NodeContext) -> Tensor:
     """The sizes of x."""
-    return torch.tensor(x.shape, dtype=run.dtype(dtype))
+    return torch.tensor(x.shape, dtype=context.dtype(dtype))

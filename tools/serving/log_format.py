@@ -1,4 +1,4 @@
-"""A log in which whatever a client sends, and however it leaves, takes one line at most."""
+"""A log in which an error takes one line at most, whatever a client sends and however it leaves."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ import traceback
 from typing import Any
 
 LOST_WRITES = "socket.send() raised exception."  # asyncio's, for each write to a connection that has just ended
-MOST_FRAMES = 3
+MAX_FRAMES = 3
 log = logging.getLogger(__name__)
 
 
 def brief(error: BaseException) -> str:
     """An exception in one line: its type, its first line, and the innermost places that it came through."""
     text = (str(error).splitlines() or [""])[0]
-    frames = traceback.extract_tb(error.__traceback__)[-MOST_FRAMES:]
+    frames = traceback.extract_tb(error.__traceback__)[-MAX_FRAMES:]
     places = ", ".join(f"{frame.filename.rpartition('/')[2]}:{frame.lineno}" for frame in reversed(frames))
     return f"{type(error).__name__}: {text}" + (f" ({places})" if places else "")
 
 
-def keep_quiet(loop: asyncio.AbstractEventLoop) -> None:
-    """Let a loop, and asyncio's log, say in one line what else is a traceback, or nothing where nobody can act."""
+def log_in_one_line(loop: asyncio.AbstractEventLoop) -> None:
+    """Make a loop, and asyncio's log, write one line in place of a traceback, or none where no one can act on it."""
     loop.set_exception_handler(_in_one_line)
     logging.getLogger("asyncio").addFilter(_worth_a_line)  # adding it again changes nothing
 

@@ -1,4 +1,4 @@
-"""Answers in OpenAI's words: bodies, and the chunks of a stream."""
+"""Responses of OpenAI's API: bodies, and the chunks of a stream."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from ...runtime.engine.request import Output
 from ...runtime.processor.token_bytes import TokenBytes
 from ...runtime.sampling.sampler import TokenLogprob
 
-# A deadline cuts an answer short as a limit of tokens does; a dead end has said all that it may.
+# A deadline cuts an answer short as a limit of tokens does; after a dead end its constraint allows no more.
 REASONS = {"stop": "stop", "length": "length", "deadline": "length", "dead_end": "stop", "cancelled": "stop"}
 
 
-class Wording:
-    """Says one request's answers; `tokens` is needed where log-probabilities are."""
+class ResponseWriter:
+    """A writer of one request's answers; `tokens` is needed for log-probabilities."""
 
     def __init__(self, model: str, tokens: TokenBytes | None, ends: Iterable[int]) -> None:
         self.model, self.tokens, self.ends = model, tokens, frozenset(ends)
@@ -37,25 +37,25 @@ class Wording:
         ]
         return self._envelope("chat.completion", choices) | {"usage": usage(outputs)}
 
-    def opening(self, index: int) -> dict[str, Any]:
+    def first_chunk(self, index: int) -> dict[str, Any]:
         """The first chunk of an answer."""
         return self._chunk(index, {"role": "assistant", "content": ""})
 
-    def piece(self, index: int, piece: Piece) -> dict[str, Any]:
+    def chunk(self, index: int, piece: Piece) -> dict[str, Any]:
         return self._chunk(index, {"content": piece.text}, self._logprobs(piece.logprobs or None))
 
-    def says_something(self, piece: Piece) -> bool:
+    def has_content(self, piece: Piece) -> bool:
         """Whether a piece is more than the token that ends the answer."""
         return bool(piece.text) or any(each.token_id not in self.ends for each in piece.logprobs)
 
-    def ending(self, index: int, out: Output) -> dict[str, Any]:
+    def last_chunk(self, index: int, out: Output) -> dict[str, Any]:
         """The last chunk of an answer."""
         chunk = self._chunk(index, {})
         chunk["choices"][0] |= _ending(out)
         return chunk
 
     def usage(self, outputs: Sequence[Output]) -> dict[str, Any]:
-        """The chunk behind all answers, where it was asked for."""
+        """The chunk after all answers, with the usage, where the request has it."""
         return self._envelope("chat.completion.chunk", []) | {"usage": usage(outputs)}
 
     def _chunk(self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -65,13 +65,13 @@ class Wording:
     def _envelope(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
-    def _logprobs(self, given: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-        """Of the tokens that are text, not of the one that ends the answer."""
-        if given is None:
+    def _logprobs(self, logprobs: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+        """Log-probabilities of the tokens of the text, without the one that ends the answer."""
+        if logprobs is None:
             return None
         content = [
             self._token(each.token_id, each.logprob) | {"top_logprobs": [self._token(*pair) for pair in each.top]}
-            for each in given
+            for each in logprobs
             if each.token_id not in self.ends
         ]
         return {"content": content, "refusal": None}

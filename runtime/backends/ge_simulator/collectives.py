@@ -1,4 +1,4 @@
-"""Tensors between the ranks of a group. Values go through the host's memory and travel in float32, so a sum of halves is
+"""Collectives over tensors. Values go through the host's memory and are sent as float32, so a sum of 16-bit floats is
 rounded once and is the same on every rank."""
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def summed(x: Tensor, group: Group | None) -> Tensor:
-    """The sum of the x of all ranks, in fresh memory; alone, a copy of x."""
-    total = _brought(x)
+def all_reduce(x: Tensor, group: Group | None) -> Tensor:
+    """The sum of the x of all ranks, in new memory; without a group, a copy of x."""
+    total = _host_float32(x)
     if group:
         group.all_reduce(total.numpy())
     return total.to(x.device, x.dtype)
 
 
-def joined(x: Tensor, group: Group | None) -> Tensor:
-    """The x [..., C] of all ranks joined along the last axis, rank 0 first, in fresh memory; alone, a copy of x."""
-    part = _brought(x)
+def all_gather(x: Tensor, group: Group | None) -> Tensor:
+    """The x [..., C] of all ranks joined along the last axis, rank 0 first, in new memory; without a group, a copy of x."""
+    part = _host_float32(x)
     if group is None:
         return part.to(x.device, x.dtype)
     whole = part.new_empty((*x.shape[:-1], group.size * x.shape[-1]))
@@ -30,7 +30,7 @@ def joined(x: Tensor, group: Group | None) -> Tensor:
     return whole.to(x.device, x.dtype)
 
 
-def _brought(x: Tensor) -> Tensor:
+def _host_float32(x: Tensor) -> Tensor:
     """A copy in the host's memory, in float32."""
     import torch
 
@@ -39,15 +39,15 @@ def _brought(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class EagerGroup:
-    """What an eager program calls where ranks meet, on whatever device it runs.
+    """The collectives of an eager program, on whatever device it runs.
 
-    Both raise ArtifactError where the ranks are not those that the program was made for.
+    Both raise ArtifactError where the group has another number of ranks than the program was made for.
     """
 
     group: Group | None
 
     def all_reduce(self, x: Tensor, ranks: int) -> Tensor:
-        return summed(x, check_group("the graph", ranks, self.group))
+        return all_reduce(x, check_group("the graph", ranks, self.group))
 
     def all_gather(self, x: Tensor, ranks: int) -> Tensor:
-        return joined(x, check_group("the graph", ranks, self.group))
+        return all_gather(x, check_group("the graph", ranks, self.group))

@@ -1,4 +1,4 @@
-"""One request, from the moment that it is let in until it ends."""
+"""The handling of one request, from its admission to its end."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from ...runtime.async_engine import Answers, Piece
 from ...runtime.engine.request import Output
 from ...runtime.processor.prompt import Prompt
-from .answers import Wording
 from .errors import ApiError, of_engine, of_request
+from .responses import ResponseWriter
 from .schema import ChatRequest
 from .service import Service
 from .translate import check_request, messages_of, sampling_of
@@ -19,20 +19,20 @@ from .translate import check_request, messages_of, sampling_of
 DONE = "[DONE]"
 
 
-class Visit:
-    """Close it, however it ends: that cancels what has not."""
+class RequestHandler:
+    """One admitted request. `close` must be called however it ends; it cancels answers that are not complete."""
 
     def __init__(self, service: Service) -> None:
-        """Raises ApiError where nobody is let in."""
+        """Admit the request; raises ApiError where the service refuses it."""
         self.service, self.started = service, time.monotonic()
-        self.count, self.status = 0, 499  # unless somebody says otherwise, the client left
+        self.count, self.status = 0, 499  # unless it is set, the client left
         self.answers: Answers | None = None
         self.outputs: dict[int, Output] = {}
         self.closed = False
-        self._enter(1)
+        self._admit(1)
 
-    def _enter(self, count: int) -> None:
-        self.service.enter(count)
+    def _admit(self, count: int) -> None:
+        self.service.admit(count)
         self.count += count
 
     def close(self) -> None:
@@ -41,77 +41,78 @@ class Visit:
         self.closed = True
         if self.answers is not None:
             self.answers.close()
-        self.service.leave(self.count, time.monotonic() - self.started, self.status)
+        self.service.release(self.count, time.monotonic() - self.started, self.status)
 
-    async def ask(self, request: ChatRequest) -> Wording:
-        """Queue a request that can be answered; raises ApiError for any other."""
+    async def queue(self, request: ChatRequest) -> ResponseWriter:
+        """Queue a request in the engine, and return a writer of its answers; raises ApiError for one that cannot be
+        answered."""
         service = self.service
         try:
             check_request(request, service.settings, service.spec.context, service.places)
-            self._enter((request.n or 1) - 1)
+            self._admit((request.n or 1) - 1)
             limit = self.started + service.settings.request_s
             async with asyncio.timeout(limit - time.monotonic()):
-                prompt = await self._prepared(request)
+                prompt = await self._prepare(request)
                 params = sampling_of(request, service.spec.context - prompt.length, limit - time.monotonic())
                 self.answers = await service.engine.ask(prompt, params)
                 tokens = await asyncio.to_thread(lambda: service.model.processor.token_bytes) if request.logprobs else None
         except TimeoutError:
             raise ApiError(503, "the request was not ready in time; try again", code="timeout") from None
-        except Exception as error:  # whichever, the client is told in its own words
+        except Exception as error:  # of any kind: the client gets it in the API's form
             raise of_request(error) from error
-        return Wording(service.settings.model_name, tokens, service.model.info.eos_token_ids)
+        return ResponseWriter(service.settings.model_name, tokens, service.model.info.eos_token_ids)
 
-    async def _prepared(self, request: ChatRequest) -> Prompt:
+    async def _prepare(self, request: ChatRequest) -> Prompt:
         service = self.service
         messages, urls = messages_of(request)
-        files = await service.images.fetched(urls)
+        files = await service.images.fetch(urls)
         if not files:
             return await service.engine.prepare(messages)
-        async with service.ready:
-            prompt = await service.engine.prepare(messages, await service.images.decoded(files))
-        await service.images.forget(prompt.frames)
+        async with service.preparing:
+            prompt = await service.engine.prepare(messages, await service.images.decode(files))
+        await service.images.free(prompt.frames)
         return prompt
 
     async def _items(self) -> AsyncGenerator[tuple[int, Piece | Output], None]:
         assert self.answers is not None
-        figures, waited = self.service.figures, False
+        metrics, started = self.service.metrics, False
         async for index, item in self.answers:
-            if not waited:
-                figures.first.observe(time.monotonic() - self.started)
-                waited = True
+            if not started:
+                metrics.first.observe(time.monotonic() - self.started)
+                started = True
             if isinstance(item, Output):
-                figures.generated.inc(len(item.token_ids))
+                metrics.generated.inc(len(item.token_ids))
                 self.outputs[index] = item
             yield index, item
 
-    async def whole(self, wording: Wording) -> dict[str, Any]:
+    async def whole(self, writer: ResponseWriter) -> dict[str, Any]:
         """The body of an answer that is not streamed; raises ApiError."""
         try:
             async for _ in self._items():
                 pass
         except Exception as error:
             raise of_engine(error) from error
-        return wording.completion(self._in_order())
+        return writer.completion(self._in_order())
 
-    async def events(self, wording: Wording, with_usage: bool) -> AsyncGenerator[dict[str, Any] | str, None]:
+    async def events(self, writer: ResponseWriter, with_usage: bool) -> AsyncGenerator[dict[str, Any] | str, None]:
         """The chunks of a streamed answer; an error is the last of them."""
-        opened: set[int] = set()
+        begun: set[int] = set()
         try:
             async for index, item in self._items():
-                if index not in opened:
-                    opened.add(index)
-                    yield wording.opening(index)
+                if index not in begun:
+                    begun.add(index)
+                    yield writer.first_chunk(index)
                 if isinstance(item, Output):
-                    yield wording.ending(index, item)
-                elif wording.says_something(item):
-                    yield wording.piece(index, item)
+                    yield writer.last_chunk(index, item)
+                elif writer.has_content(item):
+                    yield writer.chunk(index, item)
         except Exception as error:
-            told = of_engine(error)
-            self.status = told.status
-            yield told.body()
+            api_error = of_engine(error)
+            self.status = api_error.status
+            yield api_error.body()
             return
         if with_usage:
-            yield wording.usage(self._in_order())
+            yield writer.usage(self._in_order())
         self.status = 200
         yield DONE
 

@@ -1,4 +1,4 @@
-"""/metrics: what Prometheus reads of the server and its engine."""
+"""Metrics of the server and its engine for Prometheus, at /metrics."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ...runtime.engine.engine import Engine
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1, 3, 10, 30, 100, 300, math.inf)
 
 
-class Figures:
-    """Counts requests; what the engine counts is read when it is asked for."""
+class ServerMetrics:
+    """Counters of requests; those of the engine are read when /metrics is requested."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine

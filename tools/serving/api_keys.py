@@ -1,4 +1,4 @@
-"""Who may ask."""
+"""API keys: where they come from, and the check of a request's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from .errors import ApiError
 
 
-def collect_keys(given: Sequence[str], file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
+def collect_keys(options: Sequence[str], file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
     """Keys of the command line, of a file (one a line; # begins a comment) and of STATICVL_API_KEYS (between commas).
 
     Raises ValueError for a file without a key, which would let everybody in.
@@ -20,14 +20,14 @@ def collect_keys(given: Sequence[str], file: Path | None, environment: Mapping[s
     if file is not None and not of_file:
         raise ValueError(f"{file} holds no key; write one a line")
     of_environment = [key.strip() for key in environment.get("STATICVL_API_KEYS", "").split(",") if key.strip()]
-    keys = (*given, *of_file, *of_environment)
-    if wrong := [key for key in keys if not key.isascii() or not key.isprintable() or not key or " " in key]:
-        raise ValueError(f"an API key has {len(wrong[0])} characters, not all of them visible ASCII; expected nothing else")
+    keys = (*options, *of_file, *of_environment)
+    if invalid := [key for key in keys if not key.isascii() or not key.isprintable() or not key or " " in key]:
+        raise ValueError(f"an API key has {len(invalid[0])} characters, not all of them visible ASCII; expected nothing else")
     return tuple(dict.fromkeys(keys))
 
 
 class KeyRing:
-    """Compares digests, all of them each time, so that the time tells nothing about any key."""
+    """The keys of a server. It compares digests, all of them each time, so that the time tells nothing about any key."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_digest(key) for key in keys]
@@ -38,10 +38,10 @@ class KeyRing:
             return
         kind, _, key = (authorization or "").partition(" ")
         digest = _digest(key.strip())
-        found = [hmac.compare_digest(digest, known) for known in self._digests]
-        if kind.lower() != "bearer" or not any(found):
-            told = "no valid API key was sent; expected the header Authorization: Bearer KEY"
-            raise ApiError(401, told, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
+        matches = [hmac.compare_digest(digest, each) for each in self._digests]
+        if kind.lower() != "bearer" or not any(matches):
+            message = "no valid API key was sent; expected the header Authorization: Bearer KEY"
+            raise ApiError(401, message, code="invalid_api_key", headers={"WWW-Authenticate": "Bearer"})
 
 
 def _digest(key: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Whether another artifact lies where the one that is served was opened."""
+"""A check for another artifact in the folder of the one that is served."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ _MISSING = "missing"
 log = logging.getLogger(__name__)
 
 
-class Newer:
-    """Looks at the manifest when it is asked, and reads it when it has changed; what is found is logged once."""
+class NewerArtifact:
+    """A watch over an artifact's manifest, which is read when its file has changed; a note about it is logged once."""
 
     def __init__(self, artifact: Artifact) -> None:
         self._artifact = artifact
         # An artifact in memory alone was never there.
-        self._seen: Any = _MISSING if self._state() == _MISSING else None
+        self._last_state: Any = _MISSING if self._state() == _MISSING else None
         self.note: str | None = None
 
-    def look(self) -> str | None:
-        """What to say to those who ask for the server's health; None: the artifact is the one that is served."""
+    def check(self) -> str | None:
+        """A note for /health; None: the artifact is the one that is served."""
         state = self._state()
-        if state != self._seen:
-            self._seen, note = state, self._read()
+        if state != self._last_state:
+            self._last_state, note = state, self._read()
             if note and note != self.note:
                 log.warning("%s: %s", self._artifact.folder, note)
             self.note = note
         return self.note
 
     async def watch(self) -> None:
-        """Look now and then, so that the log says it though nobody asks."""
+        """Check every CHECK_S seconds, so that the note is in the log without a request."""
         while True:
-            await asyncio.to_thread(self.look)
+            await asyncio.to_thread(self.check)
             await asyncio.sleep(CHECK_S)
 
     def _state(self) -> Any:

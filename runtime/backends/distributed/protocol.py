@@ -1,8 +1,8 @@
-"""What travels between rank 0 and another rank: frames, each a header of fixed size and a payload whose size the header tells.
+"""The wire protocol between rank 0 and another rank: frames, each a header of fixed size and a payload.
 
-A step's header says which graph runs, and so into which arrays the payload is received: those that the backend has bound.
-Nothing is padded and nothing is copied on the way; reading a header first costs a system call. All other payloads are
-small JSON records. Nothing is ever unpickled.
+The header of a RUN frame says which graph runs, and so into which arrays the payload is received: those that the backend has
+bound. Nothing is padded and nothing is copied on the way; reading a header first costs a system call. All other payloads are
+small JSON objects. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Literal, TypeVar
 import msgspec
 
 MAGIC = b"SVR1"  # changes with the layout of any frame
-HEADER = struct.Struct("<4sHHiiQQ")  # magic, kind, graph, slot, image, step, bytes of payload
-LARGEST_RECORD = 1 << 16
-R = TypeVar("R", bound="FramePayload")
+HEADER = struct.Struct("<4sHHiiQQ")  # magic, kind, graph, slot, image, run number, bytes of payload
+MAX_PAYLOAD_BYTES = 1 << 16  # of payloads that are not feeds
+P = TypeVar("P", bound="FramePayload")
 
 
 class FrameKind(enum.IntEnum):
+    """What a frame is, who sends it, and its payload."""
+
     HELLO = 1  # rank -> 0: Hello
     OPENED = 2  # rank -> 0: Opened
     GO = 3  # 0 -> rank: Go
@@ -32,10 +34,10 @@ class FrameKind(enum.IntEnum):
     RUN = 5  # 0 -> rank: run a graph; the payload is its feed
     LOAD = 6  # 0 -> rank: load a graph
     UNLOAD = 7  # 0 -> rank: unload a graph
-    PING = 8  # 0 -> rank: say what you are doing
-    STATE = 9  # rank -> 0: State
+    PING = 8  # 0 -> rank: status request
+    STATE = 9  # rank -> 0: State, the answer to it
     FAILED = 10  # rank -> 0: Failed
-    FAILURE_REPORT = 11  # 0 -> rank: Verdict; stop
+    FAILURE_REPORT = 11  # 0 -> rank: FailureReport; stop
     STOP = 12  # 0 -> rank: stop, all is well
     COPY = 13  # 0 -> rank: Copy
 
@@ -45,6 +47,8 @@ class FramePayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Hello(FramePayload, frozen=True):
+    """The first message of a worker."""
+
     token: str
     rank: int
     pid: int
@@ -52,7 +56,7 @@ class Hello(FramePayload, frozen=True):
 
 
 class Opened(FramePayload, frozen=True):
-    """What a rank found: the digest of its manifest, or why it could not open the artifact."""
+    """What a rank opened: the digest of its manifest, or why it could not open the artifact."""
 
     digest: str = ""
     error: str = ""
@@ -65,13 +69,17 @@ class Go(FramePayload, frozen=True):
     timeout: float
 
 
-class State(FramePayload, frozen=True):
-    doing: Literal["idle", "computing", "meeting"]
+class State(FramePayload, frozen=True, rename={"activity": "doing"}):
+    """What a worker is doing; "meeting": it is in a collective."""
+
+    activity: Literal["idle", "computing", "meeting"]
 
 
-class Failed(FramePayload, frozen=True):
+class Failed(FramePayload, frozen=True, rename={"in_collective": "meeting"}):
+    """Why a worker cannot go on. in_collective: a collective failed, perhaps because of another rank."""
+
     text: str
-    meeting: bool  # in a collective: perhaps because of another rank
+    in_collective: bool
 
 
 class Copy(FramePayload, frozen=True):
@@ -84,24 +92,28 @@ class Copy(FramePayload, frozen=True):
 
 
 class FailureReport(FramePayload, frozen=True):
+    """Which ranks are at fault, see failures.failure_report."""
+
     text: str
 
 
 class FrameError(ConnectionError):
-    """What came is not a frame of this protocol."""
+    """The bytes received are not a frame of this protocol."""
 
 
 @dataclass(frozen=True, slots=True)
 class Header:
+    """The fixed part of a frame, 32 bytes."""
+
     kind: FrameKind
     graph: int = 0  # index in manifest.graphs
     slot: int = 0
     image: int = 0
-    step: int = 0  # counts runs
+    run: int = 0  # counts runs
     nbytes: int = 0  # of payload
 
     def packed(self) -> bytes:
-        return HEADER.pack(MAGIC, self.kind, self.graph, self.slot, self.image, self.step, self.nbytes)
+        return HEADER.pack(MAGIC, self.kind, self.graph, self.slot, self.image, self.run, self.nbytes)
 
 
 def read_header(data: bytes | bytearray) -> Header:
@@ -112,15 +124,16 @@ def read_header(data: bytes | bytearray) -> Header:
     return Header(FrameKind(kind), *rest)
 
 
-def encode(kind: FrameKind, record: FramePayload | None = None) -> bytes:
-    """A whole frame that holds a record, or nothing."""
-    data = msgspec.json.encode(record) if record else b""
+def encode(kind: FrameKind, payload: FramePayload | None = None) -> bytes:
+    """A whole frame with a JSON payload, or none."""
+    data = msgspec.json.encode(payload) if payload else b""
     return Header(kind, nbytes=len(data)).packed() + data
 
 
-def decode(data: bytes | bytearray, record: type[R]) -> R:
+def decode(data: bytes | bytearray, payload: type[P]) -> P:
+    """A payload of that type from JSON; raises FrameError for anything else."""
     try:
-        return msgspec.json.decode(data, type=record)
+        return msgspec.json.decode(data, type=payload)
     except msgspec.MsgspecError as error:
         raise FrameError(f"a message cannot be read: {error}") from error
 
@@ -128,16 +141,16 @@ def decode(data: bytes | bytearray, record: type[R]) -> R:
 class Link:
     """One end of a connection between two ranks, for a thread that receives and a thread that sends.
 
-    `limit`: seconds for which a frame that was begun may stand still. Idle links are watched in selectors, without limit.
+    `timeout`: seconds for which a frame that was begun may stand still. Idle links are watched in selectors, without a limit.
     """
 
-    def __init__(self, sock: socket.socket, limit: float) -> None:
+    def __init__(self, sock: socket.socket, timeout: float) -> None:
         self.socket = sock
         self._sending = threading.Lock()
-        sock.settimeout(limit)
+        sock.settimeout(timeout)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        # A machine that vanishes sends no end of file: ask after 30 s of silence, six times.
+        # A machine that vanishes sends no end of file: probe after 30 s of silence, six times.
         for name, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 6)):
             if option := getattr(socket, name, None):
                 sock.setsockopt(socket.IPPROTO_TCP, option, value)
@@ -149,10 +162,10 @@ class Link:
         """Send buffers of bytes one after another, as one frame; raises OSError where the peer is gone or stands still."""
         with self._sending:
             while buffers:
-                sent = self.socket.sendmsg(buffers)
-                buffers = _unsent(buffers, sent)
+                count = self.socket.sendmsg(buffers)
+                buffers = _unsent(buffers, count)
 
-    def offer(self, frame: bytes) -> bool:
+    def try_send(self, frame: bytes) -> bool:
         """Send a small frame if that needs no waiting; whether it was sent. For peers that may be stuck or gone."""
         if not self._sending.acquire(timeout=0.1):
             return False
@@ -166,38 +179,38 @@ class Link:
         finally:
             self._sending.release()
 
-    def header(self) -> Header:
+    def receive_header(self) -> Header:
         """The next header; raises EOFError at the end, OSError where the peer is gone or stands still."""
         data = bytearray(HEADER.size)
-        self.receive(memoryview(data))
+        self.receive_into(memoryview(data))
         return read_header(data)
 
-    def receive(self, view: memoryview) -> None:
-        """Fill a view of bytes."""
+    def receive_into(self, view: memoryview) -> None:
+        """Fill a view of bytes; raises as `receive_header` does."""
         while view:
             count = self.socket.recv_into(view)
             if not count:
                 raise EOFError("the connection was closed")
             view = view[count:]
 
-    def record(self, header: Header, record: type[R]) -> R:
-        """The payload of a frame that holds a record."""
-        if header.nbytes > LARGEST_RECORD:
-            raise FrameError(f"a message announces {header.nbytes} bytes; expected at most {LARGEST_RECORD}")
+    def receive_payload(self, header: Header, payload: type[P]) -> P:
+        """The JSON payload that follows a header; raises FrameError for one that is too large or of another type."""
+        if header.nbytes > MAX_PAYLOAD_BYTES:
+            raise FrameError(f"a message announces {header.nbytes} bytes; expected at most {MAX_PAYLOAD_BYTES}")
         data = bytearray(header.nbytes)
-        self.receive(memoryview(data))
-        return decode(data, record)
+        self.receive_into(memoryview(data))
+        return decode(data, payload)
 
     def close(self) -> None:
         self.socket.close()
 
 
-def _unsent(buffers: Sequence[bytes | memoryview], sent: int) -> list[bytes | memoryview]:
-    """What is left of buffers of which the first `sent` bytes are gone."""
+def _unsent(buffers: Sequence[bytes | memoryview], count: int) -> list[bytes | memoryview]:
+    """What is left of buffers of which the first `count` bytes were sent."""
     for place, buffer in enumerate(buffers):
-        if sent < len(buffer):
-            return [memoryview(buffer)[sent:], *buffers[place + 1 :]]
-        sent -= len(buffer)
+        if count < len(buffer):
+            return [memoryview(buffer)[count:], *buffers[place + 1 :]]
+        count -= len(buffer)
     return []
 
 

@@ -1,4 +1,4 @@
-"""A folder -> a side."""
+"""Opens a folder as a side of a comparison."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BY = ("auto", "transformers", "eager")
 
 
 def is_artifact(folder: Path) -> bool:
-    """Raises SideError for a folder that is neither an artifact nor a checkpoint."""
+    """Whether a folder is an artifact; raises SideError for one that is neither an artifact nor a checkpoint."""
     if not folder.is_dir():
         raise SideError(f"{shown(folder)} is not a folder; expected a checkpoint or an artifact made by `staticvl compile`")
     if (folder / MANIFEST).is_file():
@@ -51,7 +51,7 @@ def open_side(
     work: Path | None = None,
     like: Path | None = None,
 ) -> Side:
-    """`by`: who runs a checkpoint. `like`: the other side, whose context a checkpoint's definitions need to hold.
+    """A side of a comparison. `by`: what runs a checkpoint. `like`: the other side, whose context the definitions must hold.
 
     Raises SideError, ArtifactError or ConfigError.
     """
@@ -62,12 +62,12 @@ def open_side(
     if device != "auto":
         raise SideError(f"{folder} is a checkpoint, which runs on the CPU; leave out --device for it")
     checkpoint = Checkpoint(folder, vision_tower=vision_tower, work=work)
-    known = checkpoint.config.family in FAMILIES and checkpoint.config.layout == "hf"
-    known &= checkpoint.packing is None  # what transformers needs for quantised ones differs by form
+    supported = checkpoint.config.family in FAMILIES and checkpoint.config.layout == "hf"
+    supported &= checkpoint.packing is None  # transformers needs other packages for each form of quantised ones
     try:
-        if by == "transformers" or (by == "auto" and known and _has_transformers()):
+        if by == "transformers" or (by == "auto" and supported and _has_transformers()):
             return open_hf_side(checkpoint, f"{folder} by transformers")
-        context, images = _room(like)
+        context, images = _sizes(like)
         return open_eager_side(checkpoint, context=context, images=images, name=f"{folder} by its definitions")
     except BaseException:
         checkpoint.close()
@@ -80,8 +80,8 @@ def _has_transformers() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def _room(like: Path | None) -> tuple[int | None, int | None]:
-    """Context and images of the artifact that is compared with."""
+def _sizes(like: Path | None) -> tuple[int | None, int | None]:
+    """Context and images of the other side, where it is an artifact."""
     if like is None or not (like / MANIFEST).is_file():
         return None, None
     manifest: Manifest = read_manifest(like)

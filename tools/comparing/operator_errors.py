@@ -1,7 +1,7 @@
-"""Operator by operator: what a compiled graph made of its own values, against what each operator's definition makes of them.
+"""The error of every operator: the values of a compiled graph against those that each operator's definition computes.
 
-Every operator is given the compiled graph's values for its inputs, so an error is the operator's own: nothing adds up on the
-way, and the first operator that is wrong is where the fault is.
+Every definition gets the compiled graph's values for its inputs, so an error is the operator's own: nothing adds up on the
+way, and the first operator that is wrong is at fault.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.fx.node import map_arg
 
 from .metrics import relative_error
 
-Find = Callable[[Node, Tensor], Tensor | None]  # the compiled graph's value of a traced node; given what is expected
+# (traced node, expected value) -> the compiled graph's value of it, None where it is not found
+ValueFinder = Callable[[Node, Tensor], Tensor | None]
 WRITTEN = {1: "keys written", 2: "values written"}  # outputs of cached attention
 
 
@@ -30,18 +31,18 @@ class OpError:
     op: str
     shape: tuple[int, ...]
     error: float | None
-    drift: float | None  # against the definition's own run from the graph's inputs on
-    what: str = ""  # which output, where there are several
+    drift: float | None  # error against the definition's own run from the graph's inputs on
+    output: str = ""  # which output, where there are several
     note: str = ""
     rank: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.module} {self.op}" + (f" ({self.what})" if self.what else "")
+        return f"{self.module} {self.op}" + (f" ({self.output})" if self.output else "")
 
 
-class Walk:
-    """One traced graph over its parameters."""
+class OperatorComparison:
+    """The comparison of all operators of one traced graph with its parameters."""
 
     def __init__(self, program: torch.export.ExportedProgram, parameters: Mapping[str, Tensor]) -> None:
         self.nodes = [node for node in program.graph.nodes if node.op in ("placeholder", "call_function")]
@@ -51,30 +52,30 @@ class Walk:
         self.parameters = parameters
 
     @torch.inference_mode()
-    def run(self, inputs: list[Tensor], find: Find) -> dict[Node, OpError]:
-        """Every operator's error, in order. `inputs` are what the graph was given, caches as they were before."""
-        own = self._start(inputs)  # what the compiled graph has, or should have made of what it has
-        pure = dict(own)  # what the definition makes by itself
-        found: dict[Node, OpError] = {}
+    def run(self, inputs: list[Tensor], find: ValueFinder) -> dict[Node, OpError]:
+        """Every operator's error, in order. `inputs`: those of the graph, caches as they were before."""
+        values = self._start(inputs)  # of the compiled graph; where it has none, expected from its other values
+        pure = dict(values)  # of the definition's own run
+        errors: dict[Node, OpError] = {}
         for node in self.nodes:
             if node.op == "placeholder" or op_name(node) == "top_tokens":  # equals may be in any order there
                 continue
-            expected = _call(node, own)
+            expected = _call(node, values)
             pure[node] = _call(node, pure)
             if not isinstance(expected, Tensor):
-                own[node] = expected
+                values[node] = expected
                 continue
             value = find(node, expected)
-            own[node] = expected if value is None else value
-            found[node] = _compared(node, expected, value, pure[node])
-        return found
+            values[node] = expected if value is None else value
+            errors[node] = _compared(node, expected, value, pure[node])
+        return errors
 
     def _start(self, inputs: list[Tensor]) -> dict[Node, Any]:
-        given = dict(zip(self.user_inputs, inputs, strict=True))
+        input_values = dict(zip(self.user_inputs, inputs, strict=True))
         start = {}
         for node in self.nodes:
             if node.op == "placeholder":
-                start[node] = given[node.name] if node.name in given else self.parameters[self.names[node.name]]
+                start[node] = input_values[node.name] if node.name in input_values else self.parameters[self.names[node.name]]
         return start
 
 
@@ -88,8 +89,8 @@ def _call(node: Node, values: Mapping[Node, Any]) -> Any:
 
 
 def _compared(node: Node, expected: Tensor, value: Tensor | None, pure: Any) -> OpError:
-    output = node.args[1] if _is_item(node) else None
-    what = WRITTEN.get(output, "") if isinstance(output, int) else ""
+    index = node.args[1] if _is_item(node) else None
+    output = WRITTEN.get(index, "") if isinstance(index, int) else ""
     a = expected.float().numpy()
     b = None if value is None else value.float().numpy()
     return OpError(
@@ -98,20 +99,20 @@ def _compared(node: Node, expected: Tensor, value: Tensor | None, pure: Any) -> 
         shape=tuple(expected.shape),
         error=None if b is None else relative_error(a, b),
         drift=None if b is None else relative_error(pure.float().numpy(), b),
-        what=what,
-        note=_shifted(a, b) if what and b is not None else "",
+        output=output,
+        note=_shifted(a, b) if output and b is not None else "",
     )
 
 
-def _shifted(expected: np.ndarray, found: np.ndarray) -> str:
-    """Whether rows of a cache [B, K, S, D] lie some rows off."""
-    if relative_error(expected, found) < 1e-3:
+def _shifted(expected: np.ndarray, value: np.ndarray) -> str:
+    """A note where rows of a cache [B, K, S, D] are some rows too early or late."""
+    if relative_error(expected, value) < 1e-3:
         return ""
-    changed = np.flatnonzero(np.abs(expected - found).max(axis=(0, 1, 3)) > 1e-6)
+    changed = np.flatnonzero(np.abs(expected - value).max(axis=(0, 1, 3)) > 1e-6)
     for rows in (1, -1, 2, -2):
-        moved = np.roll(found, -rows, axis=2)
-        kept = changed[(changed + rows >= 0) & (changed + rows < found.shape[2])][:-1]
-        if len(kept) and relative_error(expected[:, :, kept], moved[:, :, kept]) < 1e-3:
+        moved = np.roll(value, -rows, axis=2)
+        inside = changed[(changed + rows >= 0) & (changed + rows < value.shape[2])][:-1]
+        if len(inside) and relative_error(expected[:, :, inside], moved[:, :, inside]) < 1e-3:
             return f"rows lie {abs(rows)} {'late' if rows > 0 else 'early'}"
     return ""
 
