@@ -1,6 +1,6 @@
 """What a manifest must not say, whatever its seal: paths out of the artifact, tensors that do not fit their files or the cache.
 
-Ranges of single numbers are in the types of artifact.py; here is what several fields say together.
+Ranges of single numbers are in the types of manifest/; here is what several fields say together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from .shown import shown
 
 if TYPE_CHECKING:
-    from .artifact import GraphSpec, Manifest, TensorSpec, WeightSpec
+    from .manifest.files import WeightSpec
+    from .manifest.graphs import GraphSpec, TensorSpec
+    from .manifest.manifest import Manifest
 
 MOST_BYTES = 1 << 46  # of a cache, or of one tensor of a graph
 VOCABULARY = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # the files, by kind of tokenizer
