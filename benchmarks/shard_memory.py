@@ -23,9 +23,9 @@ from pathlib import Path
 import psutil
 
 from staticvl.model_defs.config import ModelConfig, TiledConfig, read_config
-from staticvl.weights.rules import source_names
-from staticvl.weights.stored import stored_targets, uniform
+from staticvl.weights.storage import stored_targets, uniform
 from staticvl.weights.tensors import StoredTensor
+from staticvl.weights.weight_map import source_names
 
 SETTINGS = Path(__file__).parent.parent / "tools" / "assets" / "tiny_mllama"
 DTYPE = "bfloat16"

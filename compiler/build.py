@@ -44,9 +44,9 @@ from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.cores import processor_name, usable_cores
 from ..runtime.files import write_atomically
 from ..runtime.locks import alone
-from ..weights.rules import kept_dtypes, match, targets
-from ..weights.stored import Floats
+from ..weights.storage import Floats
 from ..weights.tensors import WeightsError
+from ..weights.weight_map import kept_dtypes, match, targets
 from .calibration import CACHE_METHOD, METHODS
 from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
 from .leftovers import JOURNAL, LOCK, is_ours, remove_unreferenced
@@ -56,7 +56,7 @@ from .progress import Progress
 from .ready_made import resolve
 
 if TYPE_CHECKING:
-    from ..weights.calibrated import Store
+    from ..weights.calibrated_layers import Store
     from ..weights.packing.settings import Packing
     from ..weights.source import Source
 
@@ -357,7 +357,7 @@ def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Store | 
     calibration, options = job.options.calibration, job.options
     if calibration is None:
         return None
-    from ..weights.calibrated import Store
+    from ..weights.calibrated_layers import Store
     from .calibrate import calibrate, prompts_of
 
     cache = make_plan(job.config, replace(options, tp=1, pp=1)).cache

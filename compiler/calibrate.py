@@ -31,13 +31,13 @@ from ..runtime.processor.families import family
 from ..runtime.processor.prompt import Message, Prompt
 from ..runtime.processor.tokenizer import load_tokenizer
 from ..runtime.rope import query_scales, rope_tables
-from ..weights.calibrated import Layer, Store, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
+from ..weights.calibrated_layers import Layer, Store, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
 from ..weights.convert import parameters
-from ..weights.inputs import Gathering
+from ..weights.input_statistics import Gathering
 from ..weights.names import is_cache_scale
 from ..weights.smoothing import Fold
 from ..weights.source import Source
-from ..weights.stored import stored_targets
+from ..weights.storage import stored_targets
 from ..weights.writer import check_space
 from .calibration import METHODS, Calibration, CalibrationError
 from .graphs import define_graph

@@ -14,9 +14,9 @@ from ..model_defs.config import KV_CACHES, QUANTS, READY_MADE, ModelConfig, Tile
 from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
 from ..runtime.backends.ascend.torchair_host import SOCS
 from ..runtime.shown import quoted, shown
-from ..weights.rules import targets
 from ..weights.shard import check_tp, rank_targets
-from ..weights.stored import FLOAT32, TABLE, Floats, stored_targets, uniform
+from ..weights.storage import FLOAT32, TABLE, Floats, stored_targets, uniform
+from ..weights.weight_map import targets
 from .calibration import METHODS, Calibration
 
 BACKENDS = ("onnx", "ascend")
@@ -209,7 +209,7 @@ class Options:
         return "float32" if self.backend == "onnx" else self.dtype or DTYPES[self.backend][0]
 
     def floats(self, kept: Mapping[str, str]) -> Floats:
-        """What floats are stored in; `kept` are the dtypes in which parameters lose nothing (weights/rules.py).
+        """What floats are stored in; `kept` are the dtypes in which parameters lose nothing (weights/weight_map.py).
 
         ONNX graphs widen matrices where they multiply, which costs time, and rows of a table as they are looked up, which costs
         none: so beside quantised layers the table is as the checkpoint has it. Vectors would save nothing, and scales stay in

@@ -36,13 +36,13 @@ from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
 from staticvl.tools.train_tiny import cases
-from staticvl.weights.calibrated import Store, stored_by_ranks
+from staticvl.weights.calibrated_layers import Store, stored_by_ranks
 from staticvl.weights.convert import convert
-from staticvl.weights.inputs import Gathering, Inputs
+from staticvl.weights.input_statistics import Gathering, Inputs
 from staticvl.weights.quantize import dequantize, dequantize_w4
-from staticvl.weights.rules import targets
 from staticvl.weights.source import open_source
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import targets
 
 from .ascend import CHECKPOINTS
 from .checkpoints import tiny_llava

@@ -23,10 +23,10 @@ from staticvl.model_defs.config import ModelConfig, read_config
 from staticvl.weights import writer
 from staticvl.weights.convert import Converted, convert, forget_journal, plan_shards
 from staticvl.weights.quantize import dequantize, quantize
-from staticvl.weights.rules import targets
 from staticvl.weights.source import Source, open_source
-from staticvl.weights.stored import QUANTS, quant_of, stored_targets
+from staticvl.weights.storage import QUANTS, quant_of, stored_targets
 from staticvl.weights.tensors import StoredTensor, WeightsError
+from staticvl.weights.weight_map import targets
 
 from .checkpoints import Tiny, tiny_llava, write_weights
 

@@ -43,10 +43,10 @@ from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import open_artifact_side, open_eager_side
 from staticvl.tools.train_tiny import cases
 from staticvl.tools.tuning.target import from_artifact, from_checkpoint
-from staticvl.weights.calibrated import decoder_folds
-from staticvl.weights.rules import targets
+from staticvl.weights.calibrated_layers import decoder_folds
 from staticvl.weights.shard import rank_span
 from staticvl.weights.tensors import StoredTensor
+from staticvl.weights.weight_map import targets
 from staticvl.weights.writer import lay_out, write_shard
 
 from .ascend import CHECKPOINTS

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from staticvl.model_defs.config import ModelConfig, read_config
-from staticvl.weights.rules import targets
 from staticvl.weights.shard import check_tp, possible_tp, rank_parameters, rank_shape, rank_span, rank_targets, shard_axis
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import targets
 
 from .wide_models import CONFIGS, part, wide_config
 

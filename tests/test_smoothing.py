@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from staticvl.model_defs import vit
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.decoder import Block, CrossBlock
-from staticvl.weights.calibrated import decoder_folds, smoothed, tower_folds
-from staticvl.weights.inputs import SAMPLED, Gathering, Inputs
+from staticvl.weights.calibrated_layers import decoder_folds, smoothed, tower_folds
+from staticvl.weights.input_statistics import SAMPLED, Gathering, Inputs
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.smoothing import Fold, best_scales
 

@@ -36,10 +36,10 @@ from staticvl.tools.comparing.thresholds import precision
 from staticvl.weights.convert import convert
 from staticvl.weights.lora import open_adapter
 from staticvl.weights.quantize import quantize
-from staticvl.weights.rules import kept_dtypes, match, targets
 from staticvl.weights.source import open_source
-from staticvl.weights.stored import Floats
+from staticvl.weights.storage import Floats
 from staticvl.weights.tensors import StoredTensor, WeightsError
+from staticvl.weights.weight_map import kept_dtypes, match, targets
 from staticvl.weights.writer import lay_out, write_shard
 
 from .checkpoints import tiny_llava

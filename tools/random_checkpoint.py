@@ -35,8 +35,8 @@ from ..model_defs.config import (
 from ..runtime.files import write_atomically
 from ..runtime.shown import shown
 from ..weights.packing.settings import SETTINGS_FILES
-from ..weights.rules import source_names
 from ..weights.tensors import TOWER, StoredTensor, WeightsError
+from ..weights.weight_map import source_names
 from ..weights.writer import check_space, lay_out, one_thread, write_shard
 from .known_models import MODELS, write_known_model
 from .random_tokenizers import write_tokenizer

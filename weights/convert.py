@@ -23,16 +23,16 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
-from .calibrated import Store
-from .cut import Span, read_span
+from .calibrated_layers import Store
 from .names.rule import Shape
 from .packing.source import PackedSource
 from .quantize import quantize
-from .rules import Plan, Recipe, match, targets
 from .shard import rank_span, rank_targets, shard_axis
+from .shard_span import Span, read_span
 from .source import Source
-from .stored import FLOAT32, Floats, quant_of, stored_parts, stored_targets
+from .storage import FLOAT32, Floats, quant_of, stored_parts, stored_targets
 from .tensors import SourceTensor, StoredTensor, WeightsError
+from .weight_map import Plan, Recipe, match, targets
 from .writer import Shard, check_space, lay_out, one_thread, write_shard
 
 _CHUNK = 1 << 18  # elements checked at once

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..model_defs.config import ConfigError, ModelConfig, irregular, parse_object
 from ..runtime.shown import quoted
-from .rules import published_names
 from .source import Source, open_file
 from .tensors import FLOATS, SourceTensor, WeightsError
+from .weight_map import published_names
 from .wrappers import unwrapped
 
 _CONFIG = "adapter_config.json"

@@ -31,8 +31,8 @@ from typing import Literal
 
 from ..model_defs.config import ModelConfig, ResampledConfig, TiledConfig
 from .names.rule import Shape
-from .rules import targets
 from .tensors import WeightsError
+from .weight_map import targets
 
 _OUTPUT = re.compile(
     r"(?:text\.layers\.\d+\.(?:attn\.[qkv]|mlp\.(?:gate|up))"

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
+from .input_statistics import Inputs
 from .quantize import dequantize, quantize
 
 # Exponents of the inputs' size that are tried; the weight's size has what is missing to 1 where both matter.

@@ -14,7 +14,7 @@ from ...compiler.calibration import METHODS
 from ...runtime.engine.engine import ContextError
 from ...runtime.processor.images import ImageError
 from ...runtime.processor.prompt import PromptError
-from ...weights.calibrated import layer_of
+from ...weights.calibrated_layers import layer_of
 from .checkpoint import Checkpoint
 from .edges import Ask, Edge, edges
 from .findings import Finding

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from ...model_defs.config import ModelConfig
-from ..cut import Rows, Span
 from ..names.rule import Shape
-from ..rules import Plan, published_names
+from ..shard_span import Rows, Span
 from ..source import Source
-from ..stored import quant_of
+from ..storage import quant_of
 from ..tensors import FLOATS, SourceTensor, WeightsError
+from ..weight_map import Plan, published_names
 from .layouts import Packed, unpack
 from .settings import Packing
 from .store import stored

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from staticvl.model_defs.config import ModelConfig, read_config
-from staticvl.weights.rules import Plan, match, source_names, targets
 from staticvl.weights.source import open_source
 from staticvl.weights.tensors import SourceTensor, WeightsError
+from staticvl.weights.weight_map import Plan, match, source_names, targets
 
 from .checkpoints import tiny_llava
 

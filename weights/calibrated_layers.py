@@ -18,14 +18,14 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..runtime.artifact import WEIGHTS
 from ..runtime.files import write_atomically
-from .cut import Span
 from .gptq import gptq_w4
-from .inputs import Inputs
+from .input_statistics import Inputs
 from .quantize import quantize
-from .rules import targets
 from .shard import rank_span, shard_axis
+from .shard_span import Span
 from .smoothing import Fold, best_scales
-from .stored import quant_of
+from .storage import quant_of
+from .weight_map import targets
 
 _LAYER = re.compile(r"((?:text\.|vision\.|vision\.global_)layers\.\d+)\.")
 Layer = dict[str, Tensor]  # parameters of one layer by their names in it, e.g. attn.q.weight
