@@ -87,11 +87,11 @@ def write_zeros(config: ModelConfig, folder: Path) -> None:
     # Imported here: the processes that are measured load what they need.
     import torch
 
-    from staticvl.weights.writer import lay_out, write_shard
+    from staticvl.weights.writer import lay_out, write_weight_file
 
     shapes = source_names(config)
     shard = lay_out("model.safetensors", {name: StoredTensor(DTYPE, shape) for name, shape in shapes.items()})
-    write_shard(folder, shard, lambda name: torch.zeros(shapes[name], dtype=getattr(torch, DTYPE)))
+    write_weight_file(folder, shard, lambda name: torch.zeros(shapes[name], dtype=getattr(torch, DTYPE)))
 
 
 def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: str) -> dict[str, float]:

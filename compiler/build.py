@@ -56,7 +56,7 @@ from .progress import Progress
 from .ready_made import resolve
 
 if TYPE_CHECKING:
-    from ..weights.calibrated_layers import Store
+    from ..weights.calibrated_layers import CalibratedLayers
     from ..weights.packing.settings import Packing
     from ..weights.source import Source
 
@@ -320,7 +320,7 @@ def _weights(job: _Job, key: str, tokenizer: str) -> tuple[list[dict[str, Weight
         files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
         if _all_intact(job.out, files):
             return [old.of_stage(stage).weights for stage in range(old.pp)], files, False
-    from ..weights.convert import convert, plan_shards
+    from ..weights.convert import convert, plan_weight_files
 
     source = _open_source(job)
     options, prefix = job.options, key[:12]
@@ -328,7 +328,7 @@ def _weights(job: _Job, key: str, tokenizer: str) -> tuple[list[dict[str, Weight
     floats = options.floats(kept_dtypes(match(job.config, source.tensors)))
     store = _calibrated(job, source, prefix, tokenizer)
     parts = stages(job.config, options.pp)
-    shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, floats=floats, tp=tp))
+    shards = (shard for part in parts for shard in plan_weight_files(part, quant, prefix, floats=floats, tp=tp))
     with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
         same: dict[str, Any] = {"quant": quant, "floats": floats, "prefix": prefix, "calibrated": store, "progress": advance}
         ranks = [convert(source, part, job.out, tp=tp, rank=rank, **same) for part in parts for rank in range(tp)]
@@ -352,19 +352,19 @@ def _open_source(job: _Job) -> Source:
     return source
 
 
-def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Store | None:
+def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> CalibratedLayers | None:
     """The layers that a calibration quantises; what an interrupted build has left of them is not made again."""
     calibration, options = job.options.calibration, job.options
     if calibration is None:
         return None
-    from ..weights.calibrated_layers import Store
+    from ..weights.calibrated_layers import CalibratedLayers
     from .calibrate import calibrate, prompts_of
 
     cache = make_plan(job.config, replace(options, tp=1, pp=1)).cache
     prompts = prompts_of(calibration, job.info, job.out / tokenizer, cache.context)
     if not any(each.images for each in calibration.conversations):
         job.progress.say("the calibration has no images: what images do to activations is not seen")
-    store = Store(job.out, key)
+    store = CalibratedLayers(job.out, key)
     calibrate(source, job.config, job.info, cache, prompts, options.stored_quant, options.tp, store, job.progress)
     return store
 

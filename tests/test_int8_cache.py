@@ -47,7 +47,7 @@ from staticvl.weights.calibrated_layers import decoder_folds
 from staticvl.weights.shard import rank_span
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.weight_map import targets
-from staticvl.weights.writer import lay_out, write_shard
+from staticvl.weights.writer import lay_out, write_weight_file
 
 from .ascend import CHECKPOINTS
 from .checkpoints_mllama import tiny_mllama
@@ -141,7 +141,7 @@ def on_onnx_runtime(given: Step, folder: Path) -> list[np.ndarray]:
     module = Scaled(given)
     stored = {name: StoredTensor("float32", tuple(each.shape)) for name, each in module.named_parameters()}
     shard = lay_out("weights.safetensors", stored)
-    write_shard(folder, shard, dict(module.named_parameters()).__getitem__)
+    write_weight_file(folder, shard, dict(module.named_parameters()).__getitem__)
     graph = GraphDef("decode", 1, 0, module, tuple(specs), tuple(outputs))
     (folder / "model.onnx").write_bytes(emit(graph, shard.tensors))
     session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])

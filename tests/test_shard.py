@@ -70,7 +70,7 @@ def test_what_is_cut(family: str) -> None:
 
 
 def test_a_cut_comes_before_quantising() -> None:
-    with pytest.raises(AssertionError, match="cut before quantising"):
+    with pytest.raises(AssertionError, match="shard before quantising"):
         shard_axis(wide_config("llava"), "text.layers.0.mlp.down.qweight")
 
 
@@ -137,7 +137,7 @@ def test_a_vocabulary_need_not_divide(tp: int) -> None:
     assert rows == list(range(9)) and rank_shape(config, name, shape, tp) == (-(-9 // tp), 192)
 
 
-DO = "; this model can be cut among these numbers of ranks: "
+DO = "; this model can be sharded over these numbers of ranks: "
 
 
 @pytest.mark.parametrize(

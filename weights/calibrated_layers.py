@@ -1,6 +1,6 @@
-"""Layers quantised by what a calibration knows of their inputs, kept on disk until the weight files are written.
+"""Layers quantised by the statistics of a calibration, kept on disk until the weight files are written.
 
-One file for each layer, with what every rank stores of it: a conversion that was broken off goes on behind the last.
+There is one file for each layer with the shards of every rank. An interrupted calibration goes on after the last file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..runtime.artifact import WEIGHTS
 from ..runtime.files import write_atomically
 from .gptq import gptq_w4
-from .input_statistics import Inputs
+from .input_statistics import InputStatistics
 from .quantize import quantize
 from .shard import rank_span, shard_axis
 from .shard_span import Span
@@ -32,8 +32,8 @@ Layer = dict[str, Tensor]  # parameters of one layer by their names in it, e.g. 
 
 
 @dataclass(frozen=True, slots=True)
-class Store:
-    """Finished layers; `key` names everything that they are made from, as the prefix of weight files does."""
+class CalibratedLayers:
+    """The finished layers of a build; `key` names everything that they are made from, as the prefix of weight files does."""
 
     out: Path
     key: str
@@ -46,27 +46,27 @@ class Store:
         return self._path(layer).is_file()
 
     def write(self, layer: str, ranks: Sequence[Layer]) -> None:
-        """Of every rank, what it stores of `layer` (e.g. text.layers.0)."""
+        """Keep the stored tensors of `layer` (e.g. text.layers.0), one mapping for each rank."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Copies, since the format refuses what is whole on every rank and so one tensor under several names.
+        # Copies: a parameter that is not sharded is one tensor under several names, which the format refuses.
         tensors = {
             f"{rank}/{name}": value.clone(memory_format=torch.contiguous_format)
-            for rank, parts in enumerate(ranks)
-            for name, value in parts.items()
+            for rank, shard in enumerate(ranks)
+            for name, value in shard.items()
         }
         write_atomically(self._path(layer), safetensors.torch.save(tensors))
 
     def parameter(self, name: str, rank: int) -> Layer:
-        """What a rank stores of a parameter: itself, or its quantised parts; nothing if no calibrated layer has it."""
-        found = _LAYER.match(name)
-        stem = found[1] if found else ""
+        """A rank's stored tensors of a parameter: itself, or its quantised parts; {} if it is in no calibrated layer."""
+        match = _LAYER.match(name)
+        stem = match[1] if match else ""
         if not stem or not self.has(stem):
             return {}
-        wanted = [name, *(name.removesuffix("weight") + part for part in ("qweight", "scales"))]
+        parts = [name, *(name.removesuffix("weight") + part for part in ("qweight", "scales"))]
         with safe_open(self._path(stem), "pt") as file:
-            there = set(file.keys())
-            keys = {part: f"{rank}/{part.removeprefix(f'{stem}.')}" for part in wanted}
-            return {part: file.get_tensor(key) for part, key in keys.items() if key in there}
+            stored_keys = set(file.keys())
+            keys = {part: f"{rank}/{part.removeprefix(f'{stem}.')}" for part in parts}
+            return {part: file.get_tensor(key) for part, key in keys.items() if key in stored_keys}
 
     def _path(self, layer: str) -> Path:
         return self.folder / f"{layer}.safetensors"
@@ -74,27 +74,27 @@ class Store:
 
 def layer_of(name: str, quant: str) -> str:
     """The layer of a parameter that calibration changes, e.g. text.layers.0; "" for all others."""
-    found = _LAYER.match(name)
-    return found[1] if found and (name.startswith("text.") or tower_quant(quant) != "none") else ""
+    match = _LAYER.match(name)
+    return match[1] if match and (name.startswith("text.") or tower_quant(quant) != "none") else ""
 
 
 def decoder_folds(text: TextConfig, layer: int) -> dict[str, Fold]:
-    """Where a decoder's layer takes scales, by the linear layer whose inputs are divided."""
+    """The folds of one decoder layer, by the linear layer whose inputs are divided."""
     attends_to_images = layer in text.cross_layers
     qkv = ("attn.q.weight",) if attends_to_images else ("attn.q.weight", "attn.k.weight", "attn.v.weight")
-    found = {
+    folds = {
         "attn.q": Fold(("attn_norm.weight",), qkv),
         "mlp.gate": Fold(("mlp_norm.weight",), ("mlp.gate.weight", "mlp.up.weight")),
         "mlp.down": Fold(("mlp.up.weight",), ("mlp.down.weight",)),
     }
-    if not attends_to_images:  # there the values are made in the vision graph
+    if not attends_to_images:  # the values of images are made in the vision graph
         shared = {"repeats": text.heads // text.kv_heads, "run": text.head_dim}
-        found["attn.o"] = Fold(("attn.v.weight", "attn.v.bias", "attn.v_scale"), ("attn.o.weight",), **shared)
-    return found
+        folds["attn.o"] = Fold(("attn.v.weight", "attn.v.bias", "attn.v_scale"), ("attn.o.weight",), **shared)
+    return folds
 
 
 def tower_folds() -> dict[str, Fold]:
-    """The same of a vision tower's layer; what goes into `down` has passed an activation, which knows no scales."""
+    """The folds of one layer of a vision tower; none before `down`, since scales do not pass its activation."""
     qkv = ("attn.q.weight", "attn.k.weight", "attn.v.weight")
     return {
         "attn.q": Fold(("attn_norm.weight", "attn_norm.bias"), qkv),
@@ -103,43 +103,43 @@ def tower_folds() -> dict[str, Fold]:
     }
 
 
-# linear layer -> the one whose inputs it shares
+# linear layer -> the linear layer that has the same inputs
 SAME_INPUTS = {"attn.k": "attn.q", "attn.v": "attn.q", "mlp.up": "mlp.gate"}
 
 
 def smoothed(
-    layer: Layer, inputs: Mapping[str, Inputs], places: Mapping[str, Fold], quant: str
-) -> tuple[Layer, dict[str, Inputs]]:
-    """A layer in float32 and its inputs, with the best scales folded in."""
+    layer: Layer, inputs: Mapping[str, InputStatistics], folds: Mapping[str, Fold], quant: str
+) -> tuple[Layer, dict[str, InputStatistics]]:
+    """A layer in float32 and the statistics of its inputs, both with the best scales folded in."""
     inputs = dict(inputs)
-    for name, fold in places.items():
+    for name, fold in folds.items():
         scales = best_scales(fold, layer, inputs[name], quant)
         layer, inputs[name] = fold.apply(layer, scales), inputs[name].divided(fold.spread(scales))
     return layer, inputs
 
 
 def stored_by_ranks(
-    config: ModelConfig, stem: str, layer: Layer, inputs: Mapping[str, Inputs], quant: str, tp: int
+    config: ModelConfig, stem: str, layer: Layer, inputs: Mapping[str, InputStatistics], quant: str, tp: int
 ) -> list[Layer]:
-    """What every rank stores of the layer `stem` (e.g. text.layers.0): each of its parameters as it is stored."""
+    """Every rank's stored tensors of the layer `stem` (e.g. text.layers.0): shards in the form that `quant` gives them."""
     ranks: list[Layer] = [{} for _ in range(tp)]
     shapes = targets(config)
     for name, tensor in layer.items():
         whole = f"{stem}.{name}"
         axis = shard_axis(config, whole)
-        cuts = [rank_span(config, whole, shapes[whole], tp, rank) for rank in range(tp)] if axis is not None else []
+        spans = [rank_span(config, whole, shapes[whole], tp, rank) for rank in range(tp)] if axis is not None else []
         kind, linear = quant_of(whole, quant), name.removesuffix(".weight")
         if kind.startswith("w4a16"):
-            known = inputs[SAME_INPUTS.get(linear, linear)].moment
-            assert known is not None
-            parts = [
-                {"qweight": q, "scales": scales} for q, scales in gptq_w4(tensor, known, cuts if axis == 1 else None, kind)
+            moment = inputs[SAME_INPUTS.get(linear, linear)].moment
+            assert moment is not None
+            stored = [
+                {"qweight": q, "scales": scales} for q, scales in gptq_w4(tensor, moment, spans if axis == 1 else None, kind)
             ]
             if axis == 0:
-                parts = [{key: value[first:stop] for key, value in parts[0].items()} for first, stop in cuts]
+                stored = [{key: value[first:stop] for key, value in stored[0].items()} for first, stop in spans]
         else:
-            cut = [Span(axis, *cut).of(tensor) for cut in cuts] if axis is not None else [tensor] * tp
-            parts = [{name: each} for each in cut] if kind == "none" else [quantize(kind, each) for each in cut]
-        for rank, part in enumerate(parts):
-            ranks[rank] |= {key if kind == "none" else f"{linear}.{key}": value for key, value in part.items()}
+            shards = [Span(axis, *span).of(tensor) for span in spans] if axis is not None else [tensor] * tp
+            stored = [{name: shard} for shard in shards] if kind == "none" else [quantize(kind, shard) for shard in shards]
+        for rank, parts in enumerate(stored):
+            ranks[rank] |= {key if kind == "none" else f"{linear}.{key}": value for key, value in parts.items()}
     return ranks
