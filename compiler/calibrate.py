@@ -156,7 +156,7 @@ def _held(config: ModelConfig, cache: CacheSpec, images: int, quant: str) -> int
 
 
 def text_feed(text: TextConfig, info: ModelInfo, prompt: Prompt) -> dict[str, Tensor]:
-    """What layers take besides hidden states, for all tokens of a prompt; names as in runtime/artifact.py."""
+    """What layers take besides hidden states, for all tokens of a prompt; names as in docs/artifact.md."""
     cos, sin = rope_tables(info.rope, text.head_dim, prompt.length, prompt.ntk)
     feed = {"rope_cos": cos[None], "rope_sin": sin[None]}
     if text.rope.logn_positions:
