@@ -30,8 +30,8 @@ class CacheSpec(Record, frozen=True, kw_only=True):
     rows: Count  # context plus room for the padding of a last chunk
     dtype: Dtype
     cross: CrossSpec | None = None
-    # Of keys and values of the text, where they are kept in fewer bits than `dtype`, which is then that of images alone. Left
-    # out of the manifest where unset.
+    # The dtype of the text's keys and values where they have fewer bits than `dtype`, which is then that of images alone.
+    # Left out of the manifest where unset.
     text_dtype: Literal["int8"] | UnsetType = UNSET
 
     @property
@@ -39,15 +39,15 @@ class CacheSpec(Record, frozen=True, kw_only=True):
         return sum(math.prod(shape) * DTYPE_BYTES[self.dtype_of(name)] for name, shape in self.buffers().items())
 
     def dtype_of(self, name: str) -> str:
-        """What the buffer `name` is stored in."""
+        """The dtype of the buffer `name`."""
         return self.text_dtype or self.dtype if name.startswith(("k_cache.", "v_cache.")) else self.dtype
 
     def buffers(self) -> dict[str, tuple[int, ...]]:
-        """Every buffer of the cache by name, with its shape."""
+        """The shape of every buffer of the cache, by its name."""
         text = (self.slots, self.kv_heads, self.rows, self.head_dim)
-        found = {f"{which}_cache.{i}": text for i in range(self.layers) for which in "kv"}
+        shapes = {f"{which}_cache.{i}": text for i in range(self.layers) for which in "kv"}
         if cross := self.cross:
             shape = (self.slots, self.kv_heads, cross.rows, self.head_dim)
             names = ((i, which, image) for i in range(cross.layers) for which in "kv" for image in range(cross.images))
-            found |= {f"cross_{which}.{i}.{image}": shape for i, which, image in names}
-        return found
+            shapes |= {f"cross_{which}.{i}.{image}": shape for i, which, image in names}
+        return shapes

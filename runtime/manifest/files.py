@@ -13,7 +13,7 @@ WEIGHTS = "weights"
 
 
 class WeightSpec(Record, frozen=True, kw_only=True):
-    """Where one tensor lies: `nbytes` bytes from `offset` on in `file` (a safetensors file)."""
+    """The place of one tensor: `nbytes` bytes from `offset` on in `file` (a safetensors file)."""
 
     file: str
     dtype: Dtype  # numpy name
@@ -35,7 +35,7 @@ class FileSpec(Record, frozen=True, kw_only=True):
 
 
 class SourceFile(Record, frozen=True, kw_only=True):
-    """One file of the checkpoint; `mtime_ns` only saves reading it again when nothing changed."""
+    """One file of the checkpoint; a build reads it again only where `mtime_ns` or the size differs."""
 
     nbytes: int
     sha256: str
@@ -43,12 +43,12 @@ class SourceFile(Record, frozen=True, kw_only=True):
 
 
 def rank_folder(ranks: int, rank: int) -> str:
-    """Where the weight files of `rank` lie, within the artifact; `ranks` are all that the model is cut among."""
+    """The folder of the weight files of `rank` within the artifact, of all `ranks` of the model."""
     assert 0 <= rank < ranks, (rank, ranks)
     return WEIGHTS if ranks == 1 else f"{WEIGHTS}/rank-{rank}"
 
 
 def rank_weights(weights: Mapping[str, WeightSpec], ranks: int, rank: int) -> dict[str, WeightSpec]:
-    """Where the weights of `rank` lie, given those of any rank of its stage, whose files are laid out alike."""
+    """The places of the weights of `rank`, from those of any rank of its stage: their files have the same layout."""
     folder = rank_folder(ranks, rank)
     return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}

@@ -11,12 +11,12 @@ from .record import DTYPE_BYTES, Count, Dtype, Number, Record, Shape, Size, Time
 
 Kind = Literal["vision", "prefill", "decode", "verify"]
 KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode", "verify")
-CANDIDATES = ("top_logits", "top_ids", "mass")  # outputs of text graphs behind the logits
-CROSS_HIDDEN = -1e30  # added to the score of a key that a token does not see; finite, so that a row may see nothing
+CANDIDATES = ("top_logits", "top_ids", "mass")  # outputs of text graphs after the logits
+CROSS_HIDDEN = -1e30  # added to the scores of keys that a token does not see; finite, so that a token may see none
 
 
 class TensorSpec(Record, frozen=True, kw_only=True):
-    """One named graph input or output."""
+    """One input, output or buffer of a graph."""
 
     name: str
     dtype: Dtype  # numpy name
@@ -40,8 +40,8 @@ class Certificate(Record, frozen=True, kw_only=True):
     reference: str  # e.g. "eager torch float32"
     tolerance: float
     cases: tuple[CertificateCase, ...]
-    # Where kernels round activations the cases are those of a twin graph that does not, and this is the distance between
-    # the graph itself and the reference: length of the difference of the outputs, divided by the reference's length.
+    # Where kernels round activations, the cases are those of an exact reference graph, which does not, and this is the distance
+    # of the graph itself: length of the difference of the outputs, divided by the length of the definition's outputs.
     rounding: float | None = None
 
     @property
@@ -54,7 +54,7 @@ class Certificate(Record, frozen=True, kw_only=True):
 
 
 class Segment(Record, frozen=True, kw_only=True, tag="segment"):
-    """A part of a graph that a device runs by itself; the file's inputs and outputs bear these names."""
+    """A part of a graph in a file of its own, whose inputs and outputs have these names."""
 
     file: str
     inputs: tuple[str, ...]
@@ -67,7 +67,7 @@ class Segment(Record, frozen=True, kw_only=True, tag="segment"):
 
 
 class Collective(Record, frozen=True, kw_only=True, tag="collective"):
-    """Where ranks meet between two segments. all_reduce: the sum of all ranks' `reads`, in place where `writes` is the same;
+    """An exchange between two segments. all_reduce: the sum of all ranks' `reads`, in place where `writes` is the same;
     all_gather: all ranks' `reads` joined along the last axis, rank 0 first."""
 
     op: Literal["all_reduce", "all_gather"]
@@ -82,7 +82,7 @@ class Collective(Record, frozen=True, kw_only=True, tag="collective"):
 
 
 class Transfer(Record, frozen=True, kw_only=True, tag="transfer"):
-    """Where a stage of a pipeline hands a tensor to another, each rank to the one in its place there."""
+    """A tensor sent to another stage of a pipeline or received from it, by each rank for the rank in its place there."""
 
     op: Literal["send", "receive"]
     stage: Number  # the other
@@ -98,18 +98,18 @@ Step = Segment | Collective | Transfer
 
 
 class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """How a graph was lowered where the fastest way depends on the machine. Results are the same whatever it says."""
+    """How a graph was lowered where the fastest way depends on the machine. It does not change results."""
 
     cores: Number = 0  # that a run is shared among; 0: all that the process may use
     attention_tokens: Number = 0  # tokens of a chunk that attend at a time; 0: all
-    widened_kib: Size = 0  # of a 16-bit matrix that are upcast at a time; 0: UPCAST_BYTES of compiler/onnx_graph/products.py
-    # Milliseconds of each way that was tried, by its description: the best of several runs of a model of few layers.
+    widened_kib: Size = 0  # of a 16-bit matrix, upcast at a time; 0: UPCAST_BYTES of compiler/onnx_graph/products.py
+    # Milliseconds of each way that was measured, by its description: the best of several runs of a model of few layers.
     measured: dict[str, float] = field(default_factory=dict)
-    busy: float = 0.0  # part of the cores that other processes took meanwhile; so much that nothing was chosen, else 0
+    busy: float = 0.0  # part of the cores that other processes took, where it was too much to choose anything; else 0
 
     @property
     def described(self) -> str:
-        """In words, for people."""
+        """A description in words."""
         if self.busy:
             return f"as by default: not tuned, other processes took {self.busy:.0%} of the cores"
         words = {
@@ -132,18 +132,18 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     cost_ms: Time  # one run on the machine that compiled it
-    flops: Work = 0  # of one run, on whatever device
-    nbytes: Work = 0  # that one run has to read or write, the whole cache included
+    flops: Work = 0  # operations of one run, on any device
+    nbytes: Work = 0  # bytes that one run has to read or write, the whole cache included
     certificate: Certificate | None = None
-    kernels: Kernels | UnsetType = UNSET  # ONNX: what `--tune` chose; left out of the manifest where it was not asked
-    # Ascend: what a kernel takes before its inputs, in order: names of weights, and small tensors that are settings.
+    kernels: Kernels | UnsetType = UNSET  # ONNX: the choice of `--tune`; left out of the manifest without it
+    # Ascend: what a kernel takes before its inputs, in order: weights by name, then small tensors that are settings.
     weights: tuple[str, ...] = ()
     constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
     eager: bool = False  # Ascend: run op by op, not as a compiled graph
-    # Of a graph in steps. Left out of the manifest where unset, so that a graph of one file reads and is sealed as ever.
+    # Of a graph in steps. Left out of the manifest where unset, so that a graph of one file keeps its digest.
     steps: tuple[Step, ...] | UnsetType = UNSET
     buffers: tuple[TensorSpec, ...] | UnsetType = UNSET  # tensors between steps; one may hold several, one after another
-    # Of a graph of one rank: how often it meets the others in a run, and the bytes that it brings to them.
+    # Of one of several ranks: the number of collectives in a run, and the bytes that it sends in them.
     collectives: Number = 0
     collective_bytes: Work = 0
 
@@ -153,24 +153,24 @@ class GraphSpec(Record, frozen=True, kw_only=True):
 
     @property
     def candidates(self) -> int:
-        """How many of the likeliest tokens a run puts out behind the logits."""
+        """The number of candidates of each row; 0: the graph has none."""
         return next((spec.shape[1] for spec in self.outputs if spec.name == CANDIDATES[0]), 0)
 
     @property
     def plan(self) -> tuple[Step, ...]:
-        """What is run, in order; a graph of one file is a plan of one segment."""
+        """The steps of a run in order; a graph of one file has one segment."""
         whole = Segment(file=self.file, inputs=tuple(s.name for s in self.inputs), outputs=tuple(s.name for s in self.outputs))
         return self.steps or (whole,)
 
     @property
     def sent(self) -> tuple[TensorSpec, ...]:
-        """What a run hands on to other stages."""
+        """The tensors that a run sends to other stages."""
         specs = {spec.name: spec for spec in (*self.outputs, *(self.buffers or ()))}
         return tuple(specs[step.name] for step in self.plan if isinstance(step, Transfer) and step.op == "send")
 
     @property
     def files(self) -> tuple[str, ...]:
-        """Every file that the graph is in."""
+        """All files of the graph."""
         return tuple(step.file for step in self.plan if isinstance(step, Segment))
 
 

@@ -17,7 +17,7 @@ SCHEMA_VERSION = 4
 
 
 class CalibrationInfo(Record, frozen=True, kw_only=True):
-    """What weights were quantised by, besides themselves."""
+    """The calibration that weights or scales of the cache were made with."""
 
     method: str  # e.g. "GPTQ"
     sha256: str  # of the prompts and of their images
@@ -30,19 +30,19 @@ class BuildInfo(Record, frozen=True, kw_only=True):
 
     staticvl: str
     torch: str
-    options: dict[str, str]  # command-line options that were given or derived; folders by the word for them
+    options: dict[str, str]  # command-line options that compile the same again; words stand for folders
     key: str  # digest of everything that the weights and the settings were made from
     source: dict[str, SourceFile]
-    # Left out of the manifest where unset, so that what was compiled without reads and is sealed as ever.
+    # Left out of the manifest where unset, so that the digest of an artifact without them stays the same.
     calibration: CalibrationInfo | UnsetType = UNSET
     tuned_on: str | UnsetType = UNSET  # the machine that kernels were chosen on
     notes: tuple[str, ...] | UnsetType = UNSET  # sentences about settings of the checkpoint that are contradictory or not used
 
 
 class AscendInfo(Record, frozen=True, kw_only=True):
-    """What a torchair cache depends on and does not check itself."""
+    """The versions that graphs for Ascend depend on and do not check themselves."""
 
-    python: str  # "3.11": the cache holds byte code
+    python: str  # "3.11": their files hold byte code
     torch: str
     torch_npu: str
     cache_format: str  # torchair's own number
@@ -50,7 +50,7 @@ class AscendInfo(Record, frozen=True, kw_only=True):
 
 
 class StageSpec(Record, frozen=True, kw_only=True):
-    """What a stage of a pipeline has of its own; as in Manifest."""
+    """A stage of a pipeline after the first: its own cache, graphs and weights, as in Manifest."""
 
     cache: CacheSpec
     graphs: tuple[GraphSpec, ...]
@@ -68,8 +68,8 @@ class Manifest(Record, frozen=True, kw_only=True):
     tokenizer: str  # folder of the tokenizer files and the chat template
     cache: CacheSpec
     graphs: tuple[GraphSpec, ...]
-    weights: dict[str, WeightSpec]  # of a model that is cut among ranks, those of the first; see rank_weights
-    stages: tuple[StageSpec, ...] = ()  # of a pipeline: those behind the first
+    weights: dict[str, WeightSpec]  # of several ranks, those of the first; see rank_weights
+    stages: tuple[StageSpec, ...] = ()  # of a pipeline: those after the first
     files: dict[str, FileSpec]
     build: BuildInfo
     ascend: AscendInfo | None = None
@@ -77,16 +77,16 @@ class Manifest(Record, frozen=True, kw_only=True):
 
     @property
     def pp(self) -> int:
-        """Stages of the pipeline; 1: there is none."""
+        """The number of pipeline stages; 1: the model is no pipeline."""
         return 1 + len(self.stages)
 
     @property
     def ranks(self) -> int:
-        """Processes that run the model together."""
+        """The number of processes that run the model together."""
         return self.tp * self.pp
 
     def of_stage(self, stage: int) -> Manifest:
-        """The manifest with cache, graphs and weights of one stage; weights are those of its first rank."""
+        """The manifest with the cache, graphs and weights of one stage; weights are those of its first rank."""
         if stage == 0:
             return self
         own = self.stages[stage - 1]

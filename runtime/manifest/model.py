@@ -34,29 +34,29 @@ class ImageProcessorConfig(Record, frozen=True, kw_only=True):
 
 
 class TokenizerConfig(Record, frozen=True, kw_only=True):
-    """Which tokenizer files the artifact holds and how text becomes ids."""
+    """Which tokenizer the artifact has, and how text becomes tokens."""
 
     kind: Literal["tokenizers", "sentencepiece", "tiktoken"]
-    style: Literal["hf", "original"]  # original: text is cut at the image mark, each piece tokenised afresh
+    style: Literal["hf", "original"]  # original: text is split at the image mark, each piece tokenised by itself
     bos_token_id: Number
     add_bos: bool
     file: str = ""  # tiktoken only; the others are tokenizer.json and tokenizer.model
-    pattern: str = ""  # tiktoken only: the regular expression that cuts text into words
-    nfc: bool = False  # tiktoken only: text is brought into Unicode's normal form C first
-    added_tokens: dict[str, Number] = field(default_factory=dict)  # sentencepiece, tiktoken: tokens that the file does not know
+    pattern: str = ""  # tiktoken only: the regular expression that splits text into words
+    nfc: bool = False  # tiktoken only: text is normalised to Unicode's form C first
+    added_tokens: dict[str, Number] = field(default_factory=dict)  # sentencepiece, tiktoken: tokens that the file lacks
     legacy: bool = False  # sentencepiece only: a blank also before text that follows a special token
     image_token_id: Number | None  # None: images have no id of their own
     used: Number  # ids at or above this are never sampled
 
 
 class SamplingDefaults(Record, frozen=True, kw_only=True):
-    """Defaults from the checkpoint's generation_config.json, for what a request leaves open, and what it always forbids."""
+    """Defaults of requests, and tokens that are never sampled, from the checkpoint's generation_config.json."""
 
     do_sample: bool = False
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0  # 0: no limit
-    # Left out of the manifest where unset, so that it reads and is sealed as ever.
+    # Left out of the manifest where unset, so that its digest stays the same.
     min_p: float | UnsetType = UNSET
     repetition_penalty: float | UnsetType = UNSET
     bad_words_ids: tuple[tuple[int, ...], ...] | UnsetType = UNSET  # sequences of tokens that no answer completes
@@ -74,16 +74,16 @@ class Llama3Scaling(Record, frozen=True, kw_only=True):
 
 
 class RopeParameters(Record, frozen=True, kw_only=True):
-    """Rotary position embedding: the base, and what happens to it for long texts."""
+    """Rotary position embedding: the base, and how it changes for long texts."""
 
     theta: _Positive
     llama3: Llama3Scaling | None = None
     ntk_positions: Count | None = None  # dynamic NTK (Qwen): prompts longer than this get a larger base
-    logn_positions: Count | None = None  # logn attention (Qwen): queries behind this position are scaled up
+    logn_positions: Count | None = None  # logn attention (Qwen): queries after this position are scaled up
 
 
 class ModelInfo(Record, frozen=True, kw_only=True):
-    """What the runtime must know about the model beyond its graphs."""
+    """What the runtime has to know of the model besides its graphs."""
 
     family: str
     layout: str
@@ -96,11 +96,11 @@ class ModelInfo(Record, frozen=True, kw_only=True):
     tokenizer: TokenizerConfig
     sampling: SamplingDefaults = SamplingDefaults()
     chat: Literal["template", "chatml", "raw"] = "template"  # how a conversation becomes a prompt; the last two: Qwen-VL
-    # Llama-3.2-Vision: what a token before the first image sees of the images behind it. transformers: the average of
-    # all their keys; meta: nothing.
+    # Llama-3.2-Vision: what a token before the first image sees of the images after it. transformers: the mean over all of
+    # their keys; meta: nothing.
     text_before_image: Literal["transformers", "meta"] = "transformers"
     max_positions: int | UnsetType = UNSET  # the largest context that the model can be compiled for
 
     def can_hold(self, tokens: int) -> bool:
-        """Whether a context of so many tokens can be compiled, as far as the artifact says."""
+        """Whether the model can be compiled for a context of so many tokens; True where the artifact does not say."""
         return self.max_positions is UNSET or tokens <= self.max_positions
