@@ -77,7 +77,7 @@ class Model:
         """
         if not self.closed:
             self.closed = True
-            self.__dict__.pop("_constraints", None)  # its process ends with it
+            self.__dict__.pop("_constraint_factory", None)  # its process ends with it
             self.access.at_last(self._close)
 
     def _close(self) -> None:

@@ -89,7 +89,7 @@ def test_one_process_for_all_forms_and_none_after_them(model: runtime.Model) -> 
     def children() -> set[int]:
         return {each.pid for each in psutil.Process().children() if "form_check.py" in " ".join(each.cmdline())}
 
-    model.__dict__.pop("_constraints", None)  # of an earlier test
+    model.__dict__.pop("_constraint_factory", None)  # of an earlier test
     gc.collect()
     before = children()
     assert model.generate(QUESTION, regex="ab", max_new_tokens=9).text == "ab"
@@ -100,7 +100,7 @@ def test_one_process_for_all_forms_and_none_after_them(model: runtime.Model) -> 
     psutil.Process(*started).kill()
     psutil.Process(*started).wait()
     assert model.generate(QUESTION, choice=("no",), max_new_tokens=9).text == "no", "it is started again"
-    model.__dict__.pop("_constraints")
+    model.__dict__.pop("_constraint_factory")
     gc.collect()
     assert children() == before
 

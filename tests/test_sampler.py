@@ -212,7 +212,7 @@ def test_most_draws_look_at_few_tokens() -> None:
     row = np.random.default_rng(0).standard_normal(40_000).astype(np.float32)
     row[:30] += np.linspace(20, 10, 30, dtype=np.float32)
     looked: list[int] = []
-    with mock.patch.object(sampler, "likeliest", side_effect=lambda row, count: looked.append(count) or top_k_ids(row, count)):
+    with mock.patch.object(sampler, "top_k_ids", side_effect=lambda row, count: looked.append(count) or top_k_ids(row, count)):
         for seed in range(20):
             sample(row, settings(0.7, top_p=0.95, seed=seed), 0, len(row))
             sample(row, settings(1.0, seed=seed), 0, len(row))

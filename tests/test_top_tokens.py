@@ -145,7 +145,7 @@ def test_an_artifact_with_candidates_answers_as_from_whole_rows(artifact: Path, 
         found = answers(**each)
         assert len(seen) <= most
         with monkeypatch.context() as context:
-            context.setattr(engine, "_likely", lambda *_: None)
+            context.setattr(engine, "_from_candidates", lambda *_: None)
             assert answers(**each) == found
     assert seen == [manifest.model.vocab_size] * len(seen)
 

@@ -316,7 +316,7 @@ def test_unusable_forms(model: runtime.Model, form: dict, message: str) -> None:
 
 def test_without_the_library(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    model.__dict__.pop("_constraints", None)
+    model.__dict__.pop("_constraint_factory", None)
     with pytest.raises(
         ConstraintError, match=r"need the package llguidance; install it with: pip install 'staticvl\[constrain\]'"
     ):
