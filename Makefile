@@ -52,7 +52,7 @@ types: $(VENV)/.test
 	$(BIN)/pyright
 
 bench: $(VENV)/.test
-	$(BIN)/python benchmarks/memory_by_buckets.py
+	$(BIN)/python -m benchmarks.memory_by_buckets
 
 # The peers have an environment of their own, so that their dependencies never meet ours. llama.cpp is built for this machine.
 # optimum-intel asks for torchvision, which nothing here needs; built for CUDA, it cannot be imported beside a torch for CPUs.

@@ -6,17 +6,15 @@ from setuptools import setup
 
 FOLDERS = ("compiler", "model_defs", "runtime", "tools", "weights")
 HERE = Path(__file__).parent
+CHECKOUT_ONLY = "tools/development"  # makes or tests what a wheel brings ready-made; docs/architecture.md
 VERSION = "0.1.0"
 
 
 def packages() -> dict[str, str]:
-    """Package name -> folder, for every folder of ours that holds Python files."""
-    found = {}
-    for top in FOLDERS:
-        for init in (HERE / top).rglob("__init__.py"):
-            folder = init.parent.relative_to(HERE)
-            found["staticvl." + ".".join(folder.parts)] = str(folder)
-    return found
+    """Package name -> folder, for every folder of ours that holds Python files and is not for a checkout alone."""
+    inits = (init for top in FOLDERS for init in (HERE / top).rglob("__init__.py"))
+    folders = (init.parent.relative_to(HERE) for init in inits)
+    return {"staticvl." + ".".join(f.parts): str(f) for f in folders if not f.is_relative_to(CHECKOUT_ONLY)}
 
 
 RUNTIME = [

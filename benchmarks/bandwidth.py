@@ -31,9 +31,9 @@ def read_gb_per_s(threads: int, rounds: int = 7, mebibytes: int = MEBIBYTES) -> 
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
         for _ in range(rounds):
-            started = time.perf_counter()
+            start = time.perf_counter()
             list(pool.map(read, parts))
-            best = max(best, threads * (mebibytes << 20) / (time.perf_counter() - started) / 1e9)
+            best = max(best, threads * (mebibytes << 20) / (time.perf_counter() - start) / 1e9)
     return best
 
 
@@ -41,10 +41,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=usable_cores())
     args = parser.parse_args()
-    found = {str(n): round(read_gb_per_s(n), 1) for n in sorted({1, args.threads})}
-    for threads, speed in found.items():
+    speeds = {str(n): round(read_gb_per_s(n), 1) for n in sorted({1, args.threads})}
+    for threads, speed in speeds.items():
         print(f"{threads} threads read {speed} GB/s")
-    print(json.dumps({"read_gb_per_s_by_threads": found}))
+    print(json.dumps({"read_gb_per_s_by_threads": speeds}))
 
 
 if __name__ == "__main__":

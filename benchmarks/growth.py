@@ -47,7 +47,7 @@ BUCKETS = Buckets(prefill=(64, 256), decode=(1, 2, 4, 8), vision=(1,), context=1
 ONE_TOKEN = runtime.SamplingParams(max_new_tokens=1, temperature=0.0, ignore_eos=True)
 # What is measured, by what grows. The last is no panel of the chart; it reaches the best rate of arithmetic, as a rule.
 PANELS = {
-    "batch": f"decode step behind {SHORT} tokens, by rows",
+    "batch": f"decode step after {SHORT} tokens, by rows",
     "cache": "decode step of one row, by tokens in the cache",
     "prompt": "whole prompt, by its tokens",
     "chunk": "one chunk, by tokens before it",
@@ -89,8 +89,8 @@ class LeastWork:
 
     def flops(self, run: Run) -> int:
         """Products, and attention of each token to those that it may see."""
-        seen = run.tokens * run.past + run.tokens * (run.tokens + 1) // 2
-        return run.graph.flops - run.rows * self.pair_flops * (run.tokens * self.rows - seen)
+        visible = run.tokens * run.past + run.tokens * (run.tokens + 1) // 2
+        return run.graph.flops - run.rows * self.pair_flops * (run.tokens * self.rows - visible)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,21 +133,21 @@ class Side:
         counts = (np.full(run.rows, count, np.int32) for count in (past, run.tokens))
         feed = self.cases.feed(graph, Case("", *counts))
         backend.run(graph, feed)  # binds the feed, and wakes cores that slept while another artifact ran
-        started = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(times):
             backend.run(graph, feed)
-        return Sample((time.perf_counter() - started) / times, (run,))
+        return Sample((time.perf_counter() - start) / times, (run,))
 
     def prompt(self, length: int) -> Sample:
         """A prompt through the engine, in the chunks that it chooses, up to the first token of the answer."""
         engine, runs = self.model.engine, []
         tokens = np.random.default_rng(length).integers(3, self.vocab, length)
         sequence = engine.add_request(text_prompt(*map(int, tokens)), ONE_TOKEN)
-        started = time.perf_counter()
+        start = time.perf_counter()
         while sequence.finish_reason is None:
             past, step = sequence.computed, engine.step()
             runs.append(Run(engine.graphs[step.kind, step.bucket, step.images], past))
-        return Sample(time.perf_counter() - started, tuple(runs))
+        return Sample(time.perf_counter() - start, tuple(runs))
 
 
 @dataclass(slots=True)
@@ -226,7 +226,7 @@ def as_data(points: Sequence[Point], machine: dict[str, Any]) -> dict[str, Any]:
             "best_gop_per_s": _short(rate / 1e9),
             "chunk": chunk_of(side).bucket,
             "points": panels,
-            "growth": {name: _growth(found) for name, found in panels.items() if len(found) > 1},
+            "growth": {name: _growth(panel) for name, panel in panels.items() if len(panel) > 1},
         }
     return {"machine": machine, "panels": PANELS, "artifacts": artifacts}
 
@@ -248,9 +248,9 @@ def _figures(point: Point, rate: float, gb_per_s: float) -> dict[str, Any]:
     }
 
 
-def _growth(found: list[dict[str, Any]]) -> dict[str, float]:
+def _growth(points: list[dict[str, Any]]) -> dict[str, float]:
     """Microseconds that each row or token more takes, and at least has to take."""
-    first, last = found[0], found[-1]
+    first, last = points[0], points[-1]
     return {
         f"{name.removesuffix('ms')}us_each": _short(1e3 * (last[name] - first[name]) / (last["size"] - first["size"]))
         for name in ("ms", "memory_ms", "arithmetic_ms")
@@ -277,10 +277,10 @@ def show(console: Console, data: dict[str, Any]) -> None:
             "spread",
         ):
             table.add_column(column, justify="right")
-        for name, found in data["artifacts"].items():
-            for point in found["points"][panel]:
-                shown = [f"{point[key]:.4g}" for key in ("size", "ms", "tokens_per_s", "memory_ms", "arithmetic_ms")]
-                table.add_row(name, *shown, point["bound"], f"{point['of_bound']:.0%}", f"{point['spread']:.0%}")
+        for name, side in data["artifacts"].items():
+            for point in side["points"][panel]:
+                cells = [f"{point[key]:.4g}" for key in ("size", "ms", "tokens_per_s", "memory_ms", "arithmetic_ms")]
+                table.add_row(name, *cells, point["bound"], f"{point['of_bound']:.0%}", f"{point['spread']:.0%}")
         console.print(table)
     machine = data["machine"]
     console.print(f"memory is read at {machine['read_gb_per_s']} GB/s with {machine['threads']} threads")

@@ -38,15 +38,15 @@ def draw(data: dict[str, Any]) -> Figure:
 
 
 def _times(axes: Axes, data: dict[str, Any], panel: str) -> None:
-    for (colour, mark), found in zip(cycle(LINES), data["artifacts"].values(), strict=False):
-        points = found["points"][panel]
+    for (colour, mark), side in zip(cycle(LINES), data["artifacts"].values(), strict=False):
+        points = side["points"][panel]
         sizes = [point["size"] for point in points]
         axes.plot(sizes, [point["ms"] for point in points], color=colour, marker=mark, markersize=4)
         axes.plot(sizes, [point["memory_ms"] for point in points], color=colour, linestyle="--", linewidth=1)
         axes.plot(sizes, [point["arithmetic_ms"] for point in points], color=colour, linestyle=":", linewidth=1)
         if panel == "batch":
             axes.set_xticks(sizes)
-    chunks = " or ".join(str(size) for size in sorted({found["chunk"] for found in data["artifacts"].values()}))
+    chunks = " or ".join(str(size) for size in sorted({side["chunk"] for side in data["artifacts"].values()}))
     title = f"one chunk of {chunks}, by tokens before it" if panel == "chunk" else data["panels"][panel]
     axes.set_title(title, loc="left", fontsize=10)
     axes.set_xlabel(UNITS[panel])
@@ -57,8 +57,8 @@ def _times(axes: Axes, data: dict[str, Any], panel: str) -> None:
 
 def _rates(axes: Axes, data: dict[str, Any]) -> None:
     """On an axis of their own, on the right."""
-    for (colour, _), found in zip(cycle(LINES), data["artifacts"].values(), strict=False):
-        points = found["points"]["prompt"]
+    for (colour, _), side in zip(cycle(LINES), data["artifacts"].values(), strict=False):
+        points = side["points"]["prompt"]
         rates = [point["tokens_per_s"] for point in points]
         axes.plot([point["size"] for point in points], rates, color=colour, linewidth=3, alpha=0.25)
     axes.set_ylabel("tokens/s (broad, pale)")
@@ -67,8 +67,8 @@ def _rates(axes: Axes, data: dict[str, Any]) -> None:
 
 
 def _legend(data: dict[str, Any]) -> list[Line2D]:
-    named = zip(cycle(LINES), data["artifacts"], strict=False)
-    sides = [Line2D([], [], color=colour, marker=mark, markersize=4, label=name) for (colour, mark), name in named]
+    styles = zip(cycle(LINES), data["artifacts"], strict=False)
+    sides = [Line2D([], [], color=colour, marker=mark, markersize=4, label=name) for (colour, mark), name in styles]
     bounds = (("--", "bound by memory"), (":", "bound by arithmetic"))
     return [*sides, *(Line2D([], [], color=GREY, linestyle=style, linewidth=1, label=name) for style, name in bounds)]
 

@@ -1,6 +1,6 @@
 """Memory and disk of an artifact with many buckets against one with one of each kind; the last line is one JSON object.
 
-    python benchmarks/memory_by_buckets.py [--hidden 1024] [--layers 8] [--tp 2]
+    python -m benchmarks.memory_by_buckets [--hidden 1024] [--layers 8] [--tp 2]
 
 Both artifacts come from the same random checkpoint. Each is loaded in a process of its own, where every graph is opened
 and run; measured are USS (pages that belong to this process alone and are mapped once) and PSS (shared pages counted
@@ -57,8 +57,8 @@ def compare(folder: Path, args: argparse.Namespace) -> dict:
     # Imported here: the processes that are measured load no torch.
     from staticvl.compiler.build import build
     from staticvl.compiler.plan import Options
+    from staticvl.tools.development.random_checkpoint import write_checkpoint
     from staticvl.tools.progress import TerminalProgress
-    from staticvl.tools.random_checkpoint import write_checkpoint
 
     write_config(folder / "config", args.hidden, args.layers)
     write_checkpoint(folder / "config", folder / "checkpoint")

@@ -68,11 +68,13 @@ def weight_entries(path: Path) -> dict[str, int]:
     """Entries N * K of the weight matrix of each matrix product, packed or not."""
     graph = onnx.load(path, load_external_data=False).graph
     sizes = {t.name: math.prod(t.dims) for t in graph.initializer if len(t.dims) == 2}
-    found = {}
+    counts = {}
     for node in graph.node:
         packed = {a.name: a.i for a in node.attribute if a.name in ("K", "N")}
-        found[node.name] = math.prod(packed.values()) if packed else max((sizes.get(name, 0) for name in node.input), default=0)
-    return found
+        counts[node.name] = (
+            math.prod(packed.values()) if packed else max((sizes.get(each, 0) for each in node.input), default=0)
+        )
+    return counts
 
 
 def _rows(event: dict[str, Any]) -> int:
@@ -137,13 +139,13 @@ def measure(artifact: Path, prompt: int, steps: int, threads: int) -> dict[str, 
                 model.run([model.engine.new_sequence(text_prompt(*map(int, tokens)), once)])
             backend = model.engine.backend
             assert isinstance(backend, ort.OrtBackend)
-            found = {
+            graphs = {
                 graph.name: read_profile(artifact, graph, backend.sessions[graph.file].end_profiling())
                 for graph in model.artifact.manifest.graphs
                 if graph.file in backend.sessions and graph.bucket in (1, prompt)
             }
             model.close()
-    return found
+    return graphs
 
 
 def read_profile(artifact: Path, graph: GraphSpec, path: str) -> dict[str, Any]:
@@ -154,12 +156,12 @@ def read_profile(artifact: Path, graph: GraphSpec, path: str) -> dict[str, Any]:
     )
 
 
-def show(console: Console, title: str, found: dict[str, dict[str, float]], bound: float) -> None:
+def show(console: Console, title: str, rows: dict[str, dict[str, float]], bound: float) -> None:
     result = Table(title=title)
     for column in ("", "ms", "share", "calls", "MB of weights", "GB/s", "of the machine's", "Gop/s"):
         result.add_column(column, justify="right")
-    total = math.fsum(row["ms"] for row in found.values())
-    for name, row in found.items():
+    total = math.fsum(row["ms"] for row in rows.values())
+    for name, row in rows.items():
         speed = (f"{row['gb_per_s']:.1f}", f"{row['gb_per_s'] / bound:.0%}") if row["mb"] else ("", "")
         work = f"{row['gop_per_s']:.0f}" if row["gop_per_s"] else ""
         calls = str(row["calls"]) if "calls" in row else ""
@@ -176,15 +178,15 @@ def main() -> None:
     args = parser.parse_args()
     console = Console(highlight=False, width=150)
     bound = read_gb_per_s(args.threads)
-    found = measure(args.artifact, args.prompt, args.steps, args.threads)
-    for name, graph in found.items():
+    graphs = measure(args.artifact, args.prompt, args.steps, args.threads)
+    for name, graph in graphs.items():
         console.print(
             f"{args.artifact.name}, {name}: {graph['run_ms']} ms a run, median of {graph['runs']}; "
             f"the machine reads {bound:.1f} GB/s"
         )
         show(console, "by operator", graph["by_op"], bound)
         show(console, "matrix products by place", graph["by_weight"], bound)
-    print(json.dumps({"artifact": args.artifact.name, "read_gb_per_s": round(bound, 1), "graphs": found}))
+    print(json.dumps({"artifact": args.artifact.name, "read_gb_per_s": round(bound, 1), "graphs": graphs}))
 
 
 if __name__ == "__main__":

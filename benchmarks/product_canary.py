@@ -53,8 +53,8 @@ Event = dict[str, Any]
 def times(events: list[Event], names: set[str]) -> list[float]:
     """Microseconds of the kernels of these nodes in each run of a session."""
     runs = sorted((e["ts"], e["ts"] + e["dur"]) for e in events if e["name"] == "model_run")
-    found = [e for e in events if e["cat"] == "Node" and e["name"].removesuffix("_kernel_time") in names]
-    return [math.fsum(e["dur"] for e in found if start <= e["ts"] < end) for start, end in runs]
+    nodes = [e for e in events if e["cat"] == "Node" and e["name"].removesuffix("_kernel_time") in names]
+    return [math.fsum(e["dur"] for e in nodes if start <= e["ts"] < end) for start, end in runs]
 
 
 def product_nodes(file: Path) -> dict[str, onnx.NodeProto]:
@@ -139,10 +139,10 @@ def memory(artifact: Path, threads: int) -> dict[str, float]:
             model.engine.backend.run(graph, filled(graph))
     for cache in model.engine.backend.caches.values():  # as when every slot is full
         cache.fill(0)
-    read = max(sum(weight_bytes(artifact / graph.file).values()) for graph in manifest.graphs if graph.kind != "vision")
-    held = read + manifest.cache.nbytes
-    taken = process.memory_full_info().pss - before
-    return {"mb": round(taken / 1e6, 1), "weights_and_cache_mb": round(held / 1e6, 1), "ratio": round(taken / held, 3)}
+    weights = max(sum(weight_bytes(artifact / graph.file).values()) for graph in manifest.graphs if graph.kind != "vision")
+    needs = weights + manifest.cache.nbytes
+    pss = process.memory_full_info().pss - before
+    return {"mb": round(pss / 1e6, 1), "weights_and_cache_mb": round(needs / 1e6, 1), "ratio": round(pss / needs, 3)}
 
 
 def measure(checkpoint: Path, folder: Path, quant: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -160,17 +160,17 @@ def measure(checkpoint: Path, folder: Path, quant: str, args: argparse.Namespace
     return {"graphs": rates, "memory": json.loads(done.stdout.splitlines()[-1])}
 
 
-def faults(found: dict[str, dict[str, Any]]) -> list[str]:
+def faults(sides: dict[str, dict[str, Any]]) -> list[str]:
     """One sentence for each figure beyond its limit."""
     slow = [
         f"{quant} {name}: products run at {each['rate']} of their rate alone; expected at least {LEAST_RATE}"
-        for quant, side in found.items()
+        for quant, side in sides.items()
         for name, each in side["graphs"].items()
         if each["rate"] < LEAST_RATE
     ]
     large = [
         f"{quant}: memory is {side['memory']['ratio']} times weights and cache; expected at most {MOST_MEMORY}"
-        for quant, side in found.items()
+        for quant, side in sides.items()
         if side["memory"]["ratio"] > MOST_MEMORY
     ]
     return slow + large
@@ -187,16 +187,16 @@ def main() -> int:
     if args.memory:
         print(json.dumps(memory(args.memory, args.threads)))
         return 0
-    found = {}
+    sides = {}
     with tempfile.TemporaryDirectory(prefix="staticvl-canary-") as name:
         checkpoint = checkpoint_of(args.layers, Path(name) / "checkpoint")
         for quant in args.quants:
-            found[quant] = measure(checkpoint, Path(name), quant, args)
-            print(quant, json.dumps(found[quant]), flush=True)
-    for fault in faults(found):
+            sides[quant] = measure(checkpoint, Path(name), quant, args)
+            print(quant, json.dumps(sides[quant]), flush=True)
+    for fault in faults(sides):
         print(fault)
-    print(json.dumps({"machine": machine(), **found}))
-    return 1 if faults(found) else 0
+    print(json.dumps({"machine": machine(), **sides}))
+    return 1 if faults(sides) else 0
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
 
 With --calibrate every quantisation that can be is also measured calibrated with so many prompts about other drawings. With
 --kv-cache int8 each is measured with a cache in 8 bits alone (`none` may be among them).
-With --outliers F a few channels behind every norm are made F times as large and the weights behind them as much smaller: the
+With --outliers F a few channels after every norm are made F times as large and the weights after them as much smaller: the
 same model in floats, whose activations look like those of large models.
 
 Answers are greedy. Logits are compared before each token of the float model's own answers, whatever the quantised model would
@@ -32,15 +32,15 @@ from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
+from staticvl.tools.development.train_tiny import Case, cases
+from staticvl.tools.development.training.data import HELD_OUT_SEED
 from staticvl.tools.drawings import iou, parse_box
-from staticvl.tools.train_tiny import Case, cases
-from staticvl.tools.training.data import HELD_OUT_SEED
 
 ASSETS = Path(__file__).parent.parent / "tools" / "assets"
 MODELS = ("tiny_llava15", "tiny_llava16", "tiny_mllama")
 CALIBRATION_SEED = HELD_OUT_SEED + 10_000
 OUTLIERS = (5, 38, 71, 104)  # channels
-BEHIND = {  # a norm, and the weights that take what it puts out
+AFTER_NORM = {  # a norm, and the weights that take what it puts out
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_attn.q_proj"],
     "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
 }
@@ -78,10 +78,10 @@ def with_outliers(checkpoint: Path, out: Path, factor: float) -> Path:
     tensors = {name: value.float() for name, value in load_file(file).items()}
     for name, value in tensors.items():
         layer, _, norm = name.removesuffix(".weight").rpartition(".")
-        if "language_model" not in name or norm not in BEHIND:
+        if "language_model" not in name or norm not in AFTER_NORM:
             continue
         value[list(OUTLIERS)] *= factor
-        for linear in BEHIND[norm]:
+        for linear in AFTER_NORM[norm]:
             if (weight := tensors.get(f"{layer}.{linear}.weight")) is not None:
                 weight[:, list(OUTLIERS)] /= factor
     save_file(tensors, file)
@@ -91,10 +91,10 @@ def with_outliers(checkpoint: Path, out: Path, factor: float) -> Path:
 def calibration(prompts: int, folder: Path) -> Calibration:
     """Prompts with answers about drawings that nothing else here shows, through the file that a user would write."""
     asked_for = [case for case in cases(prompts, CALIBRATION_SEED) if not case.turns and case.kind != EXTRA]
-    chosen = asked_for[:: max(1, len(asked_for) // prompts)][:prompts]
+    sample = asked_for[:: max(1, len(asked_for) // prompts)][:prompts]
     folder.mkdir()
     lines = []
-    for i, case in enumerate(chosen):
+    for i, case in enumerate(sample):
         names = [f"{i}-{j}.png" for j in range(len(case.images))]
         for name, image in zip(names, case.images, strict=True):
             image.save(folder / name)
@@ -104,11 +104,11 @@ def calibration(prompts: int, folder: Path) -> Calibration:
     return read_calibration(file)
 
 
-def answered(side: StaticSide, wanted: list[Case]) -> Answers:
+def answered(side: StaticSide, questions: list[Case]) -> Answers:
     """What the model says by itself."""
-    images = [list(case.images) for case in wanted]
-    outs = side.model.generate([case.question for case in wanted], images, max_new_tokens=80, temperature=0.0)
-    right = [is_right(case, out.text) for case, out in zip(wanted, outs, strict=True)]
+    images = [list(case.images) for case in questions]
+    outs = side.model.generate([case.question for case in questions], images, max_new_tokens=80, temperature=0.0)
+    right = [is_right(case, out.text) for case, out in zip(questions, outs, strict=True)]
     return Answers([np.array(out.token_ids) for out in outs], right)
 
 
@@ -116,14 +116,14 @@ def is_right(case: Case, text: str) -> bool:
     """Word for word; a box when it overlaps the true one by three quarters."""
     if case.kind != "box":
         return text == case.answer
-    said, true = parse_box(text), parse_box(case.answer)
-    return said is not None and true is not None and iou(said, true) >= 0.75
+    box, true = parse_box(text), parse_box(case.answer)
+    return box is not None and true is not None and iou(box, true) >= 0.75
 
 
-def forced(side: StaticSide, wanted: list[Case], answers: Answers) -> list[np.ndarray]:
+def forced(side: StaticSide, questions: list[Case], answers: Answers) -> list[np.ndarray]:
     """Logits [n, V] before each token of the answers."""
-    prompts = [side.prepare(asked(case.kind, case.question, case.images)) for case in wanted]
-    return [said.logits for said in side.say(prompts, answers.tokens)]
+    prompts = [side.prepare(asked(case.kind, case.question, case.images)) for case in questions]
+    return [answer.logits for answer in side.say(prompts, answers.tokens)]
 
 
 def measure(
@@ -136,18 +136,18 @@ def measure(
         kinds = [(f"{quant}, int8 cache", quant, used) for quant in quants]
     elif used:
         kinds += [(f"{quant}, calibrated", quant, used) for quant in quants if quant in METHODS]
-    wanted = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
+    questions = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
     reference = compiled(checkpoint, "none", folder / "none", backend)
-    answers = answered(reference, wanted)
-    logits = forced(reference, wanted, answers)
-    found = {"none": {"right": float(np.mean(answers.right)), "cases": float(len(wanted))}}
+    answers = answered(reference, questions)
+    logits = forced(reference, questions, answers)
+    results = {"none": {"right": float(np.mean(answers.right)), "cases": float(len(questions))}}
     for label, quant, by in kinds:
         side = compiled(checkpoint, quant, folder / label, backend, by, kv_cache)
-        own = answered(side, wanted)
-        figures = [compare_logits(*each) for each in zip(logits, forced(side, wanted, answers), answers.tokens, strict=True)]
+        own = answered(side, questions)
+        figures = [compare_logits(*each) for each in zip(logits, forced(side, questions, answers), answers.tokens, strict=True)]
         rows = np.array([len(each) for each in answers.tokens])
         roundings = [g.certificate.rounding for g in side.artifact.manifest.graphs if g.certificate and g.certificate.rounding]
-        found[label] = {
+        results[label] = {
             "right": float(np.mean(own.right)),
             "same answers": float(np.mean([np.array_equal(a, b) for a, b in zip(own.tokens, answers.tokens, strict=True)])),
             "agreement": float(np.average([each.agreement for each in figures], weights=rows)),
@@ -155,7 +155,7 @@ def measure(
             "rounding": max(roundings, default=0.0),
             "tokens": float(rows.sum()),
         }
-    return found
+    return results
 
 
 def main() -> None:
@@ -186,11 +186,11 @@ def main() -> None:
                 args.kv_cache,
             )
         for quant, f in table[model].items():
-            told = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"
+            line = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"
             if quant != "none":
-                told += f"  same answers {100 * f['same answers']:6.2f} %  agreement {100 * f['agreement']:7.3f} %"
-                told += f"  KL {f['kl']:.2e}  rounding {f['rounding']:.3f}"
-            print(told, flush=True)
+                line += f"  same answers {100 * f['same answers']:6.2f} %  agreement {100 * f['agreement']:7.3f} %"
+                line += f"  KL {f['kl']:.2e}  rounding {f['rounding']:.3f}"
+            print(line, flush=True)
     print(json.dumps(table))
 
 

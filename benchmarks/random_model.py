@@ -6,7 +6,7 @@ from pathlib import Path
 
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.tools.random_checkpoint import write_checkpoint
+from staticvl.tools.development.random_checkpoint import write_checkpoint
 
 # Hidden size, heads and MLP of the 1.1B decoders that are about; the tower is cut short, since nothing here looks at images.
 SHAPE = {

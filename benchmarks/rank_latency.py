@@ -1,6 +1,6 @@
 """What running as ranks costs beside the graphs themselves; the last line is one JSON object.
 
-    python benchmarks/rank_latency.py ARTIFACT [--tokens 200]
+    python -m benchmarks.rank_latency ARTIFACT [--tokens 200]
 
 Medians over the decode steps of one prompt, in microseconds, in rank 0. step: all of it; outside: scheduling, feeds, sampling;
 around: what ranks add to the graph, which is handing it to the worker and telling the others; message: the latter alone; sum:
@@ -67,12 +67,12 @@ def measure(model: runtime.Model, tokens: int) -> dict[str, Any]:
 def timed(where: Any, name: str, span: str, spans: dict[str, list[float]]) -> None:
     """Note how long each call takes."""
     call: Callable[..., Any] = getattr(where, name)
-    found = spans.setdefault(span, [])
+    seconds = spans.setdefault(span, [])
 
     def measured(*args: Any) -> Any:
-        started = time.perf_counter()
+        start = time.perf_counter()
         result = call(*args)
-        found.append(time.perf_counter() - started)
+        seconds.append(time.perf_counter() - start)
         return result
 
     setattr(where, name, measured)

@@ -26,9 +26,9 @@ def median_ms(request: Callable[[], None], count: int) -> float:
     request()
     times = []
     for _ in range(count):
-        started = time.perf_counter()
+        start = time.perf_counter()
         request()
-        times.append(time.perf_counter() - started)
+        times.append(time.perf_counter() - start)
     return round(1e3 * statistics.median(times), 3)
 
 
@@ -43,12 +43,12 @@ def measure(count: int) -> dict[str, float]:
                 raise RuntimeError(f"{path} was answered with {response.status}: {response.read()[:200]!r}")
             response.read()
 
-        found = {
+        medians = {
             "health_ms": median_ms(lambda: ask("GET", "/health"), count),
             "one_token_ms": median_ms(lambda: ask("POST", "/v1/chat/completions", BODY), count),
         }
         connection.close()
-        return found
+        return medians
 
 
 def main() -> int:
@@ -56,10 +56,10 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--bar-ms", type=float, default=1.0)
     args = parser.parse_args()
-    found = measure(args.requests)
-    above = found["health_ms"] > args.bar_ms
-    print(f"GET /health {found['health_ms']} ms, {'above' if above else 'within'} the bar of {args.bar_ms:g} ms")
-    print(json.dumps(found))
+    medians = measure(args.requests)
+    above = medians["health_ms"] > args.bar_ms
+    print(f"GET /health {medians['health_ms']} ms, {'above' if above else 'within'} the bar of {args.bar_ms:g} ms")
+    print(json.dumps(medians))
     return int(above)
 
 

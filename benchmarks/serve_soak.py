@@ -34,7 +34,7 @@ import psutil
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.tools.train_tiny import cases
+from staticvl.tools.development.train_tiny import cases
 
 EMBEDDED = Path(__file__).parent.parent / "tools" / "assets" / "tiny_llava15"
 BUCKETS = Buckets(prefill=(16, 64), decode=(1, 2, 4), vision=(1, 2), context=512, slots=4)
@@ -109,8 +109,8 @@ async def send(port: int, path: str, body: bytes | None = None) -> tuple[asyncio
 
 def request_of(question: Question, **more: Any) -> bytes:
     parts = [{"type": "text", "text": question.text}, {"type": "image_url", "image_url": {"url": question.url}}]
-    asked = {"model": "model", "messages": [{"role": "user", "content": parts}], "max_tokens": TOKENS, "temperature": 0}
-    return json.dumps(asked | more).encode()
+    body = {"model": "model", "messages": [{"role": "user", "content": parts}], "max_tokens": TOKENS, "temperature": 0}
+    return json.dumps(body | more).encode()
 
 
 def text_of(events: bytes) -> str:
@@ -144,11 +144,11 @@ async def one(soak: Soak, kind: str) -> None:
         status, body = await call(port, path, request_of(question, stream=kind == "stream"))
         if status == 503 and b"unavailable" in body:
             raise ConnectionResetError
-        said = (
+        text = (
             text_of(body) if kind == "stream" else json.loads(body)["choices"][0]["message"]["content"] if status == 200 else ""
         )
-        if (status, said) != (200, question.answer):
-            soak.faults.append(f"{kind}: status {status}, {said!r} instead of {question.answer!r}")
+        if (status, text) != (200, question.answer):
+            soak.faults.append(f"{kind}: status {status}, {text!r} instead of {question.answer!r}")
     elif kind in ("broken", "hostile"):
         question = Question(question.text, hostile(rng, question.url), "")
         status, body = await call(port, path, rng.choice(BROKEN) if kind == "broken" else request_of(question))
@@ -157,8 +157,8 @@ async def one(soak: Soak, kind: str) -> None:
         if status != 400 or not json.loads(body)["error"]["message"]:
             soak.faults.append(f"{kind}: status {status}")
     else:
-        asked = {"stream": kind != "leaves", "max_tokens": 350, "ignore_eos": True}
-        reader, writer = await send(port, path, request_of(question, **asked))
+        options = {"stream": kind != "leaves", "max_tokens": 350, "ignore_eos": True}
+        reader, writer = await send(port, path, request_of(question, **options))
         if kind == "reads slowly":
             for _ in range(20):
                 await reader.read(256)
@@ -186,22 +186,22 @@ async def client(soak: Soak, work: list[str]) -> None:
                     soak.faults.append(f"the server ended by itself with status {life.process.returncode}")
                     return
         soak.counts[kind] += 1
-        done = sum(soak.counts[each] for each in KINDS)
-        if done % 50 == 0:
-            soak.life.rss.append((done, psutil.Process(soak.life.process.pid).memory_info().rss / 1e6))
+        count = sum(soak.counts[each] for each in KINDS)
+        if count % 50 == 0:
+            soak.life.rss.append((count, psutil.Process(soak.life.process.pid).memory_info().rss / 1e6))
 
 
 async def check_idle(soak: Soak) -> None:
     """Nothing may be left when nobody asks."""
-    wanted = {"staticvl_requests_active": 0, "staticvl_sequences_running": 0, "staticvl_sequences_waiting": 0}
-    found: dict[str, float] = {}
+    idle = {"staticvl_requests_active": 0, "staticvl_sequences_running": 0, "staticvl_sequences_waiting": 0}
+    figures: dict[str, float] = {}
     for _ in range(300):
         _, body = await call(soak.life.port, "/metrics")
-        found = {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", body.decode(), re.MULTILINE)}
-        if all(found[name] == value for name, value in wanted.items()) and found["staticvl_slots_free"] == BUCKETS.slots:
+        figures = {name: float(value) for name, value in re.findall(r"^(\w+) (\S+)$", body.decode(), re.MULTILINE)}
+        if all(figures[name] == value for name, value in idle.items()) and figures["staticvl_slots_free"] == BUCKETS.slots:
             return
         await asyncio.sleep(0.1)
-    soak.faults.append(f"left behind: { ({name: found[name] for name in (*wanted, 'staticvl_slots_free')}) }")
+    soak.faults.append(f"left behind: { ({name: figures[name] for name in (*idle, 'staticvl_slots_free')}) }")
 
 
 async def again(soak: Soak, way: signal.Signals) -> None:

@@ -2,9 +2,9 @@
 
     python -m benchmarks.speculation [--layers 4] [--quant none] [--tokens 96] [--drafts 4] [--runs 5]
 
-The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a guide lets one token through
-at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once. Ratios of
-medians, with and without drafts in turns; the last line is JSON.
+The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a constraint lets one token
+through at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once.
+Ratios of medians, with and without drafts in turns; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BATCH = 4
 
 
 class Forced:
-    """A guide that lets through one token at each position; see runtime.sampling.logits_processors.Guide."""
+    """A constraint that lets through one token at each position; see runtime.sampling.logits_processors.Constraint."""
 
     done = False
 
@@ -38,9 +38,9 @@ class Forced:
         self.tokens, self.at = tokens, 0
 
     def forbid(self, row: Any) -> None:
-        kept = row[self.tokens[self.at]]
+        logit = row[self.tokens[self.at]]
         row[:] = -np.inf
-        row[self.tokens[self.at]] = kept
+        row[self.tokens[self.at]] = logit
 
     def accept(self, token: int) -> None:
         assert token == self.tokens[self.at]
@@ -49,18 +49,18 @@ class Forced:
 
 def measure_costs(model: runtime.Model) -> dict[str, float]:
     """Milliseconds of text graphs here and now, by which the scheduler is to decide."""
-    engine, found = model.engine, {}
+    engine, costs = model.engine, {}
     for graph in engine.manifest.graphs:
         if graph.kind != "vision":
             feed = new_feed(graph)
             seconds = []
             for _ in range(6):
-                started = time.perf_counter()
+                start = time.perf_counter()
                 engine.backend.run(graph, feed)
-                seconds.append(time.perf_counter() - started)
-            found[graph.name] = round(min(seconds) * 1e3, 2)
-            engine.scheduler.costs[graph.kind, graph.images][graph.bucket] = found[graph.name]  # type: ignore[index]
-    return found
+                seconds.append(time.perf_counter() - start)
+            costs[graph.name] = round(min(seconds) * 1e3, 2)
+            engine.scheduler.costs[graph.kind, graph.images][graph.bucket] = costs[graph.name]  # type: ignore[index]
+    return costs
 
 
 def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: int) -> float:
@@ -73,10 +73,10 @@ def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: in
         engine.add(sequence)
     while not all(sequence.generated for sequence in sequences):
         engine.step()
-    done, started = sum(len(sequence.generated) for sequence in sequences), time.perf_counter()
+    before, start = sum(len(sequence.generated) for sequence in sequences), time.perf_counter()
     while not engine.scheduler.idle:
         engine.step()
-    return (batch * len(answer) - done) / (time.perf_counter() - started)
+    return (batch * len(answer) - before) / (time.perf_counter() - start)
 
 
 def main() -> None:

@@ -45,9 +45,9 @@ def timed(calls: list[float], function: Callable[..., Any]) -> Callable[..., Any
     """The same function, its seconds noted."""
 
     def call(*args: Any) -> Any:
-        started = time.perf_counter()
+        start = time.perf_counter()
         result = function(*args)
-        calls.append(time.perf_counter() - started)
+        calls.append(time.perf_counter() - start)
         return result
 
     return call
@@ -77,8 +77,8 @@ def main() -> None:
     args = parser.parse_args()
     result = {}
     for batch in map(int, args.batches.split(",")):
-        result[str(batch)] = found = measure(batch, args.steps)
-        print(f"batch {batch}: " + ", ".join(f"{name} {value} us" for name, value in found.items()))
+        result[str(batch)] = figures = measure(batch, args.steps)
+        print(f"batch {batch}: " + ", ".join(f"{name} {value} us" for name, value in figures.items()))
     print(json.dumps({"decode_step_us_by_batch": result}))
 
 

@@ -37,9 +37,9 @@ def measure(folder: Path, requests: int, tokens: int, runs: int) -> dict[str, An
         model.generate(prompts[0], **{**settings, "max_new_tokens": 2})
         for _ in range(runs):
             alone.append(timed(lambda: [model.generate(prompt, **settings) for prompt in prompts]))
-            before, started = dict(model.engine.metrics.seconds), time.perf_counter()
+            before, start = dict(model.engine.metrics.seconds), time.perf_counter()
             together.append(timed(lambda: model.generate(prompts, **settings)))
-            spent = time.perf_counter() - started
+            spent = time.perf_counter() - start
         seconds = model.engine.metrics.seconds
         inside = {kind: round((s - before[kind]) / spent, 3) for kind, s in seconds.items() if s > before[kind]}
         count = requests * tokens
@@ -58,9 +58,9 @@ def costs(manifest: Manifest) -> dict[int, float]:
 
 
 def timed(function: Any) -> float:
-    started = time.perf_counter()
+    start = time.perf_counter()
     function()
-    return time.perf_counter() - started
+    return time.perf_counter() - start
 
 
 def main() -> None:
@@ -83,8 +83,8 @@ def main() -> None:
             random = compiled(folder / "random", args.layers, buckets, args.quant)
             models = {"tiny": folder / "tiny", f"1B-shaped, {args.layers} layers, {args.quant}": random}
         for model, artifact in models.items():
-            result[model] = found = measure(artifact, args.requests, args.tokens, args.runs)
-            print(f"{model}: {found}")
+            result[model] = figures = measure(artifact, args.requests, args.tokens, args.runs)
+            print(f"{model}: {figures}")
     print(json.dumps(result))
 
 

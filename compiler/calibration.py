@@ -1,4 +1,4 @@
-"""What a calibration is asked to run: conversations with images, and a digest of them. Needs no torch."""
+"""The prompts of a calibration: conversations with images, and a digest of them. Needs no torch."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ METHODS = {
     "w4a16-g32": "GPTQ",
     "w8a8": "SmoothQuant",
     "w8a8+vision": "SmoothQuant",
-}  # by quantisation; what is not here has no weights to calibrate
+}  # by quantisation; others have no weights to calibrate
 CACHE_METHOD = "largest keys and values"  # of a cache in 8 bits
 
 
@@ -25,7 +25,7 @@ class CalibrationError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Turns of a chat, the model's answers included where they are known, and its images in order."""
+    """Turns of a chat, answers of the model included where there are any, and its images in order."""
 
     name: str  # for messages
     messages: tuple[Message, ...]
@@ -34,7 +34,7 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class Calibration:
-    """Everything that a calibration runs. `sha256` is of the file and of all images that it names."""
+    """All conversations of a calibration. `sha256` is of the file and of all images that it names."""
 
     conversations: tuple[Conversation, ...]
     sha256: str

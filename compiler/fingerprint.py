@@ -5,9 +5,7 @@ Two builds with the same key give the same files, so what has the key already is
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
-import json
 import platform
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -17,16 +15,17 @@ from typing import Any
 import msgspec
 
 from ..model_defs.config import ModelConfig
-from ..runtime.artifact import FileSpec, Kind, ModelInfo, SourceFile
+from ..runtime.artifact import Kind, ModelInfo, SourceFile
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.cores import processor_name, usable_cores
 from ..runtime.files import sha256_file
 from ..weights.packing.settings import Packing
-from .plan import Options, Plan
+from .digests import digest
+from .option_table import entering
+from .options import Options
+from .plan import Plan
 from .progress import Progress
 from .source_files import code_digests
-
-HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
 
 # Modules that only the graphs of the other backend need.
 OTHER_BACKENDS = {
@@ -74,12 +73,11 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
     """Digest of everything that the weight files are made from."""
     packed = asdict(packing) if packing else None
     contents = {name: file.sha256 for name, file in source.items() if name.startswith(ADAPTER) or name.endswith(WEIGHT_FILES)}
-    dtype = (options.backend, options.dtype)
-    made_by = [asdict(config), packed, options.stored_quant, dtype, options.tp, options.pp, code_digests("weights.convert")]
+    made_by = [asdict(config), packed, entering(options, "weights"), code_digests("weights.convert")]
     if calibration := options.calibration:
         # Files beside the weights say how prompts are written and images cut.
         settings = {name: file.sha256 for name, file in source.items() if name not in contents}
-        made_by += [calibration.sha256, settings, options.text_before_image, code_digests("compiler.calibrate")]
+        made_by += [calibration.sha256, settings, entering(options, "calibration"), code_digests("compiler.calibrate")]
     return digest(contents, *made_by)
 
 
@@ -108,15 +106,3 @@ class GraphKeys:
             seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
         tuned = self.tuned if kind != "vision" else None
         return digest(kind, bucket, images, seen, kind in self.eager, tuned, *self.common)
-
-
-def digest(*parts: Any) -> str:
-    """Digest of plain data."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=msgspec.to_builtins).encode()).hexdigest()
-
-
-def intact(path: Path, spec: FileSpec) -> bool:
-    """Whether a file is there as its entry says."""
-    if not path.is_file() or path.stat().st_size != spec.nbytes:
-        return False
-    return spec.nbytes > HASH_ON_REUSE or sha256_file(path) == spec.sha256

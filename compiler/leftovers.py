@@ -1,8 +1,8 @@
-"""Files that a build leaves in an artifact's folder, and when they go.
+"""Files that builds leave in an artifact's folder, and their removal.
 
-What the manifest does not name is removed once the manifest has replaced the old one: at once, or while processes hold the old
-artifact (runtime/locks.py), by the first build or `staticvl verify` after the last of them has ended. Until then a list says
-what waits, so that `verify` never takes the finished parts of an interrupted build for it.
+Files that the manifest does not name are removed as soon as it has replaced the old one. While processes hold the old artifact
+(runtime/locks.py) they stay, until the first build or `staticvl verify` after the last of these processes has ended. A list
+names the files that wait, so that `verify` never removes the finished parts of an interrupted build.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .plan import EAGER_SUFFIX, SUFFIXES
 JOURNAL = ".build.jsonl"
 LOCK = ".build.lock"
 WAITING = ".old-files.json"
-HOST = ".host"  # what machines keep beside an artifact
+HOST = ".host"  # files that machines keep beside an artifact
 OWN = frozenset((MANIFEST, SIGNATURE, JOURNAL, LOCK, WAITING, READERS, WEIGHTS))
 STEPS = re.compile(rf"({'|'.join(KINDS)})-.+(-[0-9a-f]{{12}}|\.twin\.partial)")  # folders of graphs in steps
 _MOST = 1 << 28  # bytes of the list
@@ -39,7 +39,7 @@ def is_ours(path: Path) -> bool:
 
 
 def remove_unreferenced(out: Path, manifest: Manifest) -> int:
-    """Remove what an earlier build or an interrupted one left and the manifest does not name; how many files stay in use."""
+    """Remove files of earlier and interrupted builds that the manifest does not name; the number of files that stay in use."""
     (out / JOURNAL).unlink(missing_ok=True)
     if is_stale(out, manifest):
         (out / SIGNATURE).unlink(missing_ok=True)
@@ -48,7 +48,7 @@ def remove_unreferenced(out: Path, manifest: Manifest) -> int:
 
 
 def remove_waiting(out: Path) -> int:
-    """Remove what an earlier build had to leave, unless it is still in use or a build runs; how many files stay in use.
+    """Remove the files that wait, unless they are in use or a build runs; the number of files that stay in use.
 
     Raises OSError where the folder cannot be written.
     """
@@ -91,6 +91,6 @@ def _folders(out: Path) -> Iterator[Path]:
 
 def _remove_empty(out: Path) -> None:
     folders = [path for folder in _folders(out) for path in (folder, *folder.rglob("*")) if path.is_dir()]
-    for path in sorted(folders, reverse=True):  # what lies inside comes first
-        with contextlib.suppress(OSError):  # not empty: it is in use
+    for path in sorted(folders, reverse=True):  # inner folders first
+        with contextlib.suppress(OSError):  # not empty: in use
             path.rmdir()

@@ -28,12 +28,13 @@ from ..runtime.files import write_atomically
 from ..weights.weight_map import targets
 from .check import Certifier
 from .cost import graph_cost
+from .digests import digest
 from .eager import EagerBackend
-from .fingerprint import digest
 from .graphs import GraphDef, define_graph, fed_inputs
 from .lockstep import ArrayMember, LockstepBackend, with_all_heads
+from .options import Options
 from .pipeline import joined
-from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan
+from .plan import EAGER_SUFFIX, SUFFIXES, Plan
 
 if TYPE_CHECKING:
     from .kernels import KernelTuner

@@ -1,4 +1,4 @@
-"""How a build tells what it is doing; this default says nothing."""
+"""Progress of a build, reported to a front end; this default reports nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str) -> Iterator[Callable[[int], object]]:
-        """A piece of work of `total` units; the function given is called with each amount done."""
+        """A piece of work of `total` units; yields a function to call with each amount done."""
         yield lambda amount: None
 
     def say(self, line: str) -> None:
-        """One line about what was just finished."""
+        """One line about work that has just ended."""

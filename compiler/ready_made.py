@@ -1,4 +1,4 @@
-"""Checkpoints that are quantised already: what is stored of them, and whether that was asked for. Reads no weights."""
+"""Checkpoints that are quantised already: the quantisation that is stored, and conflicts with options. Reads no weights."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from ..model_defs.config import ASYMMETRIC, READY_MADE
 from ..weights.packing.settings import Packing, read_packing
-from .plan import Options, PlanError
+from .choices import PlanError
+from .options import Options
 
 
 def resolve(options: Options) -> tuple[Options, Packing | None]:
-    """The options with the quantisation that the checkpoint brings, and how it is packed; None: it is in floating point.
+    """The options with the quantisation of the checkpoint, and its packing; None: it is in floating point.
 
-    Raises ConfigError for a packing that is not read, PlanError where another quantisation, or an adapter, was asked for.
+    Raises ConfigError for a packing that is not read, PlanError where options ask for another quantisation, or for an adapter.
     """
     packing = read_packing(options.checkpoint)
     if packing is None:
@@ -24,11 +25,11 @@ def resolve(options: Options) -> tuple[Options, Packing | None]:
         return options, None
     if options.quant == "none":
         return options, packing
-    brought = packing.quant
-    if options.quant not in ("", brought, *_asked_for_by(brought)):
+    quant = packing.quant
+    if options.quant not in ("", quant, *_short_names(quant)):
         raise PlanError(
             f"--quant {options.quant} was asked for, but {options.checkpoint} is quantised already and would be stored as "
-            f"{brought}: leave --quant out, or give --quant none, which stores what it stands for in floating point"
+            f"{quant}: leave --quant out, or give --quant none, which stores what it stands for in floating point"
         )
     if options.calibration and not options.int8_cache:
         raise PlanError(f"{options.checkpoint} is quantised already, so nothing is left to calibrate; leave --calibrate out")
@@ -37,10 +38,10 @@ def resolve(options: Options) -> tuple[Options, Packing | None]:
             f"adapter {options.lora} cannot be merged into {options.checkpoint}, which is quantised: merge it into the "
             "checkpoint that this one was made from, or give --quant none, which stores the sum in floating point"
         )
-    return replace(options, quant=brought), packing
+    return replace(options, quant=quant), packing
 
 
-def _asked_for_by(brought: str) -> tuple[str, str]:
-    """w4a16-g32-asym+float-head is what w4a16 asks for, and w4a16-g32."""
-    kind = brought.partition("+")[0]
+def _short_names(quant: str) -> tuple[str, str]:
+    """Names under which --quant accepts it: w4a16-g32-asym+float-head is w4a16-g32, and w4a16."""
+    kind = quant.partition("+")[0]
     return kind.removesuffix(ASYMMETRIC), kind.partition("-")[0]

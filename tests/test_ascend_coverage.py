@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from staticvl.runtime.backends.ascend import torchair_host
-from staticvl.tools import ascend_coverage
-from staticvl.tools.ascend_coverage import Covered, definitions, main, markdown
+from staticvl.tools.development import ascend_coverage
+from staticvl.tools.development.ascend_coverage import Covered, definitions, main, markdown
 
 from .need_torchair import skip_without_torchair
 from .tiny_families import GOLDEN_QWEN

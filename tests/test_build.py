@@ -22,6 +22,7 @@ from staticvl.compiler.build import BuildError, build
 from staticvl.compiler.check import CertificateError
 from staticvl.compiler.emit_onnx import UnsupportedOpError, emit
 from staticvl.compiler.graphs import define_graph
+from staticvl.compiler.leftovers import JOURNAL
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import SCHEMA_VERSION, ArtifactError, FileSpec, open_artifact, verify, write_manifest
@@ -69,7 +70,7 @@ def traces(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_nothing_changed_does_nothing(checkpoint: Path, artifact: Path, traces: list[str]) -> None:
     before = (artifact / "manifest.json").read_bytes()
     report = build(options(checkpoint, artifact))
-    assert traces == report.traced == []
+    assert traces == [] == list(report.traced)
     assert not report.converted
     assert (artifact / "manifest.json").read_bytes() == before
 
@@ -127,13 +128,13 @@ def test_interrupted_build_resumes(
     traces.clear()
     with pytest.raises(ArtifactError, match="no manifest"):
         open_artifact(tmp_path / "a")
-    with (tmp_path / "a" / build_module.JOURNAL).open("ab") as journal:
+    with (tmp_path / "a" / JOURNAL).open("ab") as journal:
         journal.write(b'{"graph": {"kind": "pre')  # as a crash in the middle of a line leaves it
     build(options(checkpoint, tmp_path / "a"))
     assert len(first) == 2
     assert len(traces) == 3
     assert not set(first) & set(traces)
-    assert not (tmp_path / "a" / build_module.JOURNAL).exists()
+    assert not (tmp_path / "a" / JOURNAL).exists()
     verify(tmp_path / "a")
 
 

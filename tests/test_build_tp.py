@@ -83,7 +83,7 @@ def test_only_what_is_damaged_is_made_again(checkpoint: Path, artifact: Path) ->
     before, graph = files(artifact), manifest.graph("decode", 2)
     (artifact / graph.files[3]).write_bytes(b"")
     report = compile_into(checkpoint, artifact)
-    assert report.traced == ["decode-2"] and not report.converted
+    assert report.traced == ("decode-2",) and not report.converted
     changed = {name for name, time in files(artifact).items() if before[name] != time}
     assert changed == set(graph.files) and before.keys() == files(artifact).keys()
 

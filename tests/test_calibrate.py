@@ -35,7 +35,7 @@ from staticvl.tools.comparing.forced import Ran
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
-from staticvl.tools.train_tiny import cases
+from staticvl.tools.development.train_tiny import cases
 from staticvl.weights.calibrated_layers import CalibratedLayers, stored_by_ranks
 from staticvl.weights.convert import convert
 from staticvl.weights.input_statistics import InputStatistics, StatisticsCollector

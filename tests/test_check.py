@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from staticvl.compiler.build import build, prepare
+from staticvl.compiler.build import build
 from staticvl.compiler.check import CertificateError
+from staticvl.compiler.inputs import prepare
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.onnx_graph import LOWERINGS, Emitter
 from staticvl.compiler.onnx_graph.emitter import slice_along

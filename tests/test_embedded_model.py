@@ -10,8 +10,8 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
+from staticvl.tools.development.train_tiny import Case, cases
 from staticvl.tools.drawings import iou, parse_box
-from staticvl.tools.train_tiny import Case, cases
 
 from .conftest import EMBEDDED
 

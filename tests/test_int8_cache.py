@@ -19,13 +19,14 @@ from benchmarks.quantisation_accuracy import answered, compiled, forced
 from benchmarks.quantisation_accuracy import calibration as drawn
 from staticvl import runtime
 from staticvl.compiler import calibrate as calibrate_code
-from staticvl.compiler.build import build, plan_only, prepare
+from staticvl.compiler.build import build
 from staticvl.compiler.calibrate import CACHE_MARGIN, LEAST_SCALE, cache_scales, largest_in
 from staticvl.compiler.calibration import Calibration, Conversation
 from staticvl.compiler.check import CertificateError, rounding_error
 from staticvl.compiler.cost import graph_cost
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.inputs import plan_only, prepare
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.onnx_graph import LOWERINGS, Emitter
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
@@ -41,7 +42,7 @@ from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import asked
 from staticvl.tools.comparing.static_side import open_artifact_side, open_eager_side
-from staticvl.tools.train_tiny import cases
+from staticvl.tools.development.train_tiny import cases
 from staticvl.tools.tuning.target import from_artifact, from_checkpoint
 from staticvl.weights.calibrated_layers import decoder_folds
 from staticvl.weights.shard import rank_span
@@ -365,7 +366,7 @@ def test_the_forecast_counts_a_quarter(prompts: Calibration) -> None:
     caches = [make_plan(config, options).cache for options in (plain, eight)]
     text, images = ([held(cache, kind) for cache in caches] for kind in ("k_cache v_cache", "cross_k cross_v"))
     assert text[0] == 4 * text[1] and images[0] == images[1] > 0
-    assert [plan_only(options)[1]["cache_bytes"] for options in (plain, eight)] == [cache.nbytes for cache in caches]
+    assert [plan_only(options).sizes["cache_bytes"] for options in (plain, eight)] == [cache.nbytes for cache in caches]
     info = prepare(eight, Progress()).info
     costs = [
         graph_cost(define_graph(options.defined(config), info.image, cache, "none", "decode", 1, 0), "float32")

@@ -18,10 +18,11 @@ import psutil
 import pytest
 
 from staticvl.compiler import kernels, other_work
-from staticvl.compiler.build import build, prepare
+from staticvl.compiler.build import build
 from staticvl.compiler.cases import Case, CaseMaker
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.inputs import prepare
 from staticvl.compiler.kernels import KernelTuner
 from staticvl.compiler.other_work import OtherWork
 from staticvl.compiler.plan import Buckets, Options, PlanError
@@ -150,7 +151,7 @@ def test_nothing_is_chosen_while_others_are_at_work(
     assert sorted(again.traced) == ["decode-1", "prefill-8"], "what was tuned for nobody is tuned now, and only that"
     chosen = {graph.kind: graph.kernels for graph in again.manifest.graphs}
     assert chosen["prefill"] and chosen["decode"] and (chosen["decode"].cores, chosen["prefill"].cores) == (1, 1)
-    assert build(made).traced == []
+    assert build(made).traced == ()
 
 
 def test_other_work_is_that_of_other_processes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +205,7 @@ def test_an_artifact_says_what_was_chosen(
     chosen = {graph.kind: graph.kernels for graph in build(made).manifest.graphs}
     assert not chosen["vision"] and chosen["prefill"] and chosen["decode"]
     assert (chosen["prefill"].attention_tokens, chosen["decode"].attention_tokens) == (4, 0)
-    assert build(made).traced == [], "what was measured is not measured again"
+    assert build(made).traced == (), "what was measured is not measured again"
     assert read_manifest(made.out).recompilation(context=300).endswith("--tune --context 300 --slots 1")
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["show", str(made.out)]) == 0

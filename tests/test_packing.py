@@ -22,7 +22,7 @@ from staticvl.compiler.ready_made import resolve
 from staticvl.model_defs.config import ConfigError, ModelConfig, read_config
 from staticvl.runtime.backends.ascend.weights import map_weight
 from staticvl.tools.comparing.checkpoint import Checkpoint
-from staticvl.tools.random_checkpoint import main
+from staticvl.tools.development.random_checkpoint import main
 from staticvl.weights.convert import convert
 from staticvl.weights.lora import open_adapter
 from staticvl.weights.packing.settings import read_packing

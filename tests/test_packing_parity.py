@@ -96,7 +96,7 @@ def test_what_an_artifact_rounds_of_its_own(tmp_path: Path) -> None:
         assert graph.certificate is not None and graph.certificate.worst <= 1e-4
         assert graph.kind == "vision" or 0 < (graph.certificate.rounding or 0) < 0.2
     again = build(options)
-    assert (again.converted, again.traced) == (False, [])
+    assert (again.converted, again.traced) == (False, ())
     config = json.loads((folder / "config.json").read_text())
     config["quantization_config"]["checkpoint_format"] = "gptq_v2"
     (folder / "config.json").write_text(json.dumps(config))

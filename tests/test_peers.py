@@ -14,7 +14,7 @@ import pytest
 from benchmarks.peers.__main__ import make_checkpoint
 from benchmarks.peers.answers import compare
 from benchmarks.peers.contestants import ANCHOR, CONTESTANTS, Contestant
-from benchmarks.peers.match import Match, Record, groups, relative
+from benchmarks.peers.match import Entry, Match, heats, relative
 from benchmarks.peers.measures import Measure, measures, tokens
 from benchmarks.peers.process import ContestantError, home_of
 from benchmarks.peers.report import as_data
@@ -27,7 +27,7 @@ from .conftest import REPO
 ANCHORED = next(c for c in CONTESTANTS if c.name == ANCHOR)
 PEER = Contestant("peer", "peer", "", 2.0, 0.5)
 SPEED = Measure("speed", "tokens/s", {"do": "prefill", "tokens": [3]}, 10)
-DELAY = Measure("delay", "s", {"do": "picture"})
+DELAY = Measure("delay", "s", {"do": "image_prompt"})
 
 
 class Puppet:
@@ -52,17 +52,17 @@ class Puppet:
         self.ended = True
 
 
-def played(tmp_path: Path, puppets: dict[str, Puppet], repeats: int, *wanted: Measure) -> list[Record]:
+def played(tmp_path: Path, puppets: dict[str, Puppet], repeats: int, *wanted: Measure) -> list[Entry]:
     reference = tmp_path / "reference.npy"
     np.save(reference, np.array([1.0, 2.0]))
-    records, saved = [Record(ANCHORED), Record(PEER)], []
+    entries, saved = [Entry(ANCHORED), Entry(PEER)], []
     start: Any = lambda contestant: puppets[contestant.name]  # noqa: E731
-    Match(wanted, repeats, start, ([3, 4], reference), lambda _: None, lambda: saved.append(len(records[0].seconds))).play(
-        records
+    Match(wanted, repeats, start, ([3, 4], reference), lambda _: None, lambda: saved.append(len(entries[0].seconds))).play(
+        entries
     )
     assert saved == [*range(1, len(wanted) + 1), len(wanted)]
     assert all(puppet.ended for puppet in puppets.values())
-    return records
+    return entries
 
 
 def test_turns_alternate_and_the_first_counts_for_nothing(tmp_path: Path) -> None:
@@ -98,10 +98,10 @@ def test_one_that_does_not_open_is_ended_and_left_out(tmp_path: Path) -> None:
     assert ours.pss_mb == 5.0
 
 
-def test_groups_are_compared_through_the_anchor() -> None:
+def test_heats_are_compared_through_the_anchor() -> None:
     """The machine was three times slower when the second peer had its turns; the anchor took three times as long too."""
-    first = Record(ANCHORED, seconds={"speed": [1.0]}, beside={"speed": [1.0]})
-    later = Record(PEER, seconds={"speed": [6.0]}, beside={"speed": [3.0]})
+    first = Entry(ANCHORED, seconds={"speed": [1.0]}, beside={"speed": [1.0]})
+    later = Entry(PEER, seconds={"speed": [6.0]}, beside={"speed": [3.0]})
     assert relative(first, later, "speed") == 2.0
 
 
@@ -110,14 +110,14 @@ def test_rates_are_of_the_amount_and_delays_are_seconds() -> None:
     assert DELAY.figure(2.0) == 2.0
 
 
-def test_every_group_fits_and_has_the_anchor() -> None:
+def test_every_heat_fits_and_has_the_anchor() -> None:
     limit = 10.0
-    found = groups(CONTESTANTS, limit)
-    assert all(group[0].name == ANCHOR for group in found)
-    assert all(sum(c.gigabytes for c in group) <= limit for group in found)
-    others = [c.name for group in found for c in group[1:]]
+    alive = heats(CONTESTANTS, limit)
+    assert all(heat[0].name == ANCHOR for heat in alive)
+    assert all(sum(c.gigabytes for c in heat) <= limit for heat in alive)
+    others = [c.name for heat in alive for c in heat[1:]]
     assert sorted([ANCHOR, *others]) == sorted(c.name for c in CONTESTANTS)
-    assert len(groups(CONTESTANTS, 1000)) == 1
+    assert len(heats(CONTESTANTS, 1000)) == 1
 
 
 def test_no_two_contestants_share_what_they_make(tmp_path: Path) -> None:

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 
-from staticvl.compiler.plan import Buckets, Options, Plan, PlanError, make_plan, parse_buckets
+from staticvl.compiler.buckets import Buckets, parse_buckets
+from staticvl.compiler.choices import PlanError
+from staticvl.compiler.options import Options
+from staticvl.compiler.plan import Plan, make_plan
 from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CrossSpec
 
@@ -76,13 +79,38 @@ def test_images_as_a_number_or_a_list(given: Any, wanted: tuple[int, ...]) -> No
         ({"images": [2, 2]}, r"images names a size twice: \[2, 2\]"),
         ({"prefill": 8}, "prefill is 8; expected a list of integers"),
         ({"decode": None}, "decode is None; expected a list of integers"),
-        ({"tiles": [4]}, "unknown keys tiles; expected context, decode, images, prefill, slots, verify, vision"),
-        ([8], "holds list; expected a mapping with the keys prefill, decode, vision, verify, images, context, slots"),
+        ({"verify": 5}, "verify is 5; expected a list of integers"),
+        ({"speculate": 0}, "buckets.yaml: speculate is 0; expected a number of tokens from 1 on"),
+        ({"speculate": True}, "speculate is True; expected a number of tokens from 1 on"),
+        ({"speculate": []}, r"speculate is \[\]; expected a number of tokens from 1 on"),
+        ({"speculate": [4, 0]}, r"speculate is \[4, 0\]; expected a number of tokens from 1 on"),
+        ({"speculate": [4, 4]}, r"buckets.yaml: speculate names a number twice: \[4, 4\]"),
+        (
+            {"speculate": 4, "verify": [4]},
+            r"speculate is \[4\] and verify is \[4\], but \[4\] drafted tokens are \[5\] verified",
+        ),
+        ({"speculate": 4, "verify": ["x"]}, r"speculate is \[4\] and verify is \['x'\]"),
+        ({"tiles": [4]}, "unknown keys tiles; expected context, decode, images, prefill, slots, speculate, vision"),
+        ([8], "holds list; expected a mapping with the keys prefill, decode, vision, speculate, images, context, slots"),
     ],
 )
 def test_bucket_files_that_are_wrong(data: Any, message: str) -> None:
     with pytest.raises(PlanError, match=message):
         parse_buckets(data, "buckets.yaml")
+
+
+@pytest.mark.parametrize(
+    ("data", "verify"),
+    [
+        ({"speculate": 4}, (5,)),
+        ({"speculate": [4, 2]}, (5, 3)),
+        ({"verify": [5]}, (5,)),
+        ({"speculate": [4, 2], "verify": [3, 5]}, (5, 3)),
+    ],
+)
+def test_a_bucket_file_counts_drafted_tokens(data: Any, verify: tuple[int, ...]) -> None:
+    """As --speculate does. Older files count the token before a draft too, under another name."""
+    assert parse_buckets(data, "buckets.yaml").verify == verify
 
 
 def test_graphs_that_verify_drafts() -> None:

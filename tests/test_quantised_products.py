@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from staticvl.compiler.build import build, prepare
+from staticvl.compiler.build import build
 from staticvl.compiler.check import CertificateError
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef
+from staticvl.compiler.inputs import prepare
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.onnx_graph import LOWERINGS
 from staticvl.compiler.plan import Buckets, Options

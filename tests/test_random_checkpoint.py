@@ -15,8 +15,8 @@ from transformers import LlavaForConditionalGeneration
 
 from staticvl.compiler.tokenizer_config import read_tokenizer, tokenizer_file
 from staticvl.model_defs.config import read_config, read_json
+from staticvl.tools.development.random_checkpoint import main
 from staticvl.tools.known_models import write_known_model
-from staticvl.tools.random_checkpoint import main
 from staticvl.tools.random_tokenizers import write_tokenizer
 from staticvl.weights.convert import convert
 from staticvl.weights.source import open_source

@@ -16,7 +16,7 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.check import relative_error
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.tools.random_checkpoint import write_checkpoint
+from staticvl.tools.development.random_checkpoint import write_checkpoint
 
 from .ascend import CHECKPOINTS, GREEDY, QUESTION, REQUESTS, answer_requests
 from .need_torchair import skip_without_torchair

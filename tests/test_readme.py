@@ -50,3 +50,41 @@ def test_commands_named_in_the_readme_exist() -> None:
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
     assert {"demo", "test"} <= targets
     assert not [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
+
+
+def exists(module: str) -> bool:
+    path = REPO.joinpath(*module.removeprefix("staticvl.").split("."))
+    return path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+
+
+def test_modules_that_documents_run_exist() -> None:
+    """`python -m` of every document, and of the help and docstrings of what is run so."""
+    folders = ("docs", "tools", "benchmarks")
+    paths = [
+        REPO / "README.md",
+        REPO / "Makefile",
+        *(p for f in folders for p in (REPO / f).rglob("*") if p.suffix in (".md", ".py")),
+    ]
+    named = {
+        (str(path.relative_to(REPO)), module)
+        for path in paths
+        for module in re.findall(r"-m ((?:staticvl|benchmarks|tests)(?:\.[a-z_]\w*)+)", path.read_text(encoding="utf-8"))
+    }
+    assert len(named) > 40
+    assert not [each for each in named if not exists(each[1])]
+
+
+def test_every_benchmark_is_listed() -> None:
+    """With its question and how long it takes."""
+    listed = set(
+        re.findall(
+            r"^\| `(benchmarks(?:\.\w+)+)", (REPO / "benchmarks" / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+        )
+    )
+    runnable = {
+        ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__main__")
+        for pattern in ("*.py", "*/__main__.py", "studies/*.py")
+        for path in (REPO / "benchmarks").glob(pattern)
+        if re.search(r"^if __name__ == ", path.read_text(encoding="utf-8"), re.MULTILINE)
+    }
+    assert listed == runnable

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from staticvl import runtime
-from staticvl.compiler.plan import Options, parse_buckets
+from staticvl.compiler.buckets import parse_buckets
+from staticvl.compiler.options import Options
 from staticvl.runtime.processor.families import family
 from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.runtime.shown import LONGEST, quoted, shown

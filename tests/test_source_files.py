@@ -109,7 +109,7 @@ def test_a_change_of_code_changes_the_key(module: str, monkeypatch: pytest.Monke
 def test_a_change_of_code_makes_graphs_again(checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = Options(checkpoint=checkpoint, out=tmp_path / "artifact", buckets=BUCKETS)
     assert len(build(options).traced) == 3
-    assert build(options).traced == []
+    assert build(options).traced == ()
     monkeypatch.setattr(
         fingerprint, "code_digests", lambda *modules, without=(): {"compiler/pipeline.py": "changed", **dict.fromkeys(modules)}
     )

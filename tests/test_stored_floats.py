@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from staticvl import runtime
-from staticvl.compiler.build import build, plan_only
+from staticvl.compiler.build import build
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.fingerprint import weights_key
 from staticvl.compiler.graphs import GraphDef
+from staticvl.compiler.inputs import plan_only
 from staticvl.compiler.onnx_graph import products
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import read_config
@@ -121,10 +122,10 @@ def test_another_dtype_is_another_set_of_weight_files(tmp_path: Path) -> None:
 def test_a_forecast_needs_no_weights(tmp_path: Path) -> None:
     tiny_llava(tmp_path / "checkpoint", dtype=torch.float16)
     asked = options(tmp_path, "auto")
-    sizes = [plan_only(asked)[1], plan_only(replace(asked, dtype="float32"))[1]]
+    sizes = [plan_only(asked).sizes, plan_only(replace(asked, dtype="float32")).sizes]
     for path in asked.checkpoint.glob("*.safetensors"):
         path.unlink()
-    assert plan_only(asked)[1] == sizes[0]
+    assert plan_only(asked).sizes == sizes[0]
     assert 0.5 * sizes[1]["weight_bytes"] < sizes[0]["weight_bytes"] < 0.52 * sizes[1]["weight_bytes"]
     assert sizes[0]["cache_bytes"] == sizes[1]["cache_bytes"]
 

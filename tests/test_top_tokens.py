@@ -17,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from staticvl import runtime
-from staticvl.compiler.build import build, plan_only, prepare
+from staticvl.compiler.build import build
 from staticvl.compiler.check import CertificateError, candidates_error
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.fingerprint import GraphKeys
 from staticvl.compiler.graphs import GraphDef, trace
+from staticvl.compiler.inputs import plan_only, prepare
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.onnx_graph import LOWERINGS
 from staticvl.compiler.plan import Buckets, Options, PlanError
@@ -214,7 +215,7 @@ def test_wrong_candidates_are_refused(
 
 def test_how_many_candidates_there_may_be(checkpoint: Path) -> None:
     def planned(candidates: int | None, **changes: Any) -> int:
-        return plan_only(options(checkpoint, Path(), candidates, **changes))[0].candidates
+        return plan_only(options(checkpoint, Path(), candidates, **changes)).plan.candidates
 
     assert planned(None) == planned(0) == planned(None, backend="ascend", pp=2) == 0
     assert planned(None, backend="ascend") == 64

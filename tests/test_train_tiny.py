@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from staticvl.tools.development.train_tiny import cases
+from staticvl.tools.development.training.cli import FAMILIES, family_of
+from staticvl.tools.development.training.evaluation import answers, messages
+from staticvl.tools.development.training.layout_mllama import PATCH
+from staticvl.tools.development.training.loop import train
+from staticvl.tools.development.training.packing import IGNORE, Example, ImageBatch
+from staticvl.tools.development.training.probe import patch_owners
 from staticvl.tools.drawings import Drawing, Shape, make_drawing, render
-from staticvl.tools.train_tiny import cases
-from staticvl.tools.training.cli import FAMILIES, family_of
-from staticvl.tools.training.evaluation import answers, messages
-from staticvl.tools.training.layout_mllama import PATCH
-from staticvl.tools.training.loop import train
-from staticvl.tools.training.packing import IGNORE, Ask, Pictures
-from staticvl.tools.training.probe import patch_owners
 
 from .conftest import REPO
 
@@ -56,7 +56,7 @@ def test_a_few_steps_give_a_whole_checkpoint(tmp_path: Path, name: str, monkeypa
     model, info = AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values()), info
     processor = AutoProcessor.from_pretrained(out)
-    one_of_each = {len(case.pictures): case for case in cases(1, pairs=family.pairs)}
+    one_of_each = {len(case.images): case for case in cases(1, pairs=family.pairs)}
     assert sorted(one_of_each) == ([0, 1, 2] if family.pairs else [0, 1])
     for case in one_of_each.values():
         assert len(answers(processor, model.eval(), [case])) == 1
@@ -99,24 +99,24 @@ def test_both_llava_models_have_one_tokenizer() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("pictures", [0, 1])
-def test_rows_read_as_template_and_processor_write_them(name: str, pictures: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("images", [0, 1])
+def test_rows_read_as_template_and_processor_write_them(name: str, images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packer's tokens of a conversation of three turns are those of the published prompt."""
     family, processor = FAMILIES[name](), AutoProcessor.from_pretrained(ASSETS / f"tiny_{name}")
     packer = family.packer(tokenizer_of(name))
     monkeypatch.setattr(packer, "day", lambda: DAY, raising=False)
     case = next(case for case in cases(1) if case.turns)
-    case = replace(case, pictures=(render(make_drawing(random.Random(0)), 64),) * pictures)
+    case = replace(case, images=(render(make_drawing(random.Random(0)), 64),) * images)
     prompt = processor.apply_chat_template(messages(case), add_generation_prompt=True, date_string=DAY)
-    begun = prompt.startswith(processor.tokenizer.bos_token)
-    images = [list(case.pictures)] if pictures else None
-    expected = processor(images=images, text=[prompt], add_special_tokens=not begun)["input_ids"][0]
+    has_bos = prompt.startswith(processor.tokenizer.bos_token)
+    batch = [list(case.images)] if images else None
+    expected = processor(images=batch, text=[prompt], add_special_tokens=not has_bos)["input_ids"][0]
     turns = (*case.turns, (case.question, case.answer))
-    tokens = family.prepare(case.pictures).tokens if pictures else []
-    row = packer.conversation([Ask(*turn) for turn in turns], tokens, 10_000)
+    tokens = family.prepare(case.images).tokens if images else []
+    row = packer.conversation([Example(*turn) for turn in turns], tokens, 10_000)
     assert row.ids == [*expected, *packer.encode(case.answer)]
-    said = [target for target in row.targets if target != IGNORE]
-    assert said == [token for _, answer in turns for token in (*packer.encode(answer), packer.end_id)]
+    targets = [target for target in row.targets if target != IGNORE]
+    assert targets == [token for _, answer in turns for token in (*packer.encode(answer), packer.end_id)]
 
 
 @pytest.mark.parametrize("form", [(64, 64), (60, 60), (128, 128), (100, 100), (300, 200), (96, 288), (480, 160)])
@@ -137,14 +137,14 @@ def test_embeddings_are_known_to_look_where_they_look(name: str, form: tuple[int
     assert covered[~owned].max() < 0.6
 
 
-def patch_means(name: str, pictures: Pictures) -> Tensor:
-    """(P, 3) mean pixel of each patch of one picture, in the order of its embeddings; 0 for what is no patch."""
-    pixels = pictures.inputs["pixel_values"].flatten(0, -4)  # (views, 3, S, S)
+def patch_means(name: str, images: ImageBatch) -> Tensor:
+    """(P, 3) mean pixel of each patch of one image, in the order of its embeddings; 0 for what is no patch."""
+    pixels = images.inputs["pixel_values"].flatten(0, -4)  # (views, 3, S, S)
     means = avg_pool2d(pixels, PATCH if name == "mllama" else 8).flatten(2).mT  # (views, patches, 3)
     if name == "mllama":
         return torch.nn.functional.pad(means, (0, 0, 1, 0)).flatten(0, 1)  # the class token comes first
     if name == "llava15":
         return means[0]
     model: Any = FAMILIES[name]().build(tokenizer_of(name)).model
-    packed, _ = model.pack_image_features([means], pictures.inputs["image_sizes"], "default", torch.zeros(3))
+    packed, _ = model.pack_image_features([means], images.inputs["image_sizes"], "default", torch.zeros(3))
     return packed[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from staticvl.compiler.plan import parse_buckets
+from staticvl.compiler.buckets import parse_buckets
 from staticvl.tools.cli import main
 from staticvl.tools.tuning.arrivals import timed
 from staticvl.tools.tuning.choose import Result, choose, decode_cost
@@ -134,10 +134,10 @@ def test_too_few_graphs() -> None:
         choose(workload(), target(), Limits(graphs=2))
 
 
-def test_candidates_beyond_the_context() -> None:
-    with pytest.raises(LimitError, match="candidate 4096 exceeds the context 768"):
-        choose(workload(), target(), Limits(candidates=(16, 4096)))
-    assert set(choose(workload(), target(), Limits(candidates=(32, 96, 512))).chosen.prefill) <= {32, 96, 512}
+def test_prefill_sizes_beyond_the_context() -> None:
+    with pytest.raises(LimitError, match="prefill size 4096 exceeds the context 768"):
+        choose(workload(), target(), Limits(prefill_sizes=(16, 4096)))
+    assert set(choose(workload(), target(), Limits(prefill_sizes=(32, 96, 512))).chosen.prefill) <= {32, 96, 512}
 
 
 def test_everything_is_too_long() -> None:
@@ -232,6 +232,25 @@ def test_a_distribution_and_a_table_of_costs(capsys: pytest.CaptureFixture[str],
     assert status == 0 and "more requests arrive than can be served" in text
 
 
+def test_sizes_to_choose_prefill_buckets_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The old name of the option means the same, and says what it is called now."""
+    table, out = tmp_path / "costs.yaml", tmp_path / "buckets.yaml"
+    table.write_text("prefill: {16: 20, 256: 150}\ndecode: {1: 9, 8: 14}\n")
+    command = ("tune-buckets", "--prompts", "20-300:3,400", "--generated", "5-20", "--rate", 2, "--replay", 50, "--slots", 2)
+    files, notes = [], []
+    for name in ("--prefill-sizes", "--candidates"):
+        status, _, err = run(capsys, *command, "--costs", table, "--out", out, name, "48,96,400")
+        assert status == 0
+        files.append(out.read_text())
+        notes.append("--candidates is now called --prefill-sizes" in err)
+    assert files[0] == files[1] and set(yaml.safe_load(files[0])["prefill"]) <= {48, 96, 400}
+    assert notes == [False, True]
+    with pytest.raises(SystemExit):
+        main(["tune-buckets", "--help"])
+    text = capsys.readouterr().out
+    assert "--prefill-sizes" in text and "--candidates" not in text
+
+
 WRONG = [
     (("{trace}", "--prompts", "5"), "give either a trace or --prompts"),
     ((), "give either a trace or --prompts"),
@@ -240,7 +259,12 @@ WRONG = [
     (("{trace}", "--granularity", "0"), "--granularity is 0; expected at least 1"),
     (("{trace}", "--rate", "-1"), "--rate is -1.0; expected a positive number"),
     (("{trace}", "--image-size", "5"), "--image-size is '5'; expected width and height"),
+    (("{trace}", "--prefill-sizes", "16,x"), "--prefill-sizes is '16,x'; expected sizes"),
     (("{trace}", "--candidates", "16,x"), "--candidates is '16,x'; expected sizes"),
+    (
+        ("{trace}", "--candidates", "16", "--prefill-sizes", "16"),
+        "--candidates is the old name of --prefill-sizes; leave it out",
+    ),
     (("{trace}", "--report", "nowhere/r.html"), "nowhere is not a folder; make it"),
     (("{trace}", "--remeasure", "3"), "--remeasure runs the graphs of an artifact"),
     (("{trace}",), "nothing says how many tokens one takes; give --artifact or --checkpoint"),

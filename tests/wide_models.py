@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from staticvl.model_defs.config import ClipConfig, ModelConfig, ResampledConfig, TiledConfig, read_config
-from staticvl.tools.random_checkpoint import random_tensor
+from staticvl.tools.development.random_checkpoint import random_tensor
 from staticvl.weights.shard import rank_span, shard_axis
 from staticvl.weights.tensors import StoredTensor
 from staticvl.weights.weight_map import source_names

@@ -109,8 +109,8 @@ def _child(args: argparse.Namespace) -> None:
     np.savez(args.child, **_outputs(model, args.device))  # pyright: ignore[reportArgumentType]
     out = model.generate(QUESTION, images=[args.image], max_new_tokens=32, temperature=0, ignore_eos=True)
     model.generate(QUESTION, images=[args.image], max_new_tokens=2, temperature=0, ignore_eos=True)  # compiled by now
-    timed = model.generate(QUESTION, images=[args.image], max_new_tokens=32, temperature=0, ignore_eos=True)
-    figures = {"ttft_ms": 1e3 * timed.timings.first_token_s, "tpot_ms": 1e3 * timed.timings.per_token_s}
+    out_again = model.generate(QUESTION, images=[args.image], max_new_tokens=32, temperature=0, ignore_eos=True)
+    figures = {"ttft_ms": 1e3 * out_again.timings.first_token_s, "tpot_ms": 1e3 * out_again.timings.per_token_s}
     print(json.dumps({"text": out.text, "token_ids": list(map(int, out.token_ids)), **figures}))
 
 
@@ -122,7 +122,7 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
 
     backend, manifest = model.engine.backend, model.engine.manifest
     maker = CaseMaker(manifest.model, manifest.weights["text.embed.weight"].shape[0])
-    found = {}
+    outputs = {}
     for graph in tqdm(manifest.graphs, desc=device, unit="graph", disable=None, file=sys.stderr):
         maker.restart()
         for i, case in enumerate(_cases(manifest, graph)):
@@ -137,8 +137,8 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
                     f"staticvl: {graph.name} on {device} gives candidates that are not the largest of its own logits; "
                     "compile the artifact again with --candidates 0, and please report it"
                 )
-            found[f"{graph.name}/{i}"] = result.first[rows].copy()
-    return found
+            outputs[f"{graph.name}/{i}"] = result.first[rows].copy()
+    return outputs
 
 
 def _cases(manifest: Manifest, graph: GraphSpec) -> list[Any]:

@@ -47,6 +47,10 @@ class Point:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.requests is not None:
+        from .bench_requests import run as replay
+
+        return replay(args)
     console = Console(stderr=args.json, highlight=False)
     with runtime.load(args.artifact, device=args.device, threads=args.threads, reuse=False) as model:
         bench = Bench(model, args.new_tokens, args.repeats)

@@ -1,4 +1,4 @@
-"""What the command line says about a mistake, without repeating all that was given."""
+"""Messages of the command line about mistakes; none repeats a long argument in full."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 
 def sentence_of(error: Exception) -> str:
-    """An error's own sentence; those of the system name a file in full, however long."""
+    """The text of an error, with a long file name shortened."""
     from ..runtime.shown import shown
 
     name = error.filename if isinstance(error, OSError) else None
@@ -16,15 +16,15 @@ def sentence_of(error: Exception) -> str:
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong with an argument without repeating a long one."""
+    """A parser whose errors shorten long arguments."""
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        self.given = sys.argv[1:] if args is None else list(args)
+        self.arguments = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         from ..runtime.shown import shown
 
-        for each in self.given:
-            message = message.replace(each, shown(each))
+        for argument in self.arguments:
+            message = message.replace(argument, shown(argument))
         super().error(message)

@@ -1,6 +1,6 @@
-"""`staticvl demo`: an embedded tiny model, compiled in front of the user, then asked about an image file.
+"""`staticvl demo`: compiles an embedded tiny model and asks it about an image file.
 
-On the CPU by ONNX Runtime; on a card, or where there is none, by the simulator that runs the card's own graphs.
+The model runs on the CPU by ONNX Runtime, on an Ascend card, or in the simulator that runs the card's own graphs.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ import time
 from pathlib import Path
 
 from .. import runtime
+from ..compiler.buckets import Buckets
 from ..compiler.build import build
-from ..compiler.plan import Buckets, Options
+from ..compiler.options import Options
 from ..runtime.artifact import ArtifactError
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.ascend.readiness import check_ready
@@ -42,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(device: str) -> None:
-    """Whether the device is there, before anything is compiled for it."""
+    """Raise ArtifactError unless the device is there, before anything is compiled for it."""
     if device.partition(":")[0] not in (usable := [each for devices in DEVICES.values() for each in devices]):
         raise ArtifactError(f"device {quoted(device)} is unknown; expected one of {', '.join(usable)}")
     if device != "cpu":
@@ -62,8 +63,8 @@ def _demo(name: str, out: Path, device: str) -> int:
     )
     model = runtime.load(out, device=device)
     print(f"2. asking about {IMAGE.name}")
-    seen = _ask(model, QUESTIONS[0])
-    _ask(model, QUESTIONS[1].format(thing=_first_thing(seen)))
+    answer = _ask(model, QUESTIONS[0])
+    _ask(model, QUESTIONS[1].format(thing=_first_thing(answer)))
     print(f"3. done after {time.perf_counter() - started:.1f} s. Next: `staticvl compile --help`, or in Python:")
     print('   from staticvl import runtime; runtime.load("ARTIFACT").generate("What is in the picture?", images=["cat.jpg"])')
     return 0

@@ -100,13 +100,13 @@ class Drawing:
 
 def make_drawing(rng: random.Random, count: int | None = None) -> Drawing:
     """A drawing of ``count`` shapes (1 to 4; drawn from ``rng`` when None)."""
-    wanted = count if count is not None else rng.choice((1, 2, 2, 3, 3, 3, 4, 4))
-    if wanted not in _LARGEST:
-        raise ValueError(f"a drawing holds 1 to {max(_LARGEST)} shapes, not {wanted}")
+    number = count if count is not None else rng.choice((1, 2, 2, 3, 3, 3, 4, 4))
+    if number not in _LARGEST:
+        raise ValueError(f"a drawing holds 1 to {max(_LARGEST)} shapes, not {number}")
     shapes: list[Shape] = []
-    while len(shapes) < wanted:
+    while len(shapes) < number:
         # Starting afresh when there is no room left keeps large and small shapes equally likely.
-        shapes = _place_shapes(rng, wanted)
+        shapes = _place_shapes(rng, number)
     shapes.sort(key=lambda shape: shape.cell)
     tint = rng.randint(232, 250)
     background = (tint + rng.randint(-10, 5), tint + rng.randint(-10, 5), tint + rng.randint(-10, 5))
@@ -135,10 +135,10 @@ def questions(drawing: Drawing, rng: random.Random) -> list[tuple[str, str, str]
 
 def questions_of_many(drawing: Drawing, which: str, rng: random.Random) -> list[tuple[str, str, str]]:
     """(question, answer, kind) about one of several images; ``which`` is its ordinal, such as ``second``."""
-    asked = [fact for fact in _facts(drawing) if fact[2] in ("count", "describe")]
-    rng.shuffle(asked)
+    facts = [fact for fact in _facts(drawing) if fact[2] in ("count", "describe")]
+    rng.shuffle(facts)
     wordings = {kind: _QUESTIONS[kind][0].replace("the picture", f"the {which} picture") for kind in KINDS}
-    return [(wordings[kind].format(about), answer, kind) for about, answer, kind in asked]
+    return [(wordings[kind].format(about), answer, kind) for about, answer, kind in facts]
 
 
 def describe(drawing: Drawing) -> str:

@@ -23,15 +23,15 @@ def run(args: argparse.Namespace) -> int:
     checks = {"verify": args.verify, "verify_key": args.verify_key}
     with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log, **checks) as model:
         out = model.generate(args.prompt, args.image, sampling=sampling, raw=args.raw)
-        told = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.tokenizer)
-    print(told)
+        text = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.tokenizer)
+    print(text)
     if args.draw is not None:
         draw(args.image, out.boxes, args.draw)
     return 0
 
 
 def _check(args: argparse.Namespace, sampling: runtime.SamplingParams) -> None:
-    """What can be wrong with the command line, before the model is loaded."""
+    """Raise for a command line that cannot work, before the model is loaded."""
     if sampling.constrained:
         require("llguidance")
     if args.draw is not None:
@@ -42,7 +42,7 @@ def _check(args: argparse.Namespace, sampling: runtime.SamplingParams) -> None:
 
 
 def as_json(out: Output) -> dict:
-    """Everything but the logits."""
+    """An output as plain data, without the logits."""
     return dataclasses.asdict(dataclasses.replace(out, logits=None), dict_factory=_without_logits)
 
 
@@ -51,20 +51,20 @@ def _without_logits(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def answer_lines(out: Output, tokenizer: Tokenizer) -> str:
-    """The answer, its boxes in pixels, perhaps its tokens with log-probabilities, and how long it took; then the others."""
+    """The answer, its boxes in pixels, its tokens where log-probabilities were asked for, and timings; then other answers."""
     tokens = [logprob_line(each, tokenizer) for each in out.logprobs or ()]
     lines = "\n".join([out.text, *map(box_line, out.boxes), *tokens, timing_line(out)])
     return "\n\n".join([lines, *(answer_lines(other, tokenizer) for other in out.others)])
 
 
 def logprob_line(token: TokenLogprob, tokenizer: Tokenizer) -> str:
-    """A token with the logarithm of its probability, and the likeliest ones."""
+    """A token with its log-probability, and the top-k tokens with theirs."""
 
-    def told(token_id: int, logprob: float) -> str:
+    def line(token_id: int, logprob: float) -> str:
         return f"{token_id} {tokenizer.vocabulary.token(token_id)!r} {logprob:.4f}"
 
-    top_k_ids = ", ".join(told(*each) for each in token.top)
-    return f"token  {told(token.token_id, token.logprob)}" + (f"; likeliest: {top_k_ids}" if top_k_ids else "")
+    top_k_ids = ", ".join(line(*each) for each in token.top)
+    return f"token  {line(token.token_id, token.logprob)}" + (f"; likeliest: {top_k_ids}" if top_k_ids else "")
 
 
 def box_line(box: Box) -> str:
@@ -73,9 +73,9 @@ def box_line(box: Box) -> str:
 
 
 def timing_line(out: Output) -> str:
-    t = out.timings
+    timings = out.timings
     return (
         f"[{out.prompt_tokens} prompt tokens, {out.image_tokens} of them from images; "
-        f"first token after {t.first_token_s * 1e3:.1f} ms, "
-        f"then {t.per_token_s * 1e3:.2f} ms each; {len(out.token_ids)} tokens in {t.total_s * 1e3:.1f} ms]"
+        f"first token after {timings.first_token_s * 1e3:.1f} ms, "
+        f"then {timings.per_token_s * 1e3:.2f} ms each; {len(out.token_ids)} tokens in {timings.total_s * 1e3:.1f} ms]"
     )

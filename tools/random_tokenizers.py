@@ -73,7 +73,7 @@ def _write_llava(config: ModelConfig, folder: Path) -> dict[str, Any]:
 
 
 def _write_mllama(config: ModelConfig, folder: Path) -> dict[str, Any]:
-    """Bytes in their printable stand-ins, as Llama 3's; the special tokens come behind, the image's last."""
+    """Bytes in their printable stand-ins, as Llama 3's; the special tokens follow, the image's last."""
     assert config.image_token_id is not None
     count = config.image_token_id + 1 - len(LLAMA3.specials)
     merges = _merges(sorted(pre_tokenizers.ByteLevel.alphabet()), count)

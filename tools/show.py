@@ -22,7 +22,7 @@ CODE = "Python byte code and source, which run as the user who loads it: use onl
 def run(args: argparse.Namespace) -> int:
     manifest = open_artifact(args.artifact).manifest
     console = Console(highlight=False)
-    console.print(_facts(args.artifact, manifest))
+    console.print(_summary(args.artifact, manifest))
     console.print(_graphs(manifest))
     console.print(_forecast(manifest, CARDS[args.card]))
     if manifest.ranks > 1:
@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _facts(folder: Path, manifest: Manifest) -> Table:
+def _summary(folder: Path, manifest: Manifest) -> Table:
     model, cache = manifest.model, manifest.cache
     weights = sum(weight.nbytes for weight in manifest.weights.values())
     rows = {
@@ -60,24 +60,24 @@ def _facts(folder: Path, manifest: Manifest) -> Table:
 
 
 def sampling_line(defaults: SamplingDefaults) -> str:
-    """What a request gets that leaves everything open, and what one gets that asks for sampling and nothing else."""
-    drawn = [f"temperature {defaults.temperature:g}", f"top_k {defaults.top_k or 'unlimited'}", f"top_p {defaults.top_p:g}"]
+    """Sampling settings of a request that names none, or that asks for sampling and names nothing else."""
+    settings = [f"temperature {defaults.temperature:g}", f"top_k {defaults.top_k or 'unlimited'}", f"top_p {defaults.top_p:g}"]
     if defaults.min_p:
-        drawn.append(f"min_p {defaults.min_p:g}")
+        settings.append(f"min_p {defaults.min_p:g}")
     penalty = f"; repetition_penalty {defaults.repetition_penalty:g}" if defaults.repetition_penalty else ""
     start = "by default" if defaults.do_sample else "greedy by default; where sampling is requested"
-    return f"{start}: {', '.join(drawn)}{penalty}"
+    return f"{start}: {', '.join(settings)}{penalty}"
 
 
 def _banned(defaults: SamplingDefaults) -> dict[str, str]:
-    """Tokens that no answer has."""
+    """Tokens that the checkpoint forbids."""
     lists = {name: getattr(defaults, name) or () for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")}
-    named = ", ".join(f"{len(ids)} of {name}" for name, ids in lists.items() if ids)
-    return {"forbidden": f"{named} (generation_config.json)"} if named else {}
+    counts = ", ".join(f"{len(ids)} of {name}" for name, ids in lists.items() if ids)
+    return {"forbidden": f"{counts} (generation_config.json)"} if counts else {}
 
 
 def _calibration(manifest: Manifest) -> dict[str, str]:
-    """What weights were quantised by, besides themselves."""
+    """The calibration that weights were quantised with."""
     info = manifest.build.calibration
     if info is UNSET:
         return {}
@@ -85,20 +85,20 @@ def _calibration(manifest: Manifest) -> dict[str, str]:
 
 
 def _cut_off(manifest: Manifest) -> dict[str, str]:
-    """What a cache in 8 bits cannot hold."""
+    """Values that an int8 cache cannot hold."""
     if not manifest.cache.text_dtype:
         return {}
     return {"cut off": "keys and values beyond the largest of their channel in the calibration and a margin"}
 
 
 def _tuning(manifest: Manifest) -> dict[str, str]:
-    """Where kernels were chosen."""
+    """The machine that kernels were chosen on."""
     machine = manifest.build.tuned_on
     return {"tuned on": machine} if machine else {}
 
 
 def _ranks(manifest: Manifest) -> dict[str, str]:
-    """Among how many processes a model is cut."""
+    """The number of processes that run the model together."""
     if manifest.ranks == 1:
         return {}
     stages = f" in each of {manifest.pp} pipeline stages; below is the first" if manifest.pp > 1 else ""
@@ -117,7 +117,7 @@ def _image(model: ModelInfo) -> str:
 
 
 def _cross(manifest: Manifest) -> dict[str, str]:
-    """Images that enter by cross-attention."""
+    """The part of the cache for images that enter by cross-attention."""
     cross, cache = manifest.cache.cross, manifest.cache
     if cross is None:
         return {}
@@ -130,7 +130,7 @@ def _cross(manifest: Manifest) -> dict[str, str]:
 
 
 def _ascend(manifest: Manifest) -> dict[str, str]:
-    """What graphs for Ascend were made by and for."""
+    """Chips and versions that Ascend's graphs were compiled for."""
     if (info := manifest.ascend) is None:
         return {}
     return {
@@ -140,7 +140,7 @@ def _ascend(manifest: Manifest) -> dict[str, str]:
 
 
 def _signature(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Whether somebody answers for the artifact; by which key only `staticvl verify --key` says."""
+    """Whether there is a signature of this manifest; `staticvl verify --key` checks by whom."""
     if not (folder / SIGNATURE).exists():
         return {"signed": "no"}
     stale = is_stale(folder, manifest)
@@ -148,36 +148,36 @@ def _signature(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _graphs(manifest: Manifest) -> Table:
-    crossed, tuned = manifest.cache.cross is not None, bool(manifest.build.tuned_on)
+    has_images, has_kernels = manifest.cache.cross is not None, bool(manifest.build.tuned_on)
     table = Table(title="graphs")
     names = (
         "kind",
         "bucket",
-        *(("images",) if crossed else ()),
+        *(("images",) if has_images else ()),
         "ms when compiled",
         "checks",
         "worst error",
         "allowed",
         "rounding",
-        *(("kernels",) if tuned else ()),
+        *(("kernels",) if has_kernels else ()),
     )
     for column in names:
         table.add_column(column, justify="left" if column in ("kind", "kernels") else "right")
     for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
-        images = ("-" if graph.kind == "vision" else str(graph.images),) if crossed else ()
+        images = ("-" if graph.kind == "vision" else str(graph.images),) if has_images else ()
         table.add_row(
             graph.kind + (" (eager)" if graph.eager else ""),
             str(graph.bucket),
             *images,
             f"{graph.cost_ms:.2f}",
             *_checks(graph.certificate),
-            *((graph.kernels.described if graph.kernels else "-",) if tuned else ()),
+            *((graph.kernels.described if graph.kernels else "-",) if has_kernels else ()),
         )
     return table
 
 
 def _forecast(manifest: Manifest, card: Card) -> Table:
-    """What each graph computes and moves, and the least time that a card needs for it."""
+    """Operations and bytes of each graph, and the least time that a card needs for it."""
     table = Table(title=f"at best on {card.name}")
     for column in ("graph", "GFLOP", "MB", "ms", "bound by", "tokens/s"):
         table.add_column(column, justify="left" if column in ("graph", "bound by") else "right")
@@ -190,7 +190,7 @@ def _forecast(manifest: Manifest, card: Card) -> Table:
 
 
 def _communication(manifest: Manifest) -> Table:
-    """What one rank of each stage brings to the others in one run, and for each token (or tile) of it."""
+    """Bytes that one rank of each stage sends to the others in one run, and for each token (or tile) of it."""
     staged = manifest.pp > 1
     table = Table(title="a rank brings to the others")
     names = ("all-reduces, gathers", "KB", "KB a token")
@@ -200,8 +200,8 @@ def _communication(manifest: Manifest) -> Table:
         for graph in sorted(manifest.of_stage(stage).graphs, key=lambda g: (g.kind, g.images, g.bucket)):
             nbytes, sent = graph.collective_bytes, graph.sent
             row = [str(graph.collectives), f"{nbytes / 1e3:.1f}", f"{nbytes / graph.bucket / 1e3:.1f}"]
-            handed_on = [str(len(sent)), f"{sum(spec.nbytes for spec in sent) / 1e3:.1f}"]
-            table.add_row(graph.name, *([str(stage), *row, *handed_on] if staged else row))
+            stage_inputs = [str(len(sent)), f"{sum(spec.nbytes for spec in sent) / 1e3:.1f}"]
+            table.add_row(graph.name, *([str(stage), *row, *stage_inputs] if staged else row))
     return table
 
 

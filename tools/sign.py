@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
         if args.new_key is None:
             raise ValueError("no artifact was given; usage: staticvl sign ARTIFACT --key FILE")
         return 0
-    artifact = verify(args.artifact)  # a signature speaks for every file
+    artifact = verify(args.artifact)  # a signature vouches for every file
     sign(artifact.folder, artifact.manifest, key)
     print(f"{args.artifact}: signed {artifact.manifest.digest[:16]}, {len(artifact.manifest.files)} files")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -184,17 +185,24 @@ def _limits(args: argparse.Namespace) -> Limits:
         most_slots=args.max_slots,
         granularity=args.granularity,
         largest=args.largest,
-        candidates=_candidates(args.candidates),
+        prefill_sizes=_prefill_sizes(args),
         least_saving=args.least_saving / 100,
     )
 
 
-def _candidates(text: str | None) -> tuple[int, ...]:
+def _prefill_sizes(args: argparse.Namespace) -> tuple[int, ...]:
+    name, text = "--prefill-sizes", args.prefill_sizes
+    if args.candidates is not None:
+        if text is not None:
+            raise TraceError("--candidates is the old name of --prefill-sizes; leave it out")
+        name, text = "--candidates", args.candidates
     if text is None:
         return ()
     parts = text.split(",")
     if not all(part.strip().isdigit() and int(part) > 0 for part in parts):
-        raise TraceError(f"--candidates is {quoted(text)}; expected sizes separated by commas, e.g. 32,64,128,256")
+        raise TraceError(f"{name} is {quoted(text)}; expected sizes separated by commas, e.g. 32,64,128,256")
+    if args.candidates is not None:
+        print("note: --candidates is now called --prefill-sizes; the old name will go", file=sys.stderr)
     return tuple(sorted({int(part) for part in parts}))
 
 

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     with tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
         artifact = verify(args.artifact, bar.update)
     if args.key is not None:
-        check_signature(args.artifact, artifact.manifest, args.key)  # of what was read, should it have been replaced
+        check_signature(args.artifact, artifact.manifest, args.key)  # again: the artifact may have been replaced meanwhile
     artifact.close()
     graphs = artifact.manifest.graphs
     worst = max((graph.certificate.worst for graph in graphs if graph.certificate), default=0.0)
@@ -35,11 +35,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tidy(args: argparse.Namespace) -> None:
-    """What earlier artifacts have left, and what this machine keeps; neither is a part of the artifact."""
+    """Remove damaged files that this machine keeps beside the artifact, and files of earlier artifacts."""
     from ..runtime.backends.host_cache import remove_damaged
 
-    for told in remove_damaged(args.artifact):
-        print(told)
+    for message in remove_damaged(args.artifact):
+        print(message)
     with contextlib.suppress(OSError):  # a folder that cannot be written keeps what it has
-        if kept := remove_waiting(args.artifact):
-            print(f"{kept} files of an earlier artifact stay, because it is in use")
+        if count := remove_waiting(args.artifact):
+            print(f"{count} files of an earlier artifact stay, because it is in use")

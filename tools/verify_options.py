@@ -1,4 +1,4 @@
-"""Options by which a command that runs an artifact checks it first."""
+"""Options of commands that check an artifact before they run it."""
 
 from __future__ import annotations
 

@@ -24,48 +24,48 @@ from tqdm import tqdm
 from benchmarks.bandwidth import read_gb_per_s
 from staticvl.runtime.backends.cores import usable_cores
 from staticvl.runtime.files import write_atomically
-from staticvl.tools.random_checkpoint import write_checkpoint
+from staticvl.tools.development.random_checkpoint import write_checkpoint
 
 from .chart import draw
 from .contestants import CONTESTANTS, OURS, Contestant
-from .match import Match, Record, groups, prepare, write_reference
+from .match import Entry, Match, heats, prepare, write_reference
 from .measures import measures, tokens
 from .process import CHECKPOINT, Process
 from .report import as_data, show
 from .sizes import FULL, QUICK, Size
 
-SEED = 99  # of the prompt that answers are compared behind
+SEED = 99  # of the prompt after which answers are compared
 
 
 def main() -> None:
     args = _parse()
     size = QUICK if args.quick else FULL
-    chosen = [c for c in CONTESTANTS if not args.only or any(part in c.name for part in args.only.split(","))]
-    if not chosen:
+    contestants = [c for c in CONTESTANTS if not args.only or any(part in c.name for part in args.only.split(","))]
+    if not contestants:
         raise SystemExit(f"--only {args.only} names nobody; there are {', '.join(c.name for c in CONTESTANTS)}")
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(size, args.work / CHECKPOINT)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
     # The last ids stand for images and padding, and no text has them.
     vocab, side = min(config["text_config"]["vocab_size"], config["image_token_index"]), config["vision_config"]["image_size"]
-    wanted = measures(size, vocab, side)
+    columns = measures(size, vocab, side)
     load = os.getloadavg()[0]
     start = partial(start_process, work=args.work, size=size, threads=args.threads, peers=args.peers_python)
-    records = [Record(contestant) for contestant in chosen]
+    entries = [Entry(contestant) for contestant in contestants]
     with tqdm(disable=None, bar_format="{desc} [{elapsed}]") as bar:
-        prepare(records, start, bar.set_description)
+        prepare(entries, start, bar.set_description)
         check = tokens(size.short, SEED, vocab), args.work / "reference.npy"
         write_reference(start, *check)
         bound = read_gb_per_s(args.threads, mebibytes=8 if args.quick else 512)
         machine = {"threads": args.threads, "read_gb_per_s": round(bound, 1), "load": load, "repeats": args.repeats}
 
         def save() -> None:
-            write_atomically(args.out, json.dumps(as_data(records, wanted, machine), indent=1).encode())
+            write_atomically(args.out, json.dumps(as_data(entries, columns, machine), indent=1).encode())
 
         save()
-        match = Match(wanted, args.repeats, start, check, bar.set_description, save)
-        play_all(match, [record for record in records if record.versions], args.memory)
-    data = as_data(records, wanted, machine)
+        match = Match(columns, args.repeats, start, check, bar.set_description, save)
+        play_all(match, [entry for entry in entries if entry.versions], args.memory)
+    data = as_data(entries, columns, machine)
     if args.chart:
         draw(data).savefig(args.chart)
     show(Console(highlight=False, width=190), data)
@@ -86,12 +86,12 @@ def start_process(contestant: Contestant, *, work: Path, size: Size, threads: in
     return Process(contestant, python, work, size, threads)
 
 
-def play_all(match: Match, records: list[Record], gigabytes: float) -> None:
-    """Group after group. The anchor's own figures are those of the first."""
-    by_name = {record.contestant.name: record for record in records}
-    for number, group in enumerate(groups([record.contestant for record in records], gigabytes)):
-        anchor = by_name[group[0].name]
-        match.play([anchor if number == 0 else Record(anchor.contestant), *(by_name[c.name] for c in group[1:])])
+def play_all(match: Match, entries: list[Entry], gigabytes: float) -> None:
+    """Heat after heat. The anchor's own figures are those of the first."""
+    by_name = {entry.contestant.name: entry for entry in entries}
+    for number, heat in enumerate(heats([entry.contestant for entry in entries], gigabytes)):
+        anchor = by_name[heat[0].name]
+        match.play([anchor if number == 0 else Entry(anchor.contestant), *(by_name[c.name] for c in heat[1:])])
 
 
 def _parse() -> argparse.Namespace:

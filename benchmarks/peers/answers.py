@@ -1,4 +1,4 @@
-"""Whether contestants compute the same thing: logits behind one prompt against transformers in float32.
+"""Whether contestants compute the same thing: logits after one prompt against transformers in float32.
 
 Nobody may be fast at something else. A distance is the length of the difference of the logits divided by the length of the
 reference's; rounding weights to few bits shows in it, a missing layer or wrong rotary tables give about 1.4.
@@ -31,8 +31,8 @@ class Answer:
 
 def compare(file: Path, reference: Path, tolerance: float) -> Answer:
     """Logits [V] in two .npy files; a vocabulary that was filled up is cut to the shorter one."""
-    found, expected = np.load(file), np.load(reference)
-    entries = min(len(found), len(expected))
-    found, expected = found[:entries], expected[:entries]
-    distance = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
-    return Answer(round(distance, 9), bool(found.argmax() == expected.argmax()), tolerance)
+    logits, expected = np.load(file), np.load(reference)
+    entries = min(len(logits), len(expected))
+    logits, expected = logits[:entries], expected[:entries]
+    distance = float(np.linalg.norm(logits - expected) / np.linalg.norm(expected))
+    return Answer(round(distance, 9), bool(logits.argmax() == expected.argmax()), tolerance)

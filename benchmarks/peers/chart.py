@@ -21,9 +21,9 @@ def draw(data: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(9, 0.4 + 2.4 * len(names)), layout="constrained")
     for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
         bars = {
-            who: found["figures"][name]
-            for who, found in data["contestants"].items()
-            if name in found["figures"] and found["answer"] and found["answer"]["right"]
+            who: entry["figures"][name]
+            for who, entry in data["contestants"].items()
+            if name in entry["figures"] and entry["answer"] and entry["answer"]["right"]
         }
         colours = [OURS if who.startswith("staticvl") else PEER for who in bars]
         drawn = axes.barh(list(bars), list(bars.values()), color=colours)

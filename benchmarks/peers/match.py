@@ -1,8 +1,8 @@
 """Contestants against each other: side by side, one at a time, turn about.
 
 Whoever is alive waits without working, so what else the machine does meets all alike, and ratios of medians say more than the
-figures themselves. Where not all fit into memory together, they come in groups with one contestant, the anchor, in each:
-figures of different groups are compared through it.
+figures themselves. Where not all fit into memory together, they come in heats with one contestant, the anchor, in each:
+figures of different heats are compared through it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Start = Callable[[Contestant], Process]
 
 
 @dataclass(slots=True)
-class Record:
+class Entry:
     """Everything known of one contestant."""
 
     contestant: Contestant
@@ -37,41 +37,41 @@ class Record:
         return statistics.median(self.seconds[measure]) if self.seconds.get(measure) else None
 
 
-def relative(ours: Record, theirs: Record, measure: str) -> float | None:
-    """How many times as long `theirs` takes, each taken against the anchor of its own group; None where one has no figure."""
+def relative(ours: Entry, theirs: Entry, measure: str) -> float | None:
+    """How many times as long `theirs` takes, each taken against the anchor of its own heat; None where one has no figure."""
     shares = [
-        statistics.median(record.seconds[measure]) / statistics.median(record.beside[measure])
-        for record in (ours, theirs)
-        if record.seconds.get(measure) and record.beside.get(measure)
+        statistics.median(entry.seconds[measure]) / statistics.median(entry.beside[measure])
+        for entry in (ours, theirs)
+        if entry.seconds.get(measure) and entry.beside.get(measure)
     ]
     return shares[1] / shares[0] if len(shares) == 2 else None
 
 
-def groups(contestants: Sequence[Contestant], gigabytes: float) -> list[list[Contestant]]:
-    """Contestants that are alive together in so much memory, the anchor in every group."""
+def heats(contestants: Sequence[Contestant], gigabytes: float) -> list[list[Contestant]]:
+    """Contestants that are alive together in so much memory, the anchor in every heat."""
     anchor = next((c for c in contestants if c.name == ANCHOR), contestants[0])
-    found: list[list[Contestant]] = [[anchor]]
+    result: list[list[Contestant]] = [[anchor]]
     for contestant in contestants:
         if contestant is anchor:
             continue
-        if len(found[-1]) > 1 and sum(c.gigabytes for c in found[-1]) + contestant.gigabytes > gigabytes:
-            found.append([anchor])
-        found[-1].append(contestant)
-    return found
+        if len(result[-1]) > 1 and sum(c.gigabytes for c in result[-1]) + contestant.gigabytes > gigabytes:
+            result.append([anchor])
+        result[-1].append(contestant)
+    return result
 
 
-def prepare(records: Iterable[Record], start: Start, tick: Callable[[str], object]) -> None:
+def prepare(entries: Iterable[Entry], start: Start, tick: Callable[[str], object]) -> None:
     """Files that each library needs, one process after another; who cannot is noted and has no version afterwards."""
-    for record in records:
-        tick(f"preparing {record.contestant.name}")
+    for entry in entries:
+        tick(f"preparing {entry.contestant.name}")
         try:
-            process = start(record.contestant)
+            process = start(entry.contestant)
             try:
-                record.versions = process.ask("prepare")["versions"]
+                entry.versions = process.ask("prepare")["versions"]
             finally:
                 process.end()
         except ContestantError as error:
-            record.notes.append(_note("prepare", error))
+            entry.notes.append(_note("prepare", error))
 
 
 def write_reference(start: Start, tokens: list[int], file: Path) -> None:
@@ -86,7 +86,7 @@ def write_reference(start: Start, tokens: list[int], file: Path) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """One group's run; `check`: a prompt, and the file with the reference's logits, which the contestants' lie beside."""
+    """One heat's run; `check`: a prompt, and the file with the reference's logits, which the contestants' lie beside."""
 
     measures: Sequence[Measure]
     repeats: int
@@ -95,58 +95,58 @@ class Match:
     tick: Callable[[str], object]
     save: Callable[[], object]  # called after every measure, so that a run which is broken off has a report
 
-    def play(self, records: Sequence[Record]) -> None:
-        """Fill in what is measured; `records[0]` is the anchor's."""
+    def play(self, entries: Sequence[Entry]) -> None:
+        """Fill in what is measured; `entries[0]` is the anchor's."""
         alive: dict[str, Process] = {}
         try:
-            for record in records:
-                self._open(record, alive)
+            for entry in entries:
+                self._open(entry, alive)
             for measure in self.measures:
-                self._measure(measure, [record for record in records if record.contestant.name in alive], alive)
+                self._measure(measure, [entry for entry in entries if entry.contestant.name in alive], alive)
                 self.save()
-            for record in records:
-                if process := alive.get(record.contestant.name):
-                    record.pss_mb = process.pss_mb()
+            for entry in entries:
+                if process := alive.get(entry.contestant.name):
+                    entry.pss_mb = process.pss_mb()
             self.save()
         finally:
             for process in alive.values():
                 process.end()
 
-    def _open(self, record: Record, alive: dict[str, Process]) -> None:
+    def _open(self, entry: Entry, alive: dict[str, Process]) -> None:
         tokens, reference = self.check
-        name = record.contestant.name
+        name = entry.contestant.name
         self.tick(f"opening {name}")
         try:
-            alive[name] = process = self.start(record.contestant)
+            alive[name] = process = self.start(entry.contestant)
             seconds = process.ask("open", tokens=tokens[:4])["seconds"]
-            record.load_s = seconds if record.load_s is None else record.load_s
-            if record.answer is None:
+            entry.load_s = seconds if entry.load_s is None else entry.load_s
+            if entry.answer is None:
                 file = reference.with_name(f"{name.replace(' ', '-')}.npy")
                 process.ask("logits", tokens=tokens, file=str(file))
-                record.answer = compare(file, reference, record.contestant.tolerance)
+                entry.answer = compare(file, reference, entry.contestant.tolerance)
         except ContestantError as error:
-            record.notes.append(_note("open", error))
+            entry.notes.append(_note("open", error))
             if name in alive:
                 alive.pop(name).end()
 
-    def _measure(self, measure: Measure, records: Sequence[Record], alive: dict[str, Process]) -> None:
-        able = list(records)
+    def _measure(self, measure: Measure, entries: Sequence[Entry], alive: dict[str, Process]) -> None:
+        able = list(entries)
         for turn in range(self.repeats + 1):  # the first opens graphs and compiles, and counts for nothing
             beside: float | None = None
-            for record in list(able):
-                self.tick(f"{measure.name}: {record.contestant.name}")
+            for entry in list(able):
+                self.tick(f"{measure.name}: {entry.contestant.name}")
                 try:
-                    seconds = alive[record.contestant.name].ask(**measure.command)["seconds"]
+                    seconds = alive[entry.contestant.name].ask(**measure.command)["seconds"]
                 except ContestantError as error:
-                    record.notes.append(_note(measure.name, error))
-                    able.remove(record)
+                    entry.notes.append(_note(measure.name, error))
+                    able.remove(entry)
                     continue
-                if record is records[0]:
+                if entry is entries[0]:
                     beside = seconds
                 if turn:
-                    record.seconds.setdefault(measure.name, []).append(seconds)
+                    entry.seconds.setdefault(measure.name, []).append(seconds)
                     if beside is not None:
-                        record.beside.setdefault(measure.name, []).append(beside)
+                        entry.beside.setdefault(measure.name, []).append(beside)
 
 
 def _note(what: str, error: ContestantError) -> str:

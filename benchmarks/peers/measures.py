@@ -46,5 +46,5 @@ def measures(size: Size, vocab: int, side: int) -> tuple[Measure, ...]:
         Measure(f"decode behind {size.long}", "tokens/s", decode(size.long, 1), 1),
         Measure(f"decode, batch {size.batch}", "tokens/s", decode(size.short, size.batch), size.batch),
         Measure("image encoded", "1/s", {"do": "image", "side": side}, 1),
-        Measure(f"first token, image and {size.text}", "s", {"do": "picture", "side": side, "tokens": text}),
+        Measure(f"first token, image and {size.text}", "s", {"do": "image_prompt", "side": side, "tokens": text}),
     )

@@ -10,24 +10,24 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from .match import Record, relative
+from .match import Entry, relative
 from .measures import Measure
 
 
-def as_data(records: Sequence[Record], measures: Sequence[Measure], machine: dict[str, Any]) -> dict[str, Any]:
+def as_data(entries: Sequence[Entry], measures: Sequence[Measure], machine: dict[str, Any]) -> dict[str, Any]:
     """Plain data. Figures are medians in the unit of their measure, ratios above 1 mean that ours is faster."""
     return {
         "machine": machine,
         "units": {measure.name: measure.unit for measure in measures},
-        "contestants": {record.contestant.name: _contestant(record, measures) for record in records},
+        "contestants": {entry.contestant.name: _contestant(entry, measures) for entry in entries},
         "ratios": {
             measure.name: {
                 ours.contestant.name: {
                     theirs.contestant.name: round(ratio, 3)
-                    for theirs in records
+                    for theirs in entries
                     if not theirs.contestant.is_ours and (ratio := relative(ours, theirs, measure.name)) is not None
                 }
-                for ours in records
+                for ours in entries
                 if ours.contestant.is_ours and ours.seconds.get(measure.name)
             }
             for measure in measures
@@ -35,18 +35,18 @@ def as_data(records: Sequence[Record], measures: Sequence[Measure], machine: dic
     }
 
 
-def _contestant(record: Record, measures: Sequence[Measure]) -> dict[str, Any]:
+def _contestant(entry: Entry, measures: Sequence[Measure]) -> dict[str, Any]:
     return {
-        "versions": record.versions,
-        "notes": record.notes,
-        "answer": dataclasses.asdict(record.answer) | {"right": record.answer.right} if record.answer else None,
-        "load_to_first_token_s": record.load_s and round(record.load_s, 2),
-        "pss_mb": record.pss_mb and round(record.pss_mb, 1),
-        "figures": {m.name: float(f"{m.figure(median):.4g}") for m in measures if (median := record.median(m.name))},
+        "versions": entry.versions,
+        "notes": entry.notes,
+        "answer": dataclasses.asdict(entry.answer) | {"right": entry.answer.right} if entry.answer else None,
+        "load_to_first_token_s": entry.load_s and round(entry.load_s, 2),
+        "pss_mb": entry.pss_mb and round(entry.pss_mb, 1),
+        "figures": {m.name: float(f"{m.figure(median):.4g}") for m in measures if (median := entry.median(m.name))},
         "spread": {
-            name: round((max(times) - min(times)) / statistics.median(times), 3) for name, times in record.seconds.items()
+            name: round((max(times) - min(times)) / statistics.median(times), 3) for name, times in entry.seconds.items()
         },
-        "seconds": {name: [round(value, 5) for value in times] for name, times in record.seconds.items()},
+        "seconds": {name: [round(value, 5) for value in times] for name, times in entry.seconds.items()},
     }
 
 
@@ -56,10 +56,10 @@ def show(console: Console, data: dict[str, Any]) -> None:
     figures = Table(title="medians")
     for column in ("", *(f"{name}\n{data['units'][name]}" for name in names), "load\ns", "PSS\nMB", "distance\nof logits"):
         figures.add_column(column, justify="right")
-    for name, found in data["contestants"].items():
-        values = [f"{found['figures'][m]:.4g}" if m in found["figures"] else "" for m in names]
-        rest = [f"{found[key]:.0f}" if found[key] else "" for key in ("load_to_first_token_s", "pss_mb")]
-        figures.add_row(name, *values, *rest, _answer(found["answer"]))
+    for name, entry in data["contestants"].items():
+        values = [f"{entry['figures'][m]:.4g}" if m in entry["figures"] else "" for m in names]
+        rest = [f"{entry[key]:.0f}" if entry[key] else "" for key in ("load_to_first_token_s", "pss_mb")]
+        figures.add_row(name, *values, *rest, _answer(entry["answer"]))
     console.print(figures)
     ratios = Table(title="ours / peer: above 1, ours is faster")
     for column in ("ours", "peer", *names):
@@ -68,8 +68,8 @@ def show(console: Console, data: dict[str, Any]) -> None:
         row = [data["ratios"][m].get(ours, {}).get(theirs) for m in names]
         ratios.add_row(ours, theirs, *(f"{value:.2f}" if value is not None else "" for value in row))
     console.print(ratios)
-    for name, found in data["contestants"].items():
-        for note in found["notes"]:
+    for name, entry in data["contestants"].items():
+        for note in entry["notes"]:
             console.print(f"{name}: {note}")
     console.print(
         f"memory is read at {data['machine']['read_gb_per_s']} GB/s with {data['machine']['threads']} threads; the load before "

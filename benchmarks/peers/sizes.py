@@ -21,7 +21,7 @@ class Size:
     prompt: int  # of the prefill that is timed
     short: int  # in the cache when decoding is timed, ...
     long: int  # ... and again
-    text: int  # of the prompt behind the image
+    text: int  # of the prompt after the image
     batch: int = 8
     steps: int = 16  # decode steps timed at once
 

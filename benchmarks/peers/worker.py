@@ -51,20 +51,20 @@ class Worker:
         self.runner.prefill(prompts)
         for _ in range(2):
             self.runner.step()
-        started = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(self.size.steps):
             self.runner.step()
-        return {"seconds": (time.perf_counter() - started) / self.size.steps}
+        return {"seconds": (time.perf_counter() - start) / self.size.steps}
 
     def image(self, side: int) -> dict[str, Any]:
         return _timed(lambda: self.runner.image(_image(side)))
 
-    def picture(self, side: int, tokens: list[int]) -> dict[str, Any]:
-        """To the first token behind an image and text."""
+    def image_prompt(self, side: int, tokens: list[int]) -> dict[str, Any]:
+        """To the first token after an image and text."""
         return _timed(lambda: self.runner.prefill_image(_image(side), tokens))
 
     def logits(self, tokens: list[int], file: str, side: int = 0) -> dict[str, Any]:
-        """Write the logits behind a prompt, with an image of that side before it, into a file."""
+        """Write the logits after a prompt, with an image of that side before it, into a file."""
         if side:
             self.runner.prefill_image(_image(side), tokens)
         else:
@@ -78,9 +78,9 @@ def _image(side: int) -> np.ndarray:
 
 
 def _timed(call: Callable[[], None]) -> dict[str, Any]:
-    started = time.perf_counter()
+    start = time.perf_counter()
     call()
-    return {"seconds": time.perf_counter() - started}
+    return {"seconds": time.perf_counter() - start}
 
 
 def _process_began() -> float:

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from staticvl.compiler.build import plan_only, prepare
+from staticvl.compiler.inputs import plan_only, prepare
 from staticvl.compiler.plan import Options
 from staticvl.compiler.progress import Progress
 

@@ -14,7 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reference-by", choices=by, default="auto", help="who runs a checkpoint: transformers, or the definitions (eager)"
     )
-    group.add_argument("--candidate-by", choices=by, default="auto")
+    group.add_argument("--candidate-by", choices=by, default="auto", help="the same for the candidate")
     group.add_argument("--reference-device", default="auto", metavar="DEVICE", help="of an artifact: cpu, npu, npu:1 or sim")
     group.add_argument("--device", default="auto", metavar="DEVICE", help="of the candidate; default: cpu, for Ascend sim")
     group.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import msgspec
 
+from ...compiler.buckets import Buckets
 from ...compiler.eager import EagerBackend
 from ...compiler.graphs import GraphDef, define_graph
 from ...compiler.model_info import read_model_info
-from ...compiler.plan import Buckets, Options, Plan, make_plan
+from ...compiler.options import Options
+from ...compiler.plan import Plan, make_plan
 from ...model_defs.config import ModelConfig, read_config
 from ...runtime.artifact import Artifact, BuildInfo, CacheSpec, Kind, Manifest, ModelInfo, WeightSpec
 from ...runtime.processor.tokenizer import Tokenizer, load_tokenizer

@@ -10,7 +10,7 @@ from .settings import MIB, Settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("artifact", type=Path)
+    parser.add_argument("artifact", type=Path, help="folder that staticvl compile wrote")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine alone")
     parser.add_argument("--port", type=int, default=8000, help="0: any free one; default: 8000")
     parser.add_argument("--model-name", metavar="NAME", help="what clients call the model; default: the artifact's folder")

@@ -187,10 +187,10 @@ class _Choice:
     def _prefill_problem(self) -> Problem:
         limits, lengths = self.limits, by_variant(self.workload.lengths, self.variants)
         every = self.workload.every_length
-        sizes = limits.candidates or candidate_sizes(every, limits.granularity, min(limits.largest, self.context))
+        sizes = limits.prefill_sizes or candidate_sizes(every, limits.granularity, min(limits.largest, self.context))
         if max(sizes) > self.context:
             raise LimitError(
-                f"candidate {max(sizes)} exceeds the context {self.context}; leave it out"
+                f"prefill size {max(sizes)} exceeds the context {self.context}; leave it out"
                 + (f" or give --context {max(sizes)}" if max(sizes) <= (self.target.max_positions or max(sizes)) else "")
             )
         tables = [self.costs.table("prefill", sizes, images) for images in self.variants]

@@ -30,7 +30,7 @@ class Limits:
     most_slots: int = 32
     granularity: int = 16
     largest: int = 2048
-    candidates: tuple[int, ...] = ()
+    prefill_sizes: tuple[int, ...] = ()  # to choose prefill buckets from; (): multiples of granularity
     least_saving: float = 0.001  # share of a kind's time that one more graph of it must save
 
 

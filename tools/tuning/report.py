@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 import numpy as np
 from rich.table import Table
 
-from ...compiler.plan import parse_buckets
+from ...compiler.buckets import parse_buckets
 from .choose import Result
 from .comparison import Coverage, Reason
 from .frontiers import knee

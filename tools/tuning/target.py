@@ -93,9 +93,11 @@ def from_checkpoint(
     kv_cache: str = "float",
 ) -> Target:
     """A checkpoint's folder, of which only the small files are read, or a model known by name; at best on a card."""
+    from ...compiler.buckets import Buckets
     from ...compiler.calibration import Calibration
     from ...compiler.model_info import read_model_info
-    from ...compiler.plan import Buckets, Options, forecast, make_plan
+    from ...compiler.options import Options
+    from ...compiler.plan import forecast, make_plan
     from ...model_defs.config import TiledConfig, read_config
 
     device = _card(card)

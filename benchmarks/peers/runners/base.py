@@ -35,7 +35,7 @@ class Runner(Protocol):
         ...
 
     def last(self) -> np.ndarray:
-        """Logits, float32 [V], behind the first prompt as far as it was computed."""
+        """Logits, float32 [V], after the first prompt as far as it was computed."""
         ...
 
     def image(self, pixels: np.ndarray) -> None:
@@ -43,7 +43,7 @@ class Runner(Protocol):
         ...
 
     def prefill_image(self, pixels: np.ndarray, prompt: Tokens) -> None:
-        """An image and the text behind it, up to the logits of the last token."""
+        """An image and the text after it, up to the logits of the last token."""
         ...
 
 

@@ -20,17 +20,17 @@ QUANTISED = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_
 
 
 def prepare(checkpoint: Path, home: Path, kind: str, size: Size) -> None:
-    full, wanted = _file(home, "F16"), _file(home, kind)
+    full, quantised = _file(home, "F16"), _file(home, kind)
     if not full.is_file():
         write_gguf(text_checkpoint(checkpoint), full)
-    if wanted.is_file():
+    if quantised.is_file():
         return
-    partial = wanted.with_name(f"{wanted.name}.{os.getpid()}.partial")
+    partial = quantised.with_name(f"{quantised.name}.{os.getpid()}.partial")
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.nthread = QUANTISED[kind], 2
     if llama_cpp.llama_model_quantize(str(full).encode(), str(partial).encode(), ctypes.byref(params)):
         raise RuntimeError(f"llama.cpp could not quantise {full}")
-    partial.rename(wanted)
+    partial.rename(quantised)
 
 
 def _file(home: Path, kind: str) -> Path:

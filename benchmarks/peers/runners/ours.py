@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from staticvl import runtime
-from staticvl.compiler.plan import READY_QUANTS, Buckets
+from staticvl.compiler.buckets import Buckets
+from staticvl.compiler.choices import READY_QUANTS
 from staticvl.runtime.engine.request import Sequence as Running
 from staticvl.runtime.processor.prompt import Prompt
 

@@ -1,0 +1,138 @@
+"""The options of a build."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..model_defs.config import KV_CACHES, READY_MADE, ModelConfig
+from ..runtime.artifact import KINDS, Kind
+from ..runtime.backends.ascend.torchair_host import SOCS
+from ..runtime.shown import quoted, shown
+from ..weights.storage import FLOAT32, TABLE, Floats, uniform
+from .buckets import Buckets
+from .calibration import METHODS, Calibration
+from .choices import BACKENDS, DTYPES, INT8_CACHE_LACKS, MOST_CANDIDATES, READY_QUANTS, TEXT_BEFORE_IMAGE, PlanError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What is to be compiled, where to, and how; option_table.py says how users give it."""
+
+    checkpoint: Path
+    out: Path
+    backend: str = "onnx"
+    quant: str = ""  # of the decoder's layers; "": what the checkpoint has, see ready_made.py
+    tp: int = 1
+    pp: int = 1
+    buckets: Buckets = field(default_factory=Buckets)
+    vision_tower: Path | None = None
+    lora: Path | None = None
+    ignore_config_keys: tuple[str, ...] = ()
+    text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelInfo
+    # What floats are stored in; "": the backend's default. On Ascend the cache and arithmetic have it too, on ONNX those are
+    # float32 whatever it is. "auto", ONNX: each matrix as the checkpoint has it.
+    dtype: str = ""
+    eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
+    soc: str = SOCS[0]  # Ascend: family of chips
+    candidates: int | None = None  # top-k tokens that text graphs put out, 0: none; None: the backend's default
+    calibration: Calibration | None = None  # what weights are quantised by, besides themselves, and a cache in 8 bits
+    kv_cache: str = KV_CACHES[0]
+    tune: bool = False  # ONNX: whether text graphs are lowered as is fastest on this machine, see kernels.py
+
+    def __post_init__(self) -> None:
+        if self.backend not in BACKENDS:
+            raise PlanError(f"backend {quoted(self.backend)} is unknown; expected one of {', '.join(BACKENDS)}")
+        if self.quant not in ("", *READY_QUANTS[self.backend], *READY_MADE):
+            raise PlanError(
+                f"quantisation {quoted(self.quant)} is not available for {self.backend}; available: "
+                f"{', '.join(READY_QUANTS[self.backend])}"
+            )
+        if self.dtype not in ("", *DTYPES[self.backend]):
+            raise PlanError(
+                f"dtype {quoted(self.dtype)} is not available for {self.backend}; available: {', '.join(DTYPES[self.backend])}"
+            )
+        if self.soc not in SOCS:
+            raise PlanError(f"soc {quoted(self.soc)} is unknown; expected one of {', '.join(SOCS)}")
+        if unknown := set(self.eager) - set(KINDS):
+            raise PlanError(f"eager names {shown(', '.join(sorted(unknown)))}; expected some of {', '.join(KINDS)}")
+        if self.eager and self.stored_quant != "none":
+            raise PlanError(f"eager graphs know no quantisation, and {self.quant} was asked for; leave out one of the two")
+        if self.eager and self.backend != "ascend":
+            raise PlanError(f"eager graphs were asked for, but {self.backend} has only compiled ones; leave --eager out")
+        if self.candidates is not None and not _whole_number(self.candidates, MOST_CANDIDATES):
+            raise PlanError(
+                f"candidates is {quoted(self.candidates)}; expected a number of tokens from 1 to "
+                f"{MOST_CANDIDATES}, or 0 for none"
+            )
+        if self.candidates and self.pp > 1:
+            raise PlanError(
+                f"{self.candidates} candidates and a pipeline of {self.pp} stages were asked for, but stages hand on whole "
+                "logits; leave out one of the two"
+            )
+        self._check_calibration()
+        if self.tune and (self.backend != "onnx" or self.tp * self.pp > 1):
+            what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
+            raise PlanError(f"tune was asked for with {what}, but it measures ONNX graphs of one process; leave --tune out")
+        if self.text_before_image not in TEXT_BEFORE_IMAGE:
+            raise PlanError(
+                f"text before image is {quoted(self.text_before_image)}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}"
+            )
+
+    def _check_calibration(self) -> None:
+        """Raise PlanError for a calibration that is missing, or that has nothing to calibrate."""
+        if self.kv_cache not in KV_CACHES:
+            raise PlanError(f"kv cache {quoted(self.kv_cache)} is unknown; expected one of {', '.join(KV_CACHES)}")
+        if self.int8_cache and self.calibration is None:
+            raise PlanError(
+                "a cache in 8 bits needs to know how large keys and values become; give --calibrate FILE with prompts like "
+                "those that the model is for"
+            )
+        if self.int8_cache and self.soc == INT8_CACHE_LACKS and self.backend == "ascend":
+            raise PlanError(f"{self.soc} has no attention over a cache in 8 bits; leave out --kv-cache int8")
+        if self.int8_cache and self.eager:
+            raise PlanError("eager graphs know no cache in 8 bits; leave out --kv-cache int8 or --eager")
+        if self.calibration and self.quant not in METHODS and not self.int8_cache:
+            raise PlanError(
+                f"quantisation {quoted(self.quant)} has nothing to calibrate; calibrated are {', '.join(METHODS)}, and with "
+                "--kv-cache int8 the cache"
+            )
+
+    @property
+    def stored_quant(self) -> str:
+        """The quantisation of an artifact."""
+        return self.quant or "none"
+
+    @property
+    def int8_cache(self) -> bool:
+        return self.kv_cache == "int8"
+
+    def defined(self, config: ModelConfig) -> ModelConfig:
+        """The config of a checkpoint, with what the options make of its definition."""
+        return replace(config, text=replace(config.text, int8_cache=self.int8_cache))
+
+    @property
+    def cache_dtype(self) -> str:
+        """dtype of cache and arithmetic."""
+        return "float32" if self.backend == "onnx" else self.dtype or DTYPES[self.backend][0]
+
+    def floats(self, kept: Mapping[str, str]) -> Floats:
+        """What floats are stored in; `kept` are the dtypes in which parameters lose nothing (weights/weight_map.py).
+
+        ONNX graphs widen matrices where they multiply, which costs time, and rows of a table as they are looked up, which costs
+        none: so beside quantised layers the table is as the checkpoint has it. Vectors would save nothing, and scales stay in
+        the only type that kernels take.
+        """
+        if self.backend == "ascend":
+            return uniform(self.cache_dtype)
+        if self.dtype == "auto":
+            return replace(FLOAT32, own=kept)
+        if not self.dtype and self.stored_quant != "none":
+            return replace(FLOAT32, own={name: dtype for name, dtype in kept.items() if name == TABLE})
+        return replace(FLOAT32, matrices=self.dtype or "float32")
+
+
+def _whole_number(value: Any, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most

@@ -1,0 +1,100 @@
+"""The weights of a build: those that the artifact has already, or the checkpoint's, converted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from ..runtime.artifact import FileSpec, WeightSpec
+from ..weights.weight_map import kept_dtypes, match
+from .digests import all_intact
+from .inputs import BuildInputs
+from .plan import make_plan, stages
+
+if TYPE_CHECKING:
+    from ..weights.calibrated_layers import CalibratedLayers
+    from ..weights.source import Source
+
+
+@dataclass(frozen=True, slots=True)
+class StoredWeights:
+    """The weights of an artifact, the files of all ranks, and whether they were converted now."""
+
+    of_stages: list[dict[str, WeightSpec]]  # those of each stage's first rank
+    files: dict[str, FileSpec]
+    converted: bool
+
+
+def store_weights(inputs: BuildInputs, key: str, tokenizer: str) -> StoredWeights:
+    """`key` is the digest of what weights are made from, `tokenizer` the folder of the settings by its name."""
+    return _kept(inputs, key) or _converted(inputs, key[:12], tokenizer)
+
+
+def _kept(inputs: BuildInputs, key: str) -> StoredWeights | None:
+    """The weights of the old artifact, where they were made from the same and are whole."""
+    old = inputs.old
+    if old is None or old.build.key != key:
+        return None
+    files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
+    if not all_intact(inputs.out, files):
+        return None
+    return StoredWeights([old.of_stage(stage).weights for stage in range(old.pp)], files, converted=False)
+
+
+def _converted(inputs: BuildInputs, prefix: str, tokenizer: str) -> StoredWeights:
+    """Files begin with `prefix`."""
+    from ..weights.convert import convert, plan_weight_files
+
+    source, options = open_checkpoint(inputs), inputs.options
+    quant, tp = options.stored_quant, options.tp
+    floats = options.floats(kept_dtypes(match(inputs.config, source.tensors)))
+    calibrated = _calibrated(inputs, source, prefix, tokenizer)
+    parts = stages(inputs.config, options.pp)
+    shards = (shard for part in parts for shard in plan_weight_files(part, quant, prefix, floats=floats, tp=tp))
+    with inputs.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
+        same: dict[str, Any] = {
+            "quant": quant,
+            "floats": floats,
+            "prefix": prefix,
+            "calibrated": calibrated,
+            "progress": advance,
+        }
+        ranks = [convert(source, part, inputs.out, tp=tp, rank=rank, **same) for part in parts for rank in range(tp)]
+    files = {name: spec for rank in ranks for name, spec in rank.files.items()}
+    return StoredWeights([rank.weights for rank in ranks[::tp]], files, converted=True)
+
+
+def open_checkpoint(inputs: BuildInputs) -> Source:
+    """The checkpoint as one of plain weights, whatever it is packed as, with the adapter in it."""
+    from ..weights.packing.source import check_layers, open_packed
+    from ..weights.source import open_source
+
+    options, config = inputs.options, inputs.config
+    source = open_source(options.checkpoint, options.vision_tower)
+    if inputs.packing:
+        source = open_packed(source, inputs.packing, config)
+        if options.stored_quant != "none":
+            check_layers(match(config, source.tensors), source, options.stored_quant)
+    if options.lora:
+        from ..weights.lora import open_adapter
+
+        source = open_adapter(options.lora, config, source)
+    return source
+
+
+def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str) -> CalibratedLayers | None:
+    """The layers that a calibration quantises; what an interrupted build has left of them is not made again."""
+    options, config = inputs.options, inputs.config
+    calibration = options.calibration
+    if calibration is None:
+        return None
+    from ..weights.calibrated_layers import CalibratedLayers
+    from .calibrate import calibrate, prompts_of
+
+    cache = make_plan(config, replace(options, tp=1, pp=1)).cache
+    prompts = prompts_of(calibration, inputs.info, inputs.out / tokenizer, cache.context)
+    if not any(each.images for each in calibration.conversations):
+        inputs.progress.say("the calibration has no images: what images do to activations is not seen")
+    store = CalibratedLayers(inputs.out, prefix)
+    calibrate(source, config, inputs.info, cache, prompts, options.stored_quant, options.tp, store, inputs.progress)
+    return store

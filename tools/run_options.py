@@ -1,0 +1,16 @@
+"""Options of every command that runs an artifact: which one, and on what."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_artifact(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument("artifact", type=Path, help="folder that staticvl compile wrote")
+
+
+def add_device_options(parser: argparse._ActionsContainer) -> None:
+    """`device` and `threads`, as runtime.load takes them."""
+    parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim")
+    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: every core")

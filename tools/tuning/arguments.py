@@ -1,0 +1,85 @@
+"""The command line of `staticvl tune-buckets`; light, so that help comes at once."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ...model_defs.config import KV_CACHES, QUANTS
+from ..cards import CARDS
+
+EXAMPLES = (
+    "staticvl tune-buckets trace.csv --artifact llava-7b --out buckets.yaml --report report.html\n"
+    "staticvl tune-buckets trace.csv --checkpoint llava-1.5-7b-hf --card 910B --max-graphs 14 --out b.yaml --explain\n"
+    "staticvl tune-buckets requests.jsonl --artifact llava-7b --remeasure 5 --rate 0.5 --out buckets.yaml\n"
+    "staticvl tune-buckets --prompts 20-400:3,1000-2000 --images 0:1,1:3 --generated 20-300 --rate 2 --out buckets.yaml"
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "trace", nargs="?", type=Path, help="CSV or JSON lines: prompt tokens, generated tokens, times, images or their sizes"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="YAML to write, for staticvl compile --buckets")
+    parser.add_argument("--report", type=Path, metavar="FILE", help="one HTML file with the figures and plots")
+    parser.add_argument("--explain", action="store_true", help="say of each bucket what it saves")
+    _add_costs(parser.add_argument_group("model and costs"))
+    _add_requests(parser.add_argument_group("requests"))
+    _add_limits(parser.add_argument_group("limits"))
+
+
+def _add_costs(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--artifact", type=Path, metavar="DIR", help="take the costs measured when it was compiled")
+    group.add_argument(
+        "--remeasure", type=int, default=0, metavar="N", help="measure its graphs again, the best of N runs each; 0: do not"
+    )
+    group.add_argument("--threads", type=int, metavar="N", help="with --remeasure; default: every core")
+    group.add_argument(
+        "--checkpoint", metavar="DIR", help="count operations of its graphs instead; or a name; default: llava-1.5-7b-hf"
+    )
+    group.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
+    group.add_argument(
+        "--card", choices=[*sorted(CARDS), "cpu"], help="at best on this device; default: 910B, with an artifact none"
+    )
+    group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="of every run on a card")
+    group.add_argument("--quant", choices=QUANTS, default="none", help="with --checkpoint")
+    group.add_argument("--kv-cache", choices=KV_CACHES, default="float", help="with --checkpoint")
+    group.add_argument(
+        "--dtype",
+        choices=("float32", "float16", "bfloat16"),
+        default="",
+        help="with --checkpoint; default: float16, on cpu float32",
+    )
+    group.add_argument("--costs", type=Path, metavar="FILE", help="YAML with milliseconds: {prefill: {16: 4.1, 64: 9.5}, ...}")
+    group.add_argument("--save-costs", type=Path, metavar="FILE", help="write the measured costs as such a table")
+
+
+def _add_requests(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prompts", metavar="DIST", help="instead of a trace, lengths and shares: 100-500:3,1020:1")
+    group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of answers")
+    group.add_argument("--images", metavar="DIST", help="with --prompts: images of a request")
+    group.add_argument("--image-size", default="1024x768", metavar="WxH", help="where no sizes are given")
+    group.add_argument("--rate", type=float, metavar="R", help="requests a second in the replay; default: as in the trace")
+    group.add_argument("--replay", type=int, default=4000, metavar="N", help="requests that are replayed")
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--max-graphs", type=int, metavar="N", help="of all kinds together")
+    for kind, default in (("prefill", 6), ("decode", 6), ("vision", 4)):
+        group.add_argument(f"--max-{kind}-graphs", type=int, default=default, metavar="N", help=f"of {kind}")
+    group.add_argument("--max-compile-minutes", type=float, metavar="M", help="estimated from measured costs")
+    group.add_argument("--max-memory-gb", type=float, metavar="GB", help="weights and cache; default: the card's")
+    group.add_argument("--context", type=int, metavar="N", help="tokens; default: what the longest request takes")
+    group.add_argument("--slots", type=int, metavar="N", help="exactly so many; default: chosen in the replay")
+    group.add_argument("--max-slots", type=int, default=32, metavar="N", help="where they are chosen")
+    group.add_argument("--granularity", type=int, default=16, metavar="N", help="of prefill buckets")
+    group.add_argument("--largest", type=int, default=2048, metavar="N", help="prefill bucket")
+    group.add_argument(
+        "--least-saving", type=float, default=0.1, metavar="PERCENT", help="of its kind's time, by one more graph"
+    )
+    group.add_argument(
+        "--prefill-sizes",
+        metavar="A,B",
+        help="the sizes to choose prefill buckets from; default: multiples of --granularity up to --largest",
+    )
+    group.add_argument("--candidates", metavar="A,B", help=argparse.SUPPRESS)  # what --prefill-sizes was called
