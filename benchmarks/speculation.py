@@ -67,7 +67,7 @@ def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: in
     """Of a batch of equal requests, prompts left out."""
     engine = model.engine
     params = runtime.SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True, speculate=drafts)
-    prompt = model.prepare("Say it again.", [], raw=False)
+    prompt = model.processor.prompt("Say it again.")
     sequences = [engine.new_sequence(prompt, params, constraints=(Forced(answer),)) for _ in range(batch)]
     for sequence in sequences:
         engine.add(sequence)

@@ -27,9 +27,8 @@ from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
 from ..model_defs.decoder import Block, CrossBlock
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelInfo
-from ..runtime.processor.families import family
-from ..runtime.processor.prompt import Message, Prompt
-from ..runtime.processor.tokenizer import load_tokenizer
+from ..runtime.processor.processor import Processor
+from ..runtime.processor.prompt import Prompt
 from ..runtime.rope import query_scales, rope_tables
 from ..weights.calibrated_layers import CalibratedLayers, Layer, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
 from ..weights.convert import parameters
@@ -81,27 +80,22 @@ class Passing:
     x: Tensor = field(default_factory=lambda: torch.empty(0))  # [1, T, C]
 
 
-def prompts_of(calibration: Calibration, info: ModelInfo, tokenizer_folder: Path, context: int) -> list[Prompt]:
-    """The conversations as they are fed; raises CalibrationError naming the one that cannot be."""
-    tokenizer = load_tokenizer(tokenizer_folder, info.tokenizer)
-    template = (tokenizer_folder / "chat_template.jinja").read_text(encoding="utf-8")
-    found = []
-    for each in calibration.conversations:
-        messages: list[Message] = list(each.messages)
-        open_end = messages[-1].role != "assistant"
+def prompts_of(calibration: Calibration, processor: Processor, context: int) -> list[Prompt]:
+    """The conversations as prompts; raises CalibrationError naming the one that cannot be, or is longer than the context."""
+    prompts = []
+    for conversation in calibration.conversations:
+        is_open = conversation.messages[-1].role != "assistant"
         try:
-            prompt = family(info.family).chat_prompt(
-                messages, list(each.images), info, tokenizer, template, add_generation_prompt=open_end
-            )
+            prompt = processor.prompt(conversation.messages, conversation.images, add_generation_prompt=is_open)
         except ValueError as error:
-            raise CalibrationError(f"calibration, {each.name}: {error}") from error
+            raise CalibrationError(f"calibration, {conversation.name}: {error}") from error
         if prompt.length > context:
-            more = f", or give --context {prompt.length} or more" if info.can_hold(prompt.length) else ""
+            more = f", or give --context {prompt.length} or more" if processor.info.can_hold(prompt.length) else ""
             raise CalibrationError(
-                f"calibration, {each.name}: {prompt.length} tokens, but the artifact holds {context}; shorten it{more}"
+                f"calibration, {conversation.name}: {prompt.length} tokens, but the artifact holds {context}; shorten it{more}"
             )
-        found.append(prompt)
-    return found
+        prompts.append(prompt)
+    return prompts
 
 
 @torch.inference_mode()

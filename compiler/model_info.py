@@ -17,9 +17,8 @@ from typing import Any, Literal
 from ..model_defs.config import ConfigError, ModelConfig
 from ..runtime.artifact import Llama3Scaling, ModelInfo, RopeParameters
 from ..runtime.processor.chat_template import LLAVA_HF, LLAVA_NEXT_ORIGINAL, LLAVA_ORIGINAL, MLLAMA_BASE, ChatTemplateError
-from ..runtime.processor.families import family
+from ..runtime.processor.processor import Processor
 from ..runtime.processor.prompt import Message, PromptError
-from ..runtime.processor.tokenizer import Tokenizer
 from ..runtime.shown import quoted
 from .image_config import read_image_config
 from .json_values import read_settings
@@ -88,7 +87,7 @@ def read_model_info(
         text_before_image=text_before_image,
         max_positions=config.text.max_positions,
     )
-    _try_chat(template, info, tokenizer)
+    _try_chat(Processor(info, tokenizer, template))
     return info, {f"tokenizer/{path.name}": path.read_bytes(), TEMPLATE_FILE: template.encode("utf-8")}
 
 
@@ -157,11 +156,11 @@ def _check_base(template: str, checkpoint: Path, stops: list[str]) -> None:
         )
 
 
-def _try_chat(template: str, info: ModelInfo, tokenizer: Tokenizer) -> None:
+def _try_chat(processor: Processor) -> None:
     """A template made for text alone would lose the images: better to know at compile time."""
     question = [Message("user", "question", images=1)]
     try:
-        family(info.family).chat_prompt(question, [io.BytesIO(PIXEL)], info, tokenizer, template)
+        processor.prompt(question, io.BytesIO(PIXEL))
     except ChatTemplateError as error:
         raise ConfigError(f"{error}; correct the checkpoint's chat template") from error
     except PromptError as error:

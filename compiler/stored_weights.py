@@ -88,11 +88,12 @@ def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str
     calibration = options.calibration
     if calibration is None:
         return None
+    from ..runtime.processor.processor import Processor
     from ..weights.calibrated_layers import CalibratedLayers
     from .calibrate import calibrate, prompts_of
 
     cache = make_plan(config, replace(options, tp=1, pp=1)).cache
-    prompts = prompts_of(calibration, inputs.info, inputs.out / tokenizer, cache.context)
+    prompts = prompts_of(calibration, Processor.read(inputs.info, inputs.out / tokenizer), cache.context)
     if not any(each.images for each in calibration.conversations):
         inputs.progress.say("the calibration has no images: what images do to activations is not seen")
     store = CalibratedLayers(inputs.out, prefix)

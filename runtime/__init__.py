@@ -11,6 +11,7 @@ from .engine.access import InterruptedStepError
 from .engine.request import Output, SamplingParams
 from .loading import load
 from .model import Model, ModelClosedError
+from .processor.processor import Processor
 from .processor.prompt import IMAGE, Message
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Model",
     "ModelClosedError",
     "Output",
+    "Processor",
     "RankError",
     "SamplingParams",
     "generate",

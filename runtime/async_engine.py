@@ -16,14 +16,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from .arguments import as_list, grouped, merge_params, one_answer
+from .arguments import grouped, merge_params, one_answer
 from .artifact import ArtifactError
 from .backends.distributed.failures import RankError
 from .engine.request import Output, SamplingParams, Sequence
 from .model import Model
 from .opening import RunError
 from .processor.detokenizer import IncrementalDetokenizer
-from .processor.prompt import Message, Prompt
+from .processor.prompt import Message, Prompt, check_text
 from .sampling.sampler import TokenLogprob
 
 Images = Any
@@ -205,9 +205,9 @@ class AsyncEngine:
             raise
 
     def _prepared(self, prompt: Asked, images: Images, raw: bool) -> Prompt:
-        if isinstance(prompt, list | tuple):
-            return self.model.prepare_messages(list(prompt), as_list(images))
-        return self.model.prepare(prompt, as_list(images), raw)  # type: ignore[arg-type]
+        if raw and not isinstance(prompt, list | tuple):
+            return self.model.processor.raw_prompt(check_text(prompt), images)
+        return self.model.processor.prompt(prompt, images)
 
     def _command(self, command: Callable[[], object]) -> None:
         with self._wake:

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .arguments import as_list, merge_params, one_answer
+from .arguments import merge_params, one_answer
 from .engine.request import Output, SamplingParams, Sequence
 from .processor.images import ImageSource, load_image
-from .processor.prompt import Message
+from .processor.prompt import Message, as_list
 
 if TYPE_CHECKING:
     from .engine.engine import Engine
@@ -137,10 +137,10 @@ class Chat:
         settings: dict[str, Any],
     ):
         given = as_list(images)
-        message = self.model.turn(text, len(given))
+        message = self.model.processor.turn(text, len(given))
         new = [load_image(image, alpha=self.model.info.image.alpha) for image in given]
         with self._words:  # a turn that ends meanwhile would be missing from the prompt
-            prompt = self.model.prepare_messages([*self.messages, message], [*self.images, *new])
+            prompt = self.model.processor.prompt([*self.messages, message], [*self.images, *new])
             sequence = self.model.new_sequence(prompt, one_answer(merge_params(sampling, settings)), return_logits)
             self._end(self.turn)
             self._reuse(sequence)

@@ -12,23 +12,19 @@ from typing import Any, overload
 
 import numpy as np
 
-from .arguments import Images, Turn, as_list, check_text, grouped, merge_params, one_answer, pair_up
-from .artifact import MANIFEST, Artifact
+from .arguments import grouped, merge_params, one_answer
+from .artifact import Artifact
 from .chat import Chat
 from .engine.access import EngineAccess
 from .engine.engine import Engine
 from .engine.request import Output, SamplingParams, Sequence
 from .engine.request_log import RequestLog, record_of
-from .opening import reading
 from .processor.detokenizer import IncrementalDetokenizer
-from .processor.families import family
-from .processor.images import ImageSource
-from .processor.prompt import Message, Prompt
-from .processor.token_bytes import BadWords, TokenBytes
-from .processor.tokenizer import load_tokenizer
+from .processor.processor import Processor
+from .processor.prompt import Images, Message, Prompt, Turn, check_text, check_turn, pair_up
+from .processor.token_bytes import BadWords
 from .sampling.constraints import ConstraintFactory
 from .sampling.logits_processors import Constraint
-from .soundness import TEMPLATE
 
 
 class ModelClosedError(RuntimeError):
@@ -57,18 +53,11 @@ class Model:
         self.artifact, self.engine, self.request_log = artifact, engine, request_log
         self.access = EngineAccess(engine.interrupted)
         self.check = check
-        self.system_in_user = system_in_user
         self._on_close, self.closed = on_close or engine.unload, False
         self.texts: dict[int, IncrementalDetokenizer] = {}  # of the sequences that run or wait, by id
         engine.on_token = self._gained
         self.info = artifact.manifest.model
-        with reading(artifact.path(MANIFEST), artifact.folder):
-            self.family = family(self.info.family)
-        folder = artifact.path(artifact.manifest.tokenizer)
-        with reading(folder, artifact.folder):
-            self.tokenizer = load_tokenizer(folder, self.info.tokenizer)
-        with reading(folder / TEMPLATE, artifact.folder):
-            self.template = (folder / TEMPLATE).read_text(encoding="utf-8")
+        self.processor = Processor.of(artifact, system_in_user=system_in_user)
 
     def close(self) -> None:
         """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more.
@@ -148,10 +137,8 @@ class Model:
         Raises PromptError, ImageError, ContextError for input that cannot be answered; then nothing is generated at all.
         """
         params = merge_params(sampling, settings)
-        if isinstance(prompts, str | Message):
-            prepared = [self.prepare(prompts, as_list(images), raw)]
-        else:
-            prepared = [self.prepare(text, as_list(some), raw) for text, some in pair_up(prompts, images)]
+        pairs = [(prompts, images)] if isinstance(prompts, str | Message) else pair_up(prompts, images)
+        prepared = [self._prompt(turn, some, raw) for turn, some in pairs]
         sequences = [self.new_sequence(prompt, params, return_logits, i) for prompt in prepared for i in range(params.n)]
         outputs = grouped(self.run(sequences), params.n)
         return outputs[0] if isinstance(prompts, str | Message) else outputs
@@ -161,7 +148,7 @@ class Model:
     ) -> Generator[str, None, None]:
         """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
         params = one_answer(merge_params(sampling, settings))
-        return self.stream_sequence(self.new_sequence(self.prepare(prompt, as_list(images), raw), params))
+        return self.stream_sequence(self.new_sequence(self._prompt(prompt, images, raw), params))
 
     def chat(self, system: str | None = None) -> Chat:
         """A conversation that keeps its slot of the cache, so that each turn only computes what is new."""
@@ -204,7 +191,7 @@ class Model:
 
     def new_sequence(self, prompt: Prompt, params: SamplingParams, return_logits: bool = False, index: int = 0) -> Sequence:
         """Answer `index` of n to a prompt, checked and not queued; raises ContextError or ConstraintError."""
-        constraints: list[Constraint] = [BadWords(params.bad_words, self._token_bytes)] if params.bad_words else []
+        constraints: list[Constraint] = [BadWords(params.bad_words, self.processor.token_bytes)] if params.bad_words else []
         if params.constrained:
             constraints.append(self._constraint_factory.make(params))
         return self.engine.new_sequence(
@@ -212,37 +199,22 @@ class Model:
         )
 
     @functools.cached_property
-    def _token_bytes(self) -> TokenBytes:
-        return TokenBytes(self.tokenizer)
-
-    @functools.cached_property
     def _constraint_factory(self) -> ConstraintFactory:
-        return ConstraintFactory(self._token_bytes, self.info.eos_token_ids)
+        return ConstraintFactory(self.processor.token_bytes, self.info.eos_token_ids)
 
     def stops(self, sequence: Sequence) -> tuple[str, ...]:
         return (*sequence.params.stop, *(() if sequence.params.ignore_eos else self.info.stop_strings))
 
-    def prepare_messages(self, messages: list[Message], images: list[ImageSource]) -> Prompt:
-        """A chat's prompt, up to the place where the assistant answers."""
-        settings = self.info, self.tokenizer, self.template
-        return self.family.chat_prompt(messages, images, *settings, system_in_user=self.system_in_user)
-
-    def prepare(self, text: Turn, images: list[ImageSource], raw: bool) -> Prompt:
-        """The prompt of one user turn, or of a text as it is."""
+    def _prompt(self, turn: Turn, images: Images, raw: bool) -> Prompt:
+        """The prompt of one user turn; with `raw` of a text as it is."""
         if raw:
-            return self.family.raw_prompt(check_text(text), images, self.info, self.tokenizer)
-        return self.prepare_messages([self.turn(text, len(images))], images)
-
-    def turn(self, text: Turn, images: int) -> Message:
-        """A user's turn: a message as it is, or one made of a plain text, in which marks say where images stand."""
-        if isinstance(text, Message):
-            return text
-        return Message("user", self.family.parts_of(check_text(text), images, self.info))
+            return self.processor.raw_prompt(check_text(turn), images)
+        return self.processor.prompt(check_turn(turn), images)
 
     def start(self, sequence: Sequence, *, streamed: bool = False) -> IncrementalDetokenizer:
         """Queue a sequence; its text grows with every step, of whichever thread. `streamed`: see IncrementalDetokenizer."""
         stops, least = self.stops(sequence), sequence.params.min_new_tokens
-        text = IncrementalDetokenizer(self.tokenizer, stops, from_token=least, streamed=streamed)
+        text = self.processor.detokenizer(stops, least, streamed=streamed)
         self.access.exclusively(self._start, sequence, text)
         return text
 
@@ -323,7 +295,7 @@ class Model:
             text=text.text,
             token_ids=list(sequence.generated),
             finish_reason=reason,
-            boxes=list(self.family.parse_boxes(text.text, sequence.prompt.frames)),
+            boxes=list(self.processor.boxes(text.text, sequence.prompt.frames)),
             prompt_tokens=sequence.prompt.length,
             image_tokens=sequence.prompt.image_tokens,
             timings=sequence.timings(),

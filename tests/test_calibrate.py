@@ -72,8 +72,7 @@ class Setup:
         self.config, self.info = self.checkpoint.config, self.checkpoint.info
         options = Options(checkpoint=folder, out=folder, buckets=Buckets(context=context, slots=1))
         self.cache = make_plan(self.config, options).cache
-        tokenizer = self.checkpoint.out / self.checkpoint.tokenizer_folder
-        self.prompts = prompts_of(calibration, self.info, tokenizer, context)
+        self.prompts = prompts_of(calibration, self.checkpoint.processor, context)
 
     def run(
         self, store: CalibratedLayers, quant: str = "w4a16", tp: int = 1, progress: Progress | None = None
@@ -338,18 +337,17 @@ def test_what_needs_no_calibration() -> None:
 
 
 def test_a_prompt_that_does_not_fit(small: Setup) -> None:
-    tokenizer = small.checkpoint.out / small.checkpoint.tokenizer_folder
     for words, remedy in ((40, r"shorten it, or give --context \d+ or more$"), (200, "shorten it$")):
         calibration = Calibration((Conversation("line 7", (Message("user", "word " * words),)),), "")
         with pytest.raises(CalibrationError, match=rf"^calibration, line 7: \d+ tokens, but the artifact holds 64; {remedy}"):
-            prompts_of(calibration, small.info, tokenizer, 64)
+            prompts_of(calibration, small.checkpoint.processor, 64)
 
 
 def test_a_prompt_that_cannot_be_read(small: Setup, tmp_path: Path) -> None:
     (tmp_path / "no.png").write_bytes(b"nothing")
     calibration = Calibration((Conversation("line 2", (Message("user", "What?", 1),), (tmp_path / "no.png",)),), "")
     with pytest.raises(CalibrationError, match=r"^calibration, line 2: .*no\.png"):
-        prompts_of(calibration, small.info, small.checkpoint.out / small.checkpoint.tokenizer_folder, 300)
+        prompts_of(calibration, small.checkpoint.processor, 300)
 
 
 def test_without_images_there_is_a_warning(tmp_path: Path) -> None:

@@ -366,7 +366,7 @@ def make(checkpoints: dict[str, Path], tmp_path: Path) -> Callable[..., runtime.
 def check_fake_turn(chat: Chat, text: str, *images: Image.Image) -> tuple[int, int]:
     """One turn, equal to the plain sum over the whole conversation; the tokens prefilled and the tiles encoded for it."""
     message = Message("user", text, len(images))
-    whole = chat.model.prepare_messages([*chat.messages, message], [*chat.images, *images])
+    whole = chat.model.processor.prompt([*chat.messages, message], [*chat.images, *images])
     before = counts(chat.model)
     out = chat.send(text, list(images), max_new_tokens=5, temperature=0.0, ignore_eos=True)
     params = runtime.SamplingParams(max_new_tokens=5, temperature=0.0, ignore_eos=True)
@@ -383,7 +383,7 @@ def test_keys_of_earlier_images_are_kept_with_the_slot(make: Callable[..., runti
     with model.chat() as chat:
         assert check_fake_turn(chat, "Hello!", noise(1))[1] == 4
         assert check_fake_turn(chat, "And now?")[1] == 0
-        length = chat.model.prepare_messages([*chat.messages, Message("user", "These?", 2)], [noise(1)] * 3).length
+        length = chat.model.processor.prompt([*chat.messages, Message("user", "These?", 2)], [noise(1)] * 3).length
         prefilled, encoded = check_fake_turn(chat, "These?", noise(2), noise(3, (9, 200)))
         assert encoded == 8
         assert (prefilled == length) == (mode == "transformers")
@@ -440,7 +440,7 @@ def test_a_longer_rope_leaves_nothing_to_keep(make: Callable[..., runtime.Model]
     with model.chat() as chat:
         kept, factors = [], []
         for text in ("Hello!", "And then?", *["a b c d e f g h i j k l m n"] * 6):
-            prompt = model.prepare_messages([*chat.messages, Message("user", text)], [])
+            prompt = model.processor.prompt([*chat.messages, Message("user", text)], [])
             kept.append(prompt.length - check_fake_turn(chat, text)[0])
             factors.append(prompt.ntk)
     assert len(set(factors)) >= 3
@@ -494,11 +494,11 @@ class Conversations(RuleBasedStateMachine):
         image = None if picture is None else noise(picture)
         message = Message("user", text, int(image is not None))
         before, seen = (talk.messages, talk.images) if talk else ([], [])
-        return self.model.prepare_messages([*before, message], [*seen, *([image] if image else [])]), message, image
+        return self.model.processor.prompt([*before, message], [*seen, *([image] if image else [])]), message, image
 
     def expect(self, prompt: Prompt, length: int) -> tuple[list[int], str]:
         tokens = oracle(prompt, runtime.SamplingParams(max_new_tokens=length, temperature=0.0), self.model.info)
-        return tokens, text_of(self.model.tokenizer, tokens).strip()
+        return tokens, text_of(self.model.processor.tokenizer, tokens).strip()
 
     def refused(self, prompt: Prompt, length: int) -> type[Exception] | None:
         """The error that a request must raise, if any."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def test_a_chat_goes_on_after_a_mark_in_an_answer(embedded_artifact: Path) -> No
         chat.rewind()
         again = chat.send("And <image>?", [PICTURE], **settings)
         assert again.token_ids == third.token_ids == other.send("And <image>?", [PICTURE], **settings).token_ids
-        fresh = model.prepare_messages(chat.messages[:-1], chat.images)
+        fresh = model.processor.prompt(chat.messages[:-1], chat.images)
         assert again.prompt_tokens == fresh.length
         other.close()
 
@@ -55,17 +56,17 @@ REFUSING = (
 def test_an_instruction_that_the_template_refuses(embedded_artifact: Path) -> None:
     """An error that names the option; with it the first user turn holds the instruction, in a chat as in one call."""
     with runtime.load(embedded_artifact, threads=1) as model, model.chat("Be brief.") as chat:
-        model.template = REFUSING
+        model.processor = dataclasses.replace(model.processor, template=REFUSING)
         with pytest.raises(
             ChatTemplateError, match=r"no system message here; put the instruction .* system_in_user=True, .*--sys"
         ):
             chat.send("What?", PICTURE)
     with runtime.load(embedded_artifact, threads=1, system_in_user=True) as model, model.chat("Be <image> brief.") as chat:
-        model.template = REFUSING
+        model.processor = dataclasses.replace(model.processor, template=REFUSING)
         out = chat.send(Message("user", (IMAGE, "What?")), PICTURE, temperature=0, max_new_tokens=3)
         same = Message("user", (IMAGE, "Be <image> brief.\n\nWhat?"))
         assert out.token_ids == model.generate(same, PICTURE, temperature=0, max_new_tokens=3).token_ids
-        assert out.prompt_tokens == model.prepare(same, [PICTURE], raw=False).length
+        assert out.prompt_tokens == model.processor.prompt(same, [PICTURE]).length
 
 
 def test_the_server_passes_the_option_on(monkeypatch: pytest.MonkeyPatch) -> None:

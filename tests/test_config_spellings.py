@@ -146,7 +146,7 @@ def test_logits_and_what_the_user_is_shown(tmp_path: Path, capsys: pytest.Captur
     build(Options(checkpoint=tiny.folder, out=tmp_path / "a", buckets=SMALL_BUCKETS))
     with runtime.load(tmp_path / "a", threads=1) as compiled:
         out = ours(compiled, Case("How many shapes are there in the second picture?", []), 16)
-        ids = compiled.prepare("How many shapes are there in the second picture?", [], raw=True).token_ids
+        ids = compiled.processor.raw_prompt("How many shapes are there in the second picture?").token_ids
     inputs = torch.from_numpy(ids.astype("int64"))[None]
     check(out, generated(model, {"input_ids": inputs, "attention_mask": torch.ones_like(inputs)}, 16), "theta twice")
     note = "config.json, text_config: rope_theta is 1000000.0, but 50.0 in rope_parameters, which counts, as in transformers 5"

@@ -358,7 +358,7 @@ def test_conversations_of_qwen_vl(texts: list[str]) -> None:
     words = tiktoken.Encoding("qwen", pat_str=info.tokenizer.pattern, mergeable_ranks=ranks, special_tokens=specials)
 
     def expected(talk: list[Message]) -> list[int]:
-        """As the original makes them: role, newline and content apart; each image in its span, "Image k: " before it."""
+        """As the original makes them: role, newline and content apart; each image in its span, "Picture k: " before it."""
         ids: list[int] = []
         seen = 0
         talk = talk if talk[0].role == "system" else [Message("system", "You are a helpful assistant."), *talk]

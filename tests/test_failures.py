@@ -130,7 +130,7 @@ class Traffic:
                     continue
                 wanted = self.wanted(asked)
                 words, images, chosen = asked
-                prompt = self.model.prepare(words, images, raw=False)
+                prompt = self.model.processor.prompt(words, images)
                 sequence = self.model.new_sequence(prompt, runtime.SamplingParams(**chosen))
                 alive.append((sequence, wanted))
                 self.guarded(lambda sequence=sequence: self.model.start(sequence))
@@ -259,9 +259,7 @@ def test_an_exception_at_any_line_of_the_engine(lines: tuple[runtime.Model, runt
 
 
 def check_only_one_fails(model: runtime.Model, bad: Sequence, error: type[Exception]) -> None:
-    good = [
-        model.new_sequence(model.prepare(words, [], raw=False), runtime.SamplingParams(max_new_tokens=6)) for words in TEXTS
-    ]
+    good = [model.new_sequence(model.processor.prompt(words), runtime.SamplingParams(max_new_tokens=6)) for words in TEXTS]
     wanted = [model.generate(words, max_new_tokens=6).token_ids for words in TEXTS]
     everything = [good[0], bad, *good[1:]]
     for sequence in everything:
@@ -293,7 +291,7 @@ class BadGuide:
 
 def test_rules_that_raise(make: Callable[..., runtime.Model]) -> None:
     model = make("llava", reuse=True)
-    prompt = model.prepare("Hello!", [], raw=False)
+    prompt = model.processor.prompt("Hello!")
     bad = model.engine.new_sequence(prompt, runtime.SamplingParams(max_new_tokens=6), constraints=(BadGuide(),))
     check_only_one_fails(model, bad, DeviceError)
 
@@ -301,7 +299,7 @@ def test_rules_that_raise(make: Callable[..., runtime.Model]) -> None:
 def test_text_that_raises(make: Callable[..., runtime.Model], monkeypatch: pytest.MonkeyPatch) -> None:
     model = make("llava", reuse=True)
     gained = model.engine.on_token
-    bad = model.new_sequence(model.prepare("Hello!", [], raw=False), runtime.SamplingParams(max_new_tokens=6))
+    bad = model.new_sequence(model.processor.prompt("Hello!"), runtime.SamplingParams(max_new_tokens=6))
 
     def on_token(sequence: Sequence) -> bool:
         if sequence is bad and len(sequence.generated) == 3:

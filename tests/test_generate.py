@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import io
 import threading
 from collections.abc import Iterator
@@ -144,7 +145,7 @@ def test_counts_and_reasons(model: runtime.Model) -> None:
     assert (cut.finish_reason, cut.token_ids) == ("length", stopped.token_ids[:3])
     # <s> and the template's words, then an image of 64 rows and its line break.
     text_only = model.generate(QUESTION, max_new_tokens=1)
-    assert text_only.prompt_tokens == len(model.tokenizer.encode(f"USER: {QUESTION} ASSISTANT:", add_bos=True))
+    assert text_only.prompt_tokens == len(model.processor.tokenizer.encode(f"USER: {QUESTION} ASSISTANT:", add_bos=True))
     assert model.generate(QUESTION, noise(1), max_new_tokens=1).image_tokens == 64
 
 
@@ -187,7 +188,7 @@ def test_a_stop_string_that_only_the_end_shows(embedded_artifact: Path) -> None:
     model = loaded_with_fake(embedded_artifact)
     raw, token = next(found for n in range(1, 200) if (found := ends_in_a_byte(model, "a" * n)))
     plain = model.generate(raw, raw=True, max_new_tokens=1)
-    out = model.generate(raw, raw=True, max_new_tokens=1, stop=model.tokenizer.decode([token]))
+    out = model.generate(raw, raw=True, max_new_tokens=1, stop=model.processor.tokenizer.decode([token]))
     assert (plain.finish_reason, plain.token_ids, out.token_ids) == ("length", [token], [token])
     assert (out.text, out.finish_reason) == ("", "stop")
     assert "".join(model.stream(raw, raw=True, max_new_tokens=1)) == plain.text != ""
@@ -196,7 +197,7 @@ def test_a_stop_string_that_only_the_end_shows(embedded_artifact: Path) -> None:
 def ends_in_a_byte(model: runtime.Model, text: str) -> tuple[str, int] | None:
     """A prompt that the fake backend answers with a byte of ASCII, and that byte's token."""
     token = model.generate(text, raw=True, max_new_tokens=1).token_ids[0]
-    written = model.tokenizer.token(token)
+    written = model.processor.tokenizer.token(token)
     return (text, token) if written.startswith("<0x") and 0x21 <= int(written[3:5], 16) <= 0x7E else None
 
 
@@ -204,7 +205,7 @@ def test_raw_text_is_passed_as_it_is(model: runtime.Model) -> None:
     rendered = f"USER: <image>\n{QUESTION} ASSISTANT:"
     check_same(model.generate(rendered, noise(1), raw=True, **PROOF), model.generate(QUESTION, noise(1), **PROOF))
     plain = model.generate("A red", raw=True, **PROOF)
-    assert plain.prompt_tokens == len(model.tokenizer.encode("A red", add_bos=True))
+    assert plain.prompt_tokens == len(model.processor.tokenizer.encode("A red", add_bos=True))
     together = model.generate([rendered, "A red"], [noise(1), None], raw=True, **PROOF)
     check_same(together[1], plain)
 
@@ -283,10 +284,10 @@ def test_a_image_that_a_server_does_not_have(model: runtime.Model, server: str) 
 def test_an_empty_raw_prompt(model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """With BOS it is a prompt of one token; without, there is nothing to run."""
     assert model.generate("", raw=True, max_new_tokens=1).prompt_tokens == 1
-    info = type(model.tokenizer.config)(
-        kind="tokenizers", style="hf", bos_token_id=1, add_bos=False, image_token_id=574, used=576
-    )
-    monkeypatch.setattr(model, "tokenizer", type(model.tokenizer)(info, model.tokenizer.vocabulary))
+    tokenizer = model.processor.tokenizer
+    config = type(tokenizer.config)(kind="tokenizers", style="hf", bos_token_id=1, add_bos=False, image_token_id=574, used=576)
+    without_bos = dataclasses.replace(model.processor, tokenizer=type(tokenizer)(config, tokenizer.vocabulary))
+    monkeypatch.setattr(model, "processor", without_bos)
     with pytest.raises(PromptError, match="the prompt is empty; expected some text or an image"):
         model.generate("", raw=True)
 

@@ -514,7 +514,7 @@ def test_a_chat_keeps_its_cache_and_a_fork_has_a_copy(eight: Path) -> None:
 def test_drafts_are_verified_over_it(eight: Path) -> None:
     with runtime.load(eight, reuse=False) as model:
         params = runtime.SamplingParams(max_new_tokens=24, temperature=0.0, ignore_eos=True)
-        prompt = model.prepare("What is in the picture?", [noise(3)], raw=False)
+        prompt = model.processor.prompt("What is in the picture?", [noise(3)])
         (plain,) = model.run([model.new_sequence(prompt, params)])
         sequence = model.new_sequence(prompt, params)
         sequence.prompt_lookup = Guess(plain.token_ids, np.random.default_rng(0))  # type: ignore[assignment]

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from staticvl import runtime
 from staticvl.runtime.engine.request import SamplingParams
 from staticvl.runtime.processor.token_bytes import BadWords, TokenBytes
-from staticvl.runtime.processor.tokenizer import Tokenizer, read_vocabulary
+from staticvl.runtime.processor.tokenizer import read_vocabulary
 from staticvl.runtime.processor.vocabularies import Vocabulary
 from staticvl.runtime.sampling.constraints import ConstraintError
 from staticvl.runtime.sampling.logits_processors import LogitsProcessors, logits_processors_for
@@ -168,7 +168,7 @@ def test_bytes_of_tokens_join_to_the_text(tmp_path: Path, model: runtime.Model) 
     tiny_mllama(tmp_path / "mllama")
     found = list(vocabularies(tmp_path))
     assert len(found) == 2
-    for vocabulary in (*found, model.tokenizer.vocabulary):
+    for vocabulary in (*found, model.processor.tokenizer.vocabulary):
         check_bytes(vocabulary)
 
 
@@ -178,7 +178,7 @@ def test_bytes_of_tiktoken_tokens(tmp_path: Path) -> None:
     from .fakes import fake_model
 
     qwen = fake_model(GOLDEN_QWEN, tmp_path / "qwen", Buckets(prefill=(8,), decode=(1,), context=64, slots=1))
-    check_bytes(qwen.tokenizer.vocabulary)
+    check_bytes(qwen.processor.tokenizer.vocabulary)
 
 
 # --- Bad words ---------------------------------------------------------------------------------------------------------
@@ -272,7 +272,7 @@ def test_answers_of_an_expression_and_of_choices(model: runtime.Model) -> None:
 def test_rows_beside_a_constrained_one_are_free(model: runtime.Model) -> None:
     free = model.generate(QUESTION, max_new_tokens=12, temperature=0.0)
     sequences = [
-        model.new_sequence(model.prepare(QUESTION, [], False), SamplingParams(max_new_tokens=12, temperature=0.0, **form))
+        model.new_sequence(model.processor.prompt(QUESTION), SamplingParams(max_new_tokens=12, temperature=0.0, **form))
         for form in ({}, {"choice": ("yes", "no")}, {})
     ]
     outs = model.run(sequences)
@@ -291,7 +291,7 @@ def test_a_form_that_leaves_nothing_ends_the_answer(model: runtime.Model) -> Non
 def test_a_form_too_large_to_follow_ends_its_answer_alone(model: runtime.Model, caplog: pytest.LogCaptureFixture) -> None:
     """Which shows only when the answer has begun; those beside it go on."""
     schema = {"type": "object", "properties": {f"p{i}": {"type": "string", "pattern": "(a|b)*c{1,50}"} for i in range(560)}}
-    prompt = model.prepare(QUESTION, [], False)
+    prompt = model.processor.prompt(QUESTION)
     free = model.generate(QUESTION, max_new_tokens=12, temperature=0.0)
     forms: tuple[dict, ...] = ({"json_schema": schema}, {})
     outs = model.run([model.new_sequence(prompt, SamplingParams(max_new_tokens=12, temperature=0.0, **form)) for form in forms])
@@ -327,6 +327,6 @@ def test_without_the_library(model: runtime.Model, monkeypatch: pytest.MonkeyPat
 def test_special_tokens_are_in_no_form(model: runtime.Model) -> None:
     """Not even where any text may stand."""
     out = model.generate(QUESTION, regex="(.|\n){30,40}", temperature=50.0, seed=2, max_new_tokens=60)
-    hidden = set(TokenBytes(Tokenizer(model.tokenizer.config, model.tokenizer.vocabulary)).hidden)
+    hidden = set(model.processor.token_bytes.hidden)
     assert len(hidden) > 1
     assert not hidden & set(out.token_ids[:-1])

@@ -33,7 +33,7 @@ def test_an_adapted_artifact_is_the_merged_model(tmp_path: Path) -> None:
     assert report.converted and report.manifest.build.key != plain.build.key
     out = runtime.load(tmp_path / "artifact").generate("What is it?", raw=True, max_new_tokens=1, return_logits=True)
     model = runtime.load(tmp_path / "artifact")
-    ids = torch.tensor([model.tokenizer.encode("What is it?", add_bos=True)])
+    ids = torch.tensor([model.processor.tokenizer.encode("What is it?", add_bos=True)])
     with torch.inference_mode():
         expected, base = (m(input_ids=ids).logits[0, -1].numpy() for m in (merged, tiny.model))
     assert np.abs(out.logits[0] - expected).max() <= 1e-4 * np.abs(expected).max()

@@ -155,7 +155,7 @@ class Traffic:
         chosen = self.settings()
         params = runtime.SamplingParams(**chosen)
         message = Message("user", text, len(images))
-        prompt = self.model.prepare_messages([message], images)
+        prompt = self.model.processor.prompt([message], images)
         wanted = longest = self.expected([message], images, params)
         if len(wanted.text) > 4 and self.rng.random() < 0.4:
             at = int(self.rng.integers(0, len(wanted.text) - 2))
@@ -169,7 +169,7 @@ class Traffic:
 
     def expected(self, messages: list[Message], images: list[Image.Image], params: runtime.SamplingParams) -> runtime.Output:
         """Of the same request alone, with one slot, nothing reused; where nothing but tokens matters, also by plain sums."""
-        prompt = self.alone.prepare_messages(messages, images)
+        prompt = self.alone.processor.prompt(messages, images)
         out = self.alone.run([self.alone.new_sequence(prompt, params)])[0]
         if not (params.stop or params.stop_token_ids or params.bad_words):
             assert out.token_ids == oracle(prompt, params, self.alone.info)

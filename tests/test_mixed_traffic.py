@@ -89,7 +89,7 @@ def check_traffic(artifact: Path, count: int, seed: int) -> None:
             place = waiting.pop(0)
             text, images, settings = asked[place]
             params = runtime.SamplingParams(**settings)
-            alive[place] = model.new_sequence(model.prepare(text, images, raw=False), params, return_logits=True)
+            alive[place] = model.new_sequence(model.processor.prompt(text, images), params, return_logits=True)
             model.start(alive[place])
         if alive and rng.random() < 0.01:
             model.end(alive.pop(int(rng.choice(list(alive)))))

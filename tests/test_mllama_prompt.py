@@ -194,7 +194,7 @@ def test_sight_equals_the_mask_of_many_prompts(model: tuple[ModelInfo, Tokenizer
         sparse = get_cross_attention_token_mask(ids.tolist(), image_id)
         dense = convert_sparse_cross_attention_mask_to_dense([sparse], [tiles.tolist()], TILES, len(ids))[0]
         meta = msgspec.structs.replace(info, text_before_image="meta")
-        cross_attention = mllama.image_sight(ids == image_id, tiles, meta)
+        cross_attention = mllama.cross_attention_mask(ids == image_id, tiles, meta)
         np.testing.assert_array_equal(cross_attention.visible, dense.reshape(len(ids), -1).astype(bool), err_msg=str(ids))
 
 
@@ -211,7 +211,7 @@ def test_sight_equals_the_mask_of_many_prompts(model: tuple[ModelInfo, Tokenizer
 def test_spans_by_hand(model: tuple[ModelInfo, Tokenizer, MllamaProcessor], ids: str, spans: list[tuple[int, int]]) -> None:
     info = msgspec.structs.replace(model[0], text_before_image="meta")
     shown = np.array([letter == "I" for letter in ids])
-    cross_attention = mllama.image_sight(shown, np.full(len(spans), 2), info)
+    cross_attention = mllama.cross_attention_mask(shown, np.full(len(spans), 2), info)
     for place, (start, end) in enumerate(spans):
         tiles = cross_attention.visible[:, place * TILES : (place + 1) * TILES]
         expected = [[start <= row < end] * 2 + [False] * 2 for row in range(len(ids))]

@@ -91,7 +91,7 @@ class Conversation:
         self.messages.append(Message("user", text, len(images)))
         self.images += images
         params = SamplingParams(max_new_tokens=10, ignore_eos=True, **self.settings)
-        prompt = model.prepare_messages(self.messages, list(self.images))
+        prompt = model.processor.prompt(self.messages, list(self.images))
         before = dict(engine.metrics.real)
         out = self.chat.send(text, list(images), sampling=params, return_logits=True)
         self.prefilled, self.encoded = (engine.metrics.real[kind] - before[kind] for kind in ("prefill", "vision"))
@@ -212,7 +212,7 @@ def test_the_rotary_base_follows_the_conversation(subjects: dict[str, Subject]) 
     with talk(subjects["qwen_vl"], GREEDY) as conversation:
         for _ in range(7):
             out = conversation.turn("Where is the bus?", *([noise_image((40, 40))] if not expected else []))
-            prompt = conversation.chat.model.prepare_messages(conversation.messages[:-1], list(conversation.images))
+            prompt = conversation.chat.model.processor.prompt(conversation.messages[:-1], list(conversation.images))
             changed = not expected or prompt.ntk != expected[-1]
             assert (conversation.prefilled == out.prompt_tokens) == changed
             expected.append(prompt.ntk)

@@ -132,7 +132,7 @@ def test_original_layout_equals_transformers(tmp_path: Path, fmt: str) -> None:
 
 def prepared(model: runtime.Model, tiny: Tiny, case: Case) -> dict[str, torch.Tensor]:
     """The runtime's own prompt in transformers' form."""
-    prompt = model.prepare(case.prompt, case.images, False)
+    prompt = model.processor.prompt(case.prompt, case.images)
     ids = np.where(prompt.rows >= 0, tiny.image_token_id, prompt.token_ids)
     info = model.info.image
     pixels = (prompt.pixels / 255 - np.array(info.mean)) / np.array(info.std)

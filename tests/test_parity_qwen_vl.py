@@ -68,7 +68,8 @@ class Record:
         )  # fmt: skip
 
     def prompt(self, model: runtime.Model):
-        return model.prepare(self.question, list(self.images), not self.chat)
+        make = model.processor.prompt if self.chat else model.processor.raw_prompt
+        return make(self.question, list(self.images))
 
 
 @pytest.fixture(scope="module")
@@ -219,7 +220,7 @@ def test_text_of_any_length_equals_a_naive_model(golden: runtime.Model, length: 
     weights = load_file(GOLDEN / "checkpoint" / "model.safetensors")
     text = _text_of(golden, length)
     out = ours(golden, Case(text, []), new_tokens=GREEDY)
-    ids = golden.prepare(text, [], True).token_ids.tolist()
+    ids = golden.processor.raw_prompt(text).token_ids.tolist()
     assert len(ids) == length
     expected = naive_logits(weights, [*ids, *out.token_ids[:-1]], length)[length - 1 :].astype(np.float32)
     check(out, Answer(expected.argmax(-1).tolist(), expected), f"{length} tokens")
@@ -228,7 +229,7 @@ def test_text_of_any_length_equals_a_naive_model(golden: runtime.Model, length: 
 def _text_of(model: runtime.Model, length: int) -> str:
     """Digits, each of which is a token."""
     text = "".join(str(i * 7 % 10) for i in range(length))
-    assert model.prepare(text, [], True).length == length
+    assert model.processor.raw_prompt(text).length == length
     return text
 
 
@@ -259,7 +260,7 @@ def test_images_fill_their_marks_in_order(golden: runtime.Model) -> None:
 def test_every_kind_of_file_is_dropped_to_rgb(golden: runtime.Model, tmp_path: Path) -> None:
     """As PIL's convert("RGB") does, which shows hidden colours of transparent parts; turned as transformers' loader does."""
     for name, path in image_files(tmp_path).items():
-        found = golden.prepare("<img>x</img>", [path], True).pixels
+        found = golden.processor.raw_prompt("<img>x</img>", [path]).pixels
         side = golden.info.image.size
         expected = opened(path).convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
         assert (found[0] == np.asarray(expected)).all(), name

@@ -105,7 +105,7 @@ def test_drafts(pair: Pair) -> None:
 def check_drafts(model: runtime.Model, truth: list[int]) -> None:
     """Drafts from the right answer, some of them wrong, however long the graphs take."""
     params = runtime.SamplingParams(max_new_tokens=len(truth), ignore_eos=True)
-    sequence = model.new_sequence(model.prepare(QUESTION, [SHAPES], raw=False), params)
+    sequence = model.new_sequence(model.processor.prompt(QUESTION, [SHAPES]), params)
     sequence.prompt_lookup = Guess(truth, np.random.default_rng(0))  # type: ignore[assignment]
     assert model.run([sequence])[0].token_ids == truth
     assert 0 < model.engine.metrics.accepted < model.engine.metrics.drafted

@@ -60,7 +60,7 @@ def restricted(tmp_path_factory: pytest.TempPathFactory) -> Restricted:
     tiny = tiny_llava(folder / "checkpoint", seed=5)
     build(Options(checkpoint=tiny.folder, out=folder / "a", buckets=SMALL_BUCKETS))
     with runtime.load(folder / "a", threads=1) as model:
-        ids = model.prepare(QUESTION, [], raw=False).token_ids
+        ids = model.processor.prompt(QUESTION).token_ids
     plain = reference(tiny, ids, GenerationConfig(eos_token_id=2))
     assert len(set(plain[:6])) > 3
     settings = {

@@ -13,7 +13,6 @@ from PIL import Image
 
 from staticvl import runtime
 from staticvl.runtime.processor.prompt import IMAGE, Message
-from staticvl.runtime.processor.token_bytes import TokenBytes
 
 from .conftest import REPO
 from .fakes import noise
@@ -93,7 +92,7 @@ def test_roles_images_and_turns(server: Running, alone: runtime.Model) -> None:
         Message("assistant", "A thing."),
         Message("user", "And these?", 2),
     ]
-    prompt = alone.prepare_messages(messages, [first, second, first])
+    prompt = alone.processor.prompt(messages, [first, second, first])
     [wanted] = alone.run([alone.new_sequence(prompt, runtime.SamplingParams(max_new_tokens=12))])
     got = server.chat(*asked, max_completion_tokens=12)
     assert got.choices[0].message.content == wanted.text
@@ -128,7 +127,7 @@ def test_marks_and_control_tokens_in_texts_are_words(server: Running, alone: run
         Message("assistant", asked[2]["content"]),
         Message("user", ("First:", IMAGE, "Se<image>cond:", "<ima", "ge>")),
     ]
-    prompt = alone.prepare_messages(messages, [noise(1)])
+    prompt = alone.processor.prompt(messages, [noise(1)])
     assert prompt.token_ids.tolist().count(alone.info.eos_token_ids[0]) == 0, "this template writes none"
     [wanted] = alone.run([alone.new_sequence(prompt, runtime.SamplingParams(max_new_tokens=8))])
     got = server.chat(*asked, max_completion_tokens=8)
@@ -158,7 +157,7 @@ def test_log_probabilities(server: Running, alone: runtime.Model, stream: bool) 
     told = [each for each in wanted.logprobs if each.token_id not in ends]
     assert [each.logprob for each in content] == [each.logprob for each in told]
     assert [[top.logprob for top in each.top_logprobs] for each in content] == [[p for _, p in each.top] for each in told]
-    table = TokenBytes(alone.tokenizer).tokens
+    table = alone.processor.token_bytes.tokens
     assert [bytes(each.bytes) for each in content] == [table[each.token_id] for each in told]
     assert all(each.token.encode() == bytes(each.bytes) for each in content if "\ufffd" not in each.token)
 

@@ -56,13 +56,13 @@ def test_who_leaves_while_a_body_arrives_or_is_made_ready(slow: Running, monkeyp
         connection.sendall(HEAD + b"Content-Length: 99\r\n\r\n{")
         until(lambda: slow.service.figures.active == 1)
     until(lambda: slow.service.figures.active == 0)
-    go, prepare = threading.Event(), slow.model.prepare_messages
+    go, prompt = threading.Event(), runtime.Processor.prompt
 
     def patiently(*args: Any) -> Any:
         go.wait(TIMEOUT_S)
-        return prepare(*args)
+        return prompt(*args)
 
-    monkeypatch.setattr(slow.model, "prepare_messages", patiently)
+    monkeypatch.setattr(runtime.Processor, "prompt", patiently)
     with slow.begin(**LONG):
         until(lambda: slow.service.figures.active == 1)
     until(lambda: slow.service.figures.active == 0)

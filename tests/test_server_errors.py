@@ -12,6 +12,7 @@ from typing import Any
 import openai
 import pytest
 
+from staticvl import runtime
 from staticvl.tools.cli import main
 from staticvl.tools.serving.keys import KeyRing, collect_keys
 
@@ -173,7 +174,7 @@ def test_prompts_that_are_too_long(server: Running) -> None:
 def test_text_that_cannot_fit_is_not_even_tokenised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = far_model(tmp_path / "artifact")
     with serving(model) as server:
-        monkeypatch.setattr(model, "prepare_messages", None)
+        monkeypatch.setattr(runtime.Processor, "prompt", None)
         error = told(server.post(GOOD | {"messages": [{"role": "user", "content": "x" * 800_000}]}), 400)
         assert error["code"] == "context_length_exceeded"
 

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from staticvl import runtime
 from staticvl.tools.serving.bodies import MOST_VALUES, SMALL, VALUES_PER_TOKEN, check_values
 from staticvl.tools.serving.errors import ApiError
 from staticvl.tools.serving.main import listening
@@ -227,7 +228,7 @@ def test_what_nobody_expected_is_one_line_and_one_error(
     model = far_model(tmp_path / "artifact")
     with serving(model) as server:
         monkeypatch.setattr("staticvl.tools.serving.app._card", lambda *_: 1 / 0)
-        monkeypatch.setattr(model, "prepare_messages", lambda *_: {}["secret"])
+        monkeypatch.setattr(runtime.Processor, "prompt", lambda *_: {}["secret"])
         requests = (
             lambda: server.http.get("/v1/models"),
             lambda: server.post(GOOD),

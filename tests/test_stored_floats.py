@@ -148,7 +148,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 def test_logits_are_those_of_the_checkpoint(kept: tuple[Path, Any]) -> None:
     model = runtime.load(kept[0])
     out = model.generate("What is it?", raw=True, max_new_tokens=1, return_logits=True)
-    ids = torch.tensor([model.tokenizer.encode("What is it?", add_bos=True)])
+    ids = torch.tensor([model.processor.tokenizer.encode("What is it?", add_bos=True)])
     with torch.inference_mode():
         expected = kept[1](input_ids=ids).logits[0, -1].numpy()
     assert np.abs(out.logits[0] - expected).max() <= 1e-5 * np.abs(expected).max()

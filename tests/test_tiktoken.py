@@ -194,7 +194,7 @@ def test_pieces_joined_equal_the_whole(llama: tuple[Tokenizer, Tokenizer, PreTra
     cases = [llama[0].encode("".join(rng.choices(PIECES, k=8)), add_bos=True) for _ in range(200)]
     cases += [[rng.randrange(size + 3) for _ in range(10)] for _ in range(200)]
     cases += [[rng.randrange(256) for _ in range(12)] for _ in range(300)]  # single bytes: broken UTF-8 above all
-    qwen_tokenizer = Tokenizer(llama[0].info, qwen())
+    qwen_tokenizer = Tokenizer(llama[0].config, qwen())
     for ids in cases:
         for tokenizer in (*llama[:2], qwen_tokenizer):
             for skip in (True, False):

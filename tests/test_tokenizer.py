@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, LlamaTokenizer
 
 from staticvl.runtime.artifact import TokenizerConfig
 from staticvl.runtime.processor.tokenizer import (
-    IMAGE,
+    IMAGE_ID,
     Detokenizer,
     Tokenizer,
     TokenizerError,
@@ -127,7 +127,7 @@ def test_the_published_file_puts_a_blank_after_a_image(hf: Path, published: Path
     ]
     newline = 3 + 0x0A
     blank = read_vocabulary(hf / "tokenizer.json").token_id("▁")
-    after = [ids[ids.index(IMAGE) + 1 :] for ids in after]
+    after = [ids[ids.index(IMAGE_ID) + 1 :] for ids in after]
     assert after[0][0] == newline
     assert after[1][:2] == [blank, newline]
 
@@ -171,7 +171,7 @@ def test_sentencepiece_with_added_tokens(original: Path) -> None:
             continue
         ids = theirs(text)["input_ids"]
         assert ours.encode(text, add_bos=True) == with_one_bos(ids), repr(text)
-        assert ours.encode_with_images(text, "<image>") == [IMAGE if i == 389 else i for i in with_one_bos(ids)]
+        assert ours.encode_with_images(text, "<image>") == [IMAGE_ID if i == 389 else i for i in with_one_bos(ids)]
         assert ours.decode(ids, skip_special=False) == theirs.decode(ids)
     assert ours.vocabulary.size == 391
     assert ours.vocabulary.token_id("<pad>") == 390 and ours.token(389) == "<image>" and ours.token(391) == ""
@@ -205,10 +205,10 @@ def test_original_cuts_at_the_mark_and_starts_each_piece_afresh(original: Path) 
     ):
         expected: list[int] = []
         for place, piece in enumerate(text.split("<image>")):
-            expected += [IMAGE] * bool(place) + [1, *plain.encode(piece)][bool(place) :]
+            expected += [IMAGE_ID] * bool(place) + [1, *plain.encode(piece)][bool(place) :]
         assert ours.encode_with_images(text, "<image>") == expected
     newline = [plain.piece_to_id("▁"), 3 + 0x0A]
-    assert ours.encode_with_images("<image>\n", "<image>") == [1, IMAGE, *newline]
+    assert ours.encode_with_images("<image>\n", "<image>") == [1, IMAGE_ID, *newline]
 
 
 def test_there_is_one_bos(hf: Path, original: Path) -> None:

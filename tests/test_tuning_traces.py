@@ -18,7 +18,7 @@ from staticvl.runtime.processor.families import family
 from staticvl.runtime.processor.tokenizer import load_tokenizer
 from staticvl.tools.tuning import workload as workload_module
 from staticvl.tools.tuning.columns import Request, TraceError
-from staticvl.tools.tuning.images import ImageCounter, image_tokens, tiles
+from staticvl.tools.tuning.images import ImageCounter
 from staticvl.tools.tuning.traces import drawn_requests, parse_distribution, read_trace
 from staticvl.tools.tuning.workload import gather
 
@@ -220,7 +220,7 @@ def test_images_take_what_the_runtime_gives_them(folder: Path) -> None:
         prompt = family(info.family).raw_prompt(
             "<img></img>" if info.family == "qwen_vl" else mark, [Image.new("RGB", size)], info, tokenizer
         )
-        assert (image_tokens(size, info), tiles(size, info.image)) == (prompt.image_tokens, len(prompt.pixels))
+        assert ImageCounter(info, size).count(size) == (prompt.image_tokens, len(prompt.pixels))
 
 
 def test_a_workload() -> None:

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from .. import runtime
 from ..runtime.artifact import ModelInfo
 from ..runtime.engine.request import Output, SamplingParams
-from ..runtime.processor.prompt import CrossAttentionMask, Message, Prompt
+from ..runtime.processor.prompt import CrossAttentionMask, Prompt
 from ..runtime.rope import ntk_factor
 from .machine import machine
 
@@ -122,7 +122,7 @@ class Bench:
         """A turn with an image alone: random pixels, four wide to three high, several tiles in families that cut images."""
         side = self.model.info.image.size
         image = Image.fromarray(self.rng.integers(0, 256, (side * 3 // 2, side * 2, 3)).astype(np.uint8))
-        return self.model.prepare_messages([Message("user", "", 1)], [image])
+        return self.model.processor.prompt("", image)
 
     def summary(self, artifact: Path, points: SequenceOf[Point]) -> dict[str, Any]:
         """Everything measured, as plain data."""

@@ -94,7 +94,7 @@ def prepared(model: runtime.Model, asked: SequenceOf[BenchRequest], folder: Path
     for each in tqdm(asked, desc="preparing", disable=None):
         images: list[ImageSource] = [image if ":" in image else str(folder / image) for image in each.images]
         params = SamplingParams(max_new_tokens=each.max_new_tokens)
-        ready.append((model.prepare(each.prompt, images, raw=False), params))
+        ready.append((model.processor.prompt(each.prompt, images), params))
     return ready
 
 

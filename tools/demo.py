@@ -73,7 +73,7 @@ def _demo(name: str, out: Path, device: str) -> int:
 def _ask(model: runtime.Model, question: str) -> str:
     out = model.generate(question, images=[IMAGE], max_new_tokens=96, temperature=0)
     print(f"   Q: {question}")
-    for line in answer_lines(out, model.tokenizer).splitlines():
+    for line in answer_lines(out, model.processor.tokenizer).splitlines():
         print(f"   A: {line}" if line == out.text else f"      {line}")
     print()
     return out.text

@@ -23,7 +23,7 @@ def run(args: argparse.Namespace) -> int:
     checks = {"verify": args.verify, "verify_key": args.verify_key}
     with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log, **checks) as model:
         out = model.generate(args.prompt, args.image, sampling=sampling, raw=args.raw)
-        text = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.tokenizer)
+        text = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.processor.tokenizer)
     print(text)
     if args.draw is not None:
         draw(args.image, out.boxes, args.draw)

@@ -134,7 +134,7 @@ def wait(name: str, args: argparse.Namespace) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time()) + args.limit_s, resource.RLIM_INFINITY))
     with tempfile.TemporaryDirectory() as folder:
         model = far_model(Path(folder) / "artifact")
-        prompt = model.prepare("Hello!", [], False)
+        prompt = model.processor.prompt("Hello!")
         free = SamplingParams(max_new_tokens=10_000, ignore_eos=True)
         sequences = [
             model.new_sequence(prompt, params) for params in (free, SamplingParams(max_new_tokens=2000, **FORMS[name]))

@@ -1,4 +1,4 @@
-"""Boxes that a model writes into its answer, as coordinates of the original image."""
+"""Boxes in an answer, as coordinates of the original image."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ROUNDING = 0.005
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quad:
-    """Four points around a thing, in the order in which the model wrote them."""
+    """A quadrilateral around an object: four points, in the order in which the model wrote them."""
 
     normalised: tuple[tuple[float, float], ...]  # x, y in 0..1
     pixels: tuple[tuple[int, int], ...]  # of the original image
@@ -30,7 +30,7 @@ class Quad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """One box of an answer."""
+    """A rectangle that an answer names: where it lies, on which image, and what it is called."""
 
     label: str | None  # what the model called it, where it did
     normalised: Corners  # x1, y1, x2, y2 in 0..1 of the square that the model saw
@@ -51,7 +51,7 @@ def parse_corners(text: str) -> list[Corners]:
     A list counts when it has exactly four numbers in 0..1 with x1 <= x2 and y1 <= y2, written in brackets or with decimals
     ("0, 1, 1, 1" in running text is no box). Wide digits, commas and brackets count as those of ASCII.
     """
-    text, found = narrow(text), []
+    text, boxes = narrow(text), []
     for match in _NUMBERS.finditer(text):
         words = match[0].split(",")
         numbers = [float(word) for word in words]
@@ -59,8 +59,8 @@ def parse_corners(text: str) -> list[Corners]:
             continue
         x1, y1, x2, y2 = numbers
         if x1 <= x2 and y1 <= y2 and ("." in match[0] or _in_brackets(text, match)):
-            found.append((x1, y1, x2, y2))
-    return found
+            boxes.append((x1, y1, x2, y2))
+    return boxes
 
 
 def _in_brackets(text: str, match: re.Match[str]) -> bool:
@@ -73,7 +73,7 @@ def _in_brackets(text: str, match: re.Match[str]) -> bool:
 
 
 def place(corners: Corners, frame: Frame) -> tuple[int, int, int, int]:
-    """Pixels x1, y1, x2, y2 of the original image, rounded; drawn to its edge when they miss it by no more than rounding."""
+    """Pixels x1, y1, x2, y2 of the original image, rounded. A coordinate that misses the edge by rounding alone lies on it."""
     (x1, y1), (x2, y2) = frame.point(*corners[:2]), frame.point(*corners[2:])
     return (
         _to_edge(x1, frame.image_width, frame.width),
@@ -91,9 +91,9 @@ def _to_edge(value: float, limit: int, span: float) -> int:
 
 
 def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
-    """Normalised boxes in an answer. Their coordinates name no image: they are taken to mean the first one.
+    """Boxes in an answer. Their coordinates name no image, so that all are boxes of the first one.
 
-    Without images there is nothing that a box could refer to: the result is empty.
+    Without images the result is empty.
     """
     if not frames:
         return ()

@@ -1,4 +1,4 @@
-"""Chat templates: a checkpoint's Jinja text and messages to one prompt.
+"""Chat templates: a checkpoint's Jinja text and messages to the text of a prompt.
 
 The environment is the one that transformers gives a template (utils/chat_template_utils.py): sandboxed, blocks trimmed,
 `raise_exception`, `strftime_now`, a `tojson` that escapes no HTML, break and continue, and the {% generation %} tag. Besides,
@@ -68,11 +68,11 @@ MLLAMA_BASE = """\
 
 
 class ChatTemplateError(ValueError):
-    """A template that is wrong, or that refuses these messages; the message says why."""
+    """A template that is wrong, or that refuses these messages; the error says why."""
 
 
 class TemplateLimitError(ChatTemplateError):
-    """A template that goes on for too long or makes too much, whatever the messages are."""
+    """A template that runs for too long or makes too much text, whatever the messages are."""
 
 
 class _Generation(Extension):
@@ -110,7 +110,7 @@ def render(
     """The prompt text of `messages`: dicts with "role" and "content", where content is a list of {"type": "image"} and
     {"type": "text", "text": ...}.
 
-    Raises ChatTemplateError when the template cannot be read or refuses the messages, TemplateLimitError when it goes on for
+    Raises ChatTemplateError when the template cannot be read or refuses the messages, TemplateLimitError when it runs for
     more than 10 s or about a million steps, or makes more than 200 000 characters and four times those of the messages.
     """
     values = {

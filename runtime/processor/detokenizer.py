@@ -1,4 +1,4 @@
-"""The text of an answer while its tokens arrive."""
+"""The incremental detokenizer: the text of an answer while its tokens arrive."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .tokenizer import Detokenizer, Tokenizer
 
 
 class IncrementalDetokenizer:
-    """Tokens in, pieces of text out: without blanks around the answer, ended before the first stop string.
+    """Tokens in, pieces of text out. The text has no blanks around it and ends before the first stop string.
 
-    What may still turn out to be a stop string, or a blank at the end, is held back; the pieces together are the text.
+    Text that may still become a stop string, or a blank at the end, is held back. The pieces together are the text.
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], from_token: int = 0, *, streamed: bool = False) -> None:
         """`from_token`: how many tokens there must be before a stop string counts. `streamed`: pieces are in `given` as soon as
-        they are certain, where a thread may read them that does not add tokens."""
+        they are certain, so that a thread that adds no tokens may read them."""
         self.tokens, self.from_token = 0, from_token
         self.detokenizer = Detokenizer(tokenizer)
         self.stops, self.streamed = tuple(stop for stop in stops if stop), streamed
@@ -26,27 +26,29 @@ class IncrementalDetokenizer:
 
     @property
     def pieces(self) -> list[str]:
+        """The pieces so far."""
         self._read()
         return self.given
 
     @property
     def text(self) -> str:
+        """The text so far, without what is held back."""
         return "".join(self.pieces)
 
     def add_unread(self, token_id: int) -> None:
-        """As `add`, but what is not streamed is turned into text at the end, unless a stop string may end it."""
+        """As `add`, but the text is made later, at the end, unless it is streamed or a stop string may end it."""
         self.unread.append(token_id)
         if self.stops or self.streamed:
             self._read()
 
     def add(self, token_id: int) -> str:
-        """The piece that this token sets free, perhaps empty."""
+        """The piece that is certain with this token, perhaps empty."""
         self._read()
         self.tokens += 1
         return "" if self.stopped else self._release(self.detokenizer.add(token_id))
 
     def finish(self) -> str:
-        """The last piece."""
+        """The last piece: what was held back."""
         self._read()
         if self.stopped:
             return ""
@@ -64,10 +66,10 @@ class IncrementalDetokenizer:
 
     def _release(self, new: str) -> str:
         self.held += new
-        found = [at for at in (self.held.find(stop) for stop in self._counting) if at >= 0]
-        if found:
+        starts = [start for start in (self.held.find(stop) for stop in self._counting) if start >= 0]
+        if starts:
             self.stopped = True
-            return self._give(self.held[: min(found)].rstrip())
+            return self._give(self.held[: min(starts)].rstrip())
         return self._give(self.held[: self._safe()].rstrip())
 
     def _safe(self) -> int:

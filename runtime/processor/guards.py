@@ -1,4 +1,4 @@
-"""Words that spell a special token: kept apart from the tokens that a template writes, up to the tokenizer.
+"""Guards: words that spell a special token stay words, from the message through the template to the tokenizer.
 
 A guard is a run of private-use characters. It is put into every special token that a text spells, right after the first
 character, so neither a template nor a tokenizer sees that token; the tokenizer takes it out again and encodes words.
@@ -17,6 +17,7 @@ _LENGTH = 8  # characters of a guard: one of 6400 ** 8
 
 
 def new_guard() -> str:
+    """A new run of random private-use characters."""
     return "".join(secrets.choice(_PRIVATE) for _ in range(_LENGTH))
 
 
@@ -26,11 +27,12 @@ def any_of(tokens: Iterable[str]) -> str:
 
 
 def unguarded(text: str, guard: str) -> str:
+    """The text without the guard; as it is where the guard is empty."""
     return text.replace(guard, "") if guard else text
 
 
 class Guard:
-    """Breaks up the special tokens that texts spell. `mark` is what it puts into them."""
+    """A run of random characters, `mark`, that is put into the special tokens which texts spell, so that they stay words."""
 
     def __init__(self, tokens: Collection[str]) -> None:
         self.mark = new_guard()
@@ -45,13 +47,13 @@ class Guard:
 
     def _begins(self, text: str) -> Iterator[int]:
         """Where tokens begin, also inside one another."""
-        found = self._any.search(text)
-        while found:
-            yield found.start()
-            found = self._any.search(text, found.start() + 1)
+        match = self._any.search(text)
+        while match:
+            yield match.start()
+            match = self._any.search(text, match.start() + 1)
 
     def _open_ends(self, text: str) -> list[int]:
-        """Where the text ends in the beginning of a token; a template may strip the text."""
+        """Where a prefix of a token starts that ends the text, blanks at the end aside: a template may strip them."""
         end = len(text.rstrip())
         starts = range(max(0, end - self._longest + 1), end)
         return [start for start in starts if any(token.startswith(text[start:end]) for token in self._tokens)]

@@ -1,4 +1,4 @@
-"""Images that are written as text, as bytes: data: URLs and plain base64."""
+"""Images written as text: data: URLs and plain base64 to bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import urllib.parse
 
 from ..shown import shown
 
-KINDS = ("image/", "application/octet-stream", "")  # beginnings of types that a data: URL may have
+KINDS = ("image/", "application/octet-stream", "")  # prefixes of the types that a data: URL may have
 
 
 class ImageError(ValueError):
@@ -16,12 +16,12 @@ class ImageError(ValueError):
 
 
 def is_data_url(text: str) -> bool:
-    """Schemes are read in any case."""
+    """Whether a text is a data: URL; the case of the scheme does not matter."""
     return text[:5].lower() == "data:"
 
 
 def data_url_name(url: str) -> str:
-    """A data: URL as messages call it: without the image."""
+    """A data: URL without its image, for error messages."""
     return f"{shown(url.partition(',')[0])},..."
 
 

@@ -11,8 +11,8 @@ from typing import BinaryIO, TypeAlias, cast
 from PIL import BmpImagePlugin, IcoImagePlugin, Image, PngImagePlugin, UnidentifiedImageError
 
 from ..shown import shown
-from .freed import give_back
 from .image_data import ImageError, data_url_name, decode_base64, decode_data_url, is_data_url
+from .image_memory import release_memory
 from .image_modes import Alpha, orientation_of, to_rgb
 from .image_urls import MIB, download
 from .pillow_quiet import quiet_pillow
@@ -28,7 +28,7 @@ PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
 @dataclass(frozen=True, slots=True)
 class _Limits:
-    """Of one image, checked before anything is decoded."""
+    """Limits on the size of one image, checked before anything is decoded."""
 
     pixels: int
     side: int
@@ -64,8 +64,8 @@ def load_image(
     is the time that a download may take in all, `max_bytes` the most that it (or text) may hold. `max_pixels`, `max_side`
     (pixels) and `max_ratio` (of the longer side to the shorter) are checked before anything is decoded.
 
-    A file is turned as its EXIF orientation says; a PIL image is taken as it is: both as transformers does. The first frame of
-    an animation is taken. More than 8 bits are scaled to 8, where PIL would clip them (image_modes.py). `alpha`
+    A file is turned as its EXIF orientation says; a PIL image stays as it is: both as transformers does. Of an animation the
+    first frame counts. More than 8 bits are scaled to 8, where PIL would clip them (image_modes.py). `alpha`
     (ImageProcessorConfig.alpha) is what becomes of transparent parts: "white" lays them over white, "drop" shows their hidden
     colours (Qwen-VL).
 
@@ -87,7 +87,7 @@ def load_image(
     finally:
         if file is not source:
             file.close()
-    give_back(image.width * image.height)  # of the file's own mode
+    release_memory(image.width * image.height)  # of the file's own mode
     return image
 
 
@@ -99,7 +99,7 @@ def _upright(file: BinaryIO, name: str, limits: _Limits, alpha: Alpha) -> Image.
 
 
 def _file_of(source: ImageSource, timeout_s: float, max_bytes: int) -> tuple[BinaryIO, str]:
-    """A file that holds the image, and what messages call it."""
+    """A file that holds the image, and its name for error messages."""
     if isinstance(source, str):
         return _file_of_text(source, timeout_s, max_bytes)
     if isinstance(source, Path):

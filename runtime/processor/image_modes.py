@@ -1,4 +1,4 @@
-"""From any of Pillow's modes to RGB in 8 bits, and the turn that EXIF asks for."""
+"""Images of any of Pillow's modes to RGB in 8 bits, and the rotation that EXIF states."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TURNS = {
 
 
 def orientation_of(image: Image.Image) -> Image.Transpose | None:
-    """The turn that EXIF (or XMP) asks for. None as well where EXIF cannot be read: such a file is shown as it is stored.
+    """The rotation that EXIF or XMP states. None also where EXIF cannot be read: such a file is shown as it is stored.
 
     `image` must be loaded: Pillow turns TIFF by itself then, and removes the tag.
     """

@@ -1,4 +1,4 @@
-"""Images behind http(s) URLs, as bytes: downloads whose size, time and connections are bounded."""
+"""Images at http(s) URLs to bytes: downloads whose size, time and connections are bounded."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class _Connections:
         """A connection to a host in the time that is left; raises TimeoutError when there is none."""
         with self._lock:
             self._drop()
-        left = self._deadline - time.monotonic()
-        if left <= 0:
+        seconds = self._deadline - time.monotonic()
+        if seconds <= 0:
             raise TimeoutError
-        connection = self._connect(address, left)
+        connection = self._connect(address, seconds)
         with self._lock:
             if self._over:
                 connection.close()
@@ -68,22 +68,22 @@ def connect_in_time(
 ) -> socket.socket:
     """A connection to the first address of a host that answers, `timeout` seconds for all of them together.
 
-    `check` is given every address of the host before any connection is opened, and may raise. A name server's own time is not
-    bounded here. Raises OSError.
+    `check` is called with every address of the host before any connection is opened, and may raise. A name server's own time
+    is not bounded here. Raises OSError.
     """
     host, port = address
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    for *_, place in found:
+    places = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    for *_, place in places:
         if check:
             check(str(place[0]))
     deadline = None if timeout is None else time.monotonic() + timeout
     last: OSError = OSError("the host has no address")
-    for family, kind, protocol, _, place in found:
-        left = None if deadline is None else deadline - time.monotonic()
-        if left is not None and left <= 0:
+    for family, kind, protocol, _, place in places:
+        seconds = None if deadline is None else deadline - time.monotonic()
+        if seconds is not None and seconds <= 0:
             raise TimeoutError
         try:
-            return _opened(family, kind, protocol, place, left)
+            return _opened(family, kind, protocol, place, seconds)
         except OSError as error:
             last = error
     raise last
@@ -101,7 +101,7 @@ def _opened(family: int, kind: int, protocol: int, place: tuple, timeout: float 
 
 
 def download(url: str, *, timeout_s: float, max_bytes: int, connect: Connect | None = None) -> bytes:
-    """What lies at an http(s) URL; raises ImageError.
+    """The bytes at an http(s) URL; raises ImageError.
 
     `timeout_s` is the time that all of it may take, redirects included; afterwards no socket and no thread of it is left, but
     for a thread that waits for a name server. `connect` (address, timeout in seconds) opens every
@@ -114,11 +114,11 @@ def download(url: str, *, timeout_s: float, max_bytes: int, connect: Connect | N
     opener = _opener(connections, proxies=connect is None)
     result: Future[bytes] = Future()
 
-    # In a thread of its own, which `connections.end` ends.
+    # Runs in a thread of its own, which `connections.end` ends.
     def work() -> None:
         try:
             result.set_result(_fetch(request, name, timeout_s, max_bytes, opener))
-        except Exception as error:  # handed over to the caller, who sees it as it is
+        except Exception as error:  # raised in the caller
             result.set_exception(error)
 
     threading.Thread(target=work, daemon=True, name="staticvl-download").start()
@@ -135,9 +135,9 @@ def _request(url: str, name: str) -> urllib.request.Request:
     if scheme not in ("http", "https"):
         raise ImageError(f"{name} has the scheme {shown(scheme)}; expected http or https, or a path")
     try:
-        quoted = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
-        _ = urllib.parse.urlsplit(quoted).port  # raises for one that is no port
-        return urllib.request.Request(quoted, headers={"User-Agent": "staticvl"})
+        escaped_url = urllib.parse.quote(url, safe="%/:=&?~#+!$,;'@()*[]")
+        _ = urllib.parse.urlsplit(escaped_url).port  # raises for one that is no port
+        return urllib.request.Request(escaped_url, headers={"User-Agent": "staticvl"})
     except ValueError as error:
         raise ImageError(f"{name} is not a valid URL ({shown(error)})") from error
 

@@ -1,4 +1,4 @@
-"""Images as the vision graph takes them, and where its tiles lie on the image.
+"""RGB images to the tiles of the vision graph, and where these lie on the image.
 
 Legend: S side of a tile; sizes are (width, height); coordinates are (x, y) with the origin at the top left corner.
 Rescaling and normalisation happen in the graph, so everything here stays uint8. All pixels equal those of the reference
@@ -25,7 +25,7 @@ MAX_RESIZED_PIXELS = 400_000_000  # of the intermediate image of to_pixels; only
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Frame:
-    """Where the area that the model's coordinates refer to lies on the original image, in pixels of the image.
+    """The area of an image that the model's coordinates refer to, in pixels of the original image.
 
     A coordinate u, v in 0..1 is the point `left + u * width`, `top + v * height`. With padding the area is larger than the
     image (left or top is negative); with a centre crop it is smaller.
@@ -52,7 +52,7 @@ def to_pixels(image: Image.Image, config: ImageProcessorConfig) -> np.ndarray:
     anyres (LLaVA-1.6): first the image stretched to one tile; then the tiles of the best grid, row by row, with the image
     in their middle on black.
     tiles (Llama-3.2-Vision): the tiles of the best grid, row by row, with the image at the top left on black; then black
-    tiles up to facts.tiles.
+    tiles up to config.tiles.
 
     Raises ImageError for an image so narrow that an intermediate image would not fit in memory.
     """
@@ -143,8 +143,8 @@ def _check_pixels(count: int, size: tuple[int, int]) -> None:
 
 
 def frame_of(size: tuple[int, int], config: ImageProcessorConfig) -> Frame:
-    """Where the square that `to_pixels` makes of an image of `size` lies on it; where it is stretched or cut into tiles,
-    coordinates refer to the image itself.
+    """The frame of an image of `size`: the square that `to_pixels` makes of it; where it is stretched or cut into tiles, the
+    image itself.
     """
     width, height = size
     if config.mode == "pad":

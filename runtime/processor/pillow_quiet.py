@@ -1,4 +1,4 @@
-"""Pillow's warnings kept out while an image is loaded: a file is either used or refused with an ImageError."""
+"""Pillow's warnings are ignored while an image is loaded: a file is either used or refused with an ImageError."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 class _Quiet(contextlib.AbstractContextManager):
     """Ignores warnings of Pillow's modules, and of no others, while any thread is inside.
 
-    Not warnings.catch_warnings: it restores what it has found, and two threads that overlap would leave the filters of the
-    process changed.
+    Not warnings.catch_warnings: it restores the filters of its start, and two threads that overlap would leave the filters of
+    the process changed.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""What a request asks, before and after preparation.
+"""Messages of a chat, and the Prompt that a processor makes of them.
 
 Legend: L positions of the prompt, S side of a tile, P rows of features per tile.
 """
@@ -7,21 +7,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from .images import Frame
+from .images import Frame, ImageSource
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be run; the message says what to change."""
+    """A prompt that cannot be run; the error says what to change."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImagePart:
     """An image in a message; the images of a conversation are given beside its messages, in the same order.
 
-    inline: a mark in a plain text said where the image stands, so nothing is put around it and no template moves it.
+    inline: a mark in a plain text said where the image stands: nothing is put around it, and no template moves it.
     """
 
     inline: bool = False
@@ -56,6 +57,7 @@ class Message:
 
     @property
     def texts(self) -> tuple[str, ...]:
+        """The text parts in order."""
         return tuple(part for part in self.parts if isinstance(part, str))
 
     @property
@@ -64,10 +66,57 @@ class Message:
         return "".join(self.texts)
 
 
-def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
-    """The conversation with its system message as text of the first user turn, after images that the turn begins with.
+Turn = str | Message  # of the user
+Images = Sequence[ImageSource] | ImageSource | None
 
-    None where there is nothing to move, or no turn to move it to.
+
+def check_text(text: Any) -> str:
+    """The text; raises PromptError for anything else."""
+    if not isinstance(text, str):
+        raise PromptError(f"a prompt is {type(text).__name__}; expected text")
+    return text
+
+
+def check_turn(turn: Any) -> Turn:
+    """The turn of a user; raises PromptError for what is neither text nor a Message."""
+    return turn if isinstance(turn, Message) else check_text(turn)
+
+
+def check_messages(messages: Any) -> list[Message]:
+    """The messages of a conversation; raises PromptError for what is no list of Messages."""
+    if not isinstance(messages, list | tuple):
+        raise PromptError(f"a prompt is {type(messages).__name__}; expected text, a Message or a list of Messages")
+    if other := next((each for each in messages if not isinstance(each, Message)), None):
+        raise PromptError(f"a message of a conversation is {type(other).__name__}; expected a Message")
+    return list(messages)
+
+
+def as_list(images: Any) -> list[ImageSource]:
+    """One image, several or none as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, list | tuple) else [images]
+
+
+def pair_up(prompts: Sequence[Turn], images: Any) -> list[tuple[Turn, Any]]:
+    """Each prompt with its images; raises PromptError unless `images` is None or a list with an entry for each prompt."""
+    if not isinstance(prompts, list | tuple):
+        raise PromptError(f"prompts is {type(prompts).__name__}; expected a text or a list of texts")
+    if images is None:
+        return [(prompt, None) for prompt in prompts]
+    if not isinstance(images, list | tuple) or len(images) != len(prompts):
+        count = len(images) if isinstance(images, list | tuple) else "one entry that is no list"
+        raise PromptError(
+            f"{len(prompts)} prompts were given but images has {count}; give a list with one entry for each prompt: an image, "
+            "a list of them, or None"
+        )
+    return list(zip(prompts, images, strict=True))
+
+
+def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
+    """The conversation with its system message as text of the first user turn, after the images at the start of the turn.
+
+    None where there is no system message, or no turn of a user.
     """
     first = next((place for place, message in enumerate(messages) if message.role == "user"), None)
     if not messages or messages[0].role != "system" or first is None:
@@ -83,7 +132,7 @@ def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CrossAttentionMask:
-    """What each position sees of the images, where they enter by cross-attention. N images of t tiles each."""
+    """Which tiles each position attends to, where images enter by cross-attention. N images of t tiles each."""
 
     visible: np.ndarray  # bool [L, N * t]: the tiles that a position attends to
     gates: np.ndarray  # float32 [L, 2]: factors 0 or 1 of a cross layer's attention and of its MLP
@@ -91,7 +140,7 @@ class CrossAttentionMask:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A prompt ready for the graphs: the arrays are read, never written, by those who get it."""
+    """A prompt as arrays for the graphs. Nobody writes into the arrays once it is made."""
 
     token_ids: np.ndarray  # int32 [L]; at image positions the image token, or 0 where images have no id
     rows: np.ndarray  # int32 [L]; -1: embed the token id, else that row of the features [tiles * P, C]
@@ -112,4 +161,5 @@ class Prompt:
 
     @property
     def text_tokens(self) -> int:
+        """Positions that text takes."""
         return self.length - self.image_tokens

@@ -33,11 +33,11 @@ def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
     """Boxes and quads in an answer, in order; what is malformed is left out.
 
     A box is called what the <ref> before it says, with nothing but other boxes and punctuation between. It belongs to the
-    image that the answer named last ("Picture 2"), else to the last image given, on which the original code draws.
+    image that the answer named last ("Picture 2"), else to the last image, on which the original code draws.
     Several boxes may stand in one tag, and the last tag may lack its end. Wide digits and punctuation count as those of ASCII.
     Without images the result is empty. The time is linear in the length of the text.
     """
-    found, label, end, image = [], None, 0, len(frames) - 1
+    boxes, label, end, image = [], None, 0, len(frames) - 1
     for element in _elements(text) if frames else ():
         groups = _groups(element) if element.tag != "ref" else []
         if groups is None:
@@ -50,24 +50,24 @@ def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
             continue
         if re.search(r"\w", between):
             label = None
-        found += [_box(points, label, image, frames[image]) for points in groups]
-    return tuple(found)
+        boxes += [_box(points, label, image, frames[image]) for points in groups]
+    return tuple(boxes)
 
 
 def _elements(text: str) -> Iterator[_Element]:
-    """What stands between a tag and its end, with no other tag between. A box or quad may begin with the text, since a prompt
-    may end in its tag, and end with it, where the answer was cut."""
-    opened, start, begin = "text", 0, 0
-    for tag in _TAG.finditer(text):
-        ends, name = tag.groups()
+    """Every tag with its text up to the closing tag, with no other tag between. The opening tag of a box or quad may be missing
+    at the start of the text, since a prompt may end in it, and the closing tag at the end, where the answer was cut."""
+    tag, start, begin = "text", 0, 0
+    for match in _TAG.finditer(text):
+        ends, name = match.groups()
         if not ends:
-            opened, start, begin = name, tag.start(), tag.end()
+            tag, start, begin = name, match.start(), match.end()
             continue
-        if opened == name or (opened == "text" and name != "ref"):
-            yield _Element(name, text[begin : tag.start()], start, tag.end())
-        opened = ""
-    if opened in _CORNERS:
-        yield _Element(opened, text[begin:], start, len(text))
+        if tag == name or (tag == "text" and name != "ref"):
+            yield _Element(name, text[begin : match.start()], start, match.end())
+        tag = ""
+    if tag in _CORNERS:
+        yield _Element(tag, text[begin:], start, len(text))
 
 
 def _named(text: str, image: int, count: int) -> int:

@@ -29,43 +29,47 @@ _WIDTH = re.compile(r"\d{5,}")  # of padding, in a format
 
 
 class TemplateLimitError(jinja2.TemplateError):
-    """A template that goes on for too long or makes too much."""
+    """A template that runs for too long or makes too much text."""
 
 
 @dataclass(slots=True)
 class Meter:
-    """What one rendering may still do."""
+    """The budget of one rendering, which each step and each value reduces."""
 
     most: int  # characters of a value
-    steps: int
-    left: int  # characters in all
-    ends: float  # by time.monotonic
+    steps: int  # that remain
+    characters: int  # that remain, of all values together
+    deadline: float  # by time.monotonic
 
     @classmethod
     def for_messages(cls, characters: int) -> Meter:
+        """The budget for messages of so many characters."""
         most = ROOM + GROWTH * characters
         return cls(most, STEPS + characters, TOTAL * most, time.monotonic() + SECONDS)
 
     def step(self) -> None:
+        """Count a step; raises TemplateLimitError where there are too many, or the time is over."""
         self.steps -= 1
         if self.steps < 0:
             raise TemplateLimitError("it takes too many steps; correct its loops")
-        if time.monotonic() > self.ends:
+        if time.monotonic() > self.deadline:
             raise TemplateLimitError(f"it takes more than {SECONDS:g} s; correct its loops")
 
     def weigh(self, value: Any) -> Any:
-        """The value; raises TemplateLimitError where it is too large, alone or with all that was made before."""
+        """The value; raises TemplateLimitError where it is too large, alone or together with all values before it."""
         weight = weight_of(value, self.most)
-        self.left -= weight
-        if weight > self.most or self.left < 0:
+        self.characters -= weight
+        if weight > self.most or self.characters < 0:
             raise self.too_much()
         return value
 
     def expect(self, characters: int) -> None:
-        if characters > self.left:
+        """Raise TemplateLimitError where a value of so many characters would be too much."""
+        if characters > self.characters:
             raise self.too_much()
 
     def too_much(self) -> TemplateLimitError:
+        """The error for text that is too long."""
         return TemplateLimitError(f"it makes more than {self.most} characters; correct what it repeats")
 
 
@@ -93,14 +97,15 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, **settings: Any) -> None:
-        super().__init__(optimized=False, finalize=_written, **settings)
-        for name, made in list(self.filters.items()):
-            self.add_filter(name, made)
+        super().__init__(optimized=False, finalize=_output, **settings)
+        for name, function in list(self.filters.items()):
+            self.add_filter(name, function)
         own = {"_counted": _counted, "_sized": _sized, "_joined": _joined}
-        self.filters |= {name: jinja2.pass_context(made) for name, made in own.items()}
+        self.filters |= {name: jinja2.pass_context(function) for name, function in own.items()}
 
-    def add_filter(self, name: str, made: Callable[..., Any]) -> None:
-        self.filters[name] = _bounded(name, made)
+    def add_filter(self, name: str, function: Callable[..., Any]) -> None:
+        """Add a filter, within the limits."""
+        self.filters[name] = _bounded(name, function)
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
         return _measured(super()._parse(source, name, filename))
@@ -122,13 +127,13 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
         return meter.weigh(super().call(__context, __obj, *args, **kwargs))
 
     def write(self, template: jinja2.Template, meter: Meter, values: Mapping[str, Any]) -> str:
-        """What a template writes; raises TemplateLimitError besides all that its expressions raise."""
+        """The text that a template makes; raises TemplateLimitError, and whatever its expressions raise."""
         token = _METER.set(meter)
         try:
-            chunks, written = [], 0
+            chunks, length = [], 0
             for chunk in template.generate(values):
-                written += len(chunk)
-                if written > meter.most:
+                length += len(chunk)
+                if length > meter.most:
                     raise TemplateLimitError(f"it writes more than {meter.most} characters; correct its loops")
                 chunks.append(chunk)
             return "".join(chunks)
@@ -137,7 +142,7 @@ class BoundedEnvironment(ImmutableSandboxedEnvironment):
 
 
 def _measured(tree: nodes.Template) -> nodes.Template:
-    """The tree of a template with every loop counted, and all weighed that is written or put together."""
+    """The tree of a template, in which every loop is counted, and every output and every sum of parts is weighed."""
     for loop in list(tree.find_all(nodes.For)):
         loop.iter = _filter("_counted", loop.iter)
     for parent in [tree, *tree.find_all(nodes.Node)]:
@@ -177,14 +182,14 @@ def _joined(context: Any, parts: Any) -> str:
     return "".join(map(str, _sized(context, parts)))
 
 
-_written = jinja2.pass_context(_sized)  # being given the context, it is not applied when the template is compiled
+_output = jinja2.pass_context(_sized)  # since it takes the context, it is not applied when the template is compiled
 
 
-def _bounded(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
+def _bounded(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     """A filter whose result is estimated, then weighed."""
-    kind = getattr(getattr(made, "jinja_pass_arg", None), "name", None)
+    kind = getattr(getattr(function, "jinja_pass_arg", None), "name", None)
 
-    @functools.wraps(made)
+    @functools.wraps(function)
     def run(context: Any, value: Any, *args: Any, **kwargs: Any) -> Any:
         meter = _METER.get()
         meter.step()
@@ -192,8 +197,8 @@ def _bounded(name: str, made: Callable[..., Any]) -> Callable[..., Any]:
             value = meter.weigh([*_counted(context, value)])
         _expect(meter, name, (value, *args), kwargs)
         first = {"context": context, "eval_context": context.eval_ctx, "environment": context.environment}
-        given = [first[kind]] if kind else []
-        return meter.weigh(made(*given, value, *args, **kwargs))
+        passed = [first[kind]] if kind else []
+        return meter.weigh(function(*passed, value, *args, **kwargs))
 
     return jinja2.pass_context(run)
 
@@ -214,12 +219,12 @@ def _expect_of_operator(meter: Meter, operator: str, left: Any, right: Any) -> N
 def _expect(meter: Meter, name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise TemplateLimitError for a filter or a method of a text that could make too much of these arguments."""
     if name in _ESTIMATES:
-        meter.expect(_ESTIMATES[name](_Given(args[0], [*args[1:], *kwargs.values()], meter.most)))
+        meter.expect(_ESTIMATES[name](_Arguments(args[0], [*args[1:], *kwargs.values()], meter.most)))
 
 
 @dataclass(frozen=True, slots=True)
-class _Given:
-    """What a filter or a method is given: the value before its name, and the arguments."""
+class _Arguments:
+    """Arguments of a filter or a method: the value before its name, and the others."""
 
     value: Any
     others: list[Any]
@@ -247,27 +252,27 @@ class _Given:
         return len(self.others[0]) if self.others and hasattr(self.others[0], "__len__") else 0
 
 
-def _padded(given: _Given) -> int:
-    return given.number * TOTAL
+def _padded(arguments: _Arguments) -> int:
+    return arguments.number * TOTAL
 
 
-def _repeated(given: _Given) -> int:
-    return given.size * given.largest
+def _repeated(arguments: _Arguments) -> int:
+    return arguments.size * arguments.largest
 
 
-def _formatted(given: _Given) -> int:
-    widths = sum(map(int, _WIDTH.findall(given.value))) if isinstance(given.value, str) else 0
-    return (given.count("{") + given.count("%")) * given.largest + widths
+def _formatted(arguments: _Arguments) -> int:
+    widths = sum(map(int, _WIDTH.findall(arguments.value))) if isinstance(arguments.value, str) else 0
+    return (arguments.count("{") + arguments.count("%")) * arguments.largest + widths
 
 
 # An upper bound of what these make, by the name of the filter or of the method of a text.
-_ESTIMATES: dict[str, Callable[[_Given], int]] = {
+_ESTIMATES: dict[str, Callable[[_Arguments], int]] = {
     **dict.fromkeys(("center", "ljust", "rjust", "zfill", "batch", "slice"), _padded),
     **dict.fromkeys(("indent", "expandtabs", "tojson", "wordwrap"), _repeated),
     **dict.fromkeys(("format", "format_map"), _formatted),
-    "replace": lambda given: given.count(given.others[0] if given.others else "") * given.largest,
-    "join": lambda given: given.size * given.length,
-    "sum": lambda given: given.size**2 if any(isinstance(each, list | tuple) for each in given.others) else 0,
-    "round": lambda given: given.number**2,
-    "lipsum": lambda given: given.number**2,
+    "replace": lambda arguments: arguments.count(arguments.others[0] if arguments.others else "") * arguments.largest,
+    "join": lambda arguments: arguments.size * arguments.length,
+    "sum": lambda arguments: arguments.size**2 if any(isinstance(each, list | tuple) for each in arguments.others) else 0,
+    "round": lambda arguments: arguments.number**2,
+    "lipsum": lambda arguments: arguments.number**2,
 }

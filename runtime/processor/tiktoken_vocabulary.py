@@ -35,9 +35,10 @@ class TiktokenVocabulary:
         self, path: Path, added_tokens: Mapping[str, int], *, pattern: str, nfc: bool, visible: Collection[str] = TAGS
     ) -> None:
         ranks = read_ranks(path)
-        if taken := {token: i for token, i in added_tokens.items() if i < len(ranks)}:
+        if conflicts := {token: i for token, i in added_tokens.items() if i < len(ranks)}:
             raise TokenizerError(
-                f"{path} has {len(ranks)} tokens, so that {taken} are taken; take the file that belongs to these special tokens"
+                f"{path} has {len(ranks)} tokens, so that {conflicts} are taken; take the file that belongs to these special "
+                "tokens"
             )
         try:
             self._encoding = tiktoken.Encoding(
@@ -52,6 +53,7 @@ class TiktokenVocabulary:
 
     @property
     def size(self) -> int:
+        """See Vocabulary.size."""
         return 1 + max(self._bytes)
 
     def encode(self, text: str, *, guard: str = "", specials: Collection[str] | None = None) -> list[int]:
@@ -73,23 +75,27 @@ class TiktokenVocabulary:
             raise TokenizerError(f"the text cannot be cut into words ({error}); shorten its longest run of blanks") from error
 
     def control_tokens(self) -> frozenset[str]:
+        """See Vocabulary.control_tokens."""
         return frozenset(self._special)
 
     added_tokens = control_tokens
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        shown = (i for i in ids if not (skip_special and i in self._hidden))
-        return b"".join(self._bytes.get(i, b"") for i in shown).decode("utf-8", errors="replace")
+        """Text of ids; bytes that are no UTF-8 become U+FFFD."""
+        visible = (i for i in ids if not (skip_special and i in self._hidden))
+        return b"".join(self._bytes.get(i, b"") for i in visible).decode("utf-8", errors="replace")
 
     def token(self, token_id: int) -> str | None:
+        """See Vocabulary.token; bytes that are no UTF-8 become U+FFFD."""
         data = self._bytes.get(token_id)
         return None if data is None else data.decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
+        """See Vocabulary.token_bytes."""
         return self._bytes[token_id]
 
     def token_id(self, token: str) -> int | None:
-        """Of a special token, or of a text that is one token."""
+        """The id of a special token, or of a text that is one token; None for any other."""
         if token in self._special:
             return self._special[token]
         try:
@@ -98,12 +104,12 @@ class TiktokenVocabulary:
             return None
 
     def is_special(self, token_id: int) -> bool:
-        """Whether decoding drops it."""
+        """Whether decoding without special tokens leaves it out."""
         return token_id in self._hidden
 
 
 def is_tiktoken(path: Path) -> bool:
-    """Whether a file has this form: a tokenizer.model may be a sentencepiece model as well."""
+    """Whether a file has this form; a tokenizer.model may be a sentencepiece model as well."""
     with path.open("rb") as file:
         return _LINE.fullmatch(file.readline(4096).rstrip(b"\n")) is not None
 

@@ -1,4 +1,4 @@
-"""Which grid of tiles an image is cut into, and how large it is on that grid.
+"""The grid of tiles that an image is cut into, and the size of the image on that grid.
 
 A size is (width, height) in pixels, a grid (rows, columns) of tiles of `side` x `side` pixels. The arithmetic is that of the
 reference processors, float by float: another order of operations gives other sizes.
@@ -20,15 +20,23 @@ def grid_of(size: tuple[int, int], config: ImageProcessorConfig) -> tuple[int, i
     return 1, 1
 
 
+def tile_count(size: tuple[int, int], config: ImageProcessorConfig) -> int:
+    """How many tiles the vision graph encodes for an image of `size`, empty ones included."""
+    if config.mode == "tiles":
+        return config.tiles
+    tiles = math.prod(grid_of(size, config))
+    return 1 + tiles if config.mode == "anyres" else tiles
+
+
 def anyres_grid(size: tuple[int, int], grids: tuple[tuple[int, int], ...], side: int) -> tuple[int, int]:
-    """LLaVA-1.6: the grid that shows most pixels of the image, of those the one that wastes least; the first of equals."""
+    """LLaVA-1.6: the grid that shows most pixels of the image; of equals the one that wastes least, then the first."""
     width, height = size
 
     def merit(grid: tuple[int, int]) -> tuple[int, int]:
         rows, columns = grid
         scale = min(columns * side / width, rows * side / height)
-        shown = min(int(width * scale) * int(height * scale), width * height)
-        return shown, shown - rows * columns * side * side
+        pixels = min(int(width * scale) * int(height * scale), width * height)
+        return pixels, pixels - rows * columns * side * side
 
     return max(grids, key=merit)
 

@@ -15,7 +15,7 @@ from .tiktoken_vocabulary import TiktokenVocabulary
 from .vocabularies import BYTE_PIECE, SentencePieceVocabulary, TokenizerError, TokenizersVocabulary, Vocabulary
 
 __all__ = [
-    "IMAGE",
+    "IMAGE_ID",
     "Detokenizer",
     "Tokenizer",
     "TokenizerError",
@@ -25,12 +25,12 @@ __all__ = [
     "read_vocabulary",
 ]
 
-IMAGE = -1  # stands for an image in the ids of encode_with_images; never a token id
+IMAGE_ID = -1  # stands for an image in the ids of encode_with_images; never the id of a token
 
 
 @dataclass(frozen=True, slots=True)
 class Tokenizer:
-    """A vocabulary and the facts that say how the model uses it."""
+    """A vocabulary, and the settings that say how the model uses it."""
 
     config: TokenizerConfig
     vocabulary: Vocabulary
@@ -46,7 +46,7 @@ class Tokenizer:
         return [bos, *ids] if add_bos and ids[:1] != [bos] else ids
 
     def encode_with_images(self, text: str, mark: str, guard: str = "") -> list[int]:
-        """Ids of a prompt with IMAGE (-1) where an image stands; BOS comes first if the checkpoint says so.
+        """Ids of a prompt with IMAGE_ID (-1) where an image stands; BOS comes first if the checkpoint says so.
 
         hf: the mark is a token. original: the text is cut at the mark and each piece tokenised afresh, as LLaVA's
         tokenizer_image_token does, so that a piece begins with a blank like a text of its own.
@@ -54,11 +54,11 @@ class Tokenizer:
         add_bos = self.config.add_bos
         if self.config.style == "hf":
             ids = self.encode(text, add_bos=add_bos, guard=guard)
-            return [IMAGE if i == self.config.image_token_id else i for i in ids]
+            return [IMAGE_ID if i == self.config.image_token_id else i for i in ids]
         first, *others = text.split(mark)
         ids = self.encode(first, add_bos=add_bos, guard=guard)
         for piece in others:
-            ids += [IMAGE, *self.encode(piece, add_bos=False, guard=guard)]
+            ids += [IMAGE_ID, *self.encode(piece, add_bos=False, guard=guard)]
         return ids
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
@@ -73,10 +73,10 @@ class Tokenizer:
 def control_tokens(tokenizer: Tokenizer, template: str, mark: str, eos: Sequence[int]) -> frozenset[str]:
     """The tokens that words of a conversation must not become: the special ones, the mark of an image, BOS, those that end an
     answer, and added tokens that the template writes though they are not marked as special."""
-    named = (mark, *(tokenizer.token(i) for i in (tokenizer.config.bos_token_id, *eos)))
+    others = (mark, *(tokenizer.token(i) for i in (tokenizer.config.bos_token_id, *eos)))
     vocabulary = tokenizer.vocabulary
-    written = (token for token in vocabulary.added_tokens() if token in template)
-    return frozenset(token for token in (*vocabulary.control_tokens(), *written, *named) if token)
+    in_template = (token for token in vocabulary.added_tokens() if token in template)
+    return frozenset(token for token in (*vocabulary.control_tokens(), *in_template, *others) if token)
 
 
 def check_unicode(text: str) -> None:
@@ -105,7 +105,7 @@ class Detokenizer:
         self._held: list[int] = []
 
     def add(self, token_id: int) -> str:
-        """The text that became certain with this token, maybe empty."""
+        """The text that is certain with this token, perhaps empty."""
         token = self._vocabulary.token(token_id)
         if token is None or (self._skip_special and self._vocabulary.is_special(token_id)):
             return ""
@@ -128,11 +128,11 @@ class Detokenizer:
         return BYTE_PIECE.fullmatch(token) is not None and len(self._vocabulary.token_bytes(token_id)) == 1
 
     def _unfinished(self) -> int:
-        """How many byte tokens at the end are the beginning of a character."""
+        """How many byte tokens at the end are a prefix of a character."""
         last = self._held[-3:]
         is_byte = [self._is_byte(token_id, self._vocabulary.token(token_id) or "") for token_id in last]
         for start in range(len(last)):
-            if all(is_byte[start:]) and _begins_character(b"".join(map(self._vocabulary.token_bytes, last[start:]))):
+            if all(is_byte[start:]) and _is_prefix_of_character(b"".join(map(self._vocabulary.token_bytes, last[start:]))):
                 return len(last) - start
         return 0
 
@@ -145,8 +145,8 @@ class Detokenizer:
         return text
 
 
-def _begins_character(data: bytes) -> bool:
-    """Whether bytes are some of a character's in UTF-8, from its first on, and not all."""
+def _is_prefix_of_character(data: bytes) -> bool:
+    """Whether bytes are a proper prefix of a character in UTF-8."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         return not decoder.decode(data) and len(decoder.getstate()[0]) == len(data)
@@ -163,7 +163,7 @@ def read_vocabulary(path: Path, *, added_tokens: Mapping[str, int] | None = None
 
 
 def load_tokenizer(folder: Path, config: TokenizerConfig) -> Tokenizer:
-    """The tokenizer in `folder`, which holds the file that facts.kind names; raises TokenizerError."""
+    """The tokenizer in `folder`, which holds the file that config.kind names; raises TokenizerError."""
     if config.kind == "tiktoken":
         path = folder / config.file
         _check_there(path)

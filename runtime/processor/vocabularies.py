@@ -26,11 +26,11 @@ _WALL = "\ue000"  # a private-use character: no piece holds it, so nothing merge
 
 
 class TokenizerError(ValueError):
-    """Tokenizer files or a text that cannot be used; the message says why."""
+    """Tokenizer files or a text that cannot be used; the error says why."""
 
 
 class Vocabulary(Protocol):
-    """What the kinds of tokenizer files have in common."""
+    """What every kind of tokenizer file can do."""
 
     @property
     def size(self) -> int:
@@ -53,15 +53,21 @@ class Vocabulary(Protocol):
         """Text of ids, without a leading blank that stands for the start of the text; unknown ids give nothing."""
         ...
 
-    def token(self, token_id: int) -> str | None: ...
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """What a known token adds to a text that goes on."""
+    def token(self, token_id: int) -> str | None:
+        """How a token is written; None for an unknown id."""
         ...
 
-    def token_id(self, token: str) -> int | None: ...
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a known token adds to a text before it."""
+        ...
 
-    def is_special(self, token_id: int) -> bool: ...
+    def token_id(self, token: str) -> int | None:
+        """The id of a token; None for an unknown one."""
+        ...
+
+    def is_special(self, token_id: int) -> bool:
+        """Whether decoding without special tokens leaves it out."""
+        ...
 
 
 class TokenizersVocabulary:
@@ -74,9 +80,9 @@ class TokenizersVocabulary:
             raise TokenizerError(f"{path} is not a usable tokenizer.json ({error})") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {i for i, token in added.items() if token.special}
-        self._added = {i: token.content for i, token in added.items()}
+        tokens = self._tokenizer.get_added_tokens_decoder()
+        self._special = {i for i, token in tokens.items() if token.special}
+        self._added = {i: token.content for i, token in tokens.items()}
         self._size = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
         if self._size > MOST_TOKENS:  # the library, and tables of ours, take room for every id up to the largest
             raise TokenizerError(f"{path} has a token with the id {self._size - 1}; expected less than {MOST_TOKENS}")
@@ -84,9 +90,11 @@ class TokenizersVocabulary:
 
     @property
     def size(self) -> int:
+        """See Vocabulary.size."""
         return self._size
 
     def encode(self, text: str, *, guard: str = "") -> list[int]:
+        """See Vocabulary.encode."""
         if guard and guard in text:
             return self._respelt.encode(text, guard)
         return self._tokenizer.encode(text, add_special_tokens=False).ids
@@ -96,32 +104,39 @@ class TokenizersVocabulary:
         return RespeltTokenizer(self._tokenizer)
 
     def control_tokens(self) -> frozenset[str]:
+        """See Vocabulary.control_tokens."""
         return frozenset(self._added[i] for i in self._special)
 
     def added_tokens(self) -> frozenset[str]:
+        """See Vocabulary.added_tokens."""
         return frozenset(self._added.values())
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
+        """See Vocabulary.decode."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
     def token(self, token_id: int) -> str | None:
+        """See Vocabulary.token."""
         return self._tokenizer.id_to_token(token_id)
 
     def token_bytes(self, token_id: int) -> bytes:
+        """See Vocabulary.token_bytes."""
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self.token(token_id) or ""
         return bytes(_BYTE_OF[letter] for letter in token) if self._byte_level else _piece_bytes(token)
 
     def token_id(self, token: str) -> int | None:
+        """See Vocabulary.token_id."""
         return self._tokenizer.token_to_id(token)
 
     def is_special(self, token_id: int) -> bool:
+        """See Vocabulary.is_special."""
         return token_id in self._special
 
 
 class RespeltTokenizer:
-    """A tokenizer.json whose added tokens are spelt in a way that no text can hold, so that their usual spelling is words.
+    """A tokenizer.json whose added tokens are spelt as no text can spell them, so that their usual spelling is words.
 
     Everything else about a special token stays as the file has it: blanks that it takes, and what a text after it begins with.
     """
@@ -171,9 +186,11 @@ class SentencePieceVocabulary:
 
     @property
     def size(self) -> int:
+        """See Vocabulary.size."""
         return self._size
 
     def encode(self, text: str, *, guard: str = "") -> list[int]:
+        """See Vocabulary.encode."""
         ids: list[int] = []
         for place, part in enumerate(self._cut.split(text)):
             if place % 2:
@@ -183,35 +200,41 @@ class SentencePieceVocabulary:
         return ids
 
     def control_tokens(self) -> frozenset[str]:
+        """See Vocabulary.control_tokens."""
         return frozenset(self._special)
 
     added_tokens = control_tokens
 
     def _encode_part(self, part: str, *, blank: bool) -> list[int]:
-        """Sentencepiece puts a blank before every text; behind a wall it does so before the wall."""
+        """Ids of a text without special tokens. Sentencepiece puts a blank before it; a wall in front takes the blank."""
         return self._model.encode(part) if blank else self._model.encode(_WALL + part)[len(self._wall) :]
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
-        shown = [i for i in ids if not (skip_special and i in self._special_ids)]
-        text = _join_pieces(piece for i in shown if (piece := self.token(i)) is not None)
+        """See Vocabulary.decode."""
+        visible = [i for i in ids if not (skip_special and i in self._special_ids)]
+        text = _join_pieces(piece for i in visible if (piece := self.token(i)) is not None)
         return text.removeprefix(" ")
 
     def token(self, token_id: int) -> str | None:
+        """See Vocabulary.token."""
         if token_id in self._added:
             return self._added[token_id]
         return self._model.id_to_piece(token_id) if 0 <= token_id < self._model.get_piece_size() else None
 
     def token_bytes(self, token_id: int) -> bytes:
-        added = self._added.get(token_id)
-        return _piece_bytes(self.token(token_id) or "") if added is None else added.encode()
+        """See Vocabulary.token_bytes."""
+        token = self._added.get(token_id)
+        return _piece_bytes(self.token(token_id) or "") if token is None else token.encode()
 
     def token_id(self, token: str) -> int | None:
+        """See Vocabulary.token_id."""
         if token in self._special:
             return self._special[token]
-        found = self._model.piece_to_id(token)
-        return None if self._model.is_unknown(found) else found
+        token_id = self._model.piece_to_id(token)
+        return None if self._model.is_unknown(token_id) else token_id
 
     def is_special(self, token_id: int) -> bool:
+        """See Vocabulary.is_special."""
         return token_id in self._special_ids
 
 
@@ -231,7 +254,7 @@ def _join_pieces(pieces: Iterable[str]) -> str:
 
 
 def _piece_bytes(piece: str) -> bytes:
-    """Of a sentencepiece piece."""
+    """The bytes of a sentencepiece piece."""
     byte = BYTE_PIECE.fullmatch(piece)
     return bytes([int(byte[1], 16)]) if byte else piece.replace(_BLANK, " ").encode()
 

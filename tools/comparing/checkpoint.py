@@ -17,7 +17,7 @@ from ...compiler.options import Options
 from ...compiler.plan import Plan, make_plan
 from ...model_defs.config import ModelConfig, read_config
 from ...runtime.artifact import Artifact, BuildInfo, CacheSpec, Kind, Manifest, ModelInfo, WeightSpec
-from ...runtime.processor.tokenizer import Tokenizer, load_tokenizer
+from ...runtime.processor.processor import Processor
 from ...weights.convert import convert
 from ...weights.packing.settings import read_packing
 from ...weights.packing.source import open_packed
@@ -47,8 +47,8 @@ class Checkpoint:
         self._temporary.cleanup()
 
     @cached_property
-    def tokenizer(self) -> Tokenizer:
-        return load_tokenizer(self.out / self.tokenizer_folder, self.info.tokenizer)
+    def processor(self) -> Processor:
+        return Processor.read(self.info, self.out / self.tokenizer_folder)
 
     @cached_property
     def weights(self) -> dict[str, WeightSpec]:

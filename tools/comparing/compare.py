@@ -153,7 +153,7 @@ class Comparison:
             side.say([prompt], [answer], caches=True)[0]
             for side, prompt in zip((self.reference, self.candidate), pair, strict=True)
         ]
-        limits, tokenizer = result.limits, self.reference.tokenizer
+        limits, tokenizer = result.limits, self.reference.processor.tokenizer
         figures = compare_logits(said[0].logits, said[1].logits, answer, tie=limits.relative)
         divergence = with_texts(figures.divergence, lambda token: tokenizer.token(token) or str(token))
         figures = dataclasses.replace(figures, divergence=divergence)
@@ -180,7 +180,7 @@ class Comparison:
     def _answer(self, sample: Sample, prompt: Prepared) -> np.ndarray:
         """The tokens that both sides are made to say."""
         if sample.answer is not None:
-            tokenizer = self.reference.tokenizer
+            tokenizer = self.reference.processor.tokenizer
             ids = [*tokenizer.encode(sample.answer, add_bos=False), self.reference.info.eos_token_ids[0]]
             return np.array(ids, np.int64)
         return np.asarray(self.reference.greedy(prompt, self.new_tokens), np.int64)
@@ -190,7 +190,7 @@ class Comparison:
         if sample.expected is None and not sample.boxes:
             return None
         wanted = sample.expected or ""
-        count = max(self.new_tokens, 2 * len(self.reference.tokenizer.encode(wanted, add_bos=False)) + 8)
+        count = max(self.new_tokens, 2 * len(self.reference.processor.tokenizer.encode(wanted, add_bos=False)) + 8)
         found: dict[str, Any] = {}
         for label, side, prompt in zip(("reference", "candidate"), (self.reference, self.candidate), pair, strict=True):
             text = answer_text(side, side.greedy(prompt, count))

@@ -23,7 +23,7 @@ from .samples import Box, DataError, Sample, asked
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 PROMPT_KEYS = ("prompt", "image", "images", "answer", "expected", "boxes", "id")
 MARK = "<image>"
-QWEN_IMAGE = re.compile(r"(?:Image \d+: ?)?<img>(.*?)</img>\n?")
+QWEN_IMAGE = re.compile(r"(?:Picture \d+: ?)?<img>(.*?)</img>\n?")
 
 
 def read_data(path: Path, image_folder: Path | None = None) -> list[Sample]:

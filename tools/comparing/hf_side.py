@@ -14,7 +14,6 @@ from torch import Tensor
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import Manifest
 from ...runtime.processor.boxes import Box
-from ...runtime.processor.families import family
 from ...runtime.processor.image_files import load_image
 from ...runtime.processor.images import Frame, frame_of
 from ...runtime.processor.prompt import Message
@@ -66,10 +65,10 @@ class HfSide:
         import transformers
 
         self.name, self.checkpoint = name, checkpoint
-        self.info, self.config, self.tokenizer = checkpoint.info, checkpoint.config, checkpoint.tokenizer
+        self.info, self.config, self.processor = checkpoint.info, checkpoint.config, checkpoint.processor
         transformers.utils.logging.disable_progress_bar()
         transformers.utils.logging.set_verbosity_error()
-        self.processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder)
+        self.hf_processor: Any = transformers.AutoProcessor.from_pretrained(checkpoint.folder)
         kind: Any = transformers.AutoModelForImageTextToText
         self.model: Any = kind.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
         self.image_token: int = self.model.config.image_token_id
@@ -79,14 +78,14 @@ class HfSide:
 
     def prepare(self, sample: Sample) -> HfPrepared:
         messages = [{"role": each.role, "content": self._content(each)} for each in sample.messages]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        bos = self.tokenizer.token(self.info.tokenizer.bos_token_id)
+        text = self.hf_processor.apply_chat_template(messages, add_generation_prompt=True)
+        bos = self.processor.tokenizer.token(self.info.tokenizer.bos_token_id)
         images = [_opened(image) for image in sample.images]
-        given = self.processor(
+        tensors = self.hf_processor(
             text=text, images=images or None, return_tensors="pt", add_special_tokens=not text.startswith(bos)
         )
         frames = tuple(frame_of(image.size, self.info.image) for image in images)
-        return HfPrepared(self, dict(given), frames)
+        return HfPrepared(self, dict(tensors), frames)
 
     def _content(self, message: Message) -> str | list[dict[str, str]]:
         """As the template expects it; that of Llama-3.2-Vision trims a system message as one text."""
@@ -136,7 +135,7 @@ class HfSide:
 
     def boxes(self, text: str, prompt: Prepared) -> Sequence[Box]:
         assert isinstance(prompt, HfPrepared)
-        return family(self.info.family).parse_boxes(text, prompt.frames)
+        return self.processor.boxes(text, prompt.frames)
 
     def rope(self, length: int) -> dict[str, np.ndarray]:
         """Rotary tables [L, D] as the model computes them."""

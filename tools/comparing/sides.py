@@ -11,7 +11,7 @@ import numpy as np
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import Manifest, ModelInfo
 from ...runtime.processor.boxes import Box
-from ...runtime.processor.tokenizer import Tokenizer
+from ...runtime.processor.processor import Processor
 from .samples import Sample
 
 HIDDEN_TOKEN = -1  # stands in compared token ids where an image's rows do
@@ -50,7 +50,7 @@ class Side(Protocol):
 
     name: str
     info: ModelInfo
-    tokenizer: Tokenizer
+    processor: Processor
 
     @property
     def config(self) -> ModelConfig | None:
@@ -90,4 +90,4 @@ class Side(Protocol):
 
 
 def answer_text(side: Side, tokens: np.ndarray) -> str:
-    return side.tokenizer.decode([int(t) for t in tokens], skip_special=True).strip()
+    return side.processor.decode([int(t) for t in tokens]).strip()

@@ -111,7 +111,7 @@ class StaticSide:
         self.compiled = compiled
         self.engine = ForcedEngine(artifact, backend)
         self.model = Model(artifact, self.engine)
-        self.tokenizer = self.model.tokenizer
+        self.processor = self.model.processor
 
     @property
     def manifest(self) -> Manifest | None:
@@ -122,7 +122,7 @@ class StaticSide:
             self.checkpoint.close()
 
     def prepare(self, sample: Sample) -> StaticPrepared:
-        prompt = self.model.prepare_messages(list(sample.messages), list(sample.images))
+        prompt = self.processor.prompt(sample.messages, sample.images)
         return StaticPrepared(prompt, self.info, self.artifact.manifest.cache.head_dim)
 
     def say(
@@ -187,7 +187,7 @@ class StaticSide:
 
     def boxes(self, text: str, prompt: Prepared) -> Sequence[Box]:
         assert isinstance(prompt, StaticPrepared)
-        return self.model.family.parse_boxes(text, prompt.prompt.frames)
+        return self.processor.boxes(text, prompt.prompt.frames)
 
     @cached_property
     def rank_weights(self) -> list[dict[str, WeightSpec]]:

@@ -10,9 +10,9 @@ from functools import partial
 
 from PIL import Image
 
-from ...runtime.processor.freed import give_back
 from ...runtime.processor.image_data import decode_data_url, is_data_url
 from ...runtime.processor.image_files import Alpha, load_image
+from ...runtime.processor.image_memory import release_memory
 from ...runtime.processor.image_urls import ImageError, download
 from ...runtime.processor.images import Frame
 from ...runtime.shown import quoted
@@ -43,7 +43,7 @@ class Images:
     async def forget(self, frames: Sequence[Frame]) -> None:
         """Give the memory of decoded images back, which nothing holds any more."""
         pixels = sum(frame.image_width * frame.image_height for frame in frames)
-        await asyncio.get_running_loop().run_in_executor(self._decoding, give_back, pixels)
+        await asyncio.get_running_loop().run_in_executor(self._decoding, release_memory, pixels)
 
     def close(self) -> None:
         for pool in (self._fetching, self._decoding):

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import math
 import time
 
 from ...runtime.artifact import ArtifactError
 from ...runtime.async_engine import AsyncEngine
 from ...runtime.model import Model
-from ...runtime.processor.token_bytes import TokenBytes
 from .errors import ApiError
 from .figures import Figures
 from .images import Images
@@ -34,10 +32,6 @@ class Service:
         self.draining = False
         self.ready = asyncio.Lock()  # one request at a time holds decoded images that are not cut yet
         self._mean_s = 1.0  # that requests take, the latest counting most
-
-    @functools.cached_property
-    def token_bytes(self) -> TokenBytes:
-        return TokenBytes(self.model.tokenizer)
 
     @property
     def trouble(self) -> str | None:

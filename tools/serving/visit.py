@@ -54,7 +54,7 @@ class Visit:
                 prompt = await self._prepared(request)
                 params = sampling_of(request, service.spec.context - prompt.length, limit - time.monotonic())
                 self.answers = await service.engine.ask(prompt, params)
-                tokens = await asyncio.to_thread(lambda: service.token_bytes) if request.logprobs else None
+                tokens = await asyncio.to_thread(lambda: service.model.processor.token_bytes) if request.logprobs else None
         except TimeoutError:
             raise ApiError(503, "the request was not ready in time; try again", code="timeout") from None
         except Exception as error:  # whichever, the client is told in its own words

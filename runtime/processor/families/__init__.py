@@ -51,6 +51,11 @@ class Family(Protocol):
         ...
 
     @staticmethod
+    def image_tokens(size: tuple[int, int], info: ModelInfo) -> int:
+        """How many positions of a prompt an image takes; `size` is (width, height) in pixels."""
+        ...
+
+    @staticmethod
     def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
         """Boxes in an answer."""
         ...

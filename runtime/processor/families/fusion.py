@@ -1,4 +1,4 @@
-"""Early fusion: rows of features stand where the marks of images stood.
+"""Early fusion: rows of image features take the places of image marks.
 
 Legend: L positions of the prompt, S side of a tile, P rows of features per tile.
 """
@@ -12,7 +12,7 @@ import numpy as np
 from ...artifact import ModelInfo
 from ..images import ImageSource, frame_of, load_image, to_pixels
 from ..prompt import Prompt
-from ..tokenizer import IMAGE, Tokenizer
+from ..tokenizer import IMAGE_ID, Tokenizer
 from .marks import check_ids
 
 # Size of an image -> int32 [n]: the rows, counted from the image's first, that its mark stands for; -1: a newline.
@@ -38,7 +38,7 @@ def fused_prompt(
 
 
 def fuse(ids: np.ndarray, images: Sequence[ImageSource], info: ModelInfo, image_rows: ImageRows) -> Prompt:
-    """The prompt of ids, int32 [L] with IMAGE where an image stands; raises as fused_prompt."""
+    """The prompt of ids, int32 [L] with IMAGE_ID where an image stands; raises as fused_prompt."""
     check_ids(ids, len(images), info)
     pixels = [np.empty((0, info.image.size, info.image.size, 3), dtype=np.uint8)]
     frames, runs, tiles = [], [], 0
@@ -63,12 +63,12 @@ def fuse(ids: np.ndarray, images: Sequence[ImageSource], info: ModelInfo, image_
 def _put_in(ids: np.ndarray, runs: Sequence[np.ndarray], info: ModelInfo) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and feature rows, both int32 [L], with the i-th mark replaced by the i-th run."""
     repeats = np.ones(ids.shape, dtype=np.int64)
-    repeats[ids == IMAGE] = [len(run) for run in runs]
+    repeats[ids == IMAGE_ID] = [len(run) for run in runs]
     wide = np.repeat(ids, repeats)  # [L]
-    shown = wide == IMAGE
+    is_image = wide == IMAGE_ID
     rows = np.full(wide.shape, -1, dtype=np.int32)
-    rows[shown] = np.concatenate([np.empty(0, np.int32), *runs])
-    wide[shown] = info.tokenizer.image_token_id or 0
+    rows[is_image] = np.concatenate([np.empty(0, np.int32), *runs])
+    wide[is_image] = info.tokenizer.image_token_id or 0
     if info.image.newline_id is not None:
-        wide[shown & (rows < 0)] = info.image.newline_id
+        wide[is_image & (rows < 0)] = info.image.newline_id
     return wide, rows

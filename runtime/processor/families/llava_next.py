@@ -19,10 +19,11 @@ from ..tokenizer import Tokenizer
 from .fusion import fused_prompt
 from .marks import chat_by, parts_of, rendered, to_text
 
-__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
+__all__ = ["chat_prompt", "image_tokens", "parse_boxes", "parts_of", "raw_prompt", "to_text"]
 
 
 def raw_prompt(text: str, images: Sequence[ImageSource], info: ModelInfo, tokenizer: Tokenizer, *, guard: str = "") -> Prompt:
+    """See Family.raw_prompt; special tokens that `guard` breaks up are words."""
     return fused_prompt(text, images, info, tokenizer, image_rows, guard)
 
 
@@ -36,9 +37,14 @@ def image_rows(size: tuple[int, int], info: ModelInfo) -> np.ndarray:
     """
     grid = grid_of(size, info.image)
     patches = _patches(grid, info.image.rows)
-    lines, columns = _shown(size, (patches.shape[1], patches.shape[0]), rounded=info.layout == "hf")
-    ended = np.pad(patches[lines, columns], ((0, 0), (0, 1)), constant_values=-1)
-    return np.concatenate((np.arange(info.image.rows, dtype=np.int32), ended.ravel()))
+    lines, columns = _visible(size, (patches.shape[1], patches.shape[0]), rounded=info.layout == "hf")
+    with_newlines = np.pad(patches[lines, columns], ((0, 0), (0, 1)), constant_values=-1)
+    return np.concatenate((np.arange(info.image.rows, dtype=np.int32), with_newlines.ravel()))
+
+
+def image_tokens(size: tuple[int, int], info: ModelInfo) -> int:
+    """See Family.image_tokens."""
+    return len(image_rows(size, info))
 
 
 def _patches(grid: tuple[int, int], rows: int) -> np.ndarray:
@@ -49,7 +55,7 @@ def _patches(grid: tuple[int, int], rows: int) -> np.ndarray:
     return tiles.transpose(0, 2, 1, 3).reshape(r * n, c * n)
 
 
-def _shown(size: tuple[int, int], plane: tuple[int, int], *, rounded: bool) -> tuple[slice, slice]:
+def _visible(size: tuple[int, int], plane: tuple[int, int], *, rounded: bool) -> tuple[slice, slice]:
     """Lines and columns of a plane of patches, (columns, lines) in number, that an image of `size` covers.
 
     transformers rounds to 7 digits before it cuts off the fraction, the original code does not.
@@ -61,6 +67,6 @@ def _shown(size: tuple[int, int], plane: tuple[int, int], *, rounded: bool) -> t
     return slice(None), _middle(width * (high / height), wide, rounded)
 
 
-def _middle(covered: float, whole: int, rounded: bool) -> slice:
-    margin = (whole - int(round(covered, 7) if rounded else covered)) // 2
+def _middle(length: float, whole: int, rounded: bool) -> slice:
+    margin = (whole - int(round(length, 7) if rounded else length)) // 2
     return slice(margin, whole - margin)

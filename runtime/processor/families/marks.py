@@ -12,7 +12,7 @@ from ..chat_template import ChatTemplateError, TemplateLimitError, render
 from ..guards import Guard, unguarded
 from ..images import ImageSource
 from ..prompt import ImagePart, Message, Part, Prompt, PromptError, instruction_in_user
-from ..tokenizer import IMAGE, Tokenizer, control_tokens
+from ..tokenizer import IMAGE_ID, Tokenizer, control_tokens
 
 Content = str | list[dict[str, Any]]  # of one message, as templates expect it
 MakeContent = Callable[[Message, str, Callable[[str], str]], Content]
@@ -31,7 +31,7 @@ class RawPrompt(Protocol):
 
 
 def to_text(messages: Sequence[Message], template: str, info: ModelInfo, tokenizer: Tokenizer, **settings: Any) -> str:
-    """The prompt text of a conversation, as a user reads it; arguments and errors as of `rendered`."""
+    """The prompt of a conversation as text without guards; arguments and errors as of `rendered`."""
     return unguarded(*rendered(messages, template, info, tokenizer, **settings))
 
 
@@ -47,7 +47,7 @@ def rendered(
 ) -> tuple[str, str]:
     """The text that the template makes of a conversation, and the guard that stands in special tokens that are words.
 
-    `content` makes a message, the mark and a function that guards words into what the template is given. system_in_user: where
+    `content` makes the content for the template of a message, the mark and a function that guards words. system_in_user: where
     the template refuses a system message, its text goes to the first user turn.
 
     Raises ChatTemplateError when the template refuses the messages.
@@ -70,18 +70,18 @@ def rendered(
     except TemplateLimitError:
         raise
     except ChatTemplateError as error:
-        if (moved := _moved(messages, text_of)) is None:
+        if (text := _with_moved_instruction(messages, text_of)) is None:
             raise
         if not system_in_user:
             raise ChatTemplateError(f"{str(error).rstrip('.')}; {MOVE}") from error
-        return moved, guard.mark
+        return text, guard.mark
 
 
-def _moved(messages: Sequence[Message], text_of: Callable[[Sequence[Message]], str]) -> str | None:
+def _with_moved_instruction(messages: Sequence[Message], text_of: Callable[[Sequence[Message]], str]) -> str | None:
     """The text of the conversation with its system message in the first user turn; None where that is refused too."""
-    moved = instruction_in_user(messages)
+    conversation = instruction_in_user(messages)
     try:
-        return None if moved is None else text_of(moved)
+        return None if conversation is None else text_of(conversation)
     except ChatTemplateError:
         return None
 
@@ -108,7 +108,7 @@ def chat_by(rendered: Callable[..., tuple[str, str]], raw_prompt: RawPrompt):
 
 
 def parts_in_order(message: Message, mark: str, words: Callable[[str], str]) -> Content:
-    """The parts as the template is given them. An inline image is its mark within the text around it."""
+    """The parts as content for the template. An inline image is its mark within the text around it."""
     content: list[dict[str, Any]] = []
     goes_on = False  # whether the next text belongs to the last one
     for part in message.parts:
@@ -152,8 +152,8 @@ def check_images(messages: Sequence[Message], images: Sequence[ImageSource]) -> 
 
 
 def check_ids(ids: np.ndarray, images: int, info: ModelInfo) -> None:
-    """Raise PromptError unless `ids`, int32 [L] with IMAGE at the marks, is a prompt for `images` images."""
-    marks = int(np.count_nonzero(ids == IMAGE))
+    """Raise PromptError unless `ids`, int32 [L] with IMAGE_ID at the marks, is a prompt for `images` images."""
+    marks = int(np.count_nonzero(ids == IMAGE_ID))
     if marks != images:
         raise PromptError(_differ(marks, images, info.image.mark))
     if not ids.size:

@@ -20,12 +20,12 @@ from ..images import ImageSource
 from ..prompt import ImagePart, Message, Part, Prompt, PromptError
 from ..qwen_boxes import parse_boxes
 from ..tiktoken_vocabulary import TAGS, TiktokenVocabulary
-from ..tokenizer import IMAGE, Tokenizer, check_unicode
+from ..tokenizer import IMAGE_ID, Tokenizer, check_unicode
 from .fusion import fuse
-from .llava import image_rows
+from .llava import image_rows, image_tokens
 from .marks import check_images
 
-__all__ = ["chat_prompt", "parse_boxes", "parts_of", "raw_prompt"]
+__all__ = ["chat_prompt", "image_tokens", "parse_boxes", "parts_of", "raw_prompt"]
 
 OPEN, CLOSE = "<img>", "</img>"
 SPAN = re.compile(re.escape(OPEN) + "(.*?)" + re.escape(CLOSE), re.DOTALL)
@@ -44,9 +44,9 @@ def chat_prompt(
     add_generation_prompt: bool = True,
     system_in_user: bool = False,
 ) -> Prompt:
-    """The prompt of a conversation: ChatML, or for a base model (facts.chat "raw") its turns as lines of text.
+    """The prompt of a conversation: ChatML, or for a base model (info.chat "raw") its turns as lines of text.
 
-    An image part is a line "Image k: <img>...</img>", k counting over the conversation, or the span alone where it is inline.
+    An image part is a line "Picture k: <img>...</img>", k counting over the conversation, or the span alone where it is inline.
     What a text says in <img>...</img> is words and never opened. The whole conversation is kept, however long. `template` and
     `system_in_user` are not used: a system message has its place here.
 
@@ -90,33 +90,33 @@ def parts_of(text: str, images: int, info: ModelInfo) -> tuple[Part, ...]:
 
 def runs_of(messages: Sequence[Message]) -> list[list[str]]:
     """The runs of text of each message, between which its images stand, with what is written around these."""
-    found, seen = [], 0
+    runs_by_message, number = [], 0
     for message in messages:
         runs = [""]
         for part in message.parts:
             if isinstance(part, str):
                 runs[-1] += part
                 continue
-            seen += 1
-            runs[-1] += "" if part.inline else f"Picture {seen}: "
+            number += 1
+            runs[-1] += "" if part.inline else f"Picture {number}: "
             runs.append("" if part.inline else "\n")
-        found.append(runs)
-    return found
+        runs_by_message.append(runs)
+    return runs_by_message
 
 
 def spans(text: str) -> list[str]:
     """What stands in each <img>...</img>; raises PromptError for tags that do not pair up."""
-    found = SPAN.findall(text)
-    if any(tag in SPAN.sub("", text) for tag in (OPEN, CLOSE)) or any(OPEN in inside for inside in found):
+    insides = SPAN.findall(text)
+    if any(tag in SPAN.sub("", text) for tag in (OPEN, CLOSE)) or any(OPEN in inside for inside in insides):
         raise PromptError(f"the prompt has {OPEN} and {CLOSE} that do not pair up; write {OPEN}path{CLOSE} for each image")
-    return found
+    return insides
 
 
 def _check_count(marks: int, images: int, where: str) -> None:
     if marks != images:
-        given = f"{images} image{' was' if images == 1 else 's were'} given"
+        count = f"{images} image{' was' if images == 1 else 's were'} given"
         raise PromptError(
-            f"{where} has {marks} {OPEN}...{CLOSE} mark{'' if marks == 1 else 's'} but {given} with it; write one mark for "
+            f"{where} has {marks} {OPEN}...{CLOSE} mark{'' if marks == 1 else 's'} but {count} with it; write one mark for "
             "each image, or leave all marks out; only raw prompts without images may name images by their path, and to quote a "
             "mark give a Message, in whose text a mark is words"
         )
@@ -143,10 +143,10 @@ def _chatml(turns: Sequence[tuple[str, list[str]]], tokenizer: Tokenizer, *, add
 
 
 def _encode_runs(runs: Sequence[str], tokenizer: Tokenizer, specials: Collection[str] | None) -> list[int]:
-    """Ids of runs of text with the span of an image between each two, IMAGE in it."""
+    """Ids of runs of text with the span of an image between each two, IMAGE_ID in it."""
     ids = _encode(runs[0], tokenizer, specials)
     for run in runs[1:]:
-        ids += [_token_id(tokenizer, OPEN), IMAGE, _token_id(tokenizer, CLOSE), *_encode(run, tokenizer, specials)]
+        ids += [_token_id(tokenizer, OPEN), IMAGE_ID, _token_id(tokenizer, CLOSE), *_encode(run, tokenizer, specials)]
     return ids
 
 
@@ -162,8 +162,8 @@ def _token_id(tokenizer: Tokenizer, name: str) -> int:
 
 
 def _prompt(ids: Sequence[int], images: Sequence[ImageSource], info: ModelInfo) -> Prompt:
-    fused = fuse(np.array(ids, dtype=np.int32), images, info, image_rows)
-    alpha = ntk_factor(info.rope, fused.length)
-    # Cached keys are rotated by the base that alpha gives: under another alpha nothing of a slot can be kept.
-    state = np.full(fused.length, int(alpha), dtype=np.int32)
-    return dataclasses.replace(fused, ntk=alpha, state=state)
+    prompt = fuse(np.array(ids, dtype=np.int32), images, info, image_rows)
+    alpha = ntk_factor(info.rope, prompt.length)
+    # Cached keys are rotated by a base that depends on alpha: with another alpha nothing of a slot can be kept.
+    state = np.full(prompt.length, int(alpha), dtype=np.int32)
+    return dataclasses.replace(prompt, ntk=alpha, state=state)

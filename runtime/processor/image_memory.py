@@ -1,4 +1,4 @@
-"""Memory of large images, given back to the system once it is free."""
+"""The memory of large images goes back to the system once it is free."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Callable
 LARGE = 4_000_000  # pixels; 16 MB in Pillow, of which decoding holds several copies
 
 
-def give_back(pixels: int) -> None:
+def release_memory(pixels: int) -> None:
     """Return free memory to the system after images of so many pixels; nothing for small ones, or without glibc.
 
-    glibc keeps what it has once been given: a process would hold as much as its largest image needed, for good.
+    glibc keeps free memory for itself: a process would hold as much as its largest image needed, for good.
     """
     if pixels >= LARGE:
         _trim()(0)
