@@ -19,7 +19,7 @@ from ..runtime.artifact import SIGNATURE, AscendInfo, FileSpec, Manifest, read_m
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.files import write_atomically
 from ..runtime.locks import alone
-from ..weights.rules import match
+from ..weights.weight_map import match
 from .build_record import build_info
 from .digests import digest, intact
 from .fingerprint import fingerprint, weights_key

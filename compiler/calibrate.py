@@ -30,13 +30,13 @@ from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelInfo
 from ..runtime.processor.processor import Processor
 from ..runtime.processor.prompt import Prompt
 from ..runtime.rope import query_scales, rope_tables
-from ..weights.calibrated import Layer, Store, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
+from ..weights.calibrated_layers import CalibratedLayers, Layer, decoder_folds, layer_of, smoothed, stored_by_ranks, tower_folds
 from ..weights.convert import parameters
-from ..weights.inputs import Gathering
+from ..weights.input_statistics import StatisticsCollector
 from ..weights.names import is_cache_scale
 from ..weights.smoothing import Fold
 from ..weights.source import Source
-from ..weights.stored import stored_targets
+from ..weights.storage import stored_targets
 from ..weights.writer import check_space
 from .calibration import METHODS, Calibration, CalibrationError
 from .graphs import define_graph
@@ -54,11 +54,11 @@ class Watch:
 
     def __init__(self, block: nn.Module, names: Iterable[str], *, moment: bool) -> None:
         self.weights: Tensor | None = None
-        self.gathered: dict[str, Gathering] = {}
+        self.gathered: dict[str, StatisticsCollector] = {}
         for name in sorted(names):
             linear = block.get_submodule(name)
             assert isinstance(linear, Linear)
-            self.gathered[name] = Gathering(linear.weight.shape[1], moment=moment)
+            self.gathered[name] = StatisticsCollector(linear.weight.shape[1], moment=moment)
             linear.register_forward_pre_hook(partial(self._note, name))
 
     def _note(self, name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -107,7 +107,7 @@ def calibrate(
     prompts: Sequence[Prompt],
     quant: str,
     tp: int,
-    store: Store,
+    store: CalibratedLayers,
     progress: Progress,
 ) -> None:
     """Fill `store` with every layer of the decoder, whole or cut among `tp` ranks; what is there already is not made again.
@@ -150,7 +150,7 @@ def _held(config: ModelConfig, cache: CacheSpec, images: int, quant: str) -> int
 
 
 def text_feed(text: TextConfig, info: ModelInfo, prompt: Prompt) -> dict[str, Tensor]:
-    """What layers take besides hidden states, for all tokens of a prompt; names as in runtime/artifact.py."""
+    """What layers take besides hidden states, for all tokens of a prompt; names as in docs/artifact.md."""
     cos, sin = rope_tables(info.rope, text.head_dim, prompt.length, prompt.ntk)
     feed = {"rope_cos": cos[None], "rope_sin": sin[None]}
     if text.rope.logn_positions:
@@ -260,7 +260,7 @@ def _layer(
     read: Callable[[str], Tensor],
     quant: str,
     tp: int,
-    store: Store,
+    store: CalibratedLayers,
 ) -> None:
     """Pass all prompts through one layer, and quantise it unless that is done."""
     text, stem = replace(config.text, int8_cache=False), f"text.layers.{index}"
@@ -311,10 +311,10 @@ def _quantised(
     places: Mapping[str, Fold],
     quant: str,
     tp: int,
-    store: Store,
+    store: CalibratedLayers,
 ) -> None:
     """Store a layer as what was seen of its inputs wants it."""
-    inputs = {name: found.found() for name, found in watch.gathered.items()}
+    inputs = {name: collector.statistics() for name, collector in watch.gathered.items()}
     layer = {name: value.float() for name, value in layer.items()}
     layer, inputs = smoothed(layer, inputs, places, text_quant(quant))
     store.write(stem, stored_by_ranks(config, stem, layer, inputs, quant, tp))

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 
 from ..model_defs.config import ModelConfig, encode_config, read_config
 from ..runtime.artifact import DEFINITION, ArtifactError, Manifest, ModelInfo, read_manifest
-from ..weights.rules import kept_dtypes, match, targets
-from ..weights.stored import Floats
+from ..weights.storage import Floats
 from ..weights.tensors import WeightsError
+from ..weights.weight_map import kept_dtypes, match, targets
 from .model_info import read_model_info
 from .options import Options
 from .plan import Plan, forecast, make_plan

@@ -25,7 +25,7 @@ from ..runtime.backends.base import Backend, Group
 from ..runtime.backends.cores import usable_cores
 from ..runtime.backends.open import open_backend
 from ..runtime.files import write_atomically
-from ..weights.rules import targets
+from ..weights.weight_map import targets
 from .check import Certifier
 from .cost import graph_cost
 from .digests import digest

@@ -11,7 +11,7 @@ from ..model_defs.config import KV_CACHES, READY_MADE, ModelConfig
 from ..runtime.artifact import KINDS, Kind
 from ..runtime.backends.ascend.torchair_host import SOCS
 from ..runtime.shown import quoted, shown
-from ..weights.stored import FLOAT32, TABLE, Floats, uniform
+from ..weights.storage import FLOAT32, TABLE, Floats, uniform
 from .buckets import Buckets
 from .calibration import METHODS, Calibration
 from .choices import BACKENDS, DTYPES, INT8_CACHE_LACKS, MOST_CANDIDATES, READY_QUANTS, TEXT_BEFORE_IMAGE, PlanError
@@ -119,7 +119,7 @@ class Options:
         return "float32" if self.backend == "onnx" else self.dtype or DTYPES[self.backend][0]
 
     def floats(self, kept: Mapping[str, str]) -> Floats:
-        """What floats are stored in; `kept` are the dtypes in which parameters lose nothing (weights/rules.py).
+        """What floats are stored in; `kept` are the dtypes in which parameters lose nothing (weights/weight_map.py).
 
         ONNX graphs widen matrices where they multiply, which costs time, and rows of a table as they are looked up, which costs
         none: so beside quantised layers the table is as the checkpoint has it. Vectors would save nothing, and scales stay in

@@ -9,9 +9,9 @@ from msgspec import UNSET, structs
 
 from ..model_defs.config import ModelConfig, TiledConfig
 from ..runtime.artifact import CacheSpec, CrossSpec, Kind
-from ..weights.rules import targets
 from ..weights.shard import check_tp, rank_targets
-from ..weights.stored import Floats, stored_targets
+from ..weights.storage import Floats, stored_targets
+from ..weights.weight_map import targets
 from .buckets import Buckets
 from .choices import DEFAULT_CANDIDATES, DEFAULT_CONTEXT, DEFAULT_IMAGES, DEFAULT_PREFILL, DEFAULT_SLOTS, PlanError
 from .options import Options

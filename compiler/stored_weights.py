@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..runtime.artifact import FileSpec, WeightSpec
-from ..weights.rules import kept_dtypes, match
+from ..weights.weight_map import kept_dtypes, match
 from .digests import all_intact
 from .inputs import BuildInputs
 from .plan import make_plan, stages
 
 if TYPE_CHECKING:
-    from ..weights.calibrated import Store
+    from ..weights.calibrated_layers import CalibratedLayers
     from ..weights.source import Source
 
 
@@ -43,14 +43,14 @@ def _kept(inputs: BuildInputs, key: str) -> StoredWeights | None:
 
 def _converted(inputs: BuildInputs, prefix: str, tokenizer: str) -> StoredWeights:
     """Files begin with `prefix`."""
-    from ..weights.convert import convert, plan_shards
+    from ..weights.convert import convert, plan_weight_files
 
     source, options = open_checkpoint(inputs), inputs.options
     quant, tp = options.stored_quant, options.tp
     floats = options.floats(kept_dtypes(match(inputs.config, source.tensors)))
     calibrated = _calibrated(inputs, source, prefix, tokenizer)
     parts = stages(inputs.config, options.pp)
-    shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, floats=floats, tp=tp))
+    shards = (shard for part in parts for shard in plan_weight_files(part, quant, prefix, floats=floats, tp=tp))
     with inputs.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
         same: dict[str, Any] = {
             "quant": quant,
@@ -82,20 +82,20 @@ def open_checkpoint(inputs: BuildInputs) -> Source:
     return source
 
 
-def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str) -> Store | None:
+def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str) -> CalibratedLayers | None:
     """The layers that a calibration quantises; what an interrupted build has left of them is not made again."""
     options, config = inputs.options, inputs.config
     calibration = options.calibration
     if calibration is None:
         return None
     from ..runtime.processor.processor import Processor
-    from ..weights.calibrated import Store
+    from ..weights.calibrated_layers import CalibratedLayers
     from .calibrate import calibrate, prompts_of
 
     cache = make_plan(config, replace(options, tp=1, pp=1)).cache
     prompts = prompts_of(calibration, Processor.read(inputs.info, inputs.out / tokenizer), cache.context)
     if not any(each.images for each in calibration.conversations):
         inputs.progress.say("the calibration has no images: what images do to activations is not seen")
-    store = Store(inputs.out, prefix)
+    store = CalibratedLayers(inputs.out, prefix)
     calibrate(source, config, inputs.info, cache, prompts, options.stored_quant, options.tp, store, inputs.progress)
     return store

@@ -15,7 +15,7 @@ from . import ops
 from .config import TextConfig, head_quant, text_quant
 from .layers import GatheredColumnLinear, Linear, RMSNorm, RowParallelLinear, Table, empty_parameter, share
 
-Feed = Mapping[str, Tensor]  # graph inputs by name; see runtime/artifact.py
+Feed = Mapping[str, Tensor]  # graph inputs by name; see docs/artifact.md
 Attended = tuple[Tensor, Tensor, Tensor]  # what attention gives, and the updated caches
 
 
@@ -184,7 +184,7 @@ class TextGraph(nn.Module):
     `candidates` the likeliest tokens of each row follow the logits (ops.top_tokens).
     Of a pipeline, stages hand on what is between their layers, `hidden` [B, T, C].
 
-    `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see runtime/artifact.py).
+    `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see docs/artifact.md).
     Of a model cut among `ranks` it is the graph of one rank, the same for all: caches of its kv heads, logits of all rows.
     """
 

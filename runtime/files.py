@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and their digests."""
+"""Writing files whole or not at all, reading regular files only, and digests."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def fsync_folder(folder: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Make what was written to a file, or into a folder, durable."""
+    """Flush a file or a folder to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -42,7 +42,7 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading; raises OSError at once for a FIFO, a device or a folder, of which reading might never end."""
+    """Open a file for reading; raises OSError at once for a FIFO, a device or a folder, where reading might never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
@@ -60,7 +60,7 @@ def read_regular(path: Path, most: int) -> bytes:
 
 
 def sha256_file(path: Path, on_bytes: Callable[[int], object] | None = None) -> str:
-    """Hex digest of a file read in blocks; `on_bytes` is told how many bytes each block had."""
+    """Hexadecimal digest of a file, read in blocks; `on_bytes` gets the number of bytes of each."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(_BLOCK):

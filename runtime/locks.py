@@ -1,7 +1,7 @@
-"""Locks by which processes that share a folder keep out of each other's way. The kernel releases them when a process ends.
+"""File locks between processes that share a folder. The kernel releases them when a process ends.
 
-Readers of a folder hold READERS shared; files that a reader may still open are removed under READERS alone. Where the file
-system has no locks, or the folder is read-only and has no such file, nothing is locked and nothing fails.
+Readers of a folder take a shared lock on READERS; files that a reader may still open are removed under the exclusive lock.
+Where the file system has no locks, or the folder is read-only and has no such file, nothing is locked and nothing fails.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from collections.abc import Iterator
 from pathlib import Path
 
 READERS = ".readers.lock"
-TIMEOUT_S = 10.0  # for a process that removes files, which takes it milliseconds
+TIMEOUT_S = 10.0  # of waiting for a process that removes files, which takes milliseconds
 _BUSY = (errno.EWOULDBLOCK, errno.EACCES)
 
 
 class Hold:
-    """A lock that is held until `close`, until the object is gone, or until the process ends."""
+    """A lock until `close`, until the object is collected, or until the process ends."""
 
     def __init__(self, descriptor: int | None) -> None:
         self.held = descriptor is not None
         self._release = weakref.finalize(self, os.close, descriptor) if descriptor is not None else None
 
     def close(self) -> None:
-        """May be called again."""
+        """Release the lock; may be called again."""
         self.held = False
         if self._release:
             self._release()
@@ -51,9 +51,9 @@ def hold(folder: Path) -> Hold:
 
 @contextlib.contextmanager
 def alone(path: Path, *, wait: bool = False) -> Iterator[bool]:
-    """Whether no other process has the lock at `path`; inside the block none can take it. True where locks are unknown.
+    """Take the exclusive lock on `path` for the block; False where another process has it. True where there are no locks.
 
-    `wait`: until it is so. Raises OSError where the file cannot be opened for writing.
+    `wait` for the other process instead. Raises OSError where the file cannot be opened for writing.
     """
     descriptor = _open(path, os.O_RDWR | os.O_CREAT)
     try:
@@ -63,7 +63,7 @@ def alone(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 
 def _open_shared(path: Path) -> int:
-    """A reader needs no more than a file to read, so that it can lock a folder that it must not write."""
+    """Open a lock file for reading alone where it is there: so a reader can lock a folder that it cannot write."""
     try:
         return _open(path, os.O_RDONLY)
     except FileNotFoundError:
@@ -71,7 +71,7 @@ def _open_shared(path: Path) -> int:
 
 
 def _open(path: Path, flags: int) -> int:
-    # Not to wait for the other end of a FIFO, and not to be led elsewhere by a link.
+    # The flags keep it from waiting for the other end of a FIFO, and from following a link.
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW, 0o666)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

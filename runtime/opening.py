@@ -1,4 +1,4 @@
-"""Opening an artifact: what is checked before anything of it is used, and one sentence for whatever goes wrong with a file."""
+"""Opening an artifact with the checks that were chosen, and one error for whatever goes wrong with a file of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from .artifact import Artifact, ArtifactError, open_artifact, read_manifest, verify
 from .signature import check_signature
 
-_SHOWN = 300  # characters of what a library said
+_SHOWN = 300  # characters of a library's message
 
 
 class RunError(ArtifactError):
@@ -19,10 +19,10 @@ class RunError(ArtifactError):
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """What is checked besides manifest, sizes, and digests of graphs and tokenizer files.
+    """Checks besides those of manifest, sizes, and digests of graphs and tokenizer files.
 
-    weights: their digests too, and those of what this machine packed of them. key: a file with the public key that the artifact
-    must be signed for; a signature covers all files, so that all are checked then.
+    weights: digests of weights too, and of their packed copies on this machine. key: a file with the public key of the
+    artifact's signature; a signature covers all files, so all are checked then.
     """
 
     weights: bool = False
@@ -34,22 +34,22 @@ class Checks:
 
 
 def open_checked(folder: Path, checks: Checks, rank: int | None = None) -> Artifact:
-    """An artifact, checked and held; raises ArtifactError. `rank`: as of open_artifact."""
+    """Open an artifact with `checks`; raises ArtifactError. `rank` as in `open_artifact`."""
     if checks.key is not None:  # before a byte of another file is read
         check_signature(folder, read_manifest(folder), checks.key)
-    opened = verify(folder, rank=rank) if checks.all_files else open_artifact(folder, rank)
+    artifact = verify(folder, rank=rank) if checks.all_files else open_artifact(folder, rank)
     try:
         if checks.key is not None:  # the folder may have been replaced meanwhile
-            check_signature(folder, opened.manifest, checks.key)
+            check_signature(folder, artifact.manifest, checks.key)
     except BaseException:
-        opened.close()
+        artifact.close()
         raise
-    return opened
+    return artifact
 
 
 @contextlib.contextmanager
 def reading(path: Path, folder: Path) -> Iterator[None]:
-    """Whatever goes wrong inside is the fault of `path`, in the artifact `folder`: raises ArtifactError that names it."""
+    """Turn any error of the block into an ArtifactError that names `path`, a file of the artifact `folder`."""
     try:
         yield
     except (ArtifactError, ImportError):
@@ -63,7 +63,7 @@ def reading(path: Path, folder: Path) -> Iterator[None]:
 
 
 def remedy(folder: Path) -> str:
-    """What to do about a file that looks damaged."""
+    """The remedy for a file that looks damaged, as a part of a sentence."""
     return f"check the artifact with `staticvl verify {folder}`, then fetch or compile it again"
 
 

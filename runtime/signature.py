@@ -1,7 +1,7 @@
-"""Signatures over an artifact: Ed25519 over the digest that seals the manifest, and with it every file that the manifest lists.
+"""Signatures of artifacts: Ed25519 over the digest that seals the manifest, and with it every file that the manifest lists.
 
-A digest says that files are those that were written; a signature says by whom. It lies beside the manifest, in SIGNATURE, as
-JSON: the digest that was signed, and the signature. Keys are PEM files.
+A digest says that files are as they were written; a signature says who wrote them. The file SIGNATURE beside the manifest holds
+the signed digest and the signature as JSON. Keys are PEM files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import msgspec
 from .artifact import SIGNATURE, ArtifactError, Manifest, Record
 from .files import read_regular, write_atomically
 
-_PURPOSE = b"staticvl artifact, manifest digest "  # so that the signature of something else is none of an artifact
+_PURPOSE = b"staticvl artifact, manifest digest "  # so that a signature of anything else is not valid here
 
 
 class _Signed(Record, frozen=True, kw_only=True):
@@ -29,13 +29,13 @@ class KeyFileError(ValueError):
 
 
 def new_key(path: Path) -> Path:
-    """Write a new private key to `path`, for its owner alone, and its public key beside it; where that is."""
+    """Write a new private key to `path`, readable by its owner alone, and its public key beside it, whose path is returned."""
     serialization, ed25519 = _library()
     private, public = ed25519.Ed25519PrivateKey.generate(), path.with_name(path.name + ".pub")
     pem = serialization.Encoding.PEM
-    secret = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-    shown = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
-    for file, data, mode in ((path, secret, 0o600), (public, shown, 0o644)):
+    private_pem = private.private_bytes(pem, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    public_pem = private.public_key().public_bytes(pem, serialization.PublicFormat.SubjectPublicKeyInfo)
+    for file, data, mode in ((path, private_pem, 0o600), (public, public_pem, 0o644)):
         try:
             with os.fdopen(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as opened:
                 opened.write(data)
@@ -45,7 +45,7 @@ def new_key(path: Path) -> Path:
 
 
 def sign(folder: Path, manifest: Manifest, key: Path) -> None:
-    """Sign what `manifest` seals; the files are to be verified before."""
+    """Sign the artifact in `folder`, whose files are to be verified before."""
     serialization, ed25519 = _library()
     try:
         private = serialization.load_pem_private_key(read_regular(key, 1 << 16), None)
@@ -79,7 +79,7 @@ def check_signature(folder: Path, manifest: Manifest, key: Path) -> None:
 
 
 def is_stale(folder: Path, manifest: Manifest) -> bool:
-    """Whether there is a signature, but not of this manifest."""
+    """Whether there is a signature that is not of this manifest."""
     try:
         return msgspec.json.decode(read_regular(folder / SIGNATURE, 1 << 16), type=_Signed).digest != manifest.digest
     except FileNotFoundError:
@@ -108,7 +108,7 @@ def _message(manifest: Manifest) -> bytes:
 
 
 def _library() -> tuple[Any, Any]:
-    """What a signature takes; only those who use one need it."""
+    """Modules of the package cryptography, which only signatures need; raises ArtifactError where it is missing."""
     try:
         from cryptography.hazmat.primitives import serialization  # pyright: ignore[reportMissingImports]
         from cryptography.hazmat.primitives.asymmetric import ed25519  # pyright: ignore[reportMissingImports]

@@ -1,6 +1,6 @@
-"""What a manifest must not say, whatever its seal: paths out of the artifact, tensors that do not fit their files or the cache.
+"""Contradictions in a manifest: paths out of the artifact, tensors that do not fit their files or the cache.
 
-Ranges of single numbers are in the types of artifact.py; here is what several fields say together.
+Ranges of single numbers are in the types of manifest/; this file checks fields against each other.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING
 from .shown import shown
 
 if TYPE_CHECKING:
-    from .artifact import GraphSpec, Manifest, TensorSpec, WeightSpec
+    from .manifest.files import WeightSpec
+    from .manifest.graphs import GraphSpec, TensorSpec
+    from .manifest.manifest import Manifest
 
 MOST_BYTES = 1 << 46  # of a cache, or of one tensor of a graph
 VOCABULARY = {"tokenizers": "tokenizer.json", "sentencepiece": "tokenizer.model"}  # the files, by kind of tokenizer
@@ -23,7 +25,7 @@ _CACHES = ("k_cache.", "v_cache.", "cross_k.", "cross_v.")
 
 
 def faults(manifest: Manifest) -> Iterator[str]:
-    """Each contradiction as a part of a sentence; none: the manifest is sound."""
+    """Each contradiction as a part of a sentence; a sound manifest has none."""
     yield from _paths(manifest)
     yield from _settings(manifest)
     for stage in range(manifest.pp):
@@ -38,7 +40,7 @@ def faults(manifest: Manifest) -> Iterator[str]:
 
 
 def leads_out(name: str) -> bool:
-    """Whether a path of a manifest is anything but a plain path within the artifact."""
+    """Whether a path is anything but a plain path within the artifact."""
     path = PurePath(name)
     return not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name
 
@@ -46,8 +48,8 @@ def leads_out(name: str) -> bool:
 def _paths(manifest: Manifest) -> Iterator[str]:
     files = set(manifest.files)
     graphs = [graph for stage in range(manifest.pp) for graph in manifest.of_stage(stage).graphs]
-    named = [*files, manifest.tokenizer, *(graph.file for graph in graphs)]
-    yield from (f"{name[:200]!r} is a path outside the artifact" for name in named if leads_out(name))
+    paths = [*files, manifest.tokenizer, *(graph.file for graph in graphs)]
+    yield from (f"{name[:200]!r} is a path outside the artifact" for name in paths if leads_out(name))
     tokenizer = manifest.model.tokenizer
     settings = [VOCABULARY.get(tokenizer.kind) or tokenizer.file, TEMPLATE]
     needed = [*(file for graph in graphs for file in graph.files), *(f"{manifest.tokenizer}/{name}" for name in settings)]
@@ -83,13 +85,13 @@ def _weights(part: Manifest, stage: int) -> Iterator[str]:
 
 
 def _placed(part: Manifest, name: str, weight: WeightSpec, rank: int | None) -> Iterator[str]:
-    """`rank`: whose; None: of a whole model."""
+    """The fault of a weight's place; `rank` None: the model has one rank."""
     file = weight.file if rank is None else f"weights/rank-{rank}/{PurePath(weight.file).name}"
     spec = part.files.get(file)
     if spec is None:
         yield f"weight {name[:200]!r} lies in {file[:200]!r}, which is not listed under files"
     elif weight.offset + weight.nbytes > spec.nbytes:
-        yield f"weight {name[:200]!r} ends behind the end of {file[:200]!r}"
+        yield f"weight {name[:200]!r} ends after the end of {file[:200]!r}"
 
 
 def _graph(part: Manifest, graph: GraphSpec) -> Iterator[str]:
@@ -109,17 +111,17 @@ def _graph(part: Manifest, graph: GraphSpec) -> Iterator[str]:
 
 
 def _fed(graph: GraphSpec) -> Iterator[str]:
-    """Inputs that the host fills in every graph of a kind, and those that come in pairs."""
-    given = {spec.name for spec in graph.inputs}
+    """Missing inputs: those that every graph of the kind has, and those that come in pairs."""
+    names = {spec.name for spec in graph.inputs}
     needed = {"pixels"} if graph.kind == "vision" else {"token_ids", "lengths", "rope_cos", "rope_sin"}
     needed |= {"last_index"} if graph.kind == "prefill" else set()
     for pair in _PAIRS:
-        needed |= set(pair) if given & set(pair) else set()
-    yield from (f"it has no input {name}" for name in sorted(needed - given))
+        needed |= set(pair) if names & set(pair) else set()
+    yield from (f"it has no input {name}" for name in sorted(needed - names))
 
 
 def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:
-    """A cache of a graph is so many slots of the cache that there is; of outputs of vision graphs, one image's entries."""
+    """Faults of a cache among a graph's tensors: it has to be slots of a buffer, or of vision graphs one image's entry."""
     name = spec.name.removesuffix(".out")
     if not name.startswith(_CACHES):
         return
@@ -134,7 +136,7 @@ def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:
 
 
 def _expected(part: Manifest, graph: GraphSpec) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """What the host fills and reads, as artifact.py describes it."""
+    """Dtypes and shapes of the tensors that the host fills and reads, as docs/artifact.md states them."""
     image, cache = part.model.image, part.cache
     if graph.kind == "vision":
         pixels = ("uint8", (graph.bucket, image.size, image.size, 3))

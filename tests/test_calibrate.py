@@ -36,13 +36,13 @@ from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
 from staticvl.tools.development.train_tiny import cases
-from staticvl.weights.calibrated import Store, stored_by_ranks
+from staticvl.weights.calibrated_layers import CalibratedLayers, stored_by_ranks
 from staticvl.weights.convert import convert
-from staticvl.weights.inputs import Gathering, Inputs
+from staticvl.weights.input_statistics import InputStatistics, StatisticsCollector
 from staticvl.weights.quantize import dequantize, dequantize_w4
-from staticvl.weights.rules import targets
 from staticvl.weights.source import open_source
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import targets
 
 from .ascend import CHECKPOINTS
 from .checkpoints import tiny_llava
@@ -74,7 +74,9 @@ class Setup:
         self.cache = make_plan(self.config, options).cache
         self.prompts = prompts_of(calibration, self.checkpoint.processor, context)
 
-    def run(self, store: Store, quant: str = "w4a16", tp: int = 1, progress: Progress | None = None) -> Store:
+    def run(
+        self, store: CalibratedLayers, quant: str = "w4a16", tp: int = 1, progress: Progress | None = None
+    ) -> CalibratedLayers:
         source = open_source(self.checkpoint.folder, None)
         calibrate(source, self.config, self.info, self.cache, self.prompts, quant, tp, store, progress or Progress())
         return store
@@ -119,11 +121,11 @@ def weights_of(prompts: list[Prompt], tokens: int) -> Tensor:
 
 
 @contextlib.contextmanager
-def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, Inputs]]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[dict[str, InputStatistics]]]:
     """The inputs of every layer that is quantised meanwhile."""
-    found: list[dict[str, Inputs]] = []
+    found: list[dict[str, InputStatistics]] = []
 
-    def noted(layer: Any, inputs: dict[str, Inputs], *others: Any) -> Any:
+    def noted(layer: Any, inputs: dict[str, InputStatistics], *others: Any) -> Any:
         found.append(dict(inputs))
         return smoothed(layer, inputs, *others)
 
@@ -154,7 +156,7 @@ def test_statistics_are_of_what_the_engine_feeds_each_layer(
     made = calibration_code.stored_by_ranks
     monkeypatch.setattr(calibration_code, "stored_by_ranks", lambda *args: (layers.append(args[1]), made(*args))[1])
     with watched(monkeypatch) as found:
-        store = setup.run(Store(tmp_path, "k"), quant)
+        store = setup.run(CalibratedLayers(tmp_path, "k"), quant)
     expected = run_by_engine(setup, samples, CONTEXT[family], tower="+vision" in quant)
     for name, rows in expected.items():
         layer, linear = re.fullmatch(r"(.*layers\.\d+)\.(.+)", name).groups()  # type: ignore[union-attr]
@@ -180,7 +182,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     return Setup(tiny_llava(tmp_path_factory.mktemp("small")).folder, of_samples(samples), 300)
 
 
-def files(store: Store) -> dict[str, bytes]:
+def files(store: CalibratedLayers) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in store.folder.iterdir()}
 
 
@@ -199,9 +201,11 @@ class Breaks(Progress):
 def test_what_was_broken_off_goes_on_behind_the_last_layer(
     small: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = files(small.run(Store(tmp_path, "whole")))
-    assert list(whole) and files(small.run(Store(tmp_path, "again"))) == whole, "the same prompts give the same weights"
-    store = Store(tmp_path, "broken")
+    whole = files(small.run(CalibratedLayers(tmp_path, "whole")))
+    assert list(whole) and files(small.run(CalibratedLayers(tmp_path, "again"))) == whole, (
+        "the same prompts give the same weights"
+    )
+    store = CalibratedLayers(tmp_path, "broken")
     with pytest.raises(KeyboardInterrupt):
         small.run(store, progress=Breaks())
     assert store.has("text.layers.0") and not store.has("text.layers.1")
@@ -216,7 +220,7 @@ def test_what_was_broken_off_goes_on_behind_the_last_layer(
 
 @pytest.mark.parametrize("quant", ["w4a16", "w8a8"])
 def test_ranks_hold_parts_of_what_was_calibrated_as_a_whole(small: Setup, tmp_path: Path, quant: str) -> None:
-    one, two = (small.run(Store(tmp_path, f"tp{tp}"), quant, tp) for tp in (1, 2))
+    one, two = (small.run(CalibratedLayers(tmp_path, f"tp{tp}"), quant, tp) for tp in (1, 2))
     name = "text.layers.1.attn.o"  # 64 columns: a cut falls between two blocks
     whole, parts = one.parameter(f"{name}.weight", 0), [two.parameter(f"{name}.weight", rank) for rank in (0, 1)]
     assert whole.keys() == {f"{name}.qweight", f"{name}.scales"}
@@ -243,7 +247,7 @@ def test_ranks_hold_parts_of_what_was_calibrated_as_a_whole(small: Setup, tmp_pa
 @pytest.mark.parametrize("quant", ["w4a16", "w8a8+vision"])
 def test_weight_files_hold_what_was_calibrated(small: Setup, tmp_path: Path, quant: str) -> None:
     """Of each rank its own; all else is converted as ever."""
-    store = small.run(Store(tmp_path, "k"), quant, 2)
+    store = small.run(CalibratedLayers(tmp_path, "k"), quant, 2)
     source, out = open_source(small.checkpoint.folder, None), tmp_path / "out"
     plain = convert(source, small.config, tmp_path / "plain", quant=quant, prefix="p", tp=2, rank=1).weights
     found = convert(source, small.config, out, quant=quant, prefix="k", tp=2, rank=1, calibrated=store).weights
@@ -268,10 +272,10 @@ def test_a_cut_weight_is_rounded_as_a_whole(small: Setup) -> None:
     config, stem = small.config, "text.layers.0"
     shared = torch.randn(400, 8, generator=generator) @ torch.randn(8, 112, generator=generator)
     x = shared + 0.05 * torch.randn(400, 112, generator=generator)
-    gathering = Gathering(112, moment=True)
+    gathering = StatisticsCollector(112, moment=True)
     gathering.add(x)
     weight = torch.randn(64, 112, generator=generator)
-    inputs = {"mlp.down": gathering.found()}
+    inputs = {"mlp.down": gathering.statistics()}
 
     def error(layers: list[dict[str, Tensor]]) -> float:
         near = [dequantize_w4(each["mlp.down.qweight"], each["mlp.down.scales"], 56) for each in layers]
@@ -282,7 +286,7 @@ def test_a_cut_weight_is_rounded_as_a_whole(small: Setup) -> None:
     assert apart.moment is not None
     blind = apart.moment.clone()
     blind[:56, 56:] = blind[56:, :56] = 0
-    known = {"mlp.down": Inputs(apart.tokens, apart.largest, apart.mean, blind, apart.rows)}
+    known = {"mlp.down": InputStatistics(apart.tokens, apart.largest, apart.mean, blind, apart.rows)}
     assert error(together) < 0.9 * error(stored_by_ranks(config, stem, {"mlp.down.weight": weight}, known, "w4a16", 2))
 
 
@@ -322,7 +326,7 @@ def test_an_artifact_says_what_it_was_calibrated_with(tmp_path: Path) -> None:
 def test_a_disk_without_room(small: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     with pytest.raises(WeightsError, match=r"needs \d+ bytes, but only 1000 are free"):
-        small.run(Store(tmp_path, "k"))
+        small.run(CalibratedLayers(tmp_path, "k"))
 
 
 def test_what_needs_no_calibration() -> None:

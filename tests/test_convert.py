@@ -21,12 +21,12 @@ from torch import Tensor
 
 from staticvl.model_defs.config import ModelConfig, read_config
 from staticvl.weights import writer
-from staticvl.weights.convert import Converted, convert, forget_journal, plan_shards
+from staticvl.weights.convert import Converted, convert, forget_journal, plan_weight_files
 from staticvl.weights.quantize import dequantize, quantize
-from staticvl.weights.rules import targets
 from staticvl.weights.source import Source, open_source
-from staticvl.weights.stored import QUANTS, quant_of, stored_targets
+from staticvl.weights.storage import QUANTS, quant_of, stored_targets
 from staticvl.weights.tensors import StoredTensor, WeightsError
+from staticvl.weights.weight_map import targets
 
 from .checkpoints import Tiny, tiny_llava, write_weights
 
@@ -129,7 +129,7 @@ def test_quantised_weights(tmp_path: Path, tiny: Tiny, config: ModelConfig, quan
 @pytest.mark.parametrize("quant", ["none", "w8a8+vision"])
 def test_files_are_as_planned(tmp_path: Path, tiny: Tiny, config: ModelConfig, quant: str) -> None:
     converted = run(tiny, config, tmp_path, quant)
-    shards = plan_shards(config, quant, "k", SHARD_BYTES)
+    shards = plan_weight_files(config, quant, "k", SHARD_BYTES)
     assert [shard.file for shard in shards] == [f"weights/k-{i + 1:05d}.safetensors" for i in range(len(shards))] and len(
         shards
     ) > 2
@@ -184,7 +184,7 @@ def test_each_tensor_is_read_once(
 
 
 def test_progress_adds_up(tmp_path: Path, tiny: Tiny, config: ModelConfig) -> None:
-    total = sum(shard.nbytes for shard in plan_shards(config, "none", "k", SHARD_BYTES))
+    total = sum(shard.nbytes for shard in plan_weight_files(config, "none", "k", SHARD_BYTES))
     for _ in range(2):  # the second run finds every file finished
         steps: list[int] = []
         run(tiny, config, tmp_path, progress=steps.append)
@@ -289,7 +289,7 @@ def test_a_partial_file_of_a_killed_run_is_removed(tmp_path: Path, tiny: Tiny, c
 def test_too_little_disk_space_is_said_before_writing(
     tmp_path: Path, tiny: Tiny, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = plan_shards(config, "none", "k", SHARD_BYTES)
+    shards = plan_weight_files(config, "none", "k", SHARD_BYTES)
     needed = sum(shard.nbytes for shard in shards)
     usage = type("Usage", (), {"free": needed - 1})()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
@@ -325,7 +325,7 @@ class FullDisk:
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, tiny: Tiny, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = plan_shards(config, "none", "k", SHARD_BYTES)
+    shards = plan_weight_files(config, "none", "k", SHARD_BYTES)
     room = [shards[0].nbytes + shards[1].nbytes + shards[2].nbytes // 2]
     plain = Path.open
 
@@ -382,7 +382,7 @@ import sys
 from pathlib import Path
 from staticvl.weights.source import open_source
 from staticvl.weights.tensors import StoredTensor
-from staticvl.weights.writer import lay_out, write_shard
+from staticvl.weights.writer import lay_out, write_weight_file
 
 def resident(key):  # KB; VmHWM is the largest VmRSS so far
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
@@ -390,7 +390,7 @@ def resident(key):  # KB; VmHWM is the largest VmRSS so far
 def copy(folder, names):
     source = open_source(folder)
     stored = {name: StoredTensor("float32", source.tensors[name].shape) for name in names or source.tensors}
-    write_shard(folder, lay_out("out.safetensors", stored), source.read)
+    write_weight_file(folder, lay_out("out.safetensors", stored), source.read)
 
 folders = list(map(Path, sys.argv[1:]))
 for folder in folders:

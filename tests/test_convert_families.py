@@ -18,10 +18,10 @@ from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_att
 from staticvl.model_defs.config import ModelConfig, ResampledConfig, TiledConfig, read_config
 from staticvl.weights.convert import convert
 from staticvl.weights.quantize import dequantize_w8
-from staticvl.weights.rules import match, source_names, targets
 from staticvl.weights.source import open_source
-from staticvl.weights.stored import stored_targets
+from staticvl.weights.storage import stored_targets
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import match, source_names, targets
 
 from .checkpoints import write_weights
 from .test_convert import expected_weights

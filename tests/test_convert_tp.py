@@ -15,15 +15,15 @@ from torch import Tensor
 from staticvl.model_defs.config import ModelConfig, head_quant
 from staticvl.runtime.artifact import FileSpec
 from staticvl.runtime.files import sha256_file
-from staticvl.weights import cut
-from staticvl.weights.convert import Converted, convert, forget_journal, plan_shards
-from staticvl.weights.cut import Span, read_span
+from staticvl.weights import shard_span
+from staticvl.weights.convert import Converted, convert, forget_journal, plan_weight_files
 from staticvl.weights.quantize import dequantize, quantize
-from staticvl.weights.rules import match
 from staticvl.weights.shard import rank_span, shard_axis
+from staticvl.weights.shard_span import Span, read_span
 from staticvl.weights.source import Source, open_source
-from staticvl.weights.stored import quant_of, stored_targets
+from staticvl.weights.storage import quant_of, stored_targets
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import match
 
 from .test_convert import StopError, stop_after
 from .wide_models import CONFIGS, part, wide_config, write_random
@@ -57,7 +57,7 @@ def test_a_rank_has_its_part_of_every_tensor(
     checkpoint: tuple[ModelConfig, Path], tmp_path: Path, tp: int, quant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And quantised weights are those of its part, with scales of its own."""
-    monkeypatch.setattr(cut, "_PIECE", 1000)  # several pieces of the larger tensors
+    monkeypatch.setattr(shard_span, "_PIECE", 1000)  # several pieces of the larger tensors
     config, whole = checkpoint[0], load(tmp_path, run(checkpoint, tmp_path))
     for rank in range(tp):
         got = load(tmp_path, run(checkpoint, tmp_path, tp=tp, rank=rank, quant=quant))
@@ -77,7 +77,7 @@ def test_files_of_all_ranks_are_laid_out_alike(checkpoint: tuple[ModelConfig, Pa
     places = []
     for rank in range(4):
         converted = run(checkpoint, tmp_path, tp=4, rank=rank, quant=quant)
-        planned = plan_shards(config, quant, "k", SHARD_BYTES, tp=4, rank=rank)
+        planned = plan_weight_files(config, quant, "k", SHARD_BYTES, tp=4, rank=rank)
         folder = f"weights/rank-{rank}/"
         assert list(converted.files) == [shard.file for shard in planned] and len(planned) > 1
         assert all(file.startswith(folder) and (tmp_path / file).is_file() for file in converted.files)
@@ -100,7 +100,7 @@ def test_no_more_is_read_than_has_to_be(
 ) -> None:
     """Of rows that are taken as they are, the rank's; columns some rows at a time; all else once."""
     config, folder = checkpoint
-    monkeypatch.setattr(cut, "_PIECE", 1000)
+    monkeypatch.setattr(shard_span, "_PIECE", 1000)
     elements: Counter[str] = Counter()
     largest: Counter[str] = Counter()
     plain = Source.read
@@ -137,13 +137,13 @@ def test_a_tensor_is_read_in_pieces_of_rows() -> None:
         asked.append(rows)
         return whole[slice(*rows)]
 
-    before, cut._PIECE = cut._PIECE, 18
+    before, shard_span._PIECE = shard_span._PIECE, 18
     try:
         assert torch.equal(read_span(read, (7, 6), Span(1, 2, 5)), whole[:, 2:5])
         assert asked == [(0, 3), (3, 6), (6, 7)]
         assert torch.equal(read_span(read, (7, 6), Span(0, 2, 5)), whole[2:5]) and asked[-1] == (2, 5)
     finally:
-        cut._PIECE = before
+        shard_span._PIECE = before
 
 
 def test_a_resumed_rank_ends_like_an_uninterrupted_one(

@@ -63,7 +63,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "graph unlisted": (lambda d: graph(d, "decode").update(file="x.onnx"), "not listed under files"),
     "tokenizer above": (lambda d: d.update(tokenizer=".."), "a path outside the artifact"),
     "weight above": (lambda d: weight(d).update(file="../w"), "not listed under files"),
-    "weight behind the end": (lambda d: weight(d).update(offset=1 << 40), "ends behind the end"),
+    "weight after the end": (lambda d: weight(d).update(offset=1 << 40), "ends after the end"),
     "weight before the beginning": (lambda d: weight(d).update(offset=-1), "Expected `int` >= 0"),
     "weight of another size": (lambda d: weight(d).update(shape=[3, 3]), "but .* bytes"),
     "weight of an unknown type": (lambda d: weight(d).update(dtype="complex128"), r"matching regex .* at `\$\.weights"),

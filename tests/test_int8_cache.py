@@ -44,11 +44,11 @@ from staticvl.tools.comparing.samples import user_sample
 from staticvl.tools.comparing.static_side import open_artifact_side, open_eager_side
 from staticvl.tools.development.train_tiny import cases
 from staticvl.tools.tuning.target import from_artifact, from_checkpoint
-from staticvl.weights.calibrated import decoder_folds
-from staticvl.weights.rules import targets
+from staticvl.weights.calibrated_layers import decoder_folds
 from staticvl.weights.shard import rank_span
 from staticvl.weights.tensors import StoredTensor
-from staticvl.weights.writer import lay_out, write_shard
+from staticvl.weights.weight_map import targets
+from staticvl.weights.writer import lay_out, write_weight_file
 
 from .ascend import CHECKPOINTS
 from .checkpoints_mllama import tiny_mllama
@@ -142,7 +142,7 @@ def on_onnx_runtime(given: Step, folder: Path) -> list[np.ndarray]:
     module = Scaled(given)
     stored = {name: StoredTensor("float32", tuple(each.shape)) for name, each in module.named_parameters()}
     shard = lay_out("weights.safetensors", stored)
-    write_shard(folder, shard, dict(module.named_parameters()).__getitem__)
+    write_weight_file(folder, shard, dict(module.named_parameters()).__getitem__)
     graph = GraphDef("decode", 1, 0, module, tuple(specs), tuple(outputs))
     (folder / "model.onnx").write_bytes(emit(graph, shard.tensors))
     session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])

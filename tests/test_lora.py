@@ -20,9 +20,9 @@ from torch import Tensor
 from staticvl.model_defs.config import read_config
 from staticvl.weights.convert import convert
 from staticvl.weights.lora import AdaptedSource, adapter_files, open_adapter
-from staticvl.weights.rules import targets
 from staticvl.weights.source import Source, open_source
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import targets
 
 from .checkpoints import tiny_llava
 from .tiny_families import GOLDEN_QWEN, llava_next_model, mllama_model, save, write_original_config

@@ -28,10 +28,10 @@ from staticvl.weights.lora import open_adapter
 from staticvl.weights.packing.settings import read_packing
 from staticvl.weights.packing.source import PackedSource, check_layers, open_packed
 from staticvl.weights.quantize import dequantize
-from staticvl.weights.rules import match
 from staticvl.weights.source import open_source
-from staticvl.weights.stored import quant_of
+from staticvl.weights.storage import quant_of
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import match
 
 from .checkpoints import tiny_llava
 from .packings import FORMS, pack_checkpoint

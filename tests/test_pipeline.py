@@ -22,7 +22,7 @@ from staticvl.runtime.backends.base import Backend, Feed
 from staticvl.runtime.backends.open import open_backend
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.open_side import open_side
-from staticvl.weights.rules import targets
+from staticvl.weights.weight_map import targets
 
 from .comparisons import compared, samples_of
 from .conftest import EMBEDDED

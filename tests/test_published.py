@@ -11,9 +11,9 @@ import pytest
 from staticvl.compiler.plan import Buckets, Options, forecast, make_plan
 from staticvl.model_defs.config import ClipConfig, ModelConfig, ResampledConfig, TiledConfig, read_config
 from staticvl.tools.known_models import MODELS, write_known_model
-from staticvl.weights.rules import assign, source_names, targets
 from staticvl.weights.shard import possible_tp, rank_parameters, rank_shape, shard_axis
-from staticvl.weights.stored import QUANTS, stored_targets, uniform
+from staticvl.weights.storage import QUANTS, stored_targets, uniform
+from staticvl.weights.weight_map import assign, source_names, targets
 
 from .conftest import PUBLISHED
 

@@ -30,7 +30,7 @@ from staticvl.runtime.artifact import TensorSpec, read_manifest
 from staticvl.runtime.backends import ort as backend
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.tensors import StoredTensor
-from staticvl.weights.writer import lay_out, write_shard
+from staticvl.weights.writer import lay_out, write_weight_file
 
 from .checkpoints import tiny_llava
 from .rounding import check_product
@@ -59,7 +59,7 @@ def compiled(module: Linear, x: Tensor, folder: Path | None = None) -> Tensor:
         shard = lay_out(
             "weights.safetensors", {name: StoredTensor(str(each.dtype), each.shape) for name, each in values.items()}
         )
-        write_shard(folder, shard, lambda name: torch.from_numpy(values[name]))
+        write_weight_file(folder, shard, lambda name: torch.from_numpy(values[name]))
         (folder / "twin.onnx").write_bytes(emit(graph, shard.tensors, exact=True))
     session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return torch.from_numpy(session.run(None, {"x": x.numpy()})[0])

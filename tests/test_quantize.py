@@ -18,9 +18,9 @@ from staticvl.weights.quantize import (
     quantize_w8,
     quantize_w8a8,
 )
-from staticvl.weights.rules import targets
-from staticvl.weights.stored import stored_targets, uniform
+from staticvl.weights.storage import stored_targets, uniform
 from staticvl.weights.tensors import StoredTensor
+from staticvl.weights.weight_map import targets
 
 from .checkpoints import tiny_llava
 

@@ -19,8 +19,8 @@ from staticvl.tools.development.random_checkpoint import main
 from staticvl.tools.known_models import write_known_model
 from staticvl.tools.random_tokenizers import write_tokenizer
 from staticvl.weights.convert import convert
-from staticvl.weights.rules import match, targets
 from staticvl.weights.source import open_source
+from staticvl.weights.weight_map import match, targets
 
 from .checkpoints import Tiny, tiny_llava
 from .tiny_families import GOLDEN_QWEN, mllama_model, save

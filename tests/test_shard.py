@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention, silu
 
 from staticvl.model_defs.config import ModelConfig, read_config
-from staticvl.weights.rules import targets
 from staticvl.weights.shard import check_tp, possible_tp, rank_parameters, rank_shape, rank_span, rank_targets, shard_axis
 from staticvl.weights.tensors import WeightsError
+from staticvl.weights.weight_map import targets
 
 from .wide_models import CONFIGS, part, wide_config
 
@@ -70,7 +70,7 @@ def test_what_is_cut(family: str) -> None:
 
 
 def test_a_cut_comes_before_quantising() -> None:
-    with pytest.raises(AssertionError, match="cut before quantising"):
+    with pytest.raises(AssertionError, match="shard before quantising"):
         shard_axis(wide_config("llava"), "text.layers.0.mlp.down.qweight")
 
 
@@ -137,7 +137,7 @@ def test_a_vocabulary_need_not_divide(tp: int) -> None:
     assert rows == list(range(9)) and rank_shape(config, name, shape, tp) == (-(-9 // tp), 192)
 
 
-DO = "; this model can be cut among these numbers of ranks: "
+DO = "; this model can be sharded over these numbers of ranks: "
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from staticvl.model_defs import vit
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.decoder import Block, CrossBlock
-from staticvl.weights.calibrated import decoder_folds, smoothed, tower_folds
-from staticvl.weights.inputs import SAMPLED, Gathering, Inputs
+from staticvl.weights.calibrated_layers import decoder_folds, smoothed, tower_folds
+from staticvl.weights.input_statistics import SAMPLED, InputStatistics, StatisticsCollector
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.smoothing import Fold, best_scales
 
@@ -26,10 +26,10 @@ def noise(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def seen(x: Tensor) -> Inputs:
-    gathering = Gathering(x.shape[-1], moment=True)
+def seen(x: Tensor) -> InputStatistics:
+    gathering = StatisticsCollector(x.shape[-1], moment=True)
     gathering.add(x)
-    return gathering.found()
+    return gathering.statistics()
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +133,7 @@ def test_it_is_the_rounded_inputs_that_count() -> None:
 
 def test_scales_take_what_is_unknown_or_nothing_as_it_is() -> None:
     fold, weight = Fold(("norm",), ("weight",)), noise(8, 32, seed=1)
-    nothing = Gathering(32, moment=True).found()
+    nothing = StatisticsCollector(32, moment=True).statistics()
     for quant in ("w8a8", "w4a16"):
         assert torch.equal(best_scales(fold, {"norm": torch.ones(32), "weight": weight}, nothing, quant), torch.ones(32))
     x = noise(40, 32, seed=2) * torch.linspace(1, 100, 32)
@@ -153,16 +153,16 @@ def test_key_value_heads_are_scaled_for_all_queries_that_they_serve() -> None:
 def test_what_is_gathered() -> None:
     """However the tokens come."""
     x = noise(1, 1000, 12, seed=1)
-    gathering = Gathering(12, moment=True)
+    gathering = StatisticsCollector(12, moment=True)
     for part in x.split([1, 700, 299], dim=1):
         gathering.add(part)
-    found = gathering.found()
+    found = gathering.statistics()
     rows = x[0]
     torch.testing.assert_close(found.moment, rows.T @ rows, rtol=1e-4, atol=1e-3)
     assert torch.equal(found.largest, rows.abs().amax(0))
     torch.testing.assert_close(found.mean, rows.abs().mean(0))
     assert found.tokens == 1000 and SAMPLED <= len(found.rows) <= 2 * SAMPLED and torch.equal(found.rows, rows[::2])
-    assert Gathering(12, moment=False).moment is None
+    assert StatisticsCollector(12, moment=False).moment is None
 
 
 def test_dequantised_weights_follow_the_scales() -> None:

@@ -37,11 +37,11 @@ from staticvl.tools.comparing.thresholds import precision
 from staticvl.weights.convert import convert
 from staticvl.weights.lora import open_adapter
 from staticvl.weights.quantize import quantize
-from staticvl.weights.rules import kept_dtypes, match, targets
 from staticvl.weights.source import open_source
-from staticvl.weights.stored import Floats
+from staticvl.weights.storage import Floats
 from staticvl.weights.tensors import StoredTensor, WeightsError
-from staticvl.weights.writer import lay_out, write_shard
+from staticvl.weights.weight_map import kept_dtypes, match, targets
+from staticvl.weights.writer import lay_out, write_weight_file
 
 from .checkpoints import tiny_llava
 from .checkpoints_llava_next import tiny_llava_next
@@ -228,7 +228,7 @@ def test_what_is_widened_is_not_written_beside_packed_weights(tmp_path: Path) ->
     values = {"table.weight": torch.randn(4096, 512, generator=random).half(), **parts}
     stored = {n: StoredTensor(str(v.dtype).removeprefix("torch."), tuple(v.shape)) for n, v in values.items()}
     shard = lay_out("weights/all.safetensors", stored)
-    write_shard(tmp_path, shard, values.__getitem__)
+    write_weight_file(tmp_path, shard, values.__getitem__)
     specs = (
         TensorSpec(name="token_ids", dtype="int32", shape=(1, 2)), TensorSpec(name="y", dtype="float32", shape=(1, 2, 2304))
     )  # fmt: skip

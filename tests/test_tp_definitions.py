@@ -22,7 +22,7 @@ from staticvl.runtime.artifact import Kind
 from staticvl.weights import convert as convert_module
 from staticvl.weights.convert import Converted
 from staticvl.weights.shard import rank_span, rank_targets
-from staticvl.weights.stored import QUANTS, stored_targets
+from staticvl.weights.storage import QUANTS, stored_targets
 
 from .lockstep import Meeting, Member, run_ranks
 from .rank_models import Model, model_of, steps, worst_errors

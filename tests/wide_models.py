@@ -11,10 +11,10 @@ from torch import Tensor
 
 from staticvl.model_defs.config import ClipConfig, ModelConfig, ResampledConfig, TiledConfig, read_config
 from staticvl.tools.development.random_checkpoint import random_tensor
-from staticvl.weights.rules import source_names
 from staticvl.weights.shard import rank_span, shard_axis
 from staticvl.weights.tensors import StoredTensor
-from staticvl.weights.writer import lay_out, write_shard
+from staticvl.weights.weight_map import source_names
+from staticvl.weights.writer import lay_out, write_weight_file
 
 from .conftest import EMBEDDED
 from .tiny_families import GOLDEN_QWEN
@@ -63,7 +63,7 @@ def write_random(config: ModelConfig, folder: Path, seed: int = 0) -> Path:
     """model.safetensors with every tensor of a checkpoint of `config`, float32; biases are random too."""
     tensors = {name: StoredTensor("float32", shape) for name, shape in source_names(config).items()}
     draw = partial(random_tensor, seed=seed, scale=SCALE)
-    write_shard(folder, lay_out("model.safetensors", tensors), lambda name: draw(name, tensors[name]))
+    write_weight_file(folder, lay_out("model.safetensors", tensors), lambda name: draw(name, tensors[name]))
     return folder
 
 

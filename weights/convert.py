@@ -1,7 +1,7 @@
 """From a checkpoint to the weight files of an artifact: streamed, resumable, every tensor accounted for.
 
-Weights of a model that is cut among ranks lie in a folder of each rank, in files of the same names with the same tensors at
-the same offsets, so that one graph can refer to any rank's:
+Each rank of a sharded model has a folder of weight files. Their names and layouts are the same, so that one graph can refer to
+any rank's:
 
     weights/PREFIX-00001.safetensors           the whole model
     weights/rank-0/PREFIX-00001.safetensors    rank 0 of several
@@ -23,31 +23,31 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
-from .calibrated import Store
-from .cut import Span, read_span
+from .calibrated_layers import CalibratedLayers
 from .names.rule import Shape
 from .packing.source import PackedSource
 from .quantize import quantize
-from .rules import Plan, Recipe, match, targets
 from .shard import rank_span, rank_targets, shard_axis
+from .shard_span import Span, read_span
 from .source import Source
-from .stored import FLOAT32, Floats, quant_of, stored_parts, stored_targets
+from .storage import FLOAT32, Floats, quant_of, stored_parts, stored_targets
 from .tensors import SourceTensor, StoredTensor, WeightsError
-from .writer import Shard, check_space, lay_out, one_thread, write_shard
+from .weight_map import Recipe, WeightMap, match, targets
+from .writer import WeightFile, check_space, lay_out, one_thread, write_weight_file
 
 _CHUNK = 1 << 18  # elements checked at once
 
 
 @dataclass(frozen=True, slots=True)
 class Converted:
-    """Where every tensor lies, and size and digest of every file; file names are relative to the output folder."""
+    """The result: where every tensor lies, and size and digest of every file. File names are relative to the output folder."""
 
     weights: dict[str, WeightSpec]
     files: dict[str, FileSpec]
 
 
 class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One line of the journal: a file that was written whole. `header` tells another layout under the same name."""
+    """One line of the journal: a file that was written whole. `header` identifies its layout."""
 
     file: str
     header: str  # sha256
@@ -55,7 +55,7 @@ class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-def plan_shards(
+def plan_weight_files(
     config: ModelConfig,
     quant: str,
     prefix: str,
@@ -64,15 +64,15 @@ def plan_shards(
     *,
     tp: int = 1,
     rank: int = 0,
-) -> tuple[Shard, ...]:
-    """The files that `convert` writes, known without any weights: PREFIX-00001.safetensors and so on.
+) -> tuple[WeightFile, ...]:
+    """The layouts of the files that `convert` writes: PREFIX-00001.safetensors and so on. They need no weights.
 
     A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself. Raises WeightsError as `check_tp`.
     """
-    shards: list[Shard] = []
-    for tensors in _groups(config, quant, shard_bytes, floats, tp):
-        shards.append(lay_out(f"{_folder(config, tp, rank)}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
-    return tuple(shards)
+    files: list[WeightFile] = []
+    for tensors in _tensors_of_files(config, quant, shard_bytes, floats, tp):
+        files.append(lay_out(f"{_folder(config, tp, rank)}/{prefix}-{len(files) + 1:05d}.safetensors", tensors))
+    return tuple(files)
 
 
 def convert(
@@ -86,64 +86,64 @@ def convert(
     shard_bytes: int = 2 << 30,
     tp: int = 1,
     rank: int = 0,
-    calibrated: Store | None = None,
+    calibrated: CalibratedLayers | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Converted:
-    """Write what `rank` of `tp` holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
+    """Write what `rank` of `tp` holds of every parameter of `config`, from `source` into `out`, one tensor in memory at a time.
 
     Of a pipeline, `config` is that of one stage, and `rank` one of those that hold this stage.
 
     `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
     that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
-    `prefix` has to name source, config, quant, floats and tp: files of the same prefix that a broken-off run has finished are
-    kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
-    bytes of each step; they add up to the sizes of `plan_shards`. Layers that `calibrated` holds are taken from there.
-    A tensor that is taken as it is is never whole in memory where it is cut; one that is made of others is made whole and then
-    cut. Weights are cut before they are quantised.
+    `prefix` has to name source, config, quant, floats and tp: files of the same prefix that an interrupted run has finished are
+    kept, as its journal PREFIX.journal beside them says. The journal stays until `forget_journal`. `progress` gets the bytes of
+    each write; they add up to the sizes of `plan_weight_files`. Layers that `calibrated` has are taken from there.
+    A shard of a tensor that is stored unchanged is read without the whole tensor in memory; a tensor that is made of others is
+    made whole and then sharded. Weights are sharded before they are quantised.
     Raises WeightsError as `check_tp`, `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
-    shards = plan_shards(config, quant, prefix, shard_bytes, floats, tp=tp, rank=rank)
-    parts = _Parts(source, match(config, source.tensors), config, quant, floats, tp, rank, calibrated)
+    layouts = plan_weight_files(config, quant, prefix, shard_bytes, floats, tp=tp, rank=rank)
+    producer = _TensorProducer(source, match(config, source.tensors), config, quant, floats, tp, rank, calibrated)
     folder = out / _folder(config, tp, rank)
     folder.mkdir(parents=True, exist_ok=True)
     _remove_partials(folder, prefix)
     journal = folder / f"{prefix}.journal"
-    finished = _read_journal(out, journal, shards)
-    check_space(out, sum(shard.nbytes for shard in shards if shard.file not in finished))
-    for shard in shards:
-        if shard.file in finished:
+    finished = _read_journal(out, journal, layouts)
+    check_space(out, sum(layout.nbytes for layout in layouts if layout.file not in finished))
+    for layout in layouts:
+        if layout.file in finished:
             if progress:
-                progress(shard.nbytes)
+                progress(layout.nbytes)
             continue
         try:
             with one_thread():
-                spec = write_shard(out, shard, parts.take, progress)
-            finished[shard.file] = _Finished(shard.file, _digest(shard), spec.nbytes, spec.sha256)
+                spec = write_weight_file(out, layout, producer.take, progress)
+            finished[layout.file] = _Finished(layout.file, _digest(layout), spec.nbytes, spec.sha256)
             _write_journal(journal, finished)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
                 raise
             raise WeightsError(
-                f"the disk is full: {out / shard.file} could not be written ({shard.nbytes} bytes); free some space and "
-                f"run the same command again, it keeps the {len(finished)} of {len(shards)} weight files that are finished"
+                f"the disk is full: {out / layout.file} could not be written ({layout.nbytes} bytes); free some space and "
+                f"run the same command again, it keeps the {len(finished)} of {len(layouts)} weight files that are finished"
             ) from error
-        assert not parts.waiting, parts.waiting.keys()
+        assert not producer.waiting, producer.waiting.keys()
     weights: dict[str, WeightSpec] = {}
-    for shard in shards:
-        assert not weights.keys() & shard.tensors.keys()
-        weights |= shard.tensors
+    for layout in layouts:
+        assert not weights.keys() & layout.tensors.keys()
+        weights |= layout.tensors
     assert weights.keys() == stored_targets(config, quant, floats, tp).keys()
-    files = {shard.file: FileSpec(nbytes=shard.nbytes, sha256=finished[shard.file].sha256) for shard in shards}
+    files = {layout.file: FileSpec(nbytes=layout.nbytes, sha256=finished[layout.file].sha256) for layout in layouts}
     return Converted(weights, files)
 
 
 def parameters(source: Source, config: ModelConfig) -> Callable[[str], Tensor]:
-    """Gives each whole parameter of `config` once, in the checkpoint's dtype; raises WeightsError as `convert`."""
-    return _Parts(source, match(config, source.tensors), config, "none", FLOAT32).take
+    """A function that gives each whole parameter of `config` once, in the checkpoint's dtype. It raises as `convert`."""
+    return _TensorProducer(source, match(config, source.tensors), config, "none", FLOAT32).take
 
 
 def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> None:
-    """Remove what only a resumed conversion needs."""
+    """Remove the files that only a resumed conversion needs."""
     folder = out / rank_folder(tp, rank)
     (folder / f"{prefix}.journal").unlink(missing_ok=True)
     _remove_partials(folder, prefix)
@@ -154,26 +154,26 @@ def _folder(config: ModelConfig, tp: int, rank: int) -> str:
     return rank_folder(tp * stage.count, tp * stage.index + rank)
 
 
-class _Parts:
-    """Makes what one rank holds of each of our parameters once and hands out what is stored of it."""
+class _TensorProducer:
+    """Produces the stored tensors of one rank: reads, makes, shards and quantises each parameter once."""
 
     def __init__(
         self,
         source: Source,
-        plan: Plan,
+        weight_map: WeightMap,
         config: ModelConfig,
         quant: str,
         floats: Floats,
         tp: int = 1,
         rank: int = 0,
-        calibrated: Store | None = None,
+        calibrated: CalibratedLayers | None = None,
     ) -> None:
-        self.source, self.plan, self.quant, self.rank = source, plan, quant, rank
+        self.source, self.weight_map, self.quant, self.rank = source, weight_map, quant, rank
         self.floats, self.calibrated = floats, calibrated
         self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
         self.spans = {name: _span(config, name, shape, tp, rank) for name, shape in targets(config).items()}
         self.shapes = rank_targets(config, tp)
-        self.waiting: dict[str, Tensor] = {}  # parts of a tensor already read that come later in the file
+        self.waiting: dict[str, Tensor] = {}  # stored tensors of a parameter already read that come later in the file
         self.read: set[str] = set()
 
     def take(self, part: str) -> Tensor:
@@ -190,9 +190,9 @@ class _Parts:
             return stored
         kind, stem = quant_of(name, self.quant), name.removesuffix(".weight")
         if kind != "none" and isinstance(self.source, PackedSource):
-            parts = self._repacked(self.source, self.plan.recipes[name], self.spans[name], kind)
+            parts = self._repacked(self.source, self.weight_map.recipes[name], self.spans[name], kind)
             return {f"{stem}.{part}": value for part, value in parts.items()}
-        tensor = _filled(self._made(self.plan.recipes[name], self.spans[name]), self.shapes[name])
+        tensor = _padded(self._made(self.weight_map.recipes[name], self.spans[name]), self.shapes[name])
         if kind == "none":
             self._check_range(name, tensor)
             return {name: tensor}
@@ -210,13 +210,13 @@ class _Parts:
         return span.of(whole) if span else whole
 
     def _repacked(self, source: PackedSource, recipe: Recipe, span: Span | None, kind: str) -> dict[str, Tensor]:
-        """What is stored of a weight that the checkpoint holds quantised."""
+        """The stored parts of a weight that is quantised in the checkpoint."""
         ((tensor, ref),) = zip(recipe.tensors, recipe.rule.sources, strict=True)
         assert recipe.rule.make is None, tensor.name
-        return source.stored(tensor.name, kind, ref.rows, span)
+        return source.repack(tensor.name, kind, ref.rows, span)
 
     def _check_range(self, name: str, tensor: Tensor) -> None:
-        """float16 ends at 65504; the others hold whatever a checkpoint can."""
+        """float16 ends at 65504; the other dtypes hold whatever a checkpoint can."""
         if self.floats.of(name, tuple(tensor.shape)) != "float16" or not tensor.is_floating_point():
             return
         largest = max(map(abs, _range(tensor)))
@@ -233,13 +233,13 @@ class _Parts:
 
 
 def _span(config: ModelConfig, name: str, shape: Shape, tp: int, rank: int) -> Span | None:
-    """What a rank holds of a parameter; None: all of it."""
+    """A rank's shard of a parameter; None: the whole."""
     axis = shard_axis(config, name)
     return None if tp == 1 or axis is None else Span(axis, *rank_span(config, name, shape, tp, rank))
 
 
-def _filled(tensor: Tensor, shape: Shape) -> Tensor:
-    """`tensor` with rows of zeros behind its own, up to `shape`."""
+def _padded(tensor: Tensor, shape: Shape) -> Tensor:
+    """`tensor` with rows of zeros after its own, up to `shape`."""
     missing = shape[0] - len(tensor)
     return torch.cat((tensor, tensor.new_zeros(missing, *shape[1:]))) if missing else tensor
 
@@ -253,38 +253,40 @@ def _range(tensor: Tensor) -> tuple[float, float]:
     return float(torch.stack([r.min for r in ranges]).min()), float(torch.stack([r.max for r in ranges]).max())
 
 
-def _groups(config: ModelConfig, quant: str, shard_bytes: int, floats: Floats, tp: int) -> Iterator[dict[str, StoredTensor]]:
-    """Stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
-    group: dict[str, StoredTensor] = {}
+def _tensors_of_files(
+    config: ModelConfig, quant: str, shard_bytes: int, floats: Floats, tp: int
+) -> Iterator[dict[str, StoredTensor]]:
+    """The stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
+    tensors: dict[str, StoredTensor] = {}
     size = 0
     for name, shape in rank_targets(config, tp).items():
         parts = stored_parts(name, shape, quant, floats)
         nbytes = sum(part.nbytes for part in parts.values())
-        if group and size + nbytes > shard_bytes:
-            yield group
-            group, size = {}, 0
-        group |= parts
+        if tensors and size + nbytes > shard_bytes:
+            yield tensors
+            tensors, size = {}, 0
+        tensors |= parts
         size += nbytes
-    yield group
+    yield tensors
 
 
-def _digest(shard: Shard) -> str:
-    return hashlib.sha256(shard.header).hexdigest()
+def _digest(layout: WeightFile) -> str:
+    return hashlib.sha256(layout.header).hexdigest()
 
 
-def _read_journal(out: Path, path: Path, shards: tuple[Shard, ...]) -> dict[str, _Finished]:
-    """The planned files that are there whole; a damaged line, another layout or another size means: not finished."""
-    planned = {shard.file: shard for shard in shards}
+def _read_journal(out: Path, path: Path, layouts: tuple[WeightFile, ...]) -> dict[str, _Finished]:
+    """The finished files among `layouts`; one with a damaged line, another layout or another size is not finished."""
+    planned = {layout.file: layout for layout in layouts}
     finished: dict[str, _Finished] = {}
     for line in path.read_bytes().splitlines() if path.is_file() else ():
         try:
             entry = msgspec.json.decode(line, type=_Finished)
         except (msgspec.MsgspecError, UnicodeDecodeError):
             continue
-        shard, file = planned.get(entry.file), out / entry.file
-        if shard is None or entry.header != _digest(shard) or entry.nbytes != shard.nbytes:
+        layout, file = planned.get(entry.file), out / entry.file
+        if layout is None or entry.header != _digest(layout) or entry.nbytes != layout.nbytes:
             continue
-        if file.is_file() and file.stat().st_size == shard.nbytes:
+        if file.is_file() and file.stat().st_size == layout.nbytes:
             finished[entry.file] = entry
     return finished
 

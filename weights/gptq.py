@@ -22,7 +22,7 @@ from .quantize import best_scale_w4, packed_w4, whole_w4
 # Part of the moment's mean diagonal that is added to all of it, as in the paper: what a few prompts did not show may still
 # come. It also bounds the condition number by 100 K, with which float32 is enough.
 DAMPING = 0.01
-_TOGETHER = 4  # blocks whose later columns are updated at once: less memory traffic than block by block
+_TOGETHER = 4  # blocks whose later columns are updated at once, for less memory traffic
 
 
 def gptq_w4(
@@ -30,45 +30,45 @@ def gptq_w4(
 ) -> list[tuple[Tensor, Tensor]]:
     """weight [N, K], moment [K, K] of its inputs -> (q [N, B, block / 2] uint8, scales [N, B] float32) of each span.
 
-    `spans` are the equally many columns that each rank holds, first and behind the last (None: all in one): blocks are counted
-    from the first column of each, so that the weight of a cut layer is rounded as a whole. Where nothing is known of the
-    inputs (moment 0) every column is rounded to the nearest.
+    `spans` are the equally many columns of each rank's shard, first and after the last (None: one shard). Blocks are counted
+    from the first column of each, and the weight of a row-parallel layer is rounded as a whole. Without any inputs (moment 0)
+    every column is rounded to the nearest.
     """
     columns = weight.shape[1]
     spans = spans or [(0, columns)]
     assert [first for first, _ in spans] == [0, *(stop for _, stop in spans[:-1])] and spans[-1][1] == columns, spans
     block = quant_block(spans[0][1], kind)
     factor = _inverse_factor(moment)
-    left = weight.float().T.contiguous()  # [K, N]: what is still to be rounded, errors of earlier columns added
+    remainder = weight.float().T.contiguous()  # [K, N]: columns still to be rounded, errors of earlier ones added
     blocks = [(start, min(start + block, stop)) for first, stop in spans for start in range(first, stop, block)]
     parts: list[tuple[Tensor, Tensor]] = []
     for at in range(0, len(blocks), _TOGETHER):
-        parts += _round_blocks(left, factor, blocks[at : at + _TOGETHER])
-    found = []
+        parts += _round_blocks(remainder, factor, blocks[at : at + _TOGETHER])
+    shards = []
     for first, stop in spans:
-        mine = [part for part, (start, _) in zip(parts, blocks, strict=True) if first <= start < stop]
-        whole = torch.stack([pad(part.T, (0, block - len(part))) for part, _ in mine], dim=1)
-        found.append((packed_w4(whole), torch.stack([scale for _, scale in mine], dim=1)))
-    return found
+        own = [part for part, (start, _) in zip(parts, blocks, strict=True) if first <= start < stop]
+        whole = torch.stack([pad(part.T, (0, block - len(part))) for part, _ in own], dim=1)
+        shards.append((packed_w4(whole), torch.stack([scale for _, scale in own], dim=1)))
+    return shards
 
 
-def _round_blocks(left: Tensor, factor: Tensor, blocks: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """Round adjoining blocks of columns and pass their errors on to all behind them; (whole numbers [block, N], scale [N])."""
+def _round_blocks(remainder: Tensor, factor: Tensor, blocks: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
+    """Round adjoining blocks of columns and add their errors to all after them; (whole numbers [block, N], scale [N])."""
     first, last = blocks[0][0], blocks[-1][1]
     inner = factor[first:last, first:last]
-    mine, errors = left[first:last], torch.empty_like(left[first:last])
-    found = []
+    columns, errors = remainder[first:last], torch.empty_like(remainder[first:last])
+    rounded = []
     for start, stop in blocks:
-        rows = mine[start - first : stop - first]
+        rows = columns[start - first : stop - first]
         scale, whole = best_scale_w4(rows.T.contiguous()), torch.empty_like(rows)
         for i in range(len(rows)):
             j = start - first + i
-            whole[i] = whole_w4(mine[j], scale)
-            errors[j] = (mine[j] - whole[i] * scale) / inner[j, j]
-            mine[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
-        found.append((whole, scale))
-    left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
-    return found
+            whole[i] = whole_w4(columns[j], scale)
+            errors[j] = (columns[j] - whole[i] * scale) / inner[j, j]
+            columns[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
+        rounded.append((whole, scale))
+    remainder[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return rounded
 
 
 def _inverse_factor(moment: Tensor) -> Tensor:

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ..model_defs.config import ConfigError, ModelConfig, irregular, parse_object
 from ..runtime.shown import quoted
-from .rules import published_names
 from .source import Source, open_file
 from .tensors import FLOATS, SourceTensor, WeightsError
+from .weight_map import published_names
 from .wrappers import unwrapped
 
 _CONFIG = "adapter_config.json"
@@ -35,9 +35,9 @@ _PLAIN_STARTS = (True, False, "gaussian", "eva", "orthogonal")  # init_lora_weig
 
 @dataclass(frozen=True, slots=True)
 class _Pair:
-    """What becomes of one weight: tensors of the adapter's file, A [r, in] and B [out, r].
+    """The adapter of one weight, as names in the adapter's file: A [r, in] and B [out, r].
 
-    peft saves with an adapted lm_head a copy of the weight that it was trained on; `base`, where given, goes first.
+    `base`: the copy of an adapted lm_head that peft saves, which then takes the place of the checkpoint's.
     """
 
     a: str
@@ -47,7 +47,7 @@ class _Pair:
 
 
 class AdaptedSource(Source):
-    """A checkpoint of which some weights are read with an adapter added to them, then in float32."""
+    """A checkpoint with an adapter: adapted weights are read with the adapter added, in float32."""
 
     def __init__(self, base: Source, adapter: Source, pairs: Mapping[str, _Pair]) -> None:
         """`pairs`: name of a tensor in `base` -> what is added to it."""
@@ -103,11 +103,11 @@ def open_adapter(folder: Path, config: ModelConfig, source: Source) -> AdaptedSo
     """
     path, file = adapter_files(folder)
     settings, adapter = _read_settings(path), open_file(file)
-    known = published_names(config)
-    weights = {known[name]: tensor for name, tensor in source.tensors.items() if name in known}
+    published = published_names(config)
+    weights = {published[name]: tensor for name, tensor in source.tensors.items() if name in published}
     pairs: dict[str, _Pair] = {}
     for module, roles in _modules(adapter).items():
-        name = known.get(f"{module}.weight")
+        name = published.get(f"{module}.weight")
         if name is None or name not in weights:
             raise WeightsError(
                 f"{file} adapts {module}, which {'is not in the checkpoint' if name else 'this model does not have'}; expected "
@@ -124,7 +124,7 @@ def open_adapter(folder: Path, config: ModelConfig, source: Source) -> AdaptedSo
 
 def _modules(adapter: Source) -> dict[str, dict[str, SourceTensor]]:
     """Module -> its tensors by role: lora_A, lora_B, perhaps base_layer."""
-    found: dict[str, dict[str, SourceTensor]] = {}
+    modules: dict[str, dict[str, SourceTensor]] = {}
     for name, tensor in adapter.tensors.items():
         if "lora_embedding" in name:
             raise WeightsError(f"{tensor.file}: {name} adapts an embedding, which is not supported; {_MERGE_FIRST}")
@@ -134,12 +134,12 @@ def _modules(adapter: Source) -> dict[str, dict[str, SourceTensor]]:
                 f"{tensor.file}: {name} is not one of a linear layer's low-rank factors, base_model.model.MODULE.lora_A.weight "
                 f"and lora_B; {_MERGE_FIRST}"
             )
-        roles = found.setdefault(key["module"], {})
+        roles = modules.setdefault(key["module"], {})
         if key["role"] in roles:
             twin = roles[key["role"]].name
             raise WeightsError(f"{tensor.file} holds {name} and {twin}, which mean the same; keep one of them")
         roles[key["role"]] = tensor
-    return found
+    return modules
 
 
 def _pair(

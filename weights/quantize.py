@@ -1,4 +1,4 @@
-"""Weights in 8 and 4 bits, as model_defs/config/quant.py lays them out.
+"""Quantisation of weights to 8 and 4 bits, in the layouts of model_defs/config/quant.py.
 
 N rows (output features), K columns (input features), B = ceil(K / block) blocks along a row. What has scales for blocks is in
 the layout of ONNX Runtime's com.microsoft.MatMulNBits; what is quantised here has no zero points, 128 and 8 are the operator's
@@ -22,7 +22,7 @@ _ZERO_W4, _LEAST_W4 = 8, -8
 # Steps of 4 bits that are tried for each block, as parts of what its largest entry takes at -8, or at 8 with the other sign.
 # Of these the one that leaves least is taken: 14 % less than max|w| / 7 leaves, for normal weights; zero points 17 % less.
 _STEPS_W4 = (1.0, 0.93, 0.86, -1.0)
-_CHUNK = 1 << 18  # elements worked on at once; they stay in the cache, and no large temporaries are made
+_CHUNK = 1 << 18  # elements quantised at once; they stay in the processor's cache, and temporaries stay small
 
 
 def quantize(quant: str, weight: Tensor) -> dict[str, Tensor]:
@@ -86,13 +86,13 @@ def quantize_w4(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def best_scale_w4(blocks: Tensor) -> Tensor:
-    """blocks [..., block] -> [...]: of the scales that are tried for each block the one with the least squared error."""
+    """blocks [..., block] -> [...]: for each block, of the scales of _STEPS_W4, the one with the least squared error."""
     largest = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    tried = torch.stack([largest * (part / _LEAST_W4) for part in _STEPS_W4])
+    scales = torch.stack([largest * (part / _LEAST_W4) for part in _STEPS_W4])
     errors = torch.stack(
-        [(whole_w4(blocks, each.unsqueeze(-1)) * each.unsqueeze(-1) - blocks).square_().sum(-1) for each in tried]
+        [(whole_w4(blocks, each.unsqueeze(-1)) * each.unsqueeze(-1) - blocks).square_().sum(-1) for each in scales]
     )
-    return tried.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
+    return scales.gather(0, errors.argmin(0, keepdim=True)).squeeze(0)
 
 
 def whole_w4(weights: Tensor, scale: Tensor) -> Tensor:

@@ -1,25 +1,25 @@
-"""How our parameters are cut among the ranks of a tensor-parallel model, so that together they hold the model once.
+"""How parameters are sharded over tensor-parallel ranks, which hold the model once between them.
 
-- By output features (axis 0), with their biases: q, k, v, gate, up of the decoder, of vision towers and of Qwen-VL's
-  resampler, LLaVA's projector.up, keys and values of images, scales of a cache in 8 bits. Heads stay together and each cut is
-  contiguous.
-- By input features (axis 1): o, down, LLaVA's projector.down. Their products are summed over ranks; their biases are whole on
-  every rank and added once, to the sum.
-- By output features that are joined again behind the product: lm_head, Llama's and Qwen's projectors, and the resampler's kv.
-  None of them has a second layer whose input could be cut, as LLaVA's projector has: Llama's features go to every key and
-  value of an image, the resampler's kv to a norm over its whole width, Qwen's projector comes behind one.
-- By columns (axis 1), of which each rank looks up its own, joined behind it: the token embedding, and Llama's positions, whose
-  table for every shape of an image is larger than some layers.
+- Column parallel: sharded by output features (axis 0), with their biases. These are q, k, v, gate and up of the decoder, of
+  vision towers and of Qwen-VL's resampler, LLaVA's projector.up, keys and values of images, and the scales of a cache in 8
+  bits. Heads stay whole and each shard is contiguous.
+- Row parallel: sharded by input features (axis 1). These are o, down and LLaVA's projector.down. Their products are summed
+  over ranks; their biases are replicated and added once, to the sum.
+- Column parallel and gathered after the product: lm_head, Llama's and Qwen's projectors, and the resampler's kv. None of them
+  has a second layer whose input could be sharded, as LLaVA's projector has: Llama's features go to every key and value of an
+  image, the resampler's kv to a norm over its whole width, and Qwen's projector comes after one.
+- Tables sharded by columns (axis 1), gathered after the look-up: the token embedding, and Llama's positions, whose table for
+  every shape of an image is larger than some layers.
 
-Whole on every rank, and small (0.1 % of a published model at most): norms, gates, biases behind a sum, class embeddings, patch
-convolutions, the positions of CLIP, of Qwen's tower and of its resampler with its queries, and Llama's vectors of tiles.
+Replicated on every rank are small parameters (0.1 % of a published model at most): norms, gates, biases after a sum, class
+embeddings, patch convolutions, the positions of CLIP, of Qwen's tower and of its resampler with its queries, and Llama's
+vectors of tiles.
 
-A vocabulary need not divide: ranks hold equal numbers of rows of lm_head, of which the last are zeros that stand for no token.
+The ranks need not divide the vocabulary: each holds as many rows of lm_head, of which the last are zeros that stand for no
+token. Where there are fewer key-value heads than ranks, neighbouring ranks hold the same head. All ranks have the same shapes,
+so one graph and one layout of weight files serve them all.
 
-Where there are fewer key-value heads than ranks, neighbouring ranks hold the same head. Every rank's shapes are the same, so
-one graph and one layout of weight files serve all.
-
-A cut is made before a weight is quantised: blocks of 8-bit weights run along a row, and a cut need not fall between two.
+Weights are sharded before they are quantised: blocks of 8-bit weights run along a row, and a shard may end within one.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from typing import Literal
 
 from ..model_defs.config import ModelConfig, ResampledConfig, TiledConfig
 from .names.rule import Shape
-from .rules import targets
 from .tensors import WeightsError
+from .weight_map import targets
 
 _OUTPUT = re.compile(
     r"(?:text\.layers\.\d+\.(?:attn\.[qkv]|mlp\.(?:gate|up))"
@@ -49,46 +49,46 @@ _KEYS_VALUES = re.compile(r"(?:text\.layers\.\d+\.attn|cross\.\d+)\.[kv](?:\.(?:
 
 
 def shard_axis(config: ModelConfig, name: str) -> Literal[0, 1] | None:
-    """The axis along which parameter `name` is cut; None: every rank holds all of it."""
-    assert not name.endswith((".qweight", ".scales", ".zeros")), f"{name}: cut before quantising"
+    """The axis along which parameter `name` is sharded; None: it is replicated."""
+    assert not name.endswith((".qweight", ".scales", ".zeros")), f"{name}: shard before quantising"
     if _OUTPUT.fullmatch(name):
         return 0
     return 1 if _INPUT.fullmatch(name) or (name == _POSITIONS and isinstance(config.vision, TiledConfig)) else None
 
 
 def check_tp(config: ModelConfig, tp: int) -> None:
-    """Raise WeightsError, naming what does not divide and the numbers of ranks that do, unless `tp` equal parts can be cut."""
+    """Raise WeightsError, naming what does not divide and the possible numbers of ranks, unless the model can have `tp`."""
     if tp < 1:
         raise WeightsError(f"tensor parallelism {tp}; expected a number of ranks from 1 on")
     if fault := next(_faults(config, tp), None):
         possible = ", ".join(map(str, possible_tp(config)))
-        raise WeightsError(f"{fault}; this model can be cut among these numbers of ranks: {possible}")
+        raise WeightsError(f"{fault}; this model can be sharded over these numbers of ranks: {possible}")
 
 
 def possible_tp(config: ModelConfig) -> tuple[int, ...]:
-    """Every number of ranks among which the model can be cut."""
+    """Every number of ranks that the model can be sharded over."""
     return tuple(tp for tp in range(1, config.text.heads + 1) if next(_faults(config, tp), None) is None)
 
 
 def rank_span(config: ModelConfig, name: str, shape: Shape, tp: int, rank: int) -> tuple[int, int]:
-    """What `rank` of `tp` holds of parameter `name` along its `shard_axis`: first row or column, and behind the last.
+    """The shard of parameter `name` that `rank` of `tp` holds along its `shard_axis`: first row or column, and after the last.
 
     Of lm_head the last ranks may hold fewer rows than `rank_shape` says, or none. Raises WeightsError as `check_tp`; `name`
-    has to be cut.
+    must have a `shard_axis`.
     """
     check_tp(config, tp)
     axis = shard_axis(config, name)
     assert axis is not None and 0 <= rank < tp, (name, rank)
-    parts = min(tp, config.text.kv_heads) if _KEYS_VALUES.fullmatch(name) else tp
-    whole = shape[axis]
-    assert whole % parts == 0 or name == _HEAD, (name, shape, parts)
-    size = -(-whole // parts)
-    first = rank // (tp // parts) * size
-    return min(first, whole), min(first + size, whole)
+    shards = min(tp, config.text.kv_heads) if _KEYS_VALUES.fullmatch(name) else tp
+    length = shape[axis]
+    assert length % shards == 0 or name == _HEAD, (name, shape, shards)
+    size = -(-length // shards)
+    first = rank // (tp // shards) * size
+    return min(first, length), min(first + size, length)
 
 
 def rank_shape(config: ModelConfig, name: str, shape: Shape, tp: int) -> Shape:
-    """The shape of parameter `name` on one rank of `tp`; it is the same on all. Raises WeightsError as `check_tp`."""
+    """The shape of parameter `name` on each rank of `tp`. Raises WeightsError as `check_tp`."""
     axis = shard_axis(config, name)
     if axis is None:
         check_tp(config, tp)
@@ -98,17 +98,17 @@ def rank_shape(config: ModelConfig, name: str, shape: Shape, tp: int) -> Shape:
 
 
 def rank_targets(config: ModelConfig, tp: int) -> dict[str, Shape]:
-    """Our parameters and their shapes on one rank of `tp`, in the order in which they are stored. Raises as `check_tp`."""
+    """Our parameters and their shapes on each rank of `tp`, in the order in which they are stored. Raises as `check_tp`."""
     return {name: rank_shape(config, name, shape, tp) for name, shape in targets(config).items()}
 
 
 def rank_parameters(config: ModelConfig, tp: int) -> int:
-    """Parameters that one rank of `tp` holds. Raises WeightsError as `check_tp`."""
+    """The number of parameters on each rank of `tp`. Raises WeightsError as `check_tp`."""
     return sum(map(math.prod, rank_targets(config, tp).values()))
 
 
 def _faults(config: ModelConfig, tp: int) -> Iterator[str]:
-    """What cannot be cut into `tp` equal parts."""
+    """Sizes that `tp` ranks do not divide, as parts of a sentence."""
     for name, size in _sizes(config):
         if size % tp:
             yield f"{size} {name} do not divide among {tp} ranks"
@@ -118,7 +118,7 @@ def _faults(config: ModelConfig, tp: int) -> Iterator[str]:
 
 
 def _sizes(config: ModelConfig) -> Iterator[tuple[str, int]]:
-    """What has to divide. A tower's width does where its heads do."""
+    """Sizes that ranks have to divide. They divide a tower's width where they divide its heads."""
     text, vision = config.text, config.vision
     yield "attention heads", text.heads
     yield "rows of the MLP", text.intermediate_size

@@ -1,6 +1,6 @@
-"""Scales that make a linear layer easier to round: its inputs are divided by them, its weight's columns multiplied.
+"""Scales that make a linear layer easier to quantise: its inputs are divided by them, its weight's columns multiplied.
 
-Whatever makes the inputs is divided in its place, a norm's weight or the rows of the layer before, so the graph stays as it is
+The division is folded into what makes the inputs, a norm's weight or the rows of the layer before, so the graph stays as it is
 and computes the same function. Large channels of the inputs lose their weight in a token's scale (SmoothQuant, Xiao et al.
 2022, arXiv 2211.10438), and columns that matter get finer steps (AWQ, Lin et al. 2023, arXiv 2306.00978). Scales are powers of
 two: dividing and multiplying by them is exact in every float type.
@@ -16,21 +16,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
+from .input_statistics import InputStatistics
 from .quantize import dequantize, quantize
 
 # Exponents of the inputs' size that are tried; the weight's size has what is missing to 1 where both matter.
 EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 OUTPUTS = 512  # of each weight, evenly spread, by which scales are judged: all of 11,008 take twenty times as long
-GAIN = 0.8  # of the squared error without scales: where less is taken off, it is chance
+GAIN = 0.8  # scales have to leave less than this part of the squared error without them; a smaller gain is chance
 
 
 @dataclass(frozen=True, slots=True)
 class Fold:
-    """One place where scales fit between two things that a layer computes; names are those of parameters in the layer.
+    """One place in a layer where scales can be folded in, between producers and consumers of the same channels.
 
-    `repeats`: where one key-value head serves several query heads, each run of `run` channels of the producer is followed by
-    so many copies of itself among the input features.
+    Names are those of parameters in the layer. `repeats`: where one key-value head serves several query heads, each run of
+    `run` channels of the producer appears so many times among the input features.
     """
 
     producers: tuple[str, ...]  # parameters whose entry or row p makes channel p
@@ -47,21 +47,20 @@ class Fold:
         return sizes.view(-1, self.repeats, self.run).amax(1).flatten()
 
     def apply(self, tensors: Mapping[str, Tensor], scales: Tensor) -> dict[str, Tensor]:
-        """`tensors` of a layer, float32, with scales [P] folded in; the function that they compute is the same."""
-        made = dict(tensors)
+        """`tensors` of a layer, float32, with scales [P] folded in; they compute the same function."""
+        folded = dict(tensors)
         for name in self.producers:
             if name in tensors:  # a bias may be none
                 tensor = tensors[name]
-                made[name] = tensor / scales.view(-1, *[1] * (tensor.dim() - 1))
+                folded[name] = tensor / scales.view(-1, *[1] * (tensor.dim() - 1))
         for name in self.consumers:
-            made[name] = tensors[name] * self.spread(scales)
-        return made
+            folded[name] = tensors[name] * self.spread(scales)
+        return folded
 
 
-def best_scales(fold: Fold, tensors: Mapping[str, Tensor], inputs: Inputs, quant: str) -> Tensor:
-    """Of the scales that are tried, those [P] with which rounding changes the consumers' outputs least; ones unless that takes
-    off a part of the error."""
-    plain, *tried = _candidates(fold, tensors, inputs, quant)
+def best_scales(fold: Fold, tensors: Mapping[str, Tensor], inputs: InputStatistics, quant: str) -> Tensor:
+    """The scales [P] with which rounding changes the consumers' outputs least; ones where none of them helps (GAIN)."""
+    ones, *others = _scales_to_try(fold, tensors, inputs, quant)
     consumers = [_Consumer.of(tensors[name], inputs.rows) for name in fold.consumers]
 
     def error(scales: Tensor) -> float:
@@ -70,10 +69,10 @@ def best_scales(fold: Fold, tensors: Mapping[str, Tensor], inputs: Inputs, quant
         x = _rounded(x) if quant == "w8a8" else x
         return sum(each.error(x, by_feature, quant) for each in consumers)
 
-    best, least = plain, GAIN * error(plain)
-    for scales in tried:
-        if (found := error(scales)) < least:
-            best, least = scales, found
+    best, least = ones, GAIN * error(ones)
+    for scales in others:
+        if (rounding := error(scales)) < least:
+            best, least = scales, rounding
     return best
 
 
@@ -91,22 +90,22 @@ class _Consumer:
 
     def error(self, x: Tensor, by_feature: Tensor, quant: str) -> float:
         """What rounding adds to the outputs of x [n, K], squared and in relation to them."""
-        near = dequantize(quant, quantize(quant, self.weight * by_feature), self.weight.shape[1])
-        return float((x @ near.T - self.exact).square().sum() / self.exact.square().sum().clamp_min(1e-30))
+        rounded = dequantize(quant, quantize(quant, self.weight * by_feature), self.weight.shape[1])
+        return float((x @ rounded.T - self.exact).square().sum() / self.exact.square().sum().clamp_min(1e-30))
 
 
-def _candidates(fold: Fold, tensors: Mapping[str, Tensor], inputs: Inputs, quant: str) -> Iterator[Tensor]:
-    """Ones first."""
-    whole = quant == "w8a8"  # inputs are rounded too
-    size = fold.joined(inputs.largest if whole else inputs.mean)
+def _scales_to_try(fold: Fold, tensors: Mapping[str, Tensor], inputs: InputStatistics, quant: str) -> Iterator[Tensor]:
+    """Scales [P] for each of EXPONENTS, after ones."""
+    rounds_inputs = quant == "w8a8"
+    size = fold.joined(inputs.largest if rounds_inputs else inputs.mean)
     weight = fold.joined(torch.stack([tensors[name].abs().amax(0) for name in fold.consumers]).amax(0))
     yield torch.ones_like(size)
-    known = (size > 0) & (weight > 0)
-    if not known.any():
+    nonzero = (size > 0) & (weight > 0)
+    if not nonzero.any():
         return
     for exponent in EXPONENTS:
-        scales = size**exponent / (weight ** (1 - exponent) if whole else 1.0)
-        scales = torch.where(known, scales, scales[known].log().mean().exp()).log2()
+        scales = size**exponent / (weight ** (1 - exponent) if rounds_inputs else 1.0)
+        scales = torch.where(nonzero, scales, scales[nonzero].log().mean().exp()).log2()
         yield (scales - scales.mean()).round().clamp(-12, 12).exp2()
 
 

@@ -55,7 +55,7 @@ class Source:
         self._whole: tuple[Path, dict[str, Tensor]] | None = None  # the last file that had to be loaded whole
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """The contiguous tensor `name`, or its `rows` (first, behind the last), in fresh memory and the checkpoint's dtype.
+        """The contiguous tensor `name`, or its `rows` (first, after the last), in fresh memory and the checkpoint's dtype.
 
         Raises WeightsError when it is not float32, float16 or bfloat16, or when the file ends before it does.
         """
@@ -84,10 +84,10 @@ class Source:
 
 
 def open_source(folder: Path, extra: Path | None = None) -> Source:
-    """List the tensors of the checkpoint in `folder`: safetensors where there are any, else .bin; shards or one file.
+    """List the tensors of the checkpoint in `folder`: safetensors where there are any, else .bin; one file or several.
 
-    `extra` is the folder of a vision tower stored apart; its tensors are listed as "tower/" + their own names. What training
-    tools put before names (see wrappers.py) is taken off. Raises WeightsError for missing, damaged or refused files.
+    `extra` is the folder of a vision tower stored apart; its tensors are listed as "tower/" + their own names. Prefixes of
+    training tools (see wrappers.py) are removed from names. Raises WeightsError for missing, damaged or refused files.
     """
     tensors, files = _list_folder(folder, "")
     tensors = _unwrapped(tensors, "")
@@ -98,18 +98,18 @@ def open_source(folder: Path, extra: Path | None = None) -> Source:
 
 
 def _unwrapped(tensors: Mapping[str, SourceTensor], prefix: str) -> dict[str, SourceTensor]:
-    """The same tensors by the names that they have in the module itself; raises WeightsError where two have one name."""
-    found: dict[str, SourceTensor] = {}
+    """The same tensors by their names in the module itself; raises WeightsError where two have one name."""
+    unwrapped_tensors: dict[str, SourceTensor] = {}
     for name, tensor in tensors.items():
         own = name.removeprefix(prefix)
         plain = prefix + unwrapped(own)
-        if twin := found.get(plain):
+        if twin := unwrapped_tensors.get(plain):
             raise WeightsError(
                 f"{tensor.file} holds {own}, and {twin.file} holds {twin.stored or twin.name.removeprefix(prefix)}, which mean "
                 "the same; keep one of them"
             )
-        found[plain] = tensor if plain == name else replace(tensor, name=plain, stored=own)
-    return found
+        unwrapped_tensors[plain] = tensor if plain == name else replace(tensor, name=plain, stored=own)
+    return unwrapped_tensors
 
 
 def open_file(path: Path) -> Source:
@@ -125,19 +125,19 @@ def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], li
     index, files = _weight_files(folder)
     if index is None:
         return _merge(files, prefix), files
-    wanted = _read_index(index)
-    shards = [folder / name for name in dict.fromkeys(wanted.values())]
-    missing = [shard.name for shard in shards if not shard.is_file()]
+    file_of = _read_index(index)
+    indexed = [folder / name for name in dict.fromkeys(file_of.values())]
+    missing = [file.name for file in indexed if not file.is_file()]
     if missing:
         raise WeightsError(
             f"{index} names {_some(missing)}, which {'is' if len(missing) == 1 else 'are'} not in {folder}; "
             "fetch the missing files"
         )
-    found = {shard: _list_file(shard, prefix) for shard in shards}
-    lacking = [f"{name} (in {shard})" for name, shard in wanted.items() if prefix + name not in found[folder / shard]]
+    listed = {file: _list_file(file, prefix) for file in indexed}
+    lacking = [f"{name} (in {file})" for name, file in file_of.items() if prefix + name not in listed[folder / file]]
     if lacking:
         raise WeightsError(f"{index} names tensors that their files lack: {_some(lacking)}; fetch index and weights again")
-    return {prefix + name: found[folder / shard][prefix + name] for name, shard in wanted.items()}, [index, *shards]
+    return {prefix + name: listed[folder / file][prefix + name] for name, file in file_of.items()}, [index, *indexed]
 
 
 def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -170,11 +170,9 @@ def _read_index(path: Path) -> dict[str, str]:
         raise WeightsError(f"{path} is not an index of weights ({error!s:.200}); fetch the file again") from error
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{path} has no tensors in its weight_map; fetch the file again")
-    for name, shard in weight_map.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise WeightsError(
-                f"{path} places tensor {name} in {quoted(shard)}; expected the name of a file in the same folder"
-            )
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file:
+            raise WeightsError(f"{path} places tensor {name} in {quoted(file)}; expected the name of a file in the same folder")
     return weight_map
 
 

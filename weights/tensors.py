@@ -1,4 +1,4 @@
-"""Tensors as they are found in a checkpoint and as they are stored in an artifact: names, dtypes, shapes, no contents."""
+"""Descriptions of tensors in a checkpoint and in an artifact: names, dtypes and shapes, no contents."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class SourceTensor:
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a weight file holds under one name."""
+    """Dtype and shape of one tensor of a weight file."""
 
     dtype: str  # float32 | float16 | bfloat16 | uint8 | int8
     shape: tuple[int, ...]

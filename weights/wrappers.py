@@ -19,10 +19,10 @@ def unwrapped(name: str, leading: Collection[str] = LEADING) -> str:
     return name
 
 
-def foreign_prefix(names: Iterable[str], known: Collection[str]) -> tuple[str, int]:
-    """The prefix without which most of `names` are known ones, and how many; ("", 0): there is none."""
-    found: Counter[str] = Counter()
+def foreign_prefix(names: Iterable[str], model_names: Collection[str]) -> tuple[str, int]:
+    """The prefix without which most of `names` are among `model_names`, and how many; ("", 0): there is none."""
+    counts: Counter[str] = Counter()
     for name in names:
         places = (i + 1 for i, letter in enumerate(name) if letter == ".")
-        found.update(name[:i] for i in places if name[i:] in known)
-    return max(found.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))
+        counts.update(name[:i] for i in places if name[i:] in model_names)
+    return max(counts.items(), key=lambda item: (item[1], -len(item[0])), default=("", 0))

@@ -1,7 +1,7 @@
 """Safetensors files written as a stream: the layout is known before the first tensor is read.
 
-Files of one set are shards. Data begins at a multiple of 64 bytes and so does every tensor, as far as sizes allow: the
-format forbids holes, so the tensors whose sizes are multiples of 64 come first.
+Data begins at a multiple of 64 bytes and so does every tensor, as far as sizes allow: the format forbids holes, so the tensors
+whose sizes are multiples of 64 come first.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from .tensors import StoredTensor, WeightsError
 ALIGNMENT = 64
 _CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
 _DTYPES = {name: getattr(torch, name) for name in _CODES}
-_CHUNK = 1 << 18  # elements cast and written at once; they stay in the cache
+_CHUNK = 1 << 18  # elements cast and written at once; they stay in the processor's cache
 
 
 @dataclass(frozen=True, slots=True)
-class Shard:
+class WeightFile:
     """One weight file before it is written: its path in the output folder, its header, and its tensors in file order."""
 
     file: str
@@ -41,9 +41,9 @@ class Shard:
         return len(self.header) + sum(spec.nbytes for spec in self.tensors.values())
 
 
-def lay_out(file: str, tensors: Mapping[str, StoredTensor]) -> Shard:
-    """Place `tensors` in one file."""
-    names = sorted(tensors, key=lambda name: -_alignment(tensors[name].nbytes))  # stable: else the order given
+def lay_out(file: str, tensors: Mapping[str, StoredTensor]) -> WeightFile:
+    """The layout of one file that holds `tensors`."""
+    names = sorted(tensors, key=lambda name: -_alignment(tensors[name].nbytes))  # stable: otherwise the order of `tensors`
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name in names:
@@ -59,23 +59,23 @@ def lay_out(file: str, tensors: Mapping[str, StoredTensor]) -> Shard:
         stored = tensors[name]
         specs[name] = WeightSpec(file=file, dtype=stored.dtype, shape=stored.shape, offset=at, nbytes=stored.nbytes)
         at += stored.nbytes
-    return Shard(file, header, specs)
+    return WeightFile(file, header, specs)
 
 
-def write_shard(
-    folder: Path, shard: Shard, read: Callable[[str], Tensor], progress: Callable[[int], object] | None = None
+def write_weight_file(
+    folder: Path, layout: WeightFile, read: Callable[[str], Tensor], progress: Callable[[int], object] | None = None
 ) -> FileSpec:
-    """Write `folder`/`shard.file`, asking `read` for each tensor in file order; the file appears whole or not at all.
+    """Write `folder`/`layout.file`, asking `read` for each tensor in file order; the file appears whole or not at all.
 
-    A tensor may come in any float dtype and is cast to the one stored; `progress` is told the bytes written.
+    Tensors may have any float dtype and are cast to the stored one. `progress` gets the number of bytes of each write.
     """
-    path = folder / shard.file
+    path = folder / layout.file
     beside = path.with_name(path.name + ".partial")
     digest = hashlib.sha256()
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         with beside.open("wb") as file:
-            for data in _contents(shard, read):
+            for data in _contents(layout, read):
                 file.write(data)
                 digest.update(data)
                 if progress:
@@ -88,13 +88,13 @@ def write_shard(
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
-    return FileSpec(nbytes=shard.nbytes, sha256=digest.hexdigest())
+    return FileSpec(nbytes=layout.nbytes, sha256=digest.hexdigest())
 
 
-def _contents(shard: Shard, read: Callable[[str], Tensor]) -> Iterator[memoryview]:
-    """The bytes of a shard, piece by piece."""
-    yield memoryview(shard.header)
-    for name, spec in shard.tensors.items():
+def _contents(layout: WeightFile, read: Callable[[str], Tensor]) -> Iterator[memoryview]:
+    """The bytes of the file, piece by piece."""
+    yield memoryview(layout.header)
+    for name, spec in layout.tensors.items():
         yield from _pieces(read(name), spec)
 
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import psutil
 
 from staticvl.model_defs.config import ModelConfig, TiledConfig, read_config
-from staticvl.weights.rules import source_names
-from staticvl.weights.stored import stored_targets, uniform
+from staticvl.weights.storage import stored_targets, uniform
 from staticvl.weights.tensors import StoredTensor
+from staticvl.weights.weight_map import source_names
 
 SETTINGS = Path(__file__).parents[2] / "tools" / "assets" / "tiny_mllama"
 DTYPE = "bfloat16"
@@ -87,11 +87,11 @@ def write_zeros(config: ModelConfig, folder: Path) -> None:
     # Imported here: the processes that are measured load what they need.
     import torch
 
-    from staticvl.weights.writer import lay_out, write_shard
+    from staticvl.weights.writer import lay_out, write_weight_file
 
     shapes = source_names(config)
     shard = lay_out("model.safetensors", {name: StoredTensor(DTYPE, shape) for name, shape in shapes.items()})
-    write_shard(folder, shard, lambda name: torch.zeros(shapes[name], dtype=getattr(torch, DTYPE)))
+    write_weight_file(folder, shard, lambda name: torch.zeros(shapes[name], dtype=getattr(torch, DTYPE)))
 
 
 def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: str) -> dict[str, float]:

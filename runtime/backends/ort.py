@@ -46,7 +46,7 @@ _PROVIDERS = ["CPUExecutionProvider"]
 # The first would keep a float32 copy of every weight in 16 bits in every session. Where weights are made unsigned, the second
 # would change tensors that are not multiplied too, and fails where scales are those of channels.
 _DISABLED_OPTIMIZERS = ["ConstantFolding", "QDQS8ToU8Transformer"]
-BETWEEN = "@"  # in the name of an output that is a cache after a piece of a chunk (see artifact.py)
+BETWEEN = "@"  # in the name of an output that is a cache after a piece of a chunk (see docs/artifact.md)
 # onnxruntime follows no path out of a model's folder, but for a model given as bytes it takes the folder of the weights, so the
 # segment files are there once, whichever ranks run here, and neither copies nor links of them are needed.
 WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"

@@ -22,7 +22,7 @@ DENOMINATOR_ERROR = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What a run has put out behind its logits; see runtime/artifact.py."""
+    """What a run has put out behind its logits; see docs/artifact.md."""
 
     logits: np.ndarray  # float32 [R, K]
     ids: np.ndarray  # int32 [R, K]

@@ -85,8 +85,8 @@ def make(ground: Ground, rng: random.Random, index: int) -> Attempt:
 
 def _examine(checkpoint: Path, out: Path) -> str:
     """All that a compilation reads before it traces graphs, and every tensor."""
-    from staticvl.weights.rules import match  # which import torch
     from staticvl.weights.source import open_source
+    from staticvl.weights.weight_map import match  # which import torch
 
     options = Options(checkpoint=checkpoint, out=out)
     plan_only(options)

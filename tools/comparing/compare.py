@@ -14,7 +14,7 @@ from ...compiler.calibration import METHODS
 from ...runtime.engine.fit import ContextError
 from ...runtime.processor.images import ImageError
 from ...runtime.processor.prompt import PromptError
-from ...weights.calibrated import layer_of
+from ...weights.calibrated_layers import layer_of
 from .checkpoint import Checkpoint
 from .edges import Edge, EdgeRequest, edges
 from .fault_scope import fault_scope

@@ -12,11 +12,11 @@ from torch import Tensor
 from ...model_defs.config import ModelConfig, quant_bits
 from ...runtime.artifact import WeightSpec
 from ...runtime.backends.ascend.weights import map_weight
-from ...weights.cut import Span
 from ...weights.names import is_cache_scale
 from ...weights.quantize import dequantize
 from ...weights.shard import rank_span, shard_axis
-from ...weights.stored import quant_of
+from ...weights.shard_span import Span
+from ...weights.storage import quant_of
 from .findings import Finding
 
 MATCH = 1e-5  # tensors this near are equal, not alike by chance

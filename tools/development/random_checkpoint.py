@@ -35,9 +35,9 @@ from ...model_defs.config import (
 from ...runtime.files import write_atomically
 from ...runtime.shown import shown
 from ...weights.packing.settings import SETTINGS_FILES
-from ...weights.rules import source_names
 from ...weights.tensors import TOWER, StoredTensor, WeightsError
-from ...weights.writer import check_space, lay_out, one_thread, write_shard
+from ...weights.weight_map import source_names
+from ...weights.writer import check_space, lay_out, one_thread, write_weight_file
 from ..known_models import MODELS, write_known_model
 from ..random_tokenizers import write_tokenizer
 
@@ -196,7 +196,7 @@ def _write_weights(
     weight_map: dict[str, str] = {}
     for i, part in enumerate(parts):
         file = f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" if len(parts) > 1 else "model.safetensors"
-        write_shard(folder, lay_out(file, part), lambda name: draw(name, tensors[name]), progress)
+        write_weight_file(folder, lay_out(file, part), lambda name: draw(name, tensors[name]), progress)
         weight_map |= dict.fromkeys(part, file)
     if len(parts) > 1:
         index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}

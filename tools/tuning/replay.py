@@ -196,7 +196,7 @@ class _Replay:
                 course.started = self.now - elapsed
                 stats.queue_s.append(course.started - course.arrived)
 
-    def _commit(self, step: Step, course: int) -> None:
+    def _commit(self, step: Step, times: int) -> None:
         if step.kind == "vision":
             step.sequences[0].tiles_done += step.count
             return

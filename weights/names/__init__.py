@@ -9,9 +9,9 @@ from ...model_defs.config import ModelConfig, TextConfig
 from .llava import llava_table
 from .mllama import mllama_table
 from .qwen_vl import qwen_vl_table
-from .rule import Rule, Table
+from .rule import NameTable, Rule
 
-TABLES: dict[str, Callable[[ModelConfig], Table]] = {
+TABLES: dict[str, Callable[[ModelConfig], NameTable]] = {
     "llava": llava_table,
     "llava_next": llava_table,
     "mllama": mllama_table,
@@ -19,7 +19,7 @@ TABLES: dict[str, Callable[[ModelConfig], Table]] = {
 }
 
 
-def name_table(config: ModelConfig) -> Table:
+def name_table(config: ModelConfig) -> NameTable:
     """Everything known about the tensors of a model of this config."""
     table = TABLES[config.family](config)
     return replace(table, rules=(*table.rules, *_cache_scales(config.text)))

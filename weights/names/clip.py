@@ -9,7 +9,7 @@ from .rule import Rule, left_out, plain, with_bias
 
 
 def clip(vision: ClipConfig) -> Iterator[Rule]:
-    """The layers behind the selected one, and the norm after the last, are left out."""
+    """The layers after the selected one, and the norm after the last, are ignored."""
     width, side = vision.hidden_size, vision.patch_size
     yield plain("vision.class_embedding", "vision", "embeddings.class_embedding", width)
     yield plain("vision.patch.weight", "vision", "embeddings.patch_embedding.weight", width, 3, side, side)

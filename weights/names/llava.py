@@ -9,7 +9,7 @@ from ...model_defs.config import ClipConfig, ModelConfig
 from ..tensors import TOWER
 from . import llama
 from .clip import clip
-from .rule import Rule, SourceRef, Table, plain, spelled
+from .rule import NameTable, Rule, SourceRef, plain, spelled
 from .transforms import append_row
 
 # The hub (also what transformers saves), transformers in memory, the original repository, a tower in its own folder.
@@ -38,7 +38,7 @@ ORIGINAL = {
 }
 
 
-def llava_table(config: ModelConfig) -> Table:
+def llava_table(config: ModelConfig) -> NameTable:
     spellings, published = dict(SPELLINGS), {part: names[0] for part, names in SPELLINGS.items()}
     apart = f"{TOWER}(?:text_model\\..+|logit_scale|(?:visual|text)_projection\\.weight)"
     if config.layout == "original":
@@ -55,7 +55,7 @@ def llava_table(config: ModelConfig) -> Table:
         rf"|{spelled(spellings['vision'])}embeddings\.position_ids"
         rf"|{apart}"
     )
-    return Table(tuple(_rules(config)), spellings, published, ignored)
+    return NameTable(tuple(_rules(config)), spellings, published, ignored)
 
 
 def _rules(config: ModelConfig) -> Iterator[Rule]:
@@ -74,7 +74,7 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
 
 
 def _with_newline(embedding: Rule, width: int) -> Rule:
-    """The vector that ends a row of image features becomes one more token, behind all others."""
+    """The vector that ends a row of image features becomes one more token, after all others."""
     rows = embedding.shape[0]
     newline = SourceRef("newline", "", (width,))
     return Rule(embedding.target, (rows + 1, width), (*embedding.sources, newline), append_row)

@@ -8,7 +8,7 @@ from functools import partial
 
 from ...model_defs.config import ModelConfig, TextConfig, TiledConfig
 from . import llama
-from .rule import Rule, SourceRef, Table, plain, spelled, with_bias
+from .rule import NameTable, Rule, SourceRef, plain, spelled, with_bias
 from .transforms import blockwise_taps, gated_table, mixed_positions, tanh_gate
 
 # The hub (also what transformers saves), transformers in memory.
@@ -20,9 +20,9 @@ SPELLINGS = {
 }
 
 
-def mllama_table(config: ModelConfig) -> Table:
+def mllama_table(config: ModelConfig) -> NameTable:
     ignored = re.compile(rf"{spelled(llama.TEXT)}(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
-    return Table(tuple(_rules(config)), SPELLINGS, {part: names[0] for part, names in SPELLINGS.items()}, ignored)
+    return NameTable(tuple(_rules(config)), SPELLINGS, {part: names[0] for part, names in SPELLINGS.items()}, ignored)
 
 
 def _rules(config: ModelConfig) -> Iterator[Rule]:

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from functools import partial
 
 from ...model_defs.config import ModelConfig, ResampledConfig, TextConfig
-from .rule import Rule, SourceRef, Table, plain, with_bias
+from .rule import NameTable, Rule, SourceRef, plain, with_bias
 from .transforms import head_slices, resized_grid, transposed
 
 SPELLINGS = {"text": ("transformer.",), "lm_head": ("lm_head",), "vision": ("transformer.visual.",)}
 
 
-def qwen_vl_table(config: ModelConfig) -> Table:
+def qwen_vl_table(config: ModelConfig) -> NameTable:
     ignored = re.compile(r"transformer\.(?:h\.\d+\.attn\.)?(?:masked_bias|rotary_emb\.inv_freq)")
-    return Table(tuple(_rules(config)), SPELLINGS, {part: names[0] for part, names in SPELLINGS.items()}, ignored)
+    return NameTable(tuple(_rules(config)), SPELLINGS, {part: names[0] for part, names in SPELLINGS.items()}, ignored)
 
 
 def _rules(config: ModelConfig) -> Iterator[Rule]:

@@ -1,4 +1,4 @@
-"""What a rule is, and the rules that most parameters need: a tensor that is taken as it is.
+"""Rules of a name table, and the rule that most parameters have: one tensor, unchanged.
 
 Linear weights stay [out, in], as every published checkpoint has them.
 """
@@ -21,7 +21,7 @@ Make = Callable[[Sequence["Tensor"]], "Tensor"]
 class SourceRef:
     """A tensor of the checkpoint: the part of the model that it belongs to, and its name after the part's spelling.
 
-    `rows`, first and behind the last: only these rows of axis 0 are wanted.
+    `rows`: only these rows of axis 0, first and after the last.
     """
 
     part: str
@@ -34,8 +34,8 @@ class SourceRef:
 class Rule:
     """One of our parameters and the tensors that it is made from.
 
-    `target` None: tensors of the model that are left out on purpose, because nothing ever runs them. `make` None: the only
-    source as it is. Otherwise it gets the sources in the checkpoint's dtypes, and what it returns is cast to the stored one.
+    `target` None: tensors of the model that are ignored on purpose, because nothing ever runs them. `make` None: the only
+    source, unchanged. Otherwise it gets the sources in the checkpoint's dtypes, and its result is cast to the stored one.
     """
 
     target: str | None
@@ -45,8 +45,8 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Table:
-    """All tensors of a model.
+class NameTable:
+    """All tensors that a checkpoint of a model may have.
 
     `rules` are in the order in which targets are stored. `spellings`: part of a model -> what comes before its tensor names,
     in every known spelling. `published`: the spelling in which this layout is published. `ignored` matches whole names of
@@ -77,5 +77,5 @@ def left_out(rule: Rule) -> Rule:
 
 
 def spelled(roots: Sequence[str]) -> str:
-    """A regular expression for any of these beginnings."""
+    """A regular expression for any of these prefixes."""
     return f"(?:{'|'.join(map(re.escape, roots))})"

@@ -1,4 +1,4 @@
-"""What becomes of tensors on their way from a checkpoint to our parameters; arithmetic is in float32.
+"""Functions that make our parameters from tensors of a checkpoint; arithmetic is in float32.
 
 torch is imported where it runs: whoever needs no more than names and shapes does not wait for it.
 """

@@ -25,13 +25,13 @@ from ..quantize import halves
 from ..tensors import WeightsError
 from .settings import Packing
 
-_ROWS = 256  # expanded at once: what is made on the way is small
+_ROWS = 256  # dequantised at once, so that temporaries stay small
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 Read = Callable[[str], Tensor]  # part of a module -> its tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Packed:
+class PackedWeight:
     """One weight: (q - zero) * scale, both of the group that `groups` names for the column."""
 
     q: Tensor  # [N, K] uint8
@@ -39,12 +39,12 @@ class Packed:
     zeros: Tensor | None  # [N, G] uint8; None: 2^(bits - 1)
     groups: Tensor  # [K] int64
 
-    def rows(self, first: int, stop: int) -> Packed:
+    def rows(self, first: int, stop: int) -> PackedWeight:
         zeros = None if self.zeros is None else self.zeros[first:stop]
-        return Packed(self.q[first:stop], self.scales[first:stop], zeros, self.groups)
+        return PackedWeight(self.q[first:stop], self.scales[first:stop], zeros, self.groups)
 
-    def columns(self, first: int, stop: int) -> Packed:
-        return Packed(self.q[:, first:stop], self.scales, self.zeros, self.groups[first:stop])
+    def columns(self, first: int, stop: int) -> PackedWeight:
+        return PackedWeight(self.q[:, first:stop], self.scales, self.zeros, self.groups[first:stop])
 
     def dequantised(self, bits: int) -> Tensor:
         """[N, K] float32."""
@@ -56,7 +56,7 @@ class Packed:
         return weight
 
 
-def unpack(packing: Packing, parts: Collection[str], read: Read, columns: int) -> Packed:
+def unpack(packing: Packing, parts: Collection[str], read: Read, columns: int) -> PackedWeight:
     """The weight of one module, of which `read` gives each of its `parts`; K = columns.
 
     Raises WeightsError for zero points where the settings say that there are none.
@@ -65,7 +65,7 @@ def unpack(packing: Packing, parts: Collection[str], read: Read, columns: int) -
         q = _unsigned(read("weight")) if "weight" in parts else _numbers(read("weight_packed"), packing.bits)[:, :columns]
         zeros = _compressed_zeros(read("weight_zero_point"), packing, len(q)) if "weight_zero_point" in parts else None
         index = read("weight_g_idx") if "weight_g_idx" in parts else None
-        return Packed(q, read("weight_scale"), _required(zeros, packing), _groups(index, packing, columns))
+        return PackedWeight(q, read("weight_scale"), _required(zeros, packing), _groups(index, packing, columns))
     if packing.method == "gptq":
         q = _numbers(read("qweight").T.contiguous(), packing.bits)
         zeros = _numbers(read("qzeros"), packing.bits).T
@@ -74,7 +74,7 @@ def unpack(packing: Packing, parts: Collection[str], read: Read, columns: int) -
         q, zeros, index = _awq_numbers(read("qweight")).T, _awq_numbers(read("qzeros")).T, None
     # Less one, a zero point of 0 became the largest number there is.
     zeros = (zeros + packing.zero_shift) & (1 << packing.bits) - 1
-    return Packed(q.contiguous(), read("scales").T, _required(zeros, packing), _groups(index, packing, columns))
+    return PackedWeight(q.contiguous(), read("scales").T, _required(zeros, packing), _groups(index, packing, columns))
 
 
 def _compressed_zeros(stored: Tensor, packing: Packing, rows: int) -> Tensor:
@@ -93,9 +93,9 @@ def _numbers(packed: Tensor, bits: int) -> Tensor:
 def _awq_numbers(packed: Tensor) -> Tensor:
     """[R, n] int32 -> [R, 8 * n] uint8."""
     stored = _numbers(packed, 4).unflatten(1, (-1, len(AWQ_ORDER)))
-    found = torch.empty_like(stored)
-    found[..., list(AWQ_ORDER)] = stored
-    return found.flatten(1)
+    numbers = torch.empty_like(stored)
+    numbers[..., list(AWQ_ORDER)] = stored
+    return numbers.flatten(1)
 
 
 def _unsigned(whole: Tensor) -> Tensor:

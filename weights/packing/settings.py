@@ -29,10 +29,10 @@ SETTINGS_FILES = {  # where older tools keep them
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """What all quantised layers of a checkpoint have in common.
+    """How all quantised layers of a checkpoint are packed.
 
-    `group`: weights of a row that share a scale; 0: all of them. `activations`: they are rounded to 8 bits as well, token by
-    token. `zero_shift`: what has to be added to a stored zero point.
+    `group`: weights of a row with one scale; 0: the whole row. `activations`: activations are rounded to 8 bits too, token by
+    token. `zero_shift` is added to each stored zero point.
     """
 
     method: Literal["compressed-tensors", "gptq", "awq"]
@@ -44,7 +44,7 @@ class Packing:
 
     @property
     def quant(self) -> str:
-        """What an artifact stores of such a checkpoint, one of READY_MADE. Raises ConfigError where it cannot be stored so."""
+        """The quantisation of an artifact made from it, one of READY_MADE. Raises ConfigError where there is none."""
         if self.group % 32:
             raise ConfigError(
                 f"the checkpoint is quantised in groups of {self.group}; expected a multiple of 32: compile with --quant none, "
@@ -63,17 +63,17 @@ def read_packing(checkpoint: Path) -> Packing | None:
     """
     path = checkpoint / "config.json"
     settings = read_json(path)
-    found = next((settings[key] for key in QUANTISATION_KEYS if settings.get(key) is not None), None)
+    quantisation = next((settings[key] for key in QUANTISATION_KEYS if settings.get(key) is not None), None)
     method = None
-    if found is None:
+    if quantisation is None:
         file = next((name for name in SETTINGS_FILES if (checkpoint / name).is_file()), None)
         if file is None:
             return None
         path, method = checkpoint / file, SETTINGS_FILES[file]
-        found = read_json(path)
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path}: quantization_config is {type(found).__name__}; expected an object")
-    return _Reader(found, str(path)).packing(method)
+        quantisation = read_json(path)
+    if not isinstance(quantisation, dict):
+        raise ConfigError(f"{path}: quantization_config is {type(quantisation).__name__}; expected an object")
+    return _Reader(quantisation, str(path)).packing(method)
 
 
 class _Reader:

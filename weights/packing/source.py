@@ -1,4 +1,4 @@
-"""A quantised checkpoint as one of plain weights: its packed tensors are listed and read as the weights that they stand for."""
+"""A quantised checkpoint as a source of plain weights: packed tensors are listed and read dequantised."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from ...model_defs.config import ModelConfig
-from ..cut import Rows, Span
 from ..names.rule import Shape
-from ..rules import Plan, published_names
+from ..shard_span import Rows, Span
 from ..source import Source
-from ..stored import quant_of
+from ..storage import quant_of
 from ..tensors import FLOATS, SourceTensor, WeightsError
-from .layouts import Packed, unpack
+from ..weight_map import WeightMap, published_names
+from .layouts import PackedWeight, unpack
+from .repack import repack
 from .settings import Packing
-from .store import stored
 
 _PARTS = {
     "compressed-tensors": ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx"),
@@ -42,10 +42,10 @@ class _Module:
 
 
 class PackedSource(Source):
-    """A checkpoint of which some weights are packed; `read` gives what they stand for, in float32."""
+    """A checkpoint with packed weights; `read` gives them dequantised, in float32."""
 
     def __init__(self, base: Source, packing: Packing, modules: Mapping[str, _Module], tensors: Mapping[str, SourceTensor]):
-        """`modules`: name of a weight -> what it is read from; `tensors`: those with the weights in place of their parts."""
+        """`modules`: name of a weight -> its packed tensors; `tensors`: the checkpoint's, with weights for packed tensors."""
         super().__init__(tensors, base.files)
         self.packing = packing
         self._base, self._modules = base, dict(modules)
@@ -55,14 +55,14 @@ class PackedSource(Source):
         return name in self._modules
 
     def read(self, name: str, rows: Rows | None = None) -> Tensor:
-        """As Source.read; of a packed weight all is read, whatever `rows` are wanted."""
+        """As Source.read; a packed weight is read whole, whatever the `rows`."""
         if name not in self._modules:
             return self._base.read(name, rows)
         packed = self.unpack(name)
         return (packed.rows(*rows) if rows else packed).dequantised(self.packing.bits)
 
-    def unpack(self, name: str) -> Packed:
-        """The numbers of a packed weight. Raises WeightsError where they are not as the settings say, or not finite."""
+    def unpack(self, name: str) -> PackedWeight:
+        """A packed weight's numbers. Raises WeightsError where they contradict the settings or are not finite."""
         module = self._modules[name]
         file = next(iter(module.parts.values())).file
         try:
@@ -75,8 +75,8 @@ class PackedSource(Source):
             raise WeightsError(f"{file}: {module.name} has columns of groups without a scale; fetch the checkpoint again")
         return packed
 
-    def stored(self, name: str, kind: str, rows: Rows | None = None, span: Span | None = None) -> dict[str, Tensor]:
-        """What an artifact stores of a packed weight, or of `rows` of it, or of what one rank holds of these.
+    def repack(self, name: str, kind: str, rows: Rows | None = None, span: Span | None = None) -> dict[str, Tensor]:
+        """The stored parts of a packed weight, of its `rows` alone, or of the shard `span` of these.
 
         Raises WeightsError as `unpack`, and where columns are in another order than that of groups.
         """
@@ -86,7 +86,7 @@ class PackedSource(Source):
         if span:
             packed = (packed.columns if span.axis else packed.rows)(span.first, span.stop)
         try:
-            return stored(packed, kind)
+            return repack(packed, kind)
         except WeightsError as error:
             raise WeightsError(f"{self.tensors[name].file}: {name} {error}") from error
 
@@ -120,18 +120,18 @@ def open_packed(source: Source, packing: Packing, config: ModelConfig) -> Packed
     return PackedSource(source, packing, modules, tensors)
 
 
-def check_layers(plan: Plan, source: PackedSource, quant: str) -> None:
+def check_layers(weight_map: WeightMap, source: PackedSource, quant: str) -> None:
     """Raise WeightsError unless all layers that an artifact of `quant` stores quantised are packed, and the first of them as it
     can be stored."""
-    wanted = {name: recipe for name, recipe in plan.recipes.items() if quant_of(name, quant) != "none"}
-    floats = [tensor.name for recipe in wanted.values() for tensor in recipe.tensors if not source.packed(tensor.name)]
+    recipes = {name: recipe for name, recipe in weight_map.recipes.items() if quant_of(name, quant) != "none"}
+    floats = [tensor.name for recipe in recipes.values() for tensor in recipe.tensors if not source.packed(tensor.name)]
     if floats:
         raise WeightsError(
             f"the checkpoint has quantised some layers of its decoder and not others ({floats[0]}, {len(floats)} in all), and "
             "an artifact has one form for all; compile with --quant none, which stores all of them in floating point"
         )
-    name, recipe = next(iter(wanted.items()))
-    source.stored(recipe.tensors[0].name, quant_of(name, quant))
+    name, recipe = next(iter(recipes.items()))
+    source.repack(recipe.tensors[0].name, quant_of(name, quant))
 
 
 def _stems(source: Source, packing: Packing) -> list[str]:
@@ -159,11 +159,11 @@ def _shape(source: Source, packing: Packing, stem: str, parts: Mapping[str, Sour
     for part, expected in _expected(packing, parts, shape).items():
         if part not in parts:
             raise WeightsError(f"{stem} lacks {part}; fetch the checkpoint again")
-        found = parts[part]
+        tensor = parts[part]
         dtypes = _DTYPES.get(part, _WORDS)
-        if found.shape != expected or found.dtype not in dtypes:
+        if tensor.shape != expected or tensor.dtype not in dtypes:
             raise WeightsError(
-                f"{found.file}: {found.name} is {found.dtype} {list(found.shape)}, expected {' or '.join(dtypes)} "
+                f"{tensor.file}: {tensor.name} is {tensor.dtype} {list(tensor.shape)}, expected {' or '.join(dtypes)} "
                 f"{list(expected)} for {packing.bits} bits and groups of {packing.group or 'a whole row'}; check that the "
                 "settings belong to these weights"
             )
@@ -188,7 +188,7 @@ def _expected(packing: Packing, parts: Mapping[str, SourceTensor], shape: Shape)
     return expected | ({"g_idx": (k,)} if "g_idx" in parts else {})
 
 
-def _needless_biases(source: Source, stems: list[str], known: Mapping[str, str]) -> list[str]:
+def _needless_biases(source: Source, stems: list[str], published: Mapping[str, str]) -> list[str]:
     """Biases of zeros, which AutoGPTQ wrote for layers that have none."""
-    names = [f"{stem}.bias" for stem in stems if f"{stem}.bias" in source.tensors and f"{stem}.bias" not in known]
+    names = [f"{stem}.bias" for stem in stems if f"{stem}.bias" in source.tensors and f"{stem}.bias" not in published]
     return [name for name in names if not torch.count_nonzero(source.read(name))]

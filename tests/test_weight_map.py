@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from staticvl.model_defs.config import ModelConfig, read_config
-from staticvl.weights.rules import Plan, match, source_names, targets
 from staticvl.weights.source import open_source
 from staticvl.weights.tensors import SourceTensor, WeightsError
+from staticvl.weights.weight_map import WeightMap, match, source_names, targets
 
 from .checkpoints import tiny_llava
 
@@ -24,7 +24,7 @@ def tensor(name: str, shape: tuple[int, ...], dtype: str = "float16") -> SourceT
     return SourceTensor(name, dtype, shape, Path("model.safetensors"), 0, ())
 
 
-def read_from(plan: Plan) -> dict[str, list[str]]:
+def read_from(plan: WeightMap) -> dict[str, list[str]]:
     """Our parameter -> the checkpoint's tensors that it is made from."""
     return {ours: [tensor.name for tensor in recipe.tensors] for ours, recipe in plan.recipes.items()}
 

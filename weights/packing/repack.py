@@ -9,14 +9,14 @@ from torch.nn.functional import pad
 from ...model_defs.config import quant_bits, quant_block
 from ..quantize import joined_halves
 from ..tensors import WeightsError
-from .layouts import Packed
+from .layouts import PackedWeight
 
 
-def stored(packed: Packed, kind: str) -> dict[str, Tensor]:
-    """The parts (quant_parts) of one weight, or of what one rank holds of it, in quantisation `kind`.
+def repack(packed: PackedWeight, kind: str) -> dict[str, Tensor]:
+    """The stored parts (quant_parts) of one weight, or of one rank's shard of it, in quantisation `kind`.
 
-    A block is no longer than a group, so its scale is that of the group in which it lies. Raises WeightsError where columns of
-    one block are of several groups.
+    A block is no longer than a group, so its scale is that of its group. Raises WeightsError where the columns of one block
+    belong to several groups.
     """
     if kind == "w8a8":
         return {"qweight": (packed.q ^ 0x80).view(torch.int8).T.contiguous(), "scales": packed.scales.float().flatten()}
@@ -26,7 +26,7 @@ def stored(packed: Packed, kind: str) -> dict[str, Tensor]:
     groups = _group_of_blocks(packed.groups, block, missing)  # [B]
     q = packed.q
     if missing:
-        # What fills up the last block stands for zero.
+        # The padding of the last block stands for zero.
         last = q.new_full((rows, 1), 1 << bits - 1) if packed.zeros is None else packed.zeros[:, groups[-1:]]
         q = torch.cat((q, last.expand(-1, missing)), dim=1)
     q = q.reshape(rows, -1, block)
@@ -39,11 +39,11 @@ def stored(packed: Packed, kind: str) -> dict[str, Tensor]:
 
 def _group_of_blocks(groups: Tensor, block: int, missing: int) -> Tensor:
     """The group of each column [K] -> that of each block."""
-    whole = pad(groups[None], (0, missing), mode="replicate").view(-1, block)
-    if not bool((whole == whole[:, :1]).all()):
+    blocks = pad(groups[None], (0, missing), mode="replicate").view(-1, block)
+    if not bool((blocks == blocks[:, :1]).all()):
         raise WeightsError(
             f"has columns of several groups among {block} neighbours, as with desc_act (act-order) or where ranks cut through "
             "a group; compile with --quant none, which stores what it stands for in floating point, or give a checkpoint "
             "without act-order, and a number of ranks whose parts are multiples of its groups"
         )
-    return whole[:, 0]
+    return blocks[:, 0]

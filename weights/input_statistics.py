@@ -1,4 +1,4 @@
-"""What is known of a linear layer's inputs from a calibration: how large they are, how they go together, and some of them.
+"""Statistics of a linear layer's inputs during a calibration: magnitudes, the second moment, and a sample of tokens.
 
 K input features, n sampled tokens.
 """
@@ -10,21 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SAMPLED = 256  # tokens at least, if so many came, that errors of outputs are measured on; twice as many at most
+SAMPLED = 256  # tokens kept at least, of as many or more; twice as many at most. Errors of outputs are measured on them
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Inputs:
-    """Statistics over all tokens of a calibration; all float32. Without any token they are zeros."""
+class InputStatistics:
+    """Statistics of a layer's inputs over all tokens of a calibration, in float32. Without any token they are zeros."""
 
     tokens: int
     largest: Tensor  # [K], largest |x|
     mean: Tensor  # [K], mean |x|
-    moment: Tensor | None  # [K, K], weighted sum of x'x; None: not asked for
-    rows: Tensor  # [n, K], tokens taken evenly from all of them
+    moment: Tensor | None  # [K, K], weighted sum of x'x; None: not collected
+    rows: Tensor  # [n, K], a sample of the tokens, evenly spaced
 
-    def divided(self, scales: Tensor) -> Inputs:
-        """The same inputs, each feature divided by its scale [K]."""
+    def divided(self, scales: Tensor) -> InputStatistics:
+        """The statistics of the inputs divided by `scales` [K], feature by feature."""
         moment = self.moment
         return replace(
             self,
@@ -35,27 +35,27 @@ class Inputs:
         )
 
 
-class Gathering:
-    """Takes a layer's inputs as they come, and keeps one token of so many."""
+class StatisticsCollector:
+    """Collects the statistics of a layer's inputs batch by batch; one token in `every` is kept."""
 
     def __init__(self, features: int, *, moment: bool) -> None:
-        self.seen, self.every = 0, 1
+        self.tokens, self.every = 0, 1
         self.largest, self.total = torch.zeros(features), torch.zeros(features)
         self.moment = torch.zeros(features, features) if moment else None
         self.rows = torch.zeros(0, features)
 
     def add(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """x [..., K]; `weights` [tokens], what each counts for in the second moment (None: 1)."""
+        """Add the inputs x [..., K]; `weights` [tokens] of the second moment (None: 1 each)."""
         rows = x.reshape(-1, x.shape[-1]).float()
         size = rows.abs()
         self.largest = torch.maximum(self.largest, size.amax(0))
         self.total += size.sum(0)
         if self.moment is not None:
             self.moment.addmm_(rows.T if weights is None else rows.T * weights, rows)
-        self.rows = torch.cat((self.rows, rows[-self.seen % self.every :: self.every]))
-        self.seen += len(rows)
+        self.rows = torch.cat((self.rows, rows[-self.tokens % self.every :: self.every]))
+        self.tokens += len(rows)
         while len(self.rows) > 2 * SAMPLED:
             self.rows, self.every = self.rows[::2].clone(), 2 * self.every
 
-    def found(self) -> Inputs:
-        return Inputs(self.seen, self.largest, self.total / max(self.seen, 1), self.moment, self.rows)
+    def statistics(self) -> InputStatistics:
+        return InputStatistics(self.tokens, self.largest, self.total / max(self.tokens, 1), self.moment, self.rows)

@@ -1,4 +1,4 @@
-"""How each parameter is stored in an artifact: in a float type, or quantised (model_defs/config/quant.py)."""
+"""The form in which each parameter is stored in an artifact: in a float dtype, or quantised (model_defs/config/quant.py)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ TABLE = "text.embed.weight"
 
 @dataclass(frozen=True, slots=True)
 class Floats:
-    """In which dtypes an artifact stores what is not quantised: tensors of two axes and more, those of one, scales of blocks.
+    """The dtypes of what is not quantised: tensors of two axes and more, tensors of one axis, and scales of blocks.
 
-    `own`: matrices that are stored in a dtype of their own, by name.
+    `own`: matrices with a dtype of their own, by name.
     """
 
     matrices: str = "float32"
@@ -42,8 +42,8 @@ FLOAT32 = uniform("float32")
 
 
 def quant_of(name: str, quant: str) -> str:
-    """How parameter `name` is stored in an artifact of `quant`: "none" but for the linear layers of the decoder's and perhaps
-    the tower's blocks, and lm_head."""
+    """The quantisation of parameter `name` in an artifact of `quant`: "none" but for the linear layers of the decoder's and
+    perhaps the tower's blocks, and lm_head."""
     if name == _HEAD:
         return head_quant(quant)
     if _TOWER.fullmatch(name):
@@ -52,7 +52,7 @@ def quant_of(name: str, quant: str) -> str:
 
 
 def stored_parts(name: str, shape: tuple[int, ...], quant: str, floats: Floats = FLOAT32) -> dict[str, StoredTensor]:
-    """What parameter `name` of `shape` becomes: itself, or NAME.qweight, NAME.scales and perhaps NAME.zeros for NAME.weight."""
+    """The stored tensors of parameter `name`: itself, or NAME.qweight, NAME.scales and perhaps NAME.zeros of NAME.weight."""
     kind = quant_of(name, quant)
     if kind == "none":
         return {name: StoredTensor(floats.of(name, shape), shape)}
@@ -62,7 +62,7 @@ def stored_parts(name: str, shape: tuple[int, ...], quant: str, floats: Floats =
 
 
 def stored_targets(config: ModelConfig, quant: str, floats: Floats = FLOAT32, tp: int = 1) -> dict[str, StoredTensor]:
-    """Every tensor that the weight files of one rank of `tp` hold, by name, in the order of `targets`.
+    """All tensors in the weight files of each rank of `tp`, by name, in the order of `targets`.
 
     Raises WeightsError as `check_tp`.
     """
