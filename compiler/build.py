@@ -30,8 +30,8 @@ from ..runtime.artifact import (
     BuildInfo,
     CalibrationInfo,
     FileSpec,
+    GraphKey,
     GraphSpec,
-    Kind,
     Manifest,
     ModelInfo,
     Record,
@@ -48,7 +48,7 @@ from ..weights.rules import kept_dtypes, match, targets
 from ..weights.stored import Floats
 from ..weights.tensors import WeightsError
 from .calibration import CACHE_METHOD, METHODS
-from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
+from .fingerprint import GraphDigests, digest, fingerprint, intact, weights_key
 from .leftovers import JOURNAL, LOCK, is_ours, remove_unreferenced
 from .model_info import read_model_info
 from .plan import Options, Plan, forecast, make_plan, stages
@@ -377,7 +377,7 @@ def _graphs(
 ) -> tuple[list[StageSpec], dict[str, FileSpec]]:
     """Each stage with its graphs, and the files of them all."""
     parts = [replace(job, config=part, plan=job.plan.of_stage(i)) for i, part in enumerate(stages(job.config, job.options.pp))]
-    keys = [_graph_keys(part, key) for part in parts]
+    keys = [_graph_digests(part, key) for part in parts]
     known = _known_graphs(job)
     found = {each: known[each] for of_part in keys for each in of_part.values() if each in known}
     found = {k: entry for k, entry in found.items() if _all_intact(job.out, entry.files) and not _disturbed(entry.graph)}
@@ -391,7 +391,7 @@ def _graphs(
                 maker = GraphMaker(job.options, part.config, job.info, part.plan, weights[i]) if missing[i] else None
                 for graph in missing[i]:
                     assert maker is not None
-                    entry = found[keys[i][graph]] = _noted(job, *maker.make(*graph, keys[i][graph]))
+                    entry = found[keys[i][graph]] = _noted(job, *maker.make(graph, keys[i][graph]))
                     report.traced.append(entry.graph.name)
                     job.progress.say((f"stage {i}  " if len(parts) > 1 else "") + _describe(entry.graph))
                     advance(1)
@@ -403,9 +403,9 @@ def _graphs(
     return specs, {name: spec for own in entries for entry in own for name, spec in entry.files.items()}
 
 
-def _graph_keys(job: _Job, key: str) -> dict[tuple[Kind, int, int], str]:
-    graph_keys = GraphKeys(job.options, job.config, job.info, job.plan, key)
-    return {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
+def _graph_digests(job: _Job, key: str) -> dict[GraphKey, str]:
+    digests = GraphDigests(job.options, job.config, job.info, job.plan, key)
+    return {graph: digests.of(graph) for graph in job.plan.graphs}
 
 
 def _noted(job: _Job, graph: GraphSpec, files: dict[str, FileSpec]) -> JournalEntry:

@@ -26,7 +26,7 @@ from ..model_defs import ops
 from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
 from ..model_defs.decoder import Block, CrossBlock
 from ..model_defs.layers import Linear
-from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelInfo
+from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphKey, ModelInfo
 from ..runtime.processor.families import family
 from ..runtime.processor.prompt import Message, Prompt
 from ..runtime.processor.tokenizer import load_tokenizer
@@ -40,7 +40,7 @@ from ..weights.source import Source
 from ..weights.stored import stored_targets
 from ..weights.writer import check_space
 from .calibration import METHODS, Calibration, CalibrationError
-from .graphs import define_graph
+from .graphs import GraphContext, define_graph
 from .progress import Progress
 
 CHUNK = 256  # tokens that attend at once
@@ -203,7 +203,7 @@ def _see(
     if not seeing:
         return {}
     tiles = info.image.tiles if cache.cross else 1
-    graph = define_graph(config, info.image, cache, "none", "vision", tiles, 0)
+    graph = define_graph(GraphContext(config=config, image=info.image, cache=cache), GraphKey("vision", tiles))
     own = {name for name, _ in graph.module.named_parameters()} - graph.constants.keys()
     _fill(graph.module, {name: read(name) for name in own} | {k: torch.from_numpy(v) for k, v in graph.constants.items()})
     tower = _watched_tower(graph.module) if watch else {}

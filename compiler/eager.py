@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_defs.layers import Linear
-from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
+from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, WeightSpec
 from ..runtime.backends.ascend.weights import map_weight
 from ..runtime.backends.base import Result, cache_name, rows_to_copy
 from ..runtime.sampling.candidates import candidates_of
@@ -41,7 +41,7 @@ class EagerBackend:
         folder: Path,
         weights: Mapping[str, WeightSpec],
         cache: CacheSpec,
-        define: Callable[[Kind, int, int], GraphDef],
+        define: Callable[[GraphKey], GraphDef],
         *,
         threads: int | None = None,
         text_threads: int | None = None,
@@ -55,7 +55,7 @@ class EagerBackend:
 
     def load(self, graph: GraphSpec) -> None:
         if graph.name not in self.modules:
-            definition = self.define(graph.kind, graph.bucket, graph.images)
+            definition = self.define(graph.graph_key)
             narrow = {f"{name}.weight" for name, module in definition.module.named_modules() if isinstance(module, Linear)}
             state = {
                 name: self._weight(name, keep=name in narrow)

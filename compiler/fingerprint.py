@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 from ..model_defs.config import ModelConfig
-from ..runtime.artifact import FileSpec, Kind, ModelInfo, SourceFile
+from ..runtime.artifact import FileSpec, GraphKey, ModelInfo, SourceFile
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.cores import processor_name, usable_cores
 from ..runtime.files import sha256_file
@@ -83,7 +83,7 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
     return digest(contents, *made_by)
 
 
-class GraphKeys:
+class GraphDigests:
     """Digests of everything that a graph and its certificate are made from."""
 
     def __init__(self, options: Options, config: ModelConfig, info: ModelInfo, plan: Plan, weights: str) -> None:
@@ -99,15 +99,15 @@ class GraphKeys:
         self.tuned = (processor_name(), usable_cores()) if options.tune else None
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 
-    def key(self, kind: Kind, bucket: int, images: int) -> str:
-        seen: dict[str, Any] = dict(self.image if kind == "vision" else self.cache)
-        if kind in ("prefill", "verify"):
+    def of(self, key: GraphKey) -> str:
+        seen: dict[str, Any] = dict(self.image if key.kind == "vision" else self.cache)
+        if key.kind in ("prefill", "verify"):
             seen.pop("slots")  # slots only matter to graphs whose rows are slots
         if seen.get("cross"):
             # A graph reads the images that it is told of, however many more a sequence may hold.
             seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
-        tuned = self.tuned if kind != "vision" else None
-        return digest(kind, bucket, images, seen, kind in self.eager, tuned, *self.common)
+        tuned = self.tuned if key.kind != "vision" else None
+        return digest(*key, seen, key.kind in self.eager, tuned, *self.common)
 
 
 def digest(*parts: Any) -> str:

@@ -73,7 +73,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
@@ -221,6 +221,22 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
         return ", ".join(word for word, holds in words.items() if holds) or "as by default"
 
 
+class GraphKey(NamedTuple):
+    """Which graph of an artifact: its kind, its bucket, and the images that a text graph sees by cross-attention.
+
+    Keys are unique within an artifact, of a pipeline within a stage. Their units are those of GraphSpec.
+    """
+
+    kind: Kind
+    bucket: int
+    images: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as "prefill-64-images-2"; "prefill-64" where no images are seen."""
+        return f"{self.kind}-{self.bucket}" + (f"-images-{self.images}" if self.images else "")
+
+
 class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
@@ -248,8 +264,13 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     collective_bytes: Work = 0
 
     @property
+    def graph_key(self) -> GraphKey:
+        """What the graph is found by; not `key`, which tells what it was made from."""
+        return GraphKey(self.kind, self.bucket, self.images)
+
+    @property
     def name(self) -> str:
-        return graph_name(self.kind, self.bucket, self.images)
+        return self.graph_key.name
 
     @property
     def candidates(self) -> int:
@@ -289,10 +310,6 @@ def rank_weights(weights: Mapping[str, WeightSpec], ranks: int, rank: int) -> di
     """Where the weights of `rank` lie, given those of any rank of its stage, whose files are laid out alike."""
     folder = rank_folder(ranks, rank)
     return {name: msgspec.structs.replace(spec, file=f"{folder}/{PurePath(spec.file).name}") for name, spec in weights.items()}
-
-
-def graph_name(kind: Kind, bucket: int, images: int) -> str:
-    return f"{kind}-{bucket}" + (f"-images-{images}" if images else "")
 
 
 class CrossSpec(Record, frozen=True, kw_only=True):
@@ -557,7 +574,8 @@ class Manifest(Record, frozen=True, kw_only=True):
         )
 
     def graph(self, kind: Kind, bucket: int, images: int = 0) -> GraphSpec:
-        return next(g for g in self.graphs if (g.kind, g.bucket, g.images) == (kind, bucket, images))
+        """The graph of one key; raises StopIteration where there is none."""
+        return next(graph for graph in self.graphs if graph.graph_key == (kind, bucket, images))
 
 
 @dataclass(frozen=True, slots=True)

@@ -83,7 +83,7 @@ def alone(model: Model, *, wide: bool = True) -> list[np.ndarray]:
 def defined(model: Model) -> list[np.ndarray]:
     """What the whole model is defined to find."""
     graphs = model.define(1)
-    backend = EagerBackend(model.out, model.converted(1, 0).weights, model.cache(1), lambda kind, *_: graphs[kind])
+    backend = EagerBackend(model.out, model.converted(1, 0).weights, model.cache(1), lambda key: graphs[key.kind])
     found = steps(backend, {kind: graph.spec() for kind, graph in graphs.items()}, list(backend.caches))
     assert all(np.isfinite(each).all() and each.std() > 0 for each in found)
     return found

@@ -18,7 +18,7 @@ from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.segments import Cut, Part, cut
 from staticvl.model_defs import ops
 from staticvl.model_defs.layers import Table, empty_parameter
-from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Segment, Step, TensorSpec
+from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphKey, GraphSpec, Segment, Step, TensorSpec
 from staticvl.runtime.backends.ort import OrtBackend
 
 from .lockstep import Counting, member_in, not_summed, reversed_gather, run_ranks
@@ -53,7 +53,7 @@ def graph_of(
     with torch.device("meta"):
         module = Module()
     specs = tuple(floats(f"x{i}", 2, 4) for i in range(inputs))
-    return GraphDef(kind="decode", bucket=2, images=0, module=module, inputs=specs, outputs=outputs)
+    return GraphDef(GraphKey("decode", 2), module, specs, outputs)
 
 
 def cut_of(graph: GraphDef) -> Cut:
@@ -367,5 +367,5 @@ def test_a_table_looked_up_by_an_input_is_not_made_of_weights() -> None:
     with torch.device("meta"):
         module = Table(4, 8, ranks=2)
     ids = TensorSpec(name="ids", dtype="int32", shape=(1, 2))
-    graph = GraphDef(kind="decode", bucket=1, images=0, module=module, inputs=(ids,), outputs=(floats("y", 1, 2, 8),))
+    graph = GraphDef(GraphKey("decode", 1), module, (ids,), (floats("y", 1, 2, 8),))
     assert shown(cut_of(graph)) == ["ids -> buffer.0", "buffer.0 all_gather y"]

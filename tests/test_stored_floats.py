@@ -27,7 +27,7 @@ from staticvl.compiler.onnx_graph import products
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.layers import Linear, Table
-from staticvl.runtime.artifact import Manifest, TensorSpec
+from staticvl.runtime.artifact import GraphKey, Manifest, TensorSpec
 from staticvl.runtime.backends import ort
 from staticvl.runtime.backends.base import new_feed
 from staticvl.runtime.backends.host_cache import HostCache
@@ -232,7 +232,7 @@ def test_what_is_widened_is_not_written_beside_packed_weights(tmp_path: Path) ->
         TensorSpec(name="token_ids", dtype="int32", shape=(1, 2)), TensorSpec(name="y", dtype="float32", shape=(1, 2, 2304))
     )  # fmt: skip
     with torch.device("meta"):
-        definition = GraphDef("prefill", 2, 0, Looked(), specs[:1], specs[1:])
+        definition = GraphDef(GraphKey("prefill", 2), Looked(), specs[:1], specs[1:])
     (tmp_path / "graph.onnx").write_bytes(emit(definition, shard.tensors))
     host = HostCache(tmp_path, [definition.spec("graph.onnx")], shard.tensors.values())
     assert host.ensure(lambda: ort._options(pack=True, threads=1))

@@ -54,7 +54,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def run_all(model: Model, graphs: dict[Kind, GraphDef], stored: Converted, tp: int) -> list[np.ndarray]:
-    backend = EagerBackend(model.out, stored.weights, model.cache(tp), lambda kind, *_: graphs[kind])
+    backend = EagerBackend(model.out, stored.weights, model.cache(tp), lambda key: graphs[key.kind])
     return steps(backend, {kind: graph.spec() for kind, graph in graphs.items()}, list(backend.caches))
 
 

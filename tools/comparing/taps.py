@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...compiler.graphs import GraphDef, define_graph, trace
+from ...compiler.graphs import GraphContext, GraphDef, define_graph, trace
 from ...compiler.lockstep import ArrayMember, Meeting
 from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.layers import without_rounding
-from ...runtime.artifact import CacheSpec, GraphSpec, Segment, Step, WeightSpec
+from ...runtime.artifact import CacheSpec, GraphKey, GraphSpec, Segment, Step, WeightSpec
 from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
@@ -75,8 +75,15 @@ def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.expo
     """One rank's definition of a graph, and its trace. Ascend's graphs are looked into while nothing rounds."""
     assert side.config is not None
     manifest = side.artifact.manifest
-    sizes = graph.kind, graph.bucket, graph.images, manifest.tp, graph.candidates
-    return traced(side.config, side.info.image, rank_cache(side), manifest.quant, *sizes, rounded=manifest.backend == "onnx")
+    context = GraphContext(
+        config=side.config,
+        image=side.info.image,
+        cache=rank_cache(side),
+        quant=manifest.quant,
+        ranks=manifest.tp,
+        candidates=graph.candidates,
+    )
+    return traced(context, graph.graph_key, rounded=manifest.backend == "onnx")
 
 
 def rank_cache(side: StaticSide) -> CacheSpec:
@@ -87,9 +94,9 @@ def rank_cache(side: StaticSide) -> CacheSpec:
 
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, ask for the same few
-def traced(*sizes: Any, rounded: bool) -> tuple[GraphDef, torch.export.ExportedProgram]:
-    """The definition that `define_graph` makes of its arguments, and its trace."""
-    graph = define_graph(*sizes)
+def traced(context: GraphContext, key: GraphKey, *, rounded: bool) -> tuple[GraphDef, torch.export.ExportedProgram]:
+    """The definition of a graph, and its trace."""
+    graph = define_graph(context, key)
     if not rounded:
         without_rounding(graph.module)
     return graph, trace(graph)
