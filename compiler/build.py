@@ -16,7 +16,7 @@ import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -320,18 +320,21 @@ def _weights(job: _Job, key: str, tokenizer: str) -> tuple[list[dict[str, Weight
         files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
         if _all_intact(job.out, files):
             return [old.of_stage(stage).weights for stage in range(old.pp)], files, False
-    from ..weights.convert import convert, plan_shards
+    from ..weights.convert import Conversion, convert, plan_shards
 
     source = _open_source(job)
-    options, prefix = job.options, key[:12]
-    quant, tp = options.stored_quant, options.tp
+    options, tp = job.options, job.options.tp
     floats = options.floats(kept_dtypes(match(job.config, source.tensors)))
-    store = _calibrated(job, source, prefix, tokenizer)
+    conversion = Conversion(quant=options.stored_quant, prefix=key[:12], floats=floats, tp=tp)
+    store = _calibrated(job, source, conversion.prefix, tokenizer)
     parts = stages(job.config, options.pp)
-    shards = (shard for part in parts for shard in plan_shards(part, quant, prefix, floats=floats, tp=tp))
+    shards = (shard for part in parts for shard in plan_shards(part, conversion))
     with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
-        same: dict[str, Any] = {"quant": quant, "floats": floats, "prefix": prefix, "calibrated": store, "progress": advance}
-        ranks = [convert(source, part, job.out, tp=tp, rank=rank, **same) for part in parts for rank in range(tp)]
+        ranks = [
+            convert(source, part, job.out, replace(conversion, rank=rank), calibrated=store, progress=advance)
+            for part in parts
+            for rank in range(tp)
+        ]
     return [rank.weights for rank in ranks[::tp]], {name: spec for rank in ranks for name, spec in rank.files.items()}, True
 
 

@@ -26,7 +26,7 @@ from staticvl.runtime.artifact import (
     is_cached,
 )
 from staticvl.runtime.backends.base import Backend
-from staticvl.weights.convert import Converted, convert
+from staticvl.weights.convert import Conversion, Converted, convert
 from staticvl.weights.source import open_source
 
 from .wide_models import wide_config
@@ -61,7 +61,8 @@ class Model:
 
     def converted(self, tp: int, rank: int) -> Converted:
         source, floats = open_source(self.folder), self.options(tp).floats({})
-        return convert(source, self.config, self.out, quant=self.quant, prefix=f"tp{tp}", floats=floats, tp=tp, rank=rank)
+        conversion = Conversion(quant=self.quant, prefix=f"tp{tp}", floats=floats, tp=tp, rank=rank)
+        return convert(source, self.config, self.out, conversion)
 
 
 def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:

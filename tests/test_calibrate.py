@@ -37,7 +37,7 @@ from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
 from staticvl.tools.train_tiny import cases
 from staticvl.weights.calibrated import Store, stored_by_ranks
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.inputs import Gathering, Inputs
 from staticvl.weights.quantize import dequantize, dequantize_w4
 from staticvl.weights.rules import targets
@@ -246,8 +246,8 @@ def test_weight_files_hold_what_was_calibrated(small: Setup, tmp_path: Path, qua
     """Of each rank its own; all else is converted as ever."""
     store = small.run(Store(tmp_path, "k"), quant, 2)
     source, out = open_source(small.checkpoint.folder, None), tmp_path / "out"
-    plain = convert(source, small.config, tmp_path / "plain", quant=quant, prefix="p", tp=2, rank=1).weights
-    found = convert(source, small.config, out, quant=quant, prefix="k", tp=2, rank=1, calibrated=store).weights
+    plain = convert(source, small.config, tmp_path / "plain", Conversion(quant=quant, prefix="p", tp=2, rank=1)).weights
+    found = convert(source, small.config, out, Conversion(quant=quant, prefix="k", tp=2, rank=1), calibrated=store).weights
     taken = set()
     for name in targets(small.config):
         for part, value in store.parameter(name, 1).items():

@@ -33,7 +33,7 @@ from staticvl.runtime.backends.base import new_feed
 from staticvl.runtime.backends.host_cache import HostCache
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.thresholds import precision
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.lora import open_adapter
 from staticvl.weights.quantize import quantize
 from staticvl.weights.rules import kept_dtypes, match, targets
@@ -269,7 +269,7 @@ def test_what_float16_cannot_hold_is_refused_of_matrices_alone(tmp_path: Path) -
         tensors[next(name for name in tensors if name.endswith(ending))].view(-1)[0] = 1e5
         save_file(tensors, file, {"format": "pt"})
         floats, source = Floats(matrices="float16"), open_source(folder)
-        specs = convert(source, read_config(folder), tmp_path / ending, quant="none", prefix="k", floats=floats).weights
+        specs = convert(source, read_config(folder), tmp_path / ending, Conversion(prefix="k", floats=floats)).weights
         return specs["text.norm.weight"].dtype
 
     assert stored_with_a_large_number_in("model.norm.weight") == "float32"

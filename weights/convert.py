@@ -55,23 +55,38 @@ class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-def plan_shards(
-    config: ModelConfig,
-    quant: str,
-    prefix: str,
-    shard_bytes: int = 2 << 30,
-    floats: Floats = FLOAT32,
-    *,
-    tp: int = 1,
-    rank: int = 0,
-) -> tuple[Shard, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How the weights of a model, or of one stage of a pipeline, are stored, and for which of its `tp` ranks.
+
+    `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
+    that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
+    `prefix` begins the names of files. It has to name source, config, quant, floats and tp: files of the same prefix that a
+    broken-off run has finished are kept. `shard_bytes`: a file holds up to so many bytes of tensors; a larger tensor has a
+    file to itself.
+    """
+
+    quant: str = "none"
+    prefix: str
+    floats: Floats = FLOAT32
+    shard_bytes: int = 2 << 30
+    tp: int = 1
+    rank: int = 0
+
+    def folder(self, config: ModelConfig) -> str:
+        """Where the files of the rank lie, within the artifact."""
+        stage = config.text.stage
+        return rank_folder(self.tp * stage.count, self.tp * stage.index + self.rank)
+
+
+def plan_shards(config: ModelConfig, conversion: Conversion) -> tuple[Shard, ...]:
     """The files that `convert` writes, known without any weights: PREFIX-00001.safetensors and so on.
 
-    A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself. Raises WeightsError as `check_tp`.
+    Raises WeightsError as `check_tp`.
     """
     shards: list[Shard] = []
-    for tensors in _groups(config, quant, shard_bytes, floats, tp):
-        shards.append(lay_out(f"{_folder(config, tp, rank)}/{prefix}-{len(shards) + 1:05d}.safetensors", tensors))
+    for tensors in _groups(config, conversion):
+        shards.append(lay_out(f"{conversion.folder(config)}/{conversion.prefix}-{len(shards) + 1:05d}.safetensors", tensors))
     return tuple(shards)
 
 
@@ -79,35 +94,28 @@ def convert(
     source: Source,
     config: ModelConfig,
     out: Path,
+    conversion: Conversion,
     *,
-    quant: str,
-    prefix: str,
-    floats: Floats = FLOAT32,
-    shard_bytes: int = 2 << 30,
-    tp: int = 1,
-    rank: int = 0,
     calibrated: Store | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Converted:
-    """Write what `rank` of `tp` holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
+    """Write what a rank holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
 
-    Of a pipeline, `config` is that of one stage, and `rank` one of those that hold this stage.
+    Of a pipeline, `config` is that of one stage, and the rank one of those that hold this stage.
 
-    `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
-    that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
-    `prefix` has to name source, config, quant, floats and tp: files of the same prefix that a broken-off run has finished are
-    kept, as its journal PREFIX.journal beside them tells. The journal stays until `forget_journal`. `progress` is told the
-    bytes of each step; they add up to the sizes of `plan_shards`. Layers that `calibrated` holds are taken from there.
+    A journal beside the files, PREFIX.journal, tells which a broken-off run has finished; it stays until `forget_journal`.
+    `progress` is called with the bytes of each step; they add up to the sizes of `plan_shards`. Layers that `calibrated` holds
+    are taken from there.
     A tensor that is taken as it is is never whole in memory where it is cut; one that is made of others is made whole and then
     cut. Weights are cut before they are quantised.
     Raises WeightsError as `check_tp`, `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
-    shards = plan_shards(config, quant, prefix, shard_bytes, floats, tp=tp, rank=rank)
-    parts = _Parts(source, match(config, source.tensors), config, quant, floats, tp, rank, calibrated)
-    folder = out / _folder(config, tp, rank)
+    shards = plan_shards(config, conversion)
+    parts = _Parts(source, match(config, source.tensors), config, conversion, calibrated)
+    folder = out / conversion.folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_partials(folder, prefix)
-    journal = folder / f"{prefix}.journal"
+    _remove_partials(folder, conversion.prefix)
+    journal = folder / f"{conversion.prefix}.journal"
     finished = _read_journal(out, journal, shards)
     check_space(out, sum(shard.nbytes for shard in shards if shard.file not in finished))
     for shard in shards:
@@ -132,14 +140,14 @@ def convert(
     for shard in shards:
         assert not weights.keys() & shard.tensors.keys()
         weights |= shard.tensors
-    assert weights.keys() == stored_targets(config, quant, floats, tp).keys()
+    assert weights.keys() == stored_targets(config, conversion.quant, conversion.floats, conversion.tp).keys()
     files = {shard.file: FileSpec(nbytes=shard.nbytes, sha256=finished[shard.file].sha256) for shard in shards}
     return Converted(weights, files)
 
 
 def parameters(source: Source, config: ModelConfig) -> Callable[[str], Tensor]:
     """Gives each whole parameter of `config` once, in the checkpoint's dtype; raises WeightsError as `convert`."""
-    return _Parts(source, match(config, source.tensors), config, "none", FLOAT32).take
+    return _Parts(source, match(config, source.tensors), config, Conversion(prefix="")).take
 
 
 def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> None:
@@ -149,30 +157,18 @@ def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> Non
     _remove_partials(folder, prefix)
 
 
-def _folder(config: ModelConfig, tp: int, rank: int) -> str:
-    stage = config.text.stage
-    return rank_folder(tp * stage.count, tp * stage.index + rank)
-
-
 class _Parts:
     """Makes what one rank holds of each of our parameters once and hands out what is stored of it."""
 
     def __init__(
-        self,
-        source: Source,
-        plan: Plan,
-        config: ModelConfig,
-        quant: str,
-        floats: Floats,
-        tp: int = 1,
-        rank: int = 0,
-        calibrated: Store | None = None,
+        self, source: Source, plan: Plan, config: ModelConfig, conversion: Conversion, calibrated: Store | None = None
     ) -> None:
-        self.source, self.plan, self.quant, self.rank = source, plan, quant, rank
-        self.floats, self.calibrated = floats, calibrated
-        self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
-        self.spans = {name: _span(config, name, shape, tp, rank) for name, shape in targets(config).items()}
-        self.shapes = rank_targets(config, tp)
+        self.source, self.plan, self.conversion, self.calibrated = source, plan, conversion, calibrated
+        self.owner = {
+            part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, conversion.quant)
+        }
+        self.spans = {name: _span(config, name, shape, conversion) for name, shape in targets(config).items()}
+        self.shapes = rank_targets(config, conversion.tp)
         self.waiting: dict[str, Tensor] = {}  # parts of a tensor already read that come later in the file
         self.read: set[str] = set()
 
@@ -184,11 +180,11 @@ class _Parts:
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
-        if self.calibrated and (stored := self.calibrated.parameter(name, self.rank)):
+        if self.calibrated and (stored := self.calibrated.parameter(name, self.conversion.rank)):
             for part, value in stored.items():
                 self._check_range(part, value)
             return stored
-        kind, stem = quant_of(name, self.quant), name.removesuffix(".weight")
+        kind, stem = quant_of(name, self.conversion.quant), name.removesuffix(".weight")
         if kind != "none" and isinstance(self.source, PackedSource):
             parts = self._repacked(self.source, self.plan.recipes[name], self.spans[name], kind)
             return {f"{stem}.{part}": value for part, value in parts.items()}
@@ -217,7 +213,7 @@ class _Parts:
 
     def _check_range(self, name: str, tensor: Tensor) -> None:
         """float16 ends at 65504; the others hold whatever a checkpoint can."""
-        if self.floats.of(name, tuple(tensor.shape)) != "float16" or not tensor.is_floating_point():
+        if self.conversion.floats.of(name, tuple(tensor.shape)) != "float16" or not tensor.is_floating_point():
             return
         largest = max(map(abs, _range(tensor)))
         if largest > torch.finfo(torch.float16).max:
@@ -232,10 +228,12 @@ class _Parts:
         return read
 
 
-def _span(config: ModelConfig, name: str, shape: Shape, tp: int, rank: int) -> Span | None:
+def _span(config: ModelConfig, name: str, shape: Shape, conversion: Conversion) -> Span | None:
     """What a rank holds of a parameter; None: all of it."""
     axis = shard_axis(config, name)
-    return None if tp == 1 or axis is None else Span(axis, *rank_span(config, name, shape, tp, rank))
+    if conversion.tp == 1 or axis is None:
+        return None
+    return Span(axis, *rank_span(config, name, shape, conversion.tp, conversion.rank))
 
 
 def _filled(tensor: Tensor, shape: Shape) -> Tensor:
@@ -253,14 +251,14 @@ def _range(tensor: Tensor) -> tuple[float, float]:
     return float(torch.stack([r.min for r in ranges]).min()), float(torch.stack([r.max for r in ranges]).max())
 
 
-def _groups(config: ModelConfig, quant: str, shard_bytes: int, floats: Floats, tp: int) -> Iterator[dict[str, StoredTensor]]:
+def _groups(config: ModelConfig, conversion: Conversion) -> Iterator[dict[str, StoredTensor]]:
     """Stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
     group: dict[str, StoredTensor] = {}
     size = 0
-    for name, shape in rank_targets(config, tp).items():
-        parts = stored_parts(name, shape, quant, floats)
+    for name, shape in rank_targets(config, conversion.tp).items():
+        parts = stored_parts(name, shape, conversion.quant, conversion.floats)
         nbytes = sum(part.nbytes for part in parts.values())
-        if group and size + nbytes > shard_bytes:
+        if group and size + nbytes > conversion.shard_bytes:
             yield group
             group, size = {}, 0
         group |= parts

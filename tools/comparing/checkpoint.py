@@ -15,7 +15,7 @@ from ...compiler.plan import Buckets, Options, Plan, make_plan
 from ...model_defs.config import ModelConfig, read_config
 from ...runtime.artifact import Artifact, BuildInfo, CacheSpec, Manifest, ModelInfo, WeightSpec
 from ...runtime.processor.tokenizer import Tokenizer, load_tokenizer
-from ...weights.convert import convert
+from ...weights.convert import Conversion, convert
 from ...weights.packing.settings import read_packing
 from ...weights.packing.source import open_packed
 from ...weights.source import open_source
@@ -53,7 +53,7 @@ class Checkpoint:
         source = open_source(self.folder, self.vision_tower)
         if self.packing:
             source = open_packed(source, self.packing, self.config)
-        return convert(source, self.config, self.out, quant="none", prefix="reference").weights
+        return convert(source, self.config, self.out, Conversion(prefix="reference")).weights
 
     def plan(self, context: int | None, images: int | None) -> Plan:
         """Few graphs: nobody measures them, and what a bucket does wrong has to differ from these."""
