@@ -31,7 +31,7 @@ from .cost import graph_cost
 from .eager import EagerBackend
 from .fingerprint import digest
 from .graphs import GraphContext, GraphDef, define_graph, fed_inputs
-from .lockstep import ArrayMember, LockstepBackend, with_all_heads
+from .lockstep import ArrayGroup, LockstepBackend, with_all_heads
 from .pipeline import joined
 from .plan import EAGER_SUFFIX, SUFFIXES, Options, Plan
 
@@ -108,7 +108,7 @@ class GraphMaker:
         return LockstepBackend(
             self.tp,
             lambda group: open_rank(group, group.rank),
-            lambda meeting, rank: ArrayMember(meeting, rank, stage.index, stage.count),
+            lambda lockstep, rank: ArrayGroup(lockstep, rank, stage.index, stage.count),
         )
 
     def _reference(self, group: Group | None, rank: int) -> Backend:

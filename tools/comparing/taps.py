@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from ...compiler.graphs import GraphContext, GraphDef, define_graph, trace
-from ...compiler.lockstep import ArrayMember, Meeting
+from ...compiler.lockstep import ArrayGroup, Lockstep
 from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.layers import without_rounding
 from ...runtime.artifact import CacheSpec, GraphKey, GraphSpec, Segment, Step, WeightSpec
@@ -138,8 +138,8 @@ class OnnxGraph:
         self.spec = _with_taps(narrow, self.tapped)
         models = {name: each.data for name, each in zip(graph.files, self.tapped, strict=True)}
         cache = rank_cache(side)
-        self.meeting = Meeting(self.ranks)
-        groups = [ArrayMember(self.meeting, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
+        self.lockstep = Lockstep(self.ranks)
+        groups = [ArrayGroup(self.lockstep, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
         self.backends = [OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups]
         self.walks = [
             Walk(self.program, parameters_of(side, side.rank_weights[rank], self.definition)) for rank in range(self.ranks)
@@ -147,7 +147,7 @@ class OnnxGraph:
 
     def errors(self, run: Captured) -> list[Errors]:
         """Of every rank, in lockstep."""
-        return self.meeting.together(lambda rank: self._of_rank(run, rank))
+        return self.lockstep.run(lambda rank: self._of_rank(run, rank))
 
     def _of_rank(self, run: Captured, rank: int) -> Errors:
         backend, inputs = self.backends[rank], inputs_of(self.definition, run, rank, self.ranks)
@@ -206,11 +206,11 @@ def _ascend(side: StaticSide, run: Captured) -> list[Errors]:
     from .ge_taps import GeGraph
 
     definition_, program = definition(side, run.graph)
-    ranks, cache, meeting = side.artifact.manifest.tp, rank_cache(side), Meeting(side.artifact.manifest.tp)
+    ranks, cache, lockstep = side.artifact.manifest.tp, rank_cache(side), Lockstep(side.artifact.manifest.tp)
     spec = msgspec.structs.replace(run.graph, inputs=definition_.inputs, outputs=definition_.outputs)
 
     def of_rank(rank: int) -> Errors:
-        group = ArrayMember(meeting, rank) if ranks > 1 else None
+        group = ArrayGroup(lockstep, rank) if ranks > 1 else None
         inputs = inputs_of(definition_, run, rank, ranks)
         caches = {
             each.name: value.numpy() for each, value in zip(spec.inputs, inputs, strict=True) if each.name not in run.feed
@@ -221,4 +221,4 @@ def _ascend(side: StaticSide, run: Captured) -> list[Errors]:
         find = named(outputs_of(program, definition_, ge.backend, result, run.image)) if spec.eager else ge.find
         return Walk(program, parameters_of(side, side.rank_weights[rank], definition_)).run(inputs, find)
 
-    return meeting.together(of_rank)
+    return lockstep.run(of_rank)
