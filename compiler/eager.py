@@ -1,7 +1,8 @@
-"""The graphs run by torch as they are defined: the numerical reference, behind the same interface as a device.
+"""The graphs run by torch as they are defined: the numerical reference, with the interface of a device.
 
 Everything is computed in float32, whatever the weights are stored in. They are mapped from the artifact's files, and linear
-layers widen theirs piece by piece, so that a model in 8 or 16 bits is checked in little more memory than it takes.
+layers upcast or dequantise theirs piece by piece, so that a model in 8 or 16 bits is checked in little more memory than it
+takes.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class EagerBackend:
         self.modules.pop(graph.name, None)
 
     def _weight(self, name: str, *, keep: bool) -> Tensor:
-        """A weight, widened unless its layer does so by itself."""
+        """A weight, upcast unless its layer does so by itself."""
         weight = map_weight(self.folder, self.weights[name])
         return weight if keep or not weight.is_floating_point() else weight.float()
 

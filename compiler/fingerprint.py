@@ -26,7 +26,7 @@ from .plan import Options, Plan
 from .progress import Progress
 from .source_files import code_digests
 
-HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
+HASH_ON_REUSE = 256 << 20  # larger files count as unchanged when their size is right; `staticvl verify` reads them
 
 # Modules that only the graphs of the other backend need.
 OTHER_BACKENDS = {
@@ -39,16 +39,16 @@ ADAPTER = "lora/"  # an adapter's files among the others; its config counts too
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja", ".tiktoken")
 
 
-def fingerprint(options: Options, known: Mapping[str, SourceFile], progress: Progress) -> dict[str, SourceFile]:
+def fingerprint(options: Options, earlier: Mapping[str, SourceFile], progress: Progress) -> dict[str, SourceFile]:
     """Digest of every file of the checkpoint that an artifact depends on, by name.
 
-    A file with the size and modification time of its entry in `known` is not read again.
+    A file with the size and modification time of its entry in `earlier` is not read again.
     """
     files = dict(_source_files(options))
     fresh: dict[str, SourceFile] = {}
     changed = []
     for name, path in files.items():
-        stat, old = path.stat(), known.get(name)
+        stat, old = path.stat(), earlier.get(name)
         if old and (old.nbytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             fresh[name] = old
         else:
@@ -100,14 +100,14 @@ class GraphDigests:
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 
     def of(self, key: GraphKey) -> str:
-        seen: dict[str, Any] = dict(self.image if key.kind == "vision" else self.cache)
+        settings: dict[str, Any] = dict(self.image if key.kind == "vision" else self.cache)
         if key.kind in ("prefill", "verify"):
-            seen.pop("slots")  # slots only matter to graphs whose rows are slots
-        if seen.get("cross"):
-            # A graph reads the images that it is told of, however many more a sequence may hold.
-            seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
+            settings.pop("slots")  # slots only matter to graphs whose rows are slots
+        if settings.get("cross"):
+            # A graph reads as many images as its key says, however many more a sequence may hold.
+            settings["cross"] = {name: value for name, value in settings["cross"].items() if name != "images"}
         tuned = self.tuned if key.kind != "vision" else None
-        return digest(*key, seen, key.kind in self.eager, tuned, *self.common)
+        return digest(*key, settings, key.kind in self.eager, tuned, *self.common)
 
 
 def digest(*parts: Any) -> str:

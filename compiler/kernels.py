@@ -2,8 +2,8 @@
 
 What is measured is the graph of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so
 a model of 90B takes seconds too. One question is asked after another (`_questions`), each with the answers to those before it.
-All answers take turns, a chunk behind a third of the tokens that the cache holds (where those of prompts of all lengths lie on
-average), anything else behind half of them. The best run of each counts: what else the machine does only ever adds. An answer
+All answers take turns, a chunk after a third of the tokens that the cache holds (where those of prompts of all lengths lie on
+average), anything else after half of them. The best run of each counts: what else the machine does only ever adds. An answer
 has to beat the default by MARGIN. Results do not depend on any of this, and certificates are measured with what was chosen.
 
 Where other processes take more than BUSY of the cores, nothing is chosen and the graph says so: beside one that keeps a core,
@@ -120,7 +120,7 @@ class KernelTuner:
 
 
 def _partly_full(graph: GraphSpec) -> Case:
-    """Every row or the whole bucket, behind as many tokens as a third or half of the cache holds."""
+    """Every row or the whole bucket, after as many tokens as a third or half of the cache holds."""
     rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
     batch, new = (graph.bucket, 1) if graph.kind == "decode" else (1, graph.bucket)
     past = np.full(batch, (rows - new) // (3 if graph.kind == "prefill" else 2), np.int32)

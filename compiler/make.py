@@ -62,8 +62,8 @@ class GraphMaker:
         self.files: dict[str, FileSpec] = {}
         self.tuner = self._tuner() if options.tune else None
         self.small = sum(map(math.prod, targets(config).values())) < SMALL
-        reference, candidate = self._together(self._reference), self._together(self._candidate)
-        exact = self._together(self._exact) if options.backend == "ascend" else None
+        reference, candidate = self._of_all_ranks(self._reference), self._of_all_ranks(self._candidate)
+        exact = self._of_all_ranks(self._exact) if options.backend == "ascend" else None
         self.certifier = Certifier(reference, candidate, info, vocab=config.text.all_embed_rows, exact=exact)
 
     def make(self, key: GraphKey, made_of: str) -> tuple[GraphSpec, dict[str, FileSpec]]:
@@ -100,7 +100,7 @@ class GraphMaker:
 
     # ---- what graphs are checked on
 
-    def _together(self, open_rank: Callable[[Group | None, int], Backend]) -> Backend:
+    def _of_all_ranks(self, open_rank: Callable[[Group | None, int], Backend]) -> Backend:
         """One backend, of all ranks where there are several."""
         if self._whole:
             return open_rank(None, 0)

@@ -38,7 +38,7 @@ def _op(name: str):
 
 @_op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., C] times weight [N, C] transposed, plus bias [N]. A weight of a narrower type is widened."""
+    """x [..., C] times weight [N, C] transposed, plus bias [N]. A weight of a narrower type is upcast."""
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
@@ -443,7 +443,7 @@ def _(x: Tensor, tile_count: Tensor) -> Tensor:
 
 @_op("tile_padding")
 def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
-    """Which tokens of an image are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and behind row `rows`
+    """Which tokens of an image are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and from row `rows` on
     of every tile, else 0."""
     place = torch.arange(tiles * padded_rows, device=tile_count.device)
     unused = (place // padded_rows >= tile_count) | (place % padded_rows >= rows)
@@ -457,7 +457,7 @@ def _(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
 
 @_op("pad_rows")
 def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """x [B, T, C] with zeros behind its T rows, `rows` in all."""
+    """x [B, T, C] with zeros after its T rows, `rows` in all."""
     return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[1]))
 
 

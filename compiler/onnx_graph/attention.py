@@ -128,8 +128,8 @@ def _cross_attention(e: Emitter, node: Node, q: str, keys: Sequence[str], values
     weights = e.node("Softmax", [e.node("Concat", scores, axis=-1) if len(scores) > 1 else scores[0]], axis=-1)
     out = ""
     for j, value in enumerate(values):
-        share = slice_along(e, weights, -1, j * rows, (j + 1) * rows) if len(values) > 1 else weights
-        part = e.node("MatMul", [share, value])
+        of_image = slice_along(e, weights, -1, j * rows, (j + 1) * rows) if len(values) > 1 else weights
+        part = e.node("MatMul", [of_image, value])
         out = e.node("Add", [out, part]) if out else part
     out = e.node("Reshape", [out, e.constant([b, kv_heads, group, t, d])])
     return e.node("Reshape", [e.node("Transpose", [out], perm=[0, 3, 1, 2, 4]), e.constant([b, t, c])])

@@ -15,7 +15,7 @@ from .emitter import CONTRIB, Emitter, lowers, shape_of, slice_along
 # In one piece, a token takes one and a half times to twice as long, and more memory.
 UPCAST_BYTES = 4 << 20
 TO_UINT4 = helper.make_attribute("to", TensorProto.UINT4)
-EXPANDS = "expands a weight"  # marks nodes of a twin that depend on weights alone
+EXPANDS = "expands a weight"  # marks nodes of an exact reference graph that depend on weights alone
 
 
 @lowers("staticvl.linear", upcasts=True)
@@ -33,11 +33,11 @@ def _upcast_product(e: Emitter, x: str, weight: str) -> str:
     n, c = e.narrow[weight][1]
     parts = math.ceil(4 * n * c / (e.kernels.widened_kib << 10 or UPCAST_BYTES))
     edges = [n * i // parts for i in range(parts + 1)]
-    found = []
+    products = []
     for first, end in pairwise(dict.fromkeys(edges)):
         wide = e.node("Cast", [e.rows(weight, first, end)], to=TensorProto.FLOAT)
-        found.append(_product(e, x, wide))
-    return found[0] if len(found) == 1 else e.node("Concat", found, axis=-1)
+        products.append(_product(e, x, wide))
+    return products[0] if len(products) == 1 else e.node("Concat", products, axis=-1)
 
 
 @lowers("staticvl.linear_w8")
