@@ -361,14 +361,17 @@ def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Store | 
     if calibration is None:
         return None
     from ..weights.calibrated import Store
-    from .calibrate import calibrate, prompts_of
+    from .calibrate import CalibrationContext, calibrate, prompts_of
 
     cache = make_plan(job.config, replace(options, tp=1, pp=1)).cache
     prompts = prompts_of(calibration, job.info, job.out / tokenizer, cache.context)
     if not any(each.images for each in calibration.conversations):
         job.progress.say("the calibration has no images: what images do to activations is not seen")
     store = Store(job.out, key)
-    calibrate(source, job.config, job.info, cache, prompts, options.stored_quant, options.tp, store, job.progress)
+    context = CalibrationContext(
+        config=job.config, info=job.info, cache=cache, quant=options.stored_quant, tp=options.tp, store=store
+    )
+    calibrate(source, context, prompts, job.progress)
     return store
 
 

@@ -20,7 +20,7 @@ from benchmarks.quantisation_accuracy import calibration as drawn
 from benchmarks.quantisation_accuracy import compiled as compiled_side
 from staticvl.compiler import calibrate as calibration_code
 from staticvl.compiler.build import build
-from staticvl.compiler.calibrate import calibrate, prompts_of
+from staticvl.compiler.calibrate import CalibrationContext, calibrate, prompts_of
 from staticvl.compiler.calibration import Calibration, CalibrationError, Conversation
 from staticvl.compiler.fingerprint import weights_key
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
@@ -77,7 +77,8 @@ class Setup:
 
     def run(self, store: Store, quant: str = "w4a16", tp: int = 1, progress: Progress | None = None) -> Store:
         source = open_source(self.checkpoint.folder, None)
-        calibrate(source, self.config, self.info, self.cache, self.prompts, quant, tp, store, progress or Progress())
+        context = CalibrationContext(config=self.config, info=self.info, cache=self.cache, quant=quant, tp=tp, store=store)
+        calibrate(source, context, self.prompts, progress or Progress())
         return store
 
 

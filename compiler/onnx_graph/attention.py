@@ -27,7 +27,7 @@ def _rope(e: Emitter, node: Node, x: str, cos: str, sin: str) -> str:
 def _cached_attention(
     e: Emitter, node: Node, q: str, k: str, v: str, k_cache: str, v_cache: str, lengths: str, heads: int
 ) -> tuple[str, ...]:
-    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads)
+    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads=heads)
 
 
 @lowers("staticvl.int8_cached_attention")
@@ -35,7 +35,7 @@ def _int8_cached_attention(e: Emitter, node: Node, *values: Any) -> tuple[str, .
     q, k, v, k_cache, v_cache, k_scale, v_scale, lengths, heads = values
     scales = ["", "", "", "", "", k_scale, v_scale]  # inputs between are left out
     quantised = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads, scales, **quantised)
+    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads=heads, scales=scales, **quantised)
 
 
 def _group_query_attention(
@@ -44,6 +44,7 @@ def _group_query_attention(
     rows: Sequence[str],
     caches: Sequence[str],
     lengths: str,
+    *,
     heads: int,
     scales: Sequence[str] = (),
     **quantised: Any,
