@@ -16,7 +16,7 @@ import importlib.metadata
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -30,8 +30,8 @@ from ..runtime.artifact import (
     BuildInfo,
     CalibrationInfo,
     FileSpec,
+    GraphKey,
     GraphSpec,
-    Kind,
     Manifest,
     ModelInfo,
     Record,
@@ -48,7 +48,7 @@ from ..weights.storage import Floats
 from ..weights.tensors import WeightsError
 from ..weights.weight_map import kept_dtypes, match, targets
 from .calibration import CACHE_METHOD, METHODS
-from .fingerprint import GraphKeys, digest, fingerprint, intact, weights_key
+from .fingerprint import GraphDigests, digest, fingerprint, intact, weights_key
 from .leftovers import JOURNAL, LOCK, is_ours, remove_unreferenced
 from .model_info import read_model_info
 from .plan import Options, Plan, forecast, make_plan, stages
@@ -320,18 +320,21 @@ def _weights(job: _Job, key: str, tokenizer: str) -> tuple[list[dict[str, Weight
         files = {name: spec for name, spec in old.files.items() if name.startswith("weights/")}
         if _all_intact(job.out, files):
             return [old.of_stage(stage).weights for stage in range(old.pp)], files, False
-    from ..weights.convert import convert, plan_weight_files
+    from ..weights.convert import Conversion, convert, plan_weight_files
 
     source = _open_source(job)
-    options, prefix = job.options, key[:12]
-    quant, tp = options.stored_quant, options.tp
+    options, tp = job.options, job.options.tp
     floats = options.floats(kept_dtypes(match(job.config, source.tensors)))
-    store = _calibrated(job, source, prefix, tokenizer)
+    conversion = Conversion(quant=options.stored_quant, prefix=key[:12], floats=floats, tp=tp)
+    store = _calibrated(job, source, conversion.prefix, tokenizer)
     parts = stages(job.config, options.pp)
-    shards = (shard for part in parts for shard in plan_weight_files(part, quant, prefix, floats=floats, tp=tp))
+    shards = (shard for part in parts for shard in plan_weight_files(part, conversion))
     with job.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
-        same: dict[str, Any] = {"quant": quant, "floats": floats, "prefix": prefix, "calibrated": store, "progress": advance}
-        ranks = [convert(source, part, job.out, tp=tp, rank=rank, **same) for part in parts for rank in range(tp)]
+        ranks = [
+            convert(source, part, job.out, replace(conversion, rank=rank), calibrated=store, progress=advance)
+            for part in parts
+            for rank in range(tp)
+        ]
     return [rank.weights for rank in ranks[::tp]], {name: spec for rank in ranks for name, spec in rank.files.items()}, True
 
 
@@ -358,14 +361,17 @@ def _calibrated(job: _Job, source: Source, key: str, tokenizer: str) -> Calibrat
     if calibration is None:
         return None
     from ..weights.calibrated_layers import CalibratedLayers
-    from .calibrate import calibrate, prompts_of
+    from .calibrate import CalibrationContext, calibrate, prompts_of
 
     cache = make_plan(job.config, replace(options, tp=1, pp=1)).cache
     prompts = prompts_of(calibration, job.info, job.out / tokenizer, cache.context)
     if not any(each.images for each in calibration.conversations):
         job.progress.say("the calibration has no images: what images do to activations is not seen")
     store = CalibratedLayers(job.out, key)
-    calibrate(source, job.config, job.info, cache, prompts, options.stored_quant, options.tp, store, job.progress)
+    context = CalibrationContext(
+        config=job.config, info=job.info, cache=cache, quant=options.stored_quant, tp=options.tp, store=store
+    )
+    calibrate(source, context, prompts, job.progress)
     return store
 
 
@@ -377,7 +383,7 @@ def _graphs(
 ) -> tuple[list[StageSpec], dict[str, FileSpec]]:
     """Each stage with its graphs, and the files of them all."""
     parts = [replace(job, config=part, plan=job.plan.of_stage(i)) for i, part in enumerate(stages(job.config, job.options.pp))]
-    keys = [_graph_keys(part, key) for part in parts]
+    keys = [_graph_digests(part, key) for part in parts]
     known = _known_graphs(job)
     found = {each: known[each] for of_part in keys for each in of_part.values() if each in known}
     found = {k: entry for k, entry in found.items() if _all_intact(job.out, entry.files) and not _disturbed(entry.graph)}
@@ -391,7 +397,7 @@ def _graphs(
                 maker = GraphMaker(job.options, part.config, job.info, part.plan, weights[i]) if missing[i] else None
                 for graph in missing[i]:
                     assert maker is not None
-                    entry = found[keys[i][graph]] = _noted(job, *maker.make(*graph, keys[i][graph]))
+                    entry = found[keys[i][graph]] = _noted(job, *maker.make(graph, keys[i][graph]))
                     report.traced.append(entry.graph.name)
                     job.progress.say((f"stage {i}  " if len(parts) > 1 else "") + _describe(entry.graph))
                     advance(1)
@@ -403,9 +409,9 @@ def _graphs(
     return specs, {name: spec for own in entries for entry in own for name, spec in entry.files.items()}
 
 
-def _graph_keys(job: _Job, key: str) -> dict[tuple[Kind, int, int], str]:
-    graph_keys = GraphKeys(job.options, job.config, job.info, job.plan, key)
-    return {graph: graph_keys.key(*graph) for graph in job.plan.graphs}
+def _graph_digests(job: _Job, key: str) -> dict[GraphKey, str]:
+    digests = GraphDigests(job.options, job.config, job.info, job.plan, key)
+    return {graph: digests.of(graph) for graph in job.plan.graphs}
 
 
 def _noted(job: _Job, graph: GraphSpec, files: dict[str, FileSpec]) -> JournalEntry:

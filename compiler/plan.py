@@ -11,7 +11,7 @@ from typing import Any, Literal
 from msgspec import UNSET, structs
 
 from ..model_defs.config import KV_CACHES, QUANTS, READY_MADE, ModelConfig, TiledConfig
-from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, Kind
+from ..runtime.artifact import KINDS, CacheSpec, CrossSpec, GraphKey, Kind
 from ..runtime.backends.ascend.torchair_host import SOCS
 from ..runtime.shown import quoted, shown
 from ..weights.shard import check_tp, rank_targets
@@ -233,7 +233,7 @@ class Plan:
     """Everything that will be compiled. Of a pipeline, `cache` and `graphs` are those of its first stage."""
 
     cache: CacheSpec
-    graphs: tuple[tuple[Kind, int, int], ...]  # (kind, bucket, images), largest first within a kind
+    graphs: tuple[GraphKey, ...]  # largest first within a kind
     later: tuple[CacheSpec, ...] = ()  # caches of the stages behind the first
     candidates: int = 0  # likeliest tokens that text graphs put out
 
@@ -242,11 +242,11 @@ class Plan:
         if stage == 0:
             return self
         cache = self.later[stage - 1]
-        graphs = tuple(graph for graph in self.graphs if graph[0] != "vision" or cache.cross)
+        graphs = tuple(graph for graph in self.graphs if graph.kind != "vision" or cache.cross)
         return Plan(cache=cache, graphs=graphs)
 
     def buckets(self, kind: Kind) -> list[int]:
-        return sorted({bucket for k, bucket, _ in self.graphs if k == kind})
+        return sorted({graph.bucket for graph in self.graphs if graph.kind == kind})
 
 
 def make_plan(config: ModelConfig, options: Options) -> Plan:
@@ -295,8 +295,8 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         "decode": decode,
         "verify": _verify_buckets(wanted, context),
     }
-    graphs: tuple[tuple[Kind, int, int], ...] = tuple(
-        (kind, bucket, variant)
+    graphs = tuple(
+        GraphKey(kind, bucket, variant)
         for kind, buckets in sizes.items()
         for variant in sorted((0,) if kind == "vision" else images, reverse=True)
         for bucket in sorted(buckets, reverse=True)

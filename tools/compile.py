@@ -154,7 +154,7 @@ def _print_plan(plan: Plan, sizes: dict[str, int], options: Options) -> None:
     cache = plan.cache
     held, bits = "", " (int8)" if cache.text_dtype else ""
     if cross := cache.cross:
-        seen = sorted({images for kind, _, images in plan.graphs if kind != "vision"})
+        seen = sorted({graph.images for graph in plan.graphs if graph.kind != "vision"})
         print(f"  images  {', '.join(map(str, seen))}; prefill and decode graphs for each")
         held = f" and {cross.images} images of {cross.rows} keys"
     print(f"   cache  {cache.slots} slots of {cache.context} tokens{held}, {sizes['cache_bytes'] / 1e9:.3f} GB{bits}")

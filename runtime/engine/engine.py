@@ -65,7 +65,7 @@ class Engine:
         self.clock = clock
         self.metrics = Metrics()
         self.cache = SlotCache(self.manifest.cache, keep=reuse)
-        self.graphs = {(graph.kind, graph.bucket, graph.images): graph for graph in self.manifest.graphs}
+        self.graphs = {graph.graph_key: graph for graph in self.manifest.graphs}
         self.feeds = Feeds(self.manifest)
         self.backend = backend or open_backend(
             self.manifest.backend,
@@ -229,7 +229,7 @@ class Engine:
         for sequence in step.sequences:
             sequence.started = sequence.started or started
         self.computing = True
-        result = self.backend.run(self.graphs[step.kind, step.bucket, step.images], feed, slot, image)
+        result = self.backend.run(self.graphs[step.graph_key], feed, slot, image)
         self.computing = False
         self.metrics.count(step, self.clock() - started)
         return result
@@ -417,10 +417,7 @@ class Engine:
         return PromptLookup(tokens, self.manifest.model.vocab_size, longest, self.ngrams)
 
     def _costs(self) -> Costs:
-        costs: dict[tuple[Kind, int], dict[int, float]] = {}
-        for graph in self.manifest.graphs:
-            costs.setdefault((graph.kind, graph.images), {})[graph.bucket] = graph.cost_ms
-        return costs
+        return {graph.graph_key: graph.cost_ms for graph in self.manifest.graphs}
 
 
 def _sizes(ngrams: tuple[int, int]) -> tuple[int, int]:

@@ -44,7 +44,7 @@ def capture(
     def watch(ran: Ran) -> None:
         nonlocal runs
         step = ran.step
-        graph = side.engine.graphs[step.kind, step.bucket, step.images]
+        graph = side.engine.graphs[step.graph_key]
         runs += 1
         counted[graph.name] = counted.get(graph.name, 0) + 1
         if most is not None and counted[graph.name] > most:

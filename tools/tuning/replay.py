@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...runtime.artifact import CacheSpec, CrossSpec, Kind
+from ...runtime.artifact import CacheSpec, CrossSpec, GraphKey, Kind
 from ...runtime.engine.cache import SlotCache
 from ...runtime.engine.chunks import ChunkPlanner
 from ...runtime.engine.request import Sequence as Running
@@ -63,9 +63,9 @@ class Replayed:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is replayed: milliseconds by (kind, images) and bucket, and the cache."""
+    """What is replayed: milliseconds of a run of each graph, and the cache."""
 
-    costs: Mapping[tuple[Kind, int], Mapping[int, float]]
+    costs: Mapping[GraphKey, float]
     context: int
     slots: int
     chunks: bool = True  # False: every prompt in one run
@@ -80,8 +80,8 @@ def replay(arrivals: Sequence[Arrival], setup: Setup) -> Replayed:
 class _Replay:
     def __init__(self, arrivals: Sequence[Arrival], setup: Setup) -> None:
         self.setup, self.arrivals = setup, arrivals
-        text = {bucket for (kind, _), table in setup.costs.items() if kind == "prefill" for bucket in table}
-        seen = max(images for _, images in setup.costs)
+        smallest = min(key.bucket for key in setup.costs if key.kind == "prefill")
+        seen = max(key.images for key in setup.costs)
         cross = CrossSpec(layers=1, images=seen, rows=1, tiles=1) if seen else None
         spec = CacheSpec(
             layers=1,
@@ -89,16 +89,15 @@ class _Replay:
             head_dim=1,
             slots=setup.slots,
             context=setup.context,
-            rows=setup.context + min(text),
+            rows=setup.context + smallest,
             dtype="float32",
             cross=cross,
         )
         self.cache = SlotCache(spec)
         self.scheduler = Scheduler(self.cache, setup.costs)
         if not setup.chunks:
-            self.scheduler.prefill = {  # type: ignore[assignment]
-                images: OneRun(table) for (kind, images), table in setup.costs.items() if kind == "prefill"
-            }
+            planners = self.scheduler.prefill
+            planners.update({images: OneRun(planner.costs) for images, planner in planners.items()})
         self.left: dict[int, int] = {}  # id -> tokens still to be generated
         self.result, self.now, self.next = Replayed(), 0.0, 0
         self.late: deque[Running] = deque()  # arrived, not handed over yet
@@ -161,7 +160,7 @@ class _Replay:
 
     def _seconds(self, step: Step) -> tuple[float, float]:
         """What a step takes, and how much more each repetition takes than the one before, since caches grow."""
-        past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.kind, step.images][step.bucket] / 1e3
+        past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.graph_key] / 1e3
         if step.kind == "prefill":
             return cost + past_s * step.bucket * step.sequences[0].computed, 0.0
         if step.kind == "vision" or not past_s:
