@@ -146,7 +146,7 @@ class Side:
         start = time.perf_counter()
         while sequence.finish_reason is None:
             past, step = sequence.computed, engine.step()
-            runs.append(Run(engine.graphs[step.kind, step.bucket, step.images], past))
+            runs.append(Run(engine.graphs[step.graph_key], past))
         return Sample(time.perf_counter() - start, tuple(runs))
 
 

@@ -59,7 +59,7 @@ def measure_costs(model: runtime.Model) -> dict[str, float]:
                 engine.backend.run(graph, feed)
                 seconds.append(time.perf_counter() - start)
             costs[graph.name] = round(min(seconds) * 1e3, 2)
-            engine.scheduler.costs[graph.kind, graph.images][graph.bucket] = costs[graph.name]  # type: ignore[index]
+            engine.scheduler.costs[graph.graph_key] = costs[graph.name]  # type: ignore[index]
     return costs
 
 

@@ -26,7 +26,7 @@ from ..model_defs import ops
 from ..model_defs.config import ModelConfig, TextConfig, text_quant, tower_quant
 from ..model_defs.decoder import Block, CrossBlock
 from ..model_defs.layers import Linear
-from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, ModelInfo
+from ..runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphKey, ModelInfo
 from ..runtime.processor.processor import Processor
 from ..runtime.processor.prompt import Prompt
 from ..runtime.rope import query_scales, rope_tables
@@ -39,7 +39,7 @@ from ..weights.source import Source
 from ..weights.storage import stored_targets
 from ..weights.writer import check_space
 from .calibration import METHODS, Calibration, CalibrationError
-from .graphs import define_graph
+from .graphs import GraphContext, define_graph
 from .progress import Progress
 
 CHUNK = 256  # tokens that attend at once
@@ -98,37 +98,42 @@ def prompts_of(calibration: Calibration, processor: Processor, context: int) -> 
     return prompts
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationContext:
+    """The model whose layers are calibrated, and what for: quantisation `quant`, cut among `tp` ranks.
+
+    `config` is that of the whole model and `cache` that of one rank that holds it. `store` takes the finished layers.
+    """
+
+    config: ModelConfig
+    info: ModelInfo
+    cache: CacheSpec
+    quant: str
+    tp: int
+    store: CalibratedLayers
+
+
 @torch.inference_mode()
-def calibrate(
-    source: Source,
-    config: ModelConfig,
-    info: ModelInfo,
-    cache: CacheSpec,
-    prompts: Sequence[Prompt],
-    quant: str,
-    tp: int,
-    store: CalibratedLayers,
-    progress: Progress,
-) -> None:
-    """Fill `store` with every layer of the decoder, whole or cut among `tp` ranks; what is there already is not made again.
+def calibrate(source: Source, context: CalibrationContext, prompts: Sequence[Prompt], progress: Progress) -> None:
+    """Fill the store with every layer of the decoder, whole or cut among ranks, but for layers that it has already.
     Where weights are not quantised by their inputs it has the scales of a cache in 8 bits alone.
 
-    `config` is that of the whole model and `cache` that of one rank that holds it. Raises WeightsError as `convert`, and for
-    want of disk space.
+    Raises WeightsError as `convert`, and for want of disk space.
     """
+    config, store, quant = context.config, context.store, context.quant
     layers = range(config.text.layers)
     last = f"text.layers.{layers[-1]}"
     if store.has(last):  # they are made in order, those of the tower first
         return
     images = sum(len(prompt.frames) for prompt in prompts)
-    check_space(store.out, _held(config, cache, images, quant))
+    check_space(store.out, _held(config, context.cache, images, quant))
     read = parameters(source, config)
-    passing = [Passing(prompt, text_feed(config.text, info, prompt), token_weights(prompt)) for prompt in prompts]
+    passing = [Passing(prompt, text_feed(config.text, context.info, prompt), token_weights(prompt)) for prompt in prompts]
     with _emptied(store.folder / "pictures") as work:
         with progress.stage("calibrating: images", images, "image") as advance:
-            tower = _see(config, info, cache, passing, read, work, advance, watch=tower_quant(quant) != "none")
+            tower = _see(context, passing, read, work, advance)
         for stem, (layer, watch) in tower.items():
-            _quantised(config, stem, layer, watch, tower_folds(), quant, tp, store)
+            _store_quantised(context, stem, layer, watch, tower_folds())
         tower.clear()
         table = read("text.embed.weight")
         for each in passing:
@@ -136,7 +141,7 @@ def calibrate(
         del table
         with progress.stage("calibrating: layers", len(layers), "layer") as advance:
             for i in layers:
-                _layer(config, i, passing, read, quant, tp, store)
+                _layer(context, i, passing, read)
                 advance(1)
 
 
@@ -182,25 +187,22 @@ def embedded(table: Tensor, each: Passing) -> Tensor:
 
 
 def _see(
-    config: ModelConfig,
-    info: ModelInfo,
-    cache: CacheSpec,
+    context: CalibrationContext,
     passing: Iterable[Passing],
     read: Callable[[str], Tensor],
     work: Path,
     advance: Callable[[int], object],
-    *,
-    watch: bool,
 ) -> dict[str, tuple[Layer, Watch]]:
-    """Run the images of all prompts through the vision graph; with `watch`, the tower's layers and what they took."""
+    """Run the images of all prompts through the vision graph; where the tower is quantised, its layers and their inputs."""
+    config, info, cache = context.config, context.info, context.cache
     seeing = [each for each in passing if len(each.prompt.pixels)]
     if not seeing:
         return {}
     tiles = info.image.tiles if cache.cross else 1
-    graph = define_graph(config, info.image, cache, "none", "vision", tiles, 0)
+    graph = define_graph(GraphContext(config=config, image=info.image, cache=cache), GraphKey("vision", tiles))
     own = {name for name, _ in graph.module.named_parameters()} - graph.constants.keys()
     _fill(graph.module, {name: read(name) for name in own} | {k: torch.from_numpy(v) for k, v in graph.constants.items()})
-    tower = _watched_tower(graph.module) if watch else {}
+    tower = _watched_tower(graph.module) if tower_quant(context.quant) != "none" else {}
     for number, each in enumerate(seeing):
         pixels = torch.from_numpy(np.array(each.prompt.pixels))
         if cache.cross is None:
@@ -253,16 +255,9 @@ def _seen(each: Passing, j: int) -> tuple[list[Tensor], list[Tensor]]:
 # ---- layers
 
 
-def _layer(
-    config: ModelConfig,
-    index: int,
-    passing: Sequence[Passing],
-    read: Callable[[str], Tensor],
-    quant: str,
-    tp: int,
-    store: CalibratedLayers,
-) -> None:
+def _layer(context: CalibrationContext, index: int, passing: Sequence[Passing], read: Callable[[str], Tensor]) -> None:
     """Pass all prompts through one layer, and quantise it unless that is done."""
+    config, store, quant = context.config, context.store, context.quant
     text, stem = replace(config.text, int8_cache=False), f"text.layers.{index}"
     crosses = index in text.cross_layers
     with torch.device("meta"):
@@ -281,9 +276,9 @@ def _layer(
             largest.append(largest_in(*cache))
     scales = cache_scales(largest) if config.text.int8_cache and not crosses else {}
     if watch:
-        _quantised(config, stem, layer | scales, watch, places, quant, tp, store)
+        _store_quantised(context, stem, layer | scales, watch, places)
     elif missing:
-        store.write(stem, stored_by_ranks(config, stem, scales, {}, "none", tp))
+        store.write(stem, stored_by_ranks(config, stem, scales, {}, "none", context.tp))
 
 
 def largest_in(keys: Tensor, values: Tensor) -> Largest:
@@ -303,21 +298,12 @@ def cache_scales(largest: Sequence[Largest]) -> Layer:
     return {f"attn.{which}_scale": scale.clamp(min=LEAST_SCALE) for which, scale in zip("kv", found, strict=True)}
 
 
-def _quantised(
-    config: ModelConfig,
-    stem: str,
-    layer: Layer,
-    watch: Watch,
-    places: Mapping[str, Fold],
-    quant: str,
-    tp: int,
-    store: CalibratedLayers,
-) -> None:
-    """Store a layer as what was seen of its inputs wants it."""
+def _store_quantised(context: CalibrationContext, stem: str, layer: Layer, watch: Watch, places: Mapping[str, Fold]) -> None:
+    """Store a layer, quantised by what its inputs were."""
     inputs = {name: collector.statistics() for name, collector in watch.gathered.items()}
     layer = {name: value.float() for name, value in layer.items()}
-    layer, inputs = smoothed(layer, inputs, places, text_quant(quant))
-    store.write(stem, stored_by_ranks(config, stem, layer, inputs, quant, tp))
+    layer, inputs = smoothed(layer, inputs, places, text_quant(context.quant))
+    context.store.write(stem, stored_by_ranks(context.config, stem, layer, inputs, context.quant, context.tp))
 
 
 def _through(

@@ -1,7 +1,7 @@
 """What a graph is fed when it is checked: the edges of its bucket.
 
 Silent errors that appear only at certain lengths are the best-known failure of systems with fixed shapes. So each graph
-runs at length = bucket, bucket - 1, previous bucket + 1 and 1, into an empty cache and behind earlier tokens up to the
+runs at length = bucket, bucket - 1, previous bucket + 1 and 1, into an empty cache and after earlier tokens up to the
 cache's end; the cache holds large garbage wherever no token is, as it does in use. Vision graphs run with every number of
 tiles that they serve.
 """
@@ -64,7 +64,7 @@ class CaseMaker:
     def _vision_feed(self, graph: GraphSpec, case: Case) -> Feed:
         feed, rng = new_feed(graph), self.rng
         tiles = int(case.count[0])
-        if "features" in feed:  # of a stage behind the first of a pipeline
+        if "features" in feed:  # of a later stage of a pipeline
             feed["features"][...] = rng.standard_normal(feed["features"].shape, np.float32)
             return feed
         feed["pixels"][:tiles] = rng.integers(0, 256, feed["pixels"][:tiles].shape)
@@ -117,7 +117,7 @@ class CaseMaker:
         if "query_scale" in feed:
             feed["query_scale"][..., 0] = query_scales(rope, rows)[positions]
         if "cross_mask" in feed:
-            self._look(feed, rng)
+            self._show_images(feed, rng)
         if "last_index" in feed:
             feed["last_index"][0] = count - 1
         if "inverse_temperature" in feed:
@@ -134,7 +134,7 @@ class CaseMaker:
         return feed
 
     @staticmethod
-    def _look(feed: Feed, rng: np.random.Generator) -> None:
+    def _show_images(feed: Feed, rng: np.random.Generator) -> None:
         """Every token sees tiles of its own choice, or, every third of them, none; the gates are on, half on and off."""
         visible = rng.random(feed["cross_mask"].shape) < 0.5
         visible &= rng.random((*visible.shape[:2], 1)) < 2 / 3

@@ -1,11 +1,11 @@
 """Certificates: each compiled graph against its eager definition, at the edges of its bucket (see cases.py).
 
-Compared are the first output and every cache row that the step must have written, and rows that it must not touch have to
-be unchanged; of vision graphs all that they write into the cache. Candidates have to be the largest of the graph's own logits.
+The first output and every cache row that the step must have written are compared, and rows that it must not touch have to be
+unchanged; of vision graphs all that they write into the cache. Candidates have to be the largest of the graph's own logits.
 
-A cache in 8 bits rounds what is written, and what lies between two steps may go either way. So a definition is given the
-numbers that the compiled graph has written, each of which has to be a rounding of what the definition has: nothing else is left
-open, and the attention over them is compared as closely as anything.
+A cache in 8 bits rounds, and a value between two steps may go either way. So the definition takes over the numbers that the
+compiled graph has written, each of which has to be a rounding of its own: nothing else is left open, and the attention over
+them is compared as closely as anything.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Certifier:
             _require(graph, case.name, error, TOLERANCE)
         self.exact.unload(checked)
         rounds = exact_graph is not None or self.exact is not self.candidate
-        # The last case is the fullest: every row or the whole bucket, behind as many tokens as fit.
+        # The last case is the fullest: every row or the whole bucket, after as many tokens as fit.
         rounding = self._rounding(graph, list(find_cases(graph, previous))[-1]) if rounds else None
         cost = self._cost(graph)
         for each in (self.reference, self.candidate):
@@ -82,7 +82,7 @@ class Certifier:
         feed = self.maker.feed(graph, case)
         starts = self.maker.fill(graph, case, _distinct(self.reference, self.exact))
         active, result = rows_of(graph, case), self.exact.run(graph, feed)
-        self._hand_over(graph, self.exact)
+        self._copy_roundings(graph, self.exact)
         expected = self.reference.run(graph, feed).first
         error = max(relative_error(result.first[active], expected[active]), candidates_error(result, feed, active))
         for spec in graph.inputs:
@@ -96,30 +96,30 @@ class Certifier:
         if graph.kind != "vision":
             self.maker.fill(graph, case, _distinct(self.reference, self.candidate))
         result = self.candidate.run(graph, feed)
-        self._hand_over(graph, self.candidate)
+        self._copy_roundings(graph, self.candidate)
         expected = self.reference.run(graph, feed).first
         distance = np.linalg.norm(result.first - expected) / np.linalg.norm(expected)
         _require(graph, f"the candidates of {case.name}", candidates_error(result, feed, rows_of(graph, case)), TOLERANCE)
         _require(graph, f"{case.name} with rounding, in length", float(distance), ROUNDING_TOLERANCE)
         return float(distance)
 
-    def _hand_over(self, graph: GraphSpec, backend: Backend) -> None:
-        """Give the reference the roundings that a backend has written into its caches."""
+    def _copy_roundings(self, graph: GraphSpec, backend: Backend) -> None:
+        """Copy the roundings that a backend has written into its caches to the reference."""
         for spec in graph.inputs:
             if spec.dtype == "int8":
                 self.reference.write_cache(spec.name, backend.read_cache(spec.name, spec.shape[0]))
 
     def _cache_error(self, spec: TensorSpec, case: Case, old: np.ndarray) -> float:
         """Rows just written, against the reference; infinite where an earlier row was touched."""
-        expected, got = (each.read_cache(spec.name, len(old)) for each in (self.reference, self.exact))
+        expected, actual = (each.read_cache(spec.name, len(old)) for each in (self.reference, self.exact))
         compare = rounding_error if spec.dtype == "int8" else relative_error
         error = 0.0
         for b, (past, count) in enumerate(zip(case.past, case.count, strict=True)):
-            if not np.array_equal(got[b, :, :past], old[b, :, :past]):
+            if not np.array_equal(actual[b, :, :past], old[b, :, :past]):
                 return float("inf")
             if count:
                 written = np.s_[b, :, past : past + count]
-                error = max(error, compare(got[written], expected[written]))
+                error = max(error, compare(actual[written], expected[written]))
         return error
 
     def _cost(self, graph: GraphSpec) -> float:
@@ -147,19 +147,22 @@ def _require(graph: GraphSpec, case: str, error: float, allowed: float) -> None:
 
 
 def candidates_error(result: Result, feed: Feed, active: np.ndarray) -> float:
-    """How far candidates are from what the logits beside them say: infinite where they are not the largest, else the relative
-    error of the softmax denominator. `active` [R]: rows that mean anything."""
+    """The error of candidates against the logits beside them.
+
+    It is infinite where they are not the largest, else the relative error of the softmax denominator. `active` [R]: rows that
+    mean anything.
+    """
     if result.candidates is None:
         return 0.0
-    rows, found = result.first[active].astype(np.float64), result.candidates  # [R, V]
-    logits, ids = found.logits[active], found.ids[active]
+    rows, candidates = result.first[active].astype(np.float64), result.candidates  # [R, V]
+    logits, ids = candidates.logits[active], candidates.ids[active]
     largest = np.sort(rows, axis=1)[:, : -ids.shape[1] - 1 : -1]
     distinct = all(len(set(each)) == len(each) for each in ids.tolist())
     if not (distinct and np.array_equal(logits, largest) and np.array_equal(np.take_along_axis(rows, ids, axis=1), largest)):
         return float("inf")
     factor = np.broadcast_to(feed["inverse_temperature"], active.shape)[active]
     denominator = np.exp((rows - largest[:, :1]) * factor[:, None]).sum(axis=1)
-    return float(np.abs(found.denominator[active] / denominator - 1).max())
+    return float(np.abs(candidates.denominator[active] / denominator - 1).max())
 
 
 def rounding_error(value: np.ndarray, expected: np.ndarray) -> float:

@@ -4,8 +4,8 @@ Counted op by op while the definition runs on tensors without data, which takes 
 matrices and attention are counted, the rest is small beside them. An attention step is counted over the whole cache, which is
 what a graph may have to read. Weights, caches and inputs are read once; values between ops stay where they are.
 
-A graph of one rank of several also meets the others, so often and with so many bytes of its own: what travels for that is up to
-the device.
+Of a graph of one rank of several, collectives are counted, and the bytes that the rank contributes to them: what travels for
+that is up to the device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Cost:
     flops: int
     nbytes: int
     collectives: int = 0  # calls
-    collective_bytes: int = 0  # that the rank brings to them
+    collective_bytes: int = 0  # that the rank contributes to them
 
 
 def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | None = None) -> Cost:
@@ -50,12 +50,12 @@ def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | N
         for name, p in graph.module.named_parameters()
     }
     inputs = sum(math.prod(spec.shape) * (width if _in_floats(spec) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
-    brought = [args[0].numel() * width for name, args in calls if name in _COLLECTIVES]
+    contributed = [args[0].numel() * width for name, args in calls if name in _COLLECTIVES]
     return Cost(
         flops=flops,
         nbytes=sum(nbytes.values()) - _unread(graph, nbytes) + inputs,
-        collectives=len(brought),
-        collective_bytes=sum(brought),
+        collectives=len(contributed),
+        collective_bytes=sum(contributed),
     )
 
 

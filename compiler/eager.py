@@ -1,7 +1,8 @@
-"""The graphs run by torch as they are defined: the numerical reference, behind the same interface as a device.
+"""The graphs run by torch as they are defined: the numerical reference, with the interface of a device.
 
 Everything is computed in float32, whatever the weights are stored in. They are mapped from the artifact's files, and linear
-layers widen theirs piece by piece, so that a model in 8 or 16 bits is checked in little more memory than it takes.
+layers upcast or dequantise theirs piece by piece, so that a model in 8 or 16 bits is checked in little more memory than it
+takes.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model_defs.layers import Linear
-from ..runtime.artifact import CacheSpec, GraphSpec, Kind, WeightSpec
+from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, WeightSpec
 from ..runtime.backends.ascend.weights import map_weight
 from ..runtime.backends.base import Result, cache_name, rows_to_copy
 from ..runtime.sampling.candidates import candidates_of
@@ -41,7 +42,7 @@ class EagerBackend:
         folder: Path,
         weights: Mapping[str, WeightSpec],
         cache: CacheSpec,
-        define: Callable[[Kind, int, int], GraphDef],
+        define: Callable[[GraphKey], GraphDef],
         *,
         threads: int | None = None,
         text_threads: int | None = None,
@@ -55,7 +56,7 @@ class EagerBackend:
 
     def load(self, graph: GraphSpec) -> None:
         if graph.name not in self.modules:
-            definition = self.define(graph.kind, graph.bucket, graph.images)
+            definition = self.define(graph.graph_key)
             narrow = {f"{name}.weight" for name, module in definition.module.named_modules() if isinstance(module, Linear)}
             state = {
                 name: self._weight(name, keep=name in narrow)
@@ -70,7 +71,7 @@ class EagerBackend:
         self.modules.pop(graph.name, None)
 
     def _weight(self, name: str, *, keep: bool) -> Tensor:
-        """A weight, widened unless its layer does so by itself."""
+        """A weight, upcast unless its layer does so by itself."""
         weight = map_weight(self.folder, self.weights[name])
         return weight if keep or not weight.is_floating_point() else weight.float()
 

@@ -43,7 +43,7 @@ from . import lower_ascend
 from .graphs import GraphDef, trace
 
 DTYPES = ("float16", "bfloat16")
-KEPT = ("inverse_temperature",)  # inputs that are taken in float32: what they say is not to be rounded
+WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
 NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 
@@ -75,7 +75,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
     host = torchair_host.load()
     kernel = make_kernel(definition, getattr(torch, dtype))
     recorder = _Recorder([spec for spec in definition.outputs if not is_cached(spec.name)])
-    # What an earlier graph left behind must not be taken for a part of this one.
+    # Traces of an earlier graph must not become a part of this one.
     torch._dynamo.reset()
     with (
         tempfile.TemporaryDirectory(prefix="staticvl-") as folder,
@@ -154,8 +154,8 @@ def _without_advice() -> Iterator[None]:
 def _named(kernel: Kernel) -> Iterator[None]:
     """torchair numbers the graphs of a process; this one is named after what it computes, by its kernel and a digest.
 
-    The device's compiler keeps what it made of a graph under the graph's name, whoever made it and when. And so the same
-    definition gives the same graph to the byte.
+    The device's compiler keeps its result under the graph's name, whoever made it and when. And so the same definition gives
+    the same graph to the byte.
     """
     compiler: Any = sys.modules["torchair.npu_fx_compiler"]
     before = compiler._next_unique_graph_id
@@ -166,9 +166,9 @@ def _named(kernel: Kernel) -> Iterator[None]:
         compiler._next_unique_graph_id = before
 
 
-def _only(found: Sequence[Any]) -> Any:
-    assert len(found) == 1, f"torchair made {len(found)} graphs of one definition"
-    return found[0]
+def _only(graphs: Sequence[Any]) -> Any:
+    assert len(graphs) == 1, f"torchair made {len(graphs)} graphs of one definition"
+    return graphs[0]
 
 
 def _config(host: torchair_host.TorchairHost, kernel: Kernel) -> Any:
@@ -212,7 +212,7 @@ class Kernel:
     def digest(self) -> str:
         """Of everything that the graph is made of: its definition, shapes, dtypes, and how they are lowered."""
         tensors = [(tuple(each.shape), str(each.dtype)) for each in self.arguments]
-        text = f"{self.module.graph.code}{self.module.taken}{self.module.written}{tensors}{_lowering()}"
+        text = f"{self.module.graph.code}{self.module.operands}{self.module.written}{tensors}{_lowering()}"
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -240,12 +240,12 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
     module = _with_method(
         name,
         program.graph_module,
-        taken=[place[each] for each in (*parameters, *(spec.name for spec in definition.inputs))],
+        operands=[place[each] for each in (*parameters, *(spec.name for spec in definition.inputs))],
         written=[(i, place[s.name.removesuffix(".out")]) for i, s in enumerate(definition.outputs) if is_cached(s.name)],
         fixed=len(parameters),
         dtype=dtype,
         returns=sum(not is_cached(spec.name) for spec in definition.outputs),
-        kept={place[name] for name in KEPT if name in place},
+        wide={place[name] for name in WIDE_INPUTS if name in place},
     )
     shapes = dict(definition.module.named_parameters())
     wide = {f"{each}.scales" for each, layer in definition.module.named_modules() if getattr(layer, "quant", "") == "w8a8"}
@@ -261,10 +261,10 @@ def _frozen(name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> 
     """A parameter as the device takes it, one whose address never changes in torchair's eyes."""
     parameter, (stem, _, part) = parameters[name], name.rpartition(".")
     if part == "zeros":
-        taken = to_offsets(parameter, parameters[f"{stem}.qweight"], parameters[f"{stem}.scales"].to(dtype))
+        stored = to_offsets(parameter, parameters[f"{stem}.qweight"], parameters[f"{stem}.scales"].to(dtype))
     else:
-        taken = parameter.to(dtype) if parameter.is_floating_point() else to_signed(parameter)
-    return nn.Parameter(torch.empty_like(taken), requires_grad=False)
+        stored = parameter.to(dtype) if parameter.is_floating_point() else to_signed(parameter)
+    return nn.Parameter(torch.empty_like(stored), requires_grad=False)
 
 
 def _like(spec: TensorSpec, dtype: torch.dtype) -> Tensor:
@@ -276,25 +276,25 @@ class _Traced(nn.Module):
     """What the kernel's method runs while it is traced; nothing of it is in the kernel."""
 
     def __init__(
-        self, graph: fx.GraphModule, *, taken: Sequence[int], written: Sequence[tuple[int, int]], **settings: Any
+        self, graph: fx.GraphModule, *, operands: Sequence[int], written: Sequence[tuple[int, int]], **settings: Any
     ) -> None:
-        """`taken`: which tensors the graph takes; `written`: which output goes into which tensor."""
+        """`operands`: which tensors the graph takes; `written`: which output goes into which tensor."""
         super().__init__()
-        self.graph, self.taken, self.written = graph, tuple(taken), tuple(written)
+        self.graph, self.operands, self.written = graph, tuple(operands), tuple(written)
         self.fixed: int = settings["fixed"]  # tensors that are weights and constants
         self.dtype: torch.dtype = settings["dtype"]
         self.returns: int = settings["returns"]  # outputs, from the first on
-        self.kept: set[int] = settings["kept"]  # tensors that are not narrowed
+        self.wide: set[int] = settings["wide"]  # tensors that are not narrowed
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...] | Tensor | None:
-        outputs = self.graph(*(self._narrow(i, tensors[i]) for i in self.taken))
+        outputs = self.graph(*(self._narrow(i, tensors[i]) for i in self.operands))
         for output, target in self.written:
             tensors[target].copy_(outputs[output])
         returned = tuple(x.float() if x.is_floating_point() else x for x in outputs[: self.returns])
         return returned if self.returns > 1 else returned[0] if returned else None
 
     def _narrow(self, i: int, x: Tensor) -> Tensor:
-        return x.to(self.dtype) if i >= self.fixed and i not in self.kept and x.dtype == torch.float32 else x
+        return x.to(self.dtype) if i >= self.fixed and i not in self.wide and x.dtype == torch.float32 else x
 
 
 def _with_method(name: str, graph: fx.GraphModule, **settings: Any) -> _Traced:

@@ -46,7 +46,7 @@ class UnsupportedOpError(NotImplementedError):
 def emit(graph: GraphDef, weights: Mapping[str, WeightSpec], *, exact: bool = False) -> bytes:
     """Trace and lower one graph; returns the serialised ONNX model. Raises UnsupportedOpError naming an op without lowering.
 
-    exact: the slow twin of a graph whose kernels round activations, for checking everything else about it.
+    exact: the exact reference graph of one whose kernels round activations: slow, for checking everything else about it.
     """
     program = trace(graph)
     steps = cut(graph, program).steps
@@ -130,13 +130,13 @@ def emitted_values(
     graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec]
 ) -> tuple[Values, ...]:
     """Which value of which file is which value of the definition, for whoever looks into a graph while it runs."""
-    found = []
+    files = []
     for part in cut(graph, program).parts:
         emitter, outputs = _lowered(graph, program, part, weights, exact=False)
         names = {node: emitter.names[node] for node in (*part.entering, *part.nodes)}
-        left = dict(zip(outputs, (spec.name for spec in part.outputs), strict=True))
-        found.append(Values({k: v for k, v in names.items() if isinstance(v, str)}, tuple(emitter.nodes), left))
-    return tuple(found)
+        renamed = dict(zip(outputs, (spec.name for spec in part.outputs), strict=True))
+        files.append(Values({k: v for k, v in names.items() if isinstance(v, str)}, tuple(emitter.nodes), renamed))
+    return tuple(files)
 
 
 def _parameters(program: torch.export.ExportedProgram) -> dict[Node, str]:
@@ -147,12 +147,12 @@ def _parameters(program: torch.export.ExportedProgram) -> dict[Node, str]:
 
 def _own_names(e: Emitter, part: Part) -> list[str]:
     """The values that leave a part; one that is also something else's, since its op does nothing, is copied."""
-    taken = {*part.entering.values(), *e.initializers}
+    used = {*part.entering.values(), *e.initializers}
     names: list[str] = []
     for node in part.leaving:
         value = e[node]
-        names.append(e.node("Identity", [value]) if value in taken else value)
-        taken.add(names[-1])
+        names.append(e.node("Identity", [value]) if value in used else value)
+        used.add(names[-1])
     return names
 
 
@@ -170,8 +170,8 @@ def _lower(e: Emitter, node: Node) -> Any:
 
     def argument(value: Any) -> Any:
         if isinstance(value, Node):
-            found = e.weight(e[value]) if _is_parameter(e, value) else e[value]
-            return found if name in UPCASTING else e.upcast(found)
+            operand = e.weight(e[value]) if _is_parameter(e, value) else e[value]
+            return operand if name in UPCASTING else e.upcast(operand)
         if isinstance(value, list | tuple):
             return [argument(item) for item in value]
         return value

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from ..model_defs.config import ModelConfig
-from ..runtime.artifact import Kind, ModelInfo, SourceFile
+from ..runtime.artifact import GraphKey, ModelInfo, SourceFile
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.cores import processor_name, usable_cores
 from ..runtime.files import sha256_file
@@ -38,16 +38,16 @@ ADAPTER = "lora/"  # an adapter's files among the others; its config counts too
 _SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja", ".tiktoken")
 
 
-def fingerprint(options: Options, known: Mapping[str, SourceFile], progress: Progress) -> dict[str, SourceFile]:
+def fingerprint(options: Options, earlier: Mapping[str, SourceFile], progress: Progress) -> dict[str, SourceFile]:
     """Digest of every file of the checkpoint that an artifact depends on, by name.
 
-    A file with the size and modification time of its entry in `known` is not read again.
+    A file with the size and modification time of its entry in `earlier` is not read again.
     """
     files = dict(_source_files(options))
     fresh: dict[str, SourceFile] = {}
     changed = []
     for name, path in files.items():
-        stat, old = path.stat(), known.get(name)
+        stat, old = path.stat(), earlier.get(name)
         if old and (old.nbytes, old.mtime_ns) == (stat.st_size, stat.st_mtime_ns):
             fresh[name] = old
         else:
@@ -81,7 +81,7 @@ def weights_key(source: Mapping[str, SourceFile], config: ModelConfig, options: 
     return digest(contents, *made_by)
 
 
-class GraphKeys:
+class GraphDigests:
     """Digests of everything that a graph and its certificate are made from."""
 
     def __init__(self, options: Options, config: ModelConfig, info: ModelInfo, plan: Plan, weights: str) -> None:
@@ -97,12 +97,12 @@ class GraphKeys:
         self.tuned = (processor_name(), usable_cores()) if options.tune else None
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 
-    def key(self, kind: Kind, bucket: int, images: int) -> str:
-        seen: dict[str, Any] = dict(self.image if kind == "vision" else self.cache)
-        if kind in ("prefill", "verify"):
-            seen.pop("slots")  # slots only matter to graphs whose rows are slots
-        if seen.get("cross"):
-            # A graph reads the images that it is told of, however many more a sequence may hold.
-            seen["cross"] = {name: value for name, value in seen["cross"].items() if name != "images"}
-        tuned = self.tuned if kind != "vision" else None
-        return digest(kind, bucket, images, seen, kind in self.eager, tuned, *self.common)
+    def of(self, key: GraphKey) -> str:
+        settings: dict[str, Any] = dict(self.image if key.kind == "vision" else self.cache)
+        if key.kind in ("prefill", "verify"):
+            settings.pop("slots")  # slots only matter to graphs whose rows are slots
+        if settings.get("cross"):
+            # A graph reads as many images as its key says, however many more a sequence may hold.
+            settings["cross"] = {name: value for name, value in settings["cross"].items() if name != "images"}
+        tuned = self.tuned if key.kind != "vision" else None
+        return digest(*key, settings, key.kind in self.eager, tuned, *self.common)

@@ -1,4 +1,4 @@
-"""A graph kind and a bucket -> the torch module that computes it, with its named inputs and outputs.
+"""A graph key -> the torch module that computes the graph, with its named inputs and outputs.
 
 Modules are made on the meta device: a graph never meets the weights, which the emitters refer to by name.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..model_defs.decoder import TextGraph
-from ..runtime.artifact import CacheSpec, GraphSpec, ImageProcessorConfig, Kernels, Kind, TensorSpec, graph_name
+from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, ImageProcessorConfig, Kernels, Kind, TensorSpec
 
 VISION_GRAPHS: dict[str, type[nn.Module]] = {
     "llava": llava.VisionGraph,
@@ -26,14 +26,32 @@ VISION_GRAPHS: dict[str, type[nn.Module]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GraphContext:
+    """What the graphs of a model, or of one stage of a pipeline, have in common.
+
+    `cache` is that of one rank of `ranks`. `candidates`: how many of the likeliest tokens follow the logits of a text graph.
+    """
+
+    config: ModelConfig
+    image: ImageProcessorConfig
+    cache: CacheSpec
+    quant: str = "none"
+    ranks: int = 1
+    candidates: int = 0
+
+    def __post_init__(self) -> None:
+        text, cache = self.config.text, self.cache
+        assert cache.kv_heads == text.rank_kv_heads(self.ranks), (cache.kv_heads, self.ranks)
+        assert text.int8_cache == (cache.text_dtype == "int8"), cache
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphDef:
     """One graph before it is compiled; `constants` are parameters whose values are settings, not weights, and `kernels` is how
     this machine wants it lowered."""
 
-    kind: Kind
-    bucket: int
-    images: int
+    graph_key: GraphKey
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -41,15 +59,21 @@ class GraphDef:
     kernels: Kernels | UnsetType = UNSET
 
     @property
+    def kind(self) -> Kind:
+        return self.graph_key.kind
+
+    @property
+    def bucket(self) -> int:
+        return self.graph_key.bucket
+
+    @property
     def name(self) -> str:
-        return graph_name(self.kind, self.bucket, self.images)
+        return self.graph_key.name
 
     def spec(self, file: str = "", key: str = "", cost_ms: float = 0.0) -> GraphSpec:
         """What a backend has to know of the graph; the rest is what it was emitted as."""
         return GraphSpec(
-            kind=self.kind,
-            bucket=self.bucket,
-            images=self.images,
+            **self.graph_key._asdict(),
             file=file,
             key=key,
             inputs=self.inputs,
@@ -59,67 +83,51 @@ class GraphDef:
         )
 
 
-def define_graph(
-    config: ModelConfig,
-    image: ImageProcessorConfig,
-    cache: CacheSpec,
-    quant: str,
-    kind: Kind,
-    bucket: int,
-    images: int,
-    ranks: int = 1,
-    candidates: int = 0,
-) -> GraphDef:
-    """The definition of one graph, on the meta device.
+def define_graph(context: GraphContext, key: GraphKey) -> GraphDef:
+    """The definition of one graph, on the meta device: what each rank runs.
 
-    `candidates`: how many of the likeliest tokens a text graph puts out behind its logits.
-
-    With several `ranks` it is what each of them runs, `cache` being the cache of one. Of a pipeline it is the graph of the
-    config's stage: what it takes from the stage before it is an input, and what it hands on its first output.
+    Of a pipeline it is the graph of the config's stage: what it takes from the stage before it is an input, and what it hands
+    on its first output.
     """
-    assert cache.kv_heads == config.text.rank_kv_heads(ranks), (cache.kv_heads, ranks)
-    assert config.text.int8_cache == (cache.text_dtype == "int8"), cache
     with torch.device("meta"):
-        if kind == "vision":
-            return _vision(config, image, cache, tower_quant(quant), bucket, ranks)
-        return _text(config, image, cache, quant, kind, bucket, images, ranks, candidates)
+        return _vision(context, key) if key.kind == "vision" else _text(context, key)
 
 
-def fed_inputs(
-    config: ModelConfig,
-    image: ImageProcessorConfig,
-    cache: CacheSpec,
-    kind: Kind,
-    bucket: int,
-    images: int,
-    candidates: int = 0,
-) -> list[TensorSpec]:
-    """What a run is fed, whatever the stages of a pipeline take of it: every input but caches."""
-    if kind == "vision":
-        pixels = TensorSpec(name="pixels", dtype="uint8", shape=(bucket, image.size, image.size, 3))
-        return [pixels, _ints("tile_count", 1), _ints("aspect_id", 1)] if cache.cross else [pixels]
-    text = config.text
-    b, t = (bucket, 1) if kind == "decode" else (1, bucket)
+def fed_inputs(context: GraphContext, key: GraphKey) -> list[TensorSpec]:
+    """The inputs that a run is fed, whatever the stages of a pipeline take of them: all but caches."""
+    return _fed_vision(context, key.bucket) if key.kind == "vision" else _fed_text(context, key)
+
+
+def _fed_vision(context: GraphContext, tiles: int) -> list[TensorSpec]:
+    size = context.image.size
+    pixels = TensorSpec(name="pixels", dtype="uint8", shape=(tiles, size, size, 3))
+    return [pixels, _ints("tile_count", 1), _ints("aspect_id", 1)] if context.cache.cross else [pixels]
+
+
+def _fed_text(context: GraphContext, key: GraphKey) -> list[TensorSpec]:
+    text, cross = context.config.text, context.cache.cross
+    b, t = (key.bucket, 1) if key.kind == "decode" else (1, key.bucket)
     inputs = [_ints("token_ids", b, t)]
-    if kind == "prefill" and not cache.cross:
+    if key.kind == "prefill" and not cross:
         inputs += [_ints("row_index", 1, t), _floats("image_rows", t, text.hidden_size)]
     inputs.append(_ints("lengths", b))
-    if kind == "prefill":
+    if key.kind == "prefill":
         inputs.append(_ints("last_index", 1))
     inputs += [_floats(name, b, t, text.head_dim) for name in ("rope_cos", "rope_sin")]
     if text.rope.logn_positions:
         inputs.append(_floats("query_scale", b, t, 1))
-    if images:
-        assert cache.cross is not None
-        inputs += [_floats("cross_mask", b, t, images * cache.cross.tiles), _floats("cross_gate", b, t, 2)]
-    if candidates:
+    if key.images:
+        assert cross is not None
+        inputs += [_floats("cross_mask", b, t, key.images * cross.tiles), _floats("cross_gate", b, t, 2)]
+    if context.candidates:
         inputs.append(_floats("inverse_temperature", b))
     return inputs
 
 
-def _vision(config: ModelConfig, image: ImageProcessorConfig, cache: CacheSpec, quant: str, tiles: int, ranks: int) -> GraphDef:
+def _vision(context: GraphContext, key: GraphKey) -> GraphDef:
+    config, image, cache, tiles = context.config, context.image, context.cache, key.bucket
     stage = config.text.stage
-    inputs = fed_inputs(config, image, cache, "vision", tiles, 0)
+    inputs = _fed_vision(context, tiles)
     if cross := cache.cross:
         features = 1, cross.rows, config.text.hidden_size
         shape = (1, cache.kv_heads, cross.rows, cache.head_dim)
@@ -128,70 +136,50 @@ def _vision(config: ModelConfig, image: ImageProcessorConfig, cache: CacheSpec, 
         inputs = inputs if stage.first else [_floats("features", *features)]
         outputs = outputs if stage.last else [_floats("next_features", *features), *outputs]
     else:
-        assert stage.first, "only cross-attention needs an image behind the first stage"
+        assert stage.first, "only cross-attention needs an image after the first stage"
         outputs = [_floats("image_rows", tiles, image.rows, config.text.hidden_size)]
+    module = VISION_GRAPHS[config.family](config, context.ranks, tower_quant(context.quant))
+    return GraphDef(key, module, tuple(inputs), tuple(outputs), _colours(image) if stage.first else {})
+
+
+def _colours(image: ImageProcessorConfig) -> dict[str, np.ndarray]:
+    """What turns pixels of 0 to 255 into normalised ones: x * scale + shift, [3] each."""
     mean, std = np.array(image.mean), np.array(image.std)
-    constants = {
-        "pixels.scale": (image.rescale / std).astype(np.float32),
-        "pixels.shift": (-mean / std).astype(np.float32),
-    }
-    return GraphDef(
-        kind="vision",
-        bucket=tiles,
-        images=0,
-        module=VISION_GRAPHS[config.family](config, ranks, quant),
-        inputs=tuple(inputs),
-        outputs=tuple(outputs),
-        constants=constants if stage.first else {},
-    )
+    return {"pixels.scale": (image.rescale / std).astype(np.float32), "pixels.shift": (-mean / std).astype(np.float32)}
 
 
-def _text(
-    config: ModelConfig,
-    image: ImageProcessorConfig,
-    cache: CacheSpec,
-    quant: str,
-    kind: Kind,
-    bucket: int,
-    images: int,
-    ranks: int,
-    candidates: int,
-) -> GraphDef:
-    text, stage = config.text, config.text.stage
+def _text(context: GraphContext, key: GraphKey) -> GraphDef:
+    text, stage, candidates = context.config.text, context.config.text.stage, context.candidates
     assert stage.count == 1 or not candidates, "stages of a pipeline hand on whole logits"
-    fed = fed_inputs(config, image, cache, kind, bucket, images, candidates)
-    inputs = [spec for spec in fed if _taken(text, spec.name)]
+    inputs = [spec for spec in _fed_text(context, key) if _used(text, spec.name)]
     b, t, _ = next(spec.shape for spec in inputs if spec.name == "rope_cos")
     if not stage.first:
         inputs.insert(0, _floats("hidden", b, t, text.hidden_size))
-    if images:
-        inputs += _images(cache, b, images)
-    shape = (b, cache.kv_heads, cache.rows, cache.head_dim)
-    caches = [
-        TensorSpec(name=name, dtype=cache.dtype_of(name), shape=shape)
-        for name in (f"{which}_cache.{i}" for i in range(cache.layers) for which in "kv")
-    ]
+    if key.images:
+        inputs += _images(context.cache, b, key.images)
+    caches = _caches(context.cache, b)
     inputs += caches
-    rows = t if kind == "verify" else b
+    rows = t if key.kind == "verify" else b
     first = _floats("logits", rows, text.vocab_size) if stage.last else _floats("next_hidden", b, t, text.hidden_size)
-    top_k_outputs = (_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows))
-    return GraphDef(
-        kind=kind,
-        bucket=bucket,
-        images=images,
-        module=TextGraph(text, quant, [spec.name for spec in inputs], images, ranks, candidates),
-        inputs=tuple(inputs),
-        outputs=(first, *(top_k_outputs if candidates else ()), *map(_updated, caches)),
-    )
+    top_k = (_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows))
+    module = TextGraph(text, context.quant, [spec.name for spec in inputs], key.images, context.ranks, candidates)
+    return GraphDef(key, module, tuple(inputs), (first, *(top_k if candidates else ()), *map(_updated, caches)))
 
 
-def _taken(text: TextConfig, name: str) -> bool:
-    """Whether the stage has a use for what a text graph is fed."""
+def _used(text: TextConfig, name: str) -> bool:
+    """Whether the stage of `text` takes this input of a whole text graph."""
     if name in ("token_ids", "row_index", "image_rows"):
         return text.stage.first
     if name.startswith("cross_"):
         return bool(text.stage_cross)
     return text.stage.last if name == "last_index" else True
+
+
+def _caches(cache: CacheSpec, b: int) -> list[TensorSpec]:
+    """Keys and values of text, [B, K, S, D]."""
+    shape = (b, cache.kv_heads, cache.rows, cache.head_dim)
+    names = [f"{which}_cache.{i}" for i in range(cache.layers) for which in "kv"]
+    return [TensorSpec(name=name, dtype=cache.dtype_of(name), shape=shape) for name in names]
 
 
 def _images(cache: CacheSpec, b: int, images: int) -> list[TensorSpec]:

@@ -2,8 +2,8 @@
 
 What is measured is the graph of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so
 a model of 90B takes seconds too. One question is asked after another (`_questions`), each with the answers to those before it.
-All answers take turns, a chunk behind a third of the tokens that the cache holds (where those of prompts of all lengths lie on
-average), anything else behind half of them. The best run of each counts: what else the machine does only ever adds. An answer
+All answers take turns, a chunk after a third of the tokens that the cache holds (where those of prompts of all lengths lie on
+average), anything else after half of them. The best run of each counts: what else the machine does only ever adds. An answer
 has to beat the default by MARGIN. Results do not depend on any of this, and certificates are measured with what was chosen.
 
 Where other processes take more than BUSY of the cores, nothing is chosen and the graph says so: beside one that keeps a core,
@@ -22,13 +22,12 @@ from pathlib import Path
 import msgspec
 import numpy as np
 
-from ..model_defs.config import ModelConfig
-from ..runtime.artifact import CacheSpec, GraphSpec, Kernels, Kind, ModelInfo, WeightSpec
+from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, Kernels, ModelInfo, WeightSpec
 from ..runtime.backends.cores import usable_cores
 from ..runtime.backends.open import open_backend
 from .cases import Case, CaseMaker
 from .emit_onnx import emit
-from .graphs import GraphDef, define_graph
+from .graphs import GraphContext, GraphDef, define_graph
 from .onnx_graph.emitter import NARROW
 from .other_work import OtherWork
 
@@ -44,23 +43,21 @@ WIDENED_KIB = (1024, 2048, 8192)
 class KernelTuner:
     """Measures graphs of one model. `out`: where the weights lie and files may be written for a while."""
 
-    config: ModelConfig
+    context: GraphContext
     info: ModelInfo
-    cache: CacheSpec
-    quant: str
-    candidates: int
     weights: dict[str, WeightSpec]
     out: Path
 
-    def choose(self, kind: Kind, bucket: int, images: int) -> Kernels:
+    def choose(self, key: GraphKey) -> Kernels:
         """The fastest kernels found for a text graph, and what they were measured by."""
-        graph, cache = self._shallow(kind, bucket, images)
+        context = self._shallow(key)
+        graph = define_graph(context, key)
         best = Kernels()
         measured: dict[str, float] = {}
         others = OtherWork()
         for answers in self._questions(graph):
             ways = [best, *(msgspec.structs.replace(best, **answer) for answer in answers)]
-            times = self._times(graph, cache, ways)
+            times = self._times(graph, context.cache, ways)
             measured = {way.described: round(ms, 4) for way, ms in zip(ways, times, strict=True)} | measured
             fastest = int(np.argmin(times))
             best = ways[fastest] if times[fastest] < (1 - MARGIN) * times[0] else best
@@ -78,21 +75,22 @@ class KernelTuner:
         if fewer := _fewer_cores(usable_cores()):
             yield [{"cores": each} for each in fewer]
 
-    def _shallow(self, kind: Kind, bucket: int, images: int) -> tuple[GraphDef, CacheSpec]:
-        """The graph with a few of the layers, one that attends to images among them where the graph has such."""
-        text = self.config.text
-        crossed = text.cross_layers[0] + 1 if images else 0
+    def _shallow(self, key: GraphKey) -> GraphContext:
+        """A model with a few of the layers, one that attends to images among them where the graph has such."""
+        config, cache = self.context.config, self.context.cache
+        text = config.text
+        crossed = text.cross_layers[0] + 1 if key.images else 0
         layers = min(text.layers, max(LAYERS, crossed))
         cross_layers = tuple(layer for layer in text.cross_layers if layer < layers)
-        config = replace(self.config, text=replace(text, layers=layers, cross_layers=cross_layers))
-        cross = self.cache.cross and msgspec.structs.replace(self.cache.cross, layers=len(cross_layers), images=max(images, 1))
-        slots = bucket if kind == "decode" else 1
-        cache = msgspec.structs.replace(self.cache, layers=config.text.self_layers, slots=slots, cross=cross)
-        return define_graph(config, self.info.image, cache, self.quant, kind, bucket, images, 1, self.candidates), cache
+        config = replace(config, text=replace(text, layers=layers, cross_layers=cross_layers))
+        cross = cache.cross and msgspec.structs.replace(cache.cross, layers=len(cross_layers), images=max(key.images, 1))
+        slots = key.bucket if key.kind == "decode" else 1
+        cache = msgspec.structs.replace(cache, layers=config.text.self_layers, slots=slots, cross=cross)
+        return replace(self.context, config=config, cache=cache)
 
     def _times(self, graph: GraphDef, cache: CacheSpec, ways: Sequence[Kernels]) -> list[float]:
         """Milliseconds of one run each way."""
-        maker = CaseMaker(self.info, self.config.text.all_embed_rows)
+        maker = CaseMaker(self.info, self.context.config.text.all_embed_rows)
         with contextlib.ExitStack() as stack:
             runs = [stack.enter_context(self._opened(replace(graph, kernels=way), cache, maker)) for way in ways]
             best = [float("inf")] * len(ways)
@@ -122,7 +120,7 @@ class KernelTuner:
 
 
 def _partly_full(graph: GraphSpec) -> Case:
-    """Every row or the whole bucket, behind as many tokens as a third or half of the cache holds."""
+    """Every row or the whole bucket, after as many tokens as a third or half of the cache holds."""
     rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
     batch, new = (graph.bucket, 1) if graph.kind == "decode" else (1, graph.bucket)
     past = np.full(batch, (rows - new) // (3 if graph.kind == "prefill" else 2), np.int32)

@@ -1,6 +1,7 @@
-"""The ranks of a model as threads of one process that meet at each collective: how graphs of one rank are checked together.
+"""The ranks of a model as threads of one process that wait for each other at each collective.
 
-What one rank computes can only be judged with the others there. Sums are made in rank order, so all ranks see the same bits.
+So graphs of one rank are checked, since what a rank computes can only be judged with the others there. Sums are made in rank
+order: all ranks see the same bits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model_defs.group import member_of
+from ..model_defs.group import in_group
 from ..runtime.artifact import GraphSpec, TensorSpec, is_cached
 from ..runtime.backends.base import Backend, Result, cache_name
 from .check import CertificateError
@@ -26,39 +27,42 @@ X = TypeVar("X", Tensor, np.ndarray)
 
 
 @dataclass
-class Meeting:
-    """What the ranks of one group share. `patience`: seconds that a rank waits for the others; None: as long as it takes."""
+class Lockstep:
+    """What the ranks of one group share. `timeout`: seconds that a rank waits for the others; None: without limit."""
 
     size: int
-    patience: float | None = None
+    timeout: float | None = None
     parts: dict[int, tuple[str, Any]] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)  # as rank 0 made them
 
     def __post_init__(self) -> None:
-        self.barrier = threading.Barrier(self.size, timeout=self.patience)
+        self.barrier = threading.Barrier(self.size, timeout=self.timeout)
 
     def exchange(self, rank: int, call: str, x: X) -> list[X]:
-        """What every rank has brought to this call, by rank."""
+        """The tensors of all ranks in this call, by rank; `x` is that of `rank`."""
         self.parts[rank] = call, x
         self.barrier.wait()
-        brought = [self.parts[i] for i in range(self.size)]
+        parts = [self.parts[i] for i in range(self.size)]
         self.barrier.wait()
-        assert len({(call, part.shape, part.dtype) for call, part in brought}) == 1, brought
+        assert len({(call, part.shape, part.dtype) for call, part in parts}) == 1, parts
         if rank == 0:
             self.calls.append(call)
-        return [part for _, part in brought]
+        return [part for _, part in parts]
 
-    def together(self, work: Callable[[int], T], pool: Executor | None = None) -> list[T]:
-        """What `work` finds as each rank, all at once. Raises what the first rank raised that failed by itself, for which
-        nobody waits. `pool` has a thread for every rank; None: one made for this."""
+    def run(self, work: Callable[[int], T], pool: Executor | None = None) -> list[T]:
+        """The results of `work` on all ranks at once, by rank.
+
+        Raises the exception of the first rank that failed by itself, after which the others do not wait. `pool` has a thread
+        for every rank; None: one is made.
+        """
         if pool is None:
             with ThreadPoolExecutor(self.size) as own:
-                return self.together(work, own)
-        return results_of([pool.submit(self._attend, work, rank) for rank in range(self.size)])
+                return self.run(work, own)
+        return results_of([pool.submit(self._run_rank, work, rank) for rank in range(self.size)])
 
-    def _attend(self, work: Callable[[int], T], rank: int) -> T:
+    def _run_rank(self, work: Callable[[int], T], rank: int) -> T:
         try:
-            with member_of(Member(self, rank)):
+            with in_group(TensorGroup(self, rank)):
                 return work(rank)
         except BaseException:
             self.barrier.abort()
@@ -66,39 +70,39 @@ class Meeting:
 
 
 @dataclass
-class Member:
-    """One rank's end of a meeting for definitions; see model_defs.group.Group."""
+class TensorGroup:
+    """A lockstep as one rank sees it, for definitions; see model_defs.group.Group."""
 
-    meeting: Meeting
+    lockstep: Lockstep
     rank: int
 
     @property
     def size(self) -> int:
-        return self.meeting.size
+        return self.lockstep.size
 
     def all_reduce(self, x: Tensor) -> Tensor:
-        first, *others = self.meeting.exchange(self.rank, "all_reduce", x)
+        first, *others = self.lockstep.exchange(self.rank, "all_reduce", x)
         total = first.float().clone()
         for each in others:
             total += each
         return total.to(x.dtype)
 
     def all_gather(self, x: Tensor) -> Tensor:
-        return torch.cat(self.meeting.exchange(self.rank, "all_gather", x), dim=-1)
+        return torch.cat(self.lockstep.exchange(self.rank, "all_gather", x), dim=-1)
 
 
 @dataclass
-class ArrayMember:
-    """One rank's end of a meeting for compiled graphs; see runtime.backends.base.Group."""
+class ArrayGroup:
+    """A lockstep as one rank sees it, for compiled graphs; see runtime.backends.base.Group."""
 
-    meeting: Meeting
+    lockstep: Lockstep
     rank: int
     stage: int = 0
     stages: int = 1
 
     @property
     def size(self) -> int:
-        return self.meeting.size
+        return self.lockstep.size
 
     def send(self, array: np.ndarray, stage: int) -> None:
         raise NotImplementedError("stages are checked one by one")
@@ -106,17 +110,17 @@ class ArrayMember:
     receive = send
 
     def all_reduce(self, array: np.ndarray) -> None:
-        first, *others = self.meeting.exchange(self.rank, "all_reduce", array.copy())  # others may still read it
+        first, *others = self.lockstep.exchange(self.rank, "all_reduce", array.copy())  # others may still read it
         array[...] = first
         for each in others:
             array += each
 
     def all_gather(self, array: np.ndarray, out: np.ndarray) -> None:
-        np.concatenate(self.meeting.exchange(self.rank, "all_gather", array.copy()), axis=-1, out=out)
+        np.concatenate(self.lockstep.exchange(self.rank, "all_gather", array.copy()), axis=-1, out=out)
 
 
 def results_of(futures: Sequence[Future[T]]) -> list[T]:
-    """What every rank found; raises what the rank raised that did not merely lose the others."""
+    """The results of all ranks; raises the exception of a rank that failed by itself before those of ranks that lost it."""
     errors = [error for future in futures if (error := future.exception())]
     for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
         raise error
@@ -132,14 +136,14 @@ class LockstepBackend:
     def __init__(
         self,
         size: int,
-        open_rank: Callable[[ArrayMember], Backend],
-        member: Callable[[Meeting, int], ArrayMember] = ArrayMember,
+        open_rank: Callable[[ArrayGroup], Backend],
+        make_group: Callable[[Lockstep, int], ArrayGroup] = ArrayGroup,
     ) -> None:
-        """`open_rank` opens the backend of one rank in the group that it is given, which `member` makes."""
-        self.meeting = Meeting(size)
-        self.ranks = [open_rank(member(self.meeting, rank)) for rank in range(size)]
+        """`open_rank` opens the backend of one rank in its group, which `make_group` makes of the lockstep and the rank."""
+        self.lockstep = Lockstep(size)
+        self.ranks = [open_rank(make_group(self.lockstep, rank)) for rank in range(size)]
         self.pool = ThreadPoolExecutor(size)
-        self.narrow: dict[str, GraphSpec] = {}  # by file
+        self.rank_graphs: dict[str, GraphSpec] = {}  # by file
 
     def load(self, graph: GraphSpec) -> None:
         for rank in self.ranks:
@@ -148,16 +152,16 @@ class LockstepBackend:
     def unload(self, graph: GraphSpec) -> None:
         for rank in self.ranks:
             rank.unload(self._of_rank(graph))
-        self.narrow.pop(graph.file, None)
+        self.rank_graphs.pop(graph.file, None)
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
-        """As of any backend; raises CertificateError where ranks do not agree on what they all compute."""
-        results = self.meeting.together(lambda rank: self.ranks[rank].run(self._of_rank(graph), feed, slot, image), self.pool)
+        """As of any backend; raises CertificateError where ranks differ in what they all compute."""
+        results = self.lockstep.run(lambda rank: self.ranks[rank].run(self._of_rank(graph), feed, slot, image), self.pool)
         if cache_name(graph.outputs[0].name, image) is None:
             for rank, result in enumerate(results):
                 if not np.array_equal(result.first, results[0].first, equal_nan=True):
                     raise CertificateError(
-                        f"{graph.name}: rank {rank} does not find what rank 0 finds; this build must not be used"
+                        f"{graph.name}: rank {rank} does not compute what rank 0 computes; this build must not be used"
                     )
         return results[0]
 
@@ -173,9 +177,9 @@ class LockstepBackend:
             rank.copy_slot(source, target, rows, images)
 
     def _of_rank(self, graph: GraphSpec) -> GraphSpec:
-        if graph.file not in self.narrow:
-            self.narrow[graph.file] = _with_heads(graph, lambda heads: heads // len(self.ranks))
-        return self.narrow[graph.file]
+        if graph.file not in self.rank_graphs:
+            self.rank_graphs[graph.file] = _with_heads(graph, lambda heads: heads // len(self.ranks))
+        return self.rank_graphs[graph.file]
 
 
 def with_all_heads(graph: GraphSpec, ranks: int) -> GraphSpec:

@@ -1,5 +1,5 @@
-"""The stages of a pipeline as one backend: all ranks of all stages as threads of one process, so that a whole pipeline can be
-asked what one model is asked."""
+"""The stages of a pipeline as one backend: all ranks of all stages are threads of one process, so that a whole pipeline is run
+as one model is."""
 
 from __future__ import annotations
 
@@ -15,48 +15,48 @@ import numpy as np
 
 from ..runtime.artifact import CacheSpec, GraphSpec, Manifest
 from ..runtime.backends.base import Backend, Result
-from .lockstep import ArrayMember, LockstepBackend, Meeting, results_of, with_all_heads
+from .lockstep import ArrayGroup, Lockstep, LockstepBackend, results_of, with_all_heads
 
-Ways = dict[tuple[int, int, int], SimpleQueue[np.ndarray | None]]  # by from which stage, to which, and rank
+Channels = dict[tuple[int, int, int], SimpleQueue[np.ndarray | None]]  # by stage of the sender, stage of the receiver, and rank
 
 
 @dataclass
-class StageMember(ArrayMember):
-    """A rank of one stage; `ways` are what all ranks of all stages share."""
+class StageGroup(ArrayGroup):
+    """A rank of one stage; `channels` are shared by all ranks of all stages."""
 
-    ways: Ways = field(kw_only=True)
+    channels: Channels = field(kw_only=True)
 
     def send(self, array: np.ndarray, stage: int) -> None:
-        self.ways[self.stage, stage, self.rank].put(array.copy())
+        self.channels[self.stage, stage, self.rank].put(array.copy())
 
     def receive(self, array: np.ndarray, stage: int) -> None:
-        came = self.ways[stage, self.stage, self.rank].get(timeout=self.meeting.patience)
-        if came is None:
+        received = self.channels[stage, self.stage, self.rank].get(timeout=self.lockstep.timeout)
+        if received is None:
             raise threading.BrokenBarrierError  # as of a rank that others have failed
-        array[...] = came
+        array[...] = received
 
 
-def ways_between(tp: int, pp: int) -> Ways:
+def channels_between(tp: int, pp: int) -> Channels:
     return {place: SimpleQueue() for place in itertools.product(range(pp), range(pp), range(tp))}
 
 
 class PipelineBackend:
     """See runtime.backends.base.Backend. It takes graphs of `whole_pipeline`; caches are numbered through all stages."""
 
-    def __init__(self, manifest: Manifest, open_rank: Callable[[Manifest, ArrayMember], Backend]) -> None:
+    def __init__(self, manifest: Manifest, open_rank: Callable[[Manifest, ArrayGroup], Backend]) -> None:
         """`open_rank` opens the backend of one rank, given its stage's manifest and the group."""
-        tp, pp, self.ways = manifest.tp, manifest.pp, ways_between(manifest.tp, manifest.pp)
+        tp, pp, self.channels = manifest.tp, manifest.pp, channels_between(manifest.tp, manifest.pp)
         own = [manifest.of_stage(stage) for stage in range(pp)]
         self.graphs = [{graph.name: with_all_heads(graph, tp) for graph in each.graphs} for each in own]
         self.stages = [self._stage(own[stage], stage, open_rank) for stage in range(pp)]
         self.places = _places([each.cache for each in own])
         self.pool = ThreadPoolExecutor(pp)
 
-    def _stage(self, own: Manifest, stage: int, open_rank: Callable[[Manifest, ArrayMember], Backend]) -> LockstepBackend:
-        def member(meeting: Meeting, rank: int) -> ArrayMember:
-            return StageMember(meeting, rank, stage, own.pp, ways=self.ways)
+    def _stage(self, own: Manifest, stage: int, open_rank: Callable[[Manifest, ArrayGroup], Backend]) -> LockstepBackend:
+        def make_group(lockstep: Lockstep, rank: int) -> ArrayGroup:
+            return StageGroup(lockstep, rank, stage, own.pp, channels=self.channels)
 
-        return LockstepBackend(own.tp, lambda group: open_rank(own, group), member)
+        return LockstepBackend(own.tp, lambda group: open_rank(own, group), make_group)
 
     def load(self, graph: GraphSpec) -> None:
         for stage, graphs in zip(self.stages, self.graphs, strict=True):
@@ -69,14 +69,14 @@ class PipelineBackend:
                 stage.unload(graphs[graph.name])
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
-        """What the first stage's first rank has in the end; raises what the first stage raised that failed by itself."""
+        """The result of the first stage's first rank; raises the exception of the first stage that failed by itself."""
 
         def work(stage: int) -> Result:
             try:
                 return self.stages[stage].run(self.graphs[stage][graph.name], feed, slot, image)
             except BaseException:
-                for way in self.ways.values():
-                    way.put(None)
+                for channel in self.channels.values():
+                    channel.put(None)
                 raise
 
         stages = [stage for stage, graphs in enumerate(self.graphs) if graph.name in graphs]
@@ -112,12 +112,12 @@ def whole_pipeline(manifest: Manifest) -> Manifest:
 
 def _places(caches: Sequence[CacheSpec]) -> dict[str, tuple[int, str]]:
     """Names of the whole cache's parts -> (stage, name there)."""
-    found, before, crossed = {}, 0, 0
+    places, before, crossed = {}, 0, 0
     for stage, cache in enumerate(caches):
         for own in cache.buffers():
             which, layer, *image = own.split(".")
             first = crossed if which.startswith("cross_") else before
-            found[".".join((which, str(int(layer) + first), *image))] = stage, own
+            places[".".join((which, str(int(layer) + first), *image))] = stage, own
         before += cache.layers
         crossed += cache.cross.layers if cache.cross else 0
-    return found
+    return places

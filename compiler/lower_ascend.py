@@ -146,8 +146,8 @@ def embed(token_ids: Tensor, table: Tensor) -> Tensor:
 
 def merge_rows(x: Tensor, rows: Tensor, index: Tensor) -> Tensor:
     """Gather a row for every position, then select."""
-    taken = rows.index_select(0, index.clamp(min=0).flatten()).view(x.shape)
-    return torch.where((index < 0)[..., None], x, taken)
+    from_image = rows.index_select(0, index.clamp(min=0).flatten()).view(x.shape)
+    return torch.where((index < 0)[..., None], x, from_image)
 
 
 def take_token(x: Tensor, index: Tensor) -> Tensor:
@@ -168,8 +168,8 @@ def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) ->
     """Tile and row compared on their own, then joined."""
     device, dtype = tile_count.device, tile_count.dtype
     unused = torch.arange(tiles, dtype=dtype, device=device) >= tile_count  # [tiles]
-    behind = torch.arange(padded_rows, dtype=dtype, device=device) >= rows  # [padded_rows]
-    return (unused[:, None] | behind[None]).float().reshape(1, tiles * padded_rows)
+    past_end = torch.arange(padded_rows, dtype=dtype, device=device) >= rows  # [padded_rows]
+    return (unused[:, None] | past_end[None]).float().reshape(1, tiles * padded_rows)
 
 
 def pad_rows(x: Tensor, rows: int) -> Tensor:
@@ -197,13 +197,13 @@ def _of_blocks(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
         logits = aten.constant_pad_nd.default(logits, [0, missing], -math.inf)
     parts = logits.reshape(rows * blocks, TOP_BLOCK)
     maxima = aten.max.dim(parts, -1)[0].reshape(rows, blocks)  # amax has no converter
-    _, chosen = aten.topk.default(maxima, count)  # [R, count]
-    chosen = chosen.int()
+    _, best = aten.topk.default(maxima, count)  # [R, count]
+    best = best.int()
     first = torch.arange(rows, dtype=torch.int32, device=logits.device)[:, None] * blocks
-    found = parts.index_select(0, (chosen + first).flatten()).reshape(rows, count * TOP_BLOCK)
+    entries = parts.index_select(0, (best + first).flatten()).reshape(rows, count * TOP_BLOCK)
     within = torch.arange(TOP_BLOCK, dtype=torch.int32, device=logits.device)
-    ids = (chosen[..., None] * TOP_BLOCK + within).reshape(rows, count * TOP_BLOCK)
-    values, place = aten.topk.default(found, count)
+    ids = (best[..., None] * TOP_BLOCK + within).reshape(rows, count * TOP_BLOCK)
+    values, place = aten.topk.default(entries, count)
     return values, ids.gather(1, place)
 
 
@@ -220,7 +220,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Scatter the new rows behind the old ones, then fused attention over the whole caches up to their true lengths.
+    """Scatter the new rows after the old ones, then fused attention over the whole caches up to their true lengths.
 
     Lengths go in as a tensor. A chunk counts as whole, its padding included: its last token sees the last row written,
     which is what the operator calls right-down causal at the lengths T and lengths + T.
@@ -245,7 +245,7 @@ def int8_cached_attention(
 
     The operator takes scales of channels for one token of each row in both 16-bit types, and for up to MOST_INT8_QUERIES in
     bfloat16 (constraints of torch_npu.npu_fused_infer_attention_score: query bfloat16, scales [K, D], [K, 1, D] or [K * D]).
-    Elsewhere what this layer reads of its caches is widened first, a copy that lives as long as the layer.
+    Elsewhere what this layer reads of its caches is dequantised first, a copy that lives as long as the layer.
     """
     k_cache = _append(k_cache, _rounded(k, k_scale), lengths)
     v_cache = _append(v_cache, _rounded(v, v_scale), lengths)
@@ -269,9 +269,9 @@ def _over_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, h
     """Fused attention of q [B, T, H*D] to all rows up to its own, those at `lengths` and on."""
     t = q.shape[1]
     kv_heads, _, d = k_cache.shape[1:]
-    masked: dict[str, Any] = {}
+    mask: dict[str, Any] = {}
     if t > 1:
-        masked = {"atten_mask": _causal_triangle(q.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
+        mask = {"atten_mask": _causal_triangle(q.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
     out = _fused(
         _heads_first(q, heads),
         k_cache,
@@ -281,7 +281,7 @@ def _over_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, h
         input_layout="BNSD",
         actual_seq_lengths_kv=(lengths + t).long(),
         num_key_value_heads=kv_heads,
-        **masked,
+        **mask,
         **scales,
     )
     return _heads_last(out)
@@ -348,7 +348,7 @@ def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
 
 
 def _by_key(hidden: Tensor, keys: int) -> Tensor:
-    """[B, T, tiles] -> [B, 1, T, keys]: what is said of a tile, said of each of its keys."""
+    """[B, T, tiles] -> [B, 1, T, keys]: the value of a tile for each of its keys."""
     b, t, tiles = hidden.shape
     return hidden[..., None].expand(b, t, tiles, keys // tiles).reshape(b, 1, t, keys)
 
@@ -368,7 +368,7 @@ def _heads_last(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)
 
 
-# ---- where ranks meet
+# ---- collectives
 
 
 def all_reduce(x: Tensor, ranks: int) -> Tensor:
@@ -377,7 +377,7 @@ def all_reduce(x: Tensor, ranks: int) -> Tensor:
 
 
 def all_gather(x: Tensor, ranks: int) -> Tensor:
-    """HcomAllGather, which joins along the first axis: parts of a row are brought together by one transposition behind it.
+    """HcomAllGather, which joins along the first axis: one transposition after it brings the parts of a row together.
 
     A single row needs none.
     """

@@ -20,7 +20,7 @@ import msgspec
 from ..model_defs.config import ModelConfig, text_quant, tower_quant
 from ..model_defs.decoder import over_stored_caches
 from ..model_defs.layers import without_rounding
-from ..runtime.artifact import FileSpec, GraphSpec, Kind, ModelInfo, WeightSpec, rank_weights
+from ..runtime.artifact import FileSpec, GraphKey, GraphSpec, ModelInfo, WeightSpec, rank_weights
 from ..runtime.backends.base import Backend, Group
 from ..runtime.backends.cores import usable_cores
 from ..runtime.backends.open import open_backend
@@ -30,8 +30,8 @@ from .check import Certifier
 from .cost import graph_cost
 from .digests import digest
 from .eager import EagerBackend
-from .graphs import GraphDef, define_graph, fed_inputs
-from .lockstep import ArrayMember, LockstepBackend, with_all_heads
+from .graphs import GraphContext, GraphDef, define_graph, fed_inputs
+from .lockstep import ArrayGroup, LockstepBackend, with_all_heads
 from .options import Options
 from .pipeline import joined
 from .plan import EAGER_SUFFIX, SUFFIXES, Plan
@@ -50,60 +50,58 @@ class GraphMaker:
     ) -> None:
         self.options, self.config, self.info, self.plan = options, config, info, plan
         self.out, self.tp, self.stage = options.out, options.tp, config.text.stage
+        self.context = GraphContext(
+            config=config,
+            image=info.image,
+            cache=plan.cache,
+            quant=options.stored_quant,
+            ranks=options.tp,
+            candidates=plan.candidates,
+        )
         first, ranks = self.stage.index * self.tp, self.stage.count * self.tp
         self.weights = [rank_weights(weights, ranks, first + rank) for rank in range(self.tp)]
         self.files: dict[str, FileSpec] = {}
         self.tuner = self._tuner() if options.tune else None
         self.small = sum(map(math.prod, targets(config).values())) < SMALL
-        reference, candidate = self._together(self._reference), self._together(self._candidate)
-        exact = self._together(self._exact) if options.backend == "ascend" else None
+        reference, candidate = self._of_all_ranks(self._reference), self._of_all_ranks(self._candidate)
+        exact = self._of_all_ranks(self._exact) if options.backend == "ascend" else None
         self.certifier = Certifier(reference, candidate, info, vocab=config.text.all_embed_rows, exact=exact)
 
-    def make(self, kind: Kind, bucket: int, images: int, key: str) -> tuple[GraphSpec, dict[str, FileSpec]]:
-        """A certified graph, and the files that it was written into; raises CertificateError and UnsupportedOpError."""
-        definition = self._define(kind, bucket, images)
-        if self.tuner and kind != "vision":
-            definition = replace(definition, kernels=self.tuner.choose(kind, bucket, images))
-        spec, files = self._emit(definition, key)
+    def make(self, key: GraphKey, made_of: str) -> tuple[GraphSpec, dict[str, FileSpec]]:
+        """A certified graph, and the files that it was written into; raises CertificateError and UnsupportedOpError.
+
+        `made_of`: digest of everything that the graph is made from (fingerprint.py).
+        """
+        definition = define_graph(self.context, key)
+        if self.tuner and key.kind != "vision":
+            definition = replace(definition, kernels=self.tuner.choose(key))
+        spec, files = self._emit(definition, made_of)
         for name, data in files.items():
             (self.out / name).parent.mkdir(exist_ok=True)
             write_atomically(self.out / name, data)
             self.files[name] = FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-        previous = max((b for b in self.plan.buckets(kind) if b < bucket), default=0)
+        previous = max((bucket for bucket in self.plan.buckets(key.kind) if bucket < key.bucket), default=0)
         with self._exact_graph(definition, spec) as exact_graph:
             certificate, cost = self.certifier.certify(
                 with_all_heads(spec, self.tp), previous, exact_graph and with_all_heads(exact_graph, self.tp)
             )
         spec = msgspec.structs.replace(spec, certificate=certificate, cost_ms=cost)
-        fed = fed_inputs(self.config, self.info.image, self.plan.cache, kind, bucket, images, self.plan.candidates)
-        return joined(spec, self.stage, fed, self.config.text.vocab_size), {name: self.files[name] for name in files}
+        inputs = fed_inputs(self.context, key)
+        return joined(spec, self.stage, inputs, self.config.text.vocab_size), {name: self.files[name] for name in files}
 
     def _tuner(self) -> KernelTuner:
         from .kernels import KernelTuner
 
-        plan = self.plan
-        return KernelTuner(
-            config=self.config,
-            info=self.info,
-            cache=plan.cache,
-            quant=self.options.stored_quant,
-            candidates=plan.candidates,
-            weights=self.weights[0],
-            out=self.out,
-        )
+        return KernelTuner(context=self.context, info=self.info, weights=self.weights[0], out=self.out)
 
     @property
     def _whole(self) -> bool:
         """Whether one process runs the model."""
         return self.tp * self.stage.count == 1
 
-    def _define(self, kind: Kind, bucket: int, images: int) -> GraphDef:
-        cache, quant, candidates = self.plan.cache, self.options.stored_quant, self.plan.candidates
-        return define_graph(self.config, self.info.image, cache, quant, kind, bucket, images, self.tp, candidates)
-
     # ---- what graphs are checked on
 
-    def _together(self, open_rank: Callable[[Group | None, int], Backend]) -> Backend:
+    def _of_all_ranks(self, open_rank: Callable[[Group | None, int], Backend]) -> Backend:
         """One backend, of all ranks where there are several."""
         if self._whole:
             return open_rank(None, 0)
@@ -111,7 +109,7 @@ class GraphMaker:
         return LockstepBackend(
             self.tp,
             lambda group: open_rank(group, group.rank),
-            lambda meeting, rank: ArrayMember(meeting, rank, stage.index, stage.count),
+            lambda lockstep, rank: ArrayGroup(lockstep, rank, stage.index, stage.count),
         )
 
     def _reference(self, group: Group | None, rank: int) -> Backend:
@@ -122,10 +120,10 @@ class GraphMaker:
         cache, weights = self.plan.cache, self.weights[rank]
         return EagerBackend(self.out, weights, cache, self._unrounded, threads=threads, text_threads=text_threads)
 
-    def _unrounded(self, kind: Kind, bucket: int, images: int) -> GraphDef:
+    def _unrounded(self, key: GraphKey) -> GraphDef:
         """The definition, activations left as they are: what compiled graphs add by rounding them is stated apart. Roundings
         in caches are those of the compiled graph (check.py)."""
-        definition = self._define(kind, bucket, images)
+        definition = define_graph(self.context, key)
         without_rounding(definition.module)
         over_stored_caches(definition.module)
         return definition
@@ -153,13 +151,13 @@ class GraphMaker:
 
     # ---- what graphs are written as
 
-    def _emit(self, definition: GraphDef, key: str) -> tuple[GraphSpec, dict[str, bytes]]:
+    def _emit(self, definition: GraphDef, made_of: str) -> tuple[GraphSpec, dict[str, bytes]]:
         """A graph and its files' contents, not certified yet."""
         backend, dtype = self.options.backend, self.plan.cache.dtype
         cost, eager = graph_cost(definition, dtype, self.weights[0]), definition.kind in self.options.eager
-        stem = f"{definition.name}-{self._stem(definition, key)[:12]}"
+        stem = f"{definition.name}-{self._stem(definition, made_of)[:12]}"
         spec = msgspec.structs.replace(
-            definition.spec(f"{stem}{EAGER_SUFFIX if eager else SUFFIXES[backend]}", key),
+            definition.spec(f"{stem}{EAGER_SUFFIX if eager else SUFFIXES[backend]}", made_of),
             eager=eager,
             flops=cost.flops,
             nbytes=cost.nbytes,
@@ -175,11 +173,11 @@ class GraphMaker:
         return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), {spec.file: emitted.data}
 
     @staticmethod
-    def _stem(definition: GraphDef, key: str) -> str:
+    def _stem(definition: GraphDef, made_of: str) -> str:
         """What a graph's file is named by. Another measurement may choose other kernels: then it is another file."""
         if not (chosen := definition.kernels):
-            return key
-        return digest(key, msgspec.structs.replace(chosen, measured={}, busy=0.0))
+            return made_of
+        return digest(made_of, msgspec.structs.replace(chosen, measured={}, busy=0.0))
 
     def _emit_onnx(self, definition: GraphDef, spec: GraphSpec, *, exact: bool = False) -> tuple[GraphSpec, dict[str, bytes]]:
         from .emit_onnx import emit, emit_steps
@@ -191,7 +189,7 @@ class GraphMaker:
 
     @contextlib.contextmanager
     def _exact_graph(self, definition: GraphDef, spec: GraphSpec) -> Iterator[GraphSpec | None]:
-        """The exact twin of an ONNX graph with quantised weights, for as long as it is checked."""
+        """The exact reference graph of an ONNX graph with quantised weights, for as long as it is checked."""
         quant = (tower_quant if spec.kind == "vision" else text_quant)(self.options.stored_quant)
         if self.options.backend != "onnx" or quant == "none":
             yield None

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from msgspec import UNSET, structs
 
 from ..model_defs.config import ModelConfig, TiledConfig
-from ..runtime.artifact import CacheSpec, CrossSpec, Kind
+from ..runtime.artifact import CacheSpec, CrossSpec, GraphKey, Kind
 from ..weights.shard import check_tp, rank_targets
 from ..weights.storage import Floats, stored_targets
 from ..weights.weight_map import targets
@@ -25,7 +25,7 @@ class Plan:
     """Everything that will be compiled. Of a pipeline, `cache` and `graphs` are those of its first stage."""
 
     cache: CacheSpec
-    graphs: tuple[tuple[Kind, int, int], ...]  # (kind, bucket, images), largest first within a kind
+    graphs: tuple[GraphKey, ...]  # largest first within a kind
     later: tuple[CacheSpec, ...] = ()  # caches of the stages after the first
     candidates: int = 0  # top-k tokens that text graphs put out
 
@@ -34,11 +34,11 @@ class Plan:
         if stage == 0:
             return self
         cache = self.later[stage - 1]
-        graphs = tuple(graph for graph in self.graphs if graph[0] != "vision" or cache.cross)
+        graphs = tuple(graph for graph in self.graphs if graph.kind != "vision" or cache.cross)
         return Plan(cache=cache, graphs=graphs)
 
     def buckets(self, kind: Kind) -> list[int]:
-        return sorted({bucket for k, bucket, _ in self.graphs if k == kind})
+        return sorted({graph.bucket for graph in self.graphs if graph.kind == kind})
 
 
 def make_plan(config: ModelConfig, options: Options) -> Plan:
@@ -87,8 +87,8 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         "decode": decode,
         "verify": _verify_buckets(buckets, context),
     }
-    graphs: tuple[tuple[Kind, int, int], ...] = tuple(
-        (kind, bucket, variant)
+    graphs = tuple(
+        GraphKey(kind, bucket, variant)
         for kind, kind_sizes in sizes.items()
         for variant in sorted((0,) if kind == "vision" else images, reverse=True)
         for bucket in sorted(kind_sizes, reverse=True)

@@ -1,6 +1,6 @@
 """A traced graph of one rank -> segments with collectives between them, for devices that have no collectives.
 
-The graph is cut at every staticvl::all_reduce and all_gather. A value that is needed beyond the cut behind it becomes a buffer,
+The graph is cut at every staticvl::all_reduce and all_gather. A value that is needed after the next cut becomes a buffer,
 and buffers of one dtype and shape are shared by values whose lives do not overlap: a value lives from the step that makes it to
 the last that reads it, both included, since a segment may write its outputs while it still reads its inputs. Only a sum takes
 the place of what was summed. Outputs of the graph have memory of their own.
@@ -66,8 +66,8 @@ class _Cutter:
     def __init__(self, graph: GraphDef, program: torch.export.ExportedProgram) -> None:
         self.graph = graph
         nodes = program.graph.nodes
-        given = dict(zip(program.graph_signature.user_inputs, graph.inputs, strict=True))
-        self.inputs = {node: given[node.name] for node in nodes if node.op == "placeholder" and node.name in given}
+        specs = dict(zip(program.graph_signature.user_inputs, graph.inputs, strict=True))
+        self.inputs = {node: specs[node.name] for node in nodes if node.op == "placeholder" and node.name in specs}
         self.calls = [node for node in nodes if node.op == "call_function" and str(node.target) not in TRACE_CHECKS]
         results = cast(tuple[Node, ...], program.graph.output_node().args[0])
         self.outputs = dict(zip(results, graph.outputs, strict=True))
@@ -87,12 +87,12 @@ class _Cutter:
 
     def _made_of_weights(self) -> set[Node]:
         """Calls that no input of the graph reaches; not what ranks exchange or the graph returns, which needs a place."""
-        found: set[Node] = set()
+        of_weights: set[Node] = set()
         for node in self.calls:
             bound = node in self.outputs or _collective(node) or any(map(_collective, node.users))
-            if not bound and not any(self._varies(each, found) for each in node.all_input_nodes):
-                found.add(node)
-        return found
+            if not bound and not any(self._varies(each, of_weights) for each in node.all_input_nodes):
+                of_weights.add(node)
+        return of_weights
 
     def _varies(self, node: Node, of_weights: Collection[Node]) -> bool:
         return node in self.inputs or (node.op == "call_function" and node not in of_weights)
@@ -126,7 +126,7 @@ class _Cutter:
                 uses = self._uses(node)
                 if node in self.outputs or not (uses or draft.collective):
                     continue
-                at = self._taken_over(node, i, place) if draft.collective else None
+                at = self._reused(node, i, place) if draft.collective else None
                 if at is None:
                     at = next((j for j, b in enumerate(buffers) if free_from[j] <= i and _fits(node, b)), None)
                 if at is None:
@@ -137,7 +137,7 @@ class _Cutter:
                 free_from[at] = max(uses, default=i) + 1
         return specs, tuple(buffers)
 
-    def _taken_over(self, node: Node, step: int, place: dict[Node, int]) -> int | None:
+    def _reused(self, node: Node, step: int, place: dict[Node, int]) -> int | None:
         """The buffer of what is summed, if nobody reads that afterwards."""
         source = node.all_input_nodes[0]
         if _op(node) != "all_reduce" or source not in place or max(self._uses(source)) > step:
@@ -163,9 +163,9 @@ class _Cutter:
 
     def _weights_for(self, nodes: Collection[Node]) -> Iterator[Node]:
         for node in nodes:
-            made = [each for each in node.all_input_nodes if each in self.of_weights]
-            yield from made
-            yield from self._weights_for(made)
+            inputs = [each for each in node.all_input_nodes if each in self.of_weights]
+            yield from inputs
+            yield from self._weights_for(inputs)
 
 
 def _op(node: Node) -> str:

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from ..runtime.artifact import FileSpec, GraphSpec, Kind, Record, StageSpec, WeightSpec
+from ..runtime.artifact import FileSpec, GraphKey, GraphSpec, Record, StageSpec, WeightSpec
 from .digests import all_intact
-from .fingerprint import GraphKeys
+from .fingerprint import GraphDigests
 from .inputs import BuildInputs
 from .leftovers import JOURNAL
 from .plan import stages
@@ -42,9 +42,9 @@ class _Stage:
 
     inputs: BuildInputs
     weights: dict[str, WeightSpec]
-    keys: dict[tuple[Kind, int, int], str]
+    keys: dict[GraphKey, str]
 
-    def missing(self, entries: dict[str, JournalEntry]) -> list[tuple[Kind, int, int]]:
+    def missing(self, entries: dict[str, JournalEntry]) -> list[GraphKey]:
         """Graphs that have no entry."""
         return [graph for graph, key in self.keys.items() if key not in entries]
 
@@ -75,10 +75,10 @@ def _stages(inputs: BuildInputs, key: str, weights: list[dict[str, WeightSpec]])
     return [_Stage(part, own, graph_keys(part, key)) for part, own in zip(parts, weights, strict=True)]
 
 
-def graph_keys(inputs: BuildInputs, key: str) -> dict[tuple[Kind, int, int], str]:
+def graph_keys(inputs: BuildInputs, key: str) -> dict[GraphKey, str]:
     """The digest of what each graph of a stage is made from."""
-    keys = GraphKeys(inputs.options, inputs.config, inputs.info, inputs.plan, key)
-    return {graph: keys.key(*graph) for graph in inputs.plan.graphs}
+    digests = GraphDigests(inputs.options, inputs.config, inputs.info, inputs.plan, key)
+    return {graph: digests.of(graph) for graph in inputs.plan.graphs}
 
 
 # ---- graphs that are there already
@@ -128,7 +128,7 @@ def _compiled(inputs: BuildInputs, parts: list[_Stage], reused: dict[str, Journa
             maker = GraphMaker(inputs.options, part.inputs.config, inputs.info, part.inputs.plan, part.weights)
             for graph in graphs:
                 key = part.keys[graph]
-                entries[key] = entry = _noted(inputs, *maker.make(*graph, key))
+                entries[key] = entry = _noted(inputs, *maker.make(graph, key))
                 progress.say((f"stage {i}  " if len(parts) > 1 else "") + _describe(entry.graph))
                 advance(1)
     return entries

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..runtime.artifact import FileSpec, WeightSpec
 from ..weights.weight_map import kept_dtypes, match
@@ -43,23 +43,20 @@ def _kept(inputs: BuildInputs, key: str) -> StoredWeights | None:
 
 def _converted(inputs: BuildInputs, prefix: str, tokenizer: str) -> StoredWeights:
     """Files begin with `prefix`."""
-    from ..weights.convert import convert, plan_weight_files
+    from ..weights.convert import Conversion, convert, plan_weight_files
 
     source, options = open_checkpoint(inputs), inputs.options
-    quant, tp = options.stored_quant, options.tp
-    floats = options.floats(kept_dtypes(match(inputs.config, source.tensors)))
+    floats, tp = options.floats(kept_dtypes(match(inputs.config, source.tensors))), options.tp
+    conversion = Conversion(quant=options.stored_quant, prefix=prefix, floats=floats, tp=tp)
     calibrated = _calibrated(inputs, source, prefix, tokenizer)
     parts = stages(inputs.config, options.pp)
-    shards = (shard for part in parts for shard in plan_weight_files(part, quant, prefix, floats=floats, tp=tp))
+    shards = (shard for part in parts for shard in plan_weight_files(part, conversion))
     with inputs.progress.stage("converting weights", tp * sum(shard.nbytes for shard in shards), "B") as advance:
-        same: dict[str, Any] = {
-            "quant": quant,
-            "floats": floats,
-            "prefix": prefix,
-            "calibrated": calibrated,
-            "progress": advance,
-        }
-        ranks = [convert(source, part, inputs.out, tp=tp, rank=rank, **same) for part in parts for rank in range(tp)]
+        ranks = [
+            convert(source, part, inputs.out, replace(conversion, rank=rank), calibrated=calibrated, progress=advance)
+            for part in parts
+            for rank in range(tp)
+        ]
     files = {name: spec for rank in ranks for name, spec in rank.files.items()}
     return StoredWeights([rank.weights for rank in ranks[::tp]], files, converted=True)
 
@@ -90,12 +87,15 @@ def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str
         return None
     from ..runtime.processor.processor import Processor
     from ..weights.calibrated_layers import CalibratedLayers
-    from .calibrate import calibrate, prompts_of
+    from .calibrate import CalibrationContext, calibrate, prompts_of
 
     cache = make_plan(config, replace(options, tp=1, pp=1)).cache
     prompts = prompts_of(calibration, Processor.read(inputs.info, inputs.out / tokenizer), cache.context)
     if not any(each.images for each in calibration.conversations):
         inputs.progress.say("the calibration has no images: what images do to activations is not seen")
     store = CalibratedLayers(inputs.out, prefix)
-    calibrate(source, config, inputs.info, cache, prompts, options.stored_quant, options.tp, store, inputs.progress)
+    context = CalibrationContext(
+        config=config, info=inputs.info, cache=cache, quant=options.stored_quant, tp=options.tp, store=store
+    )
+    calibrate(source, context, prompts, inputs.progress)
     return store

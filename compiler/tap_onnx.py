@@ -1,7 +1,7 @@
 """Looking into an ONNX graph: a copy that also puts out every value which its definition names.
 
 Values are found by the module and the place within it, not by their names alone: the compiler numbers the operators of a whole
-graph, and one that is missing would shift every name behind it.
+graph, and one that is missing would shift every name after it.
 """
 
 from __future__ import annotations
@@ -40,24 +40,24 @@ def tap(
     `weights` are those that the graph's files refer to. A file made of another definition may have another value in a
     place: its shape tells.
     """
-    found = []
+    tapped = []
     for values, data in zip(emitted_values(graph, program, weights), files, strict=True):
         model = onnx.load_from_string(data)
         expected, there = _places(values.nodes), _places(model.graph.node)
         by_place = {place: name for name, place in there.items()}
-        given = {each.name for each in (*model.graph.input, *model.graph.output)}
+        ends = {each.name for each in (*model.graph.input, *model.graph.output)}
         taps: dict[Node, str] = {}
         for node, emitted in values.names.items():
             name = values.outputs.get(emitted, emitted)
-            actual = name if name in given else by_place.get(expected[name]) if name in expected else None
+            actual = name if name in ends else by_place.get(expected[name]) if name in expected else None
             if actual is None:
                 continue
-            taps[node] = f"{TAP}{len(found)}.{len(taps)}"
+            taps[node] = f"{TAP}{len(tapped)}.{len(taps)}"
             model.graph.node.append(helper.make_node("Identity", [actual], [taps[node]], name=taps[node]))
             dtype = DTYPES[str(node.meta["val"].dtype).removeprefix("torch.")]
             model.graph.output.append(helper.make_tensor_value_info(taps[node], dtype, None))
-        found.append(Tapped(model.SerializeToString(), taps))
-    return found
+        tapped.append(Tapped(model.SerializeToString(), taps))
+    return tapped
 
 
 def _places(nodes: Iterable[onnx.NodeProto]) -> dict[str, Place]:

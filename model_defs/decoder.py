@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import TextConfig, head_quant, text_quant
-from .layers import GatheredColumnLinear, Linear, RMSNorm, RowParallelLinear, Table, empty_parameter, share
+from .layers import GatheredColumnLinear, Linear, RMSNorm, RowParallelLinear, Table, empty_parameter, shard_size
 
 Feed = Mapping[str, Tensor]  # graph inputs by name; see docs/artifact.md
 Attended = tuple[Tensor, Tensor, Tensor]  # what attention gives, and the updated caches
@@ -25,7 +25,7 @@ class Attention(nn.Module):
     def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
         c, d, bias, kv_heads = config.hidden_size, config.head_dim, config.qkv_bias, config.rank_kv_heads(ranks)
-        self.heads = share(config.heads, ranks)
+        self.heads = shard_size(config.heads, ranks)
         self.q = Linear(c, self.heads * d, bias=bias, quant=quant)
         self.k = Linear(c, kv_heads * d, bias=bias, quant=quant)
         self.v = Linear(c, kv_heads * d, bias=bias, quant=quant)
@@ -65,7 +65,7 @@ class CrossAttention(nn.Module):
     def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
         c, d = config.hidden_size, config.head_dim
-        self.heads, self.head_dim = share(config.heads, ranks), d
+        self.heads, self.head_dim = shard_size(config.heads, ranks), d
         self.q = Linear(c, self.heads * d, bias=False, quant=quant)
         self.q_norm = RMSNorm(d, config.rms_norm_eps)
         self.o = RowParallelLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
@@ -82,8 +82,8 @@ class Mlp(nn.Module):
     def __init__(self, config: TextConfig, quant: str, ranks: int) -> None:
         super().__init__()
         c, i = config.hidden_size, config.intermediate_size
-        self.gate = Linear(c, share(i, ranks), bias=False, quant=quant)
-        self.up = Linear(c, share(i, ranks), bias=False, quant=quant)
+        self.gate = Linear(c, shard_size(i, ranks), bias=False, quant=quant)
+        self.up = Linear(c, shard_size(i, ranks), bias=False, quant=quant)
         self.down = RowParallelLinear(i, c, bias=False, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,7 +103,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor], only: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [B, T, C] -> the same behind this layer. With `only` [B] just that token of each row goes on, [B, C]: all the
+        """x [B, T, C] -> the same after this layer. With `only` [B] just that token of each row goes on, [B, C]: all the
         others leave in a last layer is their keys and values."""
         out, cache = self.attn(self.attn_norm(x), feed, cache, only)
         x = (x if only is None else ops.take_token(x, only)) + out
@@ -181,7 +181,7 @@ class Decoder(nn.Module):
 class TextGraph(nn.Module):
     """Tokens in, logits [B, V] and updated caches out: a chunk of one sequence (prefill), or one token of each of B (decode).
     Behind the T tokens of one sequence that are only guessed (verify) there are logits [T, V], of each of them. With
-    `candidates` the likeliest tokens of each row follow the logits (ops.top_tokens).
+    `candidates` top-k tokens of each row follow the logits (ops.top_tokens).
     Of a pipeline, stages hand on what is between their layers, `hidden` [B, T, C].
 
     `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see docs/artifact.md).

@@ -1,6 +1,6 @@
 """The ranks among which a model is cut, as the definitions of ops.all_reduce and ops.all_gather see them.
 
-A rank runs its graph inside `member_of`. Who is in no group is alone, which is enough for a model that is not cut.
+A rank runs its graph inside `in_group`. A thread that is in no group is alone, which is enough for a model that is not cut.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _group: ContextVar[Group | None] = ContextVar("group", default=None)
 
 
 @contextlib.contextmanager
-def member_of(group: Group) -> Iterator[None]:
+def in_group(group: Group) -> Iterator[None]:
     """In this thread, graphs of one rank meet the others through `group`."""
     before = _group.set(group)
     try:

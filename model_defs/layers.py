@@ -1,8 +1,8 @@
 """The few layers that every family is made of. A module's parameter names are the names in the artifact's weight table.
 
 A model may be cut among ranks (tensor parallelism, Shoeybi et al. 2019; weights/shard.py says how). Every module then holds
-what one rank holds. A `Linear` cut by output features is one with fewer of them; the layers whose results meet those of
-other ranks are `RowParallelLinear`, `GatheredColumnLinear` and `Table`. The same module serves every rank.
+the shard of one rank. A `Linear` cut by output features is one with fewer of them; the layers whose results are combined with
+those of other ranks are `RowParallelLinear`, `GatheredColumnLinear` and `Table`. The same module serves every rank.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Param
     return nn.Parameter(torch.empty(*shape, dtype=dtype), requires_grad=False)
 
 
-def share(size: int, ranks: int) -> int:
-    """What one of `ranks` holds of `size`, which divides: weights are checked before anything is cut (weights/shard.py)."""
+def shard_size(size: int, ranks: int) -> int:
+    """The part of `size` that one of `ranks` holds; it divides, as weights/shard.py checks before anything is cut."""
     assert size % ranks == 0, (size, ranks)
     return size // ranks
 
@@ -69,7 +69,7 @@ class RowParallelLinear(Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quant: str = "none", ranks: int) -> None:
-        super().__init__(share(in_features, ranks), out_features, bias=bias, quant=quant)
+        super().__init__(shard_size(in_features, ranks), out_features, bias=bias, quant=quant)
         self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class RowParallelLinear(Linear):
 
 
 class GatheredColumnLinear(Linear):
-    """x [..., C] -> [..., N], cut by output features, which are joined behind it.
+    """x [..., C] -> [..., N], cut by output features, which are joined after it.
 
     Where N does not divide, ranks have a few features more in all, which are left out of the result.
     """
@@ -124,7 +124,7 @@ class Table(nn.Module):
 
     def __init__(self, rows: int, width: int, *, ranks: int = 1) -> None:
         super().__init__()
-        self.weight, self.ranks = empty_parameter(rows, share(width, ranks)), ranks
+        self.weight, self.ranks = empty_parameter(rows, shard_size(width, ranks)), ranks
 
     def forward(self, ids: Tensor) -> Tensor:
         return _gathered(ops.embed(ids, self.weight), self.ranks)

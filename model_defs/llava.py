@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from . import ops
 from .clip import ClipTower
 from .config import ClipConfig, ModelConfig
-from .layers import Linear, RowParallelLinear, share
+from .layers import Linear, RowParallelLinear, shard_size
 from .vit import Pixels
 
 
@@ -20,7 +20,7 @@ class Projector(nn.Module):
     def __init__(self, config: ModelConfig, ranks: int) -> None:
         super().__init__()
         width = config.text.hidden_size
-        self.up = Linear(config.vision.hidden_size, share(width, ranks), bias=config.projector_bias)
+        self.up = Linear(config.vision.hidden_size, shard_size(width, ranks), bias=config.projector_bias)
         self.down = RowParallelLinear(width, width, bias=config.projector_bias, ranks=ranks)
 
     def forward(self, x: Tensor) -> Tensor:

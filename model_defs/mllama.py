@@ -61,7 +61,7 @@ class Tower(nn.Module):
     def _embed(self, pixels: Tensor, tile_count: Tensor, aspect_id: Tensor) -> Tensor:
         config = self.config
         t, n, width = config.tiles, config.rows_per_tile, config.hidden_size
-        # An empty tile is zero in the space of normalised pixels, and the patches have no bias: zero it behind them.
+        # An empty tile is zero in the space of normalised pixels, and the patches have no bias: zero it after them.
         x = ops.mask_tiles(self.patch(pixels), tile_count)
         x = x + self.pre_tile(aspect_id).reshape(t, 1, width)
         x = torch.cat((self.class_embedding.expand(t, 1, width), x), dim=1)

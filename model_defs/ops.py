@@ -38,7 +38,7 @@ def _op(name: str):
 
 @_op("linear")
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., C] times weight [N, C] transposed, plus bias [N]. A weight of a narrower type is widened."""
+    """x [..., C] times weight [N, C] transposed, plus bias [N]. A weight of a narrower type is upcast."""
     return torch.nn.functional.linear(x, weight.to(x.dtype), bias)
 
 
@@ -51,10 +51,10 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
     """As `linear`, the weight stored in 8 bits: w = (qweight - 128) * scales, qweight [N, blocks, block], scales [N, blocks].
 
-    `zeros` [N, blocks] uint8: what stands in place of 128 in each block. Only the weights are rounded. A kernel may round the
-    activations too; a graph's certificate says how far that carries.
+    `zeros` [N, blocks] uint8: the numbers in place of 128, one for each block. Only the weights are rounded. A kernel may round
+    the activations too; a graph's certificate says how far that carries.
     """
-    return _grouped_linear(x, qweight, scales, bias, 128 if zeros is None else zeros, torch.Tensor.copy_)
+    return _grouped_linear(x, qweight, scales, bias, middle=128 if zeros is None else zeros, unpack=torch.Tensor.copy_)
 
 
 @linear_w8.register_fake
@@ -67,7 +67,7 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, z
     """As `linear_w8`, the weight in 4 bits: w = (q - 8) * scales, two q in each of qweight [N, blocks, block / 2], the first in
     the low bits; `zeros` [N, ceil(blocks / 2)] likewise."""
     middle = 8 if zeros is None else _halves(zeros, zeros.new_empty((len(zeros), 2 * zeros.shape[1])))[:, : scales.shape[1]]
-    return _grouped_linear(x, qweight, scales, bias, middle, lambda wide, part: _halves(part, wide), packed=2)
+    return _grouped_linear(x, qweight, scales, bias, middle=middle, unpack=lambda wide, part: _halves(part, wide), packed=2)
 
 
 def _halves(packed: Tensor, wide: Tensor) -> Tensor:
@@ -87,6 +87,7 @@ def _grouped_linear(
     qweight: Tensor,
     scales: Tensor,
     bias: Tensor | None,
+    *,
     middle: Tensor | int,
     unpack: Callable[[Tensor, Tensor], Tensor],
     packed: int = 1,
@@ -359,9 +360,9 @@ def attention_over_stored(
     lengths: Tensor,
     heads: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `int8_cached_attention` is but for its rounding, for whoever checks it closely; no op of any graph.
+    """`int8_cached_attention` without its rounding, for checking it closely; no op of any graph.
 
-    The caches, in float, hold the roundings of k and v already, as somebody else has made them; those that are returned hold
+    The caches, in float, hold the roundings of k and v already, as a compiled graph has made them; those that are returned hold
     k and v in steps that are not rounded, so that both can be compared.
     """
     at = _places(q, lengths)
@@ -376,7 +377,7 @@ def _steps(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _unscaled(cache: Tensor, scale: Tensor, like: Tensor) -> Tensor:
-    """What a cache [B, K, S, D] stands for, in the type of `like`."""
+    """The values of a cache [B, K, S, D] in 8 bits, in the type of `like`."""
     return cache.to(like.dtype) * scale
 
 
@@ -443,7 +444,7 @@ def _(x: Tensor, tile_count: Tensor) -> Tensor:
 
 @_op("tile_padding")
 def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
-    """Which tokens of an image are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and behind row `rows`
+    """Which tokens of an image are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and from row `rows` on
     of every tile, else 0."""
     place = torch.arange(tiles * padded_rows, device=tile_count.device)
     unused = (place // padded_rows >= tile_count) | (place % padded_rows >= rows)
@@ -457,7 +458,7 @@ def _(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
 
 @_op("pad_rows")
 def pad_rows(x: Tensor, rows: int) -> Tensor:
-    """x [B, T, C] with zeros behind its T rows, `rows` in all."""
+    """x [B, T, C] with zeros after its T rows, `rows` in all."""
     return torch.nn.functional.pad(x, (0, 0, 0, rows - x.shape[1]))
 
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from . import ops
 from .config import ModelConfig, ResampledConfig
-from .layers import GatheredColumnLinear, LayerNorm, Linear, RowParallelLinear, Table, empty_parameter, share
+from .layers import GatheredColumnLinear, LayerNorm, Linear, RowParallelLinear, Table, empty_parameter, shard_size
 from .vit import Block, PatchEmbed, Pixels
 
 
 class Tower(nn.Module):
-    """Normalised pixels [N, size, size, 3] -> [N, P, W]. No class token, no norm behind the last layer."""
+    """Normalised pixels [N, size, size, 3] -> [N, P, W]. No class token, no norm after the last layer."""
 
     def __init__(self, config: ResampledConfig, ranks: int = 1, quant: str = "none") -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class PoolAttention(nn.Module):
 
     def __init__(self, width: int, heads: int, ranks: int) -> None:
         super().__init__()
-        self.heads = share(heads, ranks)
-        self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=True) for _ in range(3))
+        self.heads = shard_size(heads, ranks)
+        self.q, self.k, self.v = (Linear(width, shard_size(width, ranks), bias=True) for _ in range(3))
         self.o = RowParallelLinear(width, width, bias=True, ranks=ranks)
 
     def forward(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The parts that every vision transformer here is made of. N images or tiles, T tokens, C hidden size, p patch side.
 
-Where a model is cut, a rank holds its share of the heads and of the MLP.
+Where a model is cut, a rank holds its shard of the heads and of the MLP.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from . import ops
-from .layers import LayerNorm, Linear, RowParallelLinear, empty_parameter, share
+from .layers import LayerNorm, Linear, RowParallelLinear, empty_parameter, shard_size
 
 ACTIVATIONS = {"quick_gelu": ops.quick_gelu, "gelu": ops.gelu}
 
@@ -47,8 +47,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, *, bias: bool, ranks: int, quant: str) -> None:
         super().__init__()
-        self.heads = share(heads, ranks)
-        self.q, self.k, self.v = (Linear(width, share(width, ranks), bias=bias, quant=quant) for _ in range(3))
+        self.heads = shard_size(heads, ranks)
+        self.q, self.k, self.v = (Linear(width, shard_size(width, ranks), bias=bias, quant=quant) for _ in range(3))
         self.o = RowParallelLinear(width, width, bias=bias, quant=quant, ranks=ranks)
 
     def forward(self, x: Tensor, padding: Tensor | None) -> Tensor:
@@ -63,7 +63,7 @@ class Mlp(nn.Module):
 
     def __init__(self, width: int, inner: int, activation: str, ranks: int, quant: str) -> None:
         super().__init__()
-        self.up = Linear(width, share(inner, ranks), bias=True, quant=quant)
+        self.up = Linear(width, shard_size(inner, ranks), bias=True, quant=quant)
         self.down = RowParallelLinear(inner, width, bias=True, quant=quant, ranks=ranks)
         self.activation = ACTIVATIONS[activation]
 

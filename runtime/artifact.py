@@ -25,6 +25,7 @@ from .manifest.graphs import (
     Certificate,
     CertificateCase,
     Collective,
+    GraphKey,
     GraphSpec,
     Kernels,
     Kind,
@@ -32,7 +33,6 @@ from .manifest.graphs import (
     Step,
     TensorSpec,
     Transfer,
-    graph_name,
     is_cached,
 )
 from .manifest.manifest import SCHEMA_VERSION, AscendInfo, BuildInfo, CalibrationInfo, Manifest, StageSpec
@@ -68,6 +68,7 @@ __all__ = [
     "Collective",
     "CrossSpec",
     "FileSpec",
+    "GraphKey",
     "GraphSpec",
     "ImageProcessorConfig",
     "Kernels",
@@ -87,7 +88,6 @@ __all__ = [
     "Transfer",
     "WeightSpec",
     "encode_manifest",
-    "graph_name",
     "is_cached",
     "open_artifact",
     "rank_folder",

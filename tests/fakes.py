@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from staticvl import runtime
-from staticvl.compiler.graphs import define_graph
+from staticvl.compiler.graphs import GraphContext, define_graph
 from staticvl.compiler.model_info import read_model_info
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import read_config
@@ -389,7 +389,8 @@ def fake_model(
     for name, data in settings.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    definitions = [define_graph(config, info.image, plan.cache, "none", *graph) for graph in plan.graphs]
+    context = GraphContext(config=config, image=info.image, cache=plan.cache)
+    definitions = [define_graph(context, key) for key in plan.graphs]
     graphs = tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in definitions)
     artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(info, **changes), plan.cache, graphs))
     options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate)

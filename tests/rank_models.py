@@ -12,12 +12,21 @@ import numpy as np
 from staticvl.compiler.check import relative_error
 from staticvl.compiler.cost import graph_cost
 from staticvl.compiler.emit_onnx import emit_steps
-from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import ModelConfig, TiledConfig
-from staticvl.runtime.artifact import CROSS_HIDDEN, CacheSpec, GraphSpec, ImageProcessorConfig, Kind, WeightSpec, is_cached
+from staticvl.runtime.artifact import (
+    CROSS_HIDDEN,
+    CacheSpec,
+    GraphKey,
+    GraphSpec,
+    ImageProcessorConfig,
+    Kind,
+    WeightSpec,
+    is_cached,
+)
 from staticvl.runtime.backends.base import Backend
-from staticvl.weights.convert import Converted, convert
+from staticvl.weights.convert import Conversion, Converted, convert
 from staticvl.weights.source import open_source
 
 from .wide_models import wide_config
@@ -31,7 +40,7 @@ class Model:
     config: ModelConfig
     folder: Path  # of the checkpoint
     out: Path  # of what is converted
-    kinds: tuple[tuple[Kind, int, int], ...]
+    keys: tuple[GraphKey, ...]
     quant: str = "none"
     backend: str = "onnx"  # whose default dtype the model is stored in
 
@@ -47,21 +56,21 @@ class Model:
         vision = self.config.vision
         third = (0.3, 0.4, 0.5)
         image = ImageProcessorConfig(mode="stretch", size=vision.image_size, rows=vision.rows_per_tile, mean=third, std=third)
-        cache = self.cache(tp)
-        return {
-            kind: define_graph(self.config, image, cache, self.quant, kind, n, images, tp) for kind, n, images in self.kinds
-        }
+        context = GraphContext(config=self.config, image=image, cache=self.cache(tp), quant=self.quant, ranks=tp)
+        return {key.kind: define_graph(context, key) for key in self.keys}
 
     def converted(self, tp: int, rank: int) -> Converted:
         source, floats = open_source(self.folder), self.options(tp).floats({})
-        return convert(source, self.config, self.out, quant=self.quant, prefix=f"tp{tp}", floats=floats, tp=tp, rank=rank)
+        conversion = Conversion(quant=self.quant, prefix=f"tp{tp}", floats=floats, tp=tp, rank=rank)
+        return convert(source, self.config, self.out, conversion)
 
 
 def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:
     """Without a folder: to be looked at, not run."""
     config = wide_config(family, kv_heads)
     tiles, images = (config.vision.tiles, 1) if isinstance(config.vision, TiledConfig) else (2, 0)
-    return Model(config, folder, folder, (("vision", tiles, 0), ("prefill", CHUNK, images), ("decode", ROWS, images)))
+    keys = GraphKey("vision", tiles), GraphKey("prefill", CHUNK, images), GraphKey("decode", ROWS, images)
+    return Model(config, folder, folder, keys)
 
 
 def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str]) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from staticvl.compiler.graphs import define_graph, fed_inputs
+from staticvl.compiler.graphs import GraphContext, define_graph, fed_inputs
 from staticvl.compiler.pipeline import joined
 from staticvl.model_defs.config import (
     ClipConfig,
@@ -29,6 +29,7 @@ from staticvl.runtime.artifact import (
     SCHEMA_VERSION,
     CacheSpec,
     CrossSpec,
+    GraphKey,
     GraphSpec,
     ImageProcessorConfig,
     Kind,
@@ -102,9 +103,11 @@ class Case:
 
     def graph(self) -> GraphSpec:
         """The graph as a manifest lists it."""
-        sizes = self.kind, self.bucket, self.images
-        graph = define_graph(self.config, self.image, self.cache, "none", *sizes, self.ranks, self.candidates)
-        fed = fed_inputs(self.config, self.image, self.cache, *sizes, self.candidates)
+        key = GraphKey(self.kind, self.bucket, self.images)
+        context = GraphContext(
+            config=self.config, image=self.image, cache=self.cache, ranks=self.ranks, candidates=self.candidates
+        )
+        graph, fed = define_graph(context, key), fed_inputs(context, key)
         return joined(graph.spec(), self.stage, fed, self.config.text.vocab_size)
 
 

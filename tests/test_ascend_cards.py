@@ -14,7 +14,7 @@ import torch
 from staticvl.runtime.artifact import ArtifactError, WeightSpec, rank_weights
 from staticvl.runtime.backends.ascend import backend as ascend
 
-from .lockstep import ArrayMember, Meeting
+from .lockstep import ArrayGroup, Lockstep
 
 
 def test_the_default_group_is_what_such_a_file_finds_on_a_card() -> None:
@@ -36,7 +36,7 @@ def test_weights_of_a_rank() -> None:
 
 
 @dataclass
-class Carded(ArrayMember):
+class Carded(ArrayGroup):
     """A member of a group with a store."""
 
     store: Any = None
@@ -56,23 +56,23 @@ def card(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
 
 
 def test_a_rank_takes_the_card_of_its_place_on_the_machine(card: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank_3 = ArrayMember(Meeting(4), 3)
+    rank_3 = ArrayGroup(Lockstep(4), 3)
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert ascend._card(ascend._ranks_card("npu", rank_3)) == (ascend.Device("npu:1"), "Ascend910B") and card.index == 1
     assert ascend._ranks_card("npu:0", rank_3) == "npu:0"
-    assert ascend._ranks_card("npu", None) == ascend._ranks_card("npu", ArrayMember(Meeting(1), 0)) == "npu"
+    assert ascend._ranks_card("npu", None) == ascend._ranks_card("npu", ArrayGroup(Lockstep(1), 0)) == "npu"
     monkeypatch.delenv("LOCAL_RANK")
     with pytest.raises(ArtifactError, match="device npu:3 was asked for, but 2 Ascend cards are visible"):
         ascend._card(ascend._ranks_card("npu", rank_3))
 
 
 def test_what_a_card_compiles_is_kept_by_rank(card: SimpleNamespace, tmp_path: Path) -> None:
-    names = [ascend._compile_cache_folder(tmp_path, "Ascend910B", group).name for group in (None, ArrayMember(Meeting(2), 1))]
+    names = [ascend._compile_cache_folder(tmp_path, "Ascend910B", group).name for group in (None, ArrayGroup(Lockstep(2), 1))]
     assert names == ["Ascend910B-8.5", "Ascend910B-8.5-rank-1-of-2"]
 
 
 def test_ranks_on_cards_agree_on_a_group_through_their_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, asked = Carded(Meeting(2), 1, store=torch.distributed.HashStore()), []
+    group, asked = Carded(Lockstep(2), 1, store=torch.distributed.HashStore()), []
     monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: asked.append((given, named)))
     ascend._join(group)
     ((given, named),) = asked
@@ -87,6 +87,6 @@ def test_another_default_group_is_in_the_way() -> None:
         with pytest.raises(
             ArtifactError, match=r"over gloo as rank 0 of 1, but .* over hccl as rank 1 of 2; run them in a pro"
         ):
-            ascend._join(Carded(Meeting(2), 1))
+            ascend._join(Carded(Lockstep(2), 1))
     finally:
         torch.distributed.destroy_process_group()

@@ -26,7 +26,7 @@ from staticvl.runtime.backends.ascend.kernel import ascend_info
 from staticvl.runtime.backends.base import Group
 from staticvl.runtime.backends.ge_simulator.ge_graph import parse
 
-from .lockstep import ArrayMember, Counting, Meeting, member_in, not_summed, reversed_gather, run_ranks
+from .lockstep import ArrayGroup, Counting, Lockstep, array_group, not_summed, reversed_gather, run_ranks
 from .need_torchair import skip_without_torchair
 from .rank_models import Model, communication, feed, held, model_of, steps, worst_errors
 from .wide_models import write_random
@@ -70,7 +70,7 @@ def run(
     model: Model, graphs: Graphs, tp: int, weights: Mapping[str, WeightSpec], *, wide: bool, group: Group | None = None
 ) -> list[np.ndarray]:
     specs, files = graphs
-    group = group or (member_in(tp) if tp > 1 else None)
+    group = group or (array_group(tp) if tp > 1 else None)
     backend = AscendBackend(model.out, model.cache(tp), weights, files, simulated(wide=wide), group=group)
     return steps(backend, specs, list(backend.caches))
 
@@ -83,7 +83,7 @@ def alone(model: Model, *, wide: bool = True) -> list[np.ndarray]:
 def defined(model: Model) -> list[np.ndarray]:
     """What the whole model is defined to find."""
     graphs = model.define(1)
-    backend = EagerBackend(model.out, model.converted(1, 0).weights, model.cache(1), lambda kind, *_: graphs[kind])
+    backend = EagerBackend(model.out, model.converted(1, 0).weights, model.cache(1), lambda key: graphs[key.kind])
     found = steps(backend, {kind: graph.spec() for kind, graph in graphs.items()}, list(backend.caches))
     assert all(np.isfinite(each).all() and each.std() > 0 for each in found)
     return found
@@ -152,7 +152,7 @@ def test_communication_is_what_was_counted(model: Model, graphs: Graphs) -> None
     stored = [model.converted(2, rank) for rank in range(2)]
 
     def work(rank: int) -> tuple[int, int]:
-        group = member_in(2, Counting)
+        group = array_group(2, Counting)
         run(model, graphs, 2, stored[rank].weights, wide=False, group=group)
         return group.calls, group.nbytes // 2
 
@@ -256,22 +256,22 @@ def test_an_artifact_of_two_ranks(model: Model, whole: list[np.ndarray], graphs:
     manifest = manifest_of(model, graphs, 2)
 
     def work(rank: int) -> list[np.ndarray]:
-        backend = open_ascend(model.out, manifest, "sim", member_in(2))
+        backend = open_ascend(model.out, manifest, "sim", array_group(2))
         return steps(backend, graphs[0], list(backend.caches))
 
     assert distance(model, run_ranks(2, work)[0], whole) <= ROUNDED
     copy = shutil.copytree(model.out, tmp_path / "artifact")
     for path in (copy / "weights" / "rank-1").glob("*.safetensors"):
         path.write_bytes(b"0" + path.read_bytes()[1:])
-    open_ascend(copy, manifest, "sim", ArrayMember(Meeting(2), 0))
+    open_ascend(copy, manifest, "sim", ArrayGroup(Lockstep(2), 0))
     with pytest.raises(ArtifactError, match=r"rank-1/.* is not the file that the manifest describes"):
-        open_ascend(copy, manifest, "sim", ArrayMember(Meeting(2), 1))
+        open_ascend(copy, manifest, "sim", ArrayGroup(Lockstep(2), 1))
 
 
 @ONE_FAMILY
 def test_a_rank_is_not_opened_alone(model: Model, graphs: Graphs, eager: Graphs) -> None:
     manifest = manifest_of(model, graphs, 2)
-    for group, size in ((None, 1), (ArrayMember(Meeting(4), 0), 4)):
+    for group, size in ((None, 1), (ArrayGroup(Lockstep(4), 0), 4)):
         with pytest.raises(ArtifactError, match=f"{model.out} is one rank's of 2, but runs in a group of {size}; open all 2"):
             open_ascend(model.out, manifest, "sim", group)
     for specs, files in (graphs, eager):

@@ -21,11 +21,11 @@ from staticvl.compiler import make as make_module
 from staticvl.compiler.build import BuildError, build
 from staticvl.compiler.check import CertificateError
 from staticvl.compiler.emit_onnx import UnsupportedOpError, emit
-from staticvl.compiler.graphs import define_graph
+from staticvl.compiler.graphs import GraphContext, define_graph
 from staticvl.compiler.leftovers import JOURNAL
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import SCHEMA_VERSION, ArtifactError, FileSpec, open_artifact, verify, write_manifest
+from staticvl.runtime.artifact import SCHEMA_VERSION, ArtifactError, FileSpec, GraphKey, open_artifact, verify, write_manifest
 from staticvl.runtime.engine.fit import ContextError
 from staticvl.weights.source import WeightsError
 
@@ -259,7 +259,7 @@ def other_place(chosen: Options, tmp_path: Path, **changes: object) -> Options:
 
 def test_text_graphs_are_built_for_each_number_of_images(looking: Options) -> None:
     manifest = verify(looking.out).manifest
-    assert {(graph.kind, graph.bucket, graph.images) for graph in manifest.graphs} == {
+    assert {graph.graph_key for graph in manifest.graphs} == {
         ("vision", 4, 0),
         *(("prefill", 8, images) for images in (0, 1, 2)),
         *(("decode", rows, images) for rows in (1, 2) for images in (0, 1, 2)),
@@ -398,7 +398,8 @@ def test_weights_in_8_bits(checkpoint: Path, pristine: Path, tmp_path: Path) -> 
 def test_twins_expand_one_weight_at_a_time(checkpoint: Path, tmp_path: Path) -> None:
     """Expanding all of them first would take the memory of the whole model in float32."""
     config, made = read_config(checkpoint), build(replace(options(checkpoint, tmp_path / "w8"), quant="w8a16")).manifest
-    graph = define_graph(config, made.model.image, made.cache, "w8a16", "decode", 1, 0)
+    context = GraphContext(config=config, image=made.model.image, cache=made.cache, quant="w8a16")
+    graph = define_graph(context, GraphKey("decode", 1))
     twin = onnx.load_from_string(emit(graph, made.weights, exact=True))
     twin_path = tmp_path / "w8" / "twin.onnx"
     onnx.save(twin, twin_path)

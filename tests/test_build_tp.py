@@ -157,7 +157,7 @@ def test_a_wrong_build_is_stopped(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[[pytest.MonkeyPatch], None]
 ) -> None:
     fault(monkeypatch)
-    with pytest.raises(CertificateError, match=r"differs from its definition|does not find what rank 0 finds"):
+    with pytest.raises(CertificateError, match=r"differs from its definition|does not compute what rank 0 computes"):
         compile_into(checkpoint, tmp_path / "a")
     assert not (tmp_path / "a" / MANIFEST).exists()
 
@@ -175,7 +175,7 @@ def test_ranks_that_disagree_are_found(pristine: Path) -> None:
     feed = {spec.name: np.zeros(spec.shape, spec.dtype) for spec in graph.inputs}
     backend.run(graph, feed)
     backend.ranks[1].run = odd.__get__(backend.ranks[1])  # type: ignore[method-assign]
-    with pytest.raises(CertificateError, match="vision-1: rank 1 does not find what rank 0 finds"):
+    with pytest.raises(CertificateError, match="vision-1: rank 1 does not compute what rank 0 computes"):
         backend.run(graph, feed)
 
 

@@ -20,7 +20,7 @@ from benchmarks.quantisation_accuracy import calibration as drawn
 from benchmarks.quantisation_accuracy import compiled as compiled_side
 from staticvl.compiler import calibrate as calibration_code
 from staticvl.compiler.build import build
-from staticvl.compiler.calibrate import calibrate, prompts_of
+from staticvl.compiler.calibrate import CalibrationContext, calibrate, prompts_of
 from staticvl.compiler.calibration import Calibration, CalibrationError, Conversation
 from staticvl.compiler.fingerprint import weights_key
 from staticvl.compiler.plan import Buckets, Options, PlanError, make_plan
@@ -37,7 +37,7 @@ from staticvl.tools.comparing.samples import Sample, built_in_samples
 from staticvl.tools.comparing.static_side import open_eager_side
 from staticvl.tools.development.train_tiny import cases
 from staticvl.weights.calibrated_layers import CalibratedLayers, stored_by_ranks
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.input_statistics import InputStatistics, StatisticsCollector
 from staticvl.weights.quantize import dequantize, dequantize_w4
 from staticvl.weights.source import open_source
@@ -78,7 +78,8 @@ class Setup:
         self, store: CalibratedLayers, quant: str = "w4a16", tp: int = 1, progress: Progress | None = None
     ) -> CalibratedLayers:
         source = open_source(self.checkpoint.folder, None)
-        calibrate(source, self.config, self.info, self.cache, self.prompts, quant, tp, store, progress or Progress())
+        context = CalibrationContext(config=self.config, info=self.info, cache=self.cache, quant=quant, tp=tp, store=store)
+        calibrate(source, context, self.prompts, progress or Progress())
         return store
 
 
@@ -249,8 +250,8 @@ def test_weight_files_hold_what_was_calibrated(small: Setup, tmp_path: Path, qua
     """Of each rank its own; all else is converted as ever."""
     store = small.run(CalibratedLayers(tmp_path, "k"), quant, 2)
     source, out = open_source(small.checkpoint.folder, None), tmp_path / "out"
-    plain = convert(source, small.config, tmp_path / "plain", quant=quant, prefix="p", tp=2, rank=1).weights
-    found = convert(source, small.config, out, quant=quant, prefix="k", tp=2, rank=1, calibrated=store).weights
+    plain = convert(source, small.config, tmp_path / "plain", Conversion(quant=quant, prefix="p", tp=2, rank=1)).weights
+    found = convert(source, small.config, out, Conversion(quant=quant, prefix="k", tp=2, rank=1), calibrated=store).weights
     taken = set()
     for name in targets(small.config):
         for part, value in store.parameter(name, 1).items():

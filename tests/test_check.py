@@ -17,7 +17,7 @@ from staticvl.compiler.onnx_graph import LOWERINGS, Emitter
 from staticvl.compiler.onnx_graph.emitter import slice_along
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
-from staticvl.runtime.artifact import read_manifest
+from staticvl.runtime.artifact import GraphKey, read_manifest
 
 from .checkpoints_mllama import tiny_mllama
 from .tiny_families import GOLDEN_QWEN
@@ -25,7 +25,7 @@ from .tiny_families import GOLDEN_QWEN
 Break = Callable[..., Any]  # the right lowering, then the arguments of a lowering
 
 
-Maker = Callable[[str, int, int], Any]
+Maker = Callable[[GraphKey], Any]
 
 
 def maker(checkpoint: Path, folder: Path, buckets: Buckets) -> Maker:
@@ -34,7 +34,7 @@ def maker(checkpoint: Path, folder: Path, buckets: Buckets) -> Maker:
     build(options)
     job = prepare(options, Progress())
     graphs = GraphMaker(options, job.config, job.info, job.plan, read_manifest(options.out).weights)
-    return lambda kind, bucket, images: graphs.make(kind, bucket, images, "again")  # type: ignore[arg-type]
+    return lambda key: graphs.make(key, "again")
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def first_shape(right: Break, e: Emitter, node: Any, ids: str, table: str) -> st
     return right(e, node, e.constant([1], "int32") if ids == "aspect_id" else ids, table)
 
 
-PREFILL, VISION = ("prefill", 8, 2), ("vision", 4, 0)
+PREFILL, VISION = GraphKey("prefill", 8, 2), GraphKey("vision", 4)
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ PREFILL, VISION = ("prefill", 8, 2), ("vision", 4, 0)
     ],
 )
 def test_a_graph_that_misreads_an_input_is_refused(
-    looking: Maker, monkeypatch: pytest.MonkeyPatch, graph: tuple[str, int, int], op: str, broken: Break
+    looking: Maker, monkeypatch: pytest.MonkeyPatch, graph: GraphKey, op: str, broken: Break
 ) -> None:
     right = LOWERINGS[op]
     monkeypatch.setitem(LOWERINGS, op, lambda e, node, *args: broken(right, e, node, *args))
     with pytest.raises(CertificateError, match="differs from its definition"):
-        looking(*graph)
+        looking(graph)
 
 
 @pytest.mark.parametrize(("name", "op"), [("query_scale", "aten.mul.Tensor"), ("row_index", "staticvl.merge_rows")])
@@ -133,4 +133,4 @@ def test_so_it_is_in_qwen(qwen: Maker, monkeypatch: pytest.MonkeyPatch, name: st
     right = LOWERINGS[op]
     monkeypatch.setitem(LOWERINGS, op, lambda e, node, *args: args[0] if name in args else right(e, node, *args))
     with pytest.raises(CertificateError, match="prefill-16 differs from its definition"):
-        qwen("prefill", 16, 0)
+        qwen(GraphKey("prefill", 16))

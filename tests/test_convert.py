@@ -21,7 +21,7 @@ from torch import Tensor
 
 from staticvl.model_defs.config import ModelConfig, read_config
 from staticvl.weights import writer
-from staticvl.weights.convert import Converted, convert, forget_journal, plan_weight_files
+from staticvl.weights.convert import Conversion, Converted, convert, forget_journal, plan_weight_files
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.source import Source, open_source
 from staticvl.weights.storage import QUANTS, quant_of, stored_targets
@@ -45,7 +45,9 @@ def config(tiny: Tiny) -> ModelConfig:
 
 def run(tiny: Tiny, config: ModelConfig, out: Path, quant: str = "none", **options: Any) -> Converted:
     source = open_source(tiny.folder, tiny.vision_tower)
-    return convert(source, config, out, quant=quant, prefix="k", **{"shard_bytes": SHARD_BYTES} | options)
+    progress = options.pop("progress", None)
+    conversion = Conversion(**{"quant": quant, "prefix": "k", "shard_bytes": SHARD_BYTES} | options)
+    return convert(source, config, out, conversion, progress=progress)
 
 
 def load(out: Path, converted: Converted) -> dict[str, Tensor]:
@@ -129,7 +131,7 @@ def test_quantised_weights(tmp_path: Path, tiny: Tiny, config: ModelConfig, quan
 @pytest.mark.parametrize("quant", ["none", "w8a8+vision"])
 def test_files_are_as_planned(tmp_path: Path, tiny: Tiny, config: ModelConfig, quant: str) -> None:
     converted = run(tiny, config, tmp_path, quant)
-    shards = plan_weight_files(config, quant, "k", SHARD_BYTES)
+    shards = plan_weight_files(config, Conversion(quant=quant, prefix="k", shard_bytes=SHARD_BYTES))
     assert [shard.file for shard in shards] == [f"weights/k-{i + 1:05d}.safetensors" for i in range(len(shards))] and len(
         shards
     ) > 2
@@ -184,7 +186,7 @@ def test_each_tensor_is_read_once(
 
 
 def test_progress_adds_up(tmp_path: Path, tiny: Tiny, config: ModelConfig) -> None:
-    total = sum(shard.nbytes for shard in plan_weight_files(config, "none", "k", SHARD_BYTES))
+    total = sum(shard.nbytes for shard in plan_weight_files(config, Conversion(prefix="k", shard_bytes=SHARD_BYTES)))
     for _ in range(2):  # the second run finds every file finished
         steps: list[int] = []
         run(tiny, config, tmp_path, progress=steps.append)
@@ -289,7 +291,7 @@ def test_a_partial_file_of_a_killed_run_is_removed(tmp_path: Path, tiny: Tiny, c
 def test_too_little_disk_space_is_said_before_writing(
     tmp_path: Path, tiny: Tiny, config: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shards = plan_weight_files(config, "none", "k", SHARD_BYTES)
+    shards = plan_weight_files(config, Conversion(prefix="k", shard_bytes=SHARD_BYTES))
     needed = sum(shard.nbytes for shard in shards)
     usage = type("Usage", (), {"free": needed - 1})()
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
@@ -325,7 +327,7 @@ class FullDisk:
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, tiny: Tiny, config: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    shards = plan_weight_files(config, "none", "k", SHARD_BYTES)
+    shards = plan_weight_files(config, Conversion(prefix="k", shard_bytes=SHARD_BYTES))
     room = [shards[0].nbytes + shards[1].nbytes + shards[2].nbytes // 2]
     plain = Path.open
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import gelu, layer_norm, linear, scaled_dot_product_attention
 
 from staticvl.model_defs.config import ModelConfig, ResampledConfig, TiledConfig, read_config
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.quantize import dequantize_w8
 from staticvl.weights.source import open_source
 from staticvl.weights.storage import stored_targets
@@ -31,7 +31,7 @@ from .tiny_families import GOLDEN_QWEN, llava_next_model, mllama_model, save, wr
 def converted(folder: Path, out: Path, *, quant: str = "none", tower: Path | None = None) -> dict[str, Tensor]:
     """Every stored tensor; their names, order apart, are those of the plan."""
     config = read_config(folder, vision_tower=tower)
-    files = convert(open_source(folder, tower), config, out, quant=quant, prefix="k", shard_bytes=200_000).files
+    files = convert(open_source(folder, tower), config, out, Conversion(quant=quant, prefix="k", shard_bytes=200_000)).files
     stored = {name: tensor for file in files for name, tensor in load_file(out / file).items()}
     assert {n: (str(t.dtype).removeprefix("torch."), tuple(t.shape)) for n, t in stored.items()} == {
         n: (s.dtype, s.shape) for n, s in stored_targets(config, quant).items()

@@ -16,7 +16,7 @@ from staticvl.model_defs.config import ModelConfig, head_quant
 from staticvl.runtime.artifact import FileSpec
 from staticvl.runtime.files import sha256_file
 from staticvl.weights import shard_span
-from staticvl.weights.convert import Converted, convert, forget_journal, plan_weight_files
+from staticvl.weights.convert import Conversion, Converted, convert, forget_journal, plan_weight_files
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.shard import rank_span, shard_axis
 from staticvl.weights.shard_span import Span, read_span
@@ -45,7 +45,9 @@ def mllama(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelConfig, Path]
 
 def run(checkpoint: tuple[ModelConfig, Path], out: Path, **options: Any) -> Converted:
     config, folder = checkpoint
-    return convert(open_source(folder), config, out, **{"quant": "none", "prefix": "k", "shard_bytes": SHARD_BYTES} | options)
+    progress = options.pop("progress", None)
+    conversion = Conversion(**{"prefix": "k", "shard_bytes": SHARD_BYTES} | options)
+    return convert(open_source(folder), config, out, conversion, progress=progress)
 
 
 def load(out: Path, converted: Converted) -> dict[str, Tensor]:
@@ -77,7 +79,7 @@ def test_files_of_all_ranks_are_laid_out_alike(checkpoint: tuple[ModelConfig, Pa
     places = []
     for rank in range(4):
         converted = run(checkpoint, tmp_path, tp=4, rank=rank, quant=quant)
-        planned = plan_weight_files(config, quant, "k", SHARD_BYTES, tp=4, rank=rank)
+        planned = plan_weight_files(config, Conversion(quant=quant, prefix="k", shard_bytes=SHARD_BYTES, tp=4, rank=rank))
         folder = f"weights/rank-{rank}/"
         assert list(converted.files) == [shard.file for shard in planned] and len(planned) > 1
         assert all(file.startswith(folder) and (tmp_path / file).is_file() for file in converted.files)

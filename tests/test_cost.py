@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from staticvl.compiler.cost import graph_cost
-from staticvl.compiler.graphs import define_graph
+from staticvl.compiler.graphs import GraphContext, define_graph
 from staticvl.compiler.model_info import read_model_info
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import Kind, is_cached
+from staticvl.runtime.artifact import GraphKey, Kind, is_cached
 from staticvl.tools.cards import CARDS, Card
 
 from .conftest import EMBEDDED
@@ -30,7 +30,8 @@ def cost(kind: Kind, bucket: int, dtype: str) -> tuple[int, int]:
     info, _ = read_model_info(EMBEDDED, config, vision_tower=None)
     buckets = Buckets(prefill=(16,), decode=(2,), vision=(1,), context=64, slots=2)
     plan = make_plan(config, Options(checkpoint=EMBEDDED, out=Path("unused"), buckets=buckets))
-    found = graph_cost(define_graph(config, info.image, plan.cache, "none", kind, bucket, 0), dtype)
+    context = GraphContext(config=config, image=info.image, cache=plan.cache)
+    found = graph_cost(define_graph(context, GraphKey(kind, bucket)), dtype)
     return found.flops, found.nbytes
 
 
@@ -74,7 +75,7 @@ def test_what_a_step_brings_is_counted_as_it_comes() -> None:
     info, _ = read_model_info(checkpoint, config, vision_tower=None)
     buckets = Buckets(prefill=(16,), decode=(2,), images=(1,), context=64, slots=2)
     plan = make_plan(config, Options(checkpoint=checkpoint, out=Path("unused"), buckets=buckets))
-    graph = define_graph(config, info.image, plan.cache, "none", "prefill", 16, 1)
+    graph = define_graph(GraphContext(config=config, image=info.image, cache=plan.cache), GraphKey("prefill", 16, 1))
     brought = sum(4 * math.prod(spec.shape) for spec in graph.inputs if not is_cached(spec.name))
     assert {"cross_mask", "cross_gate"} <= {spec.name for spec in graph.inputs}
     assert 2 * graph_cost(graph, "float16").nbytes - graph_cost(graph, "float32").nbytes == brought

@@ -330,7 +330,11 @@ def test_rows_with_and_without_images_in_one_batch() -> None:
     params = [SamplingParams(max_new_tokens=n, ignore_eos=True) for n in lengths]
     sequences = [engine.add_request(prompt, each) for prompt, each in zip(prompts, params, strict=True)]
     steps = run_all(engine)
-    assert any(step.images == 3 and {s.images for s in step.sequences} == {0, 1, 2} for step in steps if step.kind == "decode")
+    assert any(
+        step.graph_key.images == 3 and {s.images for s in step.sequences} == {0, 1, 2}
+        for step in steps
+        if step.kind == "decode"
+    )
     for sequence, prompt, each in zip(sequences, prompts, params, strict=True):
         assert sequence.generated == oracle(prompt, each, CROSS_FACTS)
 

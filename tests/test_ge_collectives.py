@@ -17,7 +17,7 @@ from staticvl.runtime.backends.ge_simulator.ge_graph import GeGraphError, parse
 from staticvl.runtime.backends.ge_simulator.simulator import Simulator
 
 from .ge_graphs import build, compute, lower
-from .lockstep import ArrayMember, Meeting, member_in, run_ranks
+from .lockstep import ArrayGroup, Lockstep, array_group, run_ranks
 from .need_torchair import skip_without_torchair
 
 skip_without_torchair()
@@ -40,7 +40,7 @@ def gathered(ge: Any, x: Any, ranks: int = 2, **attributes: Any) -> Any:
 def on_ranks(data: bytes, inputs: list[Tensor], *, wide: bool = False) -> list[list[Tensor]]:
     """The outputs of every rank of one graph."""
     size = len(inputs)
-    return run_ranks(size, lambda rank: Simulator(data, wide=wide, group=member_in(size))([inputs[rank]]))[0]
+    return run_ranks(size, lambda rank: Simulator(data, wide=wide, group=array_group(size))([inputs[rank]]))[0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -132,4 +132,4 @@ def test_a_part_of_a_model_does_not_run_by_itself(make: Callable[..., Any]) -> N
     with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 1; open all 2 ranks together"):
         Simulator(data)([torch.ones(2, 3)])
     with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 4"):
-        Simulator(data, group=ArrayMember(Meeting(4), 0))([torch.ones(2, 3)])
+        Simulator(data, group=ArrayGroup(Lockstep(4), 0))([torch.ones(2, 3)])

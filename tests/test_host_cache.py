@@ -24,7 +24,7 @@ from staticvl.runtime.locks import READERS
 
 from .checkpoints import tiny_llava
 from .fakes import FACTS, fake_manifest
-from .lockstep import member_in, run_ranks
+from .lockstep import array_group, run_ranks
 from .rank_models import Model, model_of, steps, worst_errors, write_steps
 from .wide_models import write_random
 
@@ -225,7 +225,7 @@ class Ranks:
         def work(rank: int) -> list[np.ndarray]:
             cache = self.manifest.cache
             specs: dict[Kind, GraphSpec] = {graph.kind: graph for graph in self.manifest.graphs}
-            backend = open_backend("onnx", self.model.out, cache, threads=1, manifest=self.manifest, group=member_in(RANKS))
+            backend = open_backend("onnx", self.model.out, cache, threads=1, manifest=self.manifest, group=array_group(RANKS))
             return steps(backend, specs, list(cache.buffers()))
 
         return run_ranks(RANKS, work)[0]

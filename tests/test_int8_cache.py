@@ -25,7 +25,7 @@ from staticvl.compiler.calibration import Calibration, Conversation
 from staticvl.compiler.check import CertificateError, rounding_error
 from staticvl.compiler.cost import graph_cost
 from staticvl.compiler.emit_onnx import emit
-from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph
 from staticvl.compiler.inputs import plan_only, prepare
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.onnx_graph import LOWERINGS, Emitter
@@ -34,7 +34,7 @@ from staticvl.compiler.progress import Progress
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.decoder import Attention
-from staticvl.runtime.artifact import CacheSpec, Manifest, TensorSpec, WeightSpec, read_manifest
+from staticvl.runtime.artifact import CacheSpec, GraphKey, Manifest, TensorSpec, WeightSpec, read_manifest
 from staticvl.runtime.backends.ascend.weights import map_weight
 from staticvl.runtime.processor.prompt import Message
 from staticvl.tools.cli import main
@@ -143,7 +143,7 @@ def on_onnx_runtime(given: Step, folder: Path) -> list[np.ndarray]:
     stored = {name: StoredTensor("float32", tuple(each.shape)) for name, each in module.named_parameters()}
     shard = lay_out("weights.safetensors", stored)
     write_weight_file(folder, shard, dict(module.named_parameters()).__getitem__)
-    graph = GraphDef("decode", 1, 0, module, tuple(specs), tuple(outputs))
+    graph = GraphDef(GraphKey("decode", 1), module, tuple(specs), tuple(outputs))
     (folder / "model.onnx").write_bytes(emit(graph, shard.tensors))
     session = ort.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
     written = {"out": np.zeros_like(feed["q"])} | {spec.name: feed[spec.name.removesuffix(".out")] for spec in outputs[1:]}
@@ -369,8 +369,11 @@ def test_the_forecast_counts_a_quarter(prompts: Calibration) -> None:
     assert [plan_only(options).sizes["cache_bytes"] for options in (plain, eight)] == [cache.nbytes for cache in caches]
     info = prepare(eight, Progress()).info
     costs = [
-        graph_cost(define_graph(options.defined(config), info.image, cache, "none", "decode", 1, 0), "float32")
-        for options, cache in zip((plain, eight), caches, strict=True)
+        graph_cost(define_graph(context, GraphKey("decode", 1)), "float32")
+        for context in (
+            GraphContext(config=options.defined(config), image=info.image, cache=cache)
+            for options, cache in zip((plain, eight), caches, strict=True)
+        )
     ]
     assert costs[0].flops == costs[1].flops
     saved = (text[0] - text[1]) / caches[0].slots - 4 * 2 * caches[0].layers * config.text.kv_heads * config.text.head_dim
@@ -426,9 +429,9 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> GraphMaker:
 
 
 @pytest.mark.parametrize("broken", [swapped, of_the_next_channel, a_little_large, a_row_late])
-@pytest.mark.parametrize("graph", [("prefill", 8, 0), ("decode", 2, 1)])
+@pytest.mark.parametrize("graph", [GraphKey("prefill", 8), GraphKey("decode", 2, 1)])
 def test_a_graph_that_misuses_scales_is_refused(
-    maker: GraphMaker, monkeypatch: pytest.MonkeyPatch, broken: Break, graph: tuple[Any, int, int]
+    maker: GraphMaker, monkeypatch: pytest.MonkeyPatch, broken: Break, graph: GraphKey
 ) -> None:
     op = "staticvl.int8_cached_attention"
     lowering = LOWERINGS[op]
@@ -440,7 +443,7 @@ def test_a_graph_that_misuses_scales_is_refused(
 
     monkeypatch.setitem(LOWERINGS, op, lower)
     with pytest.raises(CertificateError, match="differs from its definition"):
-        maker.make(*graph, "again")
+        maker.make(graph, "again")
 
 
 # ---- what is refused

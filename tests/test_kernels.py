@@ -21,14 +21,14 @@ from staticvl.compiler import kernels, other_work
 from staticvl.compiler.build import build
 from staticvl.compiler.cases import Case, CaseMaker
 from staticvl.compiler.emit_onnx import emit
-from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph
 from staticvl.compiler.inputs import prepare
 from staticvl.compiler.kernels import KernelTuner
 from staticvl.compiler.other_work import OtherWork
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.compiler.progress import Progress
 from staticvl.runtime import load
-from staticvl.runtime.artifact import CacheSpec, Kernels, Kind, read_manifest
+from staticvl.runtime.artifact import CacheSpec, GraphKey, Kernels, Kind, read_manifest
 from staticvl.runtime.backends import ort
 from staticvl.runtime.backends.cores import usable_cores
 from staticvl.runtime.backends.open import open_backend
@@ -48,8 +48,8 @@ def options(out: Path, checkpoint: Path = EMBEDDED, **more: Any) -> Options:
 def tuner_of(made: Options) -> KernelTuner:
     """For an artifact that is there."""
     job, weights = prepare(made, Progress()), read_manifest(made.out).weights
-    settings: dict[str, Any] = {"config": job.config, "info": job.info, "cache": job.plan.cache, "weights": weights}
-    return KernelTuner(**settings, quant=made.stored_quant, candidates=0, out=made.out)
+    context = GraphContext(config=job.config, image=job.info.image, cache=job.plan.cache, quant=made.stored_quant)
+    return KernelTuner(context=context, info=job.info, weights=weights, out=made.out)
 
 
 @pytest.fixture(scope="module")
@@ -62,15 +62,14 @@ def narrow(tmp_path_factory: pytest.TempPathFactory) -> KernelTuner:
 
 def results(tuner: KernelTuner, kind: Kind, bucket: int, way: Kernels, past: int, count: int) -> list[np.ndarray]:
     """Logits of the whole model's graph, and all that it has written into the caches."""
-    cache: CacheSpec = tuner.cache
-    graph: GraphDef = define_graph(tuner.config, tuner.info.image, cache, tuner.quant, kind, bucket, 0)
-    graph = replace(graph, kernels=way)
+    cache: CacheSpec = tuner.context.cache
+    graph: GraphDef = replace(define_graph(tuner.context, GraphKey(kind, bucket)), kernels=way)
     path = tuner.out / "way.onnx.partial"
     path.write_bytes(emit(graph, tuner.weights))
     backend, spec = open_backend("onnx", tuner.out, cache), graph.spec(path.name)
     rows = bucket if kind == "decode" else 1
     case = Case("", np.full(rows, past, np.int32), np.full(rows, count, np.int32))
-    maker = CaseMaker(tuner.info, tuner.config.text.all_embed_rows)
+    maker = CaseMaker(tuner.info, tuner.context.config.text.all_embed_rows)
     maker.fill(spec, case, [backend])
     logits = backend.run(spec, maker.feed(spec, case)).first.copy()
     path.unlink()
@@ -113,7 +112,7 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> list[list
 def test_each_question_builds_on_the_answers_before(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
     four, two_cores = "4 tokens attend at a time", "4 tokens attend at a time, 8192 KiB widened at a time, 2 cores"
     asked = timed(monkeypatch, {four: 7.0, "4 tokens attend at a time, 8192 KiB widened at a time": 6.0, two_cores: 5.0})
-    found = narrow.choose("prefill", 32, 0)
+    found = narrow.choose(GraphKey("prefill", 32))
     assert (found.attention_tokens, found.widened_kib, found.cores) == (4, 8192, 2)
     assert asked[0] == [DEFAULT, four, "16 tokens attend at a time"]
     assert asked[1][0] == four
@@ -124,11 +123,11 @@ def test_each_question_builds_on_the_answers_before(narrow: KernelTuner, monkeyp
 
 def test_the_default_stays_unless_it_is_beaten_clearly(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = timed(monkeypatch, {"one core": 9.9, "4 cores": 9.85})
-    found = narrow.choose("decode", 2, 0)
+    found = narrow.choose(GraphKey("decode", 2))
     assert msgspec.structs.replace(found, measured={}) == Kernels()
     assert len(asked) == 2, "a step of one token has no pieces"
     monkeypatch.setattr(kernels, "MARGIN", 0.005)
-    assert narrow.choose("decode", 2, 0).cores == 4
+    assert narrow.choose(GraphKey("decode", 2)).cores == 4
 
 
 def test_nothing_is_chosen_while_others_are_at_work(
@@ -178,7 +177,7 @@ def test_other_work_is_that_of_other_processes(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_measured_is_there_for_one_run_only(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "SECONDS", 0.0)
     before = sorted(narrow.out.iterdir())
-    found = narrow.choose("prefill", 32, 0)
+    found = narrow.choose(GraphKey("prefill", 32))
     assert min(found.measured.values()) > 0
     assert sorted(narrow.out.iterdir()) == before
 
@@ -193,7 +192,7 @@ def test_layers_that_attend_to_images_are_measured_too(tmp_path: Path, monkeypat
     build(made)
     monkeypatch.setattr(kernels, "SECONDS", 0.0)
     monkeypatch.setattr(kernels, "usable_cores", lambda: 2)
-    found = tuner_of(made).choose("decode", 1, images)
+    found = tuner_of(made).choose(GraphKey("decode", 1, images))
     assert set(found.measured) == {DEFAULT, "one core"}
 
 
@@ -223,7 +222,7 @@ def test_an_artifact_says_what_was_chosen(
 
 
 def test_sessions_have_the_cores_that_were_chosen(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = define_graph(narrow.config, narrow.info.image, narrow.cache, "none", "decode", 1, 0)
+    plain = define_graph(narrow.context, GraphKey("decode", 1))
     graph = replace(plain, kernels=Kernels(cores=3))
     (narrow.out / "cores.onnx.partial").write_bytes(emit(graph, narrow.weights))
     seen: list[int | None] = []
@@ -231,15 +230,15 @@ def test_sessions_have_the_cores_that_were_chosen(narrow: KernelTuner, monkeypat
     monkeypatch.setattr(ort, "_options", lambda **given: (seen.append(given["threads"]), right(**given))[1])
     monkeypatch.setattr(ort, "usable_cores", lambda: 4)
     for backend in (
-        ort.OrtBackend(narrow.out, narrow.cache, few_cores=1),
-        ort.OrtBackend(narrow.out, narrow.cache, threads=2),
+        ort.OrtBackend(narrow.out, narrow.context.cache, few_cores=1),
+        ort.OrtBackend(narrow.out, narrow.context.cache, threads=2),
     ):
         backend.load(graph.spec("cores.onnx.partial"))
         backend.load(plain.spec("cores.onnx.partial"))
         backend.unload(graph.spec("cores.onnx.partial"))
         backend.load(plain.spec("cores.onnx.partial"))
     monkeypatch.setattr(ort, "usable_cores", lambda: 2)  # a smaller machine than the one that chose
-    ort.OrtBackend(narrow.out, narrow.cache).load(graph.spec("cores.onnx.partial"))
+    ort.OrtBackend(narrow.out, narrow.context.cache).load(graph.spec("cores.onnx.partial"))
     assert seen == [3, 1, 2, 2, 2]
     (narrow.out / "cores.onnx.partial").unlink()
 

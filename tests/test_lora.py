@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from staticvl.model_defs.config import read_config
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.lora import AdaptedSource, adapter_files, open_adapter
 from staticvl.weights.source import Source, open_source
 from staticvl.weights.tensors import WeightsError
@@ -57,7 +57,7 @@ def adapt(model: Any, folder: Path, **settings: Any) -> Any:
 
 
 def parameters(folder: Path, source: Source, out: Path) -> dict[str, Tensor]:
-    files = convert(source, read_config(folder), out, quant="none", prefix="k").files
+    files = convert(source, read_config(folder), out, Conversion(prefix="k")).files
     return {name: tensor for file in files for name, tensor in load_file(out / file).items()}
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from staticvl.compiler import emit_eager, lower_ascend
 from staticvl.compiler.emit_ascend import EmitError, Emitted, emit
-from staticvl.compiler.graphs import GraphDef, define_graph
+from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
@@ -277,8 +277,8 @@ def definitions(checkpoint: Path, *, quant: str = "none", context: int = 64, slo
     image = ImageProcessorConfig(
         mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=third, std=third
     )
-    for kind, bucket, variant in plan.graphs:
-        yield define_graph(config, image, plan.cache, quant, kind, bucket, variant)
+    context = GraphContext(config=config, image=image, cache=plan.cache, quant=quant)
+    yield from (define_graph(context, key) for key in plan.graphs)
 
 
 @functools.cache

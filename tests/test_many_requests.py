@@ -71,7 +71,7 @@ class Watched:
             self.drafts += 1
             assert self.drafts <= self.engine.cache.spec.slots
             return
-        self.spent.append(self.engine.graphs[step.kind, step.bucket, step.images].cost_ms)
+        self.spent.append(self.engine.graphs[step.graph_key].cost_ms)
         scheduler = self.engine.scheduler
         planners = (scheduler.bounded or scheduler.prefill).values()
         largest = max(cost for planner in planners for cost in planner.costs.values())

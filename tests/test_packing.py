@@ -23,7 +23,7 @@ from staticvl.model_defs.config import ConfigError, ModelConfig, read_config
 from staticvl.runtime.backends.ascend.weights import map_weight
 from staticvl.tools.comparing.checkpoint import Checkpoint
 from staticvl.tools.development.random_checkpoint import main
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.lora import open_adapter
 from staticvl.weights.packing.settings import read_packing
 from staticvl.weights.packing.source import PackedSource, check_layers, open_packed
@@ -77,7 +77,7 @@ def converted(folder: Path, out: Path, quant: str, tp: int = 1) -> list[dict[str
     source, config = opened(folder)
     ranks = []
     for rank in range(tp):
-        made = convert(source, config, out, quant=quant, prefix="w", tp=tp, rank=rank)
+        made = convert(source, config, out, Conversion(quant=quant, prefix="w", tp=tp, rank=rank))
         ranks.append({name: each for file in made.files for name, each in load_file(out / file).items()})
     return ranks
 

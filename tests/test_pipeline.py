@@ -26,7 +26,7 @@ from staticvl.weights.weight_map import targets
 
 from .comparisons import compared, samples_of
 from .conftest import EMBEDDED
-from .lockstep import StageMember, world
+from .lockstep import StageGroup, world
 from .rank_models import feed
 from .seeded import copied
 from .tiny_families import GOLDEN_QWEN
@@ -83,7 +83,7 @@ def run_world(folder: Path) -> list[np.ndarray]:
     manifest = open_artifact(folder).manifest
     members = world(manifest.tp, manifest.pp)
 
-    def work(member: StageMember) -> list[np.ndarray]:
+    def work(member: StageGroup) -> list[np.ndarray]:
         own = manifest.of_stage(member.stage)
         device = "cpu" if own.backend == "onnx" else "sim"
         backend: Backend = open_backend(own.backend, folder, own.cache, device=device, threads=1, manifest=own, group=member)
@@ -142,10 +142,10 @@ def test_what_ranks_bring_to_others_is_what_show_tells(
 ) -> None:
     """Calls and bytes of sums and gathers, and of what is handed on, of every rank of every stage."""
     counted: Counter[tuple[int, int, str]] = Counter()  # stage, rank, what
-    right = {name: getattr(StageMember, name) for name in ("all_reduce", "all_gather", "send")}
+    right = {name: getattr(StageGroup, name) for name in ("all_reduce", "all_gather", "send")}
 
     def counting(name: str) -> Callable[..., None]:
-        def call(self: StageMember, array: np.ndarray, *others: Any) -> None:
+        def call(self: StageGroup, array: np.ndarray, *others: Any) -> None:
             what = "send" if name == "send" else "collective"
             counted[self.stage, self.rank, what] += 1
             counted[self.stage, self.rank, f"{what} bytes"] += array.nbytes
@@ -154,7 +154,7 @@ def test_what_ranks_bring_to_others_is_what_show_tells(
         return call
 
     for name in right:
-        monkeypatch.setattr(StageMember, name, counting(name))
+        monkeypatch.setattr(StageGroup, name, counting(name))
     run_world(looking)
 
     manifest, expected = open_artifact(looking).manifest, Counter()
@@ -197,15 +197,15 @@ def test_a_pipeline_is_compared(looking: Path, tmp_path: Path) -> None:
 
 def test_a_fault_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that gets something else than what was handed on."""
-    right = StageMember.receive
+    right = StageGroup.receive
 
-    def wrong(self: StageMember, array: np.ndarray, stage: int) -> None:
+    def wrong(self: StageGroup, array: np.ndarray, stage: int) -> None:
         right(self, array, stage)
         if array.ndim == 3:
             array[...] = np.roll(array, 1, axis=-1)
 
     expected = run_world(compiled("llava", tmp_path, 1, 2))
-    monkeypatch.setattr(StageMember, "receive", wrong)
+    monkeypatch.setattr(StageGroup, "receive", wrong)
     found = run_world(tmp_path)
     assert min(relative_error(*pair) for pair in zip(found, expected, strict=True)) > 100 * TOLERANCE
 

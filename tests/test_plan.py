@@ -9,16 +9,18 @@ import pytest
 
 from staticvl.compiler.buckets import Buckets, parse_buckets
 from staticvl.compiler.choices import PlanError
+from staticvl.compiler.graphs import GraphContext, define_graph
 from staticvl.compiler.options import Options
 from staticvl.compiler.plan import Plan, make_plan
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import CrossSpec
+from staticvl.runtime.artifact import CrossSpec, GraphKey, ImageProcessorConfig
 
 from .conftest import EMBEDDED, REPO
 from .tiny_families import GOLDEN_QWEN
 
 MLLAMA = REPO / "tools" / "assets" / "tiny_mllama"
 LLAVA_NEXT = REPO / "tools" / "assets" / "tiny_llava16"
+ANY_IMAGE = ImageProcessorConfig(mode="tiles", size=32, rows=1, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 
 
 def plan(checkpoint: Path, **buckets: Any) -> Plan:
@@ -26,7 +28,7 @@ def plan(checkpoint: Path, **buckets: Any) -> Plan:
 
 
 def variants(found: Plan, kind: str) -> set[int]:
-    return {images for k, _, images in found.graphs if k == kind}
+    return {graph.images for graph in found.graphs if graph.kind == kind}
 
 
 def test_cross_attention_has_graphs_for_no_one_and_all_images() -> None:
@@ -116,10 +118,22 @@ def test_a_bucket_file_counts_drafted_tokens(data: Any, verify: tuple[int, ...])
 def test_graphs_that_verify_drafts() -> None:
     """None by default; those of every number of images where they are asked for."""
     assert not plan(EMBEDDED).buckets("verify")
-    assert [graph for graph in plan(EMBEDDED, verify=(3, 5)).graphs if graph[0] == "verify"] == [
+    assert [graph for graph in plan(EMBEDDED, verify=(3, 5)).graphs if graph.kind == "verify"] == [
         ("verify", 5, 0),
         ("verify", 3, 0),
     ]
     for wrong in (1, 65):
         with pytest.raises(PlanError, match=f"verify bucket {wrong} does not fit; expected 2 .* to the context, 64"):
             plan(EMBEDDED, verify=(wrong,), context=64, prefill=(16,))
+
+
+def test_graphs_are_named_by_their_keys() -> None:
+    """Images are named where a graph sees some; keys are what a manifest's graphs are found by, and so are plain tuples."""
+    assert [GraphKey("prefill", 64, 2).name, GraphKey("decode", 1).name] == ["prefill-64-images-2", "decode-1"]
+    graphs = plan(MLLAMA).graphs
+    assert len({key.name for key in graphs}) == len(graphs)
+    assert GraphKey("decode", 4, 1) in graphs and ("decode", 4, 1) in graphs
+    assert sorted(graphs)[0] == GraphKey("decode", 1)
+    context = GraphContext(config=read_config(MLLAMA), image=ANY_IMAGE, cache=plan(MLLAMA).cache)
+    spec = define_graph(context, GraphKey("decode", 2, 1)).spec()
+    assert (spec.graph_key, spec.name) == (GraphKey("decode", 2, 1), "decode-2-images-1")

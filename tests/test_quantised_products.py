@@ -26,7 +26,7 @@ from staticvl.compiler.progress import Progress
 from staticvl.model_defs import ops, whole_products
 from staticvl.model_defs.config import quant_parts, tower_quant
 from staticvl.model_defs.layers import Linear, without_rounding
-from staticvl.runtime.artifact import TensorSpec, read_manifest
+from staticvl.runtime.artifact import GraphKey, TensorSpec, read_manifest
 from staticvl.runtime.backends import ort as backend
 from staticvl.weights.quantize import dequantize, quantize
 from staticvl.weights.tensors import StoredTensor
@@ -52,7 +52,7 @@ def compiled(module: Linear, x: Tensor, folder: Path | None = None) -> Tensor:
     expected = module(x)
     specs = [TensorSpec(name=name, dtype="float32", shape=tuple(each.shape)) for name, each in (("x", x), ("y", expected))]
     values = {name: each.numpy() for name, each in module.named_parameters()}
-    graph = GraphDef("decode", 1, 0, module, (specs[0],), (specs[1],), {} if folder else values)
+    graph = GraphDef(GraphKey("decode", 1), module, (specs[0],), (specs[1],), {} if folder else values)
     options = backend._options(pack=True, threads=1)
     model: bytes | Path = emit(graph, {}) if not folder else folder / "twin.onnx"
     if folder:
@@ -233,7 +233,7 @@ def test_misread_weights_of_a_tower_are_refused(makers: Callable[[str], GraphMak
     maker = makers("w8a8+vision")  # compiled before anything is broken
     monkeypatch.setitem(LOWERINGS, name, lower)
     with pytest.raises(CertificateError, match="vision-1 differs from its definition"):
-        maker.make("vision", 1, 0, "again")
+        maker.make(GraphKey("vision", 1), "again")
 
 
 @pytest.mark.parametrize(
@@ -254,4 +254,4 @@ def test_misread_weights_are_refused(
     maker = makers(quant)  # compiled before anything is broken
     monkeypatch.setitem(LOWERINGS, f"{ops.NAMESPACE}.{op}", lambda e, *args: broken(right, e, *args))
     with pytest.raises(CertificateError, match="decode-2 differs from its definition"):
-        maker.make("decode", 2, 0, "again")
+        maker.make(GraphKey("decode", 2), "again")

@@ -18,7 +18,7 @@ from staticvl.model_defs.config import read_config, read_json
 from staticvl.tools.development.random_checkpoint import main
 from staticvl.tools.known_models import write_known_model
 from staticvl.tools.random_tokenizers import write_tokenizer
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.source import open_source
 from staticvl.weights.weight_map import match, targets
 
@@ -47,7 +47,7 @@ def test_it_is_a_checkpoint_of_the_same_form(tmp_path: Path, tiny: Tiny) -> None
     assert all((tmp_path / "out" / n).read_bytes() == (tiny.folder / n).read_bytes() for n in copied)
     config = read_config(tmp_path / "out")
     assert match(config, open_source(tmp_path / "out").tensors).recipes.keys() == targets(config).keys()
-    convert(open_source(tmp_path / "out"), config, tmp_path / "artifact", quant="w8a16", prefix="k")
+    convert(open_source(tmp_path / "out"), config, tmp_path / "artifact", Conversion(quant="w8a16", prefix="k"))
 
 
 def test_transformers_loads_it(tmp_path: Path, tiny: Tiny) -> None:
@@ -160,7 +160,7 @@ def test_every_family(tmp_path: Path, family: str) -> None:
     expected = named.get("torch_dtype") or named["text_config"]["torch_dtype"]
     assert {t.dtype for t in source.tensors.values()} == {expected}
     norms = [n for n, s in targets(config).items() if n.endswith("norm.weight")]
-    converted = convert(source, config, tmp_path / "artifact", quant="none", prefix="k")
+    converted = convert(source, config, tmp_path / "artifact", Conversion(prefix="k"))
     tensors = {n: t for file in converted.files for n, t in load_file(tmp_path / "artifact" / file).items()}
     assert norms and all(0.8 < tensors[name].mean() < 1.2 for name in norms), "norms neither swallow nor blow up"
     assert all(0.3 < tensors[name].item() < 0.6 for name in tensors if name.endswith("_gate")), "images are heard"

@@ -196,9 +196,12 @@ def test_each_prompt_runs_where_just_its_images_can_be_seen() -> None:
         add(engine, looking(images))
         steps = run_all(engine)
         assert [(step.kind, step.bucket, step.count) for step in steps[:images]] == [("vision", 4, 4)] * images
-        assert {step.images for step in steps[:images]} <= {0}
+        assert {step.graph_key.images for step in steps[:images]} <= {0}
         wanted = [0, 1, 3, 3][images]
-        assert [(step.kind, step.images) for step in steps[images:]] == [("prefill", wanted), *[("decode", wanted)] * 2]
+        assert [(step.kind, step.graph_key.images) for step in steps[images:]] == [
+            ("prefill", wanted),
+            *[("decode", wanted)] * 2,
+        ]
 
 
 def test_a_batch_decodes_where_the_most_images_can_be_seen() -> None:
@@ -206,7 +209,7 @@ def test_a_batch_decodes_where_the_most_images_can_be_seen() -> None:
     engine = fake_engine(slots=3, prefill={16: 1.0, 64: 9.0}, images=(1, 3))
     for images, count in ((0, 5), (2, 3), (1, 4)):
         add(engine, looking(images), count)
-    steps = [(step.images, told(step)[3]) for step in run_all(engine) if step.kind == "decode"]
+    steps = [(step.graph_key.images, told(step)[3]) for step in run_all(engine) if step.kind == "decode"]
     assert steps == [(3, (0, 1, 2)), (3, (0, 1, 2)), (1, (0, 2)), (0, (0,))]
 
 

@@ -18,10 +18,10 @@ from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.segments import Cut, Part, cut
 from staticvl.model_defs import ops
 from staticvl.model_defs.layers import Table, empty_parameter
-from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Segment, Step, TensorSpec
+from staticvl.runtime.artifact import ArtifactError, CacheSpec, Collective, GraphKey, GraphSpec, Segment, Step, TensorSpec
 from staticvl.runtime.backends.ort import OrtBackend
 
-from .lockstep import Counting, member_in, not_summed, reversed_gather, run_ranks
+from .lockstep import Counting, array_group, not_summed, reversed_gather, run_ranks
 from .rank_models import Model, communication, model_of, steps, worst_errors, write_steps
 from .wide_models import write_random
 
@@ -53,7 +53,7 @@ def graph_of(
     with torch.device("meta"):
         module = Module()
     specs = tuple(floats(f"x{i}", 2, 4) for i in range(inputs))
-    return GraphDef(kind="decode", bucket=2, images=0, module=module, inputs=specs, outputs=outputs)
+    return GraphDef(GraphKey("decode", 2), module, specs, outputs)
 
 
 def cut_of(graph: GraphDef) -> Cut:
@@ -179,7 +179,7 @@ def test_awkward_graphs_run(tmp_path: Path) -> None:
         rng = np.random.default_rng(1 + rank)
         fed = {name: rng.standard_normal((2, 4), np.float32) for name in ("x0", "x1")}
         before = {name: array.copy() for name, array in fed.items()}
-        backend = OrtBackend(tmp_path, nothing, threads=1, group=member_in(2))
+        backend = OrtBackend(tmp_path, nothing, threads=1, group=array_group(2))
         expected = awkward(*map(torch.from_numpy, (w, *fed.values()))).numpy()
         for _ in range(2):  # a second run finds what the first has left
             np.testing.assert_allclose(backend.run(spec, fed).first, expected, rtol=1e-5, atol=1e-5)
@@ -232,7 +232,7 @@ def results(model: Model, tp: int, *, exact: bool = False) -> list[list[np.ndarr
     specs = write_steps(model, tp, stored[-1].weights, exact=exact)
 
     def work(rank: int) -> list[np.ndarray]:
-        backend = OrtBackend(model.out, model.cache(tp), threads=1, group=member_in(tp))
+        backend = OrtBackend(model.out, model.cache(tp), threads=1, group=array_group(tp))
         return steps(backend, specs, list(backend.caches))
 
     return run_ranks(tp, work)[0]
@@ -251,7 +251,7 @@ def test_communication_is_what_was_counted(model: Model) -> None:
     specs = write_steps(model, 2, model.converted(2, 0).weights, exact=False)
 
     def work(rank: int) -> tuple[int, int]:
-        group = member_in(2, Counting)
+        group = array_group(2, Counting)
         steps(OrtBackend(model.out, model.cache(2), threads=1, group=group), specs, [])
         return group.calls, group.nbytes
 
@@ -367,5 +367,5 @@ def test_a_table_looked_up_by_an_input_is_not_made_of_weights() -> None:
     with torch.device("meta"):
         module = Table(4, 8, ranks=2)
     ids = TensorSpec(name="ids", dtype="int32", shape=(1, 2))
-    graph = GraphDef(kind="decode", bucket=1, images=0, module=module, inputs=(ids,), outputs=(floats("y", 1, 2, 8),))
+    graph = GraphDef(GraphKey("decode", 1), module, (ids,), (floats("y", 1, 2, 8),))
     assert shown(cut_of(graph)) == ["ids -> buffer.0", "buffer.0 all_gather y"]

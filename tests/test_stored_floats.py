@@ -28,13 +28,13 @@ from staticvl.compiler.onnx_graph import products
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.layers import Linear, Table
-from staticvl.runtime.artifact import Manifest, TensorSpec
+from staticvl.runtime.artifact import GraphKey, Manifest, TensorSpec
 from staticvl.runtime.backends import ort
 from staticvl.runtime.backends.base import new_feed
 from staticvl.runtime.backends.host_cache import HostCache
 from staticvl.tools.cli import main
 from staticvl.tools.comparing.thresholds import precision
-from staticvl.weights.convert import convert
+from staticvl.weights.convert import Conversion, convert
 from staticvl.weights.lora import open_adapter
 from staticvl.weights.quantize import quantize
 from staticvl.weights.source import open_source
@@ -233,7 +233,7 @@ def test_what_is_widened_is_not_written_beside_packed_weights(tmp_path: Path) ->
         TensorSpec(name="token_ids", dtype="int32", shape=(1, 2)), TensorSpec(name="y", dtype="float32", shape=(1, 2, 2304))
     )  # fmt: skip
     with torch.device("meta"):
-        definition = GraphDef("prefill", 2, 0, Looked(), specs[:1], specs[1:])
+        definition = GraphDef(GraphKey("prefill", 2), Looked(), specs[:1], specs[1:])
     (tmp_path / "graph.onnx").write_bytes(emit(definition, shard.tensors))
     host = HostCache(tmp_path, [definition.spec("graph.onnx")], shard.tensors.values())
     assert host.ensure(lambda: ort._options(pack=True, threads=1))
@@ -270,7 +270,7 @@ def test_what_float16_cannot_hold_is_refused_of_matrices_alone(tmp_path: Path) -
         tensors[next(name for name in tensors if name.endswith(ending))].view(-1)[0] = 1e5
         save_file(tensors, file, {"format": "pt"})
         floats, source = Floats(matrices="float16"), open_source(folder)
-        specs = convert(source, read_config(folder), tmp_path / ending, quant="none", prefix="k", floats=floats).weights
+        specs = convert(source, read_config(folder), tmp_path / ending, Conversion(prefix="k", floats=floats)).weights
         return specs["text.norm.weight"].dtype
 
     assert stored_with_a_large_number_in("model.norm.weight") == "float32"

@@ -20,7 +20,7 @@ from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.check import CertificateError, candidates_error
 from staticvl.compiler.emit_onnx import emit
-from staticvl.compiler.fingerprint import GraphKeys
+from staticvl.compiler.fingerprint import GraphDigests
 from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.inputs import plan_only, prepare
 from staticvl.compiler.make import GraphMaker
@@ -28,7 +28,7 @@ from staticvl.compiler.onnx_graph import LOWERINGS
 from staticvl.compiler.plan import Buckets, Options, PlanError
 from staticvl.compiler.progress import Progress
 from staticvl.model_defs.config import read_config
-from staticvl.runtime.artifact import CANDIDATES, GraphSpec, TensorSpec, WeightSpec, read_manifest
+from staticvl.runtime.artifact import CANDIDATES, GraphKey, GraphSpec, TensorSpec, WeightSpec, read_manifest
 from staticvl.runtime.backends.base import Result
 from staticvl.runtime.sampling.candidates import Candidates
 from staticvl.tools import ascend_acceptance
@@ -50,7 +50,7 @@ def graph_of(given: dict[str, np.ndarray]) -> GraphDef:
     inputs = [TensorSpec(name=name, dtype="float32", shape=each.shape) for name, each in given.items()]
     made = zip(CANDIDATES, Top()(*map(torch.from_numpy, given.values())), strict=True)
     outputs = [TensorSpec(name=name, dtype=str(x.dtype).removeprefix("torch."), shape=tuple(x.shape)) for name, x in made]
-    return GraphDef("decode", len(given["logits"]), 0, Top(), tuple(inputs), tuple(outputs))
+    return GraphDef(GraphKey("decode", len(given["logits"])), Top(), tuple(inputs), tuple(outputs))
 
 
 def by_onnx(logits: Tensor, inverse_temperature: Tensor) -> list[np.ndarray]:
@@ -157,12 +157,12 @@ def test_another_number_of_candidates_is_another_text_graph(checkpoint: Path, ar
     """The vision graph stays as it is."""
     assert not build(options(checkpoint, artifact, COUNT)).traced
 
-    def keys(candidates: int) -> dict[str, str]:
+    def digests(candidates: int) -> dict[str, str]:
         job = prepare(options(checkpoint, artifact, candidates), Progress())
-        made = GraphKeys(job.options, job.config, job.info, job.plan, "")
-        return {kind: made.key(kind, bucket, images) for kind, bucket, images in job.plan.graphs}
+        made = GraphDigests(job.options, job.config, job.info, job.plan, "")
+        return {graph.kind: made.of(graph) for graph in job.plan.graphs}
 
-    few, more = keys(COUNT), keys(COUNT + 1)
+    few, more = digests(COUNT), digests(COUNT + 1)
     assert {kind for kind in few if few[kind] != more[kind]} == {"prefill", "decode", "verify"}
 
 
@@ -212,7 +212,7 @@ def test_wrong_candidates_are_refused(
     job = prepare(options(checkpoint, artifact, COUNT), Progress())
     graphs = GraphMaker(job.options, job.config, job.info, job.plan, read_manifest(artifact).weights)
     with pytest.raises(CertificateError, match="decode-2 differs from its definition"):
-        graphs.make("decode", 2, 0, "again")
+        graphs.make(GraphKey("decode", 2), "again")
 
 
 def test_how_many_candidates_there_may_be(checkpoint: Path) -> None:

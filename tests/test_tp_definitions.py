@@ -16,7 +16,7 @@ from staticvl.compiler.eager import EagerBackend
 from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import ModelConfig
-from staticvl.model_defs.group import member_of
+from staticvl.model_defs.group import in_group
 from staticvl.model_defs.layers import RowParallelLinear
 from staticvl.runtime.artifact import Kind
 from staticvl.weights import convert as convert_module
@@ -24,7 +24,7 @@ from staticvl.weights.convert import Converted
 from staticvl.weights.shard import rank_span, rank_targets
 from staticvl.weights.storage import QUANTS, stored_targets
 
-from .lockstep import Meeting, Member, run_ranks
+from .lockstep import Lockstep, TensorGroup, run_ranks
 from .rank_models import Model, model_of, steps, worst_errors
 from .wide_models import write_random
 
@@ -54,7 +54,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def run_all(model: Model, graphs: dict[Kind, GraphDef], stored: Converted, tp: int) -> list[np.ndarray]:
-    backend = EagerBackend(model.out, stored.weights, model.cache(tp), lambda kind, *_: graphs[kind])
+    backend = EagerBackend(model.out, stored.weights, model.cache(tp), lambda key: graphs[key.kind])
     return steps(backend, {kind: graph.spec() for kind, graph in graphs.items()}, list(backend.caches))
 
 
@@ -103,8 +103,8 @@ def test_in_8_bits_where_cuts_fall_between_blocks(family: str, tmp_path: Path) -
 
 
 def reversed_gather(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Member.all_gather
-    monkeypatch.setattr(Member, "all_gather", lambda self, x: torch.cat(right(self, x).chunk(self.size, -1)[::-1], dim=-1))
+    right = TensorGroup.all_gather
+    monkeypatch.setattr(TensorGroup, "all_gather", lambda self, x: torch.cat(right(self, x).chunk(self.size, -1)[::-1], dim=-1))
 
 
 def bias_on_every_rank(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +221,7 @@ def test_a_part_of_a_model_does_not_run_by_itself() -> None:
     for op in (ops.all_reduce, ops.all_gather):
         with pytest.raises(ValueError, match="one rank's of 2, but runs in a group of 1; run all ranks together"):
             op(x, 2)
-        with member_of(Member(Meeting(4), 0)), pytest.raises(ValueError, match="of 2, but runs in a group of 4"):
+        with in_group(TensorGroup(Lockstep(4), 0)), pytest.raises(ValueError, match="of 2, but runs in a group of 4"):
             op(x, 2)
 
 

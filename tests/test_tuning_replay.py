@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from staticvl.runtime.artifact import GraphKey, Kind
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.request import SamplingParams
 from staticvl.runtime.engine.scheduler import Step
@@ -19,12 +20,13 @@ from staticvl.tools.tuning.workload import Arrival
 from .fakes import fake_engine, text_prompt
 
 # Quarters of a second: sums of times are exact.
-COSTS = {
-    ("prefill", 0): {4: 1000.0, 16: 2000.0},
-    ("decode", 0): {1: 250.0, 2: 500.0, 4: 500.0},
-    ("vision", 0): {1: 500.0, 2: 1000.0},
+TIMES: dict[Kind, dict[int, float]] = {
+    "prefill": {4: 1000.0, 16: 2000.0},
+    "decode": {1: 250.0, 2: 500.0, 4: 500.0},
+    "vision": {1: 500.0, 2: 1000.0},
 }
-SETUP = Setup(COSTS, context=64, slots=4)  # type: ignore[arg-type]
+COSTS = {GraphKey(kind, bucket): ms for kind, times in TIMES.items() for bucket, ms in times.items()}
+SETUP = Setup(COSTS, context=64, slots=4)
 ARRIVALS = st.lists(
     st.tuples(st.integers(0, 64).map(lambda n: n / 4), st.integers(1, 40), st.integers(1, 12), st.integers(0, 3)),
     min_size=1,
@@ -44,14 +46,14 @@ def figures(result: ReplayStats) -> tuple:
 
 @given(arrivals=ARRIVALS, slots=st.sampled_from((1, 2, 4)))
 def test_repeated_steps_are_counted_as_if_each_had_run(arrivals: list[Arrival], slots: int) -> None:
-    setup = Setup(COSTS, context=64, slots=slots)  # type: ignore[arg-type]
+    setup = Setup(COSTS, context=64, slots=slots)
     assert figures(replay(arrivals, setup)) == figures(OneStepAtATime(arrivals, setup).run())
 
 
 @settings(max_examples=40)
 @given(arrivals=ARRIVALS)
 def test_also_where_steps_grow_longer(arrivals: list[Arrival]) -> None:
-    setup = Setup(COSTS, context=64, slots=4, past_ms=4.0)  # type: ignore[arg-type]
+    setup = Setup(COSTS, context=64, slots=4, past_ms=4.0)
     whole, single = replay(arrivals, setup), OneStepAtATime(arrivals, setup).run()
     assert whole.rows == single.rows and whole.padded == single.padded
     assert whole.span_s == pytest.approx(single.span_s, rel=1e-9)
@@ -62,7 +64,7 @@ def test_also_where_steps_grow_longer(arrivals: list[Arrival]) -> None:
 @given(sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 6)), min_size=1, max_size=7))
 def test_steps_are_those_of_the_engine(sizes: list[tuple[int, int]]) -> None:
     """All requests at once: the same graphs run, and as much of them is padding."""
-    engine = fake_engine(slots=4, prefill=COSTS["prefill", 0], decode=COSTS["decode", 0], vision=COSTS["vision", 0])
+    engine = fake_engine(slots=4, **TIMES)
     run_engine(engine, sizes)
     result = replay([Arrival(0.0, prompt, generated, 0, 0) for prompt, generated in sizes], SETUP)
     assert {**result.padded, "verify": 0} == engine.metrics.padded
@@ -94,7 +96,7 @@ def test_a_clock_by_hand() -> None:
 
 
 def test_who_waits_for_a_slot() -> None:
-    setup = Setup(COSTS, context=64, slots=1)  # type: ignore[arg-type]
+    setup = Setup(COSTS, context=64, slots=1)
     result = replay([Arrival(0.0, 4, 2, 0, 0)] * 3, setup)
     assert result.queue_s == pytest.approx([0.0, 1.25, 2.5])
     idle = replay([Arrival(0.0, 4, 1, 0, 0), Arrival(100.0, 4, 1, 0, 0)], setup)
@@ -103,21 +105,21 @@ def test_who_waits_for_a_slot() -> None:
 
 def test_earlier_tokens_cost_what_they_cost() -> None:
     """Chunks of 16 and 4, the second behind 16 tokens; one decode step behind 21."""
-    setup = Setup(COSTS, context=64, slots=1, past_ms=1.0)  # type: ignore[arg-type]
+    setup = Setup(COSTS, context=64, slots=1, past_ms=1.0)
     result = replay([Arrival(0.0, 20, 2, 0, 0)], setup)
     assert result.busy_s["prefill"] == pytest.approx(3.0 + 4 * 16e-3)
     assert result.busy_s["decode"] == pytest.approx(0.25 + 21e-3)
 
 
 def test_one_run_for_each_prompt() -> None:
-    setup = Setup(COSTS, context=64, slots=1, chunks=False)  # type: ignore[arg-type]
+    setup = Setup(COSTS, context=64, slots=1, chunks=False)
     result = replay([Arrival(0.0, 5, 1, 0, 0)], setup)
     assert result.padded["prefill"] == 16 and result.real["prefill"] == 5
 
 
 def test_images_are_seen_by_a_variant_of_the_graphs() -> None:
-    costs = {**COSTS, ("prefill", 2): {16: 4000.0}, ("decode", 2): {4: 1000.0}}
-    result = replay([Arrival(0.0, 5, 2, 2, 2), Arrival(0.0, 5, 2, 0, 0)], Setup(costs, context=64, slots=4))  # type: ignore[arg-type]
+    costs = {**COSTS, GraphKey("prefill", 16, 2): 4000.0, GraphKey("decode", 4, 2): 1000.0}
+    result = replay([Arrival(0.0, 5, 2, 2, 2), Arrival(0.0, 5, 2, 0, 0)], Setup(costs, context=64, slots=4))
     assert result.busy_s == pytest.approx({"vision": 1.0, "prefill": 4.0 + 2.0, "decode": 1.0})
     assert result.rows == {2: {2: 1}}
 

@@ -39,7 +39,7 @@ def _print_graphs(plan: Plan) -> None:
         if buckets := plan.buckets(kind):
             print(f"{kind:>8}  {', '.join(map(str, buckets))}")
     if plan.cache.cross:
-        numbers = sorted({images for kind, _, images in plan.graphs if kind != "vision"})
+        numbers = sorted({graph.images for graph in plan.graphs if graph.kind != "vision"})
         print(f"  images  {', '.join(map(str, numbers))}; prefill and decode graphs for each")
 
 

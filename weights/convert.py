@@ -55,23 +55,38 @@ class _Finished(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     sha256: str
 
 
-def plan_weight_files(
-    config: ModelConfig,
-    quant: str,
-    prefix: str,
-    shard_bytes: int = 2 << 30,
-    floats: Floats = FLOAT32,
-    *,
-    tp: int = 1,
-    rank: int = 0,
-) -> tuple[WeightFile, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversion:
+    """How the weights of a model, or of one stage of a pipeline, are stored, and for which of its `tp` ranks.
+
+    `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
+    that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
+    `prefix` begins the names of files. It has to name source, config, quant, floats and tp: files of the same prefix that a
+    interrupted run has finished are kept. `shard_bytes`: a file holds up to so many bytes of tensors; a larger tensor has a
+    file to itself.
+    """
+
+    quant: str = "none"
+    prefix: str
+    floats: Floats = FLOAT32
+    shard_bytes: int = 2 << 30
+    tp: int = 1
+    rank: int = 0
+
+    def folder(self, config: ModelConfig) -> str:
+        """Where the files of the rank lie, within the artifact."""
+        stage = config.text.stage
+        return rank_folder(self.tp * stage.count, self.tp * stage.index + self.rank)
+
+
+def plan_weight_files(config: ModelConfig, conversion: Conversion) -> tuple[WeightFile, ...]:
     """The layouts of the files that `convert` writes: PREFIX-00001.safetensors and so on. They need no weights.
 
-    A file holds up to `shard_bytes` of tensors; a larger tensor has a file to itself. Raises WeightsError as `check_tp`.
+    Raises WeightsError as `check_tp`.
     """
     files: list[WeightFile] = []
-    for tensors in _tensors_of_files(config, quant, shard_bytes, floats, tp):
-        files.append(lay_out(f"{_folder(config, tp, rank)}/{prefix}-{len(files) + 1:05d}.safetensors", tensors))
+    for tensors in _tensors_of_files(config, conversion):
+        files.append(lay_out(f"{conversion.folder(config)}/{conversion.prefix}-{len(files) + 1:05d}.safetensors", tensors))
     return tuple(files)
 
 
@@ -79,35 +94,28 @@ def convert(
     source: Source,
     config: ModelConfig,
     out: Path,
+    conversion: Conversion,
     *,
-    quant: str,
-    prefix: str,
-    floats: Floats = FLOAT32,
-    shard_bytes: int = 2 << 30,
-    tp: int = 1,
-    rank: int = 0,
     calibrated: CalibratedLayers | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Converted:
-    """Write what `rank` of `tp` holds of every parameter of `config`, from `source` into `out`, one tensor in memory at a time.
+    """Write what a rank holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
 
-    Of a pipeline, `config` is that of one stage, and `rank` one of those that hold this stage.
+    Of a pipeline, `config` is that of one stage, and the rank one of those that hold this stage.
 
-    `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
-    that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
-    `prefix` has to name source, config, quant, floats and tp: files of the same prefix that an interrupted run has finished are
-    kept, as its journal PREFIX.journal beside them says. The journal stays until `forget_journal`. `progress` gets the bytes of
-    each write; they add up to the sizes of `plan_weight_files`. Layers that `calibrated` has are taken from there.
+    A journal beside the files, PREFIX.journal, says which of them an interrupted run has finished; it stays until
+    `forget_journal`. `progress` gets the bytes of each write; they add up to the sizes of `plan_weight_files`. Layers that
+    `calibrated` has are taken from there.
     A shard of a tensor that is stored unchanged is read without the whole tensor in memory; a tensor that is made of others is
     made whole and then sharded. Weights are sharded before they are quantised.
     Raises WeightsError as `check_tp`, `match` and `Source.read` do, for values that are not finite, and for want of disk space.
     """
-    layouts = plan_weight_files(config, quant, prefix, shard_bytes, floats, tp=tp, rank=rank)
-    producer = _TensorProducer(source, match(config, source.tensors), config, quant, floats, tp, rank, calibrated)
-    folder = out / _folder(config, tp, rank)
+    layouts = plan_weight_files(config, conversion)
+    producer = _TensorProducer(source, match(config, source.tensors), config, conversion, calibrated)
+    folder = out / conversion.folder(config)
     folder.mkdir(parents=True, exist_ok=True)
-    _remove_partials(folder, prefix)
-    journal = folder / f"{prefix}.journal"
+    _remove_partials(folder, conversion.prefix)
+    journal = folder / f"{conversion.prefix}.journal"
     finished = _read_journal(out, journal, layouts)
     check_space(out, sum(layout.nbytes for layout in layouts if layout.file not in finished))
     for layout in layouts:
@@ -132,14 +140,14 @@ def convert(
     for layout in layouts:
         assert not weights.keys() & layout.tensors.keys()
         weights |= layout.tensors
-    assert weights.keys() == stored_targets(config, quant, floats, tp).keys()
+    assert weights.keys() == stored_targets(config, conversion.quant, conversion.floats, conversion.tp).keys()
     files = {layout.file: FileSpec(nbytes=layout.nbytes, sha256=finished[layout.file].sha256) for layout in layouts}
     return Converted(weights, files)
 
 
 def parameters(source: Source, config: ModelConfig) -> Callable[[str], Tensor]:
     """A function that gives each whole parameter of `config` once, in the checkpoint's dtype. It raises as `convert`."""
-    return _TensorProducer(source, match(config, source.tensors), config, "none", FLOAT32).take
+    return _TensorProducer(source, match(config, source.tensors), config, Conversion(prefix="")).take
 
 
 def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> None:
@@ -147,11 +155,6 @@ def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> Non
     folder = out / rank_folder(tp, rank)
     (folder / f"{prefix}.journal").unlink(missing_ok=True)
     _remove_partials(folder, prefix)
-
-
-def _folder(config: ModelConfig, tp: int, rank: int) -> str:
-    stage = config.text.stage
-    return rank_folder(tp * stage.count, tp * stage.index + rank)
 
 
 class _TensorProducer:
@@ -162,17 +165,15 @@ class _TensorProducer:
         source: Source,
         weight_map: WeightMap,
         config: ModelConfig,
-        quant: str,
-        floats: Floats,
-        tp: int = 1,
-        rank: int = 0,
+        conversion: Conversion,
         calibrated: CalibratedLayers | None = None,
     ) -> None:
-        self.source, self.weight_map, self.quant, self.rank = source, weight_map, quant, rank
-        self.floats, self.calibrated = floats, calibrated
-        self.owner = {part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, quant)}
-        self.spans = {name: _span(config, name, shape, tp, rank) for name, shape in targets(config).items()}
-        self.shapes = rank_targets(config, tp)
+        self.source, self.weight_map, self.conversion, self.calibrated = source, weight_map, conversion, calibrated
+        self.owner = {
+            part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, conversion.quant)
+        }
+        self.spans = {name: _span(config, name, shape, conversion) for name, shape in targets(config).items()}
+        self.shapes = rank_targets(config, conversion.tp)
         self.waiting: dict[str, Tensor] = {}  # stored tensors of a parameter already read that come later in the file
         self.read: set[str] = set()
 
@@ -184,11 +185,11 @@ class _TensorProducer:
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
-        if self.calibrated and (stored := self.calibrated.parameter(name, self.rank)):
+        if self.calibrated and (stored := self.calibrated.parameter(name, self.conversion.rank)):
             for part, value in stored.items():
                 self._check_range(part, value)
             return stored
-        kind, stem = quant_of(name, self.quant), name.removesuffix(".weight")
+        kind, stem = quant_of(name, self.conversion.quant), name.removesuffix(".weight")
         if kind != "none" and isinstance(self.source, PackedSource):
             parts = self._repacked(self.source, self.weight_map.recipes[name], self.spans[name], kind)
             return {f"{stem}.{part}": value for part, value in parts.items()}
@@ -217,7 +218,7 @@ class _TensorProducer:
 
     def _check_range(self, name: str, tensor: Tensor) -> None:
         """float16 ends at 65504; the other dtypes hold whatever a checkpoint can."""
-        if self.floats.of(name, tuple(tensor.shape)) != "float16" or not tensor.is_floating_point():
+        if self.conversion.floats.of(name, tuple(tensor.shape)) != "float16" or not tensor.is_floating_point():
             return
         largest = max(map(abs, _range(tensor)))
         if largest > torch.finfo(torch.float16).max:
@@ -232,10 +233,12 @@ class _TensorProducer:
         return read
 
 
-def _span(config: ModelConfig, name: str, shape: Shape, tp: int, rank: int) -> Span | None:
+def _span(config: ModelConfig, name: str, shape: Shape, conversion: Conversion) -> Span | None:
     """A rank's shard of a parameter; None: the whole."""
     axis = shard_axis(config, name)
-    return None if tp == 1 or axis is None else Span(axis, *rank_span(config, name, shape, tp, rank))
+    if conversion.tp == 1 or axis is None:
+        return None
+    return Span(axis, *rank_span(config, name, shape, conversion.tp, conversion.rank))
 
 
 def _padded(tensor: Tensor, shape: Shape) -> Tensor:
@@ -253,16 +256,14 @@ def _range(tensor: Tensor) -> tuple[float, float]:
     return float(torch.stack([r.min for r in ranges]).min()), float(torch.stack([r.max for r in ranges]).max())
 
 
-def _tensors_of_files(
-    config: ModelConfig, quant: str, shard_bytes: int, floats: Floats, tp: int
-) -> Iterator[dict[str, StoredTensor]]:
+def _tensors_of_files(config: ModelConfig, conversion: Conversion) -> Iterator[dict[str, StoredTensor]]:
     """The stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
     tensors: dict[str, StoredTensor] = {}
     size = 0
-    for name, shape in rank_targets(config, tp).items():
-        parts = stored_parts(name, shape, quant, floats)
+    for name, shape in rank_targets(config, conversion.tp).items():
+        parts = stored_parts(name, shape, conversion.quant, conversion.floats)
         nbytes = sum(part.nbytes for part in parts.values())
-        if tensors and size + nbytes > shard_bytes:
+        if tensors and size + nbytes > conversion.shard_bytes:
             yield tensors
             tensors, size = {}, 0
         tensors |= parts

@@ -98,10 +98,11 @@ def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: st
     """Convert the last rank of `tp`."""
     import shutil
 
-    from staticvl.weights.convert import convert
+    from staticvl.weights.convert import Conversion, convert
     from staticvl.weights.source import open_source
 
     source, process = open_source(checkpoint), psutil.Process()
+    conversion = Conversion(quant=quant, prefix="k", floats=uniform(DTYPE), tp=tp, rank=tp - 1)
     before = peak = process.memory_info().rss
     done = threading.Event()
 
@@ -114,7 +115,7 @@ def measure(config: ModelConfig, checkpoint: Path, out: Path, tp: int, quant: st
     watch.start()
     start = time.perf_counter()
     try:
-        converted = convert(source, config, out, quant=quant, prefix="k", floats=uniform(DTYPE), tp=tp, rank=tp - 1)
+        converted = convert(source, config, out, conversion)
     finally:
         done.set()
         watch.join()

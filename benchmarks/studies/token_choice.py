@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from staticvl.compiler.emit_onnx import emit
 from staticvl.compiler.graphs import GraphDef
-from staticvl.runtime.artifact import CANDIDATES, SamplingDefaults, TensorSpec
+from staticvl.runtime.artifact import CANDIDATES, GraphKey, SamplingDefaults, TensorSpec
 from staticvl.runtime.sampling.candidates import Candidates
 from staticvl.runtime.sampling.logits_processors import logits_processors_for
 from staticvl.runtime.sampling.params import SamplingParams
@@ -73,7 +73,7 @@ def in_graph(logits: np.ndarray, count: int, temperature: float) -> tuple[Callab
     dtypes = ("float32", "int32", "float32")
     rows = zip(CANDIDATES, dtypes, shapes, strict=True)
     outputs = tuple(TensorSpec(name=name, dtype=dtype, shape=shape) for name, dtype, shape in rows)
-    data = emit(GraphDef("decode", len(logits), 0, Top(count), inputs, outputs), {})
+    data = emit(GraphDef(GraphKey("decode", len(logits)), Top(count), inputs, outputs), {})
     session = ort.InferenceSession(data, providers=["CPUExecutionProvider"])
     binding, results = session.io_binding(), [np.empty(spec.shape, spec.dtype) for spec in outputs]
     for bind, specs, arrays in (

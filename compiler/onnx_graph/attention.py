@@ -27,7 +27,7 @@ def _rope(e: Emitter, node: Node, x: str, cos: str, sin: str) -> str:
 def _cached_attention(
     e: Emitter, node: Node, q: str, k: str, v: str, k_cache: str, v_cache: str, lengths: str, heads: int
 ) -> tuple[str, ...]:
-    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads)
+    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads=heads)
 
 
 @lowers("staticvl.int8_cached_attention")
@@ -35,7 +35,7 @@ def _int8_cached_attention(e: Emitter, node: Node, *values: Any) -> tuple[str, .
     q, k, v, k_cache, v_cache, k_scale, v_scale, lengths, heads = values
     scales = ["", "", "", "", "", k_scale, v_scale]  # inputs between are left out
     quantised = {"k_quant_type": "PER_CHANNEL", "v_quant_type": "PER_CHANNEL", "kv_cache_bit_width": 8}
-    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads, scales, **quantised)
+    return _group_query_attention(e, node, [q, k, v], [k_cache, v_cache], lengths, heads=heads, scales=scales, **quantised)
 
 
 def _group_query_attention(
@@ -44,6 +44,7 @@ def _group_query_attention(
     rows: Sequence[str],
     caches: Sequence[str],
     lengths: str,
+    *,
     heads: int,
     scales: Sequence[str] = (),
     **quantised: Any,
@@ -128,8 +129,8 @@ def _cross_attention(e: Emitter, node: Node, q: str, keys: Sequence[str], values
     weights = e.node("Softmax", [e.node("Concat", scores, axis=-1) if len(scores) > 1 else scores[0]], axis=-1)
     out = ""
     for j, value in enumerate(values):
-        share = slice_along(e, weights, -1, j * rows, (j + 1) * rows) if len(values) > 1 else weights
-        part = e.node("MatMul", [share, value])
+        of_image = slice_along(e, weights, -1, j * rows, (j + 1) * rows) if len(values) > 1 else weights
+        part = e.node("MatMul", [of_image, value])
         out = e.node("Add", [out, part]) if out else part
     out = e.node("Reshape", [out, e.constant([b, kv_heads, group, t, d])])
     return e.node("Reshape", [e.node("Transpose", [out], perm=[0, 3, 1, 2, 4]), e.constant([b, t, c])])

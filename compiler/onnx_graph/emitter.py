@@ -43,11 +43,11 @@ class Emitter:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.narrow: dict[str, tuple[WeightSpec, tuple[int, ...]]] = {}  # weights in 16 bits and their shapes, by alias
-        self.between: list[TensorSpec] = []  # further outputs: caches behind a piece of a chunk
+        self.between: list[TensorSpec] = []  # further outputs: caches after a piece of a chunk
         self.names: dict[Node, Any] = {}  # traced node -> ONNX value name, or a tuple of names
         self.memo: dict[tuple, Any] = {}
         self.scope = ""
-        self.made = 0
+        self.count = 0
 
     def node(
         self,
@@ -59,9 +59,9 @@ class Emitter:
         names: Sequence[str] = (),
         **attributes: Any,
     ) -> Any:
-        """Add one node; returns its output name, or a tuple of them. `names`: what the last outputs are called."""
-        self.made += 1
-        base = f"{self.scope}/{op}_{self.made}"
+        """Add one node; returns its output name, or a tuple of them. `names`: of the last outputs."""
+        self.count += 1
+        base = f"{self.scope}/{op}_{self.count}"
         results = (*(f"{base}:{i}" for i in range(outputs - len(names))), *names)
         self.nodes.append(helper.make_node(op, list(inputs), list(results), name=base, domain=domain, **attributes))
         return results[0] if outputs == 1 else results

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from onnx import NodeProto, TensorProto, helper
 from torch.fx import Node
@@ -15,7 +15,17 @@ from .emitter import CONTRIB, Emitter, lowers, shape_of, slice_along
 # In one piece, a token takes one and a half times to twice as long, and more memory.
 UPCAST_BYTES = 4 << 20
 TO_UINT4 = helper.make_attribute("to", TensorProto.UINT4)
-EXPANDS = "expands a weight"  # marks nodes of a twin that depend on weights alone
+EXPANDS = "expands a weight"  # marks nodes of an exact reference graph that depend on weights alone
+
+
+class Blocks(NamedTuple):
+    """The sizes of a weight [N, K] that is stored in blocks of `block` numbers, the last of a row perhaps filled up."""
+
+    n: int
+    k: int
+    blocks: int  # in a row
+    block: int
+    bits: int  # of a number
 
 
 @lowers("staticvl.linear", upcasts=True)
@@ -33,11 +43,11 @@ def _upcast_product(e: Emitter, x: str, weight: str) -> str:
     n, c = e.narrow[weight][1]
     parts = math.ceil(4 * n * c / (e.kernels.widened_kib << 10 or UPCAST_BYTES))
     edges = [n * i // parts for i in range(parts + 1)]
-    found = []
+    products = []
     for first, end in pairwise(dict.fromkeys(edges)):
         wide = e.node("Cast", [e.rows(weight, first, end)], to=TensorProto.FLOAT)
-        found.append(_product(e, x, wide))
-    return found[0] if len(found) == 1 else e.node("Concat", found, axis=-1)
+        products.append(_product(e, x, wide))
+    return products[0] if len(products) == 1 else e.node("Concat", products, axis=-1)
 
 
 @lowers("staticvl.linear_w8")
@@ -52,31 +62,30 @@ def _linear_w4(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: 
 
 def _grouped(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, zeros: str, *, bits: int) -> str:
     n, blocks, width = shape_of(node.args[1])  # type: ignore[arg-type]
-    block = width * 8 // bits
-    k = shape_of(node.args[0])[-1]  # type: ignore[arg-type]
+    sizes = Blocks(n, shape_of(node.args[0])[-1], blocks, width * 8 // bits, bits)  # type: ignore[arg-type]
     if e.exact:
         zeros = e[node.args[4]] if zeros else zeros  # by its name, as qweight: both may be read as numbers of 4 bits
-        weight = _dequantised(e, e[node.args[1]], scales, zeros, (n, blocks, block), k, bits)
-        y = _product(e, x, weight)
+        y = _product(e, x, _dequantised(e, e[node.args[1]], scales, zeros, sizes))
     else:
         # Level 4 rounds activations to 8 bits, block by block: the other levels are slower by two orders of magnitude.
-        attributes: dict[str, Any] = {"K": k, "N": n, "bits": bits, "block_size": block, "accuracy_level": 4}
+        attributes: dict[str, Any] = {"K": sizes.k, "N": n, "bits": bits, "block_size": sizes.block, "accuracy_level": 4}
         inputs = [x, qweight, scales, *([zeros] if zeros else [])]
         y = e.node("MatMulNBits", inputs, domain=CONTRIB, **attributes)
     return y if bias is None else e.node("Add", [y, bias])
 
 
-def _dequantised(e: Emitter, qweight: str, scales: str, zeros: str, shape: tuple[int, int, int], k: int, bits: int) -> str:
-    """The float weight [N, K], made anew in every run: four times faster than the exact level of MatMulNBits."""
-    n, blocks, block = shape
-    zeros = _zero_points(e, zeros, n, blocks, bits) if zeros else _middle(e, n, blocks, bits)
+def _dequantised(e: Emitter, qweight: str, scales: str, zeros: str, sizes: Blocks) -> str:
+    """The float weight [N, K], computed in every run: four times faster than the exact level of MatMulNBits."""
+    n, k, blocks, block, bits = sizes
+    zeros = _zero_points(e, zeros, sizes) if zeros else _middle(e, sizes)
     inputs = [e.weight(qweight, (n, blocks * block), packed=bits == 4), scales, zeros]
     weight = e.node("DequantizeLinear", inputs, axis=1, block_size=block)
     return weight if blocks * block == k else slice_along(e, weight, 1, 0, k)
 
 
-def _middle(e: Emitter, n: int, blocks: int, bits: int) -> str:
+def _middle(e: Emitter, sizes: Blocks) -> str:
     """[N, blocks] of 128, or of 8 as numbers of 4 bits."""
+    n, _, blocks, _, bits = sizes
     zero = helper.make_tensor("zero_point", TensorProto.UINT8, [1], [1 << bits - 1])
     zeros = e.once(("zeros", n, blocks, bits), lambda: e.node("ConstantOfShape", [e.constant([n, blocks])], value=zero))
     if bits == 8:
@@ -84,8 +93,9 @@ def _middle(e: Emitter, n: int, blocks: int, bits: int) -> str:
     return e.once(("zeros of 4 bits", zeros), lambda: e.node("Cast", [zeros], to=TensorProto.UINT4))
 
 
-def _zero_points(e: Emitter, zeros: str, n: int, blocks: int, bits: int) -> str:
+def _zero_points(e: Emitter, zeros: str, sizes: Blocks) -> str:
     """Stored zero points -> [N, blocks]; of 4 bits there are two in a byte, and a row of odd length fills its last byte up."""
+    n, _, blocks, _, bits = sizes
     if bits == 8:
         return zeros
     wide = e.weight(zeros, (n, blocks + blocks % 2), packed=True)

@@ -50,9 +50,9 @@ def _embed(e: Emitter, node: Node, token_ids: str, table: str) -> str:
 @lowers("staticvl.merge_rows")
 def _merge_rows(e: Emitter, node: Node, x: str, rows: str, index: str) -> str:
     zero = e.constant(0, "int32")
-    taken = e.node("Gather", [rows, e.node("Max", [index, zero])], axis=0)
+    from_image = e.node("Gather", [rows, e.node("Max", [index, zero])], axis=0)
     is_text = e.node("Unsqueeze", [e.node("Less", [index, zero]), e.constant([-1])])
-    return e.node("Where", [is_text, x, taken])
+    return e.node("Where", [is_text, x, from_image])
 
 
 @lowers("staticvl.take_token")
@@ -87,8 +87,8 @@ def _of_blocks(e: Emitter, logits: str, rows: int, vocab: int, count: int) -> tu
     maxima = e.node("Reshape", [e.node("ReduceMax", [parts, e.constant([-1])], keepdims=0), e.constant([rows, blocks])])
     _, chosen = e.node("TopK", [maxima, e.constant([count])], outputs=2, sorted=0)  # [R, count]
     place = e.node("Add", [chosen, e.constant(np.arange(rows)[:, None] * blocks)]) if rows > 1 else chosen
-    found = e.node("Reshape", [e.node("Gather", [parts, place], axis=0), e.constant([rows, count * TOP_BLOCK])])
-    values, place = e.node("TopK", [found, e.constant([count])], outputs=2)
+    values = e.node("Reshape", [e.node("Gather", [parts, place], axis=0), e.constant([rows, count * TOP_BLOCK])])
+    values, place = e.node("TopK", [values, e.constant([count])], outputs=2)
     of = e.node("GatherElements", [chosen, e.node("Div", [place, block])], axis=1)
     return values, e.node("Add", [e.node("Mul", [of, block]), e.node("Mod", [place, block])])
 
@@ -104,8 +104,8 @@ def _mask_tiles(e: Emitter, node: Node, x: str, tile_count: str) -> str:
 @lowers("staticvl.tile_padding")
 def _tile_padding(e: Emitter, node: Node, tile_count: str, tiles: int, rows: int, padded_rows: int) -> str:
     unused = e.node("GreaterOrEqual", [e.constant(np.arange(tiles)[:, None], "int32"), tile_count])  # [tiles, 1]
-    behind = e.constant((np.arange(padded_rows) >= rows)[None], "bool")
-    padding = e.node("Cast", [e.node("Or", [unused, behind])], to=TensorProto.FLOAT)
+    past_end = e.constant((np.arange(padded_rows) >= rows)[None], "bool")
+    padding = e.node("Cast", [e.node("Or", [unused, past_end])], to=TensorProto.FLOAT)
     return e.node("Reshape", [padding, e.constant(shape_of(node))])
 
 

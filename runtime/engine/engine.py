@@ -224,7 +224,7 @@ class Engine:
         for sequence in step.sequences:
             sequence.times.started = sequence.times.started or started
         self.computing = True
-        result = self.backend.run(self.graphs[step.kind, step.bucket, step.images], feed, slot, image)
+        result = self.backend.run(self.graphs[step.graph_key], feed, slot, image)
         self.computing = False
         self.metrics.count(step, self.clock() - started)
         return result
@@ -362,7 +362,4 @@ class Engine:
 
 
 def _costs(manifest: Manifest) -> Costs:
-    costs: dict[tuple[Kind, int], dict[int, float]] = {}
-    for graph in manifest.graphs:
-        costs.setdefault((graph.kind, graph.images), {})[graph.bucket] = graph.cost_ms
-    return costs
+    return {graph.graph_key: graph.cost_ms for graph in manifest.graphs}

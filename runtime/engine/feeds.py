@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..artifact import CROSS_HIDDEN, Manifest
+from ..artifact import CROSS_HIDDEN, GraphKey, Manifest
 from ..backends.base import Feed, new_feed
 from ..rope import query_scales, rope_tables
 from ..sampling.top_logits import LARGEST
@@ -25,12 +25,12 @@ class Feeds:
         self.manifest = manifest
         self.rope: dict[float, tuple[np.ndarray, np.ndarray]] = {}  # by the factor of dynamic NTK
         self.query_scales = query_scales(manifest.model.rope, manifest.cache.rows)
-        self.graphs = {(graph.kind, graph.bucket, graph.images): graph for graph in manifest.graphs}
-        self.buffers: dict[tuple[str, int, int], Feed] = {}
+        self.graphs = {graph.graph_key: graph for graph in manifest.graphs}
+        self.buffers: dict[GraphKey, Feed] = {}
         self.fill = {"vision": self._vision, "prefill": self._prefill, "decode": self._decode, "verify": self._verify}
 
     def __call__(self, step: Step, cache: SlotCache) -> Feed:
-        key = (step.kind, step.bucket, step.images)
+        key = step.graph_key
         if key not in self.buffers:
             self.buffers[key] = new_feed(self.graphs[key])
         feed = self.buffers[key]

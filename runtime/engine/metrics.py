@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import KINDS, Kind, graph_name
+from ..artifact import KINDS, Kind
 
 if TYPE_CHECKING:
     from .request import Sequence
@@ -37,7 +37,7 @@ class Metrics:
         self.seconds[step.kind] += seconds
         self.real[step.kind] += len(step.sequences) if step.kind == "decode" else step.count
         self.padded[step.kind] += step.bucket
-        self.buckets[graph_name(step.kind, step.bucket, step.images)] += 1
+        self.buckets[step.graph_key.name] += 1
 
     def count_end(self, sequence: Sequence, reason: str) -> None:
         """A request ended, at whatever point of its way."""

@@ -14,7 +14,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..artifact import Kind
+from ..artifact import GraphKey, Kind
 from .cache import SlotCache
 from .chunks import ChunkPlanner
 from .request import Sequence
@@ -26,19 +26,24 @@ AGING = 16  # admissions after which a waiting request is worth one priority mor
 class Step:
     """One run of one graph. `count` is the real size that the bucket pads: tiles, tokens, or rows.
 
-    `draft`: the tokens that a verify step guesses after the last one of the answer. `images`: which variant of a text graph
-    runs, by how many images it can see (cross-attention only, else 0).
+    `draft`: the tokens that a verify step guesses after the last one of the answer.
     """
 
-    kind: Kind
-    bucket: int
+    graph_key: GraphKey
     sequences: tuple[Sequence, ...]
     count: int
-    images: int = 0
     draft: tuple[int, ...] = ()
 
+    @property
+    def kind(self) -> Kind:
+        return self.graph_key.kind
 
-Costs = Mapping[tuple[Kind, int], Mapping[int, float]]  # (kind, images) -> bucket -> cost of a run
+    @property
+    def bucket(self) -> int:
+        return self.graph_key.bucket
+
+
+Costs = Mapping[GraphKey, float]  # of a run of each graph
 
 
 class PrefixCache(Protocol):
@@ -64,15 +69,15 @@ class Scheduler:
         self.cache, self.prefix_cache = cache, prefix_cache
         self.waiting: list[Sequence] = []  # in the order of admission
         self.running: list[Sequence] = []
-        self.vision = ChunkPlanner(costs["vision", 0])
-        self.prefill = {images: ChunkPlanner(cost) for (kind, images), cost in costs.items() if kind == "prefill"}
+        self.vision = ChunkPlanner(_by_images(costs, "vision").get(0, {}))
+        self.prefill = {images: ChunkPlanner(table) for images, table in _by_images(costs, "prefill").items()}
         self.bounded: dict[int, ChunkPlanner] = {}  # what runs while sequences answer, if that is less
         if prefill_budget is not None:
             self.bounded = {
                 images: ChunkPlanner(_within(prefill_budget, planner.costs)) for images, planner in self.prefill.items()
             }
-        self.decode = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "decode"}
-        self.verify = {images: sorted(cost) for (kind, images), cost in costs.items() if kind == "verify"}
+        self.decode = {images: sorted(table) for images, table in _by_images(costs, "decode").items()}
+        self.verify = {images: sorted(table) for images, table in _by_images(costs, "verify").items()}
         self.costs = costs
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
         self.may_draft: set[int] = set()  # ids of sequences in the last decode step that have not drafted since
@@ -191,7 +196,7 @@ class Scheduler:
         left = len(sequence.prompt.pixels) - sequence.tiles_done
         bucket = self.vision.split(left)[0]
         limit = max(self._planner(sequence.images, True).costs.values())
-        return Step("vision", bucket, (sequence,), min(bucket, left)), self.vision.costs[bucket], limit
+        return Step(GraphKey("vision", bucket), (sequence,), min(bucket, left)), self.vision.costs[bucket], limit
 
     def _prefill(self, sequence: Sequence, answering: bool) -> tuple[Step, float, float]:
         """The step, its cost, and what may run together."""
@@ -199,7 +204,7 @@ class Scheduler:
         images = _enough(self.prefill, sequence.images)
         planner = self._planner(images, answering)
         bucket = planner.next_bucket(left, self.cache.spec.rows - sequence.computed)
-        step = Step("prefill", bucket, (sequence,), min(bucket, left), images)
+        step = Step(GraphKey("prefill", bucket, images), (sequence,), min(bucket, left))
         return step, planner.costs[bucket], max(planner.costs.values())
 
     def _planner(self, images: int, answering: bool) -> ChunkPlanner:
@@ -235,23 +240,31 @@ class Scheduler:
             return None
         count = 1 + len(draft)
         bucket = next(bucket for bucket in buckets if bucket >= count)
-        cost = self.costs["verify", images][bucket]
-        if (1 + sequence.prompt_lookup.expected(len(draft))) * self._cost(decode) <= len(decode.sequences) * cost:
+        key = GraphKey("verify", bucket, images)
+        if (1 + sequence.prompt_lookup.expected(len(draft))) * self.costs[decode.graph_key] <= len(
+            decode.sequences
+        ) * self.costs[key]:
             sequence.prompt_lookup.skipped()
             return None
-        return Step("verify", bucket, (sequence,), count, images, draft)
-
-    def _cost(self, step: Step) -> float:
-        return self.costs[step.kind, step.images][step.bucket]
+        return Step(key, (sequence,), count, draft)
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> Step:
         # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
         rows = 1 + max(sequence.slot for sequence in sequences if sequence.slot is not None)
         images = _enough(self.decode, max(sequence.images for sequence in sequences))
-        return Step("decode", self._decode_bucket(rows, images), tuple(sequences), rows, images)
+        return Step(GraphKey("decode", self._decode_bucket(rows, images), images), tuple(sequences), rows)
 
     def _decode_bucket(self, rows: int, images: int) -> int:
         return next(bucket for bucket in self.decode[images] if bucket >= rows)
+
+
+def _by_images(costs: Costs, kind: Kind) -> dict[int, dict[int, float]]:
+    """The graphs of a kind: images that they see -> bucket -> cost of a run."""
+    tables: dict[int, dict[int, float]] = {}
+    for key, cost in costs.items():
+        if key.kind == kind:
+            tables.setdefault(key.images, {})[key.bucket] = cost
+    return tables
 
 
 def _enough(variants: Iterable[int], images: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from msgspec import UNSET, UnsetType, field
 
@@ -121,6 +121,22 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
         return ", ".join(word for word, holds in words.items() if holds) or "as by default"
 
 
+class GraphKey(NamedTuple):
+    """Which graph of an artifact: its kind, its bucket, and the images that a text graph sees by cross-attention.
+
+    Keys are unique within an artifact, of a pipeline within a stage. Their units are those of GraphSpec.
+    """
+
+    kind: Kind
+    bucket: int
+    images: int = 0
+
+    @property
+    def name(self) -> str:
+        """Such as "prefill-64-images-2"; "prefill-64" where no images are seen."""
+        return f"{self.kind}-{self.bucket}" + (f"-images-{self.images}" if self.images else "")
+
+
 class GraphSpec(Record, frozen=True, kw_only=True):
     """One compiled graph: a kind at one bucket."""
 
@@ -148,8 +164,13 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     collective_bytes: Work = 0
 
     @property
+    def graph_key(self) -> GraphKey:
+        """What the graph is found by; not `key`, which tells what it was made from."""
+        return GraphKey(self.kind, self.bucket, self.images)
+
+    @property
     def name(self) -> str:
-        return graph_name(self.kind, self.bucket, self.images)
+        return self.graph_key.name
 
     @property
     def candidates(self) -> int:
@@ -177,7 +198,3 @@ class GraphSpec(Record, frozen=True, kw_only=True):
 def is_cached(name: str) -> bool:
     """Whether a graph input or output is a part of the cache."""
     return name.startswith(("k_cache.", "v_cache.", "cross_k.", "cross_v."))
-
-
-def graph_name(kind: Kind, bucket: int, images: int) -> str:
-    return f"{kind}-{bucket}" + (f"-images-{images}" if images else "")

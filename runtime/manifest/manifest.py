@@ -107,4 +107,5 @@ class Manifest(Record, frozen=True, kw_only=True):
         )
 
     def graph(self, kind: Kind, bucket: int, images: int = 0) -> GraphSpec:
-        return next(g for g in self.graphs if (g.kind, g.bucket, g.images) == (kind, bucket, images))
+        """The graph of one key; raises StopIteration where there is none."""
+        return next(graph for graph in self.graphs if graph.graph_key == (kind, bucket, images))

@@ -44,7 +44,7 @@ def capture(
     def watch(run: GraphRun) -> None:
         nonlocal runs
         step = run.step
-        graph = side.engine.graphs[step.kind, step.bucket, step.images]
+        graph = side.engine.graphs[step.graph_key]
         runs += 1
         counts[graph.name] = counts.get(graph.name, 0) + 1
         if most is not None and counts[graph.name] > most:

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import msgspec
 
 from ...compiler.buckets import Buckets
 from ...compiler.eager import EagerBackend
-from ...compiler.graphs import GraphDef, define_graph
+from ...compiler.graphs import GraphContext, define_graph
 from ...compiler.model_info import read_model_info
 from ...compiler.options import Options
 from ...compiler.plan import Plan, make_plan
 from ...model_defs.config import ModelConfig, read_config
-from ...runtime.artifact import Artifact, BuildInfo, CacheSpec, Kind, Manifest, ModelInfo, WeightSpec
+from ...runtime.artifact import Artifact, BuildInfo, CacheSpec, Manifest, ModelInfo, WeightSpec
 from ...runtime.processor.processor import Processor
-from ...weights.convert import convert
+from ...weights.convert import Conversion, convert
 from ...weights.packing.settings import read_packing
 from ...weights.packing.source import open_packed
 from ...weights.source import open_source
@@ -56,7 +55,7 @@ class Checkpoint:
         source = open_source(self.folder, self.vision_tower)
         if self.packing:
             source = open_packed(source, self.packing, self.config)
-        return convert(source, self.config, self.out, quant="none", prefix="reference").weights
+        return convert(source, self.config, self.out, Conversion(prefix="reference")).weights
 
     def plan(self, context: int | None, images: int | None) -> Plan:
         """A plan of few graphs: they are not measured, and a fault of one bucket has to differ from them."""
@@ -73,7 +72,7 @@ class Checkpoint:
     def eager(self, context: int | None = None, images: int | None = None) -> tuple[Artifact, EagerBackend]:
         """The definitions as an artifact and a backend, which an engine can run."""
         plan = self.plan(context, images)
-        define = definer(self.config, self.info, plan.cache)
+        define = partial(define_graph, GraphContext(config=self.config, image=self.info.image, cache=plan.cache))
         manifest = Manifest(
             backend="onnx",
             quant="none",
@@ -81,21 +80,12 @@ class Checkpoint:
             model=self.info,
             tokenizer=self.tokenizer_folder,
             cache=plan.cache,
-            graphs=tuple(
-                graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in (define(*each) for each in plan.graphs)
-            ),
+            graphs=tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in map(define, plan.graphs)),
             weights=self.weights,
             files={},
             build=BuildInfo(staticvl="", torch="", options={}, key="", source={}),
         )
         return Artifact(self.out, manifest), EagerBackend(self.out, self.weights, plan.cache, define)
-
-
-def definer(
-    config: ModelConfig, info: ModelInfo, cache: CacheSpec, quant: str = "none", ranks: int = 1
-) -> Callable[[Kind, int, int], GraphDef]:
-    """A function that defines any graph over one rank's cache."""
-    return lambda kind, bucket, images: define_graph(config, info.image, cache, quant, kind, bucket, images, ranks)
 
 
 def with_heads(cache: CacheSpec, heads: int) -> CacheSpec:

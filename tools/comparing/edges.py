@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ...runtime.artifact import Kind, Manifest, ModelInfo, graph_name
+from ...runtime.artifact import GraphKey, Kind, Manifest, ModelInfo
 from ...runtime.processor.tiles import grid_of
 from .samples import QUESTION, TEXTS, Sample, image, user_sample
 
@@ -57,17 +57,15 @@ class _Maker:
         self.ids = rng.integers(3, max(4, self.info.tokenizer.used // 2), manifest.cache.context).astype(np.int64)
         self.base_samples = {0: user_sample("text", TEXTS[0])}
 
-    def _edge(
-        self, kind: Kind, bucket: int, images: int, column: str, requests: list[EdgeRequest], forced: int, **route: int
-    ) -> Edge:
+    def _edge(self, key: GraphKey, column: str, requests: list[EdgeRequest], forced: int, **route: int) -> Edge:
         answers = tuple(self.ids[i + 5 : i + 5 + forced] for i in range(len(requests)))
-        return Edge(graph_name(kind, bucket, images), column, tuple(requests), answers, route)
+        return Edge(key.name, column, tuple(requests), answers, route)
 
-    def _variants(self, kind: Kind) -> Iterator[tuple[int, int, int]]:
-        """(bucket, next smaller, images) of every graph of a kind."""
+    def _variants(self, kind: Kind) -> Iterator[tuple[GraphKey, int]]:
+        """Every graph of a kind, and the next smaller bucket."""
         buckets = self.manifest.buckets(kind)
         for graph in sorted((g for g in self.manifest.graphs if g.kind == kind), key=lambda g: (g.images, g.bucket)):
-            yield graph.bucket, max((b for b in buckets if b < graph.bucket), default=0), graph.images
+            yield graph.graph_key, max((b for b in buckets if b < graph.bucket), default=0)
 
     def _base(self, images: int) -> Sample:
         if images not in self.base_samples:
@@ -77,7 +75,8 @@ class _Maker:
 
     def prefill(self) -> Iterator[Edge]:
         rows = self.manifest.cache.rows
-        for bucket, previous, images in self._variants("prefill"):
+        for key, previous in self._variants("prefill"):
+            bucket = key.bucket
             lengths = {"1": 1, "least": previous + 1, "full - 1": bucket - 1, "full": bucket}
             if 2 * bucket <= min(rows, self.manifest.cache.context - 1):
                 lengths["2 x full"] = 2 * bucket
@@ -85,20 +84,20 @@ class _Maker:
             for column, length in lengths.items():
                 if 1 <= length < self.manifest.cache.context and length not in used:
                     used.add(length)
-                    request = EdgeRequest(self._base(images), length, self.ids)
-                    yield self._edge("prefill", bucket, images, column, [request], 1, prefill=bucket)
+                    request = EdgeRequest(self._base(key.images), length, self.ids)
+                    yield self._edge(key, column, [request], 1, prefill=bucket)
 
     def decode(self) -> Iterator[Edge]:
         longest = self.manifest.cache.context - FORCED
-        for bucket, previous, images in self._variants("decode"):
-            for column, rows in (("least", previous + 1), ("full", bucket)):
-                if column == "least" and rows == bucket:
+        for key, previous in self._variants("decode"):
+            for column, rows in (("least", previous + 1), ("full", key.bucket)):
+                if column == "least" and rows == key.bucket:
                     continue
                 lengths = [min(longest, 5 + 3 * i) for i in range(rows)]
                 requests = [
-                    EdgeRequest(self._base(images), length, np.roll(self.ids, -7 * i)) for i, length in enumerate(lengths)
+                    EdgeRequest(self._base(key.images), length, np.roll(self.ids, -7 * i)) for i, length in enumerate(lengths)
                 ]
-                yield self._edge("decode", bucket, images, column, requests, FORCED)
+                yield self._edge(key, column, requests, FORCED)
 
     def vision(self) -> Iterator[Edge]:
         tile_grids = _tile_grids(self.info, max(self.manifest.buckets("vision")))
@@ -108,9 +107,8 @@ class _Maker:
                 if previous < tiles <= bucket:
                     images = tuple(image(tiles + 11 * i, grid, self.info.image.size) for i, grid in enumerate(grids))
                     sample = user_sample(f"{tiles} tiles", QUESTION, images)
-                    yield self._edge(
-                        "vision", bucket, 0, f"{tiles} tiles", [EdgeRequest(sample, None, self.ids)], 1, vision=bucket
-                    )
+                    key, requests = GraphKey("vision", bucket), [EdgeRequest(sample, None, self.ids)]
+                    yield self._edge(key, f"{tiles} tiles", requests, 1, vision=bucket)
             previous = bucket
 
 

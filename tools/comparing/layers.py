@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from ...compiler.graphs import GraphContext, define_graph
 from ...model_defs.config import ModelConfig
+from ...runtime.artifact import GraphKey
 from .capture import CapturedRun, capture
-from .checkpoint import definer
 from .findings import Finding
 from .hf_side import HfPrepared, HfSide
 from .operator_errors import OperatorComparison, module_of
@@ -143,8 +144,8 @@ def _whole_prefill(eager: StaticSide, prompt: StaticPrepared) -> CapturedRun:
     runs = [run for run in capture(eager, [prompt], [np.zeros(1, np.int64)], None) if run.graph.kind == "prefill"]
     length, first = prompt.length, runs[0]
     assert eager.config is not None
-    cache = eager.artifact.manifest.cache
-    graph = definer(eager.config, eager.info, cache)("prefill", length, first.graph.images)
+    context = GraphContext(config=eager.config, image=eager.info.image, cache=eager.artifact.manifest.cache)
+    graph = define_graph(context, GraphKey("prefill", length, first.graph.images))
     feed: dict[str, np.ndarray] = {}
     for name in first.feed:
         if name == "image_rows":

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from ...compiler.graphs import GraphDef, define_graph, trace
-from ...compiler.lockstep import ArrayMember, Meeting
+from ...compiler.graphs import GraphContext, GraphDef, define_graph, trace
+from ...compiler.lockstep import ArrayGroup, Lockstep
 from ...compiler.tap_onnx import Tapped, tap
 from ...model_defs.layers import without_rounding
-from ...runtime.artifact import CacheSpec, GraphSpec, Segment, Step, WeightSpec
+from ...runtime.artifact import CacheSpec, GraphKey, GraphSpec, Segment, Step, WeightSpec
 from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
@@ -75,8 +75,15 @@ def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.expo
     """One rank's definition of a graph, and its trace. Ascend's graphs are compared without rounding."""
     assert side.config is not None
     manifest = side.artifact.manifest
-    sizes = graph.kind, graph.bucket, graph.images, manifest.tp, graph.candidates
-    return traced(side.config, side.info.image, rank_cache(side), manifest.quant, *sizes, rounded=manifest.backend == "onnx")
+    context = GraphContext(
+        config=side.config,
+        image=side.info.image,
+        cache=rank_cache(side),
+        quant=manifest.quant,
+        ranks=manifest.tp,
+        candidates=graph.candidates,
+    )
+    return traced(context, graph.graph_key, rounded=manifest.backend == "onnx")
 
 
 def rank_cache(side: StaticSide) -> CacheSpec:
@@ -87,9 +94,9 @@ def rank_cache(side: StaticSide) -> CacheSpec:
 
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, use the same few
-def traced(*sizes: Any, rounded: bool) -> tuple[GraphDef, torch.export.ExportedProgram]:
-    """The definition of `define_graph` for these arguments, and its trace."""
-    graph = define_graph(*sizes)
+def traced(context: GraphContext, key: GraphKey, *, rounded: bool) -> tuple[GraphDef, torch.export.ExportedProgram]:
+    """The definition of a graph, and its trace."""
+    graph = define_graph(context, key)
     if not rounded:
         without_rounding(graph.module)
     return graph, trace(graph)
@@ -131,8 +138,8 @@ class OnnxGraph:
         self.spec = _with_taps(rank_graph, self.tapped)
         models = {name: each.data for name, each in zip(graph.files, self.tapped, strict=True)}
         cache = rank_cache(side)
-        self.meeting = Meeting(self.ranks)
-        groups = [ArrayMember(self.meeting, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
+        self.lockstep = Lockstep(self.ranks)
+        groups = [ArrayGroup(self.lockstep, rank) if self.ranks > 1 else None for rank in range(self.ranks)]
         self.backends = [OrtBackend(folder, cache, threads=1, shared=False, group=group, models=models) for group in groups]
         self.comparisons = [
             OperatorComparison(self.program, parameters_of(side, side.rank_weights[rank], self.definition))
@@ -141,7 +148,7 @@ class OnnxGraph:
 
     def errors(self, run: CapturedRun) -> list[Errors]:
         """The errors of every rank, in lockstep."""
-        return self.meeting.together(lambda rank: self._rank_errors(run, rank))
+        return self.lockstep.run(lambda rank: self._rank_errors(run, rank))
 
     def _rank_errors(self, run: CapturedRun, rank: int) -> Errors:
         backend, inputs = self.backends[rank], inputs_of(self.definition, run, rank, self.ranks)
@@ -200,11 +207,11 @@ def _ascend(side: StaticSide, run: CapturedRun) -> list[Errors]:
     from .ge_taps import GeGraph
 
     definition_, program = definition(side, run.graph)
-    ranks, cache, meeting = side.artifact.manifest.tp, rank_cache(side), Meeting(side.artifact.manifest.tp)
+    ranks, cache, lockstep = side.artifact.manifest.tp, rank_cache(side), Lockstep(side.artifact.manifest.tp)
     spec = msgspec.structs.replace(run.graph, inputs=definition_.inputs, outputs=definition_.outputs)
 
     def errors_of_rank(rank: int) -> Errors:
-        group = ArrayMember(meeting, rank) if ranks > 1 else None
+        group = ArrayGroup(lockstep, rank) if ranks > 1 else None
         inputs = inputs_of(definition_, run, rank, ranks)
         caches = {
             each.name: value.numpy() for each, value in zip(spec.inputs, inputs, strict=True) if each.name not in run.feed
@@ -215,4 +222,4 @@ def _ascend(side: StaticSide, run: CapturedRun) -> list[Errors]:
         find = named(outputs_of(program, definition_, ge.backend, result, run.image)) if spec.eager else ge.find
         return OperatorComparison(program, parameters_of(side, side.rank_weights[rank], definition_)).run(inputs, find)
 
-    return meeting.together(errors_of_rank)
+    return lockstep.run(errors_of_rank)

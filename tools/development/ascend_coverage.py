@@ -22,7 +22,7 @@ from tqdm import tqdm
 from ...compiler.buckets import Buckets
 from ...compiler.choices import PlanError
 from ...compiler.emit_ascend import DTYPES, emit
-from ...compiler.graphs import GraphDef, define_graph
+from ...compiler.graphs import GraphContext, GraphDef, define_graph
 from ...compiler.options import Options
 from ...compiler.plan import make_plan
 from ...model_defs.config import ConfigError, ModelConfig, read_config
@@ -109,8 +109,9 @@ def definitions(config: ModelConfig, dtype: str, tp: int = 1) -> Iterator[GraphD
     )
     options = Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=dtype, tp=tp, buckets=buckets)
     plan = make_plan(config, options)
-    for kind, bucket, images in plan.graphs:
-        yield define_graph(config, _any_image(config), plan.cache, "none", kind, bucket, images, tp, plan.candidates)
+    context = GraphContext(config=config, image=_any_image(config), cache=plan.cache, ranks=tp, candidates=plan.candidates)
+    for key in plan.graphs:
+        yield define_graph(context, key)
 
 
 def _any_image(config: ModelConfig) -> ImageProcessorConfig:

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ...runtime.artifact import Kind
+from ...runtime.artifact import GraphKey, Kind
 from .batches import batch_frontier, step_cost
 from .bucket_sizes import candidate_sizes
 from .columns import TraceError
@@ -58,13 +58,16 @@ class TuningResult:
 
 
 def replay_setup(costs: Costs, buckets: Mapping[str, tuple[int, ...]], chosen: BucketChoice, *, chunks: bool = True) -> Setup:
-    tables = {
-        (kind, images): costs.table(kind, buckets[kind], images)
-        for kind in ("prefill", "decode")
-        for images in (0, *chosen.images)
+    """The setup of a replay of a choice whose buckets are `buckets`, by kind."""
+    variants: list[tuple[Kind, int]] = [(kind, images) for kind in ("prefill", "decode") for images in (0, *chosen.images)]
+    times = {
+        GraphKey(kind, bucket, images): ms
+        for kind, images in [*variants, ("vision", 0)]
+        for bucket, ms in costs.table(kind, buckets[kind], images).items()
     }
-    tables["vision", 0] = costs.table("vision", buckets["vision"]) if buckets["vision"] else {1: 1.0}  # never run
-    return Setup(tables, chosen.context, chosen.slots, chunks, costs.past_ms)  # type: ignore[arg-type]
+    if not buckets["vision"]:
+        times[GraphKey("vision", 1)] = 1.0  # never run
+    return Setup(times, chosen.context, chosen.slots, chunks, costs.past_ms)
 
 
 def counts_by_variant(image_counts: Mapping[int, Mapping[int, int]], variants: tuple[int, ...]) -> list[Counter[int]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ...runtime.artifact import CacheSpec, CrossSpec, Kind
+from ...runtime.artifact import CacheSpec, CrossSpec, GraphKey, Kind
 from ...runtime.engine.cache import SlotCache
 from ...runtime.engine.chunks import ChunkPlanner
 from ...runtime.engine.request import Sequence as Running
@@ -64,9 +64,9 @@ class ReplayStats:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """The setup of a replay: milliseconds by (kind, images) and bucket, and the cache."""
+    """The setup of a replay: milliseconds of a run of each graph, and the cache."""
 
-    costs: Mapping[tuple[Kind, int], Mapping[int, float]]
+    costs: Mapping[GraphKey, float]
     context: int
     slots: int
     chunks: bool = True  # False: every prompt in one run
@@ -81,8 +81,8 @@ def replay(arrivals: Sequence[Arrival], setup: Setup) -> ReplayStats:
 class _Replay:
     def __init__(self, arrivals: Sequence[Arrival], setup: Setup) -> None:
         self.setup, self.arrivals = setup, arrivals
-        text = {bucket for (kind, _), table in setup.costs.items() if kind == "prefill" for bucket in table}
-        seen = max(images for _, images in setup.costs)
+        smallest = min(key.bucket for key in setup.costs if key.kind == "prefill")
+        seen = max(key.images for key in setup.costs)
         cross = CrossSpec(layers=1, images=seen, rows=1, tiles=1) if seen else None
         spec = CacheSpec(
             layers=1,
@@ -90,16 +90,15 @@ class _Replay:
             head_dim=1,
             slots=setup.slots,
             context=setup.context,
-            rows=setup.context + min(text),
+            rows=setup.context + smallest,
             dtype="float32",
             cross=cross,
         )
         self.cache = SlotCache(spec)
         self.scheduler = Scheduler(self.cache, setup.costs)
         if not setup.chunks:
-            self.scheduler.prefill = {  # type: ignore[assignment]
-                images: SingleRunPlanner(table) for (kind, images), table in setup.costs.items() if kind == "prefill"
-            }
+            planners = self.scheduler.prefill
+            planners.update({images: SingleRunPlanner(planner.costs) for images, planner in planners.items()})
         self.remaining: dict[int, int] = {}  # id -> tokens still to be generated
         self.stats, self.now, self.next = ReplayStats(), 0.0, 0
         self.arrived: deque[Running] = deque()  # and not yet in the scheduler
@@ -162,7 +161,7 @@ class _Replay:
 
     def _seconds(self, step: Step) -> tuple[float, float]:
         """Seconds of a step, and how many more each repetition takes than the one before, since caches grow."""
-        past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.kind, step.images][step.bucket] / 1e3
+        past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.graph_key] / 1e3
         if step.kind == "prefill":
             return cost + past_s * step.bucket * step.sequences[0].computed, 0.0
         if step.kind == "vision" or not past_s:

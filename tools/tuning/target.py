@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 from tqdm import tqdm
 
-from ...runtime.artifact import Kind, ModelInfo, open_artifact
+from ...runtime.artifact import GraphKey, Kind, ModelInfo, open_artifact
 from ...runtime.shown import shown
 from ..cards import CARDS, Card
 from .costs import (
@@ -123,20 +123,21 @@ def from_checkpoint(
 
     def costs(context: int, slots: int) -> Costs:
         from ...compiler.cost import graph_cost
-        from ...compiler.graphs import define_graph
+        from ...compiler.graphs import GraphContext, define_graph
 
         cache = msgspec.structs.replace(plan.cache, context=context, rows=context + 16, slots=max(slots, _SIZES["decode"][1]))
         tiles = plan.cache.cross.tiles if plan.cache.cross else None
-        jobs: list[tuple[Kind, int, int]] = [
-            (kind, size, images)
+        shared = GraphContext(config=config, image=info.image, cache=cache, quant=quant)
+        keys = [
+            GraphKey(kind, size, images)
             for kind, sizes in _SIZES.items()
             for images in ((0,) if kind == "vision" or not tiles else (0, 1))
             for size in ((tiles,) if kind == "vision" and tiles else sizes)
         ]
         points: dict[Key, list[tuple[int, int, int]]] = {}
-        for kind, size, images in tqdm(jobs, desc="counting operations", disable=None):
-            cost = graph_cost(define_graph(config, info.image, cache, quant, kind, size, images), dtype)
-            points.setdefault((kind, images), []).append((size, cost.flops, cost.nbytes))
+        for key in tqdm(keys, desc="counting operations", disable=None):
+            cost = graph_cost(define_graph(shared, key), dtype)
+            points.setdefault((key.kind, key.images), []).append((key.bucket, cost.flops, cost.nbytes))
         lines = {key: line_through(sorted(costs)) for key, costs in points.items()}
         return roofline_costs(lines, device, overhead_ms, _roofline_source(Path(checkpoint).name, device, overhead_ms))
 
