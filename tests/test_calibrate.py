@@ -307,7 +307,7 @@ def test_an_artifact_says_what_it_was_calibrated_with(tmp_path: Path) -> None:
     assert compiled(folder, out, calibration, quant="w4a16")
     after = read_manifest(out)
     info: Any = after.build.calibration
-    assert (info.method, info.sha256, info.prompts, info.images) == ("GPTQ", "ab" * 32, 1, 1)
+    assert (info.method, info.sha256, info.prompts, info.pictures) == ("GPTQ", "ab" * 32, 1, 1)
     assert after.build.options["calibrate"] == "FILE" and "--calibrate FILE" in after.recompilation()
     assert after.build.key != before.build.key
     name = "text.layers.0.mlp.down.qweight"
