@@ -67,7 +67,7 @@ def test_an_observer_sees_every_run_before_it_runs() -> None:
 
     def observe(run: GraphRun) -> None:
         runs.append((run.step.kind, run.slot, run.image, sum(engine.metrics.runs.values())))
-        assert run.feed is engine.feeds.buffers[run.step.kind, run.step.bucket, run.step.images]
+        assert run.feed is engine.feeds.buffers[run.step.graph_key]
 
     engine.on_run = observe
     engine.add_request(text_prompt(3), SamplingParams(max_new_tokens=3, temperature=0.0, ignore_eos=True))

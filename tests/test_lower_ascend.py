@@ -277,8 +277,8 @@ def definitions(checkpoint: Path, *, quant: str = "none", context: int = 64, slo
     image = ImageProcessorConfig(
         mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=third, std=third
     )
-    context = GraphContext(config=config, image=image, cache=plan.cache, quant=quant)
-    yield from (define_graph(context, key) for key in plan.graphs)
+    shared = GraphContext(config=config, image=image, cache=plan.cache, quant=quant)
+    yield from (define_graph(shared, key) for key in plan.graphs)
 
 
 @functools.cache
