@@ -220,7 +220,7 @@ def test_a_loaded_graph_calls_its_group_what_the_communicator_is_called(
     model: Model, graphs: Graphs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which another process may have called otherwise."""
-    monkeypatch.setattr(process_groups._Group, "get_hccl_comm_name", lambda *_, init_comm: f"card {init_comm}")
+    monkeypatch.setattr(process_groups._NamedGroup, "get_hccl_comm_name", lambda *_, init_comm: f"card {init_comm}")
     loaded = []
 
     def executor(data: bytes) -> Any:

@@ -205,7 +205,7 @@ def test_an_artifact_says_what_was_chosen(
     assert not chosen["vision"] and chosen["prefill"] and chosen["decode"]
     assert (chosen["prefill"].attention_tokens, chosen["decode"].attention_tokens) == (4, 0)
     assert build(made).traced == (), "what was measured is not measured again"
-    assert read_manifest(made.out).recompilation(context=300).endswith("--tune --context 300 --slots 1")
+    assert read_manifest(made.out).recompilation(context=300).endswith("--context 300 --slots 1 --tune")
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["show", str(made.out)]) == 0
     told = capsys.readouterr().out

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import TokenizerConfig
 from staticvl.runtime.processor.detokenizer import IncrementalDetokenizer
-from staticvl.runtime.processor.tokenizer import load_tokenizer
+from staticvl.runtime.processor.tokenizer import _is_prefix_of_character, load_tokenizer
 
 from .checkpoints_tokenizers import SCRIPTS, text_of
 from .conftest import EMBEDDED
@@ -65,6 +65,7 @@ def test_pieces_are_the_text_up_to_the_first_stop_string(text: str, stops: list[
 
 @settings(max_examples=200, deadline=None)
 @given(ids=st.lists(st.integers(0, 639), max_size=20), stops=STOPS)
+@example(ids=[240, 163], stops=[])  # the first two bytes of a surrogate, which is no character
 def test_any_tokens(ids: list[int], stops: list[str]) -> None:
     """Broken characters, special tokens, and ids that the tokenizer does not know."""
     assert read(ids, *stops).text == expected(ids, stops)
@@ -163,3 +164,13 @@ def test_special_tokens_are_not_text() -> None:
 def test_nothing() -> None:
     assert read([]).text == ""
     assert read([EOS], "x").text == ""
+
+
+def test_prefixes_of_characters() -> None:
+    """Of all one to three bytes, just the proper prefixes of what Python writes for a character."""
+    characters = (chr(code).encode() for code in range(0x80, 0x110000) if not 0xD800 <= code < 0xE000)
+    prefixes = {data[:size] for data in characters for size in range(1, len(data))}
+    firsts = [bytes([one]) for one in range(256)]
+    continued = [one + bytes([two]) for one in firsts for two in range(256)]
+    further = [two + bytes([three]) for two in continued if two in prefixes for three in range(0x70, 0xD0)]
+    assert {data for data in (*firsts, *continued, *further) if _is_prefix_of_character(data)} == prefixes

@@ -126,7 +126,7 @@ def test_an_artifact_with_candidates_answers_as_from_whole_rows(artifact: Path, 
     """Greedy, drawn and with drafts; rows are looked at whole by draws that candidates do not decide, and by no others."""
     manifest = read_manifest(artifact)
     assert {graph.kind: graph.candidates for graph in manifest.graphs} == {"vision": 0, "prefill": 6, "decode": 6, "verify": 6}
-    assert manifest.recompilation().endswith(f"--candidates {COUNT} --context 64 --slots 2 --speculate 2")
+    assert manifest.recompilation().endswith(f"--context 64 --slots 2 --speculate 2 --candidates {COUNT}")
     model, seen = runtime.load(artifact, reuse=False), []
     engine, whole = model.engine, model.engine.next_token.of_whole_row
     monkeypatch.setattr(

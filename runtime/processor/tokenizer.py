@@ -147,6 +147,8 @@ class Detokenizer:
 
 def _is_prefix_of_character(data: bytes) -> bool:
     """Whether bytes are a proper prefix of a character in UTF-8."""
+    if data[:1] == b"\xed" and data[1:2] >= b"\xa0":  # of a surrogate, which is no character; Python's decoder waits for it
+        return False
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
         return not decoder.decode(data) and len(decoder.getstate()[0]) == len(data)
