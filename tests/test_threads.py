@@ -16,6 +16,7 @@ import pytest
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
+from staticvl.runtime.artifact import GraphKey
 from staticvl.runtime.async_engine import AsyncEngine
 from staticvl.runtime.engine.access import EngineAccess, InterruptedStepError
 from staticvl.runtime.model import ModelClosedError
@@ -47,7 +48,7 @@ def model(tmp_path: Path) -> runtime.Model:
 def real(embedded_artifact: Path) -> Iterator[runtime.Model]:
     """Decode steps of one shape only, so that answers are the same bits whatever runs beside them."""
     with runtime.load(embedded_artifact, reuse=False, threads=1) as model:
-        model.engine.scheduler.decode = {0: [4]}
+        model.engine.scheduler.decode = {0: [GraphKey("decode", 4)]}
         yield model
 
 

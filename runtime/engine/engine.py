@@ -222,7 +222,8 @@ class Engine:
             self.on_run(GraphRun(step, feed, slot, image))
         started = self.clock()
         for sequence in step.sequences:
-            sequence.times.started = sequence.times.started or started
+            times = sequence.times
+            times.started = times.started or started
         self.computing = True
         result = self.backend.run(self.graphs[step.graph_key], feed, slot, image)
         self.computing = False

@@ -31,10 +31,10 @@ class Feeds:
 
     def __call__(self, step: Step, cache: SlotCache) -> Feed:
         key = step.graph_key
-        if key not in self.buffers:
-            self.buffers[key] = new_feed(self.graphs[key])
-        feed = self.buffers[key]
-        self.fill[step.kind](feed, step, cache)
+        feed = self.buffers.get(key)
+        if feed is None:
+            feed = self.buffers[key] = new_feed(self.graphs[key])
+        self.fill[key.kind](feed, step, cache)
         return feed
 
     def _vision(self, feed: Feed, step: Step, cache: SlotCache) -> None:

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ..artifact import KINDS, Kind
+from ..artifact import KINDS, GraphKey, Kind
 
 if TYPE_CHECKING:
     from .request import Sequence
@@ -21,7 +21,7 @@ class Metrics:
     seconds: dict[Kind, float] = field(default_factory=lambda: dict.fromkeys(KINDS, 0.0))
     real: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
     padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(KINDS, 0))
-    buckets: Counter[str] = field(default_factory=Counter)  # runs by the name of the graph
+    graph_runs: Counter[GraphKey] = field(default_factory=Counter)
     prompt_tokens: int = 0  # positions of prompts that were run or reused
     reused_tokens: int = 0
     tiles: int = 0  # of images whose features or keys were needed
@@ -33,11 +33,13 @@ class Metrics:
     finished: Counter[str] = field(default_factory=Counter)  # requests by finish_reason
 
     def count(self, step: Step, seconds: float) -> None:
-        self.runs[step.kind] += 1
-        self.seconds[step.kind] += seconds
-        self.real[step.kind] += len(step.sequences) if step.kind == "decode" else step.count
-        self.padded[step.kind] += step.bucket
-        self.buckets[step.graph_key.name] += 1
+        key = step.graph_key
+        kind, bucket, _ = key
+        self.runs[kind] += 1
+        self.seconds[kind] += seconds
+        self.real[kind] += len(step.sequences) if kind == "decode" else step.count
+        self.padded[kind] += bucket
+        self.graph_runs[key] += 1
 
     def count_end(self, sequence: Sequence, reason: str) -> None:
         """A request ended, at whatever point of its way."""
@@ -53,7 +55,7 @@ class Metrics:
             "runs": dict(self.runs),
             "seconds": {kind: round(seconds, 6) for kind, seconds in self.seconds.items()},
             "padding_waste": {kind: round(1 - self.real[kind] / n, 4) for kind, n in self.padded.items() if n},
-            "buckets": dict(self.buckets),
+            "buckets": {key.name: count for key, count in self.graph_runs.items()},
             "prefix_hit_rate": round(self.reused_tokens / max(self.prompt_tokens, 1), 4),
             "picture_hit_rate": round(self.reused_tiles / max(self.tiles, 1), 4),
             "acceptance_rate": round(self.accepted / max(self.drafted, 1), 4),

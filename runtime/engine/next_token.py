@@ -7,6 +7,7 @@ import numpy as np
 from ..artifact import ModelInfo
 from ..backends.base import Result
 from ..processor.detokenizer import IncrementalDetokenizer
+from ..sampling.candidates import Candidates
 from ..sampling.sampler import logprob_of, sample
 from .request import Sequence
 
@@ -20,7 +21,7 @@ class NextToken:
 
     def add(self, sequence: Sequence, result: Result, row: int) -> str | None:
         """Add the token that follows from one row of a result; the finish_reason where the answer ends there."""
-        token = self._from_candidates(sequence, result, row)
+        token = self._from_candidates(result.candidates, sequence, row) if result.candidates else None
         if token is None:
             token = self.of_whole_row(sequence, result.row(row))
         if token is None:
@@ -48,14 +49,12 @@ class NextToken:
         # What the text holds back may turn out to be a stop string, now that nothing follows.
         return "stop" if text is not None and text.stopped_at_end() else "length"
 
-    def _from_candidates(self, sequence: Sequence, result: Result, row: int) -> int | None:
+    def _from_candidates(self, candidates: Candidates, sequence: Sequence, row: int) -> int | None:
         """The token, where the graph's candidates decide it and nothing else is asked of the row."""
-        if not result.candidates or sequence.logits_processors or sequence.token_source:
-            return None
-        if sequence.keep_logits or sequence.params.logprobs is not None:
+        if sequence.logits_processors or sequence.token_source or sequence.keep_logits or sequence.params.logprobs is not None:
             return None
         model, position = self.model, len(sequence.generated)
-        return result.candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
+        return candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
 
     def of_whole_row(self, sequence: Sequence, logits: np.ndarray) -> int | None:
         """The token, and what else is asked of its logits [V]; None where no token may follow."""

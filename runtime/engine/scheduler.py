@@ -76,7 +76,9 @@ class Scheduler:
             self.bounded = {
                 images: ChunkPlanner(_within(prefill_budget, planner.costs)) for images, planner in self.prefill.items()
             }
-        self.decode = {images: sorted(table) for images, table in _by_images(costs, "decode").items()}
+        self.decode: dict[int, list[GraphKey]] = {}  # by the images that they see, the smallest bucket first
+        for key in sorted(key for key in costs if key.kind == "decode"):
+            self.decode.setdefault(key.images, []).append(key)
         self.verify = {images: sorted(table) for images, table in _by_images(costs, "verify").items()}
         self.costs = costs
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
@@ -173,7 +175,7 @@ class Scheduler:
         """The free slots that a batch reaches whichever of them is taken."""
         free = self.cache.free_slots
         rows = 1 + max([free[0], *(sequence.slot for sequence in self.running if sequence.slot is not None)])
-        reach = self._decode_bucket(rows, 0)
+        reach = self._decode_graph(rows, 0).bucket
         return free[: bisect.bisect_left(free, reach)]
 
     def _enter(self, sequence: Sequence) -> None:
@@ -252,10 +254,10 @@ class Scheduler:
         # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
         rows = 1 + max(sequence.slot for sequence in sequences if sequence.slot is not None)
         images = _enough(self.decode, max(sequence.images for sequence in sequences))
-        return Step(GraphKey("decode", self._decode_bucket(rows, images), images), tuple(sequences), rows)
+        return Step(self._decode_graph(rows, images), tuple(sequences), rows)
 
-    def _decode_bucket(self, rows: int, images: int) -> int:
-        return next(bucket for bucket in self.decode[images] if bucket >= rows)
+    def _decode_graph(self, rows: int, images: int) -> GraphKey:
+        return next(key for key in self.decode[images] if key.bucket >= rows)
 
 
 def _by_images(costs: Costs, kind: Kind) -> dict[int, dict[int, float]]:
