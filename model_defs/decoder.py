@@ -180,7 +180,7 @@ class Decoder(nn.Module):
 
 class TextGraph(nn.Module):
     """Tokens in, logits [B, V] and updated caches out: a chunk of one sequence (prefill), or one token of each of B (decode).
-    Behind the T tokens of one sequence that are only guessed (verify) there are logits [T, V], of each of them. With
+    After the T tokens of one sequence that are only guessed (verify) there are logits [T, V], of each of them. With
     `candidates` top-k tokens of each row follow the logits (ops.top_tokens).
     Of a pipeline, stages hand on what is between their layers, `hidden` [B, T, C].
 

@@ -49,7 +49,7 @@ def ntk_factor(rope: RopeParameters, length: int) -> float:
 
 
 def query_scales(rope: RopeParameters, rows: int) -> np.ndarray:
-    """Factor of the query at each position, float32 [rows] (logn attention): log_n(position + 1) behind position n, else 1."""
+    """Factor of the query at each position, float32 [rows] (logn attention): log_n(position + 1) after position n, else 1."""
     positions = np.arange(1, rows + 1, dtype=np.float64)
     if rope.logn_positions is None:
         return np.ones(rows, np.float32)

@@ -65,7 +65,7 @@ def answer_requests(model: runtime.Model) -> list[runtime.Output]:
 
 
 def natural_end(output: runtime.Output, stops: Sequence[int]) -> int:
-    """Tokens of an answer up to the first that ends it: behind that a trained model is as undecided as a random one."""
+    """Tokens of an answer up to the first that ends it: after that a trained model is as undecided as a random one."""
     return next((i + 1 for i, token in enumerate(output.token_ids) if token in stops), len(output.token_ids))
 
 
@@ -73,7 +73,7 @@ def check_alike(expected: runtime.Output, found: runtime.Output, rounding: float
     """The same tokens, and logits as far apart as `rounding` in length explains.
 
     With `near`, tokens after the first `sure` ones may part where the two logits are nearer to each other than this part of the
-    row's root mean square: which of them is the larger depends on the processor, and behind another token all is another text.
+    row's root mean square: which of them is the larger depends on the processor, and after another token all is another text.
     """
     assert expected.logits is not None
     assert found.logits is not None
@@ -85,6 +85,6 @@ def check_alike(expected: runtime.Output, found: runtime.Output, rounding: float
         row = expected.logits[parted]
         margin = (row[mine] - row[other]) / np.sqrt(np.mean(row**2))
         assert parted >= sure and margin < near, (parted, sure, mine, other, margin)
-        last = parted + 1  # both rows there are still behind the same text
+        last = parted + 1  # both rows there are still after the same text
     distance = np.linalg.norm(found.logits[:last] - expected.logits[:last]) / np.linalg.norm(expected.logits[:last])
     assert distance <= rounding

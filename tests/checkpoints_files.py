@@ -14,7 +14,7 @@ from torch import Tensor
 
 def randomise(model: Any, seed: int) -> Any:
     """Every weight at random, in float32: norms around 1, the rest around 0. Tanh gates are far from 0, where they would hide
-    what is behind them.
+    what is after them.
     """
     model = model.float().eval()
     generator = torch.Generator().manual_seed(seed)

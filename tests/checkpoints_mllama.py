@@ -89,7 +89,7 @@ def tiny_mllama(
 
 
 def token_ids() -> dict[str, int]:
-    """Ids of the special tokens; "<|image|>" is the first behind the vocabulary of lm_head."""
+    """Ids of the special tokens; "<|image|>" is the first after the vocabulary of lm_head."""
     return {token: len(llama3_vocabulary()) + i for i, token in enumerate(LLAMA3_SPECIALS)}
 
 

@@ -46,7 +46,7 @@ SENTENCES = (
     "A chat between a curious user and an artificial intelligence assistant, who gives helpful and polite answers.",
 )
 VOCAB = 389
-# Llama-3's special tokens in the order of their ids, with the image's, which Llama-3.2-Vision added behind them.
+# Llama-3's special tokens in the order of their ids, with the image's, which Llama-3.2-Vision added after them.
 LLAMA3_SPECIALS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
     *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>"),
@@ -153,7 +153,7 @@ def _llama3_words() -> pre_tokenizers.PreTokenizer:
 
 @cache
 def llama3_tokenizer() -> Tokenizer:
-    """As published: byte-level BPE, BOS put before, special tokens behind the learned ones."""
+    """As published: byte-level BPE, BOS put before, special tokens after the learned ones."""
     pieces = llama3_vocabulary()
     ranks = {piece: i for i, piece in enumerate(pieces)}
     tokenizer = Tokenizer(models.BPE(vocab=ranks, merges=_merges(ranks), ignore_merges=True))

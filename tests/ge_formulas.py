@@ -91,7 +91,7 @@ def compressed(dtype: torch.dtype = torch.bool) -> Tensor:
 
 
 def behind(x: Tensor, lengths: list[int], value: float) -> Tensor:
-    """x [B, K, S, D] with another value behind each row's length."""
+    """x [B, K, S, D] with another value after each row's length."""
     x = x.clone()
     for b, length in enumerate(lengths):
         x[b, :, length:] = value

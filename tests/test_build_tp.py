@@ -49,7 +49,7 @@ def artifact(pristine: Path, tmp_path: Path) -> Path:
 
 
 def compile_into(checkpoint: Path, out: Path, *, quant: str = "none", **changes: object) -> Report:
-    """With candidates, which are found behind the last collective."""
+    """With candidates, which are found after the last collective."""
     return build(Options(checkpoint=checkpoint, out=out, tp=2, quant=quant, buckets=replace(BUCKETS, **changes), candidates=5))
 
 

@@ -188,7 +188,7 @@ def files(store: CalibratedLayers) -> dict[str, bytes]:
 
 
 class Breaks(Progress):
-    """Stops behind the first layer."""
+    """Stops after the first layer."""
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, unit: str):
@@ -371,7 +371,7 @@ def test_without_images_there_is_a_warning(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["w4a16", "w8a8"])
 def test_large_channels_cost_a_calibrated_model_little(quant: str, tmp_path: Path) -> None:
-    """A trained model some channels of which are made large and the weights behind them small: in floats it is the same."""
+    """A trained model some channels of which are made large and the weights after them small: in floats it is the same."""
     checkpoint = with_outliers(EMBEDDED, tmp_path / "planted", 64.0)
     wanted = [case for case in cases(3) if not case.turns]
     plain, reference = (compiled_side(folder, "none", tmp_path / f"none-{folder.name}") for folder in (EMBEDDED, checkpoint))

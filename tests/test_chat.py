@@ -105,7 +105,7 @@ def test_marks_in_the_text_say_where_images_stand(model: runtime.Model) -> None:
 
 
 def test_a_stopped_answer_is_kept_as_it_was_shown(model: runtime.Model) -> None:
-    """The slot holds tokens behind the stop string that the conversation does not; what is before them is not run again."""
+    """The slot holds tokens after the stop string that the conversation does not; what is before them is not run again."""
     with model.chat() as chat:
         whole = model.generate("Hello!", noise(1), max_new_tokens=12, ignore_eos=True).text
         stop = whole[len(whole) // 2 :][:2]

@@ -73,7 +73,7 @@ def test_earlier_questions_do_not_matter(costs: dict[int, float], lengths: list[
 
 @given(costs=COSTS, context=st.integers(1, 60), data=st.data())
 def test_every_prompt_up_to_the_context_fits(costs: dict[int, float], context: int, data: st.DataObject) -> None:
-    """Rows are context plus the smallest bucket: no prompt, whole or behind earlier tokens, writes past them."""
+    """Rows are context plus the smallest bucket: no prompt, whole or after earlier tokens, writes past them."""
     planner, rows = ChunkPlanner(costs), context + min(costs)
     past = data.draw(st.integers(0, context - 1))
     length = data.draw(st.integers(1, context - past))

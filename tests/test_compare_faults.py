@@ -297,7 +297,7 @@ def test_norm_missing_in_the_definition(mllama: Pair, by_transformers: Side, mon
 
 
 def test_fault_in_the_last_layer_of_the_definition(llava: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Behind its attention that layer has one token of a chunk, where transformers' modules have all."""
+    """After its attention that layer has one token of a chunk, where transformers' modules have all."""
 
     def forward(self: Mlp, x):
         gate, up = (self.gate, self.up) if x.dim() == 3 else (self.up, self.gate)

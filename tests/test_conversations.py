@@ -121,7 +121,7 @@ class Model:
         return self.ids([Message("user", (IMAGE,))]).count(self.info.tokenizer.image_token_id or -1)
 
     def words(self, text: str, *, fresh: bool) -> list[int]:
-        """Of text without special tokens. Not fresh: behind a newline, which merges with nothing and is taken off again."""
+        """Of text without special tokens. Not fresh: after a newline, which merges with nothing and is taken off again."""
         encode: Callable[[str], list[int]] = lambda given: self.theirs(  # noqa: E731
             given, add_special_tokens=False, split_special_tokens=True
         )["input_ids"]

@@ -45,7 +45,7 @@ def test_text_graphs(dtype: str, width: int) -> None:
     assert flops == 2 * 2 * (LINEAR + C * VOCAB) + LAYERS * 2 * 4 * C * ROWS
     small = 2 * (4 + 4 + 2 * 32 * 4)  # ids, lengths, rope
     assert nbytes == (LINEAR + C * VOCAB + NORMS + 2 * C) * width + 2 * cache + small
-    # Sixteen tokens of one sequence: the head works on the last one alone, and so does the last layer behind its attention.
+    # Sixteen tokens of one sequence: the head works on the last one alone, and so does the last layer after its attention.
     flops, _ = cost("prefill", 16, dtype)
     last = C * C + 3 * C * MLP
     assert flops == 16 * 2 * (LINEAR - last) + 2 * (last + C * VOCAB) + LAYERS * 16 * 4 * C * ROWS

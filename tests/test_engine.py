@@ -207,7 +207,7 @@ def test_the_arithmetic_of_a_image() -> None:
 
 
 def test_the_arithmetic_of_cross_attention() -> None:
-    """An image of two tiles side by side (shape 2) that sum to 300 and 400, behind token 5: 302, 404, then 6 and 8 unused."""
+    """An image of two tiles side by side (shape 2) that sum to 300 and 400, after token 5: 302, 404, then 6 and 8 unused."""
     pixels = np.stack([image(300), image(400), image(0), image(0)])
     prompt = dataclasses.replace(cross_prompt(5, ((1, 2), 0), 9), pixels=pixels)
     assert prompt.cross_attention is not None

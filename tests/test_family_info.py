@@ -96,7 +96,7 @@ def test_mllama(name: str, checkpoint: Any, tmp_path: Path) -> None:
     tokenizer = info.tokenizer
     assert (info.family, info.chat, info.text_before_image) == ("mllama", "template", "transformers")
     assert info.image.mark == "<|image|>" and info.image.mode == "tiles"
-    # The image's token lies behind the rows of lm_head.
+    # The image's token lies after the rows of lm_head.
     assert tokenizer.image_token_id == config["image_token_index"] == info.vocab_size == tokenizer.used == vocab
     assert tokenizer.add_bos and tokenizer.bos_token_id == vocab - 256
     assert info.eos_token_ids == tuple(vocab - 256 + i for i in (1, 8, 9))

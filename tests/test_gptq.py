@@ -1,4 +1,4 @@
-"""GPTQ against the definition of what it does: each column is rounded, and the columns behind it take the place that leaves
+"""GPTQ against the definition of what it does: each column is rounded, and the columns after it take the place that leaves
 the least error of the output, solved anew each time."""
 
 from __future__ import annotations

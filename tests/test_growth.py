@@ -36,7 +36,7 @@ def ran(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_least_work_of_two_rows() -> None:
     """One layer with one head of 4, keys and values of 80 rows in float32: 32 bytes a token, 5120 for two rows.
 
-    Behind 7 tokens each row has 8 in use. A token takes 16 operations for each of those that it looks at.
+    After 7 tokens each row has 8 in use. A token takes 16 operations for each of those that it looks at.
     """
     manifest = fake_artifact(slots=2, context=76).manifest
     assert manifest.cache.rows == 80
@@ -48,7 +48,7 @@ def test_least_work_of_two_rows() -> None:
 
 
 def test_least_work_of_a_chunk() -> None:
-    """Four tokens behind 6 see 7, 8, 9 and 10."""
+    """Four tokens after 6 see 7, 8, 9 and 10."""
     graph = fake_artifact(context=76).manifest.graph("prefill", 4)
     graph = msgspec.structs.replace(graph, nbytes=10_000 + 2560, flops=5000 + 4 * 80 * 16)
     work, run = LeastWork(rows=80, pair_flops=16), Run(graph, past=6)
@@ -89,7 +89,7 @@ def test_a_run_on_the_tiny_model(ran: Any, embedded_artifact: Path, tmp_path: Pa
 
 
 def check_bounds(artifact: Path, points: dict[str, Any], gop_per_s: float) -> None:
-    """Of the step behind 16 tokens: 17 rows of every cache; of the others as many bytes and operations more as tokens see."""
+    """Of the step after 16 tokens: 17 rows of every cache; of the others as many bytes and operations more as tokens see."""
     text = read_config(EMBEDDED).text
     graph = open_artifact(artifact).manifest.graph("decode", 1)
     weights = graph.nbytes - sum(spec.nbytes for spec in graph.inputs if is_cached(spec.name))

@@ -67,7 +67,7 @@ BUCKETS = Buckets(prefill=(8, 32), decode=(1, 4), verify=(5,), vision=(1,), cont
 
 @dataclass(frozen=True)
 class Step:
-    """What one attention is given; rows of the caches behind the lengths are what an earlier sequence left."""
+    """What one attention is given; rows of the caches after the lengths are what an earlier sequence left."""
 
     q: Tensor
     k: Tensor
@@ -157,7 +157,7 @@ def on_onnx_runtime(given: Step, folder: Path) -> list[np.ndarray]:
 
 STEPS = {
     "prefill from empty": (8, (0,)),
-    "a chunk behind others": (6, (9,)),
+    "a chunk after others": (6, (9,)),
     "verify": (5, (7,)),
     "up to the last row": (4, (ROOM - 4,)),
     "decode": (1, (13,)),

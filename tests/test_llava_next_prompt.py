@@ -24,7 +24,7 @@ from staticvl.runtime.processor.tokenizer import Tokenizer
 from .checkpoints import MEAN, STD, tiny_llava
 from .test_llava_prompt import load, sample_image
 
-NEWLINE = 400  # behind every token of the tiny tokenizers
+NEWLINE = 400  # after every token of the tiny tokenizers
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 FLIPPED = tuple((columns, rows) for rows, columns in GRIDS)  # how the original code reads the same list
 # (width, height) -> tokens: the figures of the published models.

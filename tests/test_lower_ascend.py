@@ -76,7 +76,7 @@ def ints(*values: Any) -> Tensor:
 
 
 def cached(rows: int, tokens: int, *lengths: int, room: int = 12) -> Case:
-    """Rows behind the length are what an earlier sequence left."""
+    """Rows after the length are what an earlier sequence left."""
     heads, kv_heads, d = 4, 2, 16
     caches = [rand(rows, kv_heads, room, d) for _ in "kv"]
     for row, length in enumerate(lengths):

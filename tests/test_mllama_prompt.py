@@ -86,7 +86,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelInfo, Tokenize
         family="mllama",
         layout="hf",
         hidden_size=16,
-        vocab_size=image_id,  # as published, the image's token lies behind the vocabulary
+        vocab_size=image_id,  # as published, the image's token lies after the vocabulary
         rope=RopeParameters(theta=500000.0),
         eos_token_ids=(vocabulary.token_id("<|eot_id|>") or 0,),
         image=ImageProcessorConfig(

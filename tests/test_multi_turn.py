@@ -27,7 +27,7 @@ from .checkpoints_mllama import tiny_mllama
 from .parity import as_answer, check, generated, noise_image
 
 QWEN = Path(__file__).parent / "golden" / "qwen_vl_tiny" / "checkpoint"
-TRAINED = 64  # of QWEN: prompts behind it have another rotary base
+TRAINED = 64  # of QWEN: prompts after it have another rotary base
 BUCKETS = Buckets(prefill=(4, 64), decode=(2,), context=448, slots=2)  # one slot for the chat, one for fresh prompts
 GREEDY: dict[str, Any] = {"temperature": 0.0}
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "seed": 11}

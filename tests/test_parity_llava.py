@@ -48,7 +48,7 @@ def make_cases(count: int, seed: int) -> list[Case]:
 
 
 def reference(model: LlavaForConditionalGeneration, inputs: dict[str, torch.Tensor]) -> tuple[list[int], np.ndarray]:
-    """Greedy tokens and the raw logits behind each, from transformers' own generate."""
+    """Greedy tokens and the raw logits after each, from transformers' own generate."""
     out = model.generate(
         **inputs,
         max_new_tokens=NEW_TOKENS,

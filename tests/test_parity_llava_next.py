@@ -74,7 +74,7 @@ def test_one_image_equals_transformers(hf: tuple[TinyNext, runtime.Model], size:
         Case(
             "Compare <image> with <image>; which?",
             [noise_image((30, 20)), noise_image((99, 300), 1)],
-            "text between and behind",
+            "text between and after",
         ),
     ],
     ids=["text", "two", "three", "alone", "between"],

@@ -1,6 +1,6 @@
 """Compiled Qwen-VL against recorded outputs of its published code: vision features, logits and greedy tokens.
 
-The records are in golden/qwen_vl_tiny. Of every case they hold the prefill's logits and those behind 16 greedy tokens that
+The records are in golden/qwen_vl_tiny. Of every case they hold the prefill's logits and those after 16 greedy tokens that
 were fed one by one.
 """
 
@@ -26,7 +26,7 @@ from .parity import TOLERANCE, Answer, Case, as_answer, check, image_files, nois
 
 GOLDEN = Path(__file__).parent / "golden" / "qwen_vl_tiny"
 CASES: dict[str, dict[str, Any]] = json.loads((GOLDEN / "cases.json").read_text(encoding="utf-8"))
-TRAINED = 64  # seq_length: longer prompts get another rotary base, queries behind it are scaled
+TRAINED = 64  # seq_length: longer prompts get another rotary base, queries after it are scaled
 GREEDY = 16
 BUCKETS = Buckets(prefill=(16, 96), decode=(1, 4), vision=(1, 2), context=160, slots=4)
 
@@ -47,7 +47,7 @@ class Record:
     @classmethod
     def read(cls, name: str) -> Record:
         meta, arrays = CASES[name], load_file(GOLDEN / "cases" / f"{name}.safetensors")
-        # Row i of decode_logits is behind greedy token i, so the last row belongs to a token that was not kept.
+        # Row i of decode_logits is after greedy token i, so the last row belongs to a token that was not kept.
         logits = np.concatenate((arrays["prefill_logits"][0, -1:], arrays["decode_logits"][:-1]))
         chat = meta["kind"] == "chat"
         return cls(
@@ -122,7 +122,7 @@ def test_answers_equal_the_published_code(golden: runtime.Model, name: str) -> N
 
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_equals_the_published_code_at_every_position(golden: runtime.Model, name: str) -> None:
-    """Prompts cut off behind every token of the text; alpha stays that of the whole prompt, as in the record."""
+    """Prompts cut off after every token of the text; alpha stays that of the whole prompt, as in the record."""
     record = Record.read(name)
     expected = load_file(GOLDEN / "cases" / f"{name}.safetensors")["prefill_logits"][0]  # [L, V]
     prompt, params = record.prompt(golden), SamplingParams(max_new_tokens=1, temperature=0.0)
@@ -139,7 +139,7 @@ def test_prefill_equals_the_published_code_at_every_position(golden: runtime.Mod
     "prefill",
     [
         (86,),  # one chunk without padding
-        (128,),  # padded far behind seq_length: alpha must not see it
+        (128,),  # padded far after seq_length: alpha must not see it
         (7,),
         (5, 33),
         pytest.param((1,), marks=pytest.mark.slow),
@@ -216,7 +216,7 @@ def naive_logits(weights: dict[str, np.ndarray], ids: list[int], prompt_length: 
 
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129])
 def test_text_of_any_length_equals_a_naive_model(golden: runtime.Model, length: int) -> None:
-    """Around one and two times seq_length, where alpha changes; the answer then runs on behind it."""
+    """Around one and two times seq_length, where alpha changes; the answer then runs on after it."""
     weights = load_file(GOLDEN / "checkpoint" / "model.safetensors")
     text = _text_of(golden, length)
     out = ours(golden, Case(text, []), new_tokens=GREEDY)

@@ -144,7 +144,7 @@ def test_equal_images_are_encoded_once() -> None:
     ask(engine, image_prompt(5, image(700), image(44), 6))
     assert engine.metrics.runs["vision"] == 2
     other = ask(engine, image_prompt(9, 8, image(700), 7, image(45), 6))
-    assert engine.metrics.runs["vision"] == 3, "elsewhere in the text, with another image behind"
+    assert engine.metrics.runs["vision"] == 3, "elsewhere in the text, with another image after"
     assert (other.reused, other.reused_tiles) == (0, 1)
     assert engine.metrics.summary()["picture_hit_rate"] == round(1 / 4, 4)
 

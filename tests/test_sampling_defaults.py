@@ -208,7 +208,7 @@ def test_artifacts_of_before_read_and_seal_alike(restricted: Restricted) -> None
 
 
 def test_bans_end_where_the_logits_end() -> None:
-    """Ids behind the rows of lm_head, such as that of an image, have no logit; a start in the prompt counts."""
+    """Ids after the rows of lm_head, such as that of an image, have no logit; a start in the prompt counts."""
     given = SamplingDefaults(
         suppress_tokens=(3, 9), bad_words_ids=((9,), (4, 5), (1, 4, 6), (9, 2)), begin_suppress_tokens=(0, 9)
     )

@@ -37,7 +37,7 @@ from .fakes import (
 )
 
 VERIFY = {2: 1.0, 5: 1.2}
-WIDE = {2: 1.0, 9: 1.2}  # tokens; the larger one does not fit behind every token that the cache has room for
+WIDE = {2: 1.0, 9: 1.2}  # tokens; the larger one does not fit after every token that the cache has room for
 
 
 def lookup(*prompt: int, longest: int = 4, ngrams: tuple[int, int] = (2, 3)) -> PromptLookup:
@@ -168,7 +168,7 @@ def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool
         prompt = replace(prompt, ntk=factor, state=np.full_like(prompt.state, int(factor)))
         asked.append((prompt, some_settings(rng, 40 - prompt.length)))
     plain = answers(fake_engine(**sizes), asked, None, seed)
-    # What would have come behind the end, so that drafts reach beyond it.
+    # What would have come after the end, so that drafts reach beyond it.
     endless = [SamplingParams(max_new_tokens=40 - prompt.length, temperature=0.0, ignore_eos=True) for prompt, _ in asked]
     truth = [
         done.generated + oracle(prompt, more)[len(done.generated) :] if not cross else done.generated
@@ -183,7 +183,7 @@ def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool
 
 
 def test_right_drafts_save_runs() -> None:
-    """Of 13 tokens the first comes from the prompt, the others from drafts of 4 and the token behind each."""
+    """Of 13 tokens the first comes from the prompt, the others from drafts of 4 and the token after each."""
     prompt, params = text_prompt(5, 7), SamplingParams(max_new_tokens=13, ignore_eos=True)
     truth = oracle(prompt, params)
 

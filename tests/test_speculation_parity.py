@@ -35,7 +35,7 @@ def checkpoint(family: str, folder: Path) -> Path:
 
 
 def answer(model: runtime.Model, text: str, image: Image.Image, truth: list[int] | None) -> tuple[Output, int]:
-    """Greedy, and how many runs the answer took behind its prompt; with `truth`, drafts come from it, right ones and wrong."""
+    """Greedy, and how many runs the answer took after its prompt; with `truth`, drafts come from it, right ones and wrong."""
     params = runtime.SamplingParams(max_new_tokens=LENGTH, temperature=0.0, ignore_eos=True, logprobs=1)
     sequence = model.new_sequence(model.processor.prompt(text, [image]), params, return_logits=True)
     if truth is not None:

@@ -199,7 +199,7 @@ def test_a_chat_that_is_forked_taken_back_and_closed_by_others(model: runtime.Mo
 
 
 def test_the_garbage_collector_in_the_middle_of_a_step(model: runtime.Model) -> None:
-    """It closes a stream and a chat of another thread there, which takes effect behind the step."""
+    """It closes a stream and a chat of another thread there, which takes effect after the step."""
     wanted = model.generate("Hello!", **LONG).text
     device, running = model.engine.backend.run, []
 

@@ -158,7 +158,7 @@ def test_a_whole_model_never_meets_anyone(sizes: Model) -> None:
     assert not any(collectives(graph) for graph in sizes.define(1).values())
 
 
-# Twice in each layer of a tower; then a summed projector, or one that is joined behind a looked-up table or a joined input.
+# Twice in each layer of a tower; then a summed projector, or one that is joined after a looked-up table or a joined input.
 VISION_MEETS = {
     "llava": {"all_reduce": 2 * 2 + 1},
     "llava_next": {"all_reduce": 2 * 2 + 1},

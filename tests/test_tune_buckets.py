@@ -164,7 +164,7 @@ def test_images_by_cross_attention() -> None:
 def test_coverages_by_hand() -> None:
     table = {16: 2.0, 64: 5.0}
     found = cover("x", [table], [{70: 2, 10: 1}], past_ms=0.01)
-    # 70 is 64 and 16, the latter behind 64; 10 is 16.
+    # 70 is 64 and 16, the latter after 64; 10 is 16.
     assert found.ms == pytest.approx((2 * (7.0 + 0.01 * 16 * 64) + 2.0) / 3)
     assert found.padding == pytest.approx(1 - 150 / 176) and found.by_bucket == {64: 2, 16: 3}
     assert cover("x", [{16: 2.0, 128: 9.0}], [{70: 1, 10: 1}], chunks=False).ms == pytest.approx(5.5)

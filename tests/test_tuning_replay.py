@@ -104,7 +104,7 @@ def test_who_waits_for_a_slot() -> None:
 
 
 def test_earlier_tokens_cost_what_they_cost() -> None:
-    """Chunks of 16 and 4, the second behind 16 tokens; one decode step behind 21."""
+    """Chunks of 16 and 4, the second after 16 tokens; one decode step after 21."""
     setup = Setup(COSTS, context=64, slots=1, past_ms=1.0)
     result = replay([Arrival(0.0, 20, 2, 0, 0)], setup)
     assert result.busy_s["prefill"] == pytest.approx(3.0 + 4 * 16e-3)

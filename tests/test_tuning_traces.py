@@ -43,7 +43,7 @@ def trace(tmp_path: Path):
 
 
 def test_the_published_form(trace) -> None:
-    """Times have seven digits behind the point."""
+    """Times have seven digits after the point."""
     text = HEAD + "2023-11-16 18:15:46.6805900,374,44\n\n2023-11-16 18:15:50.9951690,396,109\n"
     first, second = read_trace(trace(text))
     assert (first.prompt, first.generated, second.prompt, second.generated) == (374, 44, 396, 109)
