@@ -30,6 +30,7 @@ from . import unsigned_weights
 from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
 from .cores import usable_cores
 from .host_cache import HostCache
+from .mapped_pages import release_pages
 
 log = logging.getLogger(__name__)
 SPIN_US = "STATICVL_SPIN_US"
@@ -231,6 +232,8 @@ class OrtBackend:
                 with reading(packed or self.folder / step.file, self.folder):
                     self.sessions[step.file] = self._open(graph, step, packed)
         _trim()
+        if self.host:  # without it sessions read the mapped weights themselves
+            release_pages(self.host.folder)
         with reading(self.folder / graph.file, self.folder):
             self._allocate(graph)
 
