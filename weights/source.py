@@ -103,10 +103,10 @@ def _unwrapped(tensors: Mapping[str, SourceTensor], prefix: str) -> dict[str, So
     for name, tensor in tensors.items():
         own = name.removeprefix(prefix)
         plain = prefix + unwrapped(own)
-        if twin := unwrapped_tensors.get(plain):
+        if other := unwrapped_tensors.get(plain):
             raise WeightsError(
-                f"{tensor.file} holds {own}, and {twin.file} holds {twin.stored or twin.name.removeprefix(prefix)}, which mean "
-                "the same; keep one of them"
+                f"{tensor.file} holds {own}, and {other.file} holds {other.stored or other.name.removeprefix(prefix)}, which "
+                "mean the same; keep one of them"
             )
         unwrapped_tensors[plain] = tensor if plain == name else replace(tensor, name=plain, stored=own)
     return unwrapped_tensors
