@@ -171,6 +171,8 @@ class AsyncEngine:
         self._command(lambda: [self._start(answer) for answer in answers])
         return Answers(items, len(answers), lambda: self._command(lambda: [self._forget(answer) for answer in answers]))
 
+    ask = submit  # its name in earlier releases
+
     async def close(self) -> None:
         """Stop after the step that runs; whoever still waits for an answer gets an error."""
         with self._wake:
