@@ -59,6 +59,8 @@ TEST = [
 setup(
     name="staticvl",
     version=VERSION,
+    author="The staticvl developers",
+    license="Apache-2.0",
     description="Vision-language models compiled to graphs of fixed, bucketed shapes",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
