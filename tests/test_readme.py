@@ -17,14 +17,18 @@ FILES = (REPO / "docs" / "files.md").read_text(encoding="utf-8")
 LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks")
 
 
-def tree() -> set[str]:
-    """Paths named in the file tree of docs/files.md: `folder/` lines, and indented `name.py` lines below them."""
+def tree_lines() -> list[tuple[int, str, str]]:
+    """Depth, name and caption of each line of the file tree of docs/files.md."""
     block = re.search(r"```text\n(.*?)```", FILES, re.DOTALL)
     assert block, "docs/files.md has no file tree"
+    parts = (re.match(r"( *)(\S+) *(.*)", line) for line in block[1].splitlines())
+    return [(len(part[1]) // 2, part[2], part[3]) for part in parts if part]
+
+
+def tree() -> set[str]:
+    """Paths named in the file tree of docs/files.md: `folder/` lines, and indented `name.py` lines below them."""
     paths, folders = set(), {}
-    for line in block[1].splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
-        depth = len(indent) // 2
+    for depth, name, _ in tree_lines():
         parent = folders.get(depth - 1, "") if depth else ""
         if name.endswith("/"):
             folders[depth] = parent + name
@@ -43,6 +47,10 @@ def test_tree_names_every_file() -> None:
         if path.suffix in (".py", ".md", ".txt") and path.name != "__init__.py" and "assets" not in path.parts
     }
     assert files <= listed, f"files that docs/files.md leaves out: {sorted(files - listed)}"
+
+
+def test_every_file_of_the_tree_has_a_caption() -> None:
+    assert not [name for _, name, caption in tree_lines() if not caption]
 
 
 def shell_blocks(*texts: str) -> str:
