@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,22 @@ def test_the_readme_and_the_usage_name_the_commands() -> None:
     named = set(re.findall(r"^staticvl ([a-z-]+)", shell_blocks(USAGE), re.MULTILINE))
     every = {"compile", "generate", "show", "verify", "sign", "bench", "chat", "tune-buckets", "compare", "serve"}
     assert every <= named
+
+
+@pytest.mark.parametrize("text", [README, USAGE], ids=["README", "usage"])
+def test_commands_have_the_options_that_documents_give_them(text: str) -> None:
+    from staticvl.tools.cli import build_parser
+
+    lines = shell_blocks(text).replace("\\\n", " ").splitlines()
+    commands = [part for line in lines if line.startswith("staticvl ") for part in line.split(" && ")]
+    assert len(commands) >= 4
+    parser = build_parser()
+    for command in commands:
+        arguments = shlex.split(command, comments=True)[1:]
+        try:
+            parser.parse_args(arguments)
+        except SystemExit as end:
+            assert not end.code, command
 
 
 def sentences(text: str) -> list[str]:
