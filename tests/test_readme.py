@@ -1,23 +1,35 @@
-"""What the README says about files and commands is true."""
+"""What the README and the documents say about files and commands is true, and the README is easy to read."""
 
 from __future__ import annotations
 
 import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from benchmarks import flow_chart
 
 from .conftest import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
+USAGE = (REPO / "docs" / "usage.md").read_text(encoding="utf-8")
+FILES = (REPO / "docs" / "files.md").read_text(encoding="utf-8")
 LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks")
 
 
+def tree_lines() -> list[tuple[int, str, str]]:
+    """Depth, name and caption of each line of the file tree of docs/files.md."""
+    block = re.search(r"```text\n(.*?)```", FILES, re.DOTALL)
+    assert block, "docs/files.md has no file tree"
+    parts = (re.match(r"( *)(\S+) *(.*)", line) for line in block[1].splitlines())
+    return [(len(part[1]) // 2, part[2], part[3]) for part in parts if part]
+
+
 def tree() -> set[str]:
-    """Paths named in the README's file tree: `folder/` lines, and indented `name.py` lines below them."""
-    block = re.search(r"## Files\n+```text\n(.*?)```", README, re.DOTALL)
-    assert block, "the README has no file tree"
+    """Paths named in the file tree of docs/files.md: `folder/` lines, and indented `name.py` lines below them."""
     paths, folders = set(), {}
-    for line in block[1].splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()  # type: ignore[union-attr]
-        depth = len(indent) // 2
+    for depth, name, _ in tree_lines():
         parent = folders.get(depth - 1, "") if depth else ""
         if name.endswith("/"):
             folders[depth] = parent + name
@@ -28,28 +40,110 @@ def tree() -> set[str]:
 def test_tree_names_every_file() -> None:
     listed = tree()
     missing = [name for name in listed if not (REPO / name).exists()]
-    assert not missing, f"the README names files that are not there: {missing}"
+    assert not missing, f"docs/files.md names files that are not there: {missing}"
     files = {
         str(path.relative_to(REPO))
         for folder in LISTED
         for path in (REPO / folder).rglob("*")
         if path.suffix in (".py", ".md", ".txt") and path.name != "__init__.py" and "assets" not in path.parts
     }
-    assert files <= listed, f"files that the README's tree leaves out: {sorted(files - listed)}"
+    assert files <= listed, f"files that docs/files.md leaves out: {sorted(files - listed)}"
 
 
-def test_commands_named_in_the_readme_exist() -> None:
+def test_every_file_of_the_tree_has_a_caption() -> None:
+    assert not [name for _, name, caption in tree_lines() if not caption]
+
+
+def shell_blocks(*texts: str) -> str:
+    return "".join(block for text in texts for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+
+
+def test_commands_that_documents_name_exist() -> None:
     from staticvl.tools.cli import build_parser
 
-    shell = "".join(re.findall(r"```sh\n(.*?)```", README, re.DOTALL))
+    documents = (path.read_text(encoding="utf-8") for path in (REPO / "docs").glob("*.md"))
+    shell = shell_blocks(README, *documents)
     commands = set(re.findall(r"^staticvl ([a-z-]+)", shell, re.MULTILINE))
-    assert commands, "the README names no command"
     help_text = build_parser().format_help()
     assert not [name for name in commands if name not in help_text]
     targets = set(re.findall(r"^make ([a-z-]+)", shell, re.MULTILINE))
     makefile = (REPO / "Makefile").read_text(encoding="utf-8")
-    assert {"demo", "test"} <= targets
     assert not [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)]
+
+
+def test_the_readme_and_the_usage_name_the_commands() -> None:
+    own = shell_blocks(README)
+    assert {"demo", "test"} <= set(re.findall(r"^make ([a-z-]+)", own, re.MULTILINE))
+    assert {"compile", "generate", "serve"} <= set(re.findall(r"^staticvl ([a-z-]+)", own, re.MULTILINE))
+    named = set(re.findall(r"^staticvl ([a-z-]+)", shell_blocks(USAGE), re.MULTILINE))
+    every = {"compile", "generate", "show", "verify", "sign", "bench", "chat", "tune-buckets", "compare", "serve"}
+    assert every <= named
+
+
+@pytest.mark.parametrize("text", [README, USAGE], ids=["README", "usage"])
+def test_commands_have_the_options_that_documents_give_them(text: str) -> None:
+    from staticvl.tools.cli import build_parser
+
+    lines = shell_blocks(text).replace("\\\n", " ").splitlines()
+    commands = [part for line in lines if line.startswith("staticvl ") for part in line.split(" && ")]
+    assert len(commands) >= 4
+    parser = build_parser()
+    for command in commands:
+        arguments = shlex.split(command, comments=True)[1:]
+        try:
+            parser.parse_args(arguments)
+        except SystemExit as end:
+            assert not end.code, command
+
+
+def sentences(text: str) -> list[str]:
+    """Of paragraphs, list items and cells of tables, without code blocks; a link counts as its words."""
+    prose = re.sub(r"```.*?```", "\n\n", text, flags=re.DOTALL)
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)
+    blocks = re.split(r"\n\s*\n|\n(?=[-#|] ?)|\|", prose)
+    return [each for block in blocks for each in re.split(r"(?<=[.!?])\s+", " ".join(block.split())) if each]
+
+
+def test_sentences_are_found() -> None:
+    text = "# One\n\nTwo words\nhere. [Three](a.md#b) now.\n- four\n- five\n\n```sh\nsix\n```\n| seven | eight |\n"
+    assert sentences(text) == ["# One", "Two words here.", "[Three] now.", "- four", "- five", "seven", "eight"]
+
+
+def test_the_readme_is_short() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 160
+    assert not [line for line in lines if len(line) > 100]
+    assert not [each for each in sentences(README) if len(each.split()) > 40]
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))], ids=lambda path: path.name)
+def test_links_lead_somewhere(path: Path) -> None:
+    text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, anchor = target.partition("#")
+        linked = (path.parent / name) if name else path
+        assert linked.exists(), f"{path.name} links {target}"
+        assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), f"{path.name} links {target}"
+
+
+def test_the_index_lists_every_page() -> None:
+    linked = set(re.findall(r"\]\((\w+\.md)\)", (REPO / "docs" / "index.md").read_text(encoding="utf-8")))
+    assert linked == {path.name for path in (REPO / "docs").glob("*.md")} - {"index.md"}
+
+
+def test_the_drawing_of_the_readme_is_what_its_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["flow_chart", str(tmp_path / "flow.svg")])
+    flow_chart.main()
+    assert (tmp_path / "flow.svg").read_bytes() == (REPO / "docs" / "flow.svg").read_bytes()
+    assert "](docs/flow.svg)" in README
 
 
 def exists(module: str) -> bool:
