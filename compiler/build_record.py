@@ -32,7 +32,7 @@ def build_info(inputs: BuildInputs, key: str, source: dict[str, SourceFile]) -> 
     return BuildInfo(
         staticvl=importlib.metadata.version("staticvl"),
         torch=importlib.metadata.version("torch"),
-        options=kept_options(inputs.options, inputs.plan),
+        options=recorded_options(inputs.options, inputs.plan),
         key=key,
         source=source,
         calibration=_calibration_info(inputs.options),
@@ -41,7 +41,7 @@ def build_info(inputs: BuildInputs, key: str, source: dict[str, SourceFile]) -> 
     )
 
 
-def kept_options(options: Options, plan: Plan) -> dict[str, str]:
+def recorded_options(options: Options, plan: Plan) -> dict[str, str]:
     """Name -> value of the options of a command that compiles the same again."""
     texts = _changed(options) | _planned(options, plan)
     return {option.name: texts[option.name] for option in COMPILE_OPTIONS if option.name in texts}
@@ -53,7 +53,7 @@ def _changed(options: Options) -> dict[str, str]:
     changed = {
         option.name: _WRITTEN.get(option.type, str)(value)
         for option in COMPILE_OPTIONS
-        if option.kept == "changed" and (value := getattr(options, option.field)) != defaults[option.field]
+        if option.recorded == "changed" and (value := getattr(options, option.field)) != defaults[option.field]
     }
     if options.quant in READY_MADE:
         del changed["quant"]  # the checkpoint brings it

@@ -126,7 +126,7 @@ def calibrate(source: Source, context: CalibrationContext, prompts: Sequence[Pro
     if store.has(last):  # they are made in order, those of the tower first
         return
     images = sum(len(prompt.frames) for prompt in prompts)
-    check_space(store.out, _held(config, context.cache, images, quant))
+    check_space(store.out, _disk_bytes(config, context.cache, images, quant))
     read = parameters(source, config)
     passing = [Passing(prompt, text_feed(config.text, context.info, prompt), token_weights(prompt)) for prompt in prompts]
     with _emptied(store.folder / "pictures") as work:
@@ -145,7 +145,7 @@ def calibrate(source: Source, context: CalibrationContext, prompts: Sequence[Pro
                 advance(1)
 
 
-def _held(config: ModelConfig, cache: CacheSpec, images: int, quant: str) -> int:
+def _disk_bytes(config: ModelConfig, cache: CacheSpec, images: int, quant: str) -> int:
     """Bytes on disk until the weight files are written: finished layers, and keys and values of images."""
     stored = stored_targets(config, quant).items()
     layers = sum(part.nbytes for name, part in stored if layer_of(name, quant) and (quant in METHODS or is_cache_scale(name)))
@@ -214,19 +214,19 @@ def _see(
                 part = pixels[image * tiles : (image + 1) * tiles]
                 count = torch.tensor([int(grid[0] * grid[1])], dtype=torch.int32)
                 aspect = torch.tensor([1 + info.image.grids.index((int(grid[0]), int(grid[1])))], dtype=torch.int32)
-                each.cross.append(_kept(work / f"{number}.{image}", graph.module(part, count, aspect)))
+                each.cross.append(_save_keys(work / f"{number}.{image}", graph.module(part, count, aspect)))
         advance(len(each.prompt.frames))
     return tower
 
 
 def _watched_tower(module: nn.Module) -> dict[str, tuple[Layer, Watch]]:
     """The blocks of a vision graph's tower, whose linear layers' inputs are gathered from now on."""
-    found: dict[str, tuple[Layer, Watch]] = {}
+    blocks: dict[str, tuple[Layer, Watch]] = {}
     for stem, block in module.named_modules():
         if re.fullmatch(r"vision\.(global_)?layers\.\d+", stem):
             layer = {name: value.data for name, value in block.named_parameters()}
-            found[stem] = layer, Watch(block, tower_folds(), moment=False)
-    return found
+            blocks[stem] = layer, Watch(block, tower_folds(), moment=False)
+    return blocks
 
 
 @contextlib.contextmanager
@@ -238,7 +238,7 @@ def _emptied(folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def _kept(folder: Path, keys: Sequence[Tensor]) -> Path:
+def _save_keys(folder: Path, keys: Sequence[Tensor]) -> Path:
     """Keys and values [1, K, X, D] of an image, layer by layer, written to a folder."""
     folder.mkdir()
     for i, value in enumerate(keys):
@@ -246,7 +246,7 @@ def _kept(folder: Path, keys: Sequence[Tensor]) -> Path:
     return folder
 
 
-def _seen(each: Passing, j: int) -> tuple[list[Tensor], list[Tensor]]:
+def _load_keys(each: Passing, j: int) -> tuple[list[Tensor], list[Tensor]]:
     """Keys and values of all images of a prompt for cross layer `j`."""
     keys, values = ([torch.from_numpy(np.load(folder / f"{2 * j + i}.npy")) for folder in each.cross] for i in (0, 1))
     return keys, values
@@ -270,7 +270,7 @@ def _layer(context: CalibrationContext, index: int, passing: Sequence[Passing], 
     watch = Watch(block, {*places, "attn.o"}, moment=quant.startswith("w4a16")) if missing and quant in METHODS else None
     largest: list[Largest] = []
     for each in takers:
-        keys = _seen(each, text.cross_layers.index(index)) if crosses else None
+        keys = _load_keys(each, text.cross_layers.index(index)) if crosses else None
         each.x, cache = _through(text, block, each, keys, watch)
         if not crosses:
             largest.append(largest_in(*cache))
@@ -284,18 +284,18 @@ def _layer(context: CalibrationContext, index: int, passing: Sequence[Passing], 
 def largest_in(keys: Tensor, values: Tensor) -> Largest:
     """Of a cache [1, K, T, D]: how large each channel of keys and of values becomes, [K * D] each.
 
-    Keys lie there behind the rotary embedding, which turns channels d and d + D / 2 into each other as positions go on: either
+    Keys are cached after the rotary embedding, which turns channels d and d + D / 2 into each other as positions go on: either
     may become what both are together, at a position that no prompt has.
     """
     first, second = keys.chunk(2, dim=-1)
-    turned = first.hypot(second).amax((0, 2))  # [K, D / 2]
-    return torch.cat((turned, turned), dim=-1).flatten(), values.abs().amax((0, 2)).flatten()
+    radii = first.hypot(second).amax((0, 2))  # [K, D / 2]
+    return torch.cat((radii, radii), dim=-1).flatten(), values.abs().amax((0, 2)).flatten()
 
 
 def cache_scales(largest: Sequence[Largest]) -> Layer:
     """Scales of one layer's cache."""
-    found = [torch.stack(each).amax(0) * CACHE_MARGIN / 127 for each in zip(*largest, strict=True)]
-    return {f"attn.{which}_scale": scale.clamp(min=LEAST_SCALE) for which, scale in zip("kv", found, strict=True)}
+    scales = [torch.stack(each).amax(0) * CACHE_MARGIN / 127 for each in zip(*largest, strict=True)]
+    return {f"attn.{which}_scale": scale.clamp(min=LEAST_SCALE) for which, scale in zip("kv", scales, strict=True)}
 
 
 def _store_quantised(context: CalibrationContext, stem: str, layer: Layer, watch: Watch, places: Mapping[str, Fold]) -> None:
@@ -313,22 +313,22 @@ def _through(
     keys: tuple[list[Tensor], list[Tensor]] | None,
     watch: Watch | None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """A prompt's hidden states behind a layer, some tokens at a time, and its cache."""
+    """A prompt's hidden states after a layer, some tokens at a time, and its cache."""
     length = each.prompt.length
     keys_values = torch.zeros(2, 1, text.kv_heads, length, text.head_dim)
     cache = keys_values[0], keys_values[1]
-    found = []
+    chunks = []
     for start in range(0, length, CHUNK):
         span = slice(start, start + CHUNK)
         if watch:
             watch.weights = each.weights[span]
         feed = {name: value[:, span] for name, value in each.feed.items()}
         if keys:
-            found.append(block(each.x[:, span], feed, *keys))
+            chunks.append(block(each.x[:, span], feed, *keys))
         else:
             x, cache = block(each.x[:, span], feed | {"lengths": torch.tensor([start], dtype=torch.int32)}, cache)
-            found.append(x)
-    return torch.cat(found, dim=1), cache
+            chunks.append(x)
+    return torch.cat(chunks, dim=1), cache
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:

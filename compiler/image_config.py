@@ -145,12 +145,12 @@ def _image_settings(
 
 
 def _side(settings: Mapping[str, Any], name: str, keys: set[str], where: str) -> int | None:
-    """An edge length, written as 336 or as an object with one number under all of `keys`; None when it is not given."""
+    """An edge length, written as 336 or as an object with one number under all of `keys`; None when it is not set."""
     value = settings.get(name)
     if isinstance(value, dict):
-        given = {key: side for key, side in value.items() if side is not None}
-        sides = list(given.values())  # compared one by one: a value may be of any type
-        if not set(given) <= keys or not sides or any(side != sides[0] for side in sides):
+        by_key = {key: side for key, side in value.items() if side is not None}
+        sides = list(by_key.values())  # compared one by one: a value may be of any type
+        if not set(by_key) <= keys or not sides or any(side != sides[0] for side in sides):
             raise ConfigError(f"{where}: {name} is {quoted(value)}; expected one number under {' and '.join(sorted(keys))}")
         value = sides[0]
     if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -158,23 +158,23 @@ def _side(settings: Mapping[str, Any], name: str, keys: set[str], where: str) ->
     return value
 
 
-def _check_side(name: str, found: int | None, config: ModelConfig, where: str) -> None:
+def _check_side(name: str, value: int | None, config: ModelConfig, where: str) -> None:
     side = config.vision.image_size
-    if found not in (side, None):
+    if value not in (side, None):
         raise ConfigError(
-            f"{where}: {name} is {found} but the vision tower takes {side} x {side} pixels (vision_config.image_size); "
+            f"{where}: {name} is {value} but the vision tower takes {side} x {side} pixels (vision_config.image_size); "
             f"expected {side}"
         )
 
 
 def _check_pinpoints(settings: Mapping[str, Any], config: ModelConfig, where: str) -> None:
     """The processor cuts images by its own list, the model packs their features by that of config.json."""
-    given = settings.get("image_grid_pinpoints")
+    pinpoints = settings.get("image_grid_pinpoints")
     side = config.vision.image_size
     expected = [[rows * side, columns * side] for rows, columns in config.grids]
-    if given is not None and given != expected:
+    if pinpoints is not None and pinpoints != expected:
         raise ConfigError(
-            f"{where}: image_grid_pinpoints is {quoted(given)} but that of config.json means "
+            f"{where}: image_grid_pinpoints is {quoted(pinpoints)} but that of config.json means "
             f"{quoted(expected)}; make them agree"
         )
 

@@ -47,8 +47,8 @@ def number(
         return default
     sound = _finite(value)
     if not sound or (least is not None and value < least) or (above is not None and value <= above):
-        wanted = f"above {above:g}" if above is not None else f"of at least {least:g}"
-        raise ConfigError(f"{where}: {name} is {quoted(value)}; expected a number {wanted}")
+        bound = f"above {above:g}" if above is not None else f"of at least {least:g}"
+        raise ConfigError(f"{where}: {name} is {quoted(value)}; expected a number {bound}")
     return float(value)
 
 

@@ -22,9 +22,9 @@ OptionType = Literal["text", "count", "flag", "names", "folder", "file"]
 # calibration: the key of the weights where a calibration runs prompts. "": nothing that is made depends on it.
 Enters = Literal["files", "config", "weights", "plan", "graphs", "calibration", ""]
 
-# Whether the manifest keeps an option, for the command that compiles the same again (build_record.py).
+# Whether the manifest records an option, for the command that compiles the same again (build_record.py).
 # changed: where it is not the default. planned: as the plan has it, so that it is there where nobody gave it. "": never.
-Kept = Literal["changed", "planned", ""]
+Recorded = Literal["changed", "planned", ""]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +41,7 @@ class CompileOption:
     help: str
     group: str
     enters: Enters
-    kept: Kept
+    recorded: Recorded
     default: Any = None
     default_text: str = ""
     choices: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ COMPILE_OPTIONS = (
         default_text="that of --config",
         group="checkpoint",
         enters="files",
-        kept="",
+        recorded="",
     ),
     CompileOption(
         name="out",
@@ -82,7 +82,7 @@ COMPILE_OPTIONS = (
         default_text="that of --config",
         group="checkpoint",
         enters="",
-        kept="",
+        recorded="",
     ),
     CompileOption(
         name="vision_tower",
@@ -92,7 +92,7 @@ COMPILE_OPTIONS = (
         default_text="none",
         group="checkpoint",
         enters="files",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="lora",
@@ -102,7 +102,7 @@ COMPILE_OPTIONS = (
         default_text="none",
         group="checkpoint",
         enters="files",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="ignore_config_keys",
@@ -113,7 +113,7 @@ COMPILE_OPTIONS = (
         default_text="none",
         group="checkpoint",
         enters="",
-        kept="",
+        recorded="",
     ),
     CompileOption(
         name="text_before_image",
@@ -124,7 +124,7 @@ COMPILE_OPTIONS = (
         default=TEXT_BEFORE_IMAGE[0],
         group="checkpoint",
         enters="calibration",
-        kept="planned",
+        recorded="planned",
     ),
     CompileOption(
         name="quant",
@@ -135,7 +135,7 @@ COMPILE_OPTIONS = (
         default_text="what the checkpoint has",
         group="weights",
         enters="weights",
-        kept="changed",
+        recorded="changed",
         keyed_by="stored_quant",
     ),
     CompileOption(
@@ -147,7 +147,7 @@ COMPILE_OPTIONS = (
         default_text="float16 for ascend; float32 for onnx, and beside quantised layers auto for the embedding table",
         group="weights",
         enters="weights",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="calibrate",
@@ -158,7 +158,7 @@ COMPILE_OPTIONS = (
         default_text="none",
         group="weights",
         enters="files",
-        kept="changed",
+        recorded="changed",
         field="calibration",
     ),
     CompileOption(
@@ -169,7 +169,7 @@ COMPILE_OPTIONS = (
         default_text="2048, LLaVA-1.6: 4096; at most the model's positions",
         group="cache and buckets",
         enters="plan",
-        kept="planned",
+        recorded="planned",
         field="buckets",
     ),
     CompileOption(
@@ -180,7 +180,7 @@ COMPILE_OPTIONS = (
         default_text="the largest decode bucket, or 4",
         group="cache and buckets",
         enters="plan",
-        kept="planned",
+        recorded="planned",
         field="buckets",
     ),
     CompileOption(
@@ -192,7 +192,7 @@ COMPILE_OPTIONS = (
         default_text="4",
         group="cache and buckets",
         enters="plan",
-        kept="planned",
+        recorded="planned",
         field="buckets",
     ),
     CompileOption(
@@ -204,7 +204,7 @@ COMPILE_OPTIONS = (
         default_text="none",
         group="cache and buckets",
         enters="plan",
-        kept="planned",
+        recorded="planned",
         field="buckets",
     ),
     CompileOption(
@@ -215,7 +215,7 @@ COMPILE_OPTIONS = (
         default_text="derived from the model",
         group="cache and buckets",
         enters="plan",
-        kept="",
+        recorded="",
     ),
     CompileOption(
         name="kv_cache",
@@ -225,7 +225,7 @@ COMPILE_OPTIONS = (
         default=KV_CACHES[0],
         group="cache and buckets",
         enters="config",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="backend",
@@ -235,7 +235,7 @@ COMPILE_OPTIONS = (
         default=BACKENDS[0],
         group="graphs",
         enters="weights",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="soc",
@@ -245,7 +245,7 @@ COMPILE_OPTIONS = (
         default="Ascend910B",
         group="graphs",
         enters="graphs",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="eager",
@@ -256,7 +256,7 @@ COMPILE_OPTIONS = (
         default_text="none",
         group="graphs",
         enters="graphs",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="candidates",
@@ -266,7 +266,7 @@ COMPILE_OPTIONS = (
         default_text="64 for ascend, 0 for onnx",
         group="graphs",
         enters="plan",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="tune",
@@ -276,7 +276,7 @@ COMPILE_OPTIONS = (
         default_text="off",
         group="graphs",
         enters="graphs",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="tp",
@@ -286,7 +286,7 @@ COMPILE_OPTIONS = (
         default=1,
         group="ranks",
         enters="weights",
-        kept="changed",
+        recorded="changed",
     ),
     CompileOption(
         name="pp",
@@ -296,7 +296,7 @@ COMPILE_OPTIONS = (
         default=1,
         group="ranks",
         enters="weights",
-        kept="changed",
+        recorded="changed",
     ),
 )
 

@@ -99,8 +99,8 @@ def _bad_words(generation: Mapping[str, Any], where: str, ends: list[tuple[int, 
     words = generation.get("bad_words_ids") or []
     if not isinstance(words, list):
         raise ConfigError(f"{where}: bad_words_ids is {quoted(words)}; expected a list of lists of token ids")
-    found = (_ids(word, "bad_words_ids", where) for word in words)
-    return tuple(word for word in found if word and word not in ends)
+    sequences = (_ids(word, "bad_words_ids", where) for word in words)
+    return tuple(word for word in sequences if word and word not in ends)
 
 
 def _ids(value: Any, name: str, where: str) -> tuple[int, ...]:
@@ -112,11 +112,10 @@ def _ids(value: Any, name: str, where: str) -> tuple[int, ...]:
 
 
 def _unused(where: str, generation: Mapping[str, Any]) -> Iterator[str]:
-    known = TAKEN | INERT
-    given = {name: value for name, value in sorted(generation.items()) if name not in known and value is not None}
-    changing = [name for name, value in given.items() if name not in LENGTHS and value not in (NEUTRAL.get(name), [], {})]
-    if changing:
-        listed = ", ".join(f"{name} {given[name]!r:.60}" for name in changing)
-        yield f"{where}: not used, so answers may differ from those of transformers: {listed}"
-    if lengths := [f"{name} {given[name]!r:.60}" for name in LENGTHS if name in given]:
+    settings = {name: value for name, value in sorted(generation.items()) if name not in TAKEN | INERT and value is not None}
+    changes = [name for name, value in settings.items() if name not in LENGTHS and value not in (NEUTRAL.get(name), [], {})]
+    if changes:
+        listing = ", ".join(f"{name} {settings[name]!r:.60}" for name in changes)
+        yield f"{where}: not used, so answers may differ from those of transformers: {listing}"
+    if lengths := [f"{name} {settings[name]!r:.60}" for name in LENGTHS if name in settings]:
         yield f"{where}: not used, a request says how long its answer may be: {', '.join(lengths)}"

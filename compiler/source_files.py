@@ -26,15 +26,15 @@ def reachable(modules: tuple[str, ...], without: tuple[str, ...] = ()) -> tuple[
 
     `without`: modules that are not followed; a package stands for everything in it. Raises ValueError for an unknown module.
     """
-    found: set[Path] = set()
-    waiting = [_file(module) for module in modules]
-    while waiting:
-        file = waiting.pop()
-        if file in found:
+    files: set[Path] = set()
+    queue = [_file(module) for module in modules]
+    while queue:
+        file = queue.pop()
+        if file in files:
             continue
-        found.add(file)
-        waiting += [_file(name) for name in _imports(file) if not _within(name, without)]
-    return tuple(sorted(str(file.relative_to(ROOT)) for file in found))
+        files.add(file)
+        queue += [_file(name) for name in _imports(file) if not _within(name, without)]
+    return tuple(sorted(str(file.relative_to(ROOT)) for file in files))
 
 
 def _within(module: str, packages: tuple[str, ...]) -> bool:
@@ -58,15 +58,15 @@ def _is_module(module: str) -> bool:
 def _imports(file: Path) -> tuple[str, ...]:
     """The modules of ours that a file names in its imports, without the packages that they lie in, which only re-export."""
     own = list(file.relative_to(ROOT).with_suffix("").parts[:-1])
-    found: dict[str, None] = {}
+    imports: dict[str, None] = {}
     for node in _statements(ast.parse(file.read_bytes())):
         if isinstance(node, ast.ImportFrom) and (parts := _base(node, own)) is not None:
-            named = [".".join([*parts, alias.name]) for alias in node.names]
-            modules = [name for name in named if _is_module(name)]
-            if parts and len(modules) < len(named):
+            names = [".".join([*parts, alias.name]) for alias in node.names]
+            modules = [name for name in names if _is_module(name)]
+            if parts and len(modules) < len(names):
                 modules.append(".".join(parts))
-            found |= dict.fromkeys(modules)
-    return tuple(found)
+            imports |= dict.fromkeys(modules)
+    return tuple(imports)
 
 
 def _base(node: ast.ImportFrom, own: list[str]) -> list[str] | None:

@@ -47,7 +47,7 @@ def read_tokenizer(path: Path, config: ModelConfig, settings: Mapping[str, Any])
         bos_token_id=_bos(vocabulary, settings, config, where),
         add_bos=_adds_bos(path, settings, config, where),
         image_token_id=config.image_token_id,
-        # The image token of Llama-3.2-Vision lies behind the rows of lm_head: it is embedded, never sampled.
+        # The image token of Llama-3.2-Vision lies after the rows of lm_head: it is embedded, never sampled.
         used=min(vocabulary.size, config.text.vocab_size),
         **its_info,
     )
@@ -71,9 +71,9 @@ def _check_ids(path: Path) -> None:
     settings = read_settings(path)
     model, added = settings.get("model"), settings.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
-    given = list(vocab.items()) if isinstance(vocab, dict) else []
-    given += [(entry.get("content"), entry.get("id")) for entry in added or () if isinstance(entry, dict)]
-    for token, token_id in given:
+    entries = list(vocab.items()) if isinstance(vocab, dict) else []
+    entries += [(entry.get("content"), entry.get("id")) for entry in added or () if isinstance(entry, dict)]
+    for token, token_id in entries:
         _check_id(token, token_id, str(path))
 
 
@@ -107,9 +107,9 @@ def _mark(path: Path, vocabulary: Vocabulary, config: ModelConfig) -> str:
     if image_token_id is None:
         return MARK
     if config.family == "qwen_vl":
-        if (found := vocabulary.token_id(QWEN_PAD)) != image_token_id:
+        if (pad_id := vocabulary.token_id(QWEN_PAD)) != image_token_id:
             raise ConfigError(
-                f"{path} makes {QWEN_PAD} token {found}, but visual.image_start_id of config.json makes it {image_token_id}; "
+                f"{path} makes {QWEN_PAD} token {pad_id}, but visual.image_start_id of config.json makes it {image_token_id}; "
                 "take the files that belong together"
             )
         return QWEN_MARK
@@ -124,10 +124,10 @@ def _mark(path: Path, vocabulary: Vocabulary, config: ModelConfig) -> str:
 
 def check_mark_name(checkpoint: Path, mark: str, processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]) -> None:
     for name, settings in (("tokenizer_config.json", tokenizer_config), ("processor_config.json", processor)):
-        named = _content(settings.get("image_token"))
-        if named is not None and named != mark:
+        token = _content(settings.get("image_token"))
+        if token is not None and token != mark:
             raise ConfigError(
-                f"{checkpoint / name}: image_token is {quoted(named)} but the image token of config.json is "
+                f"{checkpoint / name}: image_token is {quoted(token)} but the image token of config.json is "
                 f"written {quoted(mark)}; "
                 "make them agree"
             )
@@ -137,23 +137,23 @@ def _bos(vocabulary: Vocabulary, settings: Mapping[str, Any], config: ModelConfi
     token = _content(settings.get("bos_token"))
     if token is None:
         return config.bos_token_id
-    found = vocabulary.token_id(token)
-    if found is None:
+    token_id = vocabulary.token_id(token)
+    if token_id is None:
         raise ConfigError(
             f"{where}: bos_token is {quoted(token)}, which the tokenizer does not know; expected one of its tokens"
         )
-    return found
+    return token_id
 
 
 def _adds_bos(path: Path, settings: Mapping[str, Any], config: ModelConfig, where: str) -> bool:
-    """add_bos_token where given, else what tokenizer.json does; a Llama tokenizer.model adds BOS. Qwen-VL has none."""
+    """add_bos_token where it is set, else what tokenizer.json does; a Llama tokenizer.model adds BOS. Qwen-VL has none."""
     if config.family == "qwen_vl":
         return False
-    given = settings.get("add_bos_token")
-    if given is not None:
-        if not isinstance(given, bool):
-            raise ConfigError(f"{where}: add_bos_token is {quoted(given)}; expected true or false")
-        return given
+    add_bos = settings.get("add_bos_token")
+    if add_bos is not None:
+        if not isinstance(add_bos, bool):
+            raise ConfigError(f"{where}: add_bos_token is {quoted(add_bos)}; expected true or false")
+        return add_bos
     if path.suffix == ".model":
         return True
     post = read_settings(path).get("post_processor") or {}
@@ -165,31 +165,31 @@ def _added_tokens(path: Path, settings: Mapping[str, Any]) -> dict[str, int]:
     """Tokens that tokenizer.model does not treat as special by itself, from tokenizer_config.json and added_tokens.json."""
     base = read_vocabulary(path)
     where = str(path.with_name("tokenizer_config.json"))
-    found = _added_by_config(settings, where)
-    beside = path.with_name("added_tokens.json")
-    for token, token_id in read_settings(beside).items():
-        _check_id(token, token_id, str(beside))
-        if found.setdefault(token, token_id) != token_id:
-            raise ConfigError(f"{beside}: {quoted(token)} is {token_id} but {where} says {found[token]}")
-    for token, token_id in found.items():
-        known = base.token(token_id)
-        if known is not None and known != token:
+    added = _added_by_config(settings, where)
+    added_file = path.with_name("added_tokens.json")
+    for token, token_id in read_settings(added_file).items():
+        _check_id(token, token_id, str(added_file))
+        if added.setdefault(token, token_id) != token_id:
+            raise ConfigError(f"{added_file}: {quoted(token)} is {token_id} but {where} says {added[token]}")
+    for token, token_id in added.items():
+        piece = base.token(token_id)
+        if piece is not None and piece != token:
             raise ConfigError(
-                f"{where}: token {token_id} is {quoted(token)} but tokenizer.model has {quoted(known)} there; "
+                f"{where}: token {token_id} is {quoted(token)} but tokenizer.model has {quoted(piece)} there; "
                 "expected one of them"
             )
-    return {token: token_id for token, token_id in found.items() if not base.is_special(token_id)}
+    return {token: token_id for token, token_id in added.items() if not base.is_special(token_id)}
 
 
 def _added_by_config(settings: Mapping[str, Any], where: str) -> dict[str, int]:
     entries = settings.get("added_tokens_decoder") or {}
     if not isinstance(entries, dict):
         raise ConfigError(f"{where}: added_tokens_decoder is {quoted(entries)}; expected an object of token ids and tokens")
-    found = {}
+    tokens = {}
     for key, entry in entries.items():
         token = _added_token(entry, where)
-        found[token] = _check_id(token, int(key) if key.isascii() and key.isdigit() and len(key) < 20 else key, where)
-    return found
+        tokens[token] = _check_id(token, int(key) if key.isascii() and key.isdigit() and len(key) < 20 else key, where)
+    return tokens
 
 
 def _added_token(entry: Any, where: str) -> str:

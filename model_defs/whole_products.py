@@ -28,5 +28,5 @@ def torch_is_exact() -> bool:
     Its kernels for processors without VNNI add pairs of products in 16 bits and cut off what is more.
     """
     weight = torch.full((64, 16), 127, dtype=torch.int8)
-    found = (torch.ops.aten._int_mm.default(torch.full((rows, 64), 127, dtype=torch.int8), weight) for rows in (1, 17))
-    return all(bool((each == 64 * 127 * 127).all()) for each in found)
+    products = (torch.ops.aten._int_mm.default(torch.full((rows, 64), 127, dtype=torch.int8), weight) for rows in (1, 17))
+    return all(bool((each == 64 * 127 * 127).all()) for each in products)

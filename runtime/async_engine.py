@@ -57,8 +57,8 @@ class _Answer:
     sequence: Sequence
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
-    pieces: int = 0  # that were given out
-    logprobs: int = 0  # that were given out
+    pieces: int = 0  # that were sent
+    logprobs: int = 0  # that were sent
 
 
 class Answers:
@@ -97,7 +97,7 @@ class AsyncEngine:
     """Answers prompts of a model; use it in an `async with` block or close it.
 
     A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose images are `images` in order. The
-    prefix cache serves what an earlier turn left behind, so that no chat needs to be kept.
+    prefix cache serves what an earlier turn left in the cache, so that no chat is needed.
     """
 
     def __init__(self, model: Model) -> None:
@@ -131,7 +131,7 @@ class AsyncEngine:
     ) -> Output:
         """The answer to one prompt; arguments and errors as of Model.generate. Cancelling the task cancels the request."""
         params = merge_params(sampling, settings)
-        async with await self.ask(prompt, params, images, raw=raw) as answers:
+        async with await self.submit(prompt, params, images, raw=raw) as answers:
             outputs = {index: item async for index, item in answers if isinstance(item, Output)}
         return grouped([outputs[index] for index in range(params.n)], params.n)[0]
 
@@ -146,7 +146,7 @@ class AsyncEngine:
     ) -> AsyncGenerator[str, None]:
         """Pieces of the answer as they are decided; closing the generator cancels the request."""
         params = one_answer(merge_params(sampling, settings))
-        async with await self.ask(prompt, params, images, raw=raw) as answers:
+        async with await self.submit(prompt, params, images, raw=raw) as answers:
             async for _, item in answers:
                 if isinstance(item, Piece):
                     yield item.text
@@ -155,7 +155,9 @@ class AsyncEngine:
         """The prompt, so that its length is known before it is queued; raises PromptError, ImageError."""
         return await self._aside(self._preparing, lambda: self._prepared(prompt, images, raw))
 
-    async def ask(self, prompt: Turns | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False) -> Answers:
+    async def submit(
+        self, prompt: Turns | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False
+    ) -> Answers:
         """Queue a prompt; all its params.n answers. Raises as `generate` does."""
         ready = prompt if isinstance(prompt, Prompt) else await self.prepare(prompt, images, raw=raw)
 
@@ -249,16 +251,16 @@ class AsyncEngine:
     def _deliver(self, answer: _Answer) -> None:
         """Send an answer's new pieces, or the error that has ended it, to its loop."""
         try:
-            self._give(answer)
+            self._send(answer)
         except Exception as error:
             self._check_final(error)  # first: who gets the error may look at `failure`
             self._post(answer, error)
             self._forget(answer)
 
-    def _give(self, answer: _Answer) -> None:
+    def _send(self, answer: _Answer) -> None:
         sequence = answer.sequence
         output = self.model.output(sequence) if sequence.finish_reason else None
-        pieces = sequence.text.given if sequence.text else []
+        pieces = sequence.text.pieces if sequence.text else []
         new, answer.pieces = pieces[answer.pieces :], len(pieces)
         logprobs = tuple(sequence.logprobs[answer.logprobs :])
         if output and logprobs and not new:

@@ -173,17 +173,17 @@ class Model:
                 self.end(sequence)
 
     def stream_sequence(self, sequence: Sequence) -> Generator[str, None, None]:
-        """Run one sequence, giving out text; a caller that stops listening cancels it.
+        """Run one sequence and yield its text; a caller that stops iterating cancels it.
 
-        Between two pieces other requests may be made of the model: what they let this sequence gain is given out later.
+        Between two pieces the model may run other requests: the text that this sequence gains meanwhile is yielded later.
         """
         text = self.start(sequence, streamed=True)
         try:
-            for taken in itertools.count():
-                self.access.until(partial(_has_news, sequence, text, taken), self._advance)
-                if taken == len(text.given):
+            for index in itertools.count():
+                self.access.until(partial(_has_news, sequence, text, index), self._advance)
+                if index == len(text.pieces):
                     break
-                yield text.given[taken]
+                yield text.pieces[index]
             if sequence.error is not None:
                 raise sequence.error
             if last := text.finish():
@@ -302,6 +302,6 @@ class Model:
         )
 
 
-def _has_news(sequence: Sequence, text: IncrementalDetokenizer, taken: int) -> bool:
-    """Whether there are more than `taken` pieces, or there will be none."""
-    return sequence.finish_reason is not None or len(text.given) > taken
+def _has_news(sequence: Sequence, text: IncrementalDetokenizer, count: int) -> bool:
+    """Whether there are more than `count` pieces, or there will be no more."""
+    return sequence.finish_reason is not None or len(text.pieces) > count

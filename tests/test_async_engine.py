@@ -193,7 +193,7 @@ def test_answers_come_with_their_tokens_and_their_whole(model: runtime.Model) ->
         async with AsyncEngine(model) as engine:
             prompt = await engine.prepare("Hello!")
             assert prompt.length == model.processor.prompt("Hello!").length
-            async with await engine.ask(prompt, settings) as answers:
+            async with await engine.submit(prompt, settings) as answers:
                 return [item async for item in answers]
 
     got = run(work(), model)

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from staticvl.compiler.buckets import KEYS, Buckets
-from staticvl.compiler.build_record import kept_options
+from staticvl.compiler.build_record import recorded_options
 from staticvl.compiler.calibration import Calibration
 from staticvl.compiler.choices import DTYPES, PlanError
 from staticvl.compiler.fingerprint import fingerprint, weights_key
@@ -38,7 +38,7 @@ class Example:
     """A value of one option that is not its default, and what has to come of it."""
 
     given: Any  # in YAML; the command line takes the same text
-    kept: str | None  # in the manifest
+    recorded: str | None  # in the manifest
     beside: dict[str, Any] = dataclasses.field(default_factory=dict)  # options that it needs
     checkpoint: Path = EMBEDDED
 
@@ -199,11 +199,11 @@ def test_what_enters_no_digest() -> None:
 def test_the_manifest_keeps_what_compiles_the_same_again(option: CompileOption, folder: Path) -> None:
     options = from_file(folder, values_of(option.name))
     plan = plan_only(replace(options, vision_tower=None, lora=None)).plan
-    kept = kept_options(options, plan)
-    assert kept.get(option.name) == EXAMPLES[option.name].kept
-    assert (option.kept != "") == (EXAMPLES[option.name].kept is not None)
-    if option.kept == "changed":
-        assert option.name not in kept_options(from_file(folder, values_of(option.name, without=True)), plan)
+    recorded = recorded_options(options, plan)
+    assert recorded.get(option.name) == EXAMPLES[option.name].recorded
+    assert (option.recorded != "") == (EXAMPLES[option.name].recorded is not None)
+    if option.recorded == "changed":
+        assert option.name not in recorded_options(from_file(folder, values_of(option.name, without=True)), plan)
 
 
 def test_another_help_text_makes_nothing_again() -> None:

@@ -45,5 +45,5 @@ def _longest(samples: Sequence[Sample]) -> Iterator[Sample]:
 
 def _conversation(sample: Sample) -> Conversation:
     answer = sample.answer or sample.expected
-    said = (Message("assistant", answer),) if answer else ()
-    return Conversation(sample.name, (*sample.messages, *said), tuple(sample.images))
+    reply = (Message("assistant", answer),) if answer else ()
+    return Conversation(sample.name, (*sample.messages, *reply), tuple(sample.images))

@@ -130,15 +130,15 @@ def render(drawing: Drawing, size: int) -> Image.Image:
 
 def questions(drawing: Drawing, rng: random.Random) -> list[tuple[str, str, str]]:
     """Every unambiguous (question, answer, kind) about a drawing, each in one wording drawn from ``rng``."""
-    return [(rng.choice(_QUESTIONS[kind]).format(about), answer, kind) for about, answer, kind in _facts(drawing)]
+    return [(rng.choice(_QUESTIONS[kind]).format(about), answer, kind) for about, answer, kind in _topics(drawing)]
 
 
 def questions_of_many(drawing: Drawing, which: str, rng: random.Random) -> list[tuple[str, str, str]]:
     """(question, answer, kind) about one of several images; ``which`` is its ordinal, such as ``second``."""
-    facts = [fact for fact in _facts(drawing) if fact[2] in ("count", "describe")]
-    rng.shuffle(facts)
+    topics = [topic for topic in _topics(drawing) if topic[2] in ("count", "describe")]
+    rng.shuffle(topics)
     wordings = {kind: _QUESTIONS[kind][0].replace("the picture", f"the {which} picture") for kind in KINDS}
-    return [(wordings[kind].format(about), answer, kind) for about, answer, kind in facts]
+    return [(wordings[kind].format(about), answer, kind) for about, answer, kind in topics]
 
 
 def describe(drawing: Drawing) -> str:
@@ -172,8 +172,8 @@ def iou(a: Box, b: Box) -> float:
     return overlap / union if union > 0 else 0.0
 
 
-def _facts(drawing: Drawing) -> Iterator[tuple[str, str, str]]:
-    """(what is asked about, answer, kind) for everything that has exactly one right answer."""
+def _topics(drawing: Drawing) -> Iterator[tuple[str, str, str]]:
+    """(topic, answer, kind) for everything that has exactly one right answer."""
     shapes = drawing.shapes
     yield "", describe(drawing), "describe"
     yield "shapes", _count_answer(len(shapes), "shape"), "count"

@@ -136,8 +136,8 @@ def _modules(adapter: Source) -> dict[str, dict[str, SourceTensor]]:
             )
         roles = modules.setdefault(key["module"], {})
         if key["role"] in roles:
-            twin = roles[key["role"]].name
-            raise WeightsError(f"{tensor.file} holds {name} and {twin}, which mean the same; keep one of them")
+            other = roles[key["role"]].name
+            raise WeightsError(f"{tensor.file} holds {name} and {other}, which mean the same; keep one of them")
         roles[key["role"]] = tensor
     return modules
 

@@ -103,10 +103,10 @@ def _unwrapped(tensors: Mapping[str, SourceTensor], prefix: str) -> dict[str, So
     for name, tensor in tensors.items():
         own = name.removeprefix(prefix)
         plain = prefix + unwrapped(own)
-        if twin := unwrapped_tensors.get(plain):
+        if other := unwrapped_tensors.get(plain):
             raise WeightsError(
-                f"{tensor.file} holds {own}, and {twin.file} holds {twin.stored or twin.name.removeprefix(prefix)}, which mean "
-                "the same; keep one of them"
+                f"{tensor.file} holds {own}, and {other.file} holds {other.stored or other.name.removeprefix(prefix)}, which "
+                "mean the same; keep one of them"
             )
         unwrapped_tensors[plain] = tensor if plain == name else replace(tensor, name=plain, stored=own)
     return unwrapped_tensors
@@ -133,11 +133,11 @@ def _list_folder(folder: Path, prefix: str) -> tuple[dict[str, SourceTensor], li
             f"{index} names {_some(missing)}, which {'is' if len(missing) == 1 else 'are'} not in {folder}; "
             "fetch the missing files"
         )
-    listed = {file: _list_file(file, prefix) for file in indexed}
-    lacking = [f"{name} (in {file})" for name, file in file_of.items() if prefix + name not in listed[folder / file]]
+    listing = {file: _list_file(file, prefix) for file in indexed}
+    lacking = [f"{name} (in {file})" for name, file in file_of.items() if prefix + name not in listing[folder / file]]
     if lacking:
         raise WeightsError(f"{index} names tensors that their files lack: {_some(lacking)}; fetch index and weights again")
-    return {prefix + name: listed[folder / file][prefix + name] for name, file in file_of.items()}, [index, *indexed]
+    return {prefix + name: listing[folder / file][prefix + name] for name, file in file_of.items()}, [index, *indexed]
 
 
 def _weight_files(folder: Path) -> tuple[Path | None, list[Path]]:
@@ -179,13 +179,13 @@ def _read_index(path: Path) -> dict[str, str]:
 def _merge(files: Collection[Path], prefix: str) -> dict[str, SourceTensor]:
     tensors: dict[str, SourceTensor] = {}
     for file in files:
-        listed = _list_file(file, prefix)
-        for name in listed.keys() & tensors.keys():
+        listing = _list_file(file, prefix)
+        for name in listing.keys() & tensors.keys():
             raise WeightsError(
                 f"{name.removeprefix(prefix)} is in both {tensors[name].file.name} and {file.name} of {file.parent}; "
                 "keep one set of weight files in the folder"
             )
-        tensors |= listed
+        tensors |= listing
     return tensors
 
 
@@ -209,7 +209,7 @@ def _list_safetensors(path: Path) -> _Listing:
         if not 2 <= length <= min(_HEADER_LIMIT, size - 8):
             raise WeightsError(f"{path} is not a safetensors file or is cut short ({size} bytes); fetch the file again")
         raw = file.read(length)
-    listed: _Listing = {}
+    listing: _Listing = {}
     places: list[tuple[int, int, str]] = []
     try:
         for name, entry in parse_object(raw, "it").items():
@@ -220,7 +220,7 @@ def _list_safetensors(path: Path) -> _Listing:
             dtype = str(_SAFETENSORS_DTYPES.get(entry["dtype"], entry["dtype"]))
             if min(shape, default=1) < 0 or (dtype in _DTYPES and stop - begin != math.prod(shape) * _DTYPES[dtype].itemsize):
                 raise ValueError(f"tensor {name:.200} of shape {list(shape)} lies at {begin} to {stop}")
-            listed[name] = dtype, shape, 8 + length + begin, _contiguous(shape)
+            listing[name] = dtype, shape, 8 + length + begin, _contiguous(shape)
             places.append((begin, stop, name))
         end = _end_of(places)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -229,7 +229,7 @@ def _list_safetensors(path: Path) -> _Listing:
         raise WeightsError(
             f"{path} has {size} bytes, but its header describes {8 + length + end}; it is cut short or damaged: fetch it again"
         )
-    return listed
+    return listing
 
 
 def _end_of(places: Iterable[tuple[int, int, str]]) -> int:
@@ -253,7 +253,7 @@ def _list_bin(path: Path) -> _Listing:
     records = _zip_records(path) if zipped else {}
     with FakeTensorMode():
         state = _unpickle(path)
-    listed: _Listing = {}
+    listing: _Listing = {}
     for name, tensor in state.items():
         dtype = str(tensor.dtype).removeprefix("torch.")
         offset = None
@@ -264,8 +264,8 @@ def _list_bin(path: Path) -> _Listing:
             if records.get(start, -1) < storage.nbytes() or last * tensor.itemsize > storage.nbytes():
                 raise WeightsError(f"{path}: the bytes of tensor {name} are not where they should be; fetch the file again")
             offset = start + int(tensor.storage_offset()) * tensor.itemsize
-        listed[name] = dtype, tuple(tensor.shape), offset, tuple(tensor.stride())
-    return listed
+        listing[name] = dtype, tuple(tensor.shape), offset, tuple(tensor.stride())
+    return listing
 
 
 def _zip_records(path: Path) -> dict[int, int]:

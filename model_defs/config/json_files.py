@@ -53,9 +53,9 @@ def parse_object(text: str | bytes, where: object) -> dict[str, Any]:
 
 
 def _once(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    values: dict[str, Any] = {}
     for key, value in pairs:
-        if key in found and found[key] != value:
-            raise ValueError(f"{key[:80]!r:.200} is there twice, as {found[key]!r:.40} and {value!r:.40}")
-        found[key] = value
-    return found
+        if key in values and values[key] != value:
+            raise ValueError(f"{key[:80]!r:.200} is there twice, as {values[key]!r:.40} and {value!r:.40}")
+        values[key] = value
+    return values

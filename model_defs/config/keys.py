@@ -55,22 +55,22 @@ class Keys:
 
     def get(self, name: str, default: Any = None, *, also: Iterable[str] = ()) -> Any:
         """The value under `name`, else that under one of the other spellings, else `default`; null counts as absent."""
-        return self._found(name, default, also)[1]
+        return self._entry(name, default, also)[1]
 
-    def _found(self, name: str, default: Any, also: Iterable[str]) -> tuple[str, Any]:
+    def _entry(self, name: str, default: Any, also: Iterable[str]) -> tuple[str, Any]:
         """The spelling that counts and its value."""
         names = (name, *also)
         self.seen.update(names)
-        given = [(key, self.data[key]) for key in names if self.data.get(key) is not None]
-        for key, value in given[1:]:
-            if value != given[0][1]:
+        entries = [(key, self.data[key]) for key in names if self.data.get(key) is not None]
+        for key, value in entries[1:]:
+            if value != entries[0][1]:
                 self.notes.append(
-                    f"{self.where}: {given[0][0]} is {given[0][1]!r:.100} but {key} is {value!r:.100}; the first counts"
+                    f"{self.where}: {entries[0][0]} is {entries[0][1]!r:.100} but {key} is {value!r:.100}; the first counts"
                 )
-        return given[0] if given else (name, default)
+        return entries[0] if entries else (name, default)
 
     def size(self, name: str, default: int | None = None, *, also: Iterable[str] = (), most: int = LARGEST_SIZE) -> int:
-        name, value = self._found(name, default, also)
+        name, value = self._entry(name, default, also)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ConfigError(f"{self.where}: {name} is {value!r:.200}; expected a positive integer")
         if value > most:
@@ -115,8 +115,8 @@ class Keys:
         """Refuse keys that nothing read, here and in every section; a key without a value says nothing."""
         for section in self.sections.values():
             section.finish()
-        given = {key for key, value in self.data.items() if value is not None and not key.startswith(INERT_PREFIXES)}
-        unknown = sorted(given - self.seen - INERT_KEYS - set(self.ignored))
+        keys = {key for key, value in self.data.items() if value is not None and not key.startswith(INERT_PREFIXES)}
+        unknown = sorted(keys - self.seen - INERT_KEYS - set(self.ignored))
         if unknown:
             raise ConfigError(
                 f"{self.where}: unknown keys {', '.join(unknown):.200}; they may change the computation. If they do not, "
@@ -152,13 +152,13 @@ def bos_eos(*sections: Keys, default: tuple[int, int] = (1, 2)) -> tuple[int, tu
 
 def _first(sections: Iterable[Keys], name: str, default: Any) -> Any:
     """The value of the first section that has one; another section that says otherwise is noted."""
-    given = [(section, value) for section in sections if (value := section.get(name)) is not None]
-    for section, value in given[1:]:
-        if value != given[0][1]:
+    pairs = [(section, value) for section in sections if (value := section.get(name)) is not None]
+    for section, value in pairs[1:]:
+        if value != pairs[0][1]:
             section.notes.append(
-                f"{section.where}: {name} is {value!r:.100} but in {given[0][0].where} it is {given[0][1]!r:.100}, which counts"
+                f"{section.where}: {name} is {value!r:.100} but in {pairs[0][0].where} it is {pairs[0][1]!r:.100}, which counts"
             )
-    return given[0][1] if given else default
+    return pairs[0][1] if pairs else default
 
 
 def select(keys: Keys, name: str, choices: Mapping[str, Any], default: str = "default") -> Any:

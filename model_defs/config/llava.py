@@ -118,21 +118,21 @@ def _grids(keys: Keys, pinpoints: Any, vision: ClipConfig, *, wide_first: bool) 
         except (ValueError, SyntaxError) as error:
             raise ConfigError(f"{where}; expected a list of pairs of pixels") from error
     side = vision.image_size
-    found = []
+    grids = []
     for pair in pinpoints if isinstance(pinpoints, list | tuple) else [None]:
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
             raise ConfigError(f"{where}; expected a list of pairs of pixels")
         if any(n % side for n in pair):
             raise ConfigError(f"{where}; expected multiples of the vision tower's image_size {side}")
         first, second = (n // side for n in pair)
-        found.append((second, first) if wide_first else (first, second))
-    if not found:
+        grids.append((second, first) if wide_first else (first, second))
+    if not grids:
         raise ConfigError(f"{where}; expected at least one pair")
-    return tuple(found)
+    return tuple(grids)
 
 
 def _tower_keys(name: str, checkpoint: Path, vision_tower: Path | None, keys: Keys) -> Keys:
-    """The vision_config of a tower: from the folder given, the name taken as a folder, or a tower known by name."""
+    """The vision_config of a tower: from its own folder, a folder of that name, or built-in sizes."""
     folder = vision_tower or next((p for p in (Path(name), checkpoint / name) if (p / "config.json").is_file()), None)
     if folder is None:
         if name not in KNOWN_TOWERS:

@@ -69,19 +69,19 @@ def _tiled(keys: Keys) -> TiledConfig:
     )
     # Known by the sizes above; a file that says otherwise is not understood.
     keys.only("max_aspect_ratio_id", len(config.ratios))
-    if (found := keys.size("vision_output_dim", config.feature_size)) != config.feature_size:
+    if (width := keys.size("vision_output_dim", config.feature_size)) != config.feature_size:
         raise ConfigError(
-            f"{keys.where}: vision_output_dim is {found}, but hidden_size {config.hidden_size} and "
+            f"{keys.where}: vision_output_dim is {width}, but hidden_size {config.hidden_size} and "
             f"{len(config.taps)} intermediate_layers_indices make {config.feature_size}"
         )
     return config
 
 
 def _ratios(keys: Keys) -> tuple[tuple[int, int], ...]:
-    found = keys.get("supported_aspect_ratios", RATIOS)
-    for pair in found if isinstance(found, list) else [None]:
+    ratios = keys.get("supported_aspect_ratios", RATIOS)
+    for pair in ratios if isinstance(ratios, list) else [None]:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(n, int) and n > 0 for n in pair):
             raise ConfigError(
-                f"{keys.where}: supported_aspect_ratios is {found!r:.200}; expected a list of pairs, rows and columns of tiles"
+                f"{keys.where}: supported_aspect_ratios is {ratios!r:.200}; expected a list of pairs, rows and columns of tiles"
             )
-    return tuple((rows, columns) for rows, columns in found)
+    return tuple((rows, columns) for rows, columns in ratios)

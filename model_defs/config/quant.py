@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16", "w4a16-g32")  # what can be asked for
+QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16", "w4a16-g32")  # the values of the option `quant`
 KV_CACHES = ("float", "int8")  # what keys and values of the text are kept in; the first is the default
 ASYMMETRIC, FLOAT_HEAD, SMALL_BLOCKS = "-asym", "+float-head", "-g32"
 GROUPED = ("w8a16", "w8a16-g32", "w4a16", "w4a16-g32")
@@ -67,7 +67,7 @@ def quant_block(columns: int, kind: str = "w8a16") -> int:
 
 
 def quant_parts(kind: str, rows: int, columns: int) -> dict[str, Part]:
-    """What a weight [rows, columns] is stored as, by the names behind that of its layer."""
+    """The stored parts of a weight [rows, columns], by their names after the name of its layer."""
     if kind == "none":
         return {"weight": Part("", (rows, columns))}
     if kind == "w8a8":

@@ -28,7 +28,7 @@ class RopeConfig:
     theta: float
     llama3: Llama3Scaling | None = None
     ntk_positions: int | None = None  # dynamic NTK (Qwen): prompts longer than this get a larger base
-    logn_positions: int | None = None  # logn attention (Qwen): queries behind this position are scaled up
+    logn_positions: int | None = None  # logn attention (Qwen): queries after this position are scaled up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +48,7 @@ class TextConfig:
     max_positions: int
     qkv_bias: bool = False
     cross_layers: tuple[int, ...] = ()  # layers that attend to images instead of to the text
-    newline: bool = False  # one more embedding row, behind the others: the end of a row of image features
+    newline: bool = False  # one more embedding row, after the others: the end of a row of image features
     stage: Stage = WHOLE  # the part of the depth that is meant: all of it, but in a pipeline
     int8_cache: bool = False  # keys and values of the text are kept in 8 bits, by scales that lie among the weights
 

@@ -14,25 +14,20 @@ class IncrementalDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stops: Sequence[str], from_token: int = 0, *, streamed: bool = False) -> None:
-        """`from_token`: how many tokens there must be before a stop string counts. `streamed`: pieces are in `given` as soon as
-        they are certain, so that a thread that adds no tokens may read them."""
+        """`from_token`: how many tokens there must be before a stop string counts. `streamed`: `pieces` has each one as soon
+        as it is certain, so that a thread that adds no tokens may read it."""
         self.tokens, self.from_token = 0, from_token
         self.detokenizer = Detokenizer(tokenizer)
         self.stops, self.streamed = tuple(stop for stop in stops if stop), streamed
-        self.given: list[str] = []
-        self.unread: list[int] = []  # tokens whose text nobody has asked for
-        self.held = ""
+        self.pieces: list[str] = []
+        self.unread: list[int] = []  # tokens that are not decoded yet
+        self.pending = ""
         self.stopped = False
-
-    @property
-    def pieces(self) -> list[str]:
-        """The pieces so far."""
-        self._read()
-        return self.given
 
     @property
     def text(self) -> str:
         """The text so far, without what is held back."""
+        self._read()
         return "".join(self.pieces)
 
     def add_unread(self, token_id: int) -> None:
@@ -53,7 +48,7 @@ class IncrementalDetokenizer:
         if self.stopped:
             return ""
         piece = self._release(self.detokenizer.finish())
-        return piece if self.stopped else piece + self._give(self.held.rstrip())
+        return piece if self.stopped else piece + self._emit(self.pending.rstrip())
 
     def stopped_at_end(self) -> bool:
         """Whether a stop string ends the text, what is held back included, where no token follows."""
@@ -71,23 +66,23 @@ class IncrementalDetokenizer:
         return self.stops if self.tokens >= self.from_token else ()
 
     def _release(self, new: str) -> str:
-        self.held += new
-        starts = [start for start in (self.held.find(stop) for stop in self._counting) if start >= 0]
+        self.pending += new
+        starts = [start for start in (self.pending.find(stop) for stop in self._counting) if start >= 0]
         if starts:
             self.stopped = True
-            return self._give(self.held[: min(starts)].rstrip())
-        return self._give(self.held[: self._safe()].rstrip())
+            return self._emit(self.pending[: min(starts)].rstrip())
+        return self._emit(self.pending[: self._safe()].rstrip())
 
     def _safe(self) -> int:
-        """Characters held that cannot belong to a stop string any more."""
-        for start in range(len(self.held)):
-            if any(stop.startswith(self.held[start:]) for stop in self._counting):
+        """Pending characters that cannot belong to a stop string any more."""
+        for start in range(len(self.pending)):
+            if any(stop.startswith(self.pending[start:]) for stop in self._counting):
                 return start
-        return len(self.held)
+        return len(self.pending)
 
-    def _give(self, piece: str) -> str:
-        self.held = self.held[len(piece) :]
-        piece = piece if self.given else piece.lstrip()
+    def _emit(self, piece: str) -> str:
+        self.pending = self.pending[len(piece) :]
+        piece = piece if self.pieces else piece.lstrip()
         if piece:
-            self.given.append(piece)
+            self.pieces.append(piece)
         return piece

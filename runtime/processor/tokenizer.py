@@ -102,25 +102,25 @@ class Detokenizer:
         self._vocabulary = tokenizer.vocabulary
         self._skip_special = skip_special
         self._before: list[int] = []  # the last tokens given out: their text shows whether the next begins with a blank
-        self._held: list[int] = []
+        self._pending: list[int] = []
 
     def add(self, token_id: int) -> str:
         """The text that is certain with this token, perhaps empty."""
         token = self._vocabulary.token(token_id)
         if token is None or (self._skip_special and self._vocabulary.is_special(token_id)):
             return ""
-        self._held.append(token_id)
+        self._pending.append(token_id)
         if self._is_byte(token_id, token):
             return ""
         text = self._new_text()
-        return "" if text.endswith("\ufffd") else self._give_out(text)
+        return "" if text.endswith("\ufffd") else self._emit(text)
 
     def finish(self) -> str:
         """What is still held back; afterwards the next token starts a new text."""
         cut = self._unfinished()
-        self._held = self._held[: len(self._held) - cut]
-        text = (self._new_text() if self._held else "") + "\ufffd" * (cut > 0)
-        self._before, self._held = [], []
+        self._pending = self._pending[: len(self._pending) - cut]
+        text = (self._new_text() if self._pending else "") + "\ufffd" * (cut > 0)
+        self._before, self._pending = [], []
         return text
 
     def _is_byte(self, token_id: int, token: str) -> bool:
@@ -129,7 +129,7 @@ class Detokenizer:
 
     def _unfinished(self) -> int:
         """How many byte tokens at the end are a prefix of a character."""
-        last = self._held[-3:]
+        last = self._pending[-3:]
         is_byte = [self._is_byte(token_id, self._vocabulary.token(token_id) or "") for token_id in last]
         for start in range(len(last)):
             if all(is_byte[start:]) and _is_prefix_of_character(b"".join(map(self._vocabulary.token_bytes, last[start:]))):
@@ -138,10 +138,10 @@ class Detokenizer:
 
     def _new_text(self) -> str:
         before = self._vocabulary.decode(self._before, skip_special=self._skip_special)
-        return self._vocabulary.decode(self._before + self._held, skip_special=self._skip_special)[len(before) :]
+        return self._vocabulary.decode(self._before + self._pending, skip_special=self._skip_special)[len(before) :]
 
-    def _give_out(self, text: str) -> str:
-        self._before, self._held = self._held, []
+    def _emit(self, text: str) -> str:
+        self._before, self._pending = self._pending, []
         return text
 
 

@@ -1,4 +1,4 @@
-"""The likeliest tokens of rows of logits, as a graph has found them, and a choice among them.
+"""The top-k tokens of rows of logits, as found by a graph, and a choice among them.
 
 R rows, K candidates each. A token that they decide is the very one that the whole row decides (sampler.py); where they do not,
 whoever asks looks at the row.
@@ -22,7 +22,7 @@ DENOMINATOR_ERROR = 1e-3
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What a run has put out behind its logits; see docs/artifact.md."""
+    """The top-k outputs of a run, next to its logits; see docs/artifact.md."""
 
     logits: np.ndarray  # float32 [R, K]
     ids: np.ndarray  # int32 [R, K]
@@ -37,10 +37,10 @@ class Candidates:
         if sampling.temperature == 0:
             return int(ids[logits == largest].min())
         # Of those that equal the smallest, some may be missing.
-        kept = np.flatnonzero(logits > smallest)
-        order = kept[np.lexsort((ids[kept], -logits[kept]))]
+        places = np.flatnonzero(logits > smallest)
+        order = places[np.lexsort((ids[places], -logits[places]))]
         own = order[ids[order] < used]
-        if not len(own) or own[0] != order[0]:  # the mass says nothing of what is far below the largest
+        if not len(own) or own[0] != order[0]:  # the denominator says nothing of what is far below the largest
             return None
         number = uniform(sampling.seed, position, sampling.index)
         if top_k := sampling.top_k:

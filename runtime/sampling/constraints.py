@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 MOST_REGEX = 10_000  # characters
 MOST_JSON = 32_768  # characters of a schema
 MOST_CHOICES, MOST_CHOICE_TEXT = 1000, 32_768  # texts, and characters of all of them
-MOST_TOLD = 300  # characters of what llguidance says about a form, which repeats it
 # What a form leaves no choice about is written in tokens of the model's choice, like all else. Otherwise llguidance writes all
 # that is forced in tokens, again for each token of the answer: minutes for a text of 10,000 characters.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
@@ -38,7 +37,7 @@ class ConstraintError(ValueError):
 
 
 class GrammarConstraint:
-    """The automaton of one answer; see logit_rules.Guide."""
+    """A constraint on one answer: the automaton of its grammar; see logits_processors.Constraint."""
 
     def __init__(self, maker: ConstraintFactory, matcher: LLMatcher) -> None:
         import llguidance.numpy

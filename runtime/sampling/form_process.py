@@ -36,7 +36,7 @@ class FormProcess:
         data = grammar.encode()
         with self._lock:
             process = self._process if self._process and self._process.poll() is None else self._start()
-            answer = _asked(process, b"%d\n%b" % (len(data), data))
+            answer = _answer(process, b"%d\n%b" % (len(data), data))
             if answer:
                 return json.loads(answer)
             status = None if answer is None else process.wait()
@@ -55,11 +55,11 @@ class FormProcess:
             stderr=subprocess.DEVNULL,  # of a process that runs out of memory or stack
             start_new_session=True,  # a terminal's Ctrl-C is for the engine's process
         )
-        self._end = weakref.finalize(self, _ended, process)
+        self._end = weakref.finalize(self, _kill, process)
         return process
 
 
-def _asked(process: subprocess.Popen[bytes], form: bytes) -> bytes | None:
+def _answer(process: subprocess.Popen[bytes], form: bytes) -> bytes | None:
     """The answer to a form; empty where the process has ended, None where it takes too long."""
     assert process.stdin and process.stdout
     try:
@@ -72,7 +72,7 @@ def _asked(process: subprocess.Popen[bytes], form: bytes) -> bytes | None:
         return process.stdout.readline() if selector.select(TIMEOUT_S) else None
 
 
-def _ended(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):

@@ -37,7 +37,7 @@ class Constraint(Protocol):
 
 
 class LogitsProcessors:
-    """The rules of one answer; they know its tokens so far."""
+    """The logits processors of one answer, which know its tokens so far."""
 
     def __init__(
         self, params: SamplingParams, prompt: Prompt, ends: Iterable[int], vocab: int, constraints: tuple[Constraint, ...]
@@ -47,8 +47,8 @@ class LogitsProcessors:
         self.ends = np.array(sorted(ends), np.int64)
         self.bias = np.array(list(params.logit_bias), np.int64), np.array(list(params.logit_bias.values()), np.float32)
         # Penalties touch few tokens, so these are kept by id: a pass over the vocabulary takes longer than all else here.
-        written = prompt.token_ids[prompt.rows < 0]
-        self.seen = np.unique(written[written < vocab])  # of the prompt or the answer; the mark of an image may have no logit
+        tokens = prompt.token_ids[prompt.rows < 0]
+        self.seen = np.unique(tokens[tokens < vocab])  # of the prompt or the answer; the mark of an image may have no logit
         self.counts = np.zeros(vocab, np.int32)  # of the tokens of the answer
         self.answer = np.empty(0, np.int64)  # those that are in it
         self.generated = 0
@@ -107,7 +107,7 @@ _CHANGES: tuple[tuple[Callable[[SamplingParams], object], _Change], ...] = (
 
 
 def changes_for(params: SamplingParams, constraints: tuple[Constraint, ...]) -> list[_Change]:
-    return [change for asked, change in _CHANGES if asked(params)] + [LogitsProcessors._apply_constraints] * bool(constraints)
+    return [change for asks, change in _CHANGES if asks(params)] + [LogitsProcessors._apply_constraints] * bool(constraints)
 
 
 def logits_processors_for(
@@ -118,7 +118,7 @@ def logits_processors_for(
     constraints: tuple[Constraint, ...],
     defaults: SamplingDefaults = DEFAULTS,
 ) -> LogitsProcessors | None:
-    """The rules that a request needs, those of its checkpoint among them, or None.
+    """The logits processors that a request needs, those of its checkpoint among them, or None.
 
     Raises ValueError for a token id that the model does not have.
     """

@@ -27,13 +27,13 @@ class SamplingParams:
     logit_bias is added by token id.
 
     An answer ends before a text of `stop` (one text or several), at a token of `stop_token_ids`, after max_new_tokens, or
-    `deadline_s` seconds after it was asked for; none of the first two before min_new_tokens. No text of bad_words is in it.
+    `deadline_s` seconds after the request; none of the first two before min_new_tokens. No text of bad_words is in it.
     At most one of `json_schema`, `regex` and `choice` says what the whole answer must be.
 
     logprobs k asks for the logarithm of each token's probability, before anything above, and for the k likeliest tokens.
     priority: requests of a higher one are admitted earlier, see Scheduler.add.
 
-    speculate k: draft up to k tokens from what was said before and verify them in one run, where that is worth it (lookup.py);
+    speculate k: draft up to k tokens from earlier text and verify them in one run, where that is worth it (prompt_lookup.py);
     the answer is the same. None: as the model was loaded.
     """
 
@@ -87,11 +87,11 @@ class SamplingParams:
         self._check_constraint()
 
     def _check_constraint(self) -> None:
-        given = [name for name in ("json_schema", "regex", "choice") if getattr(self, name) not in (None, ())]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} were given; expected one of them at most")
-        if given and self.ignore_eos:
-            raise ValueError(f"{given[0]} was given with ignore_eos; an answer of a given form ends where that does")
+        names = [name for name in ("json_schema", "regex", "choice") if getattr(self, name) not in (None, ())]
+        if len(names) > 1:
+            raise ValueError(f"{' and '.join(names)} were given; expected one of them at most")
+        if names and self.ignore_eos:
+            raise ValueError(f"{names[0]} was given with ignore_eos; an answer of a given form ends where that does")
         if "" in self.choice:
             raise ValueError("choice holds an empty text; expected texts of at least one character")
 
@@ -108,8 +108,10 @@ class SamplingParams:
         temperature = self.temperature
         if temperature is None:
             # Naming top_k, top_p, min_p, a seed or several answers asks for sampling.
-            asked = any(value is not None for value in (self.top_k, self.top_p, self.seed)) or self.n > 1 or bool(self.min_p)
-            temperature = defaults.temperature if defaults.do_sample or asked else 0.0
+            wants_sampling = (
+                any(value is not None for value in (self.top_k, self.top_p, self.seed)) or self.n > 1 or bool(self.min_p)
+            )
+            temperature = defaults.temperature if defaults.do_sample or wants_sampling else 0.0
         return ResolvedSampling(
             temperature=temperature,
             top_k=defaults.top_k if self.top_k is None else self.top_k,

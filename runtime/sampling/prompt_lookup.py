@@ -1,6 +1,6 @@
 """Drafts of what an answer may go on with, from its own words: prompt lookup (Saxena 2023).
 
-Answers repeat what was said: names, quotations, code, the form of a list. What followed the last tokens where they were said
+Answers repeat earlier text: names, quotations, code, the form of a list. What followed the last tokens where they occurred
 before is drafted, a few tokens of it; one run of the model verifies them all (Leviathan et al. 2023), so that a right draft
 saves runs and a wrong one only the time.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 
 import numpy as np
 
-PRIOR = 2, 3  # right and drafted tokens that are taken for known before there are any
+PRIOR = 2, 3  # right and drafted tokens that count before there are any
 FORGET = 0.98  # what the record keeps of itself each time a draft is not verified
 
 
@@ -20,10 +20,10 @@ class PromptLookup:
 
     def __init__(self, prompt: np.ndarray, vocab: int, longest: int, ngrams: tuple[int, int]) -> None:
         """`prompt`: ids [L]; those that are no token of the model, [0, vocab), are never drafted. `longest`: tokens of a draft.
-        `ngrams`: the fewest and the most tokens that must have been said before."""
+        `ngrams`: the fewest and the most tokens of an n-gram."""
         self.tokens: list[int] = prompt.tolist()
         self.vocab, self.longest, self.sizes = vocab, longest, range(ngrams[1], ngrams[0] - 1, -1)
-        self.heard = 0  # tokens of the answer
+        self.answer_length = 0  # tokens of the answer that are in `tokens`
         self.right, self.drafted = map(float, PRIOR)
         self.places: dict[tuple[int, ...], int] = {}  # n-gram -> where what followed it begins
         for end in range(1, len(self.tokens)):
@@ -31,10 +31,10 @@ class PromptLookup:
 
     def draft(self, answer: SequenceOf[int], most: int) -> tuple[int, ...]:
         """What may follow the tokens of the answer so far, at most `most` tokens; often nothing."""
-        for token in answer[self.heard :]:
+        for token in answer[self.answer_length :]:
             self.tokens.append(token)
             self._note(len(self.tokens) - 1)
-        self.heard = len(answer)
+        self.answer_length = len(answer)
         for size in self.sizes:
             place = self.places.get(tuple(self.tokens[-size:]))
             if place is not None:
@@ -48,14 +48,14 @@ class PromptLookup:
                 self.places[tuple(self.tokens[end - size : end])] = end
 
     def _from(self, place: int, count: int) -> tuple[int, ...]:
-        """A repetition that reaches the end is taken to go on."""
-        period, drafted = len(self.tokens) - place, []
+        """The tokens from `place` on; a repetition that reaches the end is assumed to go on."""
+        period, draft = len(self.tokens) - place, []
         for i in range(count):
             token = self.tokens[place + i % period]
             if not 0 <= token < self.vocab:
                 break
-            drafted.append(token)
-        return tuple(drafted)
+            draft.append(token)
+        return tuple(draft)
 
     # ---- whether it is worth while
 

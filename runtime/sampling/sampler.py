@@ -62,19 +62,19 @@ def drawn(
         probabilities = np.exp(below / sampling.temperature)
     cumulative = np.cumsum(probabilities)
     total = float(cumulative[-1]) if sampling.top_k else total
-    kept = len(ids)
+    count = len(ids)
     if sampling.top_p < 1:
         # A token stays while the probability before it is below top_p, so at least one stays.
-        kept = min(kept, int(np.searchsorted(cumulative / total, sampling.top_p)) + 1)
+        count = min(count, int(np.searchsorted(cumulative / total, sampling.top_p)) + 1)
     if sampling.min_p > 0:
-        kept = min(kept, int(np.count_nonzero(probabilities >= sampling.min_p)))  # the likeliest has 1
-    if kept < len(ids):
-        total, complete = float(cumulative[kept - 1]), True
-    place = int(np.searchsorted(cumulative[:kept], number * total, side="right"))
-    if place < kept:
-        # Behind the last of these tokens there may be others that stay, which make the sum larger.
+        count = min(count, int(np.count_nonzero(probabilities >= sampling.min_p)))  # the likeliest has 1
+    if count < len(ids):
+        total, complete = float(cumulative[count - 1]), True
+    place = int(np.searchsorted(cumulative[:count], number * total, side="right"))
+    if place < count:
+        # After the last of these tokens there may be others that stay, which make the sum larger.
         return int(ids[place]) if complete or _all_stay(sampling) else None
-    return int(ids[kept - 1]) if complete else None
+    return int(ids[count - 1]) if complete else None
 
 
 def _all_stay(sampling: ResolvedSampling) -> bool:

@@ -1,7 +1,7 @@
 """The likeliest tokens of a row of logits, found without sorting it.
 
-Sorting 152,000 numbers takes a hundred times as long as reading them. A threshold that lets through what is wanted, and little
-else, comes from the largest number of each block: the k-th largest of these is at most the k-th largest of all.
+Sorting 152,000 numbers takes a hundred times as long as reading them. A threshold that lets through these tokens, and few
+others, comes from the largest number of each block: the k-th largest of these is at most the k-th largest of all.
 """
 
 from __future__ import annotations

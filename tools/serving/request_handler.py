@@ -54,7 +54,7 @@ class RequestHandler:
             async with asyncio.timeout(limit - time.monotonic()):
                 prompt = await self._prepare(request)
                 params = sampling_of(request, service.spec.context - prompt.length, limit - time.monotonic())
-                self.answers = await service.engine.ask(prompt, params)
+                self.answers = await service.engine.submit(prompt, params)
                 tokens = await asyncio.to_thread(lambda: service.model.processor.token_bytes) if request.logprobs else None
         except TimeoutError:
             raise ApiError(503, "the request was not ready in time; try again", code="timeout") from None
