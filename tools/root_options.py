@@ -36,7 +36,7 @@ class _Completion(argparse.Action):
         parser.exit()
 
 
-def _complete_paths(parser: argparse.ArgumentParser, files: dict[str, str]) -> None:
+def _complete_paths(parser: argparse.ArgumentParser, files: Any) -> None:
     """Names of files are offered where a path is taken."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
