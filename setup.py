@@ -6,6 +6,7 @@ from setuptools import setup
 
 FOLDERS = ("compiler", "model_defs", "runtime", "tools", "weights")
 HERE = Path(__file__).parent
+PACKAGE = "tools/package"  # what stands in `staticvl/` itself: no folder of the checkout is that
 CHECKOUT_ONLY = "tools/development"  # makes or tests what a wheel brings ready-made; docs/architecture.md
 VERSION = "0.1.0"
 
@@ -14,7 +15,8 @@ def packages() -> dict[str, str]:
     """Package name -> folder, for every folder of ours that holds Python files and is not for a checkout alone."""
     inits = (init for top in FOLDERS for init in (HERE / top).rglob("__init__.py"))
     folders = (init.parent.relative_to(HERE) for init in inits)
-    return {"staticvl." + ".".join(f.parts): str(f) for f in folders if not f.is_relative_to(CHECKOUT_ONLY)}
+    ours = (f for f in folders if not f.is_relative_to(CHECKOUT_ONLY) and f != Path(PACKAGE))
+    return {"staticvl": PACKAGE} | {"staticvl." + ".".join(f.parts): str(f) for f in ours}
 
 
 RUNTIME = [
@@ -36,12 +38,16 @@ ASCEND = [*COMPILE, "torch_npu==2.13.0"]  # on a machine with CANN; elsewhere to
 CONSTRAIN = ["llguidance>=1.3,<2"]  # answers by JSON schema, regular expression or choice
 TUNE = [*COMPILE, "matplotlib>=3.9,<4"]  # tune-buckets; matplotlib draws its report
 SERVE = ["fastapi>=0.160,<0.170", "uvicorn>=0.50,<0.60", "pydantic>=2.12,<3", "prometheus-client>=0.22,<0.30"]
+COMPLETION = ["shtab>=1.13,<2"]  # writes the scripts of --completion
 SIGN = ["cryptography>=44,<52"]  # sign, and --key of verify, --verify-key of what runs an artifact
 TEST = [
     *TUNE,
     *CONSTRAIN,
     *SERVE,
     *SIGN,
+    *COMPLETION,
+    "setuptools>=77",  # builds the wheel that is tested
+    "packaging>=24.2",  # reads its metadata
     "openai>=3,<4",
     "httpx2>=2,<3",  # as openai's client does
     "playwright>=1.56,<2",  # drives a Chromium where there is one
@@ -56,18 +62,31 @@ TEST = [
     "pyright==1.1.414",
 ]
 
+CLASSIFIERS = [  # no licence among them: the expression replaces it
+    "Environment :: Console",
+    "Intended Audience :: Developers",
+    "Operating System :: POSIX :: Linux",
+    "Programming Language :: Python :: 3",
+    "Programming Language :: Python :: 3 :: Only",
+    *(f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13)),
+    "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    "Typing :: Typed",
+]
+
 setup(
     name="staticvl",
     version=VERSION,
     author="The staticvl developers",
-    license="Apache-2.0",
     description="Vision-language models compiled to graphs of fixed, bucketed shapes",
     long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
+    license_expression="Apache-2.0",
+    keywords="vision-language models, multimodal, inference, static graphs, ONNX, Ascend, quantization",
+    classifiers=CLASSIFIERS,
     python_requires=">=3.11",
     packages=sorted(packages()),
     package_dir=packages(),
-    package_data={"staticvl.tools": ["assets/**/*"], "staticvl.tools.serving": ["page.html"]},
+    package_data={"staticvl": ["py.typed"], "staticvl.tools": ["assets/**/*"], "staticvl.tools.serving": ["page.html"]},
     install_requires=RUNTIME,
     extras_require={
         "compile": COMPILE,
@@ -76,6 +95,7 @@ setup(
         "tune": TUNE,
         "serve": SERVE,
         "sign": SIGN,
+        "completion": COMPLETION,
         "test": TEST,
     },
     entry_points={"console_scripts": ["staticvl = staticvl.tools.cli:main"]},

@@ -65,6 +65,7 @@ HOMES = {
     "uvicorn": ("tools/serving",),
     "pydantic": ("tools/serving",),
     "prometheus_client": ("tools/serving",),
+    "shtab": ("tools/root_options.py",),
     "tqdm": ("tools",),
 }
 

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import venv
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from packaging.metadata import Metadata
+
+import staticvl
+from staticvl.tools.cli import EXTRAS
 
 from .conftest import REPO
 
 FOLDERS = {"compiler", "model_defs", "runtime", "tools", "weights"}
 CHECKOUT_ONLY = "tools/development"
+PACKAGE = "tools/package"  # what is installed as staticvl/ itself
+BUILT_FROM = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", *sorted(FOLDERS))
 NAMED_MODULE = re.compile(rf"staticvl\.(?:{'|'.join(FOLDERS)})(?:\.\w+)*")  # as `python -m` takes it
 
 
@@ -23,17 +34,44 @@ NAMED_MODULE = re.compile(rf"staticvl\.(?:{'|'.join(FOLDERS)})(?:\.\w+)*")  # as
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a wheel as they are before they are zipped: what site-packages has after an installation."""
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "setup.py", "-q", "build", "--build-base", folder / "build", "--build-lib", folder / "lib"]
-    done = subprocess.run([str(part) for part in command], cwd=REPO, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    setup(REPO, "build", "--build-base", folder / "build", "--build-lib", folder / "lib")
     return folder / "lib"
 
 
-def run(installed: Path, *arguments: str | Path) -> str:
+@pytest.fixture(scope="module")
+def unpacked_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that a source distribution unpacks into; made from a copy, since setuptools works beside setup.py."""
+    folder = tmp_path_factory.mktemp("sdist")
+    for name in BUILT_FROM:
+        source, copy = REPO / name, folder / "copy" / name
+        copy.parent.mkdir(exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(source, copy)
+    setup(folder / "copy", "sdist", "--dist-dir", folder)
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as files:
+        files.extractall(folder, filter="data")
+    return folder / archive.name.removesuffix(".tar.gz")
+
+
+def setup(folder: Path, *arguments: str | Path) -> None:
+    """Run a command of setup.py."""
+    command = [sys.executable, "setup.py", "-q", *map(str, arguments)]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(installed: Path, *arguments: str | Path, module: str = "staticvl.tools.cli") -> str:
     """What a command of the installed package prints; without .pth files, so that the checkout cannot be found."""
     packages = [folder for folder in sys.path if Path(folder).name == "site-packages"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *packages])}
-    command = [sys.executable, "-S", "-m", "staticvl.tools.cli", *map(str, arguments)]
+    command = [sys.executable, "-S", "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -68,9 +106,11 @@ def test_everything_but_what_a_checkout_needs(installed: Path) -> None:
     """A folder without __init__.py would be left out in silence."""
     top = {path.name for path in installed.iterdir()}
     assert top == {"staticvl"}
-    assert {path.name for path in (installed / "staticvl").iterdir()} == FOLDERS
+    assert {path.name for path in (installed / "staticvl").iterdir()} == FOLDERS | {"__init__.py", "__main__.py", "py.typed"}
     here = {path.relative_to(REPO) for folder in FOLDERS for path in (REPO / folder).rglob("*.py")}
-    there = {path.relative_to(installed / "staticvl") for path in installed.rglob("*.py")}
+    copies = {path.relative_to(installed / "staticvl") for path in installed.rglob("*.py")}
+    there = {path if len(path.parts) > 1 else Path(PACKAGE) / path for path in copies}
+    assert len(there) == len(copies), f"{PACKAGE} is in the wheel twice"
     left_out = here - there
     assert there <= here and left_out
     assert all(path.is_relative_to(CHECKOUT_ONLY) for path in left_out), left_out
@@ -78,11 +118,12 @@ def test_everything_but_what_a_checkout_needs(installed: Path) -> None:
 
 
 def test_what_is_no_module(installed: Path) -> None:
-    """Models and drawings of the demo, and the server's page."""
+    """Models and drawings of the demo, the server's page, and the mark that tells type checkers to read our annotations."""
     kept = {path.relative_to(REPO / "tools") for path in (REPO / "tools" / "assets").rglob("*") if path.is_file()}
     assert any(path.name == "model.safetensors" for path in kept)
     others = (path for path in installed.rglob("*") if path.is_file() and path.suffix != ".py")
-    assert {path.relative_to(installed / "staticvl" / "tools") for path in others} == {*kept, Path("serving/page.html")}
+    tools = {Path("tools") / path for path in (*kept, Path("serving/page.html"))}
+    assert {path.relative_to(installed / "staticvl") for path in others} == {*tools, Path("py.typed")}
 
 
 def test_imports_stay_inside(installed: Path) -> None:
@@ -118,6 +159,68 @@ def test_modules_that_are_started_are_inside(installed: Path) -> None:
 def test_help_and_demo(installed: Path) -> None:
     assert "tune-buckets" in run(installed, "--help")
     assert "A: A " in run(installed, "demo")
+
+
+def test_the_package_is_a_command_and_has_a_version(installed: Path) -> None:
+    assert run(installed, "--version", module="staticvl") == f"staticvl {staticvl.__version__}\n"
+    assert "usage: staticvl " in run(installed, "--help", module="staticvl")
+
+
+def test_importing_the_package_imports_nothing_else(installed: Path) -> None:
+    code = "import sys; before = set(sys.modules); import staticvl; print(*set(sys.modules) - before)"
+    command = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(command, cwd=installed, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["staticvl"]
+
+
+def test_the_package_has_no_other_attributes() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'verison'"):
+        staticvl.verison  # noqa: B018
+
+
+def test_sdist_builds_the_same_wheel(installed: Path, unpacked_sdist: Path, tmp_path: Path) -> None:
+    setup(unpacked_sdist, "bdist_wheel", "--dist-dir", tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as files:
+        names = {name for name in files.namelist() if ".dist-info/" not in name}
+        (text,) = (files.read(name) for name in files.namelist() if name.endswith(".dist-info/METADATA"))
+    assert names == files_of(installed)
+    assert not (unpacked_sdist / "tests").exists(), "half of the tests"
+    Metadata.from_email(text)  # refuses unknown fields and wrong values
+
+
+def test_metadata(unpacked_sdist: Path) -> None:
+    metadata = Metadata.from_email((unpacked_sdist / "PKG-INFO").read_bytes())
+    assert (metadata.name, str(metadata.version), metadata.license_expression) == (
+        "staticvl",
+        staticvl.__version__,
+        "Apache-2.0",
+    )
+    assert metadata.description_content_type == "text/markdown"
+    assert (metadata.description or "").strip() == (REPO / "README.md").read_text(encoding="utf-8").strip()
+    assert metadata.requires_python and "3.11" in metadata.requires_python and "3.10" not in metadata.requires_python
+    versions = {name.rpartition(" ")[2] for name in metadata.classifiers or () if "Python :: 3." in name}
+    assert versions == {"3.11", "3.12", "3.13"}
+    assert metadata.keywords and metadata.summary
+    assert {*EXTRAS.values(), "completion"} <= {*(metadata.provides_extra or ())}
+
+
+def test_editors_find_a_strict_editable_installation(unpacked_sdist: Path, tmp_path: Path) -> None:
+    """A .pth file names its folder of links; the usual one has an import hook, which type checkers cannot follow."""
+    setup(unpacked_sdist, "editable_wheel", "--mode", "strict", "--dist-dir", tmp_path)
+    venv.create(tmp_path / "venv", with_pip=False)
+    (site_packages,) = (tmp_path / "venv").glob("lib/*/site-packages")
+    (wheel,) = tmp_path.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(site_packages)
+    script = tmp_path / "elsewhere" / "script.py"
+    script.parent.mkdir()
+    script.write_text("from staticvl import __version__, runtime\n\nreveal_type(runtime.load)\nreveal_type(__version__)\n")
+    pyright = [Path(sys.executable).parent / "pyright", "--outputjson", "--pythonpath", tmp_path / "venv" / "bin" / "python"]
+    done = subprocess.run([*map(str, pyright), str(script)], cwd=script.parent, capture_output=True, text=True, check=False)
+    messages = [each["message"] for each in json.loads(done.stdout)["generalDiagnostics"]]
+    assert done.returncode == 0 and len(messages) == 2, messages
+    assert messages[0].startswith('Type of "runtime.load" is "(artifact: str | Path, ') and messages[0].endswith('-> Model"')
+    assert messages[1] == 'Type of "__version__" is "str"'
 
 
 def test_models_known_by_name(installed: Path, tmp_path: Path) -> None:

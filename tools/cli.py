@@ -14,6 +14,7 @@ from .cards import CARDS
 from .command_errors import Parser, sentence_of
 from .command_help import help_of
 from .comparing.arguments import add_arguments as add_compare_arguments
+from .root_options import add_root_options
 from .run_options import add_artifact, add_device_options
 from .sampling_options import EXAMPLES as SAMPLING_EXAMPLES
 from .sampling_options import add_sampling_options
@@ -74,6 +75,7 @@ def _message(error: Exception) -> str:
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="staticvl", description="Vision-language models compiled to graphs of fixed, bucketed shapes.")
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    add_root_options(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
         own = commands.add_parser(command.name, **help_of(command.help, command.examples))
