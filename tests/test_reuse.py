@@ -118,7 +118,7 @@ def test_what_a_slot_held_moves_out_of_the_way() -> None:
             reused.append(sequence.reused)
             said[place] = (*text, 7, *sequence.generated[:2])
     assert reused == [0, 0, 0, *[19] * 3, *[22] * 3, *[25] * 3]
-    assert {name for name in engine.metrics.buckets if name.startswith("decode")} == {"decode-1"}
+    assert {name for name in (key.name for key in engine.metrics.graph_runs) if name.startswith("decode")} == {"decode-1"}
 
 
 def test_what_moves_away_does_not_move_onto_what_is_needed() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from staticvl.runtime.artifact import GraphKey, Kind
@@ -52,8 +52,10 @@ def test_repeated_steps_are_counted_as_if_each_had_run(arrivals: list[Arrival], 
 
 @settings(max_examples=40)
 @given(arrivals=ARRIVALS)
+@example([Arrival(0.0, 24, 6, 0, 0), Arrival(6.0, 1, 2, 0, 0)])
+@example([Arrival(0.0, 4, 9, 0, 0), Arrival(1.0 + 3 * (0.25 + 5 / 256) + 3 / 256, 1, 2, 0, 0)])  # at the end of a step
 def test_also_where_steps_grow_longer(arrivals: list[Arrival]) -> None:
-    setup = Setup(COSTS, context=64, slots=4, past_ms=4.0)
+    setup = Setup(COSTS, context=64, slots=4, past_ms=1000 / 256)  # sums are exact with it too
     whole, single = replay(arrivals, setup), OneStepAtATime(arrivals, setup).run()
     assert whole.rows == single.rows and whole.padded == single.padded
     assert whole.span_s == pytest.approx(single.span_s, rel=1e-9)

@@ -179,8 +179,10 @@ class _Replay:
         gap = self._next_time() - self.now
         # The least n with n * first + more * n * (n - 1) / 2 >= gap.
         half = first - more / 2
-        times = (math.sqrt(half * half + 2 * more * gap) - half) / more if more else gap / first
-        return max(1, min(shortest, math.ceil(times)))
+        times = max(1, math.floor((math.sqrt(half * half + 2 * more * gap) - half) / more if more else gap / first))
+        if times * first + more * times * (times - 1) / 2 < gap:  # the root is rounded: one that ends with the gap is enough
+            times += 1
+        return min(shortest, times)
 
     def _count(self, step: Step, times: int, elapsed: float) -> None:
         stats, kind = self.stats, step.kind
