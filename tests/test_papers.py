@@ -80,7 +80,7 @@ def test_the_package_and_its_citation_agree() -> None:
     assert citation["cff-version"] == "1.2.0"
     assert f'name="{citation["title"]}"' in setup
     assert f'VERSION = "{citation["version"]}"' in setup
-    assert f'license="{citation["license"]}"' in setup
+    assert f'license_expression="{citation["license"]}"' in setup
     assert f'author="{citation["authors"][0]["name"]}"' in setup
 
 
@@ -93,7 +93,7 @@ def test_paths_and_targets_that_are_named_exist(name: str) -> None:
 
 def test_the_search_finds_what_is_known_to_be_named() -> None:
     """The test above would pass on nothing."""
-    assert {".ci/run", "model_defs/ops.py", "weights/names/", "tests/test_papers.py", "README.md"} <= paths_named(
+    assert {".ci/run", "model_defs/ops.py", "weights/names/", "tests/test_papers.py", "docs/files.md"} <= paths_named(
         "CONTRIBUTING.md"
     )
     assert {"lint", "types", "test", "test-slow", "test-isa", "attack", "soak", "ascend-sim"} <= make_targets("CONTRIBUTING.md")
