@@ -154,8 +154,8 @@ def _without_advice() -> Iterator[None]:
 def _named(kernel: Kernel) -> Iterator[None]:
     """torchair numbers the graphs of a process; this one is named after what it computes, by its kernel and a digest.
 
-    The device's compiler keeps its result under the graph's name, whoever made it and when. And so the same definition gives
-    the same graph to the byte.
+    The device's compiler keeps its result under the graph's name, so that name may depend on nothing else. And so the same
+    definition gives the same graph to the byte.
     """
     compiler: Any = sys.modules["torchair.npu_fx_compiler"]
     before = compiler._next_unique_graph_id

@@ -129,7 +129,7 @@ class Values:
 def emitted_values(
     graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec]
 ) -> tuple[Values, ...]:
-    """Which value of which file is which value of the definition, for whoever looks into a graph while it runs."""
+    """Which value of which file is which value of the definition, for tools that look into a graph while it runs."""
     files = []
     for part in cut(graph, program).parts:
         emitter, outputs = _lowered(graph, program, part, weights, exact=False)

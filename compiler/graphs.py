@@ -204,7 +204,7 @@ def _updated(cache: TensorSpec) -> TensorSpec:
     return TensorSpec(name=f"{cache.name}.out", dtype=cache.dtype, shape=cache.shape)
 
 
-@functools.lru_cache(maxsize=1)  # a graph is traced once, whoever asks
+@functools.lru_cache(maxsize=1)  # a graph is traced once for all its users
 def trace(graph: GraphDef) -> torch.export.ExportedProgram:
     """The graph as torch.export sees it: ops of our vocabulary and a few of aten's."""
     return torch.export.export(graph.module, example_inputs(graph), strict=False)

@@ -94,7 +94,7 @@ def _tiles(
     every = _every_grid(tiles)
     if vision.ratios != every:
         raise ConfigError(
-            f"{where}: images are cut into the grids {list(every)}, whose place in this list is what the model is told, but "
+            f"{where}: images are cut into the grids {list(every)}, whose place in this list the model takes as an input, but "
             f"vision_config.supported_aspect_ratios is {list(vision.ratios)}; expected the same list"
         )
     return ImageProcessorConfig(

@@ -1,7 +1,7 @@
 """`--tune`: which way of lowering a text graph is the fastest on this machine, by a short measurement.
 
 What is measured is the graph of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so
-a model of 90B takes seconds too. One question is asked after another (`_questions`), each with the answers to those before it.
+a model of 90B takes seconds too. The questions follow one another (`_questions`), each with the answers to those before it.
 All answers take turns, a chunk after a third of the tokens that the cache holds (where those of prompts of all lengths lie on
 average), anything else after half of them. The best run of each counts: what else the machine does only ever adds. An answer
 has to beat the default by MARGIN. Results do not depend on any of this, and certificates are measured with what was chosen.

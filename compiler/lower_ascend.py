@@ -53,7 +53,7 @@ def lowerings() -> dict[OpOverload, Callable[..., Any]]:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """MatMul of flattened rows, told that the weight [N, C] is transposed: it is read as it is stored, never copied.
+    """MatMul of flattened rows that takes the weight [N, C] as transposed: it is read as it is stored, never copied.
 
     x is brought to the weight's type here: normalised pixels come in float32.
     """

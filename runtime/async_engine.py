@@ -52,7 +52,7 @@ Item = Piece | Output | Exception  # pieces, then the whole answer or what went 
 
 @dataclass(slots=True, eq=False)
 class _Answer:
-    """One sequence and whoever waits for it."""
+    """One sequence and the task that waits for it."""
 
     sequence: Sequence
     loop: asyncio.AbstractEventLoop
@@ -174,7 +174,7 @@ class AsyncEngine:
     ask = submit  # its name in earlier releases
 
     async def close(self) -> None:
-        """Stop after the step that runs; whoever still waits for an answer gets an error."""
+        """Stop after the step that runs; a task that still waits for an answer gets an error."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -282,7 +282,7 @@ class AsyncEngine:
         if self._answers.pop(answer.sequence.id, None):
             try:
                 self.model.end(answer.sequence)
-            except Exception as error:  # of the request log, above all: no reason to fail whoever else is served
+            except Exception as error:  # of the request log, above all: no reason to fail other requests
                 log.error("%s", error)
 
     def _fail(self, error: Exception) -> None:

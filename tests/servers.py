@@ -52,9 +52,9 @@ class Running:
 
     def chat(self, *messages: Any, **settings: Any) -> Any:
         """An answer by OpenAI's client, or the list of its chunks; a text is a message of the user."""
-        asked = [as_message(message) for message in messages]
+        sent_messages = [as_message(message) for message in messages]
         with self.client() as client:
-            answer = client.chat.completions.create(model="model", messages=asked, **settings)
+            answer = client.chat.completions.create(model="model", messages=sent_messages, **settings)
             return list(answer) if settings.get("stream") else answer
 
     def post(self, content: Any, **headers: str) -> httpx.Response:

@@ -62,9 +62,9 @@ class Told(Progress):
 
 def compiled_again(checkpoint: Path, artifact: Path, buckets: Buckets = NEW, *, tune: bool = False) -> str:
     """What the build says."""
-    told = Told()
-    build(Options(checkpoint=checkpoint, out=artifact, buckets=buckets, tune=tune), told)
-    return "\n".join(told.lines)
+    recorder = Told()
+    build(Options(checkpoint=checkpoint, out=artifact, buckets=buckets, tune=tune), recorder)
+    return "\n".join(recorder.lines)
 
 
 def answers(model: runtime.Model) -> list[str]:

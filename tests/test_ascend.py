@@ -61,8 +61,8 @@ def test_the_simulator_says_what_onnx_says(pairs: dict[str, Pair], family: str) 
     for expected, found in zip(*(model.generate(prompts, images, **GREEDY) for model in (onnx, ascend)), strict=True):
         check_alike(expected, found, ROUNDING)
     chats = onnx.chat(), ascend.chat()
-    for text, pictures in (("What is it?", []), ("And here?", [noise_image((40, 64), seed=3)])):
-        check_alike(*(chat.send(text, pictures, **GREEDY) for chat in chats), ROUNDING)
+    for text, turn_images in (("What is it?", []), ("And here?", [noise_image((40, 64), seed=3)])):
+        check_alike(*(chat.send(text, turn_images, **GREEDY) for chat in chats), ROUNDING)
 
 
 def test_without_rounding_the_simulator_says_it_exactly(pairs: dict[str, Pair]) -> None:
@@ -90,9 +90,9 @@ def test_greedy_answers_leave_logits_on_the_device(pairs: dict[str, Pair], monke
 
     monkeypatch.setattr(torch.Tensor, "cpu", counted)
     for settings in ({"temperature": 0.0}, {"temperature": 0.7, "top_k": 20, "seed": 5}):
-        asked: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, **settings}
+        request_settings: dict[str, Any] = {"max_new_tokens": 6, "ignore_eos": True, **settings}
         prompts = ["Say one word.", "What is it?"]
-        found, expected = (model.generate(prompts, **asked) for model in (ascend, onnx))
+        found, expected = (model.generate(prompts, **request_settings) for model in (ascend, onnx))
         assert [out.token_ids for out in found] == [out.token_ids for out in expected]
         assert not copied
     logprobs = ascend.generate("Say one word.", max_new_tokens=6, ignore_eos=True, temperature=0.0, logprobs=1)

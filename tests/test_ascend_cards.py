@@ -72,10 +72,10 @@ def test_what_a_card_compiles_is_kept_by_rank(card: SimpleNamespace, tmp_path: P
 
 
 def test_ranks_on_cards_agree_on_a_group_through_their_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    group, asked = Carded(Lockstep(2), 1, store=torch.distributed.HashStore()), []
-    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: asked.append((given, named)))
+    group, calls = Carded(Lockstep(2), 1, store=torch.distributed.HashStore()), []
+    monkeypatch.setattr(torch.distributed, "init_process_group", lambda *given, **named: calls.append((given, named)))
     ascend._join(group)
-    ((given, named),) = asked
+    ((given, named),) = calls
     named.pop("store").set("place", "card")
     assert group.store.check(["hccl/place"]) and not group.store.check(["place"])
     assert (given, named) == (("hccl",), {"rank": 1, "world_size": 2})

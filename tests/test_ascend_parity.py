@@ -61,9 +61,9 @@ def test_acceptance(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     is an exit status."""
     arguments = [str(pair.ascend), "--device", "sim", "--json"]
     assert ascend_acceptance.main(arguments) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert [each["graph"] for each in told["graphs"]] == [graph.name for graph in read_manifest(pair.ascend).graphs]
-    assert all(each["distance"] == 0 and each["same_choice"] == 1 for each in told["graphs"])
-    assert told["device"]["token_ids"] == told["simulator"]["token_ids"]
-    assert told["device"]["ttft_ms"] > told["device"]["tpot_ms"] > 0
+    acceptance = json.loads(capsys.readouterr().out)
+    assert [each["graph"] for each in acceptance["graphs"]] == [graph.name for graph in read_manifest(pair.ascend).graphs]
+    assert all(each["distance"] == 0 and each["same_choice"] == 1 for each in acceptance["graphs"])
+    assert acceptance["device"]["token_ids"] == acceptance["simulator"]["token_ids"]
+    assert acceptance["device"]["ttft_ms"] > acceptance["device"]["tpot_ms"] > 0
     assert ascend_acceptance.main([*arguments, "--tolerance", "-1"]) == 1

@@ -47,14 +47,14 @@ async def joined(stream: Any) -> str:
 
 def test_many_tasks_at_once(model: runtime.Model) -> None:
     """More requests than slots, some streamed, with and without images."""
-    asked = [(prompt, noise(i) if i % 2 else None) for i, prompt in enumerate(PROMPTS * 3)]
-    alone = [model.generate(prompt, image, max_new_tokens=12) for prompt, image in asked]
+    requests = [(prompt, noise(i) if i % 2 else None) for i, prompt in enumerate(PROMPTS * 3)]
+    alone = [model.generate(prompt, image, max_new_tokens=12) for prompt, image in requests]
 
     async def work() -> list[Any]:
         async with AsyncEngine(model) as engine:
             tasks = [
                 joined(engine.stream(*each, max_new_tokens=12)) if i % 3 else engine.generate(*each, max_new_tokens=12)
-                for i, each in enumerate(asked)
+                for i, each in enumerate(requests)
             ]
             return await asyncio.gather(*tasks)
 
@@ -294,8 +294,8 @@ def test_deadlines_end_requests_that_wait_and_that_run(model: runtime.Model) -> 
 
     async def work() -> list[runtime.Output]:
         async with AsyncEngine(model) as engine:
-            asked = [engine.generate("Hello!", max_new_tokens=300, ignore_eos=True, deadline_s=5.0) for _ in range(6)]
-            return await asyncio.gather(*asked)
+            requests = [engine.generate("Hello!", max_new_tokens=300, ignore_eos=True, deadline_s=5.0) for _ in range(6)]
+            return await asyncio.gather(*requests)
 
     outs = run(work(), model)
     assert {out.finish_reason for out in outs} == {"deadline"}

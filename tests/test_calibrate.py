@@ -292,8 +292,8 @@ def test_a_cut_weight_is_rounded_as_a_whole(small: Setup) -> None:
 
 
 def one_noise_image() -> Calibration:
-    asked = (Message("user", "Say one word.", 1), Message("assistant", "A circle."))
-    return Calibration((Conversation("line 1", asked, (noise_image((40, 30)),)),), "ab" * 32)
+    conversation = (Message("user", "Say one word.", 1), Message("assistant", "A circle."))
+    return Calibration((Conversation("line 1", conversation, (noise_image((40, 30)),)),), "ab" * 32)
 
 
 def compiled(folder: Path, out: Path, calibration: Calibration | None, **options: Any) -> bool:

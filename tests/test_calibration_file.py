@@ -75,7 +75,7 @@ def test_on_the_command_line_and_in_a_config_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "quant", "told"),
+    ("content", "quant", "sentence"),
     [
         (None, "w4a16", 'prompts.jsonl is no file; expected JSON lines such as {"prompt"'),
         ("\n", "w4a16", "prompts.jsonl holds no samples; write one JSON object a line"),
@@ -89,7 +89,7 @@ def test_on_the_command_line_and_in_a_config_file(tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_used_is_told_in_one_line(
-    content: str | None, quant: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    content: str | None, quant: str, sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "prompts.jsonl"
     if content is not None:
@@ -97,5 +97,5 @@ def test_what_cannot_be_used_is_told_in_one_line(
     args = ["compile", str(EMBEDDED), "--out", str(tmp_path / "a"), "--quant", quant, "--calibrate", str(path)]
     assert main(args) == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert told in line and line.startswith("staticvl: ")
+    assert sentence in line and line.startswith("staticvl: ")
     assert not (tmp_path / "a").exists()

@@ -160,9 +160,9 @@ SIZES: dict[str, Any] = {"candidates": 8, "prefill": {4: 1.0, 16: 2.5}, "context
 
 
 def ask(engine: Any, *requests: SamplingParams, **settings: Any) -> list[Sequence]:
-    asked = [engine.add_request(text_prompt(5, 7 + i), each, **settings) for i, each in enumerate(requests)]
+    sequences = [engine.add_request(text_prompt(5, 7 + i), each, **settings) for i, each in enumerate(requests)]
     run_all(engine)
-    return asked
+    return sequences
 
 
 def test_greedy_answers_need_no_row() -> None:
@@ -191,12 +191,12 @@ def test_whoever_wants_more_gets_his_own_row_alone(wanted: dict[str, Any], keep:
     answers = []
     for count in (8, 0):
         engine = fake_engine(**{**SIZES, "candidates": count})
-        asked = [
+        sequences = [
             engine.add_request(text_prompt(5, 7), greedy),
             engine.add_request(text_prompt(5, 8), params, return_logits=keep),
         ]
         run_all(engine)
-        answers.append([(each.generated, each.logprobs, len(each.logits)) for each in asked])
+        answers.append([(each.generated, each.logprobs, len(each.logits)) for each in sequences])
         if count:
             assert engine.backend.fetched == rows  # type: ignore[attr-defined]
     assert answers[0] == answers[1]

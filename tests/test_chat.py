@@ -490,8 +490,8 @@ class Conversations(RuleBasedStateMachine):
         self.talks: list[Talk] = []
         self.readings: list[Reading] = []
 
-    def prepare(self, talk: Talk | None, text: str, picture: int | None) -> tuple[Prompt, Message, Image.Image | None]:
-        image = None if picture is None else noise(picture)
+    def prepare(self, talk: Talk | None, text: str, size: int | None) -> tuple[Prompt, Message, Image.Image | None]:
+        image = None if size is None else noise(size)
         message = Message("user", text, int(image is not None))
         before, seen = (talk.messages, talk.images) if talk else ([], [])
         return self.model.processor.prompt([*before, message], [*seen, *([image] if image else [])]), message, image
@@ -520,11 +520,11 @@ class Conversations(RuleBasedStateMachine):
     def open(self) -> None:
         self.talks.append(Talk(self.model.chat()))
 
-    @rule(which=ANY, text=TEXTS, picture=IMAGES, length=LENGTHS)
+    @rule(which=ANY, text=TEXTS, size=IMAGES, length=LENGTHS)
     @precondition(lambda self: self.talks)
-    def send(self, which: int, text: str, picture: int | None, length: int) -> None:
+    def send(self, which: int, text: str, size: int | None, length: int) -> None:
         talk = self.talks[which % len(self.talks)]
-        prompt, message, image = self.prepare(talk, text, picture)
+        prompt, message, image = self.prepare(talk, text, size)
         if error := self.refused(prompt, length):
             with pytest.raises(error):
                 talk.chat.send(text, image, max_new_tokens=length, temperature=0.0)
@@ -534,18 +534,18 @@ class Conversations(RuleBasedStateMachine):
         assert (out.token_ids, out.text) == self.expect(prompt, length)
         self.remember(talk, message, image, out.text)
 
-    @rule(text=TEXTS, picture=IMAGES, length=LENGTHS)
-    def ask(self, text: str, picture: int | None, length: int) -> None:
-        prompt, _, image = self.prepare(None, text, picture)
+    @rule(text=TEXTS, size=IMAGES, length=LENGTHS)
+    def ask(self, text: str, size: int | None, length: int) -> None:
+        prompt, _, image = self.prepare(None, text, size)
         if self.refused(prompt, length):
             return
         out = self.model.generate(text, image, max_new_tokens=length, temperature=0.0)
         assert (out.token_ids, out.text) == self.expect(prompt, length)
 
-    @rule(which=st.none() | ANY, text=TEXTS, picture=IMAGES, length=LENGTHS)
-    def start_reading(self, which: int | None, text: str, picture: int | None, length: int) -> None:
+    @rule(which=st.none() | ANY, text=TEXTS, size=IMAGES, length=LENGTHS)
+    def start_reading(self, which: int | None, text: str, size: int | None, length: int) -> None:
         talk = None if which is None or not self.talks else self.talks[which % len(self.talks)]
-        prompt, message, image = self.prepare(talk, text, picture)
+        prompt, message, image = self.prepare(talk, text, size)
         if self.refused(prompt, length):
             return
         self.forget(talk)

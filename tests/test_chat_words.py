@@ -40,8 +40,8 @@ def test_a_chat_goes_on_after_a_mark_in_an_answer(embedded_artifact: Path) -> No
 
 def test_parts_in_one_call(embedded_artifact: Path) -> None:
     with runtime.load(embedded_artifact, threads=1) as model:
-        asked = runtime.Message("user", ("What is in ", runtime.IMAGE, "?"))
-        one, [same] = model.generate(asked, PICTURE, temperature=0), model.generate([asked], [PICTURE], temperature=0)
+        question = runtime.Message("user", ("What is in ", runtime.IMAGE, "?"))
+        one, [same] = model.generate(question, PICTURE, temperature=0), model.generate([question], [PICTURE], temperature=0)
         assert one.token_ids == same.token_ids and one.image_tokens
         quoted = model.generate("What does the <image> tag do?", temperature=0)
         assert not quoted.image_tokens

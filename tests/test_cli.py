@@ -196,10 +196,10 @@ def looking(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_show_tells_of_images_in_the_cache(capsys: pytest.CaptureFixture[str], looking: Path) -> None:
     status, out, _ = run(capsys, "show", looking)
     assert status == 0
-    told = " ".join(out.split())
+    shown_text = " ".join(out.split())
     for text in ("tiles, up to 4 in the grids 1 x 1, 1 x 2,", "2 in a slot, 68 keys each (4 tiles), 2 cross-attention layers"):
-        assert text in told
-    assert "as in meta" in told
+        assert text in shown_text
+    assert "as in meta" in shown_text
     assert "images" in out
     graphs, forecast = out.split("at best on Ascend 910B")
     assert len([line for line in graphs.splitlines() if "prefill" in line]) == 3

@@ -157,9 +157,9 @@ def test_the_command_fails_and_names_the_fault(
     values.flush()
     arguments = ["compare", str(llava), str(broken), "--data", str(data), "--no-edges"]
     assert main([*arguments, "--json"]) == 1
-    told = json.loads(capsys.readouterr().out)
-    assert told["passed"] is False and told["fault"]["where"] == "text.norm.weight"
-    assert told["samples"][0]["tokens"] and told["limits"] == dataclasses.asdict(DEFAULTS["float32"])
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["passed"] is False and printed["fault"]["where"] == "text.norm.weight"
+    assert printed["samples"][0]["tokens"] and printed["limits"] == dataclasses.asdict(DEFAULTS["float32"])
     limits = tmp_path / "limits.yaml"
     limits.write_text("float32: {relative: 10, kl: 10, agreement: 0, perplexity: 10}\n")
     assert main([*arguments, "--thresholds", str(limits)]) == 1, "a wrong tensor is a fault whatever the logits say"

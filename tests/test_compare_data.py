@@ -52,9 +52,11 @@ def test_conversations_of_qwen(folder: Path, listed: bool) -> None:
     ]
     record = {"id": "q", "conversations": [{"from": who, "value": text} for who, text in turns]}
     first, second = read_data(written(folder, record, listed=listed))
-    asked = Message("user", "Which is larger?", 2)
-    assert first.messages == (asked,) and first.answer == "The first." and first.name == "q, turn 2"
-    assert second.messages == (asked, Message("assistant", "The first."), Message("user", "Why?")) and second.answer == "It is."
+    question = Message("user", "Which is larger?", 2)
+    assert first.messages == (question,) and first.answer == "The first." and first.name == "q, turn 2"
+    assert (
+        second.messages == (question, Message("assistant", "The first."), Message("user", "Why?")) and second.answer == "It is."
+    )
     assert first.images == second.images == (folder / "a.png", folder / "b.png")
 
 

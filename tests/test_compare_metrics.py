@@ -77,9 +77,9 @@ def test_boxes_and_answers() -> None:
 def test_broken_limits_are_told(tmp_path: Path) -> None:
     f = compare_logits(*pair(noise=1e-7))
     assert broken(f, DEFAULTS["float32"]) == []
-    told = broken(compare_logits(*pair(noise=0.5)), DEFAULTS["float32"])
-    assert [clause.split(" 0")[0].split(" 1")[0] for clause in told][:2] == ["relative error", "KL"]
-    assert any("at least 1" in clause for clause in told) == (compare_logits(*pair(noise=0.5)).agreement < 1)
+    clauses = broken(compare_logits(*pair(noise=0.5)), DEFAULTS["float32"])
+    assert [clause.split(" 0")[0].split(" 1")[0] for clause in clauses][:2] == ["relative error", "KL"]
+    assert any("at least 1" in clause for clause in clauses) == (compare_logits(*pair(noise=0.5)).agreement < 1)
     assert coarser("float32", "w8a16") == coarser("w8a16", "float16") == "w8a16"
     assert coarser("w4a16", "w8a8") == "w4a16"
 

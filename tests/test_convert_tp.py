@@ -133,17 +133,17 @@ def test_no_more_is_read_than_has_to_be(
 
 
 def test_a_tensor_is_read_in_pieces_of_rows() -> None:
-    whole, asked = torch.randn(7, 6), []
+    whole, spans = torch.randn(7, 6), []
 
     def read(rows: tuple[int, int]) -> Tensor:
-        asked.append(rows)
+        spans.append(rows)
         return whole[slice(*rows)]
 
     before, shard_span._PIECE = shard_span._PIECE, 18
     try:
         assert torch.equal(read_span(read, (7, 6), Span(1, 2, 5)), whole[:, 2:5])
-        assert asked == [(0, 3), (3, 6), (6, 7)]
-        assert torch.equal(read_span(read, (7, 6), Span(0, 2, 5)), whole[2:5]) and asked[-1] == (2, 5)
+        assert spans == [(0, 3), (3, 6), (6, 7)]
+        assert torch.equal(read_span(read, (7, 6), Span(0, 2, 5)), whole[2:5]) and spans[-1] == (2, 5)
     finally:
         shard_span._PIECE = before
 

@@ -114,10 +114,10 @@ def test_a_command_says_one_sentence(artifact: Path, tmp_path: Path, capsys: pyt
     flip(next(copy.glob("decode-1-*.onnx")), copy)
     for command in (["generate", str(copy), "--prompt", "x"], ["show", str(copy)], ["verify", str(copy)], ["serve", str(copy)]):
         assert main([*command, *(("--port", "0") if command[0] == "serve" else ())]) == 1
-        told = capsys.readouterr()
-        assert told.out == ""
-        assert len(told.err.splitlines()) == 1
-        assert "decode-1-" in told.err
+        output = capsys.readouterr()
+        assert output.out == ""
+        assert len(output.err.splitlines()) == 1
+        assert "decode-1-" in output.err
 
 
 def test_what_onnxruntime_raises_is_one_sentence(artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

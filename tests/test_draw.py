@@ -81,17 +81,17 @@ def test_labels_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_font_with_chinese_letters_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, default = [], ImageFont.load_default(12)
+    names, default = [], ImageFont.load_default(12)
 
     def truetype(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-        asked.append(name)
+        names.append(name)
         if name != FONTS[1]:
             raise OSError
         return default
 
     monkeypatch.setattr(drawing.ImageFont, "truetype", truetype)
     assert drawing._font(12) is default
-    assert asked == list(FONTS[:2])
+    assert names == list(FONTS[:2])
 
 
 def test_without_boxes_the_image_is_written(tmp_path: Path) -> None:

@@ -30,11 +30,11 @@ def is_right(case: Case, out: runtime.Output) -> bool:
 def accuracy(artifact: Path, drawings: int) -> dict[str, float]:
     """Share of right answers by kind, in batches of every slot, greedy whatever the checkpoint's own settings say."""
     model = runtime.load(artifact)
-    asked = [case for case in cases(drawings) if not case.turns]
-    images = [list(case.images) for case in asked]
-    outs = model.generate([case.question for case in asked], images, max_new_tokens=80, temperature=0.0)
+    questions = [case for case in cases(drawings) if not case.turns]
+    images = [list(case.images) for case in questions]
+    outs = model.generate([case.question for case in questions], images, max_new_tokens=80, temperature=0.0)
     right: dict[str, list[bool]] = defaultdict(list)
-    for case, out in zip(asked, outs, strict=True):
+    for case, out in zip(questions, outs, strict=True):
         right[case.kind].append(is_right(case, out))
         if case.kind != "two pictures":  # an extra, which the families with many rows to an image do not learn well
             right["all"].append(is_right(case, out))
@@ -61,9 +61,9 @@ def test_right_on_held_out_drawings(trained: Path) -> None:
 def test_right_on_many_held_out_drawings(trained: Path) -> None:
     found = accuracy(trained, 500)
     print({kind: round(share, 3) for kind, share in found.items()})
-    asked = {"colour", "shape", "count", "position", "box"}
-    assert asked <= set(found)
-    assert min(found[kind] for kind in asked) >= REQUIRED
+    questions = {"colour", "shape", "count", "position", "box"}
+    assert questions <= set(found)
+    assert min(found[kind] for kind in questions) >= REQUIRED
     assert found["all"] >= REQUIRED
 
 

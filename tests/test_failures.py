@@ -112,8 +112,8 @@ class Traffic:
             chosen |= {"temperature": 0.7, "seed": int(rng.integers(4)), "bad_words": ("e",), "logprobs": 1}
         return str(rng.choice(TEXTS)), [IMAGES[i] for i in rng.integers(0, 3, rng.choice([0, 0, 1, 2]))], chosen
 
-    def wanted(self, asked: tuple[str, list[Any], dict[str, Any]]) -> list[int]:
-        words, images, chosen = asked
+    def wanted(self, drawn_request: tuple[str, list[Any], dict[str, Any]]) -> list[int]:
+        words, images, chosen = drawn_request
         key = words, tuple(map(id, images)), tuple(chosen.items())
         if key not in self.known:
             self.known[key] = self.alone.generate(words, images, **chosen).token_ids
@@ -124,12 +124,12 @@ class Traffic:
         while count or alive:
             if count and self.rng.random() < 0.4:
                 count -= 1
-                asked = self.draw()
+                drawn_request = self.draw()
                 if self.rng.random() < 0.2:
-                    self.turns(asked)
+                    self.turns(drawn_request)
                     continue
-                wanted = self.wanted(asked)
-                words, images, chosen = asked
+                wanted = self.wanted(drawn_request)
+                words, images, chosen = drawn_request
                 prompt = self.model.processor.prompt(words, images)
                 sequence = self.model.new_sequence(prompt, runtime.SamplingParams(**chosen))
                 alive.append((sequence, wanted))
@@ -161,9 +161,9 @@ class Traffic:
         self.model.end(sequence)
         return True
 
-    def turns(self, asked: tuple[str, list[Any], dict[str, Any]]) -> None:
+    def turns(self, drawn_request: tuple[str, list[Any], dict[str, Any]]) -> None:
         """Two turns of a chat, beside what runs; one that fails leaves the conversation as it was."""
-        words, images, chosen = asked
+        words, images, chosen = drawn_request
         with self.model.chat() as chat:
             for k in range(2):
                 try:
@@ -173,7 +173,7 @@ class Traffic:
                     self.failed += 1
                     return
                 if not k:
-                    assert out.token_ids == self.wanted(asked)
+                    assert out.token_ids == self.wanted(drawn_request)
                 self.right += 1
 
 
@@ -340,13 +340,13 @@ def test_one_failing_step_of_an_async_engine(make: Callable[..., runtime.Model])
     backend.calls = 0
 
     async def work() -> list[Any]:
-        async with AsyncEngine(model) as asked:
-            thread = asked._worker
+        async with AsyncEngine(model) as engine:
+            thread = engine._worker
             backend.every = 9
-            results = await asyncio.gather(*(asked.generate(w, max_new_tokens=6) for w in TEXTS * 2), return_exceptions=True)
-            later = await asyncio.gather(*(asked.generate(w, max_new_tokens=6) for w in TEXTS * 2))
+            results = await asyncio.gather(*(engine.generate(w, max_new_tokens=6) for w in TEXTS * 2), return_exceptions=True)
+            later = await asyncio.gather(*(engine.generate(w, max_new_tokens=6) for w in TEXTS * 2))
             assert [out.text for out in later] == wanted
-            assert thread.is_alive() and asked._worker is thread
+            assert thread.is_alive() and engine._worker is thread
             return results
 
     results = asyncio.run(asyncio.wait_for(work(), PATIENCE))

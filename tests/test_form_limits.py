@@ -79,8 +79,8 @@ def test_a_form_that_ends_the_process_is_refused_and_the_next_one_is_not(grammar
     process = FormProcess(seconds=0.5)
     good = schema_grammar({"type": "integer"})
     assert process.problem_of(good) == ""
-    told = "it takes more than 0.5 s of processor time or 1024 MiB to compile, or nests too deeply"
-    assert process.problem_of(grammar) == told
+    problem = "it takes more than 0.5 s of processor time or 1024 MiB to compile, or nests too deeply"
+    assert process.problem_of(grammar) == problem
     assert process.problem_of(good) == ""
     assert "objct" in process.problem_of(schema_grammar({"type": "objct"}))
 

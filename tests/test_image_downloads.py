@@ -36,11 +36,11 @@ SLOW = {
 TLS = b"\x16\x03\x03\x40\x00\x02"  # the head of a handshake record of 16 KiB
 
 
-def _part(asked: bytes) -> tuple[bytes, bytes]:
+def _part(data: bytes) -> tuple[bytes, bytes]:
     """What is sent at once, and then byte by byte."""
-    if asked[:1] == TLS[:1]:
+    if data[:1] == TLS[:1]:
         return TLS, b"\0"
-    method, target = asked.split()[:2]
+    method, target = data.split()[:2]
     return (b"HTTP/1.1 200 ", b"x") if method == b"CONNECT" else SLOW[target.decode().strip("/")]
 
 
@@ -62,10 +62,10 @@ class SlowHost:
 
     def _answer(self, connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
-            asked = connection.recv(4096)
-            if not asked:
+            data = connection.recv(4096)
+            if not data:
                 return
-            first, drops = _part(asked)
+            first, drops = _part(data)
             connection.sendall(first)
             connection.settimeout(0.02)  # between two bytes, unless the client goes
             while True:

@@ -450,7 +450,7 @@ def test_a_graph_that_misuses_scales_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "sentence"),
     [
         ({"calibration": None}, r"a cache in 8 bits needs to know how large keys and values become; give --calibrate FILE"),
         ({"kv_cache": "int4"}, r"kv cache 'int4' is unknown; expected one of float, int8"),
@@ -459,9 +459,9 @@ def test_a_graph_that_misuses_scales_is_refused(
         ({"backend": "ascend", "soc": "Ascend310P"}, r"Ascend310P has no attention over a cache in 8 bits; leave out"),
     ],
 )
-def test_what_does_not_go_together(options: dict[str, Any], told: str) -> None:
+def test_what_does_not_go_together(options: dict[str, Any], sentence: str) -> None:
     given = {"quant": "none", "kv_cache": "int8", "calibration": Calibration((), "")} | options
-    with pytest.raises(PlanError, match=told):
+    with pytest.raises(PlanError, match=sentence):
         Options(checkpoint=Path(), out=Path(), **given)
 
 
@@ -477,8 +477,8 @@ def test_the_command_line_says_so_in_one_line(tmp_path: Path, capsys: pytest.Cap
 
 def test_what_a_cache_cuts_off_is_shown(eight: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["show", str(eight)]) == 0
-    told = " ".join(capsys.readouterr().out.split())
-    assert "2 kv heads of 32, int8" in told and "cut off keys and values beyond the largest of their channel" in told
+    sentence = " ".join(capsys.readouterr().out.split())
+    assert "2 kv heads of 32, int8" in sentence and "cut off keys and values beyond the largest of their channel" in sentence
 
 
 # ---- whole models

@@ -96,36 +96,36 @@ def test_matrices_may_be_widened_by_other_parts(narrow: KernelTuner, kib: int) -
 
 def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> list[list[str]]:
     """Let every way take what is said of it, anything else 10 ms; which ways were compared."""
-    asked: list[list[str]] = []
+    trials: list[list[str]] = []
 
     def measure(self: KernelTuner, graph: GraphDef, cache: CacheSpec, ways: Sequence[Kernels]) -> list[float]:
-        asked.append([way.described for way in ways])
+        trials.append([way.described for way in ways])
         return [times.get(way.described, 10.0) for way in ways]
 
     monkeypatch.setattr(KernelTuner, "_times", measure)
     monkeypatch.setattr(OtherWork, "part", lambda self: 0.0)
     monkeypatch.setattr(kernels, "usable_cores", lambda: 8)
     monkeypatch.setattr(kernels, "ATTENTION_TOKENS", (4, 16))
-    return asked
+    return trials
 
 
 def test_each_question_builds_on_the_answers_before(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
     four, two_cores = "4 tokens attend at a time", "4 tokens attend at a time, 8192 KiB widened at a time, 2 cores"
-    asked = timed(monkeypatch, {four: 7.0, "4 tokens attend at a time, 8192 KiB widened at a time": 6.0, two_cores: 5.0})
+    trials = timed(monkeypatch, {four: 7.0, "4 tokens attend at a time, 8192 KiB widened at a time": 6.0, two_cores: 5.0})
     found = narrow.choose(GraphKey("prefill", 32))
     assert (found.attention_tokens, found.widened_kib, found.cores) == (4, 8192, 2)
-    assert asked[0] == [DEFAULT, four, "16 tokens attend at a time"]
-    assert asked[1][0] == four
-    assert [each.rpartition(", ")[2] for each in asked[2][1:]] == ["4 cores", "2 cores", "one core"]
+    assert trials[0] == [DEFAULT, four, "16 tokens attend at a time"]
+    assert trials[1][0] == four
+    assert [each.rpartition(", ")[2] for each in trials[2][1:]] == ["4 cores", "2 cores", "one core"]
     assert found.measured[DEFAULT] == 10.0 and found.measured[two_cores] == 5.0
     assert len(found.measured) == 3 + 3 + 3
 
 
 def test_the_default_stays_unless_it_is_beaten_clearly(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = timed(monkeypatch, {"one core": 9.9, "4 cores": 9.85})
+    trials = timed(monkeypatch, {"one core": 9.9, "4 cores": 9.85})
     found = narrow.choose(GraphKey("decode", 2))
     assert msgspec.structs.replace(found, measured={}) == Kernels()
-    assert len(asked) == 2, "a step of one token has no pieces"
+    assert len(trials) == 2, "a step of one token has no pieces"
     monkeypatch.setattr(kernels, "MARGIN", 0.005)
     assert narrow.choose(GraphKey("decode", 2)).cores == 4
 
@@ -208,8 +208,8 @@ def test_an_artifact_says_what_was_chosen(
     assert read_manifest(made.out).recompilation(context=300).endswith("--context 300 --slots 1 --tune")
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["show", str(made.out)]) == 0
-    told = capsys.readouterr().out
-    assert "tuned on" in told and "4 tokens attend at a time" in told
+    shown_text = capsys.readouterr().out
+    assert "tuned on" in shown_text and "4 tokens attend at a time" in shown_text
 
     plain = options(tmp_path / "plain", buckets=made.buckets)
     assert not any(graph.kernels for graph in build(plain).manifest.graphs)

@@ -160,11 +160,11 @@ class Traffic:
             at = int(self.rng.integers(0, len(wanted.text) - 2))
             params = runtime.SamplingParams(**chosen, stop=(wanted.text[at : at + 3],))
             wanted = self.expected([message], images, params)
-        asked = BenchRequest(wanted, sequence=self.model.new_sequence(prompt, params))
-        self.guess(asked.sequence, longest.token_ids)  # type: ignore[arg-type]
-        asked.drop_after = int(self.rng.integers(0, 30)) if self.rng.random() < 0.2 else None
-        self.model.start(asked.sequence)  # type: ignore[arg-type]
-        return asked
+        entry = BenchRequest(wanted, sequence=self.model.new_sequence(prompt, params))
+        self.guess(entry.sequence, longest.token_ids)  # type: ignore[arg-type]
+        entry.drop_after = int(self.rng.integers(0, 30)) if self.rng.random() < 0.2 else None
+        self.model.start(entry.sequence)  # type: ignore[arg-type]
+        return entry
 
     def expected(self, messages: list[Message], images: list[Image.Image], params: runtime.SamplingParams) -> runtime.Output:
         """Of the same request alone, with one slot, nothing reused; where nothing but tokens matters, also by plain sums."""
@@ -176,7 +176,7 @@ class Traffic:
 
     def turn(self) -> BenchRequest:
         """Of a chat: a new one, one that goes on, a fork, or one that takes its last turn back and asks something else."""
-        idle = [chat for chat in self.watched.chats if not any(asked.chat is chat for asked in self.open)]
+        idle = [chat for chat in self.watched.chats if not any(entry.chat is chat for entry in self.open)]
         # More chats than slots: whoever has been idle the longest gives up its slot.
         way, room = self.rng.random(), self.model.engine.cache.spec.slots + 2 - len(self.watched.chats)
         if not idle and not room:
@@ -206,45 +206,45 @@ class Traffic:
     def advance(self) -> None:
         if not self.open:
             return
-        asked = self.open[self.rng.integers(len(self.open))]
-        if asked.drop_after is not None:
-            asked.drop_after -= 1
-        if asked.sequence is not None:
-            self.advance_request(asked, asked.sequence)
+        entry = self.open[self.rng.integers(len(self.open))]
+        if entry.drop_after is not None:
+            entry.drop_after -= 1
+        if entry.sequence is not None:
+            self.advance_request(entry, entry.sequence)
         else:
-            self.advance_turn(asked)
+            self.advance_turn(entry)
 
-    def advance_request(self, asked: BenchRequest, sequence: Sequence) -> None:
-        if asked.drop_after is not None and asked.drop_after < 0 and not sequence.finish_reason:
+    def advance_request(self, entry: BenchRequest, sequence: Sequence) -> None:
+        if entry.drop_after is not None and entry.drop_after < 0 and not sequence.finish_reason:
             self.model.end(sequence)
-            assert sequence.generated == asked.wanted.token_ids[: len(sequence.generated)]
+            assert sequence.generated == entry.wanted.token_ids[: len(sequence.generated)]
             self.ended["dropped"] += 1
-            self.open.remove(asked)
+            self.open.remove(entry)
         elif sequence.finish_reason:
             out = self.model.output(sequence)
             self.model.end(sequence)
-            wanted = asked.wanted
+            wanted = entry.wanted
             assert (out.token_ids, out.text, out.finish_reason) == (wanted.token_ids, wanted.text, wanted.finish_reason)
             self.ended["whole"] += 1
-            self.open.remove(asked)
+            self.open.remove(entry)
         else:
             self.model.advance()
 
-    def advance_turn(self, asked: BenchRequest) -> None:
-        assert asked.stream is not None and asked.chat is not None and asked.said is not None
-        if asked.drop_after is not None and asked.drop_after < 0:
-            asked.stream.close()  # type: ignore[attr-defined]
-            assert asked.wanted.text.startswith("".join(asked.pieces))
-            self.open.remove(asked)
+    def advance_turn(self, entry: BenchRequest) -> None:
+        assert entry.stream is not None and entry.chat is not None and entry.said is not None
+        if entry.drop_after is not None and entry.drop_after < 0:
+            entry.stream.close()  # type: ignore[attr-defined]
+            assert entry.wanted.text.startswith("".join(entry.pieces))
+            self.open.remove(entry)
             return
-        piece = next(asked.stream, None)
+        piece = next(entry.stream, None)
         if piece is not None:
-            asked.pieces.append(piece)
+            entry.pieces.append(piece)
             return
-        assert "".join(asked.pieces) == asked.wanted.text
-        assert asked.chat.messages[-2:] == [asked.said[0], Message("assistant", asked.wanted.text)]
+        assert "".join(entry.pieces) == entry.wanted.text
+        assert entry.chat.messages[-2:] == [entry.said[0], Message("assistant", entry.wanted.text)]
         self.ended["turns"] += 1
-        self.open.remove(asked)
+        self.open.remove(entry)
 
 
 @pytest.fixture(scope="module")

@@ -78,15 +78,15 @@ def check_traffic(artifact: Path, count: int, seed: int) -> None:
     model = runtime.load(artifact, threads=1, prefill_budget=8)
     fresh = runtime.load(artifact, threads=1, reuse=False)
     rng = np.random.default_rng(seed)
-    asked = [draw(rng) for _ in range(count)]
-    alone = [fresh.generate(text, images, return_logits=True, **settings) for text, images, settings in asked]
+    requests = [draw(rng) for _ in range(count)]
+    alone = [fresh.generate(text, images, return_logits=True, **settings) for text, images, settings in requests]
     waiting = list(range(count))
     alive: dict[int, runtime.model.Sequence] = {}
     same = dropped = 0
     while waiting or alive:
         while waiting and rng.random() < 0.3:
             place = waiting.pop(0)
-            text, images, settings = asked[place]
+            text, images, settings = requests[place]
             params = runtime.SamplingParams(**settings)
             alive[place] = model.new_sequence(model.processor.prompt(text, images), params, return_logits=True)
             model.start(alive[place])

@@ -116,9 +116,9 @@ def referred(reference: MllamaProcessor, text: str, images: list[Image.Image]) -
     return reference(images=[images] if images else None, text=[text], add_special_tokens=False, return_tensors="np")
 
 
-def random_text(rng: np.random.Generator, pictures: int) -> str:
+def random_text(rng: np.random.Generator, image_count: int) -> str:
     """Words and marks in any order, so also marks first, last and side by side; BOS at the front, somewhere, or nowhere."""
-    parts = [IMAGE] * pictures + [["a b", "", "so? ", "x", "\n"][i] for i in rng.integers(0, 5, int(rng.integers(1, 6)))]
+    parts = [IMAGE] * image_count + [["a b", "", "so? ", "x", "\n"][i] for i in rng.integers(0, 5, int(rng.integers(1, 6)))]
     rng.shuffle(parts)
     if (place := int(rng.integers(0, 4))) < 2:
         parts.insert(place * int(rng.integers(0, len(parts))), BOS)
@@ -127,17 +127,17 @@ def random_text(rng: np.random.Generator, pictures: int) -> str:
 
 def check_sight(prompt: Prompt, info: ModelInfo, dense: np.ndarray) -> None:
     """Against the mask [L, N, t] of the processor and what the model makes of it: [L, N * t * KEYS] added to scores."""
-    cross_attention, pictures = prompt.cross_attention, len(prompt.frames)
+    cross_attention, image_count = prompt.cross_attention, len(prompt.frames)
     assert cross_attention is not None and cross_attention.visible.dtype == bool and cross_attention.gates.dtype == np.float32
     mask, row_mask = _prepare_cross_attention_mask(torch.from_numpy(dense)[None].float(), KEYS, torch.float32)  # type: ignore[arg-type]
     blind = row_mask[0, 0, :, 0].numpy() == 0
     seen = (mask[0, 0] == 0).numpy()
-    assert cross_attention.visible.shape == (prompt.length, pictures * TILES)
+    assert cross_attention.visible.shape == (prompt.length, image_count * TILES)
     np.testing.assert_array_equal(cross_attention.gates[:, 1], 1 - blind)
     if info.text_before_image == "transformers":
         np.testing.assert_array_equal(np.repeat(cross_attention.visible, KEYS, axis=1), seen)
         assert (cross_attention.gates[:, 0] == 1).all()
-        np.testing.assert_array_equal(prompt.state, np.where(blind, pictures, 0))
+        np.testing.assert_array_equal(prompt.state, np.where(blind, image_count, 0))
     else:
         np.testing.assert_array_equal(cross_attention.visible, dense.reshape(prompt.length, -1).astype(bool))
         np.testing.assert_array_equal(cross_attention.gates[:, 0], 1 - blind)
@@ -152,16 +152,16 @@ def test_prompts_equal_the_processor(model: tuple[ModelInfo, Tokenizer, MllamaPr
     rng = np.random.default_rng(3)
     blind = 0
     for _ in range(120):
-        pictures = int(rng.integers(0, 5))
-        images = [sample_image(int(w), int(h), seed=w) for w, h in rng.integers(5, 120, (pictures, 2))]
-        text = random_text(rng, pictures)
+        image_count = int(rng.integers(0, 5))
+        images = [sample_image(int(w), int(h), seed=w) for w, h in rng.integers(5, 120, (image_count, 2))]
+        text = random_text(rng, image_count)
         expected = referred(reference, text, images)
         prompt = mllama.raw_prompt(text, images, info, tokenizer)
         np.testing.assert_array_equal(prompt.token_ids, expected["input_ids"][0], err_msg=text)
         assert prompt.token_ids.dtype == prompt.rows.dtype == np.int32 and (prompt.rows == -1).all()
-        assert (prompt.image_tokens, prompt.pixels.shape) == (pictures, (pictures * TILES, SIDE, SIDE, 3))
+        assert (prompt.image_tokens, prompt.pixels.shape) == (image_count, (image_count * TILES, SIDE, SIDE, 3))
         assert [(frame.width, frame.height) for frame in prompt.frames] == [image.size for image in images]
-        assert prompt.grids is not None and prompt.grids.dtype == np.int32 and prompt.grids.shape == (pictures, 2)
+        assert prompt.grids is not None and prompt.grids.dtype == np.int32 and prompt.grids.shape == (image_count, 2)
         if not images:
             assert prompt.cross_attention is None and not prompt.state.any()
             continue
@@ -286,8 +286,8 @@ def test_a_system_message_beside_images(model: tuple[ModelInfo, Tokenizer, Mllam
     moved = mllama.to_text(turns, TEMPLATE, info, tokenizer, system_in_user=True).removeprefix(BOS)
     assert moved == f"{USER}{IMAGE}Be brief.\n\n{ANSWER}A.<|eot_id|>{USER}B?{ANSWER}"
     kept = [system, Message("user", "Hello")]
-    plain, asked = (mllama.to_text(kept, TEMPLATE, info, tokenizer, system_in_user=moves) for moves in (False, True))
-    assert plain == asked, "what the template takes stays where it is"
+    plain, with_move = (mllama.to_text(kept, TEMPLATE, info, tokenizer, system_in_user=moves) for moves in (False, True))
+    assert plain == with_move, "what the template takes stays where it is"
     refusing = "{{ raise_exception('no') }}"
     with pytest.raises(ChatTemplateError, match=r"refuses these messages: no$"):
         mllama.to_text(turns, refusing, info, tokenizer)

@@ -50,7 +50,7 @@ def packed(family: str, form: Form, folder: Path, **settings: Any) -> tuple[Any,
     return tiny.model, folder
 
 
-def asked(family: str) -> Case:
+def question_case(family: str) -> Case:
     if family == "mllama":
         return Case("<|begin_of_text|><|image|>What is in the picture?", [noise_image((56, 20))])
     return Case("USER: <image>\nWhat colour is the circle? ASSISTANT:", [noise_image((60, 41))])
@@ -81,7 +81,7 @@ def test_packed_checkpoints_equal_transformers(family: str, form: str, quant: st
     stored = {name.rpartition(".")[0]: spec.dtype for name, spec in manifest.weights.items() if name.endswith(".qweight")}
     assert set(stored.values()) == {"int8" if quant == "w8a8" else "uint8"}
     assert all(name.startswith("text.layers.") for name in stored)
-    case = asked(family)
+    case = question_case(family)
     expected = generated(model, hf_inputs(family, folder, case), NEW_TOKENS)
     check(ours(runtime.load(tmp_path / "artifact"), case, NEW_TOKENS), expected, form)
 
@@ -117,7 +117,7 @@ def test_wherever_it_runs_it_is_certified(form: str, settings: dict[str, Any], t
         assert graph.certificate is not None and graph.certificate.worst <= 1e-4, graph.name
     if manifest.ranks > 1:
         return
-    out = ours(runtime.load(tmp_path / "artifact", device="sim"), asked("llava"), NEW_TOKENS)
+    out = ours(runtime.load(tmp_path / "artifact", device="sim"), question_case("llava"), NEW_TOKENS)
     assert len(out.token_ids) == NEW_TOKENS
 
 
@@ -133,6 +133,6 @@ def test_transformers_reads_the_same_checkpoint(form: str, tmp_path: Path) -> No
     build(Options(checkpoint=folder, out=tmp_path / "artifact", buckets=BUCKETS))
     settings = CompressedTensorsConfig(run_compressed=False)
     model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32, quantization_config=settings).eval()
-    case = asked("llava")
+    case = question_case("llava")
     expected = generated(model, hf_inputs("llava", folder, case), NEW_TOKENS)
     check(ours(runtime.load(tmp_path / "artifact"), case, NEW_TOKENS), expected, form)

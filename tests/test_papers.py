@@ -133,6 +133,6 @@ def test_ci_runs_what_maintainers_run() -> None:
 
 
 def test_a_bug_report_asks_for_what_the_readme_says() -> None:
-    asked = {field["id"]: field for field in document(".github/ISSUE_TEMPLATE/bug_report.yml")["body"] if "id" in field}
-    assert "staticvl show ARTIFACT" in asked["show"]["attributes"]["label"]
-    assert asked["show"]["validations"]["required"]
+    fields = {field["id"]: field for field in document(".github/ISSUE_TEMPLATE/bug_report.yml")["body"] if "id" in field}
+    assert "staticvl show ARTIFACT" in fields["show"]["attributes"]["label"]
+    assert fields["show"]["validations"]["required"]

@@ -39,8 +39,8 @@ def make_cases(count: int, seed: int) -> list[Case]:
     rng = random.Random(seed)
     cases = []
     for i in range(count + max(1, count // 5)):
-        pictures = 0 if i >= count else 1 if i < len(SIZES) else rng.choice((1, 1, 2))
-        sizes = [SIZES[(i + k) % len(SIZES)] for k in range(pictures)]
+        image_count = 0 if i >= count else 1 if i < len(SIZES) else rng.choice((1, 1, 2))
+        sizes = [SIZES[(i + k) % len(SIZES)] for k in range(image_count)]
         noise = np.random.default_rng(seed + i)
         images = [Image.fromarray(noise.integers(0, 256, (h, w, 3), np.uint8)) for w, h in sizes]
         cases.append(Case(" ".join(rng.choices(WORDS, k=rng.randint(1, 40))), images))

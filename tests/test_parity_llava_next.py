@@ -50,7 +50,7 @@ def hf_inputs(folder: Path) -> Inputs:
     return inputs
 
 
-def asked(*sizes: Size, seed: int = 0) -> Case:
+def question_case(*sizes: Size, seed: int = 0) -> Case:
     """A question about images of these sizes."""
     images = [noise_image(size, seed + i) for i, size in enumerate(sizes)]
     marks = "<image>\n" * len(sizes)
@@ -60,16 +60,16 @@ def asked(*sizes: Size, seed: int = 0) -> Case:
 @pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
 def test_one_image_equals_transformers(hf: tuple[TinyNext, runtime.Model], size: Size) -> None:
     tiny, model = hf
-    case = asked(size, seed=sum(size))
+    case = question_case(size, seed=sum(size))
     check(ours(model, case), generated(tiny.model, hf_inputs(tiny.folder)(case)), case.name)
 
 
 @pytest.mark.parametrize(
     "case",
     [
-        asked(),
-        asked((10, 300), (2000, 900)),
-        asked((84, 28), (28, 28), (60, 61), seed=3),
+        question_case(),
+        question_case((10, 300), (2000, 900)),
+        question_case((84, 28), (28, 28), (60, 61), seed=3),
         Case("<image>", [noise_image((40, 90))], "an image alone"),
         Case(
             "Compare <image> with <image>; which?",
@@ -140,8 +140,8 @@ def test_original_layout_equals_its_rules(tmp_path: Path, fmt: str) -> None:
     """The folder given as the vision tower holds other weights: the tower inside the checkpoint is the one to use."""
     tiny, model = compiled(tmp_path, layout="original", fmt=fmt, sharded=True)
     inputs = original_inputs(tiny)
-    cases = [asked(size, seed=i) for i, size in enumerate(((20, 15), (28, 28), (10, 300), (640, 480)))]
-    cases += [asked(), asked((300, 20), (15, 20), seed=9)]
+    cases = [question_case(size, seed=i) for i, size in enumerate(((20, 15), (28, 28), (10, 300), (640, 480)))]
+    cases += [question_case(), question_case((300, 20), (15, 20), seed=9)]
     for case in cases:
         check(ours(model, case, new_tokens=16), generated(tiny.model, inputs(case), new_tokens=16), case.name)
 
@@ -165,7 +165,7 @@ def test_buckets_do_not_matter(
     buckets = Buckets(prefill=prefill, decode=(1,), vision=vision, context=300 + len(prefill), slots=1)
     build(Options(checkpoint=hf[0].folder, out=tmp_path / "artifact", buckets=buckets))
     other = runtime.load(tmp_path / "artifact")
-    for case in (asked((2000, 900), (20, 15), seed=4), asked((64, 480)), asked()):
+    for case in (question_case((2000, 900), (20, 15), seed=4), question_case((64, 480)), question_case()):
         check(ours(other, case, new_tokens=12), as_answer(ours(hf[1], case, new_tokens=12)), case.name)
 
 
@@ -173,12 +173,12 @@ def test_a_batch_equals_its_parts(hf: tuple[TinyNext, runtime.Model]) -> None:
     """Six prompts through four slots."""
     _, model = hf
     cases = [
-        asked((10, 300)),
-        asked(),
-        asked((28, 28), (84, 28), seed=1),
-        asked((56, 28), seed=2),
-        asked(seed=4),
-        asked((1, 1)),
+        question_case((10, 300)),
+        question_case(),
+        question_case((28, 28), (84, 28), seed=1),
+        question_case((56, 28), seed=2),
+        question_case(seed=4),
+        question_case((1, 1)),
     ]
     together = model.generate(
         [case.prompt for case in cases], [case.images for case in cases], raw=True, max_new_tokens=24, temperature=0.0,
@@ -205,5 +205,5 @@ def test_random_models_equal_transformers(tmp_path: Path, seed: int) -> None:
     inputs = hf_inputs(tiny.folder)
     for i in range(24):
         sizes = [(rng.randint(1, 400), rng.randint(1, 400)) for _ in range(rng.choice((1, 1, 1, 2)))]
-        case = asked(*sizes, seed=i)
+        case = question_case(*sizes, seed=i)
         check(ours(model, case), generated(tiny.model, inputs(case)), f"{dims} {grids} {case.name}")

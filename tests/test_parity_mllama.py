@@ -59,7 +59,7 @@ def hf_inputs(folder: Path) -> Inputs:
     return inputs
 
 
-def asked(prompt: str, *sizes: Size, seed: int = 0) -> Case:
+def question_case(prompt: str, *sizes: Size, seed: int = 0) -> Case:
     """A prompt where every "@" stands for an image; `sizes` are theirs."""
     images = [noise_image(size, seed + i) for i, size in enumerate(sizes)]
     assert prompt.count("@") == len(sizes)
@@ -67,15 +67,15 @@ def asked(prompt: str, *sizes: Size, seed: int = 0) -> Case:
 
 
 PLACES = (
-    asked("@What is in the picture?", (2000, 900)),
-    asked("<|begin_of_text|>@What is in the picture?", (56, 20)),
-    asked("Here is a red circle: @", (84, 28)),
-    asked("Look at this: @ and say what it is, in English.", (640, 480)),
-    asked("@@Which of the two is larger?", (28, 28), (2000, 900), seed=1),
-    asked("First @ then @ and what changed?", (20, 56), (10, 300), seed=2),
-    asked("Two @@ and one more @ behind.", (97, 61), (28, 28), (500, 31), seed=3),
-    asked("@ in front, then @@", (1, 1), (56, 56), (28, 84), seed=4),
-    asked("How many shapes are there? " * 6 + "@ and " * 3 + "is that all?", (31, 500), (60, 60), (113, 20), seed=5),
+    question_case("@What is in the picture?", (2000, 900)),
+    question_case("<|begin_of_text|>@What is in the picture?", (56, 20)),
+    question_case("Here is a red circle: @", (84, 28)),
+    question_case("Look at this: @ and say what it is, in English.", (640, 480)),
+    question_case("@@Which of the two is larger?", (28, 28), (2000, 900), seed=1),
+    question_case("First @ then @ and what changed?", (20, 56), (10, 300), seed=2),
+    question_case("Two @@ and one more @ behind.", (97, 61), (28, 28), (500, 31), seed=3),
+    question_case("@ in front, then @@", (1, 1), (56, 56), (28, 84), seed=4),
+    question_case("How many shapes are there? " * 6 + "@ and " * 3 + "is that all?", (31, 500), (60, 60), (113, 20), seed=5),
 )
 
 
@@ -86,7 +86,7 @@ def test_every_grid_equals_transformers(pair: tuple[TinyMllama, runtime.Model]) 
     tiny, model = pair
     inputs, seen = hf_inputs(tiny.folder), []
     for seed, size in enumerate((*GRID_SIZES, *ODD_SIZES)):
-        case = asked("@What colour is the circle?", size, seed=seed)
+        case = question_case("@What colour is the circle?", size, seed=seed)
         given = inputs(case)
         seen.append(int(given["aspect_ratio_ids"][0, 0]))
         check(ours(model, case, new_tokens=16), generated(tiny.model, given, new_tokens=16), case.name)
@@ -283,6 +283,6 @@ def test_random_models_equal_transformers(tmp_path: Path, seed: int) -> None:
         words = rng.choices("What colour is the red circle in the second picture ?".split(), k=rng.randint(0, 30))
         for _ in sizes:
             words.insert(rng.randint(0, len(words)), "@")
-        case = asked(" ".join(words), *sizes, seed=i)
+        case = question_case(" ".join(words), *sizes, seed=i)
         found = ours(model, case)
         check(found, forced_in_mode(tiny.model, inputs(case), found.token_ids, before), f"{settings} {case.name}")

@@ -59,9 +59,9 @@ def calls(manifest: Manifest) -> list[tuple[GraphSpec, Feed, int]]:
     slots."""
     rng, cross = np.random.default_rng(1), manifest.cache.cross
     images = 1 if cross else 0
-    pictures = manifest.graph("vision", manifest.buckets("vision")[0])
+    vision = manifest.graph("vision", manifest.buckets("vision")[0])
     prefill, decode = manifest.graph("prefill", CHUNK, images), manifest.graph("decode", SLOTS, images)
-    made: list[tuple[GraphSpec, Feed, int]] = [(pictures, fed(pictures, rng, [0]), slot) for slot in range(SLOTS)]
+    made: list[tuple[GraphSpec, Feed, int]] = [(vision, fed(vision, rng, [0]), slot) for slot in range(SLOTS)]
     for slot, past in ((0, 0), (0, CHUNK), (1, 0)):
         made.append((prefill, fed(prefill, rng, [past]), slot))
     made.append((decode, fed(decode, rng, [2 * CHUNK, CHUNK]), 0))
@@ -165,11 +165,11 @@ def test_what_ranks_bring_to_others_is_what_show_tells(
     shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
     for stage in range(manifest.pp):
         for graph in manifest.of_stage(stage).graphs:
-            told = graph.collectives, graph.collective_bytes, len(graph.sent), sum(spec.nbytes for spec in graph.sent)
-            kb, each = f"{told[1] / 1e3:.1f}", f"{told[1] / graph.bucket / 1e3:.1f}"
-            assert [graph.name, str(stage), str(told[0]), kb, each, str(told[2]), f"{told[3] / 1e3:.1f}"] in shown
+            moved = graph.collectives, graph.collective_bytes, len(graph.sent), sum(spec.nbytes for spec in graph.sent)
+            kb, each = f"{moved[1] / 1e3:.1f}", f"{moved[1] / graph.bucket / 1e3:.1f}"
+            assert [graph.name, str(stage), str(moved[0]), kb, each, str(moved[2]), f"{moved[3] / 1e3:.1f}"] in shown
             for rank in range(manifest.tp):
-                for what, value in zip(("collective", "collective bytes", "send", "send bytes"), told, strict=True):
+                for what, value in zip(("collective", "collective bytes", "send", "send bytes"), moved, strict=True):
                     expected[stage, rank, what] += runs[graph.name] * value
     assert counted == expected
     assert all(counted[stage, rank, "send bytes"] for stage in range(2) for rank in range(2))

@@ -65,7 +65,7 @@ def same(one: Any, other: Any) -> bool:
     return one == other
 
 
-def asked(model: runtime.Model) -> Iterator[Prompt]:
+def prompts_of(model: runtime.Model) -> Iterator[Prompt]:
     """The prompts that a model's engine is given."""
     make, prompts = model.engine.new_sequence, []
 
@@ -85,7 +85,7 @@ def asked(model: runtime.Model) -> Iterator[Prompt]:
 def test_prompts_equal_those_of_the_model(artifact: Path) -> None:
     processor = Processor.open(artifact)
     with runtime.load(artifact, threads=1) as model:
-        prompts = list(asked(model))
+        prompts = list(prompts_of(model))
     expected = [
         processor.prompt("What is this?", images()[0]),
         processor.raw_prompt("Hello!"),

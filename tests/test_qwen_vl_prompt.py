@@ -49,7 +49,7 @@ def base_model(tmp_path_factory: pytest.TempPathFactory) -> tuple[ModelInfo, Tok
     return info, load_tokenizer(folder, info.tokenizer)
 
 
-def pictures(count: int) -> list[Image.Image]:
+def sample_images(count: int) -> list[Image.Image]:
     generator = np.random.default_rng(count)
     return [Image.fromarray(generator.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)) for i in range(count)]
 
@@ -112,7 +112,7 @@ def test_golden_chats(case: dict[str, Any], chat_model: tuple[ModelInfo, Tokeniz
     for query, answer in [*case["history"], (case["query"], None)]:
         messages.append(turn(query, query.count("<img>"), chat_model))
         messages += [Message("assistant", answer)] if answer is not None else []
-    images = pictures(sum(message.images for message in messages))
+    images = sample_images(sum(message.images for message in messages))
     expected = blank_spans(case["ids"])
     assert chat(messages, images, chat_model).token_ids.tolist() == expected
     own = [Message("system", case["system"]), *messages]
@@ -149,7 +149,7 @@ def test_golden_list_format(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", TOKENIZER_CASES["encode"], ids=lambda case: case["text"][:20])
 def test_golden_texts_as_raw_prompts(case: dict[str, Any], chat_model: tuple[ModelInfo, Tokenizer]) -> None:
-    images = pictures(case["text"].count("<img>"))
+    images = sample_images(case["text"].count("<img>"))
     prompt = qwen_vl.raw_prompt(case["text"], images, *chat_model)
     assert prompt.token_ids.tolist() == blank_spans(case["ids"])
 
@@ -162,7 +162,7 @@ def test_images_are_counted_over_the_conversation(chat_model: tuple[ModelInfo, T
         Message("assistant", "No."),
         Message("user", "And this?", 1),
     ]
-    prompt = chat(talk, pictures(4), chat_model)
+    prompt = chat(talk, sample_images(4), chat_model)
     text = chat_model[1].decode(prompt.token_ids.tolist(), skip_special=False).replace("<imgpad>" * ROWS, "")
     assert text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -180,9 +180,9 @@ def test_a_chat_goes_on_behind_its_answer(chat_model: tuple[ModelInfo, Tokenizer
     """So that a cache can be kept between turns."""
     first = [Message("user", "Hi", 1)]
     whole = [*first, Message("assistant", "Where is the bus?"), Message("user", "More")]
-    before, after = chat(first, pictures(1), chat_model), chat(whole, pictures(1), chat_model)
+    before, after = chat(first, sample_images(1), chat_model), chat(whole, sample_images(1), chat_model)
     assert after.token_ids[: before.length].tolist() == before.token_ids.tolist()
-    closed = chat(whole[:2], pictures(1), chat_model, add_generation_prompt=False)
+    closed = chat(whole[:2], sample_images(1), chat_model, add_generation_prompt=False)
     assert after.token_ids[: closed.length].tolist() == closed.token_ids.tolist()
     assert closed.token_ids[-1] == chat_model[0].eos_token_ids[0] == 338
 
@@ -227,9 +227,9 @@ def test_a_base_model_continues_lines(base_model: tuple[ModelInfo, Tokenizer]) -
     case = CASES["base_one_image"]
     expected = blank_spans(load_file(GOLDEN / "cases" / "base_one_image.safetensors")["input_ids"][0].tolist())
     question = case["text"].split("\n")[-1]
-    assert chat([Message("user", question, 1)], pictures(1), base_model).token_ids.tolist() == expected
+    assert chat([Message("user", question, 1)], sample_images(1), base_model).token_ids.tolist() == expected
     talk = [Message("user", "Q1"), Message("assistant", "A <|im_end|><img>"), Message("user", "Q2<box>", 1)]
-    prompt = chat(talk, pictures(1), base_model)
+    prompt = chat(talk, sample_images(1), base_model)
     text = tokenizer.decode(prompt.token_ids.tolist(), skip_special=False)
     assert text == "Q1\nA <|im_end|><img>\nPicture 1: <img>" + "<imgpad>" * ROWS + "</img>\nQ2<box>"
     assert [token for token in prompt.token_ids.tolist() if token >= 336] == [IMG, *[PAD] * ROWS, IMG_END, 546]
@@ -248,7 +248,7 @@ def test_alpha_is_that_of_the_true_length(chat_model: tuple[ModelInfo, Tokenizer
     for digits, alpha in ((64, 1), (65, 3), (128, 3), (129, 7)):
         prompt = qwen_vl.raw_prompt("1" * digits, [], *chat_model)
         assert (prompt.length, prompt.ntk, set(prompt.state.tolist())) == (digits, alpha, {alpha})
-    with_image = qwen_vl.raw_prompt("<img></img>" + "1" * 47, pictures(1), *chat_model)
+    with_image = qwen_vl.raw_prompt("<img></img>" + "1" * 47, sample_images(1), *chat_model)
     assert (with_image.length, with_image.text_tokens, with_image.ntk) == (65, 49, 3)
     fixed = msgspec.structs.replace(chat_model[0], rope=msgspec.structs.replace(chat_model[0].rope, ntk_positions=None))
     assert qwen_vl.raw_prompt("1" * 99, [], fixed, chat_model[1]).ntk == 1
@@ -284,7 +284,7 @@ def test_refused_raw_prompts(chat_model: tuple[ModelInfo, Tokenizer]) -> None:
         ("", 0, "the prompt is empty"),
     ):
         with pytest.raises(PromptError, match=message):
-            qwen_vl.raw_prompt(text, pictures(images), *chat_model)
+            qwen_vl.raw_prompt(text, sample_images(images), *chat_model)
     with pytest.raises(TokenizerError, match="not valid Unicode"):
         qwen_vl.raw_prompt("\ud800", [], *chat_model)
 

@@ -112,7 +112,7 @@ def fail() -> None:
 
 @pytest.mark.parametrize("whose", [0, 1, 2])
 @pytest.mark.parametrize(
-    ("do", "timeout", "told"),
+    ("do", "timeout", "sentence"),
     [
         (fail, PATIENCE, "failed: OverflowError: a number is too large"),
         (lambda: time.sleep(2.0), 0.5, "kept the others waiting for more than 0.5 s; if that may be, give a longer timeout"),
@@ -125,7 +125,7 @@ def test_a_fault_is_told_by_all(
     whose: int,
     do: Callable[[], object],
     timeout: float,
-    told: str,
+    sentence: str,
 ) -> None:
     def make(rank: int, artifact: Artifact, group: Group) -> Failing:
         return Failing(rank, artifact, group, whose, do)
@@ -133,13 +133,13 @@ def test_a_fault_is_told_by_all(
     with ranks_as_threads(monkeypatch, fake_artifact(), 3, timeout=timeout, make=make) as (engine, others):
         engine.add_request(text_prompt(3, 4, 5), PARAMS)
         with pytest.raises(
-            runtime.RankError, match=rf"^rank {whose} \(pid {os.getpid()} on .*\) {told}; every rank was stopped$"
+            runtime.RankError, match=rf"^rank {whose} \(pid {os.getpid()} on .*\) {sentence}; every rank was stopped$"
         ):
             run_all(engine)
         assert [other.result(PATIENCE)[0] for other in others] == [1, 1]
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 2
-        assert all(f"rank {whose} (pid" in line and told in line for line in lines)
+        assert all(f"rank {whose} (pid" in line and sentence in line for line in lines)
         assert sorted(line.split(":")[1] for line in lines) == [" rank 1 stops", " rank 2 stops"]
         assert engine.scheduler.idle  # the request has ended with the step
         engine.add_request(text_prompt(3, 4, 5), PARAMS)
@@ -155,8 +155,8 @@ def test_a_rank_that_cannot_load(monkeypatch: pytest.MonkeyPatch) -> None:
     def make(rank: int, artifact: Artifact, group: Group) -> MeetingBackend:
         return (Broken if rank == 1 else MeetingBackend)(artifact, group)
 
-    told = r"rank 1 \(pid .*\) failed: MemoryError: no room for vision-1"
-    with pytest.raises(runtime.RankError, match=told), ranks_as_threads(monkeypatch, fake_artifact(), 2, make=make):
+    sentence = r"rank 1 \(pid .*\) failed: MemoryError: no room for vision-1"
+    with pytest.raises(runtime.RankError, match=sentence), ranks_as_threads(monkeypatch, fake_artifact(), 2, make=make):
         pass
 
 
@@ -170,9 +170,9 @@ def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
                 self.group.all_reduce(np.zeros(1, np.float32))
             return super().run(graph, feed, slot, image)
 
-    asked = []
+    checks = []
     check_alive = monitor.RankMonitor._check_alive
-    monkeypatch.setattr(monitor.RankMonitor, "_check_alive", lambda self: (asked.append(1), check_alive(self)))
+    monkeypatch.setattr(monitor.RankMonitor, "_check_alive", lambda self: (checks.append(1), check_alive(self)))
 
     def make(rank: int, artifact: Artifact, group: Group) -> Slow:
         return Slow(artifact, group)
@@ -180,7 +180,7 @@ def test_signs_of_life_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     with ranks_as_threads(monkeypatch, fake_artifact(), 2, timeout=0.5, make=make) as (engine, _):
         engine.add_request(text_prompt(3, 4, 5), runtime.SamplingParams(max_new_tokens=1))
         run_all(engine)
-    assert asked
+    assert checks
 
 
 def test_a_leader_that_sends_no_failure_report(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,8 +200,11 @@ def test_a_leader_that_sends_no_failure_report(monkeypatch: pytest.MonkeyPatch, 
         engine.add_request(text_prompt(3, 4, 5), PARAMS)
         with pytest.raises(runtime.RankError, match=r"rank 1 \(pid .*\) failed: OverflowError"):
             run_all(engine)
-    told = capsys.readouterr().err
-    assert "OverflowError: a number is too large; rank 0 (pid" in told and "no failure report: it is stopped, stuck" in told
+    sentence = capsys.readouterr().err
+    assert (
+        "OverflowError: a number is too large; rank 0 (pid" in sentence
+        and "no failure report: it is stopped, stuck" in sentence
+    )
 
 
 # --- Opening ---------------------------------------------------------------------------------------------------------------
@@ -224,17 +227,20 @@ def test_a_rank_with_another_artifact(two_ranks: Path, tmp_path: Path, monkeypat
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).hardlink_to(two_ranks / name)
     write_manifest(tmp_path, msgspec.structs.replace(opened.manifest, quant="w8a16"))
-    told, end = follow_with(tmp_path, opened, monkeypatch)
+    sentence, end = follow_with(tmp_path, opened, monkeypatch)
     other = open_artifact(tmp_path).manifest.digest
-    assert "rank 1 (pid" in told and f"digest {other[:12]} instead of {opened.manifest.digest[:12]}; copy {two_ranks}" in told
+    assert (
+        "rank 1 (pid" in sentence
+        and f"digest {other[:12]} instead of {opened.manifest.digest[:12]}; copy {two_ranks}" in sentence
+    )
     assert end == (1, False)
 
 
 def test_a_rank_without_its_files(two_ranks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened = open_artifact(two_ranks)
     (tmp_path / "manifest.json").hardlink_to(two_ranks / "manifest.json")
-    told, end = follow_with(tmp_path, opened, monkeypatch)
-    assert f"on {socket.gethostname()}): {tmp_path}" in told and "is missing; copy the whole artifact folder" in told
+    sentence, end = follow_with(tmp_path, opened, monkeypatch)
+    assert f"on {socket.gethostname()}): {tmp_path}" in sentence and "is missing; copy the whole artifact folder" in sentence
     assert end == (1, False)
 
 
@@ -243,8 +249,10 @@ def test_a_port_that_is_taken(two_ranks: Path, monkeypatch: pytest.MonkeyPatch) 
         port = taken.getsockname()[1]
         for name, value in (("RANK", 0), ("WORLD_SIZE", 2), ("MASTER_ADDR", LOOPBACK), ("MASTER_PORT", port)):
             monkeypatch.setenv(name, str(value))
-        told = f"rank 0 cannot listen at 127.0.0.1:{port}, which another program uses; give another MASTER_PORT to all ranks"
-        with pytest.raises(runtime.RankError, match=told):
+        sentence = (
+            f"rank 0 cannot listen at 127.0.0.1:{port}, which another program uses; give another MASTER_PORT to all ranks"
+        )
+        with pytest.raises(runtime.RankError, match=sentence):
             runtime.load(two_ranks)
 
 
@@ -284,7 +292,7 @@ def others_of(model: runtime.Model) -> list[int]:
 
 
 @pytest.mark.parametrize(
-    ("fault", "timeout", "told"),
+    ("fault", "timeout", "sentence"),
     [
         ("1 decode 7 SIGKILL", PATIENCE, "died: killed by SIGKILL"),
         ("1 decode 3 SIGSTOP", 1.0, "does not answer: it is stopped, stuck, or out of reach"),
@@ -294,11 +302,11 @@ def others_of(model: runtime.Model) -> list[int]:
     ],
 )
 def test_something_happens_to_another_rank(
-    two_ranks: Path, monkeypatch: pytest.MonkeyPatch, fault: str, timeout: float, told: str
+    two_ranks: Path, monkeypatch: pytest.MonkeyPatch, fault: str, timeout: float, sentence: str
 ) -> None:
     with load_faulty(two_ranks, fault, monkeypatch, timeout) as model:
         pids = others_of(model)
-        with pytest.raises(runtime.RankError, match=rf"^rank 1 \(pid {pids[0]} on .*\) {told}.*; every rank was stopped$"):
+        with pytest.raises(runtime.RankError, match=rf"^rank 1 \(pid {pids[0]} on .*\) {sentence}.*; every rank was stopped$"):
             model.generate(QUESTION, max_new_tokens=20, ignore_eos=True)
         assert gone(pids)
         with pytest.raises(runtime.RankError, match=r"stopped earlier \(rank 1 .*load the artifact again"):
@@ -332,8 +340,8 @@ def test_rank_0_is_killed(two_ranks: Path, fault: str) -> None:
     lead, pids = start_lead(two_ranks, fault)
     _, err = lead.communicate(timeout=PATIENCE)
     assert lead.returncode == -signal.SIGKILL and pids and gone(pids)
-    told = f"staticvl: rank 1 stops: rank 0 (pid {lead.pid} on {socket.gethostname()}) died"
-    assert err.splitlines() == [faulty_rank.SAID, told]
+    sentence = f"staticvl: rank 1 stops: rank 0 (pid {lead.pid} on {socket.gethostname()}) died"
+    assert err.splitlines() == [faulty_rank.SAID, sentence]
 
 
 def test_ctrl_c_leaves_no_process(two_ranks: Path) -> None:

@@ -129,17 +129,17 @@ def test_a_peer_that_is_gone_is_offered_nothing(pair: tuple[Link, Link]) -> None
 
 
 @pytest.mark.parametrize(
-    ("data", "told"),
+    ("data", "sentence"),
     [
         (b'{"doing":"sleeping"}', "cannot be read"),
         (b'{"doing":"idle","more":1}', "cannot be read"),
         (bytes(MAX_PAYLOAD_BYTES + 1), f"announces {MAX_PAYLOAD_BYTES + 1} bytes; expected at most {MAX_PAYLOAD_BYTES}"),
     ],
 )
-def test_records_are_checked(pair: tuple[Link, Link], data: bytes, told: str) -> None:
+def test_records_are_checked(pair: tuple[Link, Link], data: bytes, sentence: str) -> None:
     near, far = pair
     near.send([Header(FrameKind.STATE, nbytes=len(data)).packed(), data])
-    with pytest.raises(FrameError, match=told):
+    with pytest.raises(FrameError, match=sentence):
         far.receive_payload(far.receive_header(), State)
 
 
@@ -237,7 +237,7 @@ def test_a_hello_may_come_in_pieces(listening: tuple[WorkerListener, DictStore])
 
 
 @pytest.mark.parametrize(
-    ("ranks", "told"),
+    ("ranks", "sentence"),
     [
         ((1,), "rank 2 did not join within 0.3 s; start all 3 ranks"),
         ((), "ranks 1, 2 did not join within 0.3 s"),
@@ -245,10 +245,10 @@ def test_a_hello_may_come_in_pieces(listening: tuple[WorkerListener, DictStore])
         ((3,), r"rank 3 \(pid 1 on h\) is no rank of 3; start all ranks with one WORLD_SIZE"),
     ],
 )
-def test_ranks_that_do_not_fit(listening: tuple[WorkerListener, DictStore], ranks: tuple[int, ...], told: str) -> None:
+def test_ranks_that_do_not_fit(listening: tuple[WorkerListener, DictStore], ranks: tuple[int, ...], sentence: str) -> None:
     listener, store = listening
     callers = [call(store, hello(store, rank)) for rank in ranks]
-    with pytest.raises(RankError, match=told):
+    with pytest.raises(RankError, match=sentence):
         listener.wait(0.3, lambda _: None)
     for caller in callers:
         caller.close()
@@ -279,13 +279,13 @@ def test_joining_where_nobody_listens(listening: tuple[WorkerListener, DictStore
 )
 def test_who_is_to_blame(activities: tuple[Activity, ...], named: tuple[int, ...]) -> None:
     statuses = [RankStatus(Peer(rank, 100 + rank, "h"), activity) for rank, activity in enumerate(activities)]
-    told = failure_report(statuses, 5)
-    assert [rank for rank in range(3) if f"rank {rank} (pid {100 + rank} on h)" in told] == list(named)
+    sentence = failure_report(statuses, 5)
+    assert [rank for rank in range(3) if f"rank {rank} (pid {100 + rank} on h)" in sentence] == list(named)
 
 
 def test_a_long_list_is_cut() -> None:
-    told = failure_report([RankStatus(Peer(rank, rank, "h"), "failed", "no memory") for rank in range(8)], 5)
-    assert told.count("no memory") == 3 and told.endswith("; and 5 more")
+    sentence = failure_report([RankStatus(Peer(rank, rank, "h"), "failed", "no memory") for rank in range(8)], 5)
+    assert sentence.count("no memory") == 3 and sentence.endswith("; and 5 more")
 
 
 # --- Where this process sits -----------------------------------------------------------------------------------------------
@@ -301,15 +301,15 @@ def test_the_world_is_what_the_launcher_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("env", "told"),
+    ("env", "sentence"),
     [
         ({"RANK": "x", "WORLD_SIZE": "2"}, "RANK is 'x'; expected a number"),
         ({"RANK": "0", "WORLD_SIZE": "-2"}, "WORLD_SIZE is '-2'; expected a number"),
         ({"RANK": "2", "WORLD_SIZE": "2"}, "RANK is 2 and WORLD_SIZE is 2; expected a rank from 0 to WORLD_SIZE - 1"),
     ],
 )
-def test_a_world_that_makes_no_sense(env: dict[str, str], told: str) -> None:
-    with pytest.raises(ArtifactError, match=told):
+def test_a_world_that_makes_no_sense(env: dict[str, str], sentence: str) -> None:
+    with pytest.raises(ArtifactError, match=sentence):
         started_world(env)
 
 
@@ -421,10 +421,10 @@ def test_a_collective_waits_only_so_long() -> None:
 def test_a_launcher_that_started_another_number(embedded_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    told = (
+    sentence = (
         r"was compiled for 1 rank \(tp=1, pp=1\), but WORLD_SIZE says that 2 were started; start it with no launcher, or load"
     )
-    with pytest.raises(ArtifactError, match=told):
+    with pytest.raises(ArtifactError, match=sentence):
         runtime.load(embedded_artifact)
     with runtime.load(embedded_artifact, tp=1) as model:
         assert model.generate("What is in the picture?", max_new_tokens=2).token_ids

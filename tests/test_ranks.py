@@ -322,10 +322,12 @@ def test_torchrun(two_ranks: Path, embedded_artifact: Path) -> None:
 def test_torchrun_with_another_number(two_ranks: Path) -> None:
     done = torchrun(two_ranks, 3)
     assert done.returncode == 1 and not done.stdout
-    told = [line for line in done.stderr.splitlines() if line.startswith("staticvl: ")]
-    assert len(told) == 1
-    assert "compiled for 2 ranks (tp=2, pp=1), but WORLD_SIZE says that 3 were started; start it with torchrun" in told[0]
-    assert "--nproc-per-node 2 -m staticvl.tools.cli generate" in told[0]
+    printed_lines = [line for line in done.stderr.splitlines() if line.startswith("staticvl: ")]
+    assert len(printed_lines) == 1
+    assert (
+        "compiled for 2 ranks (tp=2, pp=1), but WORLD_SIZE says that 3 were started; start it with torchrun" in printed_lines[0]
+    )
+    assert "--nproc-per-node 2 -m staticvl.tools.cli generate" in printed_lines[0]
 
 
 # --- More ranks ------------------------------------------------------------------------------------------------------------

@@ -304,8 +304,8 @@ def test_what_is_left_open_comes_from_the_checkpoint() -> None:
 def test_greedy_unless_sampling_is_asked_for() -> None:
     defaults = SamplingDefaults()
     assert SamplingParams().resolved(defaults).temperature == 0
-    for asked in (SamplingParams(top_k=5), SamplingParams(top_p=0.5), SamplingParams(seed=1)):
-        assert asked.resolved(defaults).temperature == 1
+    for params in (SamplingParams(top_k=5), SamplingParams(top_p=0.5), SamplingParams(seed=1)):
+        assert params.resolved(defaults).temperature == 1
 
 
 def test_a_seed_of_its_own_for_each_request() -> None:

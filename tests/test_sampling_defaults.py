@@ -91,8 +91,8 @@ def test_python_command_line_and_server_answer_as_transformers(
         with serving(model) as server:
             assert server.chat(QUESTION, max_tokens=TOKENS).choices[0].message.content == out.text
     capsys.readouterr()
-    asked = ["generate", str(restricted.artifact), "--prompt", QUESTION, "--max-new-tokens", str(TOKENS), "--json"]
-    assert main(asked) == 0
+    command = ["generate", str(restricted.artifact), "--prompt", QUESTION, "--max-new-tokens", str(TOKENS), "--json"]
+    assert main(command) == 0
     assert json.loads(capsys.readouterr().out)["token_ids"] == restricted.expected
 
 

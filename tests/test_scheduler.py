@@ -19,7 +19,7 @@ def add(engine: Engine, prompt: Prompt, max_new_tokens: int = 3) -> Sequence:
     return engine.add_request(prompt, SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True))
 
 
-def told(step: Step) -> tuple[str, int, int, tuple[int, ...]]:
+def summary(step: Step) -> tuple[str, int, int, tuple[int, ...]]:
     """A step in short: kind, bucket, real size, whose."""
     return step.kind, step.bucket, step.count, tuple(sequence.id for sequence in step.sequences)
 
@@ -28,7 +28,7 @@ def test_one_request_step_by_step() -> None:
     """Four tiles in buckets of 3 and 1, fourteen positions in buckets of 8 and 4, then a token at a time."""
     engine = fake_engine(slots=1, prefill={4: 1.0, 8: 1.5})
     add(engine, image_prompt(5, *(image(n) for n in (1, 2, 3, 4)), 6))
-    assert [told(step) for step in run_all(engine)] == [
+    assert [summary(step) for step in run_all(engine)] == [
         ("vision", 3, 3, (0,)),
         ("vision", 1, 1, (0,)),
         ("prefill", 8, 8, (0,)),
@@ -41,11 +41,11 @@ def test_one_request_step_by_step() -> None:
 def test_prefill_comes_before_decode_so_that_batches_fill_up() -> None:
     engine = fake_engine(slots=2, prefill={16: 1.0})
     add(engine, text_prompt(*TEN))
-    assert told(engine.step()) == ("prefill", 16, 10, (0,))
-    assert told(engine.step()) == ("decode", 1, 1, (0,))
+    assert summary(engine.step()) == ("prefill", 16, 10, (0,))
+    assert summary(engine.step()) == ("decode", 1, 1, (0,))
     add(engine, text_prompt(*TEN))
-    assert told(engine.step()) == ("prefill", 16, 10, (1,))
-    assert told(engine.step()) == ("decode", 2, 2, (0, 1))
+    assert summary(engine.step()) == ("prefill", 16, 10, (1,))
+    assert summary(engine.step()) == ("decode", 2, 2, (0, 1))
 
 
 def test_first_come_first_served_when_slots_are_short() -> None:
@@ -62,10 +62,10 @@ def test_a_freed_slot_is_taken_at_the_next_step() -> None:
     engine.step()
     assert short.finish_reason == "length"
     assert short.slot is None
-    assert told(engine.step()) == ("prefill", 4, 1, (long.id,))
+    assert summary(engine.step()) == ("prefill", 4, 1, (long.id,))
     assert waiting.slot == 0
-    assert told(engine.step()) == ("prefill", 4, 1, (waiting.id,))
-    assert told(engine.step()) == ("decode", 2, 2, (long.id, waiting.id))
+    assert summary(engine.step()) == ("prefill", 4, 1, (waiting.id,))
+    assert summary(engine.step()) == ("decode", 2, 2, (long.id, waiting.id))
 
 
 def test_decode_bucket_reaches_the_highest_slot_in_use() -> None:
@@ -73,10 +73,10 @@ def test_decode_bucket_reaches_the_highest_slot_in_use() -> None:
     engine = fake_engine(slots=4, prefill={4: 1.0, 16: 3.0}, decode={1: 1.0, 2: 1.0, 4: 1.0})
     for count in (2, 2, 4):
         add(engine, text_prompt(7), count)
-    steps = [told(step) for step in run_all(engine) if step.kind == "decode"]
+    steps = [summary(step) for step in run_all(engine) if step.kind == "decode"]
     assert steps == [("decode", 4, 3, (0, 1, 2)), ("decode", 4, 3, (2,)), ("decode", 4, 3, (2,))]
     add(engine, text_prompt(7), 2)
-    assert [told(step)[1] for step in run_all(engine)] == [4, 1]
+    assert [summary(step)[1] for step in run_all(engine)] == [4, 1]
 
 
 # --- Prompts and answers take turns -------------------------------------------------------------------------------------
@@ -92,7 +92,7 @@ def beside_a_stream(prompt: Prompt, **sizes: object) -> list[tuple[str, int]]:
     late = add(engine, prompt, 1)
     steps = []
     while not late.generated:
-        steps.append(told(engine.step())[:2])
+        steps.append(summary(engine.step())[:2])
     return steps
 
 
@@ -113,7 +113,7 @@ def test_the_budget_bounds_chunks_while_somebody_waits() -> None:
     assert beside_a_stream(FORTY, prefill=costs, prefill_budget=1)[:4] == [("prefill", 4), token] * 2
     engine = fake_engine(slots=2, prefill=costs, prefill_budget=20)
     add(engine, text_prompt(*[7] * 60))
-    assert told(engine.step())[:2] == ("prefill", 64)
+    assert summary(engine.step())[:2] == ("prefill", 64)
 
 
 def test_images_are_encoded_between_tokens_too() -> None:
@@ -209,7 +209,7 @@ def test_a_batch_decodes_where_the_most_images_can_be_seen() -> None:
     engine = fake_engine(slots=3, prefill={16: 1.0, 64: 9.0}, images=(1, 3))
     for images, count in ((0, 5), (2, 3), (1, 4)):
         add(engine, looking(images), count)
-    steps = [(step.graph_key.images, told(step)[3]) for step in run_all(engine) if step.kind == "decode"]
+    steps = [(step.graph_key.images, summary(step)[3]) for step in run_all(engine) if step.kind == "decode"]
     assert steps == [(3, (0, 1, 2)), (3, (0, 1, 2)), (1, (0, 2)), (0, (0,))]
 
 

@@ -32,7 +32,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert running.post(GOOD).status_code == 200
 
 
-def told(response: Any, status: int) -> dict[str, Any]:
+def error_of(response: Any, status: int) -> dict[str, Any]:
     """The error of a response, whose form is the API's."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
@@ -58,7 +58,7 @@ BROKEN: list[tuple[bytes, str]] = [
 
 @pytest.mark.parametrize(("body", "message"), BROKEN, ids=range(len(BROKEN)))
 def test_bodies_that_are_no_request(server: Running, body: bytes, message: str) -> None:
-    assert message in told(server.post(body), 400)["message"]
+    assert message in error_of(server.post(body), 400)["message"]
 
 
 WRONG: list[tuple[dict[str, Any], str | None, str]] = [
@@ -115,11 +115,11 @@ WRONG: list[tuple[dict[str, Any], str | None, str]] = [
 @pytest.mark.parametrize(("change", "param", "message"), WRONG, ids=range(len(WRONG)))
 def test_requests_that_cannot_be_answered(server: Running, change: dict[str, Any], param: str | None, message: str) -> None:
     """The parameter is named where one is at fault; a stream that cannot begin is refused likewise."""
-    error = told(server.post(GOOD | change), 400)
+    error = error_of(server.post(GOOD | change), 400)
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
     assert param is None or error["param"] == param
-    assert told(server.post({"stream": True, **GOOD, **change}), 400) == error
+    assert error_of(server.post({"stream": True, **GOOD, **change}), 400) == error
 
 
 def test_fields_without_effect_are_taken(server: Running) -> None:
@@ -141,19 +141,19 @@ def test_characters_that_are_odd_but_text(server: Running) -> None:
 
 
 def test_other_errors_by_status(server: Running) -> None:
-    assert told(server.post(GOOD | {"model": "gpt-9"}), 404)["code"] == "model_not_found"
-    assert told(server.http.get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
-    assert told(server.http.get("/v1/embeddings"), 404)["code"] == "not_found"
-    assert told(server.http.get("/v1/chat/completions"), 405)["code"] == "not_found"
-    assert told(server.post(json.dumps(GOOD).encode(), **{"Content-Type": "text/plain"}), 415)["code"] == "invalid_type"
+    assert error_of(server.post(GOOD | {"model": "gpt-9"}), 404)["code"] == "model_not_found"
+    assert error_of(server.http.get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
+    assert error_of(server.http.get("/v1/embeddings"), 404)["code"] == "not_found"
+    assert error_of(server.http.get("/v1/chat/completions"), 405)["code"] == "not_found"
+    assert error_of(server.post(json.dumps(GOOD).encode(), **{"Content-Type": "text/plain"}), 415)["code"] == "invalid_type"
     with pytest.raises(openai.NotFoundError, match="expected 'model'"), server.client() as client:
         client.chat.completions.create(model="gpt-9", messages=[{"role": "user", "content": "Hello!"}])
 
 
 def test_bodies_that_are_too_large_or_too_slow(server: Running) -> None:
     large = json.dumps(GOOD | {"user": "x" * 300_000}).encode()
-    assert told(server.post(large), 413)["code"] == "request_too_large"
-    assert told(server.post(iter([large[:150_000], large[150_000:]])), 413)["code"] == "request_too_large"
+    assert error_of(server.post(large), 413)["code"] == "request_too_large"
+    assert error_of(server.post(iter([large[:150_000], large[150_000:]])), 413)["code"] == "request_too_large"
     small = json.dumps(GOOD).encode()
     assert server.post(iter([small[:5], small[5:]])).status_code == 200
     with server.connect() as connection:  # refused by its head alone
@@ -166,7 +166,7 @@ def test_bodies_that_are_too_large_or_too_slow(server: Running) -> None:
 
 def test_prompts_that_are_too_long(server: Running) -> None:
     for text, tokens in (("word " * 5_000, 3), ("Hello!", 12_000)):
-        error = told(server.post(GOOD | {"messages": [{"role": "user", "content": text}], "max_tokens": tokens}), 400)
+        error = error_of(server.post(GOOD | {"messages": [{"role": "user", "content": text}], "max_tokens": tokens}), 400)
         assert error["code"] == "context_length_exceeded"
     assert "12000" in error["message"]
 
@@ -175,7 +175,7 @@ def test_text_that_cannot_fit_is_not_even_tokenised(tmp_path: Path, monkeypatch:
     model = far_model(tmp_path / "artifact")
     with serving(model) as server:
         monkeypatch.setattr(runtime.Processor, "prompt", None)
-        error = told(server.post(GOOD | {"messages": [{"role": "user", "content": "x" * 800_000}]}), 400)
+        error = error_of(server.post(GOOD | {"messages": [{"role": "user", "content": "x" * 800_000}]}), 400)
         assert error["code"] == "context_length_exceeded"
 
 
@@ -191,9 +191,9 @@ def test_keys(tmp_path: Path) -> None:
         for value in ("Bearer fourth", "Bearer", "Basic first", "first", "Bearer firs", "Bearer first1", "Bearer \xff"):
             headers = {"Authorization": value.encode("latin-1")}
             for path in ("/v1/models", "/v1/models/model", "/metrics"):
-                assert told(server.http.get(path, headers=headers), 401)["code"] == "invalid_api_key"
-            assert told(server.post(GOOD, **headers), 401)["type"] == "authentication_error"  # type: ignore[arg-type]
-        assert told(server.http.get("/v1/models"), 401)
+                assert error_of(server.http.get(path, headers=headers), 401)["code"] == "invalid_api_key"
+            assert error_of(server.post(GOOD, **headers), 401)["type"] == "authentication_error"  # type: ignore[arg-type]
+        assert error_of(server.http.get("/v1/models"), 401)
         assert server.http.get("/health").status_code == 200
         assert server.http.get("/").status_code == 200
     KeyRing([]).check(None)
@@ -230,14 +230,14 @@ def test_those_who_come_when_all_places_are_taken(tmp_path: Path) -> None:
         held = [server.begin(**long) for _ in range(6)]
         until(lambda: server.service.metrics.active == 6)
         response = server.post(GOOD)
-        assert told(response, 429)["code"] == "rate_limit_exceeded"
+        assert error_of(response, 429)["code"] == "rate_limit_exceeded"
         assert 1 <= int(response.headers["Retry-After"]) <= 60
         with pytest.raises(openai.RateLimitError):
             server.chat("Hello!")
         for connection in held[:3]:
             connection.close()
         until(lambda: server.service.metrics.active == 3)
-        assert told(server.post(GOOD | {"n": 4}), 429)
+        assert error_of(server.post(GOOD | {"n": 4}), 429)
         assert server.post(GOOD | {"n": 3}).status_code == 200
         for connection in held[3:]:
             connection.close()
@@ -249,8 +249,8 @@ def test_requests_that_take_too_long_end_with_what_they_have(tmp_path: Path) -> 
     with serving(model, request_s=0.5) as server:
         got = server.post(GOOD | {"max_tokens": 10_000, "ignore_eos": True}).json()["choices"][0]
         assert (got["finish_reason"], got["finish_detail"]) == ("length", "deadline")
-        asked = GOOD | {"max_tokens": 10_000, "ignore_eos": True, "deadline_s": 0.001}
-        assert server.post(asked).json()["choices"][0]["finish_detail"] == "deadline"
+        body = GOOD | {"max_tokens": 10_000, "ignore_eos": True, "deadline_s": 0.001}
+        assert server.post(body).json()["choices"][0]["finish_detail"] == "deadline"
 
 
 def test_a_failing_device_is_an_error_without_details(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -258,7 +258,7 @@ def test_a_failing_device_is_an_error_without_details(tmp_path: Path, monkeypatc
     with serving(model) as server:
         with monkeypatch.context() as patch:
             patch.setattr(model.engine.backend, "run", lambda *_: 1 / 0)
-            error = told(server.post(GOOD), 500)
+            error = error_of(server.post(GOOD), 500)
             assert error["code"] == "internal_error"
             assert "zero" not in error["message"]
             with pytest.raises(openai.APIError, match="failed inside the server"):

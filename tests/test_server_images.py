@@ -123,20 +123,20 @@ def test_what_is_public() -> None:
 @contextlib.contextmanager
 def names(monkeypatch: pytest.MonkeyPatch, **known: list[str]) -> Iterator[list[str]]:
     """Hosts known to the resolver, a list of addresses each: the next at each question, the last for ever."""
-    real, asked = socket.getaddrinfo, []
+    real, hosts = socket.getaddrinfo, []
 
     def resolve(host: str, port: int, *args: Any, **more: Any) -> Any:
         name = host.partition(".")[0]
         if name not in known:
             return real(host, port, *args, **more)
-        asked.append(host)
+        hosts.append(host)
         answers = known[name]
         found = answers.pop(0) if len(answers) > 1 else answers[0]
         return [each for address in found.split() for each in real(address, port, *args, **more)]
 
     with monkeypatch.context() as patch:
         patch.setattr(socket, "getaddrinfo", resolve)
-        yield asked
+        yield hosts
 
 
 def test_names_that_lead_inside(server: Running, host: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -156,10 +156,10 @@ def test_the_address_that_was_checked_is_the_one_that_is_used(host: int, monkeyp
         return socket.create_connection(("127.0.0.1", place[1]))
 
     monkeypatch.setattr(image_urls, "_opened", opened)
-    with names(monkeypatch, turning=["8.8.8.8", "127.0.0.1"]) as asked:
+    with names(monkeypatch, turning=["8.8.8.8", "127.0.0.1"]) as hosts:
         url = f"http://turning.example:{host}/noise.png"
         assert download(url, timeout_s=5, max_bytes=1 << 20, connect=connect_publicly)
-        assert (used, asked) == (["8.8.8.8"], ["turning.example"])
+        assert (used, hosts) == (["8.8.8.8"], ["turning.example"])
         with pytest.raises(ImageError, match="public internet"):
             download(url, timeout_s=5, max_bytes=1 << 20, connect=connect_publicly)
 
@@ -173,9 +173,9 @@ def test_redirects_inside_are_refused(server: Running, host: int, target: str, m
         url = f"http://127.0.0.2:{outside.server_port}/"
         assert server.chat(asking("What?", f"{url}noise.png"), max_tokens=2).usage.completion_tokens <= 2
         Host.seen.clear()
-        told = refusal(server, url + target.format(host))
+        refusal_text = refusal(server, url + target.format(host))
         outside.shutdown()
-    assert "public internet" in told
+    assert "public internet" in refusal_text
     assert len(Host.seen) == 1
 
 

@@ -55,12 +55,12 @@ def answers_at(port: int) -> bool:
 
 def test_a_signal_drains(embedded_artifact: Path) -> None:
     """A request that runs is finished, and all is well."""
-    with started(embedded_artifact) as (process, port), socket.create_connection(("127.0.0.1", port)) as asked:
-        send_request(asked, {"max_tokens": 400, "ignore_eos": True})
+    with started(embedded_artifact) as (process, port), socket.create_connection(("127.0.0.1", port)) as client:
+        send_request(client, {"max_tokens": 400, "ignore_eos": True})
         until(lambda: b"requests_active 1.0" in get(port, "/metrics"))
         process.send_signal(signal.SIGTERM)
-        asked.settimeout(TIMEOUT_S)
-        assert b'"completion_tokens":400' in rest(asked)
+        client.settimeout(TIMEOUT_S)
+        assert b'"completion_tokens":400' in rest(client)
         _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 0, err
 
@@ -91,10 +91,10 @@ def test_compiled_again_while_it_is_served(embedded_artifact: Path, tmp_path: Pa
         build(Options(checkpoint=EMBEDDED, out=artifact, buckets=fewer))
         for path in open_artifact(embedded_artifact).manifest.files:
             assert (artifact / path).exists()
-        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as asked:
-            send_request(asked, request)
-            told = asked.recv(1 << 16)
-        assert b"200 OK" in told
+        with socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as client:
+            send_request(client, request)
+            received = client.recv(1 << 16)
+        assert b"200 OK" in received
         health = get(port, "/health")
         assert b'"ok"' in health
         assert b"a newer artifact lies in its folder; restart the server to serve it" in health
@@ -126,14 +126,14 @@ def test_a_damaged_artifact_is_not_served(embedded_artifact: Path, tmp_path: Pat
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_rank_that_is_killed_ends_all(two_ranks: Path, busy: bool) -> None:
     """While it answers, or while nobody asks: the server ends with an error that names it."""
-    with started(two_ranks) as (process, port), socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as asked:
+    with started(two_ranks) as (process, port), socket.create_connection(("127.0.0.1", port), timeout=TIMEOUT_S) as client:
         if busy:
-            send_request(asked, {"max_tokens": 480, "ignore_eos": True})
+            send_request(client, {"max_tokens": 480, "ignore_eos": True})
             until(lambda: b"sequences_running 1.0" in get(port, "/metrics"))
         [rank] = [child for child in psutil.Process(process.pid).children() if "staticvl" in " ".join(child.cmdline())]
         rank.kill()
         if busy:
-            assert b" 503 " in asked.recv(100)
+            assert b" 503 " in client.recv(100)
         _, err = process.communicate(timeout=TIMEOUT_S)
     assert process.returncode == 1
     assert "rank 1" in err

@@ -113,9 +113,9 @@ def test_keys_of_another_kind(signed: Path, keys: Path, tmp_path: Path, key: str
     elif key == "fifo":
         os.mkfifo(path)
     assert main(["verify", str(signed), "--key", str(path)]) == 1
-    told = capsys.readouterr().err
-    assert len(told.splitlines()) == 1
-    assert str(path) in told
+    printed = capsys.readouterr().err
+    assert len(printed.splitlines()) == 1
+    assert str(path) in printed
     assert main(["sign", str(signed), "--key", str(keys / "own.pub")]) == 1
     assert "is no private Ed25519 key" in capsys.readouterr().err
 

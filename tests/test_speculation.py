@@ -110,11 +110,11 @@ def check_ledger(engine: Engine) -> None:
 
 
 def answers(
-    engine: Engine, asked: list[tuple[Prompt, SamplingParams]], truth: list[list[int]] | None, seed: int
+    engine: Engine, requests: list[tuple[Prompt, SamplingParams]], truth: list[list[int]] | None, seed: int
 ) -> list[Sequence]:
     """Sequences that ran side by side; with `truth`, drafts come from it."""
     rng = np.random.default_rng(seed)
-    sequences = [engine.new_sequence(prompt, params, return_logits=bool(i % 2)) for i, (prompt, params) in enumerate(asked)]
+    sequences = [engine.new_sequence(prompt, params, return_logits=bool(i % 2)) for i, (prompt, params) in enumerate(requests)]
     for i, sequence in enumerate(sequences):
         if truth is not None and rng.random() < 0.8:
             sequence.prompt_lookup = Guess(truth[i], rng)  # type: ignore[assignment]
@@ -156,7 +156,7 @@ def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool
     rng = np.random.default_rng(seed)
     sizes: dict[str, Any] = {"slots": slots, "context": 40, "prefill": {4: 1.0, 16: 2.5}, "images": (1, 2) if cross else ()}
     sizes["rope"] = rope
-    asked = []
+    requests = []
     for _ in range(6):
         ids = [int(i) for i in rng.integers(3, VOCAB, int(rng.integers(1, 9)))] * int(rng.integers(1, 3))
         shown = bool(rng.random() < 0.3)
@@ -166,16 +166,16 @@ def test_any_drafts_leave_answers_as_they_are(seed: int, slots: int, cross: bool
             prompt = image_prompt(*ids, *([image(int(rng.integers(99)))] if shown else []), 5)
         factor = ntk_factor(rope, prompt.length)
         prompt = replace(prompt, ntk=factor, state=np.full_like(prompt.state, int(factor)))
-        asked.append((prompt, some_settings(rng, 40 - prompt.length)))
-    plain = answers(fake_engine(**sizes), asked, None, seed)
+        requests.append((prompt, some_settings(rng, 40 - prompt.length)))
+    plain = answers(fake_engine(**sizes), requests, None, seed)
     # What would have come after the end, so that drafts reach beyond it.
-    endless = [SamplingParams(max_new_tokens=40 - prompt.length, temperature=0.0, ignore_eos=True) for prompt, _ in asked]
+    endless = [SamplingParams(max_new_tokens=40 - prompt.length, temperature=0.0, ignore_eos=True) for prompt, _ in requests]
     truth = [
         done.generated + oracle(prompt, more)[len(done.generated) :] if not cross else done.generated
-        for done, (prompt, _), more in zip(plain, asked, endless, strict=True)
+        for done, (prompt, _), more in zip(plain, requests, endless, strict=True)
     ]
     engine = fake_engine(**sizes, reuse=reuse, verify=WIDE, speculate=4)
-    for wanted, got in zip(plain, answers(engine, asked, truth, seed), strict=True):
+    for wanted, got in zip(plain, answers(engine, requests, truth, seed), strict=True):
         assert (got.generated, got.finish_reason) == (wanted.generated, wanted.finish_reason)
         assert got.logprobs == wanted.logprobs
         assert np.array_equal(got.logits, wanted.logits)

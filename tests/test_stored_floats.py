@@ -80,11 +80,11 @@ KEPT = {TABLE: "bfloat16", "projector.up.weight": "float16", "text.norm.weight":
 )
 def test_what_is_stored_in_what(settings: dict[str, str], expected: tuple[str, ...]) -> None:
     """The table, a projector, a norm, scales of blocks. Only Ascend computes in what it stores."""
-    asked = Options(checkpoint=Path(), out=Path(), **settings)  # type: ignore[arg-type]
-    floats = asked.floats(KEPT)
+    options_of = Options(checkpoint=Path(), out=Path(), **settings)  # type: ignore[arg-type]
+    floats = options_of.floats(KEPT)
     shapes = {TABLE: (4, 4), "projector.up.weight": (4, 4), "text.norm.weight": (4,)}
     assert (*(floats.of(name, shape) for name, shape in shapes.items()), floats.scales) == expected
-    assert asked.cache_dtype == ("float16" if asked.backend == "ascend" else "float32")
+    assert options_of.cache_dtype == ("float16" if options_of.backend == "ascend" else "float32")
 
 
 def test_a_dtype_is_kept_where_numbers_are_only_moved(tmp_path: Path) -> None:
@@ -115,17 +115,17 @@ def test_what_an_adapter_changes_is_float32(tmp_path: Path) -> None:
 def test_another_dtype_is_another_set_of_weight_files(tmp_path: Path) -> None:
     """Left open, quantised layers come with a table as the checkpoint has it: that is not float32."""
     config = read_config(tiny_llava(tmp_path / "checkpoint").folder)
-    asked = [options(tmp_path, dtype, quant="w8a16") for dtype in ("", "float32", "float16", "auto")]
-    assert len({weights_key({}, config, each, None) for each in asked}) == len(asked)
+    options_of = [options(tmp_path, dtype, quant="w8a16") for dtype in ("", "float32", "float16", "auto")]
+    assert len({weights_key({}, config, each, None) for each in options_of}) == len(options_of)
 
 
 def test_a_forecast_needs_no_weights(tmp_path: Path) -> None:
     tiny_llava(tmp_path / "checkpoint", dtype=torch.float16)
-    asked = options(tmp_path, "auto")
-    sizes = [plan_only(asked).sizes, plan_only(replace(asked, dtype="float32")).sizes]
-    for path in asked.checkpoint.glob("*.safetensors"):
+    options_of = options(tmp_path, "auto")
+    sizes = [plan_only(options_of).sizes, plan_only(replace(options_of, dtype="float32")).sizes]
+    for path in options_of.checkpoint.glob("*.safetensors"):
         path.unlink()
-    assert plan_only(asked).sizes == sizes[0]
+    assert plan_only(options_of).sizes == sizes[0]
     assert 0.5 * sizes[1]["weight_bytes"] < sizes[0]["weight_bytes"] < 0.52 * sizes[1]["weight_bytes"]
     assert sizes[0]["cache_bytes"] == sizes[1]["cache_bytes"]
 
@@ -204,8 +204,8 @@ def test_limits_of_a_comparison_are_those_of_a_dtype_that_was_asked_for(kept: tu
     """What a checkpoint is rounded to may differ from it."""
     manifest = runtime.load(kept[0]).artifact.manifest
     for dtype, expected in (("float16", "float16"), ("bfloat16", "bfloat16"), ("float32", "float32")):
-        asked = msgspec.structs.replace(manifest.build, options={**manifest.build.options, "dtype": dtype})
-        assert precision(msgspec.structs.replace(manifest, build=asked)) == expected
+        options_of = msgspec.structs.replace(manifest.build, options={**manifest.build.options, "dtype": dtype})
+        assert precision(msgspec.structs.replace(manifest, build=options_of)) == expected
 
 
 # ---- beside packed weights

@@ -134,8 +134,8 @@ def test_an_artifact_with_candidates_answers_as_from_whole_rows(artifact: Path, 
     )
 
     def answers(**settings: Any) -> list[list[int]]:
-        asked = {"max_new_tokens": 10, "ignore_eos": True, "seed": 3, **settings}
-        return [list(out.token_ids) for out in model.generate(["one two one two", "two"], [[noise(1)], []], **asked)]
+        request_settings = {"max_new_tokens": 10, "ignore_eos": True, "seed": 3, **settings}
+        return [list(out.token_ids) for out in model.generate(["one two one two", "two"], [[noise(1)], []], **request_settings)]
 
     settings: tuple[tuple[dict[str, Any], int], ...] = (
         ({"temperature": 0.0}, 0),

@@ -7,14 +7,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from ..compiler.buckets import Buckets, image_buckets, parse_buckets, verify_buckets
 from ..compiler.calibration import Calibration
 from ..compiler.choices import PlanError
 from ..compiler.option_table import COMPILE_OPTIONS, CompileOption, OptionType
 from ..compiler.options import Options
 from ..runtime.shown import quoted, shown
+from .yaml_file import read_yaml
 
 CONFIG_KEYS = tuple(option.name for option in COMPILE_OPTIONS)  # the command line's options, with underscores
 REQUIRED = ("checkpoint", "out")
@@ -78,7 +77,11 @@ _READERS: dict[OptionType, Callable[[Any], Any]] = {
 def _buckets(values: dict[str, Any]) -> Buckets:
     """Bucket sizes of the file or the mapping, then those of options of their own."""
     source = values.get("buckets", {})
-    buckets = parse_buckets(_yaml(Path(source)), source) if isinstance(source, str) else parse_buckets(source, "buckets")
+    buckets = (
+        parse_buckets(read_yaml(Path(source), PlanError), source)
+        if isinstance(source, str)
+        else parse_buckets(source, "buckets")
+    )
     images = image_buckets(values["images"], "options") if "images" in values else None
     verify = verify_buckets(values["speculate"]) if "speculate" in values else None
     return buckets.merged(Buckets(context=values.get("context"), slots=values.get("slots"), images=images, verify=verify))
@@ -91,7 +94,7 @@ def _config_file(path: Path | None) -> dict[str, Any]:
     """Name -> value of the options in a file. Keys without a value are left out; paths are relative to the file."""
     if path is None:
         return {}
-    data = _yaml(path)
+    data = read_yaml(path, PlanError)
     if not isinstance(data, dict):
         raise PlanError(f"{path} holds {type(data).__name__}; expected a mapping of options")
     if unknown := sorted(str(key) for key in set(data) - set(CONFIG_KEYS)):
@@ -125,12 +128,3 @@ _TYPES: dict[OptionType, tuple[Callable[[Any], bool], str]] = {
     "folder": (lambda value: isinstance(value, str), "the path of a folder"),
     "file": (lambda value: isinstance(value, str), "the path of a file"),
 }
-
-
-def _yaml(path: Path) -> Any:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise PlanError(f"{shown(path)} does not exist; expected a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise PlanError(f"{path} is not valid YAML: {shown(' '.join(str(error).split()))}") from error

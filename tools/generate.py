@@ -51,7 +51,7 @@ def _without_logits(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def answer_lines(out: Output, tokenizer: Tokenizer) -> str:
-    """The answer, its boxes in pixels, its tokens where log-probabilities were asked for, and timings; then other answers."""
+    """The answer, its boxes in pixels, its tokens where log-probabilities are among them, and timings; then other answers."""
     tokens = [logprob_line(each, tokenizer) for each in out.logprobs or ()]
     lines = "\n".join([out.text, *map(box_line, out.boxes), *tokens, timing_line(out)])
     return "\n\n".join([lines, *(answer_lines(other, tokenizer) for other in out.others)])

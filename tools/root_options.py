@@ -16,7 +16,7 @@ def add_root_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Version(argparse.Action):
-    """Looks the version up when it is asked for: importing the metadata would delay every command."""
+    """Looks the version up at its use: importing the metadata would delay every command."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
         from importlib.metadata import version

@@ -6,9 +6,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-import yaml
 from rich.console import Console
 
 from ..runtime.files import write_atomically
@@ -27,6 +25,7 @@ from .tuning.report import buckets_yaml, chosen_table, coverage_table, frontier_
 from .tuning.target import CPU, Target, from_artifact, from_checkpoint
 from .tuning.traces import parse_distribution, random_requests, read_trace
 from .tuning.workload import Workload, gather
+from .yaml_file import read_yaml
 
 RANDOM_REQUESTS = 20_000  # drawn from a distribution
 DEFAULT_MODEL = "llava-1.5-7b-hf"
@@ -126,18 +125,9 @@ def _target(args: argparse.Namespace) -> Target:
             kv_cache=args.kv_cache,
         )
     if args.costs:
-        table = parse_costs(_yaml(args.costs), str(args.costs))
+        table = parse_costs(read_yaml(args.costs, CostError, "a YAML file with costs"), str(args.costs))
         target = dataclasses.replace(target, costs=lambda context, slots: table)
     return target
-
-
-def _yaml(path: Path) -> object:
-    try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CostError(f"{shown(path)} does not exist; expected a YAML file with costs") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CostError(f"{path} is not valid YAML: {shown(' '.join(str(error).split()))}") from error
 
 
 def _workload(args: argparse.Namespace, target: Target) -> Workload:

@@ -1,4 +1,4 @@
-"""A model's sizes as JSON and back: artifacts keep them, so that whoever checks one can trace its definition again."""
+"""A model's sizes as JSON and back: artifacts keep them, so that tools can trace the definition again."""
 
 from __future__ import annotations
 

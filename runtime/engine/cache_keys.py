@@ -2,8 +2,8 @@
 
 A key is four integers: the token id (or -1 - r for row r of a tile's features), Prompt.state, and a digest of 128 bits. The
 digest is that of the row's tile or, with cross-attention, of everything that the position sees. The cache rows of a position
-depend on the keys up to it and on nothing else. 128 bits, because whoever finds two images of one digest could read what
-others asked about the first.
+depend on the keys up to it and on nothing else. 128 bits, because a user who finds two images of one digest could read
+questions of others about the first.
 """
 
 from __future__ import annotations

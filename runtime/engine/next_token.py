@@ -50,14 +50,14 @@ class NextToken:
         return "stop" if text is not None and text.stopped_at_end() else "length"
 
     def _from_candidates(self, candidates: Candidates, sequence: Sequence, row: int) -> int | None:
-        """The token, where the graph's candidates decide it and nothing else is asked of the row."""
+        """The token, where the graph's candidates decide it and the request needs nothing else of the row."""
         if sequence.logits_processors or sequence.token_source or sequence.keep_logits or sequence.params.logprobs is not None:
             return None
         model, position = self.model, len(sequence.generated)
         return candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
 
     def of_whole_row(self, sequence: Sequence, logits: np.ndarray) -> int | None:
-        """The token, and what else is asked of its logits [V]; None where no token may follow."""
+        """The token, with the logits and log-probabilities that the request wants kept; None where no token may follow."""
         logits_processors, logprobs = sequence.logits_processors, sequence.params.logprobs
         row = logits_processors.applied(logits) if logits_processors else logits
         if logits_processors and row.max() == -np.inf:

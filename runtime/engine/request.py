@@ -1,4 +1,4 @@
-"""Requests: what is asked of the engine, what it keeps of each while it runs, and what comes back."""
+"""Requests: the input of the engine, its state while it runs, and its output."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Output:
     image_tokens: int
     timings: Timings
     logits: np.ndarray | None = None  # float32 [generated, V]; row 0 comes from the prefill
-    logprobs: list[TokenLogprob] | None = None  # of each token, where they were asked for
+    logprobs: list[TokenLogprob] | None = None  # of each token, where the request wants them
     reused_tokens: int = 0  # positions of the prompt that were in the cache already
     others: tuple[Output, ...] = ()  # of n answers those after this one
 
@@ -84,7 +84,7 @@ class Times:
 class Sequence:
     """A request on its way. The parts of the engine write it, between and in steps; everybody else reads it."""
 
-    # what was asked
+    # the request
     id: int
     prompt: Prompt
     params: SamplingParams
@@ -94,7 +94,7 @@ class Sequence:
     cross_tiles: int = 0  # tiles of one image, where images enter by cross-attention
     keep_logits: bool = False
     logits_processors: LogitsProcessors | None = None
-    prompt_lookup: PromptLookup | None = None  # drafts its answer, where that was asked for
+    prompt_lookup: PromptLookup | None = None  # drafts its answer, where the request wants drafts
     token_source: TokenSource | None = None  # chooses its tokens in place of the sampler
     text: IncrementalDetokenizer | None = None  # of its answer, from when it is queued until it is forgotten
     conversation: Conversation | None = None  # for which its slot is parked when it ends
@@ -151,7 +151,7 @@ def merge_params(sampling: SamplingParams | None, settings: dict[str, Any]) -> S
 
 
 def one_answer(params: SamplingParams) -> SamplingParams:
-    """The params of an answer that is streamed or kept in a conversation; raises ValueError where several are asked for."""
+    """The params of an answer that is streamed or kept in a conversation; raises ValueError for several answers."""
     if params.n > 1:
         raise ValueError(f"n is {params.n}; a stream or a chat's turn has one answer, so use generate for several")
     return params

@@ -105,7 +105,7 @@ def download(url: str, *, timeout_s: float, max_bytes: int, connect: Connect | N
 
     `timeout_s` is the time that all of it may take, redirects included; afterwards no socket and no thread of it is left, but
     for a thread that waits for a name server. `connect` (address, timeout in seconds) opens every
-    connection, to hosts of redirects too, and may refuse one with ImageError; then no proxy is asked, since that would choose
+    connection, to hosts of redirects too, and may refuse one with ImageError; then no proxy is used, since that would choose
     the address. By default any address is reached, by the environment's proxies where it names some.
     """
     name = shown(url)

@@ -1,7 +1,7 @@
 """The top-k tokens of rows of logits, as found by a graph, and a choice among them.
 
 R rows, K candidates each. A token that they decide is the very one that the whole row decides (sampler.py); where they do not,
-whoever asks looks at the row.
+the caller looks at the row.
 """
 
 from __future__ import annotations

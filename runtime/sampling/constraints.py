@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class ConstraintError(ValueError):
-    """A form that cannot be asked for; the message says why."""
+    """A form that cannot be compiled; the message says why."""
 
 
 class GrammarConstraint:

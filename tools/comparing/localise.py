@@ -1,4 +1,4 @@
-"""The search for the wrong operator behind a failing case.
+"""The search for the operator that makes a case fail.
 
 A captured run of a graph is compared operator by operator (operator_errors.py), so a fault in a compiled graph is named at
 once: stage, bucket, layer and operator. What no graph explains is looked for in what the steps were fed and, where

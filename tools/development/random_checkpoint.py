@@ -57,7 +57,7 @@ _COPIED = ("*.json", "tokenizer.model", "*.tiktoken", "*.jinja")
 
 
 class RandomCheckpointError(ValueError):
-    """A checkpoint that cannot be written as asked; the message says what to do."""
+    """A checkpoint that cannot be written; the message says what to do."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,6 +1,6 @@
 """Functions that make our parameters from tensors of a checkpoint; arithmetic is in float32.
 
-torch is imported where it runs: whoever needs no more than names and shapes does not wait for it.
+torch is imported where it runs: code that needs only names and shapes does not wait for it.
 """
 
 from __future__ import annotations

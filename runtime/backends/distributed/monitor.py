@@ -181,7 +181,7 @@ class RankMonitor:
         return RankStatus(self.leader, "meeting" if self.in_collective() else "computing")
 
     def _request_statuses(self, reported: dict[int, RankStatus]) -> dict[int, RankStatus]:
-        """The status of every rank; those in `reported` are not asked."""
+        """The status of every rank; those in `reported` get no request."""
         statuses = dict(reported)
         for rank, link in self.links.items():
             if rank not in statuses:
