@@ -9,12 +9,10 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import mmap
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 SMAPS = Path("/proc/self/smaps")
-_MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ \S+ *(.*)")
 
 
 def release_pages(folder: Path) -> None:
@@ -34,8 +32,9 @@ def _unwritten(smaps: str, prefix: str) -> Iterator[tuple[int, int]]:
     """Address and size in bytes of each mapping of such a file, none of whose pages belongs to this process alone."""
     start = size = 0
     for line in smaps.splitlines():
-        if mapping := _MAPPING.fullmatch(line):
-            start, end, file = int(mapping[1], 16), int(mapping[2], 16), mapping[3]
+        if not line[:1].isupper():  # addresses, flags and a file; its figures follow
+            addresses, *_, file = line.split(maxsplit=5)
+            start, end = (int(address, 16) for address in addresses.split("-"))
             size = end - start if file.startswith(prefix) and file.endswith(".safetensors") else 0
         elif size and line.startswith("Anonymous:") and line.split()[1] == "0":
             yield start, size
