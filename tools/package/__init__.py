@@ -8,7 +8,7 @@ __version__: str  # as installed
 
 def __getattr__(name: str) -> str:
     if name != "__version__":
-        raise AttributeError(f"module {__name__} has no attribute {name}")
+        raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
     from importlib.metadata import version
 
     return version("staticvl")
