@@ -39,7 +39,8 @@ from ..runtime.artifact import TensorSpec, is_cached
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.ascend.weights import to_offsets, to_signed
 from ..runtime.shown import quoted
-from . import lower_ascend
+from . import ascend_graph, lower_ascend
+from .ascend_graph import attention
 from .graphs import GraphDef, trace
 
 DTYPES = ("float16", "bfloat16")
@@ -108,7 +109,7 @@ def _check_heads(definition: GraphDef) -> None:
     """Heads of images are filled up where they are used; those of a cache would have to be so in the cache."""
     caches = {(spec.shape[-1], spec.dtype) for spec in (*definition.inputs, *definition.outputs) if is_cached(spec.name)}
     for width, dtype in sorted(caches):
-        multiple = lower_ascend.INT8_HEAD_ALIGNMENT if dtype == "int8" else lower_ascend.HEAD_ALIGNMENT
+        multiple = attention.INT8_HEAD_ALIGNMENT if dtype == "int8" else attention.HEAD_ALIGNMENT
         if width % multiple:
             raise EmitError(
                 f"{definition.name}: a head of {width} elements cannot be compiled for Ascend, whose attention takes multiples "
@@ -219,7 +220,8 @@ class Kernel:
 @functools.cache
 def _lowering() -> str:
     """What turns a definition into a graph: our sources and torchair's version."""
-    sources = b"".join(Path(str(file)).read_bytes() for file in (__file__, lower_ascend.__file__))
+    files = [Path(__file__), Path(lower_ascend.__file__), *sorted(Path(ascend_graph.__path__[0]).glob("*.py"))]
+    sources = b"".join(file.read_bytes() for file in files)
     return hashlib.sha256(sources).hexdigest() + torchair_host.VERSION
 
 

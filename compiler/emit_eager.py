@@ -17,9 +17,9 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..model_defs import ops
+from .ascend_graph.attention import HIDDEN_BELOW
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
-from .lower_ascend import HIDDEN_BELOW
 
 HIDDEN = -3e4  # added to a score of 16 bits that does not count
 # Names that the program finds in its scope: where it runs, what it computes in, and the other ranks.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from staticvl.compiler import check, lower_ascend
+from staticvl.compiler.ascend_graph import attention, operators
 from staticvl.tools.comparing import ge_taps
 from staticvl.tools.comparing.capture import capture
 from staticvl.tools.comparing.open_side import open_side
@@ -46,14 +47,14 @@ def test_quantised_artifacts_raise_none_either(reference: tuple[Side, Path], tmp
 
 
 def test_keys_written_one_row_late(reference: tuple[Side, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right, calls = lower_ascend._append, []
+    right, calls = attention._append, []
 
     def late(cache, new, lengths):
         calls.append(cache)
         behind = (lengths + 1).clamp(max=cache.shape[2] - new.shape[1])
         return right(cache, new, behind if len(calls) % 4 == 3 else lengths)  # the keys of layer 1
 
-    monkeypatch.setattr(lower_ascend, "_append", late)
+    monkeypatch.setattr(attention, "_append", late)
     monkeypatch.setattr(check, "_require", lambda *_: None)  # else the build would refuse it
     side = compiled("qwen_vl", tmp_path / "broken", backend="ascend")
     result = compared(reference[0], side, samples_of("qwen_vl"))
@@ -119,7 +120,7 @@ def test_wrong_activation(reference: tuple[Side, Path], tmp_path: Path, monkeypa
     def changed():
         found = lowerings()
         gelu = next(op for op in found if "gelu" in str(op) and "quick" not in str(op))
-        return found | {gelu: lambda x: lower_ascend.npu.npu_gelu.default(x, approximate="tanh")}
+        return found | {gelu: lambda x: operators.npu.npu_gelu.default(x, approximate="tanh")}
 
     monkeypatch.setattr(lower_ascend, "lowerings", changed)
     monkeypatch.setattr(check, "_require", lambda *_: None)

@@ -92,7 +92,7 @@ class Copies:
 def test_a_lowering_computes_what_its_op_is_defined_as(op: str, shape: tuple[int, ...]) -> None:
     """Of two ranks, from memory in another order; alone, the identity. A single row is not transposed."""
     parts = [torch.randn(shape).half().transpose(0, 1).contiguous().transpose(0, 1) for _ in range(2)]
-    lowered = lower(lambda x: getattr(lower_ascend, op)(x, 2) * 1, parts[0], group=Copies())
+    lowered = lower(lambda x: lower_ascend.LOWERINGS[op](x, 2) * 1, parts[0], group=Copies())
     assert ("Transpose" in parse(lowered.data).types()) == (op == "all_gather" and shape[1] > 1)
     expected, _ = run_ranks(2, lambda rank: getattr(ops, op)(parts[rank], 2))
     for (found,), defined in zip(on_ranks(lowered.data, parts), expected, strict=True):

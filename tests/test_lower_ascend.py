@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from staticvl.compiler import emit_eager, lower_ascend
+from staticvl.compiler.ascend_graph import attention, products
 from staticvl.compiler.emit_ascend import EmitError, Emitted, emit
 from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph
 from staticvl.compiler.plan import Buckets, Options, make_plan
@@ -218,7 +219,7 @@ def as_taken(tensor: Tensor, tensors: tuple[Tensor, ...]) -> Tensor:
 def test_a_lowering_computes_what_its_op_is_defined_as(name: str) -> None:
     subject = CASES[name]()
     given = [as_taken(each, subject.tensors) for each in subject.tensors]
-    lowered = lower(lambda *tensors: subject.call(getattr(lower_ascend, subject.op), *tensors), *given)
+    lowered = lower(lambda *tensors: subject.call(lower_ascend.LOWERINGS[subject.op], *tensors), *given)
     wide = [each.float() if each.is_floating_point() else each for each in subject.tensors]
     dtypes = {each.dtype for each in subject.tensors}
     expected = subject.call(getattr(ops, subject.op), *wide)
@@ -235,7 +236,7 @@ def test_a_cache_in_8_bits_is_widened_only_where_the_operator_takes_no_scales(to
     for in_bfloat16 in (False, True):
         plain = cached_in_8_bits(1, tokens, 0, room=20)
         subject = narrow(plain) if in_bfloat16 else plain
-        lowered = lower(lambda *tensors, s=subject: s.call(lower_ascend.int8_cached_attention, *tensors), *subject.tensors)
+        lowered = lower(lambda *tensors, s=subject: s.call(attention.int8_cached_attention, *tensors), *subject.tensors)
         (node,) = (each for each in ge_graph.parse(lowered.data).nodes if each.type == "FusedInferAttentionScore")
         given = {name for name, source in zip(node.input_names, node.inputs, strict=True) if source}
         assert ("key_antiquant_scale" in given) == ("value_antiquant_scale" in given) == (in_bfloat16 in kinds)
@@ -251,7 +252,7 @@ def test_eager_programs_hide_images_in_16_bits() -> None:
 
 
 def test_a_head_of_many_features_is_computed_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lower_ascend, "MOST_W8_FEATURES", 4)
+    monkeypatch.setattr(products, "MOST_W8_FEATURES", 4)
     test_a_lowering_computes_what_its_op_is_defined_as("linear_w8")
 
 
