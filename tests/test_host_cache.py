@@ -87,8 +87,9 @@ def test_graphs_refer_to_packed_weights(artifact: Path) -> None:
     for path in packed(artifact):
         tensors = onnx.load(path, load_external_data=False).graph.initializer
         with_packed = {t.name for t in tensors if any(e.key.startswith("prepacked") for e in t.external_data)}
-        last = "projector.down.weight" if path.name.startswith("vision") else "text.layers.1.mlp.down."
-        assert any(name.startswith(last) for name in with_packed), path.name
+        in_text = ("text.layers.1.mlp.down.", "text.layers.1.attn.k.")  # a large one and a small one
+        for prefix in ("projector.down.weight",) if path.name.startswith("vision") else in_text:
+            assert any(name.startswith(prefix) for name in with_packed), (path.name, prefix)
 
 
 def test_a_whole_model_has_one_folder(artifact: Path) -> None:

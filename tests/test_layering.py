@@ -26,7 +26,7 @@ ALLOWED = {
 
 # The rooms of runtime/, lowest first: a room imports from itself and from those below it. Modules at the top of the folder are
 # the hallway, which all rooms share, and the surface, which stands on all of them.
-HALLWAY = ("artifact", "files", "locks", "manifest", "opening", "rope", "shown", "signature", "soundness")
+HALLWAY = ("artifact", "files", "heap", "locks", "manifest", "opening", "rope", "shown", "signature", "soundness")
 ROOMS = ("processor", "sampling", "backends", "engine")
 # What the simulator of GE graphs needs of ours: the collectives of ranks, and how torchair names and reads what it makes.
 SIMULATOR = "runtime.backends.ge_simulator"

@@ -1,4 +1,4 @@
-"""Packed weights laid out again: the same bytes, aligned, and nothing lost where that cannot be done."""
+"""Packed weights laid out again: the same bytes, each at a page, and nothing lost where that cannot be done."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_packed_files_are_laid_out_again(tmp_path: Path) -> None:
         "Kernel+1",
         [";0", ";5"],
     )
-    assert all(at % 64 == 0 for at, _ in places)
+    assert all(at % 4096 == 0 for at, _ in places)  # elsewhere each session would copy it
     assert [again[at : at + length] for at, length in places] == [data[3:103], data[103:180], data[180:481]]
 
 

@@ -43,11 +43,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# onnxruntime aligns tensors of this size and more in the file that it writes; kernels fault on packed weights that are
-# not aligned, so smaller ones are left to each session.
+# onnxruntime aligns tensors of this size and more in the file that it writes. Kernels fault on packed weights that are not
+# aligned, so a file with smaller ones is laid out again.
 ALIGNED_FROM = 1 << 20
-# A rank's shards are often smaller, so its files are laid out again; below this, sharing saves nothing.
-LAID_OUT_FROM = 1 << 14
+SHARED_FROM = 1 << 14  # bytes of a tensor; below, sharing saves nothing
 
 # Upcast in every run, so that no kernel ever packs them.
 NEVER_PACKED = ("float16", "bfloat16")
@@ -232,7 +231,7 @@ class HostCache:
         options.optimized_model_filepath = str(target)
         options.add_session_config_entry(SAVE_PREPACKED, "1")
         options.add_session_config_entry(FILE_NAME, f"{name}.bin")
-        options.add_session_config_entry(MIN_SIZE, str(ALIGNED_FROM if self.ranks == 1 else LAID_OUT_FROM))
+        options.add_session_config_entry(MIN_SIZE, str(SHARED_FROM))
         ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         model = _plain(target)
         source.unlink()
@@ -241,7 +240,8 @@ class HostCache:
         packed = {name: entry for name, entry in entries.items() if is_packed(entry)}
         if not packed:  # only copies of tensors that are never packed, such as a table
             (work / f"{name}.bin").unlink(missing_ok=True)
-        return lay_out(work / f"{name}.bin", packed) if packed and self.ranks > 1 else packed
+        small = any(int(entry["length"]) < ALIGNED_FROM for entry in packed.values())
+        return lay_out(work / f"{name}.bin", packed) if small else packed
 
 
 def _rank_name(rank: int) -> str:

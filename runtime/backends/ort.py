@@ -9,8 +9,6 @@ Memory: the sessions of all buckets share one copy of the weights (see host_cach
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import functools
 import logging
 import os
@@ -23,6 +21,7 @@ import onnxruntime as ort
 from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # pyright: ignore[reportAttributeAccessIssue]
 
 from ..artifact import ArtifactError, CacheSpec, Collective, GraphSpec, Manifest, Segment, Transfer, rank_weights
+from ..heap import release_freed
 from ..opening import RunError, reading, remedy
 from ..sampling.candidates import candidates_of
 from ..shown import quoted
@@ -167,12 +166,6 @@ def _collective(group: Group, item: Collective | Transfer, arrays: Mapping[str, 
     return copy_and_sum
 
 
-def _trim() -> None:
-    """Give freed memory back to the system: opening a session takes memory to pack weights, and glibc would keep it."""
-    with contextlib.suppress(AttributeError, OSError):  # another C library
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 class OrtBackend:
     """See backends.base.Backend."""
 
@@ -231,7 +224,7 @@ class OrtBackend:
                 packed = self.host.path(step.file) if self.host else None
                 with reading(packed or self.folder / step.file, self.folder):
                     self.sessions[step.file] = self._open(graph, step, packed)
-        _trim()
+        release_freed()  # packing weights took memory
         if self.host:  # without it sessions read the mapped weights themselves
             release_pages(self.host.folder)
         with reading(self.folder / graph.file, self.folder):
@@ -269,7 +262,7 @@ class OrtBackend:
         self.buffers.pop(graph.file, None)
         if self.host and not self.sessions:
             self.host.release()
-        _trim()
+        release_freed()
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
         key = (graph.file, slot, image)

@@ -1,8 +1,8 @@
 """The file of prepacked weights that onnxruntime writes, laid out again so that everything in it is aligned.
 
-Kernels fault on prepacked weights that are not aligned, and onnxruntime aligns only tensors of a megabyte and more. It writes a
-tensor as it is, then the blobs that kernels have packed of it, with their places in the tensor's entry: as for any external
-data, and
+Kernels fault on prepacked weights that are not aligned, and a session copies those that do not begin at a page; onnxruntime
+aligns only tensors of a megabyte and more. It writes a tensor as it is, then the blobs that kernels have packed of it, with
+their places in the tensor's entry: as for any external data, and
 
     prepacked_0: KERNEL+HASH|OFFSET;LENGTH;CHECKSUM     (|OFFSET;LENGTH;CHECKSUM and so on, where there are several)
 """
@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 Entry = dict[str, str]  # the external data of one initializer
 
-ALIGNMENT = 64  # bytes: what onnxruntime's own allocator gives to kernels
+ALIGNMENT = 4096  # bytes, a page: blobs that begin elsewhere are copied into the heap of every session
 PREPACKED = "prepacked"
 _BLOCK = 1 << 22
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..artifact import TokenizerConfig
+from ..heap import release_freed
 from .tiktoken_vocabulary import TiktokenVocabulary
 from .vocabularies import BYTE_PIECE, SentencePieceVocabulary, TokenizerError, TokenizersVocabulary, Vocabulary
 
@@ -166,12 +167,18 @@ def read_vocabulary(path: Path, *, added_tokens: Mapping[str, int] | None = None
 
 def load_tokenizer(folder: Path, config: TokenizerConfig) -> Tokenizer:
     """The tokenizer in `folder`, which holds the file that config.kind names; raises TokenizerError."""
+    vocabulary = _vocabulary(folder, config)
+    release_freed()  # reading a vocabulary takes several times what it holds
+    return Tokenizer(config, vocabulary)
+
+
+def _vocabulary(folder: Path, config: TokenizerConfig) -> Vocabulary:
     if config.kind == "tiktoken":
         path = folder / config.file
         _check_there(path)
-        return Tokenizer(config, TiktokenVocabulary(path, config.added_tokens, pattern=config.pattern, nfc=config.nfc))
+        return TiktokenVocabulary(path, config.added_tokens, pattern=config.pattern, nfc=config.nfc)
     name = "tokenizer.json" if config.kind == "tokenizers" else "tokenizer.model"
-    return Tokenizer(config, read_vocabulary(folder / name, added_tokens=config.added_tokens, legacy=config.legacy))
+    return read_vocabulary(folder / name, added_tokens=config.added_tokens, legacy=config.legacy)
 
 
 def _check_there(path: Path) -> None:
