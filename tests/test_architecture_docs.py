@@ -64,6 +64,12 @@ def test_pages_are_easy_to_read(page: Path) -> None:
     assert not [each for each in sentences(prose(page)) if len(each.split()) > 40]
 
 
+@each_page
+def test_records_are_called_by_their_numbers(page: Path) -> None:
+    called = re.findall(r"\[record\s+(\d+)\]\(\S*?(\d{4})-", read(page))
+    assert all(int(number) == int(file) for number, file in called)
+
+
 def test_the_entry_page_lists_every_chapter() -> None:
     linked = set(re.findall(r"\]\((architecture/\w+\.md)\)", read(ENTRY)))
     assert linked == {str(path.relative_to(DOCS)) for path in (DOCS / "architecture").glob("*.md")}
