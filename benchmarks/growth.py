@@ -1,12 +1,12 @@
 """How the time of a run grows with its rows, with the cache and with the prompt, and what bounds it.
 
     python -m benchmarks.growth ARTIFACT [ARTIFACT ...] --out growth.json --chart growth.svg [--repeats 5] [--threads 2]
-    python -m benchmarks.growth --quants w8a8,w4a16 [--layers 4]    # of random weights, 1B-shaped but for the layers
+    python -m benchmarks.growth --quants w8a8,w4a16 [--layers 4]    # random weights, 1B-shaped but for the layers
 
-Artifacts stand side by side. Artifacts and points take turns; figures are medians over the turns, the first of which counts
-for nothing. Beside each stand two times that no run can be below: what it has to read at the speed at which this machine
-reads memory, and its operations at the best rate that a chunk of the artifact has reached. Weights that fit into
-the processor's cache are read faster than memory. The last line is JSON.
+Artifacts are measured side by side. Artifacts and points take turns; figures are medians over the turns, and the first turn
+does not count. Each time has two lower bounds beside it: the bytes that the run has to read at this machine's memory
+bandwidth, and its operations at the best rate that a chunk of the artifact has reached. Weights that fit into the processor's
+cache are read faster than memory. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ class Side:
         self._fill()
 
     def _fill(self) -> None:
-        """Whoever reads pages of a cache that nobody has written reads one page of zeros, which never leaves the processor."""
+        """Fill the cache with noise: unwritten pages would all be one page of zeros, which stays in the processor's cache."""
         widest = self.manifest.graph("decode", max(self.manifest.buckets("decode")))
         full = np.full(widest.bucket, self.manifest.cache.rows, np.int32)
         self.cases.fill(widest, Case("", past=full, count=full), [self.model.engine.backend])
@@ -324,13 +324,17 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifacts", type=Path, nargs="*", metavar="ARTIFACT", help="for onnx, of one rank")
+    parser.add_argument("artifacts", type=Path, nargs="*", metavar="ARTIFACT", help="artifacts for ONNX Runtime, of one rank")
     parser.add_argument("--out", type=Path, help="also write the JSON into this file")
     parser.add_argument("--chart", type=Path, help="draw the figures into this file")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--quants", default="w8a8,w4a16", help="without an artifact: those to compile, separated by commas")
-    parser.add_argument("--layers", type=int, default=4, help="without an artifact: of the decoder")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each point; default: 5")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of the CPU; default: every usable core")
+    parser.add_argument(
+        "--quants",
+        default="w8a8,w4a16",
+        help="without an artifact: formats to compile, separated by commas; default: w8a8,w4a16",
+    )
+    parser.add_argument("--layers", type=int, default=4, help="without an artifact: layers of the decoder; default: 4")
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; expected at least 1")

@@ -1,8 +1,8 @@
-"""Contestants against each other: side by side, one at a time, turn about.
+"""One match of contestants: side by side, one at a time, in turns.
 
-Whoever is alive waits without working, so what else the machine does meets all alike, and ratios of medians say more than the
-figures themselves. Where not all fit into memory together, they come in heats with one contestant, the anchor, in each:
-figures of different heats are compared through it.
+Contestants sleep between their turns, so other work on the machine affects all alike, and ratios of medians say more than the
+figures themselves. If not all fit into memory together, they run in heats with one contestant, the anchor, in each: figures of
+different heats are compared through it.
 """
 
 from __future__ import annotations

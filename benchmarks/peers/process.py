@@ -1,4 +1,4 @@
-"""A contestant's process, as the benchmark holds it."""
+"""The process of a contestant, as the benchmark holds it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def home_of(contestant: Contestant, work: Path) -> Path:
 
 
 class ContestantError(RuntimeError):
-    """A contestant cannot do what was asked; `skipped` if that was to be expected."""
+    """A contestant cannot run a command; `skipped` if that was expected."""
 
     def __init__(self, message: str, *, skipped: bool = False) -> None:
         super().__init__(message)

@@ -1,8 +1,8 @@
-"""A contestant's process: does what it is told through a pipe, a JSON line each way, and waits without working in between.
+"""The process of a contestant: runs commands from a pipe, a JSON line each way, and sleeps in between.
 
     python -m benchmarks.peers.worker RUNNER SETTING CHECKPOINT HOME SIZE THREADS
 
-Started with the Python of the environment that has the library. Whatever libraries print goes to standard error.
+Started with the Python of the environment that has the library. Output that libraries print goes to standard error.
 """
 
 from __future__ import annotations

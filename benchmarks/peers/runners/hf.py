@@ -1,4 +1,4 @@
-"""transformers: eager as most people run it, with torch.compile over a static cache, or in float32 as the reference."""
+"""transformers: eager as in common use, with torch.compile over a static cache, or in float32 as the reference."""
 
 from __future__ import annotations
 
