@@ -68,7 +68,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """New ones of each row, padding included."""
+        """New tokens of each row, padding included."""
         return 1 if self.graph.kind == "decode" else self.graph.bucket
 
 
@@ -83,26 +83,26 @@ class LeastWork:
     pair_flops: int
 
     def nbytes(self, run: Run) -> int:
-        """Bytes that have to be read: weights and inputs once, and of the cache what is in use."""
+        """Bytes to read: weights and inputs once, and the cache rows in use."""
         cache = sum(spec.nbytes for spec in run.graph.inputs if is_cached(spec.name))
         return run.graph.nbytes - cache + cache * (run.past + run.tokens) // self.rows
 
     def flops(self, run: Run) -> int:
-        """Products, and attention of each token to those that it may see."""
+        """Operations: products, and attention of each token to the tokens visible to it."""
         visible = run.tokens * run.past + run.tokens * (run.tokens + 1) // 2
         return run.graph.flops - run.rows * self.pair_flops * (run.tokens * self.rows - visible)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Seconds of some runs together."""
+    """Seconds of several runs in total."""
 
     seconds: float
     runs: tuple[Run, ...]
 
 
 class Side:
-    """An artifact that is open, its cache full of numbers."""
+    """An open artifact with a full cache."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         manifest = read_manifest(folder)
@@ -173,7 +173,7 @@ class Point:
 
 
 def points_of(side: Side) -> Iterator[Point]:
-    """Everything that is measured of an artifact."""
+    """All points to measure of an artifact."""
     manifest, longest = side.manifest, side.manifest.cache.context - 1  # one token more must fit
     for rows in manifest.buckets("decode"):
         graph = manifest.graph("decode", rows)
@@ -189,20 +189,20 @@ def points_of(side: Side) -> Iterator[Point]:
 
 
 def chunk_of(side: Side) -> GraphSpec:
-    """The largest chunk that leaves half of the context, or the smallest there is."""
+    """The largest chunk bucket of at most half of the context, else the smallest bucket."""
     sizes = side.manifest.buckets("prefill")
     fitting = [size for size in sizes if 2 * size <= side.manifest.cache.context]
     return side.manifest.graph("prefill", max(fitting, default=sizes[0]))
 
 
 def lengths(most: int) -> list[int]:
-    """16, 64, and from there twice as many each time, up to `most`."""
+    """16, 64, then doubled each time, up to `most`."""
     usual = [16, *(64 << doublings for doublings in range(24))]
     return [*(length for length in usual if length < most), most]
 
 
 def take_turns(points: Sequence[Point], repeats: int) -> None:
-    """Turn after turn over all points, those of one size of different artifacts next to each other."""
+    """Measure all points in turns; points of one size of different artifacts follow each other."""
     order = sorted(points, key=lambda point: (list(PANELS).index(point.panel), point.size))
     with tqdm(total=(repeats + 1) * len(order), unit="point", disable=None) as bar:
         for turn in range(repeats + 1):
@@ -249,7 +249,7 @@ def _figures(point: Point, rate: float, gb_per_s: float) -> dict[str, Any]:
 
 
 def _growth(points: list[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds that each row or token more takes, and at least has to take."""
+    """Microseconds of each further row or token, and their lower bounds."""
     first, last = points[0], points[-1]
     return {
         f"{name.removesuffix('ms')}us_each": _short(1e3 * (last[name] - first[name]) / (last["size"] - first["size"]))
@@ -262,7 +262,7 @@ def _short(value: float) -> float:
 
 
 def show(console: Console, data: dict[str, Any]) -> None:
-    """A table for each panel."""
+    """Print a table for each panel."""
     for panel, title in data["panels"].items():
         table = Table(title=title)
         for column in (
@@ -287,7 +287,7 @@ def show(console: Console, data: dict[str, Any]) -> None:
 
 
 def made(folder: Path, layers: int, quants: Sequence[str]) -> list[Path]:
-    """Artifacts of one model of random weights, without certificates."""
+    """Compile artifacts of one model of random weights, without certificates."""
     from .peers.build import build_for_timing  # torch, and so is what the next line imports
     from .random_model import checkpoint_of
 
@@ -298,7 +298,7 @@ def made(folder: Path, layers: int, quants: Sequence[str]) -> list[Path]:
 
 
 def measure(folders: Sequence[Path], repeats: int, threads: int) -> dict[str, Any]:
-    """Everything of some artifacts, as plain data."""
+    """Measure artifacts; returns plain data."""
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         raise SystemExit(f"artifacts go by the names of their folders, and some are the same: {', '.join(names)}")

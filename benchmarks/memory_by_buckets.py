@@ -77,7 +77,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def write_config(folder: Path, hidden: int, layers: int) -> None:
-    """The embedded model's settings with another size."""
+    """Write the embedded model's config with another size."""
     folder.mkdir()
     for path in CHECKPOINT.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())

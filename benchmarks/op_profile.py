@@ -78,7 +78,7 @@ def weight_entries(path: Path) -> dict[str, int]:
 
 
 def _rows(event: dict[str, Any]) -> int:
-    """Rows that a matrix product has put out."""
+    """Output rows of a matrix product."""
     (shape,) = event["args"]["output_type_shape"][0].values()
     return math.prod(shape[:-1])
 

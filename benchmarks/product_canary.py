@@ -58,7 +58,7 @@ def times(events: list[Event], names: set[str]) -> list[float]:
 
 
 def product_nodes(file: Path) -> dict[str, onnx.NodeProto]:
-    """By name, the products of a graph file with a stored weight."""
+    """The products of a graph file that have a stored weight, by name."""
     graph = onnx.load(file, load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer if tensor.external_data}
     return {node.name: node for node in graph.node if node.op_type in MATMULS and node.input[1] in stored}
@@ -113,7 +113,7 @@ def rate(artifact: Path, graph: GraphSpec, runs: int, threads: int, folder: Path
 
 
 def opened(artifact: Path, graph: GraphSpec, threads: int) -> tuple[ort.OrtBackend, onnxruntime.InferenceSession]:
-    """A graph as the runtime opens it; call within `profiled`."""
+    """Open a graph as the runtime does; call within `profiled`."""
     backend = runtime.load(artifact, threads=threads).engine.backend
     assert isinstance(backend, ort.OrtBackend)
     backend.load(graph)

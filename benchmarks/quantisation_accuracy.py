@@ -49,7 +49,7 @@ EXTRA = "two pictures"  # a kind that not every model has learnt well
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Of one model to all cases."""
+    """Answers of one model to all cases."""
 
     tokens: list[np.ndarray]
     right: list[bool]

@@ -67,7 +67,7 @@ def measure(model: runtime.Model, tokens: int) -> dict[str, Any]:
 
 
 def timed(where: Any, name: str, span: str, spans: dict[str, list[float]]) -> None:
-    """Note how long each call takes."""
+    """Wrap a method so that the time of each call is recorded."""
     call: Callable[..., Any] = getattr(where, name)
     seconds = spans.setdefault(span, [])
 

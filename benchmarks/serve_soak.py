@@ -114,7 +114,7 @@ def request_of(question: Question, **more: Any) -> bytes:
 
 
 def text_of(events: bytes) -> str:
-    """Of a stream that is complete."""
+    """The text of a complete stream."""
     lines = [line[6:] for line in events.splitlines() if line.startswith(b"data: ")]
     if not lines or lines[-1] != b"[DONE]":
         raise ConnectionResetError

@@ -64,7 +64,7 @@ def measure_costs(model: runtime.Model) -> dict[str, float]:
 
 
 def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: int) -> float:
-    """Of a batch of equal requests, prompts left out."""
+    """Tokens a second of a batch of equal requests, without prompts."""
     engine = model.engine
     params = runtime.SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True, speculate=drafts)
     prompt = model.processor.prompt("Say it again.")

@@ -42,7 +42,7 @@ class Stub:
 
 
 def timed(calls: list[float], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, its seconds noted."""
+    """Wrap a function so that its seconds are recorded."""
 
     def call(*args: Any) -> Any:
         start = time.perf_counter()

@@ -87,7 +87,7 @@ def start_process(contestant: Contestant, *, work: Path, size: Size, threads: in
 
 
 def play_all(match: Match, entries: list[Entry], gigabytes: float) -> None:
-    """Heat after heat. The anchor's own figures are those of the first."""
+    """Run all heats. The anchor's own figures are those of the first heat."""
     by_name = {entry.contestant.name: entry for entry in entries}
     for number, heat in enumerate(heats([entry.contestant for entry in entries], gigabytes)):
         anchor = by_name[heat[0].name]

@@ -22,7 +22,7 @@ Start = Callable[[Contestant], Process]
 
 @dataclass(slots=True)
 class Entry:
-    """Everything known of one contestant."""
+    """All results of one contestant."""
 
     contestant: Contestant
     versions: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def relative(ours: Entry, theirs: Entry, measure: str) -> float | None:
 
 
 def heats(contestants: Sequence[Contestant], gigabytes: float) -> list[list[Contestant]]:
-    """Contestants that are alive together in so much memory, the anchor in every heat."""
+    """Groups of contestants that fit into the memory together, each with the anchor."""
     anchor = next((c for c in contestants if c.name == ANCHOR), contestants[0])
     result: list[list[Contestant]] = [[anchor]]
     for contestant in contestants:

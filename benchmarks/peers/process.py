@@ -23,7 +23,7 @@ SPIN_US = "20"  # of staticvl; the peers' cores wait in loops by themselves
 
 
 def home_of(contestant: Contestant, work: Path) -> Path:
-    """Where a contestant keeps what it makes of the checkpoint; no other has the same."""
+    """The folder for a contestant's own files; no two contestants share one."""
     return work / contestant.runner / contestant.setting
 
 

@@ -201,7 +201,7 @@ class HeadsAsTokens:
         return g.node("Reshape", [x, g.constant((1, *shape))])[0]
 
     def _swapped(self, g: Graph, x: str, three: Sequence[int], shape: Sequence[int]) -> str:
-        """Two axes of a row in `three` parts change places."""
+        """Swap two axes of a row in `three` parts."""
         return self._as(g, g.node("Transpose", [self._as(g, x, *three)], perm=[0, 2, 1, 3])[0], *shape)
 
 

@@ -127,7 +127,7 @@ def cost(name: str, args: argparse.Namespace) -> None:
 
 
 def wait(name: str, args: argparse.Namespace) -> None:
-    """Print how long others wait beside an answer of a form: for the longest step in which it takes part."""
+    """Print how long other requests wait beside an answer of a form: the longest step that includes it."""
     from tests.servers import far_model
 
     print(f"longest step beside {name}: ", end="", flush=True)

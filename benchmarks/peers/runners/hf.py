@@ -18,7 +18,7 @@ VERSIONS = ("transformers", "torch")
 
 
 def prepare(checkpoint: Path, home: Path, setting: str, size: Size) -> None:
-    """Nothing: it takes the checkpoint as it is."""
+    """Does nothing: transformers reads the checkpoint itself."""
 
 
 class HfRunner:
