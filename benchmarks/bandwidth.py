@@ -1,9 +1,9 @@
-"""How fast this machine reads memory: the bound of every decode step, which reads all weights once.
+"""Memory read bandwidth of this machine: the bound of every decode step, which reads all weights once.
 
     python -m benchmarks.bandwidth [--threads 2]
 
-One thread per core adds up squares over its part of an array far larger than the caches; the best of several rounds
-counts, since whatever else runs can only slow it down. The last line is JSON.
+One thread per core sums squares over its part of an array far larger than the caches. The best of several rounds counts, since
+other work can only slow a round down. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def read_gb_per_s(threads: int, rounds: int = 7, mebibytes: int = MEBIBYTES) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of the CPU; default: every usable core")
     args = parser.parse_args()
     speeds = {str(n): round(read_gb_per_s(n), 1) for n in sorted({1, args.threads})}
     for threads, speed in speeds.items():

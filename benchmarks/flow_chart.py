@@ -1,4 +1,4 @@
-"""The way from a checkpoint to an answer as a drawing, for the README.
+"""Draw the flow from a checkpoint to an answer, for the README.
 
 python -m benchmarks.flow_chart docs/flow.svg
 """

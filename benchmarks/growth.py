@@ -1,12 +1,12 @@
 """How the time of a run grows with its rows, with the cache and with the prompt, and what bounds it.
 
     python -m benchmarks.growth ARTIFACT [ARTIFACT ...] --out growth.json --chart growth.svg [--repeats 5] [--threads 2]
-    python -m benchmarks.growth --quants w8a8,w4a16 [--layers 4]    # of random weights, 1B-shaped but for the layers
+    python -m benchmarks.growth --quants w8a8,w4a16 [--layers 4]    # random weights, 1B-shaped but for the layers
 
-Artifacts stand side by side. Artifacts and points take turns; figures are medians over the turns, the first of which counts
-for nothing. Beside each stand two times that no run can be below: what it has to read at the speed at which this machine
-reads memory, and its operations at the best rate that a chunk of the artifact has reached. Weights that fit into
-the processor's cache are read faster than memory. The last line is JSON.
+Artifacts are measured side by side. Artifacts and points take turns; figures are medians over the turns, and the first turn
+does not count. Each time has two lower bounds beside it: the bytes that the run has to read at this machine's memory
+bandwidth, and its operations at the best rate that a chunk of the artifact has reached. Weights that fit into the processor's
+cache are read faster than memory. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Run:
 
     @property
     def tokens(self) -> int:
-        """New ones of each row, padding included."""
+        """New tokens of each row, padding included."""
         return 1 if self.graph.kind == "decode" else self.graph.bucket
 
 
@@ -83,26 +83,26 @@ class LeastWork:
     pair_flops: int
 
     def nbytes(self, run: Run) -> int:
-        """Bytes that have to be read: weights and inputs once, and of the cache what is in use."""
+        """Bytes to read: weights and inputs once, and the cache rows in use."""
         cache = sum(spec.nbytes for spec in run.graph.inputs if is_cached(spec.name))
         return run.graph.nbytes - cache + cache * (run.past + run.tokens) // self.rows
 
     def flops(self, run: Run) -> int:
-        """Products, and attention of each token to those that it may see."""
+        """Operations: products, and attention of each token to the tokens visible to it."""
         visible = run.tokens * run.past + run.tokens * (run.tokens + 1) // 2
         return run.graph.flops - run.rows * self.pair_flops * (run.tokens * self.rows - visible)
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Seconds of some runs together."""
+    """Seconds of several runs in total."""
 
     seconds: float
     runs: tuple[Run, ...]
 
 
 class Side:
-    """An artifact that is open, its cache full of numbers."""
+    """An open artifact with a full cache."""
 
     def __init__(self, folder: Path, threads: int) -> None:
         manifest = read_manifest(folder)
@@ -122,7 +122,7 @@ class Side:
         self._fill()
 
     def _fill(self) -> None:
-        """Whoever reads pages of a cache that nobody has written reads one page of zeros, which never leaves the processor."""
+        """Fill the cache with noise: unwritten pages would all be one page of zeros, which stays in the processor's cache."""
         widest = self.manifest.graph("decode", max(self.manifest.buckets("decode")))
         full = np.full(widest.bucket, self.manifest.cache.rows, np.int32)
         self.cases.fill(widest, Case("", past=full, count=full), [self.model.engine.backend])
@@ -173,7 +173,7 @@ class Point:
 
 
 def points_of(side: Side) -> Iterator[Point]:
-    """Everything that is measured of an artifact."""
+    """All points to measure of an artifact."""
     manifest, longest = side.manifest, side.manifest.cache.context - 1  # one token more must fit
     for rows in manifest.buckets("decode"):
         graph = manifest.graph("decode", rows)
@@ -189,20 +189,20 @@ def points_of(side: Side) -> Iterator[Point]:
 
 
 def chunk_of(side: Side) -> GraphSpec:
-    """The largest chunk that leaves half of the context, or the smallest there is."""
+    """The largest chunk bucket of at most half of the context, else the smallest bucket."""
     sizes = side.manifest.buckets("prefill")
     fitting = [size for size in sizes if 2 * size <= side.manifest.cache.context]
     return side.manifest.graph("prefill", max(fitting, default=sizes[0]))
 
 
 def lengths(most: int) -> list[int]:
-    """16, 64, and from there twice as many each time, up to `most`."""
+    """16, 64, then doubled each time, up to `most`."""
     usual = [16, *(64 << doublings for doublings in range(24))]
     return [*(length for length in usual if length < most), most]
 
 
 def take_turns(points: Sequence[Point], repeats: int) -> None:
-    """Turn after turn over all points, those of one size of different artifacts next to each other."""
+    """Measure all points in turns; points of one size of different artifacts follow each other."""
     order = sorted(points, key=lambda point: (list(PANELS).index(point.panel), point.size))
     with tqdm(total=(repeats + 1) * len(order), unit="point", disable=None) as bar:
         for turn in range(repeats + 1):
@@ -249,7 +249,7 @@ def _figures(point: Point, rate: float, gb_per_s: float) -> dict[str, Any]:
 
 
 def _growth(points: list[dict[str, Any]]) -> dict[str, float]:
-    """Microseconds that each row or token more takes, and at least has to take."""
+    """Microseconds of each further row or token, and their lower bounds."""
     first, last = points[0], points[-1]
     return {
         f"{name.removesuffix('ms')}us_each": _short(1e3 * (last[name] - first[name]) / (last["size"] - first["size"]))
@@ -262,7 +262,7 @@ def _short(value: float) -> float:
 
 
 def show(console: Console, data: dict[str, Any]) -> None:
-    """A table for each panel."""
+    """Print a table for each panel."""
     for panel, title in data["panels"].items():
         table = Table(title=title)
         for column in (
@@ -287,7 +287,7 @@ def show(console: Console, data: dict[str, Any]) -> None:
 
 
 def made(folder: Path, layers: int, quants: Sequence[str]) -> list[Path]:
-    """Artifacts of one model of random weights, without certificates."""
+    """Compile artifacts of one model of random weights, without certificates."""
     from .peers.build import build_for_timing  # torch, and so is what the next line imports
     from .random_model import checkpoint_of
 
@@ -298,7 +298,7 @@ def made(folder: Path, layers: int, quants: Sequence[str]) -> list[Path]:
 
 
 def measure(folders: Sequence[Path], repeats: int, threads: int) -> dict[str, Any]:
-    """Everything of some artifacts, as plain data."""
+    """Measure artifacts; returns plain data."""
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         raise SystemExit(f"artifacts go by the names of their folders, and some are the same: {', '.join(names)}")
@@ -324,13 +324,17 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifacts", type=Path, nargs="*", metavar="ARTIFACT", help="for onnx, of one rank")
+    parser.add_argument("artifacts", type=Path, nargs="*", metavar="ARTIFACT", help="artifacts for ONNX Runtime, of one rank")
     parser.add_argument("--out", type=Path, help="also write the JSON into this file")
     parser.add_argument("--chart", type=Path, help="draw the figures into this file")
-    parser.add_argument("--repeats", type=int, default=5, help="turns that count")
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--quants", default="w8a8,w4a16", help="without an artifact: those to compile, separated by commas")
-    parser.add_argument("--layers", type=int, default=4, help="without an artifact: of the decoder")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each point; default: 5")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of the CPU; default: every usable core")
+    parser.add_argument(
+        "--quants",
+        default="w8a8,w4a16",
+        help="without an artifact: formats to compile, separated by commas; default: w8a8,w4a16",
+    )
+    parser.add_argument("--layers", type=int, default=4, help="without an artifact: layers of the decoder; default: 4")
     args = parser.parse_args()
     if args.repeats < 1:
         parser.error(f"--repeats is {args.repeats}; expected at least 1")

@@ -1,4 +1,4 @@
-"""The figures of benchmarks.growth as four panels, for the documentation.
+"""Draw the figures of benchmarks.growth as four panels, for the documentation.
 
 python -m benchmarks.growth_chart growth.json docs/growth.svg
 """
@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-# Told apart by colour-blind readers too (Okabe and Ito), and by their marks.
+# Distinguishable by colour-blind readers too (Okabe and Ito), and by their marks.
 LINES = (("#0072B2", "o"), ("#D55E00", "s"), ("#009E73", "^"), ("#CC79A7", "D"), ("#E69F00", "v"), ("#56B4E9", "P"))
 GREY = "#555555"
 UNITS = {

@@ -1,13 +1,13 @@
-"""Memory and disk of an artifact with many buckets against one with one of each kind; the last line is one JSON object.
+"""Memory and disk of an artifact with many buckets against one with one bucket of each kind.
 
     python -m benchmarks.memory_by_buckets [--hidden 1024] [--layers 8] [--tp 2]
 
-Both artifacts come from the same random checkpoint. Each is loaded in a process of its own, where every graph is opened
-and run; measured are USS (pages that belong to this process alone and are mapped once) and PSS (shared pages counted
-once). Files of the per-machine cache of packed weights are not counted as disk of the artifact.
+Both artifacts come from the same random checkpoint. A separate process loads each, opens every graph and runs it. Measured are
+USS (pages that belong to this process alone and are mapped once) and PSS (shared pages counted once). The per-machine cache of
+packed weights does not count as disk of the artifact.
 
-With `--tp` N the artifacts hold the first of N ranks alone, not certified. Its graphs run without the others: what they
-compute is meaningless, what they take is not.
+With `--tp N` the artifacts hold only the first of N ranks and are not certified. Its graphs run without the other ranks: the
+results are meaningless, the memory is not. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ FEW = Buckets(prefill=(128,), decode=(4,), vision=(1,), context=2048, slots=4)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=1024, help="width of the language model")
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--hidden", type=int, default=1024, help="width of the language model; default: 1024")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the decoder; default: 8")
     parser.add_argument("--prefill", type=int, default=8, help="prefill buckets of the larger artifact, of up to 128 tokens")
-    parser.add_argument("--quant", default="none")
-    parser.add_argument("--tp", type=int, default=1, help="ranks among which the model is cut")
+    parser.add_argument("--quant", default="none", help="format of the weights; default: none")
+    parser.add_argument("--tp", type=int, default=1, help="ranks that share the model; default: 1")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
@@ -77,7 +77,7 @@ def compare(folder: Path, args: argparse.Namespace) -> dict:
 
 
 def write_config(folder: Path, hidden: int, layers: int) -> None:
-    """The embedded model's settings with another size."""
+    """Write the embedded model's config with another size."""
     folder.mkdir()
     for path in CHECKPOINT.glob("*.json"):
         (folder / path.name).write_bytes(path.read_bytes())

@@ -1,4 +1,4 @@
-"""Single operators and small graphs in onnxruntime, for those who measure kernels."""
+"""Single operators and small graphs in onnxruntime, for measurements of kernels."""
 
 from __future__ import annotations
 

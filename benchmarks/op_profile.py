@@ -1,10 +1,10 @@
-"""Where the time of a prefill chunk and of a decode step goes, by operator and by weight.
+"""Time of a prefill chunk and of a decode step, by operator and by weight.
 
     python -m benchmarks.op_profile ARTIFACT [--prompt 512] [--steps 16] [--threads 2]
 
-The artifact's own graphs run in onnxruntime with its profiler on, which costs a few microseconds a node. Figures are
-medians over the runs of a graph, in milliseconds; bytes are those of the weights that a node reads as the artifact
-stores them. Gop/s counts a multiplication and an addition as two. The last line is JSON.
+The artifact's own graphs run in onnxruntime with its profiler on, which costs a few microseconds a node. Figures are medians
+over the runs of a graph, in milliseconds. Bytes are those of the weights that a node reads, as the artifact stores them. Gop/s
+counts a multiplication and an addition as two operations. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def weight_entries(path: Path) -> dict[str, int]:
 
 
 def _rows(event: dict[str, Any]) -> int:
-    """Rows that a matrix product has put out."""
+    """Output rows of a matrix product."""
     (shape,) = event["args"]["output_type_shape"][0].values()
     return math.prod(shape[:-1])
 
@@ -171,10 +171,12 @@ def show(console: Console, title: str, rows: dict[str, dict[str, float]], bound:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path)
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of a prompt; one of the artifact's prefill buckets")
-    parser.add_argument("--steps", type=int, default=16, help="decode steps")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("artifact", type=Path, help="artifact for ONNX Runtime")
+    parser.add_argument(
+        "--prompt", type=int, default=512, help="tokens of a prompt; one of the artifact's prefill buckets; default: 512"
+    )
+    parser.add_argument("--steps", type=int, default=16, help="decode steps; default: 16")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of the CPU; default: every usable core")
     args = parser.parse_args()
     console = Console(highlight=False, width=150)
     bound = read_gb_per_s(args.threads)

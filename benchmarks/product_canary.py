@@ -1,16 +1,16 @@
-"""Products inside a graph against the same kernels alone, on the processor at hand; exit status 1 where the graph's are slow.
+"""Products inside a graph against the same kernels alone, on this processor; exit status 1 if the graph's are slow.
 
     python -m benchmarks.product_canary [--quants w8a8 ...] [--layers 22] [--runs 9] [--threads 2]
 
-A model of random weights, 1B-shaped but for its number of layers, is compiled, and its graphs are opened as the runtime opens
-them. The products of each graph are then taken out of it into a graph of nothing else, which onnxruntime opens with settings of
-its own. Both take turns with the profiler on, and what counts are the kernels' own times: a session setting that is meant to
-have no effect, or packed weights that no session uses, show as a rate below 0.8. Memory is PSS beyond that of the process
-before, in a process of its own that has loaded the artifact and run all text graphs: at most 1.15 times the cache and the
-weights that these read whole.
+A model of random weights, 1B-shaped but for its number of layers, is compiled. Its graphs are opened as the runtime opens them.
+The products of each graph are also extracted into a graph of their own, which onnxruntime opens with its own settings. Both
+take turns with the profiler on, and only the kernels' own times count. So a session setting with an unexpected effect, or
+packed weights that no session uses, show as a rate below 0.8. Memory is PSS beyond that of the process before, in a separate
+process that has loaded the artifact and run all text graphs. The limit is 1.15 times the cache and the weights that these
+graphs read completely.
 
-The machine has to be at rest. Of the turns, the first counts for nothing; a rate is the median of the quotients of two runs
-that followed each other. The last line is JSON.
+The machine must be idle. The first turn does not count; a rate is the median of the quotients of two runs that followed each
+other. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def times(events: list[Event], names: set[str]) -> list[float]:
 
 
 def product_nodes(file: Path) -> dict[str, onnx.NodeProto]:
-    """By name, the products of a graph file with a stored weight."""
+    """The products of a graph file that have a stored weight, by name."""
     graph = onnx.load(file, load_external_data=False).graph
     stored = {tensor.name for tensor in graph.initializer if tensor.external_data}
     return {node.name: node for node in graph.node if node.op_type in MATMULS and node.input[1] in stored}
@@ -113,7 +113,7 @@ def rate(artifact: Path, graph: GraphSpec, runs: int, threads: int, folder: Path
 
 
 def opened(artifact: Path, graph: GraphSpec, threads: int) -> tuple[ort.OrtBackend, onnxruntime.InferenceSession]:
-    """A graph as the runtime opens it; call within `profiled`."""
+    """Open a graph as the runtime does; call within `profiled`."""
     backend = runtime.load(artifact, threads=threads).engine.backend
     assert isinstance(backend, ort.OrtBackend)
     backend.load(graph)
@@ -178,10 +178,10 @@ def faults(sides: dict[str, dict[str, Any]]) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quants", nargs="+", default=QUANTS)
-    parser.add_argument("--layers", type=int, default=22, help="fewer are enough for rates")
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--quants", nargs="+", default=QUANTS, help="formats to measure")
+    parser.add_argument("--layers", type=int, default=22, help="layers of the decoder; a few are enough for rates; default: 22")
+    parser.add_argument("--runs", type=int, default=9, help="runs of each side in a turn; default: 9")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of the CPU; default: every usable core")
     parser.add_argument("--memory", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory:

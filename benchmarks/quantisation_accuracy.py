@@ -1,15 +1,15 @@
-"""What a quantisation costs the trained tiny models: right answers on drawings that they were not trained on, and logits.
+"""Cost of a quantisation in accuracy: right answers and logits of the trained tiny models, on drawings unseen in training.
 
     python -m benchmarks.quantisation_accuracy [--models tiny_llava15,...] [--quants w8a16,...] [--drawings 40] [--backend onnx]
         [--calibrate 32 [--kv-cache int8]]
 
-With --calibrate every quantisation that can be is also measured calibrated with so many prompts about other drawings. With
---kv-cache int8 each is measured with a cache in 8 bits alone (`none` may be among them).
-With --outliers F a few channels after every norm are made F times as large and the weights after them as much smaller: the
-same model in floats, whose activations look like those of large models.
+With --calibrate N every quantisation that allows it is also measured after a calibration with N prompts about other drawings.
+With --kv-cache int8 each quantisation is measured with an 8-bit cache only (`none` may be among them).
+With --outliers F a few channels after every norm become F times as large, and the weights after them F times smaller. In floats
+this is the same model; its activations resemble those of large models.
 
-Answers are greedy. Logits are compared before each token of the float model's own answers, whatever the quantised model would
-have said before it: the share of equal first choices, and the mean Kullback-Leibler divergence in nats. The last line is JSON.
+Answers are greedy. Logits are compared teacher-forced, before each token of the float model's own answers: the share of equal
+top-1 tokens, and the mean Kullback-Leibler divergence in nats. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ AFTER_NORM = {  # a norm, and the weights that take what it puts out
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_attn.q_proj"],
     "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
 }
-EXTRA = "two pictures"  # which not every model has learnt well
+EXTRA = "two pictures"  # a kind that not every model has learnt well
 
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """Of one model to all cases."""
+    """Answers of one model to all cases."""
 
     tokens: list[np.ndarray]
     right: list[bool]
@@ -105,7 +105,7 @@ def calibration(prompts: int, folder: Path) -> Calibration:
 
 
 def answered(side: StaticSide, questions: list[Case]) -> Answers:
-    """What the model says by itself."""
+    """The model's own greedy answers."""
     images = [list(case.images) for case in questions]
     outs = side.model.generate([case.question for case in questions], images, max_new_tokens=80, temperature=0.0)
     right = [is_right(case, out.text) for case, out in zip(questions, outs, strict=True)]
@@ -160,13 +160,19 @@ def measure(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS))
-    parser.add_argument("--quants", default=",".join(QUANTS[1:]))
-    parser.add_argument("--drawings", type=int, default=40)
-    parser.add_argument("--backend", default="onnx", choices=("onnx", "ascend"))
-    parser.add_argument("--outliers", type=float, default=1.0, metavar="F")
-    parser.add_argument("--calibrate", type=int, default=0, metavar="PROMPTS")
-    parser.add_argument("--kv-cache", default="float", choices=KV_CACHES)
+    parser.add_argument("--models", default=",".join(MODELS), help="embedded models, separated by commas")
+    parser.add_argument("--quants", default=",".join(QUANTS[1:]), help="formats, separated by commas")
+    parser.add_argument("--drawings", type=int, default=40, help="drawings; one question of each kind about each; default: 40")
+    parser.add_argument(
+        "--backend", default="onnx", choices=("onnx", "ascend"), help="backend that runs the artifacts; default: onnx"
+    )
+    parser.add_argument(
+        "--outliers", type=float, default=1.0, metavar="F", help="factor of the enlarged channels; 1: none; default: 1.0"
+    )
+    parser.add_argument(
+        "--calibrate", type=int, default=0, metavar="PROMPTS", help="prompts of a calibration; 0: none; default: 0"
+    )
+    parser.add_argument("--kv-cache", default="float", choices=KV_CACHES, help="dtype of the cache; default: float")
     args = parser.parse_args()
     if args.kv_cache == "int8" and not args.calibrate:
         parser.error("a cache in 8 bits is calibrated; give --calibrate PROMPTS")

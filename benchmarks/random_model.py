@@ -1,4 +1,4 @@
-"""A compiled model of random weights, 1B-shaped but for its number of layers, to measure on."""
+"""A compiled model of random weights, 1B-shaped but for its number of layers, for benchmarks."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""What running as ranks costs beside the graphs themselves; the last line is one JSON object.
+"""Cost of running as ranks, beside the graphs themselves.
 
     python -m benchmarks.rank_latency ARTIFACT [--tokens 200]
 
-Medians over the decode steps of one prompt, in microseconds, in rank 0. step: all of it; outside: scheduling, feeds, sampling;
-around: what ranks add to the graph, which is handing it to the worker and telling the others; message: the latter alone; sum:
-one sum of a hidden state among all ranks, waiting for the slowest included. sums: how many of them are in a step.
+Medians over the decode steps of one prompt, in microseconds, in rank 0. The last line is JSON, with these keys:
+
+step: the whole step; outside: scheduling, feeds, sampling; around: what ranks add to the graph (handing it to the worker
+thread, and the messages to the other ranks); message: the messages alone; sum: one sum of a hidden state among all ranks,
+waiting for the slowest included; sums: how many sums a step has.
 """
 
 from __future__ import annotations
@@ -26,8 +28,8 @@ PROMPT = "What is in the picture?"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("artifact", type=Path, help="of at least two ranks")
-    parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("artifact", type=Path, help="artifact of at least two ranks")
+    parser.add_argument("--tokens", type=int, default=200, help="decode steps; default: 200")
     args = parser.parse_args()
     with runtime.load(args.artifact) as model:
         if model.artifact.manifest.tp == 1:
@@ -65,7 +67,7 @@ def measure(model: runtime.Model, tokens: int) -> dict[str, Any]:
 
 
 def timed(where: Any, name: str, span: str, spans: dict[str, list[float]]) -> None:
-    """Note how long each call takes."""
+    """Wrap a method so that the time of each call is recorded."""
     call: Callable[..., Any] = getattr(where, name)
     seconds = spans.setdefault(span, [])
 

@@ -1,9 +1,9 @@
-"""What the server adds to a request: GET /health, and a chat completion of one token by a device that takes no time.
+"""Latency that the server adds to a request: GET /health, and a chat completion of one token on a device that takes no time.
 
     python -m benchmarks.request_path [--requests 1000] [--bar-ms 1]
 
-One connection is kept for all requests. Figures are medians in milliseconds; the last line is JSON. The exit status is 1 where
-the median of /health is above the bar.
+All requests use one connection. Figures are medians in milliseconds; the last line is JSON. The exit status is 1 if the median
+of /health is above the limit.
 """
 
 from __future__ import annotations
@@ -53,8 +53,10 @@ def measure(count: int) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=1000)
-    parser.add_argument("--bar-ms", type=float, default=1.0)
+    parser.add_argument("--requests", type=int, default=1000, help="requests of each kind; default: 1000")
+    parser.add_argument(
+        "--bar-ms", type=float, default=1.0, help="limit of the median of /health, in milliseconds; default: 1.0"
+    )
     args = parser.parse_args()
     medians = measure(args.requests)
     above = medians["health_ms"] > args.bar_ms

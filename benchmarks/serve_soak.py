@@ -2,11 +2,11 @@
 
     python -m benchmarks.serve_soak [--requests 2400] [--clients 12] [--seed 0]
 
-2400 requests are one every three seconds for two hours. Two thirds ask honestly about drawings, whole or streamed, and their
-answers must be those that the model gives alone. The others leave early, read slowly, send broken bodies or hostile images.
-The server is killed after a third of it and drained after another, and started again each time. Checked are every status,
-every honest answer, that no slot and no request is left at the end of each life, and that memory stays flat. Traffic goes to
-this machine only, and ends by itself. The last line is JSON.
+2400 requests are one every three seconds for two hours. Two thirds are honest questions about drawings, whole or streamed;
+their answers must be those that the model gives alone. The other clients leave early, read slowly, send broken bodies or
+hostile images. The server is killed after a third of the traffic and drained after another third, and restarted each time.
+Checked are every status, every honest answer, that no slot and no request remains at the end of each life, and that memory
+stays flat. Traffic goes to this machine only, and ends by itself. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def request_of(question: Question, **more: Any) -> bytes:
 
 
 def text_of(events: bytes) -> str:
-    """Of a stream that is complete."""
+    """The text of a complete stream."""
     lines = [line[6:] for line in events.splitlines() if line.startswith(b"data: ")]
     if not lines or lines[-1] != b"[DONE]":
         raise ConnectionResetError
@@ -192,7 +192,7 @@ async def client(soak: Soak, work: list[str]) -> None:
 
 
 async def check_idle(soak: Soak) -> None:
-    """Nothing may be left when nobody asks."""
+    """An idle server must hold no request and no slot."""
     idle = {"staticvl_requests_active": 0, "staticvl_sequences_running": 0, "staticvl_sequences_waiting": 0}
     figures: dict[str, float] = {}
     for _ in range(300):
@@ -201,11 +201,11 @@ async def check_idle(soak: Soak) -> None:
         if all(figures[name] == value for name, value in idle.items()) and figures["staticvl_slots_free"] == BUCKETS.slots:
             return
         await asyncio.sleep(0.1)
-    soak.faults.append(f"left behind: { ({name: figures[name] for name in (*idle, 'staticvl_slots_free')}) }")
+    soak.faults.append(f"still held: { ({name: figures[name] for name in (*idle, 'staticvl_slots_free')}) }")
 
 
 async def again(soak: Soak, way: signal.Signals) -> None:
-    """End the server while it is asked, and start it again."""
+    """Stop the server during traffic, and start it again."""
     soak.up.clear()
     soak.life.process.send_signal(way)
     status = await asyncio.to_thread(soak.life.process.wait, READY_S)
@@ -243,7 +243,7 @@ def run(requests: int, clients: int, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="staticvl-soak-") as folder:
         artifact = Path(folder) / "artifact"
         build(Options(checkpoint=EMBEDDED, out=artifact, buckets=BUCKETS))
-        soak = Soak(asked_alone(artifact), artifact, random.Random(seed), start(artifact))
+        soak = Soak(expected_answers(artifact), artifact, random.Random(seed), start(artifact))
         started = time.perf_counter()
         try:
             lives = asyncio.run(soaked(soak, requests, clients))
@@ -263,8 +263,8 @@ def run(requests: int, clients: int, seed: int) -> dict[str, Any]:
     }
 
 
-def asked_alone(artifact: Path) -> list[Question]:
-    """Questions about drawings, and what the model answers when nobody else asks."""
+def expected_answers(artifact: Path) -> list[Question]:
+    """Questions about drawings, and the model's answers without other traffic."""
     questions = []
     with runtime.load(artifact, reuse=False) as model:
         for case in [case for case in cases(12) if not case.turns and len(case.images) == 1]:
@@ -278,9 +278,9 @@ def asked_alone(artifact: Path) -> list[Question]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
-    parser.add_argument("--requests", type=int, default=2400)
-    parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--requests", type=int, default=2400, help="requests in all; default: 2400")
+    parser.add_argument("--clients", type=int, default=12, help="clients at once; default: 12")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the traffic; default: 0")
     args = parser.parse_args(argv)
     report = run(args.requests, args.clients, args.seed)
     print(json.dumps(report))

@@ -1,10 +1,10 @@
-"""What drafts save: tokens a second with and without them, of text that repeats what was said and of text that does not.
+"""Gain of drafts: tokens a second with and without them, for text that repeats earlier text and for text that does not.
 
     python -m benchmarks.speculation [--layers 4] [--quant none] [--tokens 96] [--drafts 4] [--runs 5]
 
-The model is 1B-shaped but for its layers, and its weights are random, so the answers are forced: a constraint lets one token
-through at each position. Drafting, verifying and choosing cost what they cost in use. One request at a time and four at once.
-Ratios of medians, with and without drafts in turns; the last line is JSON.
+The model is 1B-shaped but for its layers, with random weights. So the answers are forced: a constraint allows one token at each
+position. Drafting, verifying and sampling cost what they cost in production. Measured with one request at a time and with four
+at once, with and without drafts in turns. Figures are ratios of medians; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def measure_costs(model: runtime.Model) -> dict[str, float]:
 
 
 def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: int) -> float:
-    """Of a batch of equal requests, prompts left out."""
+    """Tokens a second of a batch of equal requests, without prompts."""
     engine = model.engine
     params = runtime.SamplingParams(max_new_tokens=len(answer), temperature=0.0, ignore_eos=True, speculate=drafts)
     prompt = model.processor.prompt("Say it again.")
@@ -81,11 +81,11 @@ def tokens_per_s(model: runtime.Model, answer: list[int], batch: int, drafts: in
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--quant", default="none")
-    parser.add_argument("--tokens", type=int, default=96)
-    parser.add_argument("--drafts", type=int, default=4)
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the decoder; default: 4")
+    parser.add_argument("--quant", default="none", help="format of the weights; default: none")
+    parser.add_argument("--tokens", type=int, default=96, help="tokens of an answer; default: 96")
+    parser.add_argument("--drafts", type=int, default=4, help="drafted tokens at once; default: 4")
+    parser.add_argument("--runs", type=int, default=5, help="turns of each side; default: 5")
     args = parser.parse_args()
     buckets = Buckets(prefill=(16,), decode=(1, BATCH), verify=(args.drafts + 1,), context=256, slots=BATCH)
     rng = np.random.default_rng(0)
@@ -101,9 +101,9 @@ def main() -> None:
             for name, answer in texts.items():
                 rates: dict[int, list[float]] = {0: [], args.drafts: []}
                 for _ in range(args.runs):
-                    for drafts, found in rates.items():
-                        found.append(tokens_per_s(model, answer, batch, drafts))
-                plain, drafted = (statistics.median(found) for found in rates.values())
+                    for drafts, measured in rates.items():
+                        measured.append(tokens_per_s(model, answer, batch, drafts))
+                plain, drafted = (statistics.median(measured) for measured in rates.values())
                 result[f"batch {batch}, {name}"] = round(drafted / plain, 3)
                 print(f"batch {batch}, text {name}: {plain:.1f} tokens/s, with drafts {drafted:.1f}: {drafted / plain:.2f}")
         result["acceptance_rate"] = model.engine.metrics.summary()["acceptance_rate"]

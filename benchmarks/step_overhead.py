@@ -1,4 +1,4 @@
-"""What the runtime itself costs per decode step: the scheduler, the feeds, and the rest, at several batch sizes.
+"""Cost of the runtime itself per decode step: scheduler, feeds and the rest, at several batch sizes.
 
     python -m benchmarks.step_overhead [--batches 1,8,32] [--steps 2000]
 
@@ -42,7 +42,7 @@ class Stub:
 
 
 def timed(calls: list[float], function: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, its seconds noted."""
+    """Wrap a function so that its seconds are recorded."""
 
     def call(*args: Any) -> Any:
         start = time.perf_counter()
@@ -72,8 +72,8 @@ def measure(batch: int, steps: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batches", default="1,8,32")
-    parser.add_argument("--steps", type=int, default=2000)
+    parser.add_argument("--batches", default="1,8,32", help="batch sizes, separated by commas; default: 1,8,32")
+    parser.add_argument("--steps", type=int, default=2000, help="decode steps; default: 2000")
     args = parser.parse_args()
     result = {}
     for batch in map(int, args.batches.split(",")):

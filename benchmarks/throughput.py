@@ -2,9 +2,9 @@
 
     python -m benchmarks.throughput [--artifact DIR | --layers 8] [--quant w8a8] [--requests 8] [--tokens 128] [--runs 3]
 
-Without an artifact the embedded tiny model is measured, and one of random weights, 1B-shaped but for its layers, so quantised.
-Equal requests are answered one after another and then all at once, in turns; figures are medians. `inside` is the share of the
-time that the backend computed, by graph kind. The last line is JSON.
+Without an artifact two models are measured: the embedded tiny model, and one of random weights, 1B-shaped but for its layers,
+with the given quantisation. Equal requests are answered one after another and then all at once, in turns; figures are medians.
+`inside` is the share of the time that the backend computed, by graph kind. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def timed(function: Any) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--artifact", type=Path)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--quant", default="w8a8")
-    parser.add_argument("--requests", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--artifact", type=Path, help="artifact to measure; default: two models, see above")
+    parser.add_argument("--layers", type=int, default=8, help="without an artifact: layers of the decoder; default: 8")
+    parser.add_argument("--quant", default="w8a8", help="without an artifact: format of the weights; default: w8a8")
+    parser.add_argument("--requests", type=int, default=8, help="requests at once; default: 8")
+    parser.add_argument("--tokens", type=int, default=128, help="tokens of an answer; default: 128")
+    parser.add_argument("--runs", type=int, default=3, help="turns of each side; default: 3")
     args = parser.parse_args()
     buckets = Buckets(prefill=(16, 64), decode=(1, args.requests), context=256, slots=args.requests)
     result = {}

@@ -1,11 +1,11 @@
-"""staticvl beside what people would use instead, on one model with random weights.
+"""staticvl against other libraries, on one model with random weights.
 
     make bench-peers                                           # the peers' environment, and everything
     python -m benchmarks.peers --out report.json [--only w8a16,llama.cpp] [--repeats 5] [--chart chart.svg]
 
-Every contestant has a process of its own that works only in its turns, and the same number of threads. Figures are medians;
-ratios are taken between turns that follow each other, so whatever else the machine does touches them least. Checkpoints
-and what the libraries make of them stay in --work for the next time: 35 to 45 GB when all take part.
+Every contestant has its own process that works only in its turns, and the same number of threads. Figures are medians. Ratios
+are taken between turns that follow each other, so other work on the machine affects them least. Checkpoints and the files that
+the libraries make of them stay in --work for the next time: 35 to 45 GB if all take part.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
     size = QUICK if args.quick else FULL
     contestants = [c for c in CONTESTANTS if not args.only or any(part in c.name for part in args.only.split(","))]
     if not contestants:
-        raise SystemExit(f"--only {args.only} names nobody; there are {', '.join(c.name for c in CONTESTANTS)}")
+        raise SystemExit(f"--only {args.only} matches no contestant; available: {', '.join(c.name for c in CONTESTANTS)}")
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = make_checkpoint(size, args.work / CHECKPOINT)
     config = json.loads((checkpoint / "config.json").read_text(encoding="utf-8"))
@@ -87,7 +87,7 @@ def start_process(contestant: Contestant, *, work: Path, size: Size, threads: in
 
 
 def play_all(match: Match, entries: list[Entry], gigabytes: float) -> None:
-    """Heat after heat. The anchor's own figures are those of the first."""
+    """Run all heats. The anchor's own figures are those of the first heat."""
     by_name = {entry.contestant.name: entry for entry in entries}
     for number, heat in enumerate(heats([entry.contestant for entry in entries], gigabytes)):
         anchor = by_name[heat[0].name]
@@ -99,16 +99,27 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="the report, JSON")
     parser.add_argument("--chart", type=Path, help="also draw the figures into this file")
     parser.add_argument(
-        "--work", type=Path, default=Path("build/peers"), help="folder for checkpoints and what is made of them"
+        "--work",
+        type=Path,
+        default=Path("build/peers"),
+        help="folder for checkpoints and the files made of them; default: build/peers",
     )
     parser.add_argument(
-        "--peers-python", type=Path, default=Path("build/peers-venv/bin/python"), help="where peers are installed"
+        "--peers-python",
+        type=Path,
+        default=Path("build/peers-venv/bin/python"),
+        help="Python of the environment with the peers; default: build/peers-venv/bin/python",
     )
-    parser.add_argument("--only", default="", help="parts of names, separated by commas")
-    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant in each measure")
-    parser.add_argument("--threads", type=int, default=usable_cores())
+    parser.add_argument("--only", default="", help="parts of contestants' names, separated by commas; default: all")
+    parser.add_argument("--repeats", type=int, default=5, help="turns of each contestant in each measure; default: 5")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of the CPU; default: every usable core")
     available = psutil.virtual_memory().available / 1e9
-    parser.add_argument("--memory", type=float, default=0.7 * available, help="GB that contestants may take together")
+    parser.add_argument(
+        "--memory",
+        type=float,
+        default=0.7 * available,
+        help="GB of memory for all contestants together; default: 0.7 of the free memory",
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny model, to try the benchmark itself")
     args = parser.parse_args()
     if args.repeats < 1:

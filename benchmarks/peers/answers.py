@@ -1,7 +1,7 @@
-"""Whether contestants compute the same thing: logits after one prompt against transformers in float32.
+"""Whether contestants compute the same function: logits after one prompt against transformers in float32.
 
-Nobody may be fast at something else. A distance is the length of the difference of the logits divided by the length of the
-reference's; rounding weights to few bits shows in it, a missing layer or wrong rotary tables give about 1.4.
+A contestant must not be fast at a different computation. A distance is the length of the difference of the logits divided by
+the length of the reference's. Rounding weights to few bits shows in it; a missing layer or wrong rotary tables give about 1.4.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class Answer:
     """One contestant's logits against the reference's."""
 
     distance: float
-    same_token: bool  # whether the likeliest token is the same
+    same_token: bool  # whether the top-1 token is the same
     tolerance: float
 
     @property

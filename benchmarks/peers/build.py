@@ -1,7 +1,7 @@
-"""Artifacts for timing: compiled as `staticvl compile` does, but for the checks, which take most of a build.
+"""Artifacts for timing: compiled as by `staticvl compile`, without the checks, which take most of a build.
 
-What they would find is found by comparing answers with the peers' (answers.py). Costs, which the scheduler cuts prompts
-by, are taken to grow with a graph's size.
+Comparing answers with the peers' (answers.py) replaces the checks. Costs, by which the scheduler splits prompts, are assumed to
+grow with a graph's size.
 """
 
 from __future__ import annotations

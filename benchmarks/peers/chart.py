@@ -1,4 +1,4 @@
-"""The figures of a report as bars, for the documentation.
+"""Draw the figures of a report as bars, for the documentation.
 
 python -m benchmarks.peers.chart report.json docs/performance.svg
 """

@@ -1,4 +1,4 @@
-"""Who takes part: one line each. A further way to quantise, or a further peer, is a further line."""
+"""The contestants: one line each. A further quantisation, or a further peer, is a further line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Contestant:
 
     name: str
     runner: str  # module of benchmarks.peers.runners
-    setting: str  # what the runner is told
+    setting: str  # argument of the runner
     gigabytes: float  # of memory that the full-size model takes, about: how many contestants are alive together depends on it
     # Furthest that its logits may be from float32 ones, as a share of their length; random weights amplify rounding.
     tolerance: float

@@ -1,8 +1,8 @@
-"""Contestants against each other: side by side, one at a time, turn about.
+"""One match of contestants: side by side, one at a time, in turns.
 
-Whoever is alive waits without working, so what else the machine does meets all alike, and ratios of medians say more than the
-figures themselves. Where not all fit into memory together, they come in heats with one contestant, the anchor, in each:
-figures of different heats are compared through it.
+Contestants sleep between their turns, so other work on the machine affects all alike, and ratios of medians say more than the
+figures themselves. If not all fit into memory together, they run in heats with one contestant, the anchor, in each: figures of
+different heats are compared through it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Start = Callable[[Contestant], Process]
 
 @dataclass(slots=True)
 class Entry:
-    """Everything known of one contestant."""
+    """All results of one contestant."""
 
     contestant: Contestant
     versions: dict[str, str] = field(default_factory=dict)
@@ -48,7 +48,7 @@ def relative(ours: Entry, theirs: Entry, measure: str) -> float | None:
 
 
 def heats(contestants: Sequence[Contestant], gigabytes: float) -> list[list[Contestant]]:
-    """Contestants that are alive together in so much memory, the anchor in every heat."""
+    """Groups of contestants that fit into the memory together, each with the anchor."""
     anchor = next((c for c in contestants if c.name == ANCHOR), contestants[0])
     result: list[list[Contestant]] = [[anchor]]
     for contestant in contestants:

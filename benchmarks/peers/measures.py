@@ -1,4 +1,4 @@
-"""What is timed: each measure is one command to a contestant, and what its seconds come to."""
+"""The measures: each is one command to a contestant, and the unit of its result."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def measures(size: Size, vocab: int, side: int) -> tuple[Measure, ...]:
     (long,), (text,) = prompts(size.prompt), prompts(size.text)
     return (
         Measure(f"prefill {size.prompt}", "tokens/s", {"do": "prefill", "tokens": long}, size.prompt),
-        Measure(f"decode behind {size.short}", "tokens/s", decode(size.short, 1), 1),
-        Measure(f"decode behind {size.long}", "tokens/s", decode(size.long, 1), 1),
+        Measure(f"decode after {size.short}", "tokens/s", decode(size.short, 1), 1),
+        Measure(f"decode after {size.long}", "tokens/s", decode(size.long, 1), 1),
         Measure(f"decode, batch {size.batch}", "tokens/s", decode(size.short, size.batch), size.batch),
         Measure("image encoded", "1/s", {"do": "image", "side": side}, 1),
         Measure(f"first token, image and {size.text}", "s", {"do": "image_prompt", "side": side, "tokens": text}),

@@ -1,4 +1,4 @@
-"""A contestant's process, as the benchmark holds it."""
+"""The process of a contestant, as the benchmark holds it."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ SPIN_US = "20"  # of staticvl; the peers' cores wait in loops by themselves
 
 
 def home_of(contestant: Contestant, work: Path) -> Path:
-    """Where a contestant keeps what it makes of the checkpoint; no other has the same."""
+    """The folder for a contestant's own files; no two contestants share one."""
     return work / contestant.runner / contestant.setting
 
 
 class ContestantError(RuntimeError):
-    """A contestant cannot do what was asked; `skipped` if that was to be expected."""
+    """A contestant cannot run a command; `skipped` if that was expected."""
 
     def __init__(self, message: str, *, skipped: bool = False) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""What was measured, as JSON and as tables: figures, and how many times faster each of ours is than each peer."""
+"""The report as JSON and as tables: figures, and how many times faster each of ours is than each peer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _contestant(entry: Entry, measures: Sequence[Measure]) -> dict[str, Any]:
 
 
 def show(console: Console, data: dict[str, Any]) -> None:
-    """Figures of everybody, then ratios, then what is to be known of them."""
+    """Figures of all contestants, then ratios, then notes."""
     names = list(data["units"])
     figures = Table(title="medians")
     for column in ("", *(f"{name}\n{data['units'][name]}" for name in names), "load\ns", "PSS\nMB", "distance\nof logits"):

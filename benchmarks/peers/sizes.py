@@ -1,4 +1,4 @@
-"""The models that are run, and what is asked of them."""
+"""The models of the benchmark, and the lengths at which they are timed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The decoder of a LLaVA checkpoint as a Llama checkpoint of its own, for peers that know no images."""
+"""The decoder of a LLaVA checkpoint as a separate Llama checkpoint, for peers without images."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A contestant's process: does what it is told through a pipe, a JSON line each way, and waits without working in between.
+"""The process of a contestant: runs commands from a pipe, a JSON line each way, and sleeps in between.
 
     python -m benchmarks.peers.worker RUNNER SETTING CHECKPOINT HOME SIZE THREADS
 
-Started with the Python of the environment that has the library. Whatever libraries print goes to standard error.
+Started with the Python of the environment that has the library. Output that libraries print goes to standard error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Worker:
         return _timed(lambda: self.runner.prefill([tokens]))
 
     def decode(self, prompts: list[list[int]]) -> dict[str, Any]:
-        """Of one step, that of all prompts together."""
+        """Time one decode step of all prompts together."""
         self.runner.prefill(prompts)
         for _ in range(2):
             self.runner.step()
@@ -60,7 +60,7 @@ class Worker:
         return _timed(lambda: self.runner.image(_image(side)))
 
     def image_prompt(self, side: int, tokens: list[int]) -> dict[str, Any]:
-        """To the first token after an image and text."""
+        """Time to the first token after an image and text."""
         return _timed(lambda: self.runner.prefill_image(_image(side), tokens))
 
     def logits(self, tokens: list[int], file: str, side: int = 0) -> dict[str, Any]:

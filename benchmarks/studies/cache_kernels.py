@@ -1,11 +1,11 @@
-"""onnxruntime's GroupQueryAttention over a cache in 8 bits against one in float32: time, and what it computes.
+"""onnxruntime's GroupQueryAttention over an 8-bit cache against a float32 cache: time and results.
 
     python -m benchmarks.studies.cache_kernels [--runs 15] [--threads 2] [--heads 32] [--kv-heads 4]
         [--width 64] [--capacity 1024]
 
-Keys and values are normal random numbers; scales end at four standard deviations, one for all or one for each channel.
-Both sides update their cache in place and take turns. `error` is against attention in numpy over what lies in the cache
-afterwards; `rounding` is how far that is from attention over the keys and values themselves. The last line is one JSON object.
+Keys and values are normal random numbers. Scales end at four standard deviations: one for all, or one for each channel. Both
+sides update their cache in place and take turns. `error` compares with attention in numpy over the contents of the cache after
+the run; `rounding` is the distance of that from attention over the original keys and values. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def attention(sizes: Sizes, q: np.ndarray, keys: np.ndarray, values: np.ndarray)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in {"runs": 15, "threads": 2, "heads": 32, "kv-heads": 4, "width": 64, "capacity": 1024}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"default: {default}")
     args = parser.parse_args()
     results = {}
     for step in STEPS:

@@ -1,9 +1,9 @@
-"""What it would gain to join operators that are emitted apart, or to cut an attention otherwise, each against the way in use.
+"""Gain of joining operators that are emitted apart, or of splitting an attention, each against the way in use.
 
     python -m benchmarks.studies.joined_operators [--runs 30] [--threads 2] [--only TEXT ...]
 
-Graphs hold as many copies as layers of a 1.1B decoder, or four of a chunk's attention, each with weights or caches of its own,
-so that they come from memory and not from the processor's cache. Both ways take turns; figures are medians of a copy's
+Graphs hold as many copies as a 1.1B decoder has layers, or four copies of a chunk's attention. Each copy has its own weights or
+caches, so they come from memory and not from the processor's cache. Both ways take turns. Figures are medians of a copy's
 microseconds, and of the ratio of two runs that followed each other (below 1: the other way is faster). The last line is JSON.
 """
 
@@ -201,7 +201,7 @@ class HeadsAsTokens:
         return g.node("Reshape", [x, g.constant((1, *shape))])[0]
 
     def _swapped(self, g: Graph, x: str, three: Sequence[int], shape: Sequence[int]) -> str:
-        """Two axes of a row in `three` parts change places."""
+        """Swap two axes of a row in `three` parts."""
         return self._as(g, g.node("Transpose", [self._as(g, x, *three)], perm=[0, 2, 1, 3])[0], *shape)
 
 
@@ -287,9 +287,11 @@ def compare(make: Callable[[bool], Graph], runs: int, threads: int) -> dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--threads", type=int, default=usable_cores())
-    parser.add_argument("--only", nargs="+", default=[""], metavar="TEXT", help="parts of names")
+    parser.add_argument("--runs", type=int, default=30, help="turns of each way; default: 30")
+    parser.add_argument("--threads", type=int, default=usable_cores(), help="threads of the CPU; default: every usable core")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="parts of the names of comparisons; default: all"
+    )
     args = parser.parse_args()
     makers = {name: make for name, make in comparisons().items() if any(part in name for part in args.only)}
     results = {}

@@ -1,10 +1,9 @@
-"""How fast onnxruntime's kernels multiply with one layer's weights, by how these are stored.
+"""Speed of onnxruntime's matrix products, by how weights are stored.
 
     python -m benchmarks.studies.matmul_kernels [--k 2048] [--n 5632] [--rows 1,8,64,512] [--runs 15] [--only NAME,...]
 
-Each graph holds several products, so that weights come from memory and not from the cache; each product quantises its own
-input. Kernels take turns, and the figures are medians: Gop/s (2 M N K a product), and in brackets GB/s of weights. The last
-line is JSON.
+Each graph holds several products, so weights come from memory and not from the cache. Each product quantises its own input.
+Kernels take turns. Figures are medians: Gop/s (2 M N K a product), and in brackets GB/s of weights. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -145,11 +144,11 @@ def build(make: Callable[[Graph, str], str], k: int, n: int, m: int) -> tuple[or
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--k", type=int, default=2048)
-    parser.add_argument("--n", type=int, default=5632)
-    parser.add_argument("--rows", default="1,8,64,512")
-    parser.add_argument("--runs", type=int, default=15)
-    parser.add_argument("--only", default="", help="names that hold one of these")
+    parser.add_argument("--k", type=int, default=2048, help="columns of a weight; default: 2048")
+    parser.add_argument("--n", type=int, default=5632, help="rows of a weight; default: 5632")
+    parser.add_argument("--rows", default="1,8,64,512", help="rows M of the input, separated by commas; default: 1,8,64,512")
+    parser.add_argument("--runs", type=int, default=15, help="turns of each kernel; default: 15")
+    parser.add_argument("--only", default="", help="parts of the names of kernels, separated by commas; default: all")
     args = parser.parse_args()
     kernels = {name: make for name, make in KERNELS.items() if any(part in name for part in args.only.split(","))}
     rows = [int(m) for m in args.rows.split(",")]

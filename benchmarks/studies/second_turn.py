@@ -2,8 +2,8 @@
 
     python -m benchmarks.studies.second_turn [--hidden 512] [--layers 8] [--repeats 5]
 
-A random LLaVA-1.5 whose images take 576 tokens is compiled for ONNX Runtime. A fresh prompt is the same text and image with
-nothing reused. Figures are medians in milliseconds of the time from the request to its first token; the last line is JSON.
+A random LLaVA-1.5 whose images take 576 tokens is compiled for ONNX Runtime. A fresh prompt is the same text and image without
+any reuse. Figures are medians in milliseconds of the time from the request to its first token; the last line is JSON.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ SETTINGS = {"max_new_tokens": 12, "ignore_eos": True, "temperature": 0.0}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hidden", type=int, default=512, help="width of the language model")
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--hidden", type=int, default=512, help="width of the language model; default: 512")
+    parser.add_argument("--layers", type=int, default=8, help="layers of the decoder; default: 8")
+    parser.add_argument("--repeats", type=int, default=5, help="repetitions of each prompt; default: 5")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="staticvl-turns-") as folder:
         checkpoint = tiny_llava(

@@ -1,11 +1,11 @@
-"""Memory that converting one rank's weights takes; the last line is one JSON object.
+"""Memory that converting one rank's weights takes.
 
     python -m benchmarks.studies.shard_memory [--layers 4] [--vocab 128256] [--tp 1 8] [--quant none]
 
-The checkpoint has the widths of Llama-3.2-Vision 90B, few layers, and zeros for weights: what is in memory does not depend
-on their values. Each conversion runs in a process of its own. Measured is what the process takes at most beyond what it
-takes with everything loaded, beside the bytes of the largest tensor as the checkpoint has it and as the rank holds it; and
-the bytes of all files of all ranks against those of the whole model.
+The checkpoint has the widths of Llama-3.2-Vision 90B, few layers, and zeros for weights: memory does not depend on their
+values. Each conversion runs in its own process. Measured are the peak memory beyond the loaded process, the bytes of the
+largest tensor in the checkpoint and in the rank, and the bytes of all files of all ranks against those of the whole model. The
+last line is JSON.
 """
 
 from __future__ import annotations
@@ -34,13 +34,15 @@ INTERVAL = 0.002  # seconds between two looks at the memory
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4, help="of the decoder; the last attends to images")
-    parser.add_argument("--vocab", type=int, default=128256)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the decoder; the last attends to images; default: 4")
+    parser.add_argument("--vocab", type=int, default=128256, help="entries of the vocabulary; default: 128256")
     parser.add_argument(
-        "--tp", type=int, nargs="+", default=[1, 8], help="numbers of ranks; the last rank of each is converted"
+        "--tp", type=int, nargs="+", default=[1, 8], help="numbers of ranks; the last rank of each is converted; default: 1 8"
     )
-    parser.add_argument("--quant", default="none")
-    parser.add_argument("--folder", type=Path, help="where the checkpoint and the files are written for a while")
+    parser.add_argument("--quant", default="none", help="format of the weights; default: none")
+    parser.add_argument(
+        "--folder", type=Path, help="folder for the temporary checkpoint and files; default: a temporary folder"
+    )
     parser.add_argument("--measure", nargs=2, metavar=("CHECKPOINT", "OUT"), type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     config = large_config(args.layers, args.vocab)

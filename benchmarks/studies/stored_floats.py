@@ -1,11 +1,11 @@
-"""Memory and speed of one model by how what is not quantised is stored; the last line is one JSON object.
+"""Memory and speed of one model, by the dtype of the weights that are not quantised.
 
     python -m benchmarks.studies.stored_floats [--layers 4] [--tower-layers 8] [--runs 7] [--threads 2]
         [--sides none none/float16 ...]
 
-A side is QUANT/DTYPE, as `staticvl compile` is told. The checkpoint is random, in bfloat16, 1B-shaped but for its number of
-layers. Memory is PSS (shared pages count once) of a process that has loaded an artifact and run a chunk, a token and an image;
-times are medians of runs in which the sides take turns, as parts of what the first side takes.
+A side is QUANT/DTYPE, as for `staticvl compile`. The checkpoint is random, in bfloat16, 1B-shaped but for its number of layers.
+Memory is PSS (shared pages count once) of a process that has loaded an artifact and run a chunk, a token and an image. Times
+are medians of runs in which the sides take turns, relative to the first side. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ def measure(artifact: Path, threads: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tower-layers", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sides", nargs="+", default=SIDES)
+    parser.add_argument("--layers", type=int, default=4, help="layers of the decoder; default: 4")
+    parser.add_argument("--tower-layers", type=int, default=8, help="layers of the vision tower; default: 8")
+    parser.add_argument("--runs", type=int, default=7, help="turns of each side; default: 7")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU; default: 2")
+    parser.add_argument("--sides", nargs="+", default=SIDES, help="sides QUANT/DTYPE")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -1,10 +1,10 @@
-"""What structured outputs cost: processor time to compile a constraint and for each token, and how long other requests wait.
+"""Cost of structured outputs: processor time to compile a constraint and for each token, and the wait of other requests.
 
     python -m benchmarks.studies.structured_output_costs [--vocabulary 32000] [--tokens 200] [--limit-s 20]
 
-Tokens are drawn from those that the constraint allows, so answers are hostile too. Each constraint has a process of its own,
-which ends after so many seconds of processor time. How long others wait is the longest step beside an answer of that form,
-on a device that takes no time.
+Tokens are drawn from those that the constraint allows, so answers are hostile too. Each constraint has its own process, which
+ends after --limit-s seconds of processor time. The wait of other requests is the longest step beside an answer of that form, on
+a device that takes no time.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def cost(name: str, args: argparse.Namespace) -> None:
 
 
 def wait(name: str, args: argparse.Namespace) -> None:
-    """Print how long others wait beside an answer of a form: for the longest step in which it takes part."""
+    """Print how long other requests wait beside an answer of a form: the longest step that includes it."""
     from tests.servers import far_model
 
     print(f"longest step beside {name}: ", end="", flush=True)
@@ -151,9 +151,9 @@ def wait(name: str, args: argparse.Namespace) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--tokens", type=int, default=200)
-    parser.add_argument("--limit-s", type=int, default=20)
+    parser.add_argument("--vocabulary", type=int, default=32_000, help="entries of the vocabulary; default: 32000")
+    parser.add_argument("--tokens", type=int, default=200, help="tokens drawn for each constraint; default: 200")
+    parser.add_argument("--limit-s", type=int, default=20, help="seconds of processor time for each constraint; default: 20")
     args = parser.parse_args()
     for target, names in ((cost, tuple(FORMS)), (wait, WATCHED)):
         for name in names:

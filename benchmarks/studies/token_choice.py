@@ -1,5 +1,5 @@
-"""What the host does with the logits of a step: the time to choose one token for each row of a batch, from whole rows and from
-candidates; and what onnxruntime takes to find the candidates.
+"""Host time to choose one token for each row of a batch, from whole logits and from candidates, and the time of onnxruntime to
+find the candidates.
 
     python -m benchmarks.studies.token_choice [--vocab 151936] [--batch 8] [--runs 30] [--candidates 64]
 
@@ -109,10 +109,10 @@ def timed(function: Callable[[int], None], argument: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--vocab", type=int, default=151_936)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--runs", type=int, default=30)
-    parser.add_argument("--candidates", type=int, default=64)
+    parser.add_argument("--vocab", type=int, default=151_936, help="entries of the vocabulary; default: 151936")
+    parser.add_argument("--batch", type=int, default=8, help="rows of a batch; default: 8")
+    parser.add_argument("--runs", type=int, default=30, help="repetitions; default: 30")
+    parser.add_argument("--candidates", type=int, default=64, help="top-k candidates of a row; default: 64")
     args = parser.parse_args()
     rng = np.random.default_rng(0)
     logits = rng.standard_normal((args.batch, args.vocab)).astype(np.float32) * 2

@@ -1,10 +1,10 @@
-"""A vision tower sharded among ranks, or whole on each of them with the tiles shared out: which is faster on this machine.
+"""A vision tower sharded among ranks, or whole on each rank with the tiles divided: which is faster on this machine.
 
     python -m benchmarks.studies.vision_among_ranks [--tiles 5] [--tp 2] [--runs 7]
 
 CLIP-L/336 with random weights before a small decoder, ONNX Runtime on CPU, one core for each rank. "cut" is what staticvl does:
-the ranks' own vision graph over all tiles. "shared out" is what a rank with the most tiles would need for its part, while the
-others compute theirs; joining the features is left out, in its favour. Runs of both alternate; medians are printed as JSON.
+the ranks' own vision graph over all tiles. "shared out" is the time of the rank with the most tiles for its part, while the
+others compute theirs; joining the features is left out, in its favour. Both run alternately; medians are printed as JSON.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ def serve(artifact: Path) -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tiles", type=int, default=5)
-    parser.add_argument("--tp", type=int, default=2)
-    parser.add_argument("--runs", type=int, default=7)
+    parser.add_argument("--tiles", type=int, default=5, help="tiles of an image; default: 5")
+    parser.add_argument("--tp", type=int, default=2, help="ranks; default: 2")
+    parser.add_argument("--runs", type=int, default=7, help="turns of each way; default: 7")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -1,8 +1,8 @@
-"""How long one image takes through CLIP-L/336, by how its layers are stored, and in transformers.
+"""Time of one image through CLIP-L/336, by how its layers are stored, and in transformers.
 
     python -m benchmarks.studies.vision_encode [--runs 9] [--threads 2]
 
-Random weights before a small decoder. The sides take turns; medians in seconds, and their ratios to transformers in bfloat16
+Random weights before a small decoder. The sides take turns. Medians in seconds, and their ratios to transformers in bfloat16
 (the layers that LLaVA uses, no projector, in transformers' favour), are printed as JSON.
 """
 
@@ -58,8 +58,8 @@ def reference() -> Callable[[], object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--runs", type=int, default=9, help="turns of each side; default: 9")
+    parser.add_argument("--threads", type=int, default=2, help="threads of the CPU; default: 2")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as name:

@@ -30,7 +30,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.serve_soak import BUCKETS, EMBEDDED, Question, asked_alone, call, request_of, text_of
+from benchmarks.serve_soak import BUCKETS, EMBEDDED, Question, call, expected_answers, request_of, text_of
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Options
 
@@ -139,7 +139,7 @@ def run(minutes: float, rate: float, share: float, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="staticvl-traffic-") as name, ExitStack() as stack:
         folder, rng = Path(name), random.Random(seed)
         build(Options(checkpoint=EMBEDDED, out=folder / "onnx", buckets=BUCKETS))
-        arrivals = schedule(asked_alone(folder / "onnx"), round(minutes * 60 * rate), rate, share, rng)
+        arrivals = schedule(expected_answers(folder / "onnx"), round(minutes * 60 * rate), rate, share, rng)
         target = stack.enter_context(serving(folder, "traffic", limits=MORE_WAITING))
         target.alone = False
         pool, kinds = stack.enter_context(ThreadPoolExecutor(32)), makers(stack, target)

@@ -1,6 +1,6 @@
-"""What a contestant can do, and what is timed of it.
+"""The interface of a contestant, and what is timed of it.
 
-Imported by the environment of the peers too, which has numpy but nothing of ours.
+The peers' environment imports this module too. It has numpy and nothing of ours.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 
 class UnsupportedError(Exception):
-    """This contestant cannot do what was asked; the message says why."""
+    """This contestant does not support the command; the message gives the reason."""
 
 
 class Runner(Protocol):
@@ -31,7 +31,7 @@ class Runner(Protocol):
         ...
 
     def step(self) -> None:
-        """One more token for every prompt, the likeliest one."""
+        """One more token for every prompt, the top-1 token."""
         ...
 
     def last(self) -> np.ndarray:
@@ -48,7 +48,7 @@ class Runner(Protocol):
 
 
 def normalised(pixels: np.ndarray) -> np.ndarray:
-    """uint8 [S, S, 3] -> float32 [1, 3, S, S] as CLIP wants them, where the model does not do that itself."""
+    """uint8 [S, S, 3] -> float32 [1, 3, S, S] as CLIP expects them, where the model does not do that itself."""
     scaled = (pixels.astype(np.float32) / 255 - MEAN) / STD
     return scaled.transpose(2, 0, 1)[None]
 

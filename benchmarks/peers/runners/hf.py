@@ -1,4 +1,4 @@
-"""transformers: eager as most people run it, with torch.compile over a static cache, or in float32 as the reference."""
+"""transformers: eager as in common use, with torch.compile over a static cache, or in float32 as the reference."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VERSIONS = ("transformers", "torch")
 
 
 def prepare(checkpoint: Path, home: Path, setting: str, size: Size) -> None:
-    """Nothing: it takes the checkpoint as it is."""
+    """Does nothing: transformers reads the checkpoint itself."""
 
 
 class HfRunner:

@@ -1,4 +1,4 @@
-"""llama.cpp, its C interface as llama-cpp-python has it."""
+"""llama.cpp, by its C interface in llama-cpp-python."""
 
 from __future__ import annotations
 

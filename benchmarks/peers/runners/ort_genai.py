@@ -1,4 +1,4 @@
-"""onnxruntime-genai: its own model builder, its own loop."""
+"""onnxruntime-genai, with its own model builder and its own loop."""
 
 from __future__ import annotations
 

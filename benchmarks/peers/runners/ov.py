@@ -1,4 +1,4 @@
-"""OpenVINO: the decoder as optimum-intel exports it, its cache inside; tower and projector as openvino converts them."""
+"""OpenVINO: the decoder as exported by optimum-intel, with its cache inside; tower and projector as converted by openvino."""
 
 from __future__ import annotations
 
