@@ -20,7 +20,7 @@ PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")))
 HOW_TO = tuple(page for page in PAGES if page.parent.name == "howto")
 STILL_WIDE = ("ascend.md", "performance.md", "quantisation.md", "scale.md")  # pages that still have longer lines
 SHORT_SENTENCES = (
-    *(REPO / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
+    *(REPO / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md")),
     *(
         REPO / "docs" / f"{name}.md"
         for name in "adding_a_family artifact comparing glossary index server serving troubleshooting tuning usage".split()
