@@ -38,28 +38,44 @@ def prepare(folder: Path, page: str) -> None:
                 (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run_page(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run the commands of a page in a folder; the result says how many ran."""
-    page = path.read_text(encoding="utf-8")
-    prepare(folder, page)
+def commands_of(path: Path) -> list[str]:
+    """The `staticvl` commands of a page that run here."""
+    return [each for each in staticvl_commands(path.read_text(encoding="utf-8")) if not each.startswith(LEFT_OUT)]
+
+
+def run_page(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the commands of a page in a folder."""
+    prepare(folder, path.read_text(encoding="utf-8"))
     monkeypatch.chdir(folder)
     monkeypatch.setattr("staticvl.tools.compare.built_in_samples", lambda seed: built_in_samples(seed)[:2])  # all take long
-    commands = [each for each in staticvl_commands(page) if not each.startswith(LEFT_OUT)]
-    for command in commands:
+    for command in commands_of(path):
         assert main(shlex.split(command, comments=True)[1:]) == 0, command
-    return len(commands)
 
 
-@pytest.mark.parametrize("path", [path for path in HOW_TO if path != CERTIFICATE], ids=lambda path: path.stem)
+RUN = [path for path in HOW_TO if path != CERTIFICATE and commands_of(path)]
+
+
+def test_the_pages_have_commands() -> None:
+    assert {path.stem: len(commands_of(path)) for path in RUN} == {"compare": 5, "serve": 4, "tune": 5}
+
+
+@pytest.mark.parametrize("path", RUN, ids=lambda path: path.stem)
 def test_commands_run(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run_page(path, tmp_path, monkeypatch) >= (0 if path.stem == "add_a_family" else 4)
+    run_page(path, tmp_path, monkeypatch)
+
+
+def test_files_that_the_pages_name_exist() -> None:
+    """FAMILY stands for a new one."""
+    named = {each for path in HOW_TO for each in re.findall(r"\b(?:tests|docs)/[\w/]+\.(?:py|md)", path.read_text("utf-8"))}
+    assert len(named) > 8
+    assert not [each for each in named if "FAMILY" not in each and not (REPO / each).exists()]
 
 
 def test_the_table_of_the_certificate_page_is_what_show_prints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Apart from times and errors."""
-    assert run_page(CERTIFICATE, tmp_path, monkeypatch) == 2
+    run_page(CERTIFICATE, tmp_path, monkeypatch)
     shown = ROW.findall(CERTIFICATE.read_text(encoding="utf-8"))
     assert len(shown) == 7
     assert shown == ROW.findall(capsys.readouterr().out)
