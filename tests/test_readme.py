@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,18 @@ from .conftest import REPO
 
 README = (REPO / "README.md").read_text(encoding="utf-8")
 USAGE = (REPO / "docs" / "usage.md").read_text(encoding="utf-8")
-HOWTOS = sorted((REPO / "docs" / "howto").glob("*.md"))
 FILES = (REPO / "docs" / "files.md").read_text(encoding="utf-8")
+PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")))
+HOW_TO = tuple(page for page in PAGES if page.parent.name == "howto")
+STILL_WIDE = ()
+SHORT_SENTENCES = (
+    *(REPO / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md")),
+    *(
+        REPO / "docs" / f"{name}.md"
+        for name in "adding_a_family artifact comparing glossary index server serving troubleshooting tuning usage".split()
+    ),
+    *HOW_TO,
+)
 LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks")
 
 
@@ -56,14 +67,15 @@ def test_every_file_of_the_tree_has_a_caption() -> None:
 
 
 def shell_blocks(*texts: str) -> str:
-    return "".join(block for text in texts for block in re.findall(r"```sh\n(.*?)```", text, re.DOTALL))
+    """The commands of all `sh` blocks, those of list items without their indentation."""
+    blocks = (block for text in texts for block in re.findall(r"^( *)```sh\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE))
+    return "".join(textwrap.dedent(block) for _, block in blocks)
 
 
 def test_commands_that_documents_name_exist() -> None:
     from staticvl.tools.cli import build_parser
 
-    documents = (path.read_text(encoding="utf-8") for path in (REPO / "docs").rglob("*.md"))
-    shell = shell_blocks(README, *documents)
+    shell = shell_blocks(*(page.read_text(encoding="utf-8") for page in PAGES))
     commands = set(re.findall(r"^staticvl ([a-z-]+)", shell, re.MULTILINE))
     help_text = build_parser().format_help()
     assert not [name for name in commands if name not in help_text]
@@ -81,17 +93,18 @@ def test_the_readme_and_the_usage_name_the_commands() -> None:
     assert every <= named
 
 
-@pytest.mark.parametrize(
-    "text",
-    [README, USAGE, *(path.read_text(encoding="utf-8") for path in HOWTOS)],
-    ids=["README", "usage", *(path.stem for path in HOWTOS)],
-)
-def test_commands_have_the_options_that_documents_give_them(text: str) -> None:
+def staticvl_commands(text: str) -> list[str]:
+    """Every `staticvl` command line of a page, continued lines joined."""
+    lines = re.sub(r"\\\n\s*", " ", shell_blocks(text)).splitlines()
+    return [part for line in lines if line.startswith("staticvl ") for part in line.split(" && ")]
+
+
+@pytest.mark.parametrize("page", [REPO / "README.md", REPO / "docs" / "usage.md", *HOW_TO], ids=lambda page: page.stem)
+def test_commands_have_the_options_that_documents_give_them(page: Path) -> None:
     from staticvl.tools.cli import build_parser
 
-    lines = [line.strip() for line in shell_blocks(text).replace("\\\n", " ").splitlines()]
-    commands = [part for line in lines if line.startswith("staticvl ") for part in line.split(" && ")]
-    assert len(commands) >= 4
+    commands = staticvl_commands(page.read_text(encoding="utf-8"))
+    assert len(commands) >= (1 if page in HOW_TO else 4)
     parser = build_parser()
     for command in commands:
         arguments = shlex.split(command, comments=True)[1:]
@@ -115,10 +128,34 @@ def test_sentences_are_found() -> None:
 
 
 def test_the_readme_is_short() -> None:
-    lines = README.splitlines()
-    assert len(lines) <= 160
-    assert not [line for line in lines if len(line) > 100]
-    assert not [each for each in sentences(README) if len(each.split()) > 40]
+    assert len(README.splitlines()) <= 160
+    assert not long_sentences(README)
+
+
+def long_sentences(text: str) -> list[str]:
+    return [each for each in sentences(text) if len(each.split()) > 40]
+
+
+@pytest.mark.parametrize("page", SHORT_SENTENCES, ids=lambda page: page.stem)
+def test_sentences_are_short(page: Path) -> None:
+    """Of prose; a cell of a table may enumerate more."""
+    text = page.read_text(encoding="utf-8")
+    assert not long_sentences(re.sub(r"^ *\|.*$", "", text, flags=re.MULTILINE))
+
+
+def wide_lines(text: str) -> list[str]:
+    """Lines of more than 100 columns that are no row of a table and no image."""
+    return [line for line in text.splitlines() if len(line) > 100 and not line.lstrip().startswith(("|", "!["))]
+
+
+def test_wide_lines_are_found() -> None:
+    text = f"{'a' * 101}\n| {'b' * 101} |\n![{'c' * 101}](d.svg)\n```sh\n{'e' * 101}\n```\n"
+    assert wide_lines(text) == ["a" * 101, "e" * 101]
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in STILL_WIDE], ids=lambda page: page.stem)
+def test_lines_are_at_most_100_columns(page: Path) -> None:
+    assert not wide_lines(page.read_text(encoding="utf-8"))
 
 
 def anchors(text: str) -> set[str]:
@@ -127,7 +164,7 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", [REPO / "README.md", *sorted((REPO / "docs").rglob("*.md"))], ids=lambda path: path.name)
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
 def test_links_lead_somewhere(path: Path) -> None:
     text = re.sub(r"```.*?```", "", path.read_text(encoding="utf-8"), flags=re.DOTALL)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
@@ -139,16 +176,20 @@ def test_links_lead_somewhere(path: Path) -> None:
         assert not anchor or anchor in anchors(linked.read_text(encoding="utf-8")), f"{path.name} links {target}"
 
 
+def linked_pages(page: Path) -> set[Path]:
+    """Pages of docs/ that a page links to."""
+    targets = re.findall(r"\]\(([\w./-]+\.md)", page.read_text(encoding="utf-8"))
+    return {(page.parent / target).resolve() for target in targets} & {each.resolve() for each in PAGES}
+
+
 def test_the_index_lists_every_page() -> None:
-    """Chapters of the architecture and decisions have indexes of their own (test_architecture_docs.py)."""
-    docs = REPO / "docs"
-    linked = set(re.findall(r"\]\(((?:\w+/)?\w+\.md)\)", (docs / "index.md").read_text(encoding="utf-8")))
-    pages = {
-        path.relative_to(docs).as_posix()
-        for path in docs.rglob("*.md")
-        if path.parent.name not in ("architecture", "decisions")
-    }
-    assert linked == pages - {"index.md"} | {"decisions/index.md"}
+    """Those of docs/ and docs/howto/ itself; the pages of other folders by way of a page that it lists."""
+    index = (REPO / "docs" / "index.md").resolve()
+    listed = linked_pages(index)
+    beneath = {each for page in listed for each in linked_pages(page) if each.parent != index.parent}
+    pages = {page.resolve() for page in PAGES} - {index, (REPO / "README.md").resolve()}
+    assert {page for page in pages if page.parent in (index.parent, index.parent / "howto")} <= listed
+    assert pages <= listed | beneath
 
 
 def test_the_drawing_of_the_readme_is_what_its_script_makes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
