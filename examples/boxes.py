@@ -1,7 +1,7 @@
 """Draws the boxes of an answer into the image.
 
     python examples/boxes.py
-    python examples/boxes.py --artifact qwen-vl --image cat.jpg --question "Where is the cat? Answer with its box." --out cat.png
+    python examples/boxes.py --artifact qwen-vl --image cat.jpg --question "Where is the cat? Answer with its box."
 
 prints the answer, each box in pixels of the image, and the file that was written:
 
@@ -50,7 +50,7 @@ def main() -> None:
         out = model.generate(args.question, images=[args.image], max_new_tokens=128)
     print(out.text)
     for box in out.boxes:
-        print(f"box {box.label or ''}{box.pixels}")
+        print(f"box {box.label}: {box.pixels}" if box.label else f"box {box.pixels}")
     drawn(args.image, out).save(args.out)
     print(f"wrote {args.out}")
 

@@ -52,8 +52,10 @@ def main() -> None:
     parser.add_argument("--artifact", type=Path, help="folder that staticvl compile wrote; default: the embedded model")
     parser.add_argument("--question", default="What is in the picture?")
     parser.add_argument("--out", type=Path, default=Path("answers.csv"), help="a .csv or a .jsonl; default: answers.csv")
-    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="the slots of the artifact suit; default: 4")
+    parser.add_argument("--at-once", type=int, default=4, metavar="N", help="best as many as slots; default: 4")
     args = parser.parse_args()
+    if args.folder and not args.folder.is_dir():
+        parser.error(f"{args.folder} is not a folder; give one with images")
     paths = sorted(path for path in args.folder.iterdir() if path.is_file()) if args.folder else [IMAGE]
 
     errors = 0

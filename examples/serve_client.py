@@ -1,22 +1,20 @@
 """Starts `staticvl serve`, asks it about an image as any client of OpenAI's interface does, and stops it.
 
-    pip install 'staticvl[serve]'
     python examples/serve_client.py
     python examples/serve_client.py --artifact llava-7b --image cat.jpg --question "What is in the picture?"
 
-prints the address, the answer, and the tokens that it took:
+prints the address, the answer, and the tokens that it took, beside the server's log:
 
     serving demo-artifact at http://127.0.0.1:40321
     A red circle at the top right, a blue square at the bottom left and a black triangle at the bottom right.
     78 prompt tokens, 25 of the answer
 
-It asks with the package `openai` where that is installed, else with Python's own urllib. Without --artifact an embedded tiny
-model answers. It is compiled into demo-artifact, a line for each graph, when it is missing.
+It needs staticvl[serve], and asks with the package `openai` where that is installed, else with Python's own urllib. Without
+--artifact an embedded tiny model answers. It is compiled into demo-artifact when it is missing.
 """
 
 import argparse
 import base64
-import importlib.util
 import json
 import subprocess
 import sys
@@ -28,40 +26,40 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 from staticvl.tools.demo import IMAGE, embedded_artifact
 
+HTTP = build_opener(ProxyHandler({}))  # no proxy leads to this machine
+
 
 @contextmanager
 def serving(artifact: Path) -> Iterator[str]:
-    """The address of a server of its own, once it listens; the server ends with the block."""
+    """The address of a new server, once it is ready; the server ends with the block."""
     command = [sys.executable, "-m", "staticvl", "serve", str(artifact), "--port", "0", "--model-name", artifact.name]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
             line = server.stdout.readline() if server.stdout else ""  # comes when every graph is open
             if not line:
-                raise SystemExit(f"the server ended with status {server.wait()} before it served; its reason is above")
+                raise SystemExit(f"the server ended with status {server.wait()} before it served; its log says why")
             print(line, end="", flush=True)
-            yield line.split()[-1]
+            HTTP.open(f"{(address := line.split()[-1])}/health").close()  # an error unless it is ready
+            yield address
         finally:
-            server.terminate()  # it finishes what it has begun
+            server.terminate()  # requests that run are finished
 
 
 def request(model: str, image: Path, question: str) -> dict[str, Any]:
-    url = f"data:image/{image.suffix[1:] or 'png'};base64,{base64.b64encode(image.read_bytes()).decode()}"
+    url = f"data:application/octet-stream;base64,{base64.b64encode(image.read_bytes()).decode()}"
     parts = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
     return {"model": model, "messages": [{"role": "user", "content": parts}], "max_tokens": 128}
 
 
-def ask_with_openai(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    import openai
-
+def ask(address: str, body: dict[str, Any]) -> dict[str, Any]:
+    try:
+        import openai
+    except ImportError:
+        url, data = f"{address}/v1/chat/completions", json.dumps(body).encode()
+        with HTTP.open(Request(url, data, {"Content-Type": "application/json"})) as answer:
+            return json.load(answer)
     with openai.OpenAI(base_url=f"{address}/v1", api_key="none") as client:
         return client.chat.completions.create(**body).model_dump()
-
-
-def ask_with_urllib(address: str, body: dict[str, Any]) -> dict[str, Any]:
-    headers = {"Content-Type": "application/json"}
-    posted = Request(f"{address}/v1/chat/completions", json.dumps(body).encode(), headers)
-    with build_opener(ProxyHandler({})).open(posted) as answer:  # no proxy leads to this machine
-        return json.load(answer)
 
 
 def main() -> None:
@@ -71,7 +69,6 @@ def main() -> None:
     parser.add_argument("--question", default="What is in the picture?")
     args = parser.parse_args()
     artifact = (args.artifact or embedded_artifact()).resolve()
-    ask = ask_with_openai if importlib.util.find_spec("openai") else ask_with_urllib
     with serving(artifact) as address:
         answer = ask(address, request(artifact.name, args.image, args.question))
     print(answer["choices"][0]["message"]["content"])

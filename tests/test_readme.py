@@ -15,7 +15,7 @@ from .conftest import REPO
 README = (REPO / "README.md").read_text(encoding="utf-8")
 USAGE = (REPO / "docs" / "usage.md").read_text(encoding="utf-8")
 FILES = (REPO / "docs" / "files.md").read_text(encoding="utf-8")
-LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks")
+LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks", "examples")
 
 
 def tree_lines() -> list[tuple[int, str, str]]:
@@ -45,7 +45,7 @@ def test_tree_names_every_file() -> None:
         str(path.relative_to(REPO))
         for folder in LISTED
         for path in (REPO / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".txt") and path.name != "__init__.py" and "assets" not in path.parts
+        if path.suffix in (".py", ".md", ".txt", ".ipynb") and path.name != "__init__.py" and "assets" not in path.parts
     }
     assert files <= listed, f"files that docs/files.md leaves out: {sorted(files - listed)}"
 
