@@ -28,6 +28,7 @@ from staticvl import runtime
 from staticvl.tools.demo import IMAGE, embedded_artifact
 
 Row = dict[str, str]
+COLUMNS: tuple[str, ...] = ("image", "answer", "error")
 
 
 def ask(model: runtime.Model, question: str, path: Path) -> Row:
@@ -41,7 +42,7 @@ def writer(file: IO[str], jsonl: bool) -> Callable[[Row], object]:
     """A function that writes one line of the table."""
     if jsonl:
         return lambda row: file.write(json.dumps(row, ensure_ascii=False) + "\n")
-    table = csv.DictWriter(file, ("image", "answer", "error"))
+    table = csv.DictWriter(file, COLUMNS)
     table.writeheader()
     return table.writerow
 

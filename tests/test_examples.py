@@ -18,9 +18,9 @@ import nbformat
 import numpy as np
 import pytest
 import yaml
-from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from PIL import Image
+from traitlets.config import Config
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
@@ -38,7 +38,7 @@ NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
 QUESTION = "What is in the picture?"
 BOX_QUESTION = "Please provide the bounding box coordinate of the region this sentence describes: the red circle."
 NEAR = 0.05 * 480  # pixels: the model writes steps of a twentieth of the image
-CELL_S = 120  # that a cell may take on a busy machine
+CELL_S = 300  # that a cell may take on a busy machine
 
 Run = Callable[..., str]
 
@@ -239,8 +239,9 @@ def computed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str
     def execute(name: str, expression: str) -> Any:
         notebook = nbformat.read(EXAMPLES / f"{name}.ipynb", as_version=4)
         notebook.cells.append(nbformat.v4.new_code_cell(f"import json\nprint(json.dumps({expression}))"))
-        kernel = AsyncKernelManager(kernel_name="python3", transport="ipc", connection_file=str(place / "kernel.json"))
-        NotebookClient(notebook, km=kernel, timeout=CELL_S).execute()
+        # Sockets of this folder, since other tests take ports.
+        connection = {"transport": "ipc", "connection_file": str(place / "kernel.json")}
+        NotebookClient(notebook, timeout=CELL_S, startup_timeout=CELL_S, config=Config({"KernelManager": connection})).execute()
         return json.loads(notebook.cells[-1].outputs[-1].text)
 
     return execute
