@@ -18,7 +18,6 @@ USAGE = (REPO / "docs" / "usage.md").read_text(encoding="utf-8")
 FILES = (REPO / "docs" / "files.md").read_text(encoding="utf-8")
 PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")))
 HOW_TO = tuple(page for page in PAGES if page.parent.name == "howto")
-STILL_WIDE = ()
 SHORT_SENTENCES = (
     *(REPO / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md")),
     *(
@@ -27,7 +26,7 @@ SHORT_SENTENCES = (
     ),
     *HOW_TO,
 )
-LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks")
+LISTED = ("compiler", "model_defs", "runtime", "tools", "weights", "docs", "benchmarks", "examples")
 
 
 def tree_lines() -> list[tuple[int, str, str]]:
@@ -57,7 +56,7 @@ def test_tree_names_every_file() -> None:
         str(path.relative_to(REPO))
         for folder in LISTED
         for path in (REPO / folder).rglob("*")
-        if path.suffix in (".py", ".md", ".txt") and path.name != "__init__.py" and "assets" not in path.parts
+        if path.suffix in (".py", ".md", ".txt", ".ipynb") and path.name != "__init__.py" and "assets" not in path.parts
     }
     assert files <= listed, f"files that docs/files.md leaves out: {sorted(files - listed)}"
 
@@ -153,7 +152,7 @@ def test_wide_lines_are_found() -> None:
     assert wide_lines(text) == ["a" * 101, "e" * 101]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.name not in STILL_WIDE], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_lines_are_at_most_100_columns(page: Path) -> None:
     assert not wide_lines(page.read_text(encoding="utf-8"))
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from .. import runtime
 from ..compiler.buckets import Buckets
-from ..compiler.build import build
+from ..compiler.build import Report, build
 from ..compiler.options import Options
-from ..runtime.artifact import ArtifactError
+from ..runtime.artifact import MANIFEST, ArtifactError
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.ascend.readiness import check_ready
 from ..runtime.backends.open import DEVICES
@@ -28,10 +28,27 @@ TARGETS = {"onnx": "ONNX Runtime", "ascend": "Ascend, by torchair"}
 # Simulating is slow: fewer graphs to check, and all of them in use.
 BUCKETS = {"onnx": Buckets(), "ascend": Buckets(prefill=(16, 64), decode=(1,), context=1024, slots=1)}
 IMAGE = ASSETS / "shapes.png"
+FOLDER = Path("demo-artifact")  # of the working directory
 QUESTIONS = (
     "What is in the picture?",
     "Please provide the bounding box coordinate of the region this sentence describes: {thing}.",
 )
+
+
+def embedded_artifact(folder: Path = FOLDER) -> Path:
+    """An artifact's folder, as it is; where it is missing, the embedded LLaVA-1.5 is compiled into it for the CPU.
+
+    For examples and tests that need some artifact at once. Raises what a build raises, ArtifactError among it.
+    """
+    if not (folder / MANIFEST).is_file():
+        compile_embedded(folder)
+    return folder
+
+
+def compile_embedded(out: Path, name: str = "llava15", backend: str = "onnx") -> Report:
+    """Compile one of MODELS, with a bar for each stage and a line for each graph."""
+    checkpoint = ASSETS / f"tiny_{name}"
+    return build(Options(checkpoint=checkpoint, out=out, backend=backend, buckets=BUCKETS[backend]), TerminalProgress())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -53,10 +70,9 @@ def _check(device: str) -> None:
 
 def _demo(name: str, out: Path, device: str) -> int:
     started = time.perf_counter()
-    checkpoint = ASSETS / f"tiny_{name}"
     backend = "onnx" if device == "cpu" else "ascend"
-    print(f"1. compiling {checkpoint.name}, a trained {MODELS[name]} of less than 2 million parameters, for {TARGETS[backend]}")
-    report = build(Options(checkpoint=checkpoint, out=out, backend=backend, buckets=BUCKETS[backend]), TerminalProgress())
+    print(f"1. compiling tiny_{name}, a trained {MODELS[name]} of less than 2 million parameters, for {TARGETS[backend]}")
+    report = compile_embedded(out, name, backend)
     print(
         f"   {len(report.manifest.graphs)} graphs, each checked against its definition, "
         f"after {time.perf_counter() - started:.1f} s\n"
