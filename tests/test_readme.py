@@ -61,7 +61,7 @@ def shell_blocks(*texts: str) -> str:
 def test_commands_that_documents_name_exist() -> None:
     from staticvl.tools.cli import build_parser
 
-    documents = (path.read_text(encoding="utf-8") for path in (REPO / "docs").glob("*.md"))
+    documents = (path.read_text(encoding="utf-8") for path in (REPO / "docs").rglob("*.md"))
     shell = shell_blocks(README, *documents)
     commands = set(re.findall(r"^staticvl ([a-z-]+)", shell, re.MULTILINE))
     help_text = build_parser().format_help()
