@@ -16,7 +16,7 @@ DOCUMENTS = sorted(
     {*REPO.glob("*.md"), *(path for top in ("docs", "benchmarks", ".github") for path in (REPO / top).rglob("*.md"))}
 )
 IDS = [path.relative_to(REPO).as_posix() for path in DOCUMENTS]
-ITEM = re.compile(r"[-*+] |\d+\. ")
+ITEM = re.compile(r"[-*+] |1\. ")  # what can begin a list after a line of text
 
 SAMPLE = """# One `two`: three_four
 
@@ -32,6 +32,9 @@ SAMPLE = """# One `two`: three_four
     ~~~
 
 [q]: r.md
+[`z:1`]:
+  z.py#L1
+[note]: this is text
 [s][q], [t](https://u.example/v.md), [w](#x)
 
 ## One [two](y.md)  ##
@@ -40,16 +43,16 @@ SAMPLE = """# One `two`: three_four
 
 
 def test_links_are_found_outside_code() -> None:
-    assert links(SAMPLE) == ["b.md#c", "e.svg", "h.md", "r.md", "https://u.example/v.md", "#x", "y.md"]
+    assert links(SAMPLE) == ["b.md#c", "e.svg", "h.md", "r.md", "z.py#L1", "https://u.example/v.md", "#x", "y.md"]
 
 
 def test_links_are_replaced_and_nothing_else() -> None:
     assert with_links(SAMPLE, lambda target: target) == SAMPLE
     assert with_links(SAMPLE, str.upper) == SAMPLE.replace("b.md#c", "B.MD#C").replace("e.svg", "E.SVG").replace(
         "h.md", "H.MD"
-    ).replace("r.md", "R.MD").replace("https://u.example/v.md", "HTTPS://U.EXAMPLE/V.MD").replace("#x", "#X").replace(
-        "y.md", "Y.MD"
-    )
+    ).replace("r.md", "R.MD").replace("z.py#L1", "Z.PY#L1").replace("https://u.example/v.md", "HTTPS://U.EXAMPLE/V.MD").replace(
+        "#x", "#X"
+    ).replace("y.md", "Y.MD")
 
 
 def test_headings_and_their_anchors() -> None:
@@ -57,6 +60,11 @@ def test_headings_and_their_anchors() -> None:
     assert headings(SAMPLE) == ["One two: three_four", "One two", "What's new: 1.5 – 1.6, à la carte?"]
     assert anchors(SAMPLE) == {"one-two-three_four", "one-two", "whats-new-15--16-à-la-carte"}
     assert slug("A B", "_") == "a_b"
+
+
+def lines(path: Path) -> set[str]:
+    """The anchors of a file's lines, as forges make them."""
+    return {f"L{number}" for number, _ in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)}
 
 
 def fault(path: Path, target: str) -> str | None:
@@ -70,7 +78,7 @@ def fault(path: Path, target: str) -> str | None:
     if not linked.exists():
         return "does not exist"
     if anchor and linked.suffix != ".md":
-        return "names a place in a file that is no document: nothing can check it"
+        return None if anchor in lines(linked) else "names a line that is not there"
     if anchor and anchor not in anchors(linked.read_text(encoding="utf-8")):
         return "names a section that is not there, or one of several with the same heading"
     return None
@@ -93,7 +101,9 @@ def test_links_lead_somewhere(path: Path) -> None:
         ("tunings.md", "exist"),
         ("../../x.md", "repository"),
         ("/docs/tuning.md", "repository"),
-        ("../setup.py#L3", "document"),
+        ("../setup.py#L3", None),
+        ("../setup.py#L3000", "line"),
+        ("../setup.py#setup", "line"),
     ],
 )
 def test_faults_are_found(target: str, expected: str | None) -> None:

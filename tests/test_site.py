@@ -133,7 +133,7 @@ def test_linked_files_become_pages(tmp_path: Path) -> None:
 def test_a_page_shows_a_file_whole() -> None:
     text = "x = '''\n```sh\n````\n'''\n"
     page = site_paths.source_page("a/b.py", text)
-    assert page.endswith(f"# a/b.py\n\n`````python\n{text}`````\n")
+    assert page.endswith(f'# a/b.py\n\n`````python linenums="1"\n{text}`````\n')
     assert yaml.safe_load(page.split("---")[1]) == {"search": {"exclude": True}}
 
 
@@ -193,6 +193,12 @@ def test_pages_have_the_anchors_of_github(site: Path) -> None:
     for path in [*DOCS.rglob("*.md"), *map(REPO.joinpath, site_paths.INCLUDED)]:
         page = site / site_paths.page_of(path.relative_to(REPO).as_posix()).replace(".md", ".html")
         assert anchors(path.read_text(encoding="utf-8")) <= ids(page), path
+
+
+def test_source_pages_have_the_lines_of_forges(site: Path) -> None:
+    count = len((REPO / "runtime" / "model.py").read_text(encoding="utf-8").splitlines())
+    found = {each for each in ids(site / "source" / "runtime" / "model.py.html") if re.fullmatch(r"L\d+", each)}
+    assert found == {f"L{line}" for line in range(1, count + 1)}
 
 
 def test_the_reference_has_its_docstrings(site: Path) -> None:

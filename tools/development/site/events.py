@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from .markdown_text import slug, with_links
 from .navigation import expanded
 from .package_folder import link_package
-from .site_paths import INCLUDED, further_files, page_of, site_link, source_page
+from .site_paths import INCLUDED, SOURCE, further_files, page_of, site_link, source_page
 
 REPOSITORY = Path(__file__).resolve().parents[3]
 PACKAGE_FOLDER = REPOSITORY / "build" / "docs-package"  # where mkdocs.yml lets mkdocstrings look
+LINE_ANCHOR = re.compile(r'id="__codelineno-0-(\d+)" name="__codelineno-0-\d+"')  # of pymdownx.highlight
 
 
 def on_startup(command: str, dirty: bool) -> None:
@@ -41,6 +43,15 @@ def on_files(files: Any, config: Any) -> Any:
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links between files of the repository lead to their pages."""
     return with_links(markdown, lambda target: site_link(REPOSITORY, page.file.src_uri, target))
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
+    """Lines of source files have the anchors that forges give them, and mkdocs knows these."""
+    if not page.file.src_uri.startswith(SOURCE):
+        return html
+    html, count = LINE_ANCHOR.subn(r'id="L\1" name="L\1"', html)
+    page.present_anchor_ids |= {f"L{line}" for line in range(1, count + 1)}
+    return html
 
 
 def _source_file(factory: Any, config: Any, path: str) -> Any:

@@ -7,3 +7,4 @@ on_startup = events.on_startup
 on_config = events.on_config
 on_files = events.on_files
 on_page_markdown = events.on_page_markdown
+on_page_content = events.on_page_content

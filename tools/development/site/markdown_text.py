@@ -8,7 +8,8 @@ from collections.abc import Callable
 
 _FENCE = r"^ *(?P<fence>`{3,}|~{3,})[^\n]*\n.*?(?:^ *(?P=fence)[`~]*[ \t]*$|\Z)"
 _SPAN = r"(?P<ticks>`+)(?!`)(?:(?!\n[ \t]*\n).)+?(?<!`)(?P=ticks)(?!`)"
-_LINK = r"(?P<before>\]\(|^ {0,3}\[[^\]\n]+\]: +)(?P<target>[^\s()<>]+)"  # in the text, or defined in a line of its own
+_DEFINED = r"^ {0,3}\[[^\]\n]+\]:(?: +|[ ]*\n[ ]+)(?=\S+[ ]*$)"  # [label]: target, in one line or two
+_LINK = rf"(?P<before>\]\(|{_DEFINED})(?P<target>[^\s()<>]+)"
 _CODE_OR_LINK = re.compile(f"{_FENCE}|{_SPAN}|{_LINK}", re.MULTILINE | re.DOTALL)
 _FENCED = re.compile(_FENCE, re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t]*#*$", re.MULTILINE)

@@ -71,8 +71,9 @@ def _linked_outside(repository: Path, path: str) -> Iterator[str]:
 
 
 def source_page(path: str, text: str) -> str:
-    """The Markdown of a page that shows a file; the search leaves it out."""
+    """The Markdown of a page that shows a file with its lines numbered; the search leaves it out."""
     longest = max((len(ticks) for ticks in re.findall(r"`+", text)), default=0)
     fence = "`" * max(longest + 1, 3)
     language = _LANGUAGES.get(path.rpartition(".")[2], "text")
-    return f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n\n{fence}{language}\n{text.rstrip()}\n{fence}\n"
+    head = f"---\nsearch:\n  exclude: true\n---\n\n# {path}\n"
+    return f'{head}\n{fence}{language} linenums="1"\n{text.rstrip()}\n{fence}\n'
