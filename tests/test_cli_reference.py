@@ -65,7 +65,9 @@ def test_examples_can_be_run(name: str) -> None:
     commands = block.replace("\\\n", " ").splitlines()
     assert commands
     for command in commands:
-        words = [word for word in shlex.split(command.split(" | ")[0], comments=True) if not re.match(r"STATICVL_\w+=", word)]
+        words = [
+            word for word in shlex.split(re.split(r" [|>] ", command)[0], comments=True) if not re.match(r"STATICVL_\w+=", word)
+        ]
         assert words[0] == "staticvl" and build_parser().parse_args(words[1:])
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from staticvl.tools.development.site.markdown_text import anchors, headings, is_external, links, slug, with_links
+from staticvl.tools.development.site.markdown_text import (
+    anchors,
+    headings,
+    is_external,
+    links,
+    slug,
+    with_inline_targets,
+    with_links,
+)
 
 from .conftest import REPO
 
@@ -53,6 +61,17 @@ def test_links_are_replaced_and_nothing_else() -> None:
     ).replace("r.md", "R.MD").replace("z.py#L1", "Z.PY#L1").replace("https://u.example/v.md", "HTTPS://U.EXAMPLE/V.MD").replace(
         "#x", "#X"
     ).replace("y.md", "Y.MD")
+
+
+def test_targets_of_code_are_put_where_it_is_named() -> None:
+    text = (
+        "[`a.py:A`]: first, [`a.py:A`](b.md) and [`c.py:C`], [d]; [`e`].\n\n```sh\n[`c.py:C`]\n```\n\n"
+        "[`a.py:A`]: ../a.py#L1\n[`c.py:C`]:\n  ../c.py#L2\n[d]: d.md\n"
+    )
+    assert with_inline_targets(text) == (
+        "[`a.py:A`](../a.py#L1): first, [`a.py:A`](b.md) and [`c.py:C`](../c.py#L2), [d]; [`e`].\n\n"
+        "```sh\n[`c.py:C`]\n```\n\n[d]: d.md\n"
+    )
 
 
 def test_headings_and_their_anchors() -> None:

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .markdown_text import slug, with_links
+from .markdown_text import slug, with_inline_targets, with_links
 from .navigation import expanded
 from .package_folder import link_package
 from .site_paths import INCLUDED, SOURCE, further_files, page_of, site_link, source_page
@@ -42,7 +42,7 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
     """Links between files of the repository lead to their pages."""
-    return with_links(markdown, lambda target: site_link(REPOSITORY, page.file.src_uri, target))
+    return with_links(with_inline_targets(markdown), lambda target: site_link(REPOSITORY, page.file.src_uri, target))
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:

@@ -13,6 +13,8 @@ _LINK = rf"(?P<before>\]\(|{_DEFINED})(?P<target>[^\s()<>]+)"
 _CODE_OR_LINK = re.compile(f"{_FENCE}|{_SPAN}|{_LINK}", re.MULTILINE | re.DOTALL)
 _FENCED = re.compile(_FENCE, re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t]*#*$", re.MULTILINE)
+_CODE_DEFINITION = re.compile(r"^ {0,3}\[(`[^\]\n]+`)\]:[ ]*\n?[ ]*(\S+)[ ]*(?:\n|\Z)", re.MULTILINE)
+_FENCE_OR_CODE_LABEL = re.compile(rf"{_FENCE}|\[(?P<label>`[^`\]\n]+`)\](?![(\[])", re.MULTILINE | re.DOTALL)
 _LINKED_TEXT = re.compile(r"!?\[([^\]]*)\]\([^)]*\)")
 
 
@@ -24,6 +26,20 @@ def links(text: str) -> list[str]:
 def with_links(text: str, new: Callable[[str], str]) -> str:
     """The text with every target replaced by what `new` makes of it."""
     return _CODE_OR_LINK.sub(lambda match: match["before"] + new(match["target"]) if match["target"] else match[0], text)
+
+
+def with_inline_targets(text: str) -> str:
+    """The text with [`code`], whose target is defined elsewhere in it, as [`code`](target), and without these definitions.
+
+    Python-Markdown looks for the definition of a label after it has replaced code, and so finds none.
+    """
+    targets = dict(_CODE_DEFINITION.findall(text))
+
+    def inline(match: re.Match[str]) -> str:
+        target = targets.get(match["label"])
+        return f"{match[0]}({target})" if target else match[0]
+
+    return _FENCE_OR_CODE_LABEL.sub(inline, _CODE_DEFINITION.sub("", text))
 
 
 def is_external(target: str) -> bool:
