@@ -9,7 +9,7 @@ TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
 export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
-.PHONY: demo demo-sim test test-slow test-isa ascend-sim chromium soak attack lint types bench bench-peers clean
+.PHONY: demo demo-sim test test-slow test-isa ascend-sim chromium soak attack lint types docs bench bench-peers clean
 
 demo: $(VENV)/.compile
 	$(BIN)/staticvl demo
@@ -51,6 +51,10 @@ lint: $(VENV)/.test
 types: $(VENV)/.test
 	$(BIN)/pyright
 
+# The documentation as a site in build/site; a broken link or anchor is an error.
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build --strict
+
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.memory_by_buckets
 
@@ -76,6 +80,10 @@ $(VENV)/.compile: setup.py | $(VENV)/bin/pip
 $(VENV)/.test: setup.py | $(VENV)/bin/pip
 	$(BIN)/pip install --quiet --editable '.[test]'
 	touch $@ $(VENV)/.compile
+
+$(VENV)/.docs: setup.py | $(VENV)/bin/pip
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -40,6 +40,14 @@ TUNE = [*COMPILE, "matplotlib>=3.9,<4"]  # tune-buckets; matplotlib draws its re
 SERVE = ["fastapi>=0.160,<0.170", "uvicorn>=0.50,<0.60", "pydantic>=2.12,<3", "prometheus-client>=0.22,<0.30"]
 COMPLETION = ["shtab>=1.13,<2"]  # writes the scripts of --completion
 SIGN = ["cryptography>=44,<52"]  # sign, and --key of verify, --verify-key of what runs an artifact
+RUFF = "ruff==0.17.5"
+DOCS = [  # make docs
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.7,<10",
+    "mkdocstrings>=1.0,<2",
+    "mkdocstrings-python>=2.0,<3",
+    RUFF,  # lays signatures out
+]
 TEST = [
     *TUNE,
     *CONSTRAIN,
@@ -61,7 +69,7 @@ TEST = [
     "peft>=0.18,<0.22",
     "compressed-tensors>=0.20,<0.21",  # packs what we read
     "hypothesis>=6.100,<7",
-    "ruff==0.17.5",
+    RUFF,
     "pyright==1.1.414",
 ]
 
@@ -99,6 +107,7 @@ setup(
         "serve": SERVE,
         "sign": SIGN,
         "completion": COMPLETION,
+        "docs": DOCS,
         "test": TEST,
     },
     entry_points={"console_scripts": ["staticvl = staticvl.tools.cli:main"]},

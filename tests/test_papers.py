@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -102,21 +101,6 @@ def test_the_search_finds_what_is_known_to_be_named() -> None:
 def test_the_map_has_a_row_for_every_kind_of_addition() -> None:
     rows = dict(re.findall(r"^\| ([^|]+) \| (.+) \|$", text("CONTRIBUTING.md").split("## Where things go")[1], re.MULTILINE))
     assert not [topic for topic in TOPICS if "`" not in rows.get(topic, "")]
-
-
-@pytest.mark.parametrize("name", PAPERS)
-def test_links_lead_somewhere(name: str) -> None:
-    """Links into the repository: to files, and to sections as forges name them."""
-    for link in re.findall(r"\]\(([^)]+)\)", text(name)):
-        path, _, section = link.partition("#")
-        if "://" not in link:
-            assert (REPO / path).is_file(), link
-            assert not section or section in sections(REPO / path), link
-
-
-def sections(path: Path) -> set[str]:
-    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def test_assets_are_in_the_notice() -> None:
