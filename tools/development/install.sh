@@ -6,6 +6,7 @@
 # Where there is no NVIDIA GPU, torch for CPUs is installed first, so that gigabytes of CUDA never come unasked. From the
 # environment: TORCH=cpu or TORCH=cuda instead of looking for a GPU, and TORCH_INDEX, a package index with torch for CPUs.
 set -eu
+TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 python=$1 extra=$2
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 release=$(sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' "$checkout/setup.py" | head -n 1)
@@ -18,13 +19,19 @@ has_torch() {
     "$python" -c "import importlib.metadata, sys; sys.exit(importlib.metadata.version('torch').split('+')[0] != '$release')" 2>/dev/null
 }
 
+# Whether pip can reach one; it says nothing, since the answer may be no.
+sees_torch_for_cpus() {
+    "$python" -m pip index versions torch --extra-index-url "$TORCH_INDEX" --retries 1 --timeout 15 2>/dev/null |
+        grep -qF "$release+cpu"
+}
+
 kind=${TORCH:-auto}
 if [ "$kind" = auto ]; then
     if has_gpu; then kind=cuda; else kind=cpu; fi
 fi
 case $kind in
     cpu) sizes="about 0.3 GB are downloaded, 1.2 GB installed" ;;
-    cuda) sizes="about 3 GB are downloaded, 6 GB installed" ;;
+    cuda) sizes="about 3 GB are downloaded, 5 GB installed" ;;
     *) echo "TORCH is $kind; expected cpu or cuda" >&2; exit 2 ;;
 esac
 
@@ -33,9 +40,12 @@ if has_torch; then
 else
     echo "installing torch $release ($kind) and the other packages: $sizes"
     if [ "$kind" = cpu ]; then
-        # Only builds for CPUs have this version, so nothing else can come, whichever index pip asks too.
-        "$python" -m pip install --no-deps --extra-index-url "$TORCH_INDEX" "torch==$release+cpu" ||
-            echo "torch for CPUs did not come from $TORCH_INDEX; installing pip's own choice, which may bring 3 GB of CUDA"
+        # Only builds for CPUs have this version, so nothing else can come, whichever indexes pip asks besides.
+        if sees_torch_for_cpus; then
+            "$python" -m pip install --no-deps --extra-index-url "$TORCH_INDEX" "torch==$release+cpu"
+        else
+            echo "no torch for CPUs at $TORCH_INDEX; pip installs the usual one, on x86-64 with CUDA: 3 GB, 5 GB installed"
+        fi
     fi
 fi
 exec "$python" -m pip install --editable "$checkout[$extra]"
