@@ -4,9 +4,8 @@
 # usage: install.sh PYTHON EXTRA
 #
 # Where there is no NVIDIA GPU, torch for CPUs is installed first, so that gigabytes of CUDA never come unasked. From the
-# environment: TORCH=cpu or TORCH=cuda instead of looking for a GPU, and TORCH_INDEX, a package index with torch for CPUs.
+# environment: TORCH_INDEX, a package index with torch for CPUs; TORCH=cpu or TORCH=cuda instead of looking for a GPU.
 set -eu
-TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 python=$1 extra=$2
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
 release=$(sed -n 's/.*"torch==\([0-9.]*\)".*/\1/p' "$checkout/setup.py" | head -n 1)
