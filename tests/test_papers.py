@@ -142,5 +142,7 @@ def test_ci_runs_what_maintainers_run() -> None:
 
 def test_a_bug_report_asks_for_what_the_readme_says() -> None:
     fields = {field["id"]: field for field in document(".github/ISSUE_TEMPLATE/bug_report.yml")["body"] if "id" in field}
-    assert "staticvl show ARTIFACT" in fields["show"]["attributes"]["label"]
+    command = "staticvl show ARTIFACT --json"
+    assert f"Output of `{command}`" == fields["show"]["attributes"]["label"]
+    assert command in text("README.md") and command in text("docs/usage.md")
     assert fields["show"]["validations"]["required"]
