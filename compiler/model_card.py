@@ -133,7 +133,7 @@ def _facts(manifest: Manifest, origin: Origin) -> Iterator[str]:
     model, cache, build = manifest.model, manifest.cache, manifest.build
     weights = sum(spec.nbytes for name, spec in manifest.files.items() if name.startswith("weights/"))
     cross = f", {cache.cross.images} images of {cache.cross.rows} keys in each" if cache.cross else ""
-    ranks = f"{manifest.ranks}: {manifest.pp} stages of {manifest.tp}" if manifest.ranks > 1 else "1"
+    stages = f", in {manifest.pp} stages" if manifest.pp > 1 else ""
     rows = {
         "model": f"{_family(manifest)} ({model.layout} layout), hidden size {model.hidden_size}, vocabulary {model.vocab_size}",
         "checkpoint": (f"{origin.base_model}, " if origin.base_model else "")
@@ -144,7 +144,7 @@ def _facts(manifest: Manifest, origin: Origin) -> Iterator[str]:
         "image": f"{model.image.size} x {model.image.size} pixels ({model.image.mode})",
         "context": f"{cache.context} tokens, {cache.slots} at once{cross}",
         "cache": f"{cache.text_dtype or cache.dtype}, {cache.nbytes / 1e6:.1f} MB",
-        "processes": ranks,
+        "processes": f"{manifest.ranks}{stages}",
         "made by": f"staticvl {build.staticvl}, torch {build.torch}, format {manifest.schema_version}",
     }
     if info := manifest.ascend:

@@ -136,8 +136,8 @@ def test_its_python_runs(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys
 
 def test_ranks_and_images_of_cross_attention(two_ranks: Path, tmp_path: Path) -> None:
     rows = facts((two_ranks / CARD).read_text(encoding="utf-8"))
-    assert rows["processes"] == "2: 1 stages of 2"
-    buckets = Buckets(prefill=(8,), decode=(1,), vision=(1,), images=(1,), context=48, slots=1)
+    assert rows["processes"] == "2"
+    buckets = Buckets(prefill=(8,), decode=(1,), images=(1,), context=48, slots=1)
     build(Options(checkpoint=tiny_mllama(tmp_path / "checkpoint").folder, out=tmp_path / "looking", buckets=buckets))
     card, manifest = (tmp_path / "looking" / CARD).read_text(encoding="utf-8"), read_manifest(tmp_path / "looking")
     cross = manifest.cache.cross
