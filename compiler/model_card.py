@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..runtime.artifact import KINDS, GraphSpec, Kind, Manifest
+from ..runtime.artifact import KINDS, GraphSpec, Manifest
 from ..runtime.files import read_regular, write_atomically
 from .licence import Licence, read_licence
 from .options import Options
@@ -197,7 +197,7 @@ def _all_graphs(manifest: Manifest) -> list[GraphSpec]:
     return [graph for stage in range(manifest.pp) for graph in manifest.of_stage(stage).graphs]
 
 
-def _certified(kind: Kind, graphs: list[GraphSpec]) -> tuple[str, ...]:
+def _certified(kind: str, graphs: list[GraphSpec]) -> tuple[str, ...]:
     certificates = [graph.certificate for graph in graphs if graph.certificate]
     rounding = [certificate.rounding for certificate in certificates if certificate.rounding is not None]
     buckets = ", ".join(map(str, sorted({graph.bucket for graph in graphs})))
