@@ -106,6 +106,7 @@ def model_card(manifest: Manifest, origin: Origin, name: str) -> str:
             "## Files that it was made from",
             "",
             *_table(("file", "SHA-256"), ((f"`{file}`", spec.sha256) for file, spec in manifest.build.source.items())),
+            "",
         ]
     )
     return f"{text}{_MARK}{hashlib.sha256(text.encode()).hexdigest()} -->\n"
