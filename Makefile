@@ -9,7 +9,12 @@ TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
 export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
-.PHONY: demo demo-sim test test-slow test-isa ascend-sim chromium soak attack lint types docs bench bench-peers clean
+# Without an NVIDIA GPU torch for CPUs is installed, from this index; TORCH=cpu or TORCH=cuda overrides what is found.
+TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
+export TORCH_INDEX
+INSTALL := tools/development/install.sh $(BIN)/python
+
+.PHONY: demo demo-sim test test-slow test-isa test-pythons ascend-sim chromium soak attack lint types docs bench bench-peers clean
 
 demo: $(VENV)/.compile
 	$(BIN)/staticvl demo
@@ -26,6 +31,11 @@ test-slow: $(VENV)/.test ascend-sim
 # Numeric tests under other instruction sets, one thread and two; a few of them are part of `make test`.
 test-isa: $(VENV)/.test ascend-sim
 	$(BIN)/python -m pytest -m 'slow or not slow' tests/test_instruction_sets.py
+
+# The suite, or the files in PYTEST_ARGS, under other Pythons, as far as they are on this machine. The tests of Ascend are
+# skipped there: artifacts for Ascend hold byte code of one Python.
+test-pythons:
+	tools/development/test_pythons.sh 3.12 3.13
 
 ascend-sim: $(ASCEND_SIM)/torch_npu
 
@@ -74,11 +84,11 @@ $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.compile: setup.py | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --editable '.[compile]'
+	$(INSTALL) compile
 	touch $@
 
 $(VENV)/.test: setup.py | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --editable '.[test]'
+	$(INSTALL) test
 	touch $@ $(VENV)/.compile
 
 $(VENV)/.docs: setup.py | $(VENV)/bin/pip
@@ -86,4 +96,4 @@ $(VENV)/.docs: setup.py | $(VENV)/bin/pip
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(VENV)-3.12 $(VENV)-3.13 build dist *.egg-info

@@ -8,7 +8,7 @@ FOLDERS = ("compiler", "model_defs", "runtime", "tools", "weights")
 HERE = Path(__file__).parent
 PACKAGE = "tools/package"  # what stands in `staticvl/` itself: no folder of the checkout is that
 CHECKOUT_ONLY = "tools/development"  # makes or tests what a wheel brings ready-made; docs/architecture.md
-VERSION = "0.1.0"
+VERSION = "0.2.0"
 
 
 def packages() -> dict[str, str]:

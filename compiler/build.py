@@ -25,6 +25,7 @@ from .digests import digest, intact
 from .fingerprint import fingerprint, weights_key
 from .inputs import BuildInputs, prepare
 from .leftovers import LOCK, is_ours, remove_unreferenced
+from .model_card import is_card, store_card
 from .options import Options
 from .progress import Progress
 from .stored_graphs import store_graphs
@@ -82,6 +83,7 @@ def _build(inputs: BuildInputs) -> Report:
     )
     write_manifest(inputs.out, manifest)
     manifest = read_manifest(inputs.out)
+    store_card(options, manifest, old, inputs.progress)
     _tidy(inputs, manifest)
     return Report(manifest=manifest, traced=graphs.traced, reused=graphs.reused, converted=weights.converted)
 
@@ -109,7 +111,7 @@ def _check_target(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise BuildError(f"--out {out} is a file; expected a folder, new or made by an earlier compile")
     if out.is_dir():
-        foreign = [p.name for p in out.iterdir() if not is_ours(p)]
+        foreign = [p.name for p in out.iterdir() if not is_ours(p) and not is_card(p)]
         if foreign and not (out / "manifest.json").exists():
             raise BuildError(
                 f"--out {out} holds other files ({foreign[0]}, ...); give a new folder or an artifact of an earlier compile"

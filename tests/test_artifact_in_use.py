@@ -16,6 +16,7 @@ from PIL import Image
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.leftovers import WAITING
+from staticvl.compiler.model_card import CARD
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.progress import Progress
 from staticvl.runtime import locks
@@ -78,7 +79,7 @@ def answers(model: runtime.Model) -> list[str]:
 def stray(artifact: Path) -> set[str]:
     """Files that the manifest does not name."""
     found = {str(path.relative_to(artifact)) for path in artifact.rglob("*") if path.is_file()}
-    kept = {"manifest.json", ".build.lock", READERS, *open_artifact(artifact).manifest.files}
+    kept = {"manifest.json", CARD, ".build.lock", READERS, *open_artifact(artifact).manifest.files}
     return {name for name in found - kept if not name.startswith(".host/")}
 
 

@@ -17,6 +17,7 @@ from staticvl.compiler.build import Report, build
 from staticvl.compiler.check import CertificateError
 from staticvl.compiler.graphs import GraphDef
 from staticvl.compiler.lockstep import LockstepBackend
+from staticvl.compiler.model_card import CARD
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.compiler.segments import Cut
 from staticvl.runtime.artifact import MANIFEST, ArtifactError, Collective, GraphSpec, open_artifact, rank_weights, verify
@@ -54,8 +55,8 @@ def compile_into(checkpoint: Path, out: Path, *, quant: str = "none", **changes:
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Every file but the manifest, with the time it was written."""
-    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".build.lock", READERS, MANIFEST))
+    """Every file that the manifest may list, with the time it was written."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name not in (".build.lock", READERS, MANIFEST, CARD))
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in paths}
 
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from staticvl.runtime import load
+from staticvl.runtime.artifact import read_manifest
 from staticvl.runtime.backends.cores import processor_name
 from staticvl.runtime.backends.unsigned_weights import PRECISE, saturates
 from staticvl.runtime.engine.request_log import read_request_log
@@ -356,6 +357,16 @@ def test_demo_answers_about_a_real_image(capsys: pytest.CaptureFixture[str], tmp
     assert status == 0
     assert "box  pixels (" in out
     assert "first token after" in out
+    lines = out.splitlines()
+    assert lines[0].startswith("This demo compiles a model and runs it")
+    assert "removed at the end" not in out
+    graphs = len(read_manifest(tmp_path / "demo").graphs)
+    places = [
+        next(i for i, line in enumerate(lines) if line.startswith(start))
+        for start in ("  Part 1", "1. ", f"   Shown: {graphs} graphs, ", "2. ", "   A: ", "   Shown: two answers, ", "3. ")
+    ]
+    assert places == sorted(places)
+    assert "by ONNX Runtime on this processor" in out and str(tmp_path / "demo") in out
 
 
 # --- How tokens are chosen -----------------------------------------------------------------------------------------------

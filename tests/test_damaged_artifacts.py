@@ -9,6 +9,7 @@ from PIL import Image
 
 from staticvl import runtime
 from staticvl.compiler.build import build
+from staticvl.compiler.model_card import CARD
 from staticvl.compiler.plan import Buckets, Options
 from staticvl.runtime.artifact import ArtifactError
 from staticvl.runtime.backends import host_cache, ort
@@ -35,11 +36,11 @@ def built(tmp_path_factory: pytest.TempPathFactory, backend: str) -> Path:
 
 
 def names(artifact: Path) -> list[str]:
-    """All files of an artifact, the manifest among them."""
+    """All files of an artifact that are read, the manifest among them."""
     return sorted(
         str(path.relative_to(artifact))
         for path in artifact.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(artifact).parts)
+        if path.is_file() and path.name != CARD and not any(part.startswith(".") for part in path.relative_to(artifact).parts)
     )
 
 

@@ -83,6 +83,14 @@ def test_the_package_and_its_citation_agree() -> None:
     assert f'author="{citation["authors"][0]["name"]}"' in setup
 
 
+def test_the_changelog_is_by_release() -> None:
+    """The newest release is the version of the package; what comes after it stands above."""
+    titles = re.findall(r"^## (.+)$", text("CHANGELOG.md"), re.MULTILINE)
+    citation = document("CITATION.cff")
+    assert titles[:2] == ["Unreleased", f"{citation['version']} - {citation['date-released']}"]
+    assert all(re.fullmatch(r"\d+\.\d+\.\d+( - \d{4}-\d\d-\d\d)?", title) for title in titles[1:])
+
+
 @pytest.mark.parametrize("name", (*PAPERS, ".github/pull_request_template.md"))
 def test_paths_and_targets_that_are_named_exist(name: str) -> None:
     assert not [path for path in paths_named(name) if not (REPO / path).exists()]
@@ -118,5 +126,7 @@ def test_ci_runs_what_maintainers_run() -> None:
 
 def test_a_bug_report_asks_for_what_the_readme_says() -> None:
     fields = {field["id"]: field for field in document(".github/ISSUE_TEMPLATE/bug_report.yml")["body"] if "id" in field}
-    assert "staticvl show ARTIFACT" in fields["show"]["attributes"]["label"]
+    command = "staticvl show ARTIFACT --json"
+    assert f"Output of `{command}`" == fields["show"]["attributes"]["label"]
+    assert command in text("README.md") and command in text("docs/usage.md")
     assert fields["show"]["validations"]["required"]

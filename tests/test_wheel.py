@@ -56,6 +56,14 @@ def unpacked_sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / archive.name.removesuffix(".tar.gz")
 
 
+@pytest.fixture(scope="module")
+def wheel(unpacked_sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("from_sdist")
+    setup(unpacked_sdist, "bdist_wheel", "--dist-dir", folder)
+    (path,) = folder.glob("*.whl")
+    return path
+
+
 def setup(folder: Path, *arguments: str | Path) -> None:
     """Run a command of setup.py."""
     command = [sys.executable, "setup.py", "-q", *map(str, arguments)]
@@ -69,12 +77,16 @@ def files_of(folder: Path) -> set[str]:
 
 def run(installed: Path, *arguments: str | Path, module: str = "staticvl.tools.cli") -> str:
     """What a command of the installed package prints; without .pth files, so that the checkout cannot be found."""
-    packages = [folder for folder in sys.path if Path(folder).name == "site-packages"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *packages])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(installed), *dependencies()])}
     command = [sys.executable, "-S", "-m", module, *map(str, arguments)]
     done = subprocess.run(command, cwd=installed.parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def dependencies() -> list[str]:
+    """Folders of the packages that ours needs."""
+    return [folder for folder in sys.path if Path(folder).name == "site-packages"]
 
 
 def modules(installed: Path) -> dict[str, Path]:
@@ -156,9 +168,33 @@ def test_modules_that_are_started_are_inside(installed: Path) -> None:
     assert named <= known.keys(), f"not in the wheel: {sorted(named - known.keys())}"
 
 
-def test_help_and_demo(installed: Path) -> None:
+def test_help(installed: Path) -> None:
     assert "tune-buckets" in run(installed, "--help")
-    assert "A: A " in run(installed, "demo")
+
+
+def test_a_wheel_that_has_run_is_uninstalled_without_trace(wheel: Path, tmp_path: Path) -> None:
+    """Neither in the environment, where running writes byte code, nor in the user's folders, nor in temporary ones."""
+    place, home, temporary = (tmp_path / name for name in ("venv", "home", "temporary"))
+    home.mkdir()
+    temporary.mkdir()
+    venv.create(place, with_pip=False)
+    pip = [sys.executable, "-m", "pip", "--python", str(place / "bin" / "python"), "--quiet"]
+    before = files_of(place)
+    subprocess.run([*pip, "install", "--no-deps", "--no-index", str(wheel)], capture_output=True, check=True)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("XDG_")},
+        "PYTHONPATH": os.pathsep.join(dependencies()),
+        "HOME": str(home),
+        "TMPDIR": str(temporary),
+    }
+    command = [str(place / "bin" / "staticvl"), "demo"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "A: A " in done.stdout, done.stderr
+    assert any("staticvl/tools/__pycache__/demo" in name for name in files_of(place))
+    subprocess.run([*pip, "uninstall", "--yes", "staticvl"], capture_output=True, check=True)
+    assert files_of(place) == before
+    assert not list(place.rglob("staticvl*"))  # no empty folder either
+    assert [files_of(home), files_of(temporary)] == [set(), set()]
 
 
 def test_the_package_is_a_command_and_has_a_version(installed: Path) -> None:
@@ -178,9 +214,7 @@ def test_the_package_has_no_other_attributes() -> None:
         staticvl.verison  # noqa: B018
 
 
-def test_sdist_builds_the_same_wheel(installed: Path, unpacked_sdist: Path, tmp_path: Path) -> None:
-    setup(unpacked_sdist, "bdist_wheel", "--dist-dir", tmp_path)
-    (wheel,) = tmp_path.glob("*.whl")
+def test_sdist_builds_the_same_wheel(installed: Path, unpacked_sdist: Path, wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as files:
         names = {name for name in files.namelist() if ".dist-info/" not in name}
         (text,) = (files.read(name) for name in files.namelist() if name.endswith(".dist-info/METADATA"))

@@ -113,7 +113,8 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
-    add_artifact(parser)
+    parser.add_argument("artifact", nargs="?", type=Path, help="folder that staticvl compile wrote; without it, this machine")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, which a fault report should have")
     parser.add_argument("--card", choices=sorted(CARDS), default="910B", help="whose figures the forecast takes")
 
 
@@ -171,8 +172,8 @@ COMMANDS = (
     ),
     Command(
         "show",
-        "print what an artifact holds, and what it could cost on a card",
-        "staticvl show llava-7b\nstaticvl show llava-7b --card 310P",
+        "print what an artifact holds, what it could cost on a card, and what this machine is",
+        "staticvl show llava-7b\nstaticvl show llava-7b --card 310P\nstaticvl show llava-7b --json > report.json",
         _add_show,
         "show",
     ),

@@ -34,6 +34,34 @@ QUESTIONS = (
     "Please provide the bounding box coordinate of the region this sentence describes: {thing}.",
 )
 
+OVERVIEW = """\
+This demo compiles a model and runs it; nothing is downloaded.
+  Model   {checkpoint}, a trained {model} of less than 2 million parameters.
+          It knows drawings of coloured shapes, and nothing else.
+  Image   {image}
+  Part 1  compiles it to graphs of fixed shapes, one for each size of input, and checks each graph.
+  Part 2  asks the compiled model what is in the image, and where.
+"""
+COMPILED = """\
+   Shown: {graphs} graphs, each checked against its definition, after {seconds:.1f} s.
+   `vision` reads an image, `prefill` a prompt; `decode` makes the next token of its answers.
+   An error is relative to the largest value: 1e-06 is a millionth.
+   Graphs, weights and a model card are in {out}{removed}
+"""
+ANSWERED = """\
+   Shown: two answers, computed by these graphs alone, {runs_on}.
+   The second is a box, in fractions of the image and in its pixels. In brackets: lengths and times.
+"""
+RUNS_ON = {
+    "cpu": "by ONNX Runtime on this processor",
+    "npu": "on the Ascend card",
+    "sim": "in the simulator of an Ascend card",
+}
+NEXT = """\
+   Next: `staticvl demo --out DIR` keeps the artifact; `staticvl compile --help` is for your own checkpoint.
+   In Python:
+   from staticvl import runtime; runtime.load("ARTIFACT").generate("What is in the picture?", images=["cat.jpg"])"""
+
 
 def embedded_artifact(folder: Path = FOLDER) -> Path:
     """An artifact's folder, as it is; where it is missing, the embedded LLaVA-1.5 is compiled into it for the CPU.
@@ -53,10 +81,11 @@ def compile_embedded(out: Path, name: str = "llava15", backend: str = "onnx") ->
 
 def run(args: argparse.Namespace) -> int:
     _check(args.device)
+    print(OVERVIEW.format(checkpoint=f"tiny_{args.model}", model=MODELS[args.model], image=IMAGE))
     if args.out is not None:
-        return _demo(args.model, args.out, args.device)
+        return _demo(args, args.out, "")
     with tempfile.TemporaryDirectory(prefix="staticvl-demo-") as folder:
-        return _demo(args.model, Path(folder) / "artifact", args.device)
+        return _demo(args, Path(folder) / "artifact", ",\n   which is removed at the end")
 
 
 def _check(device: str) -> None:
@@ -68,21 +97,19 @@ def _check(device: str) -> None:
         torchair_host.wheel_folder()  # compiles the graphs
 
 
-def _demo(name: str, out: Path, device: str) -> int:
-    started = time.perf_counter()
+def _demo(args: argparse.Namespace, out: Path, removed: str) -> int:
+    started, device = time.perf_counter(), args.device
     backend = "onnx" if device == "cpu" else "ascend"
-    print(f"1. compiling tiny_{name}, a trained {MODELS[name]} of less than 2 million parameters, for {TARGETS[backend]}")
-    report = compile_embedded(out, name, backend)
-    print(
-        f"   {len(report.manifest.graphs)} graphs, each checked against its definition, "
-        f"after {time.perf_counter() - started:.1f} s\n"
-    )
+    print(f"1. Compiling for {TARGETS[backend]}: kind of graph and bucket, checks, worst error, time of a run")
+    report = compile_embedded(out, args.model, backend)
+    graphs = len(report.manifest.graphs)
+    print(COMPILED.format(graphs=graphs, seconds=time.perf_counter() - started, out=out, removed=removed))
     model = runtime.load(out, device=device)
-    print(f"2. asking about {IMAGE.name}")
+    print(f"2. Asking about {IMAGE.name}")
     answer = _ask(model, QUESTIONS[0])
     _ask(model, QUESTIONS[1].format(thing=_first_thing(answer)))
-    print(f"3. done after {time.perf_counter() - started:.1f} s. Next: `staticvl compile --help`, or in Python:")
-    print('   from staticvl import runtime; runtime.load("ARTIFACT").generate("What is in the picture?", images=["cat.jpg"])')
+    print(ANSWERED.format(runs_on=RUNS_ON[device.partition(":")[0]]))
+    print(f"3. Done after {time.perf_counter() - started:.1f} s.\n{NEXT}")
     return 0
 
 

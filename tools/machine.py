@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import platform
+import re
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from ..runtime.backends import unsigned_weights
@@ -10,9 +13,10 @@ from ..runtime.backends.cores import processor_features, processor_name, usable_
 
 
 def machine() -> dict[str, Any]:
-    """The processor's name and features, cores that this process may use, onnxruntime's version, whether the processor's
-    products of unsigned by signed bytes are exact, and the session entries that are set where they are not."""
+    """The system, the processor's name and features, cores that this process may use, onnxruntime's version, whether the
+    processor's products of unsigned by signed bytes are exact, and the session entries that are set where they are not."""
     return {
+        "system": platform.platform(),
         "processor": processor_name(),
         "features": list(processor_features()),
         "cores": usable_cores(),
@@ -22,12 +26,26 @@ def machine() -> dict[str, Any]:
     }
 
 
-def described() -> str:
-    """The same in one line."""
-    info = machine()
+def described(info: Mapping[str, Any]) -> str:
+    """What matters to numbers and speed of `machine()`, in one line."""
     products = "exact" if info["exact_byte_products"] else "cut off in 16 bits, so weights are unsigned"
     entries = ", ".join(f"{name}={value}" for name, value in info["session_entries"].items())
     return (
         f"{info['processor']} ({' '.join(info['features']) or 'features unknown'}), {info['cores']} cores, onnxruntime "
         f"{info['onnxruntime']}; products of bytes are {products}" + (f" ({entries})" if entries else "")
     )
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of Python, of staticvl, and of each package that an extra of it needs, tests left out; None: not installed."""
+    needed = {line for line in requires("staticvl") or () if 'extra == "test"' not in line.replace("'", '"')}
+    names = {match[0] for line in needed if (match := re.match(r"[\w.-]+", line))}
+    packages = {name: _version(name) for name in sorted(names, key=str.lower)}
+    return {"python": platform.python_version(), "staticvl": _version("staticvl"), **packages}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -1,9 +1,9 @@
-"""`staticvl show`: what an artifact holds, as tables."""
+"""`staticvl show`: what an artifact and this machine are, as tables or as one JSON document."""
 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 
 import msgspec
 from msgspec import UNSET
@@ -11,52 +11,77 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..runtime.artifact import SIGNATURE, Certificate, Manifest, ModelInfo, SamplingDefaults, open_artifact
-from ..runtime.signature import is_stale
-from .cards import CARDS, Card
+from ..runtime.artifact import ImageProcessorConfig, SamplingDefaults
+from .artifact_facts import ArtifactFacts, Facts, GraphFacts, facts
 from .machine import described
 
 CODE = "Python byte code and source, which run as the user who loads it: use only what you trust (staticvl verify --key)"
+SIGNED = {
+    "none": "no",
+    "stale": "no: the signature is of another manifest",
+    "present": "yes; `staticvl verify --key` says by whom",
+}
 
 
 def run(args: argparse.Namespace) -> int:
-    manifest = open_artifact(args.artifact).manifest
+    shown = facts(args.artifact, args.card)
+    if args.json:
+        print(msgspec.json.format(msgspec.json.encode(shown), indent=1).decode())
+        return 0
     console = Console(highlight=False)
-    console.print(_summary(args.artifact, manifest))
-    console.print(_graphs(manifest))
-    console.print(_forecast(manifest, CARDS[args.card]))
-    if manifest.ranks > 1:
-        console.print(_communication(manifest))
+    for table in _tables(shown):
+        console.print(table)
     return 0
 
 
-def _summary(folder: Path, manifest: Manifest) -> Table:
-    model, cache = manifest.model, manifest.cache
-    weights = sum(weight.nbytes for weight in manifest.weights.values())
-    rows = {
-        "model": f"{model.family} ({model.layout} layout), hidden {model.hidden_size}, vocabulary {model.vocab_size}",
-        "image": _image(model),
-        "backend": f"{manifest.backend}, quantisation {manifest.quant}",
-        **_calibration(manifest),
-        **_tuning(manifest),
-        **_ranks(manifest),
-        "weights": f"{len(manifest.weights)} tensors, {weights / 1e6:.1f} MB" + (" on each rank" if manifest.ranks > 1 else ""),
-        "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
-        f"{cache.head_dim}, {cache.text_dtype or cache.dtype}, {cache.nbytes / 1e6:.1f} MB",
-        **_cut_off(manifest),
-        **_cross(manifest),
-        **_ascend(manifest),
-        "sampling": sampling_line(model.sampling),
-        **_banned(model.sampling),
-        "made by": f"staticvl {manifest.build.staticvl}, torch {manifest.build.torch}, schema {manifest.schema_version}",
-        "digest": manifest.digest[:16],
-        **({"this machine": described()} if manifest.backend == "onnx" else {}),
-        **_signature(folder, manifest),
-    }
+def _tables(shown: Facts) -> Iterator[Table]:
+    artifact, here = shown.artifact, _here(shown)
+    if artifact is None:
+        yield _rows(here)
+        return
+    yield _rows({**_summary(artifact), **here}, notes=artifact.build.notes or ())
+    yield _graphs(artifact)
+    yield _forecast(artifact)
+    if artifact.communication:
+        yield _communication(artifact)
+
+
+def _rows(rows: Mapping[str, str], notes: tuple[str, ...] = ()) -> Table:
     table = Table(show_header=False, box=None)
-    for name, value in (*rows.items(), *(("note", note) for note in manifest.build.notes or ())):
+    for name, value in (*rows.items(), *(("note", note) for note in notes)):
         table.add_row(name, escape(value))
     return table
+
+
+def _here(shown: Facts) -> dict[str, str]:
+    """This machine. What its processor does to products concerns ONNX Runtime alone."""
+    installed = ", ".join(f"{name} {version}" for name, version in shown.versions.items() if version)
+    on_processor = shown.artifact is None or shown.artifact.backend == "onnx"
+    return {"installed": installed, **({"this machine": described(shown.machine)} if on_processor else {})}
+
+
+def _summary(artifact: ArtifactFacts) -> dict[str, str]:
+    model, cache, build = artifact.model, artifact.cache, artifact.build
+    return {
+        "model": f"{model.family} ({model.layout} layout), hidden {model.hidden_size}, vocabulary {model.vocab_size}",
+        "image": _image(model.image),
+        "backend": f"{artifact.backend}, quantisation {artifact.quant}",
+        **_calibration(artifact),
+        **({"tuned on": build.tuned_on} if build.tuned_on else {}),
+        **_ranks(artifact),
+        "weights": f"{artifact.weight_tensors} tensors, {artifact.weight_nbytes / 1e6:.1f} MB"
+        + (" on each rank" if artifact.communication else ""),
+        "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
+        f"{cache.head_dim}, {cache.text_dtype or cache.dtype}, {artifact.cache_nbytes / 1e6:.1f} MB",
+        **_cut_off(artifact),
+        **_cross(artifact),
+        **_ascend(artifact),
+        "sampling": sampling_line(model.sampling),
+        **_banned(model.forbidden),
+        "made by": f"staticvl {build.staticvl}, torch {build.torch}, schema {artifact.schema_version}",
+        "digest": artifact.digest[:16],
+        "signed": SIGNED[artifact.signature],
+    }
 
 
 def sampling_line(defaults: SamplingDefaults) -> str:
@@ -69,44 +94,36 @@ def sampling_line(defaults: SamplingDefaults) -> str:
     return f"{start}: {', '.join(settings)}{penalty}"
 
 
-def _banned(defaults: SamplingDefaults) -> dict[str, str]:
+def _banned(forbidden: Mapping[str, int]) -> dict[str, str]:
     """Tokens that the checkpoint forbids."""
-    lists = {name: getattr(defaults, name) or () for name in ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")}
-    counts = ", ".join(f"{len(ids)} of {name}" for name, ids in lists.items() if ids)
+    counts = ", ".join(f"{count} of {name}" for name, count in forbidden.items())
     return {"forbidden": f"{counts} (generation_config.json)"} if counts else {}
 
 
-def _calibration(manifest: Manifest) -> dict[str, str]:
+def _calibration(artifact: ArtifactFacts) -> dict[str, str]:
     """The calibration that weights were quantised with."""
-    info = manifest.build.calibration
+    info = artifact.build.calibration
     if info is UNSET:
         return {}
     return {"calibrated": f"{info.method}, with {info.prompts} prompts and {info.pictures} images ({info.sha256[:16]})"}
 
 
-def _cut_off(manifest: Manifest) -> dict[str, str]:
+def _cut_off(artifact: ArtifactFacts) -> dict[str, str]:
     """Values that an int8 cache cannot hold."""
-    if not manifest.cache.text_dtype:
+    if not artifact.cache.text_dtype:
         return {}
     return {"cut off": "keys and values beyond the largest of their channel in the calibration and a margin"}
 
 
-def _tuning(manifest: Manifest) -> dict[str, str]:
-    """The machine that kernels were chosen on."""
-    machine = manifest.build.tuned_on
-    return {"tuned on": machine} if machine else {}
-
-
-def _ranks(manifest: Manifest) -> dict[str, str]:
+def _ranks(artifact: ArtifactFacts) -> dict[str, str]:
     """The number of processes that run the model together."""
-    if manifest.ranks == 1:
+    if not artifact.communication:
         return {}
-    stages = f" in each of {manifest.pp} pipeline stages; below is the first" if manifest.pp > 1 else ""
-    return {"ranks": f"{manifest.ranks}: {manifest.tp} that share every layer{stages}"}
+    stages = f" in each of {artifact.pp} pipeline stages; below is the first" if artifact.pp > 1 else ""
+    return {"ranks": f"{artifact.tp * artifact.pp}: {artifact.tp} that share every layer{stages}"}
 
 
-def _image(model: ModelInfo) -> str:
-    image = model.image
+def _image(image: ImageProcessorConfig) -> str:
     size = f"{image.size} x {image.size}, {image.mode}"
     if not image.grids:
         return f"{size}, {image.rows} tokens"
@@ -116,22 +133,21 @@ def _image(model: ModelInfo) -> str:
     return f"{size}, {image.rows} tokens for the whole image and for each tile of the grids {grids} (rows x columns)"
 
 
-def _cross(manifest: Manifest) -> dict[str, str]:
+def _cross(artifact: ArtifactFacts) -> dict[str, str]:
     """The part of the cache for images that enter by cross-attention."""
-    cross, cache = manifest.cache.cross, manifest.cache
+    cross = artifact.cache.cross
     if cross is None:
         return {}
-    nbytes = cache.nbytes - msgspec.structs.replace(cache, cross=None).nbytes
     return {
         "images": f"{cross.images} in a slot, {cross.rows} keys each ({cross.tiles} tiles), {cross.layers} cross-attention "
-        f"layers, {nbytes / 1e6:.1f} MB of the cache",
-        "text before": f"the first image is treated as in {manifest.model.text_before_image}",
+        f"layers, {artifact.cross_nbytes / 1e6:.1f} MB of the cache",
+        "text before": f"the first image is treated as in {artifact.model.text_before_image}",
     }
 
 
-def _ascend(manifest: Manifest) -> dict[str, str]:
+def _ascend(artifact: ArtifactFacts) -> dict[str, str]:
     """Chips and versions that Ascend's graphs were compiled for."""
-    if (info := manifest.ascend) is None:
+    if (info := artifact.ascend) is None:
         return {}
     return {
         "made for": f"{info.soc}, torch_npu {info.torch_npu}, Python {info.python}, torchair cache {info.cache_format}",
@@ -139,16 +155,8 @@ def _ascend(manifest: Manifest) -> dict[str, str]:
     }
 
 
-def _signature(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """Whether there is a signature of this manifest; `staticvl verify --key` checks by whom."""
-    if not (folder / SIGNATURE).exists():
-        return {"signed": "no"}
-    stale = is_stale(folder, manifest)
-    return {"signed": "no: the signature is of another manifest" if stale else "yes; `staticvl verify --key` says by whom"}
-
-
-def _graphs(manifest: Manifest) -> Table:
-    has_images, has_kernels = manifest.cache.cross is not None, bool(manifest.build.tuned_on)
+def _graphs(artifact: ArtifactFacts) -> Table:
+    has_images, has_kernels = artifact.cache.cross is not None, bool(artifact.build.tuned_on)
     table = Table(title="graphs")
     names = (
         "kind",
@@ -163,50 +171,49 @@ def _graphs(manifest: Manifest) -> Table:
     )
     for column in names:
         table.add_column(column, justify="left" if column in ("kind", "kernels") else "right")
-    for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
+    for graph in artifact.graphs:
         images = ("-" if graph.kind == "vision" else str(graph.images),) if has_images else ()
         table.add_row(
             graph.kind + (" (eager)" if graph.eager else ""),
             str(graph.bucket),
             *images,
             f"{graph.cost_ms:.2f}",
-            *_checks(graph.certificate),
-            *((graph.kernels.described if graph.kernels else "-",) if has_kernels else ()),
+            *_checks(graph),
+            *((graph.kernels or "-",) if has_kernels else ()),
         )
     return table
 
 
-def _forecast(manifest: Manifest, card: Card) -> Table:
+def _checks(graph: GraphFacts) -> tuple[str, str, str, str]:
+    def cell(value: float | None, digits: int) -> str:
+        return "-" if value is None else f"{value:.{digits}e}"
+
+    checks = "-" if graph.checks is None else str(graph.checks)
+    return checks, cell(graph.worst_error, 1), cell(graph.tolerance, 0), cell(graph.rounding, 1)
+
+
+def _forecast(artifact: ArtifactFacts) -> Table:
     """Operations and bytes of each graph, and the least time that a card needs for it."""
-    table = Table(title=f"at best on {card.name}")
+    table = Table(title=f"at best on {artifact.card}")
     for column in ("graph", "GFLOP", "MB", "ms", "bound by", "tokens/s"):
         table.add_column(column, justify="left" if column in ("graph", "bound by") else "right")
-    for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
-        ms = card.bound_ms(graph.flops, graph.nbytes)
-        rate = "-" if graph.kind == "vision" else f"{1e3 * graph.bucket / ms:.0f}"
+    for graph in artifact.graphs:
+        best = graph.at_best
+        rate = "-" if best.tokens_per_s is None else f"{best.tokens_per_s:.0f}"
         sizes = f"{graph.flops / 1e9:.3g}", f"{graph.nbytes / 1e6:.4g}"
-        table.add_row(graph.name, *sizes, f"{ms:.3g}", card.limit(graph.flops, graph.nbytes), rate)
+        table.add_row(graph.name, *sizes, f"{best.ms:.3g}", best.bound_by, rate)
     return table
 
 
-def _communication(manifest: Manifest) -> Table:
+def _communication(artifact: ArtifactFacts) -> Table:
     """Bytes that one rank of each stage sends to the others in one run, and for each token (or tile) of it."""
-    staged = manifest.pp > 1
+    staged = artifact.pp > 1
     table = Table(title="a rank brings to the others")
     names = ("all-reduces, gathers", "KB", "KB a token")
     for column in ("graph", *(("stage",) if staged else ()), *names, *(("to stages", "KB") if staged else ())):
         table.add_column(column, justify="left" if column == "graph" else "right")
-    for stage in range(manifest.pp):
-        for graph in sorted(manifest.of_stage(stage).graphs, key=lambda g: (g.kind, g.images, g.bucket)):
-            nbytes, sent = graph.collective_bytes, graph.sent
-            row = [str(graph.collectives), f"{nbytes / 1e3:.1f}", f"{nbytes / graph.bucket / 1e3:.1f}"]
-            stage_inputs = [str(len(sent)), f"{sum(spec.nbytes for spec in sent) / 1e3:.1f}"]
-            table.add_row(graph.name, *([str(stage), *row, *stage_inputs] if staged else row))
+    for each in artifact.communication:
+        row = [str(each.collectives), f"{each.nbytes / 1e3:.1f}", f"{each.nbytes / each.bucket / 1e3:.1f}"]
+        stage_inputs = [str(each.to_stages), f"{each.to_stages_nbytes / 1e3:.1f}"]
+        table.add_row(each.graph, *([str(each.stage), *row, *stage_inputs] if staged else row))
     return table
-
-
-def _checks(certificate: Certificate | None) -> tuple[str, str, str, str]:
-    if certificate is None:
-        return "-", "-", "-", "-"
-    rounding = "-" if certificate.rounding is None else f"{certificate.rounding:.1e}"
-    return str(len(certificate.cases)), f"{certificate.worst:.1e}", f"{certificate.tolerance:.0e}", rounding

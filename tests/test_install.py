@@ -1,0 +1,188 @@
+"""How the Makefile installs: which torch, what is said of it, and which Pythons tests run under; by a pip that only notes."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from .conftest import REPO
+
+INSTALL = REPO / "tools" / "development" / "install.sh"
+PYTHONS = REPO / "tools" / "development" / "test_pythons.sh"
+INDEX = "https://index.invalid/cpu"
+(RELEASE,) = re.findall(r"\"torch==([\d.]+)\"", (REPO / "setup.py").read_text(encoding="utf-8"))
+FOR_CPUS = f"-m pip install --no-deps --extra-index-url {INDEX} torch=={RELEASE}+cpu"
+REST = f"-m pip install --editable {REPO}[compile]"
+
+# Notes its arguments. VERSIONS: what an index has; TORCH_INSTALLED: whether torch is.
+FAKE_PYTHON = """#!/bin/sh
+echo "$*" >> "$CALLS"
+case "$*" in
+    *"pip index versions"*) echo "Available versions: $VERSIONS" ;;
+    *"pip install"*) exit "${INSTALL_STATUS:-0}" ;;
+    -c*) [ -n "${TORCH_INSTALLED:-}" ] ;;
+esac
+"""
+
+
+def executable(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+    return path
+
+
+class Machine:
+    """A folder of commands, and nothing of this machine's GPU or pip."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.bin, self.calls = folder, folder / "bin", folder / "calls"
+        self.python = executable(self.bin / "python", FAKE_PYTHON)
+        for name in ("sh", "sed", "head", "dirname", "grep", "cp", "cmp", "mkdir", "cat"):
+            (self.bin / name).symlink_to(str(shutil.which(name)))
+        self.device = folder / "nvidia0"
+
+    def run(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+        paths = {"PATH": self.bin, "HOME": self.folder, "CALLS": self.calls, "NVIDIA_DEVICE": self.device}
+        set_here = {"TORCH_INDEX": INDEX, "VERSIONS": f"{RELEASE}+cpu, {RELEASE}, 2.9.0", **environment}
+        environment = {name: os.fspath(value) for name, value in paths.items()} | set_here
+        return subprocess.run(
+            [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=60, check=False
+        )
+
+    def install(self, **environment: str) -> str:
+        done = self.run(INSTALL, self.python, "compile", **environment)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def installed(self) -> list[str]:
+        return [line for line in self.calls.read_text().splitlines() if "pip install" in line]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_without_a_gpu_torch_for_cpus_comes_first(machine: Machine) -> None:
+    said = machine.install()
+    assert machine.installed() == [FOR_CPUS, REST]
+    assert said == (f"installing torch {RELEASE} (cpu) and the other packages: about 0.3 GB are downloaded, 1.2 GB installed\n")
+
+
+def test_what_pip_says_is_seen(machine: Machine) -> None:
+    """With its progress, of which --quiet would leave nothing."""
+    machine.install()
+    assert "quiet" not in machine.calls.read_text()
+    assert "--quiet --editable" not in (REPO / "Makefile").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("found_by", ["nvidia-smi", "device"])
+def test_with_a_gpu_the_usual_torch_comes(machine: Machine, found_by: str) -> None:
+    if found_by == "device":
+        machine.device.touch()
+    else:
+        executable(machine.bin / "nvidia-smi", "#!/bin/sh\n")
+    assert "(cuda) and the other packages: about 3 GB" in machine.install()
+    assert machine.installed() == [REST]
+
+
+def test_a_driver_without_a_gpu_is_none(machine: Machine) -> None:
+    executable(machine.bin / "nvidia-smi", "#!/bin/sh\necho 'No devices found'\nexit 6\n")
+    machine.install()
+    assert machine.installed() == [FOR_CPUS, REST]
+
+
+def test_the_user_may_choose(machine: Machine) -> None:
+    machine.install(TORCH="cuda")
+    assert machine.installed() == [REST]
+    machine.calls.unlink()
+    machine.device.touch()
+    machine.install(TORCH="cpu")
+    assert machine.installed() == [FOR_CPUS, REST]
+    done = machine.run(INSTALL, machine.python, "compile", TORCH="rocm")
+    assert (done.returncode, done.stderr) == (2, "TORCH is rocm; expected cpu or cuda\n")
+
+
+@pytest.mark.parametrize("versions", ["", f"{RELEASE}, 2.9.0", "2.9.0+cpu"])
+def test_an_index_that_has_none_is_one_line(machine: Machine, versions: str) -> None:
+    said = machine.install(VERSIONS=versions)
+    assert machine.installed() == [REST]
+    assert said.splitlines()[1:] == [
+        f"no torch for CPUs at {INDEX}; pip installs the usual one, on x86-64 with CUDA: 3 GB, 5 GB installed"
+    ]
+
+
+def test_a_torch_that_is_there_stays(machine: Machine) -> None:
+    assert machine.install(TORCH_INSTALLED="yes") == f"torch {RELEASE} is installed already; installing the other packages\n"
+    assert machine.installed() == [REST]
+
+
+def test_a_failed_installation_is_one(machine: Machine) -> None:
+    """A broken download of torch for CPUs must not end in the one with CUDA."""
+    assert machine.run(INSTALL, machine.python, "compile", INSTALL_STATUS="3").returncode == 3
+    assert machine.installed() == [FOR_CPUS]
+
+
+def test_the_makefile_installs_by_the_script(tmp_path: Path) -> None:
+    if shutil.which("make") is None:
+        pytest.skip("there is no make on this machine")
+    command = ["make", "--dry-run", "--no-print-directory", f"VENV={tmp_path}/venv", "demo"]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=60, check=True)
+    assert f"tools/development/install.sh {tmp_path}/venv/bin/python compile" in done.stdout.splitlines()
+
+
+# ---- other Pythons
+
+# Makes environments of itself, whose pytest answers STATUS.
+FAKE_INTERPRETER = """#!/bin/sh
+echo "$0 $*" >> "$CALLS"
+case "$*" in
+    *version_info*) echo {version} ;;
+    "-m venv "*) mkdir -p "$3/bin"; for each in python pip; do cp "$0" "$3/bin/$each"; done ;;
+    "-m pytest"*) exit "${{STATUS:-0}}" ;;
+    -c*) exit 1 ;;
+esac
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of what the script needs, so that environments are made there."""
+    folder = tmp_path / "checkout"
+    (folder / "tools" / "development").mkdir(parents=True)
+    for name in ("setup.py", "tools/development/install.sh", "tools/development/test_pythons.sh"):
+        shutil.copy(REPO / name, folder / name)
+    return folder
+
+
+def test_other_pythons_are_tested_or_named(machine: Machine, checkout: Path) -> None:
+    executable(machine.bin / "python3.12", FAKE_INTERPRETER.format(version="3.12"))
+    script = checkout / "tools" / "development" / PYTHONS.name
+    done = machine.run(script, "3.12", "3.13", PYTEST_ARGS="tests/test_x.py -k y")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-2:] == ["tested: 3.12: passed.", "no interpreter (with venv) for: 3.13; not tested"]
+    calls = machine.calls.read_text().splitlines()
+    assert calls[-1] == ".venv-3.12/bin/python -m pytest tests/test_x.py -k y"
+    assert [line for line in calls if line.endswith("[test]")]
+
+
+def test_an_environment_is_made_once(machine: Machine, checkout: Path) -> None:
+    executable(
+        machine.folder / ".pyenv" / "versions" / "3.13.1" / "bin" / "python3.13", FAKE_INTERPRETER.format(version="3.13")
+    )
+    executable(machine.bin / "python3.13", "#!/bin/sh\nexit 127\n")  # a shim that stands for nothing
+    script = checkout / "tools" / "development" / PYTHONS.name
+    assert machine.run(script, "3.13", STATUS="1").returncode == 1
+    machine.calls.unlink()
+    done = machine.run(script, "3.13")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "tested: 3.13: passed.")
+    assert not [line for line in machine.calls.read_text().splitlines() if "venv " in line or "pip install" in line]
+    (checkout / "setup.py").write_text("'torch==9.9.9'")
+    machine.run(script, "3.13")
+    assert "pip install" in machine.calls.read_text()
