@@ -1,6 +1,6 @@
-"""What a build was made from: digests of the checkpoint's files, of our own code, and of settings.
+"""The fingerprint of a build: digests of the checkpoint's files, of our own code, and of settings.
 
-Two builds with the same key give the same files, so what has the key already is not made again.
+Two builds with the same key give the same files, so files that have the key already are not made again.
 """
 
 from __future__ import annotations

@@ -25,10 +25,10 @@ BILINEAR, BICUBIC = 2, 3
 def read_image_config(
     checkpoint: Path, config: ModelConfig, processor: Mapping[str, Any], vision_tower: Path | None, mark: str
 ) -> ImageProcessorConfig:
-    """Facts about images, checked against `config`.
+    """The image processor config, checked against `config`.
 
-    `processor` is what processor_config.json holds, `vision_tower` the folder of a tower stored apart, `mark` how an image is
-    written in a prompt. Raises ConfigError.
+    `processor`: the contents of processor_config.json. `vision_tower`: the folder of a tower stored apart. `mark`: the text of
+    an image in a prompt. Raises ConfigError.
     """
     if config.image_mode == "stretch":
         return _stretch(config, mark)  # Qwen-VL's preprocessing is fixed in its code

@@ -1,4 +1,4 @@
-"""What users hold: a loaded artifact that answers prompts, streams answers, and chats."""
+"""The Model: a loaded artifact that answers prompts, streams answers, and chats."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ranks(Protocol):
 
 
 class Model:
-    """A loaded artifact; a context manager that closes it.
+    """A loaded artifact: `generate`, `stream` and `chat`. A context manager that closes it.
 
     For any number of threads: their requests run in one batch. A generator belongs to one thread at a time, as everywhere in
     Python; it may be dropped in any.
@@ -58,7 +58,7 @@ class Model:
         *,
         system_in_user: bool = False,
     ) -> None:
-        """`ranks`: they end with the model, and somebody should check them now and then while nothing runs; None for a model
+        """`ranks`: the other ranks, which end with the model and are checked now and then while nothing runs; None for a model
         of one rank."""
         self.artifact, self.engine, self.request_log, self.ranks = artifact, engine, request_log, ranks
         self.access = EngineAccess(engine.interrupted)
@@ -153,7 +153,7 @@ class Model:
     def stream(
         self, prompt: Turn, images: Images = None, *, sampling: SamplingParams | None = None, raw: bool = False, **settings: Any
     ) -> Generator[str, None, None]:
-        """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
+        """Pieces of the answer to one prompt as they are generated; arguments as in `generate`."""
         params = one_answer(merge_params(sampling, settings))
         return self.stream_sequence(self.new_sequence(self._prompt(prompt, images, raw), params))
 

@@ -1,4 +1,4 @@
-"""Opening an artifact with the checks that were chosen, and one error for whatever goes wrong with a file of it."""
+"""Opening an artifact with chosen checks; every error of one of its files becomes an ArtifactError."""
 
 from __future__ import annotations
 

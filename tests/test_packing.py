@@ -235,7 +235,7 @@ def test_what_was_asked_for(plain: Plain, tmp_path: Path) -> None:
     folder = plain(tmp_path / "checkpoint", WHOLE)
     given = Options(checkpoint=folder, out=tmp_path / "out")
     assert resolve(given) == (given, None)
-    with pytest.raises(PlanError, match=r"w8a8\+float-head is what quantised checkpoints are stored as, and .* is not"):
+    with pytest.raises(PlanError, match=r"w8a8\+float-head is for checkpoints that are quantised, and .* is not"):
         resolve(Options(checkpoint=folder, out=tmp_path, quant="w8a8+float-head"))
     pack_checkpoint(folder, FORMS["awq"])
     for quant, expected in (
@@ -305,7 +305,7 @@ def test_layers_of_two_forms_are_refused(plain: Plain, tmp_path: Path) -> None:
         check_layers(plan, source, "w4a16-g32+float-head")
     empty = plain(tmp_path / "empty", WHOLE)
     shutil.copy(folder / "config.json", empty / "config.json")
-    with pytest.raises(WeightsError, match=r"settings say that it is quantised \(gptq\), and it holds no such tensors"):
+    with pytest.raises(WeightsError, match=r"settings say that it is quantised \(gptq\), but it holds no such tensors"):
         opened(empty)
 
 

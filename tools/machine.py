@@ -1,4 +1,4 @@
-"""What a figure or a bug report has to say of the machine that it comes from."""
+"""A description of this machine for figures and bug reports."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<role>lora_A|lora_B|base_layer)(?:\.default)?\.weight")
 _MERGE_FIRST = "merge the adapter into the checkpoint with peft's merge_and_unload and compile that"
-# Keys of adapter_config.json that merging uses, and those that only tell how training was set up. fan_in_fan_out is for
+# Keys of adapter_config.json that merging uses, and those that only describe the training. fan_in_fan_out is for
 # layers that store their weights transposed, which no supported model has; peft passes over it for all others.
 _USED = frozenset("peft_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights".split())
 _INERT = frozenset(

@@ -1,4 +1,4 @@
-"""A part of a model's depth, for pipelines: the layers are held by several groups of ranks one after another."""
+"""A pipeline stage: a part of a model's layers, held by one group of ranks."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ class EngineAccess:
                     self._left()
 
     def _sleep(self, done: Callable[[], bool], me: object) -> None:
-        """Until done(), or until nobody runs steps: then this thread will."""
+        """Sleep until done(), or until no thread runs steps: then this thread will."""
         with self._news:
             try:
                 self._sleepers += 1

@@ -102,8 +102,8 @@ class Engine:
         constraints: tuple[Constraint, ...] = (),
         token_source: TokenSource | None = None,
     ) -> Sequence:
-        """A checked sequence that is not queued yet: answer `index` of params.n. A `token_source` chooses its tokens, whatever
-        their logits; what ends other answers ends this one too."""
+        """A checked sequence that is not queued yet: answer `index` of params.n. A `token_source` chooses its tokens, in
+        place of the sampler; the answer ends as others do."""
         check_fit(self.manifest, prompt, params.max_new_tokens)
         model, cross = self.manifest.model, self.manifest.cache.cross
         return Sequence(

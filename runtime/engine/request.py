@@ -82,7 +82,7 @@ class Times:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request on its way. The parts of the engine write it, between and in steps; everybody else reads it."""
+    """A request and its state. Only the parts of the engine write it, between and in steps; all other code reads it."""
 
     # the request
     id: int
@@ -102,7 +102,7 @@ class Sequence:
     # how far its prompt is
     due: int = 0  # its place among those that wait
     slot: int | None = None
-    prepared: bool = False  # what can be taken over from others is
+    prepared: bool = False  # the prefix cache and the encoder cache were used
     reused: int = 0  # tokens of the prompt that were in the cache already
     reused_tiles: int = 0
     tiles_done: int = 0

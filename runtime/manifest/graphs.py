@@ -114,7 +114,7 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
             return f"as by default: not tuned, other processes took {self.busy:.0%} of the cores"
         words = {
             f"{self.attention_tokens} tokens attend at a time": self.attention_tokens,
-            f"{self.widened_kib} KiB widened at a time": self.widened_kib,
+            f"{self.widened_kib} KiB upcast at a time": self.widened_kib,
             "one core": self.cores == 1,
             f"{self.cores} cores": self.cores > 1,
         }
@@ -165,7 +165,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
 
     @property
     def graph_key(self) -> GraphKey:
-        """What the graph is found by; not `key`, which tells what it was made from."""
+        """The key of the graph within the artifact; not `key`, the digest of what it was made from."""
         return GraphKey(self.kind, self.bucket, self.images)
 
     @property

@@ -22,7 +22,7 @@ class PromptError(ValueError):
 class ImagePart:
     """An image in a message; the images of a conversation are given beside its messages, in the same order.
 
-    inline: a mark in a plain text said where the image stands: nothing is put around it, and no template moves it.
+    inline: a mark in a plain text gives the place of the image: nothing is put around it, and no template moves it.
     """
 
     inline: bool = False
@@ -140,7 +140,7 @@ class CrossAttentionMask:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A prompt as arrays for the graphs. Nobody writes into the arrays once it is made."""
+    """A prompt as arrays for the graphs. The arrays are not written once it is made."""
 
     token_ids: np.ndarray  # int32 [L]; at image positions the image token, or 0 where images have no id
     rows: np.ndarray  # int32 [L]; -1: embed the token id, else that row of the features [tiles * P, C]

@@ -46,7 +46,7 @@ class Vocabulary(Protocol):
         ...
 
     def added_tokens(self) -> frozenset[str]:
-        """All tokens that are found in a text before it is cut into pieces: the special ones, and others that a file adds."""
+        """All tokens that are matched in a text before it is split: the special ones, and others that a file adds."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:

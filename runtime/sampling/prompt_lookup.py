@@ -1,4 +1,4 @@
-"""Drafts of what an answer may go on with, from its own words: prompt lookup (Saxena 2023).
+"""Prompt lookup (Saxena 2023): drafts of the next tokens of an answer, from the prompt and the answer so far.
 
 Answers repeat earlier text: names, quotations, code, the form of a list. What followed the last tokens where they occurred
 before is drafted, a few tokens of it; one run of the model verifies them all (Leviathan et al. 2023), so that a right draft
@@ -30,7 +30,7 @@ class PromptLookup:
             self._note(end)
 
     def draft(self, answer: SequenceOf[int], most: int) -> tuple[int, ...]:
-        """What may follow the tokens of the answer so far, at most `most` tokens; often nothing."""
+        """A draft of at most `most` tokens after the answer so far; often empty."""
         for token in answer[self.answer_length :]:
             self.tokens.append(token)
             self._note(len(self.tokens) - 1)

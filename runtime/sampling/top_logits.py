@@ -1,4 +1,4 @@
-"""The likeliest tokens of a row of logits, found without sorting it.
+"""The top-k tokens of a row of logits, without sorting the row.
 
 Sorting 152,000 numbers takes a hundred times as long as reading them. A threshold that lets through these tokens, and few
 others, comes from the largest number of each block: the k-th largest of these is at most the k-th largest of all.

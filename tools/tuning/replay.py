@@ -28,7 +28,7 @@ from .workload import Arrival
 _PARAMS = SamplingParams()
 _SAMPLING = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
-REPLAYED_KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")  # texts are not known, so nothing is drafted
+REPLAYED_KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")  # no verify: drafts need texts, which a trace lacks
 
 
 class SingleRunPlanner(ChunkPlanner):

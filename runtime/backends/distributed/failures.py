@@ -22,7 +22,7 @@ class CollectiveError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A rank as people find it: its number in the world, its process and its machine."""
+    """The identity of a rank: its number in the world, its process id and its machine."""
 
     rank: int
     pid: int
@@ -67,7 +67,7 @@ def _sentence(status: RankStatus, timeout: float) -> str:
     if status.activity == "silent":
         return f"{status.peer} does not answer: it is stopped, stuck, or out of reach"
     if status.activity == "computing":
-        return f"{status.peer} kept the others waiting for more than {timeout:g} s; if that may be, give a longer timeout"
+        return f"{status.peer} kept the others waiting for more than {timeout:g} s; if that is normal, give a longer timeout"
     if status.activity == "lost":
         return f"{status.peer} lost the others in a collective{words}"
     return f"{status.peer} failed{words}"

@@ -120,7 +120,7 @@ def read_header(data: bytes | bytearray) -> Header:
     """Raises FrameError for bytes that no rank of this release sends."""
     magic, kind, *rest = HEADER.unpack(data)
     if magic != MAGIC or kind not in FrameKind.__members__.values():
-        raise FrameError("what came is no message of a rank of this release of staticvl; use one release on all machines")
+        raise FrameError("the bytes received are no message of this release of staticvl; use one release on all machines")
     return Header(FrameKind(kind), *rest)
 
 
@@ -141,7 +141,7 @@ def decode(data: bytes | bytearray, payload: type[P]) -> P:
 class Link:
     """One end of a connection between two ranks, for a thread that receives and a thread that sends.
 
-    `timeout`: seconds for which a frame that was begun may stand still. Idle links are watched in selectors, without a limit.
+    `timeout`: seconds without progress after which an unfinished frame is an error. Idle links have no limit.
     """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
@@ -159,7 +159,7 @@ class Link:
         return self.socket.fileno()
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Send buffers of bytes one after another, as one frame; raises OSError where the peer is gone or stands still."""
+        """Send buffers of bytes one after another, as one frame; raises OSError where the peer is gone or stalls."""
         with self._sending:
             while buffers:
                 count = self.socket.sendmsg(buffers)
@@ -180,7 +180,7 @@ class Link:
             self._sending.release()
 
     def receive_header(self) -> Header:
-        """The next header; raises EOFError at the end, OSError where the peer is gone or stands still."""
+        """The next header; raises EOFError at the end, OSError where the peer is gone or stalls."""
         data = bytearray(HEADER.size)
         self.receive_into(memoryview(data))
         return read_header(data)

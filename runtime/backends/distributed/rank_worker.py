@@ -85,7 +85,7 @@ class RankWorker:
         try:
             return self._handle(self.link.receive_header(), open_backend)
         except FrameError as error:
-            return self._stop(f"{self.leader} sent something else than a step: {error}")
+            return self._stop(f"{self.leader} sent an invalid message: {error}")
         except DISCONNECTED:
             return self._stop(f"{self.error}; {self.leader} died" if self.at_fault else f"{self.leader} died")
 
@@ -125,7 +125,7 @@ class RankWorker:
             copy = self.link.receive_payload(header, Copy)
             call = partial(backend.copy_slot, copy.source, copy.target, copy.rows, copy.images)
         elif graph is None:
-            raise FrameError(f"graph {header.graph} is none of this rank's")
+            raise FrameError(f"graph {header.graph} does not belong to this rank")
         elif header.kind is FrameKind.RUN:
             call = partial(backend.run, graph, self._receive_feed(header, graph), header.slot, header.image)
         else:

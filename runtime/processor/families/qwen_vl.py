@@ -47,7 +47,7 @@ def chat_prompt(
     """The prompt of a conversation: ChatML, or for a base model (info.chat "raw") its turns as lines of text.
 
     An image part is a line "Picture k: <img>...</img>", k counting over the conversation, or the span alone where it is inline.
-    What a text says in <img>...</img> is words and never opened. The whole conversation is kept, however long. `template` and
+    What a text has in <img>...</img> is words and never opened. The whole conversation is kept, however long. `template` and
     `system_in_user` are not used: a system message has its place here.
 
     Raises PromptError, ImageError, TokenizerError.

@@ -30,7 +30,7 @@ class Schedule:
     rate: float = 2e-3  # of AdamW; Muon takes ten times as much
     guide: float = 0.3  # weight of looking at the right patches
     extra_every: int = 5  # every so many steps, also two images and none
-    drill: tuple[str, ...] = ("describe",)  # kinds of question that mostly come first, and so are always asked
+    drill: tuple[str, ...] = ("describe",)  # kinds of question that mostly come first, so that all rows have them
 
 
 class Family(ABC):
