@@ -1,6 +1,6 @@
 """A build: plan -> weights -> graphs -> certificates -> manifest. Only what has changed is made again.
 
-Every file that depends on content carries a digest of what it was made from in its name, so a build never overwrites a
+Every file that depends on content has a digest of its sources in its name, so a build never overwrites a
 file that the artifact already there refers to: the old manifest stays valid until the new one replaces it by a rename,
 and only then are files that nothing refers to removed. What an interrupted build had finished is noted in a journal and
 is not done again.
@@ -37,7 +37,7 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a build did."""
+    """The result of a build."""
 
     manifest: Manifest  # as it was written
     traced: tuple[str, ...]  # names of compiled graphs

@@ -74,7 +74,7 @@ class Passing:
 
     prompt: Prompt
     feed: dict[str, Tensor]
-    weights: Tensor  # [T], what each token counts for
+    weights: Tensor  # [T], the weight of each token in second moments
     features: Tensor | None = None  # [tiles * P, C], where images are tokens
     cross: list[Path] = field(default_factory=list)
     x: Tensor = field(default_factory=lambda: torch.empty(0))  # [1, T, C]
@@ -129,7 +129,7 @@ def calibrate(source: Source, context: CalibrationContext, prompts: Sequence[Pro
     check_space(store.out, _disk_bytes(config, context.cache, images, quant))
     read = parameters(source, config)
     passing = [Passing(prompt, text_feed(config.text, context.info, prompt), token_weights(prompt)) for prompt in prompts]
-    with _emptied(store.folder / "pictures") as work:
+    with _emptied(store.folder / "images") as work:
         with progress.stage("calibrating: images", images, "image") as advance:
             tower = _see(context, passing, read, work, advance)
         for stem, (layer, watch) in tower.items():

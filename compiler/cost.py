@@ -1,4 +1,4 @@
-"""What one run of a graph costs on any machine: floating-point operations, and bytes that have to be read or written.
+"""The cost of one run of a graph on any machine: floating-point operations, and bytes that have to be read or written.
 
 Counted op by op while the definition runs on tensors without data, which takes a tenth of the time of a trace: products of
 matrices and attention are counted, the rest is small beside them. An attention step is counted over the whole cache, which is

@@ -93,7 +93,7 @@ class GraphDigests:
             versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
         code = code_digests("compiler.make", without=OTHER_BACKENDS[backend])
         self.eager = options.eager
-        # What is fastest is measured anew on another machine.
+        # The fastest kernels are measured again on another machine.
         self.tuned = (processor_name(), usable_cores()) if options.tune else None
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 

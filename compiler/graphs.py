@@ -28,7 +28,7 @@ VISION_GRAPHS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphContext:
-    """What the graphs of a model, or of one stage of a pipeline, have in common.
+    """The common settings of the graphs of a model, or of one pipeline stage.
 
     `cache` is that of one rank of `ranks`. `candidates`: the number of top-k tokens after the logits of a text graph.
     """

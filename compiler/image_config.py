@@ -1,4 +1,4 @@
-"""How images become pixels: preprocessor_config.json and the image's part of processor_config.json.
+"""The image processor config: preprocessor_config.json and the image's part of processor_config.json.
 
 Values that a file leaves out are those of the processor's own class in transformers.
 """
@@ -186,7 +186,7 @@ def _normalisation(
     std: tuple[float, float, float],
     resample: int,
 ) -> dict[str, Any]:
-    """What every image processor of transformers has in common."""
+    """The common fields of all image processors of transformers."""
     return {
         "mean": three(settings, "image_mean", mean, where),
         "std": three(settings, "image_std", std, where),

@@ -53,7 +53,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A plan, and what it was made from."""
+    """A plan and its sources."""
 
     options: Options
     packing: Packing | None

@@ -24,7 +24,7 @@ class Options:
     checkpoint: Path
     out: Path
     backend: str = "onnx"
-    quant: str = ""  # of the decoder's layers; "": what the checkpoint has, see ready_made.py
+    quant: str = ""  # of the decoder's layers; "": that of the checkpoint, see ready_made.py
     tp: int = 1
     pp: int = 1
     buckets: Buckets = field(default_factory=Buckets)
@@ -37,7 +37,7 @@ class Options:
     dtype: str = ""
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
-    candidates: int | None = None  # top-k tokens that text graphs put out, 0: none; None: the backend's default
+    candidates: int | None = None  # top-k tokens that text graphs output, 0: none; None: the backend's default
     calibration: Calibration | None = None  # the prompts that calibrate quantised weights and a cache in 8 bits
     kv_cache: str = KV_CACHES[0]
     tune: bool = False  # ONNX: whether the fastest lowering of text graphs is measured, see kernels.py

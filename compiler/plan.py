@@ -27,7 +27,7 @@ class Plan:
     cache: CacheSpec
     graphs: tuple[GraphKey, ...]  # largest first within a kind
     later: tuple[CacheSpec, ...] = ()  # caches of the stages after the first
-    candidates: int = 0  # top-k tokens that text graphs put out
+    candidates: int = 0  # top-k tokens that text graphs output
 
     def of_stage(self, stage: int) -> Plan:
         """The plan of one stage; images that become tokens are only seen by the first."""

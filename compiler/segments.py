@@ -22,7 +22,7 @@ from ..model_defs.ops import COLLECTIVES, NAMESPACE
 from ..runtime.artifact import Collective, TensorSpec
 from .graphs import GraphDef
 
-# What torch.export inserts to check dtypes while tracing; it computes nothing.
+# An op that torch.export inserts to check dtypes while tracing; it computes nothing.
 TRACE_CHECKS = frozenset({"aten._assert_tensor_metadata.default"})
 
 
@@ -117,7 +117,7 @@ class _Cutter:
         return sorted({self.step[user] for user in node.users if user in self.step and self.step[user] != self.step[node]})
 
     def _place(self) -> tuple[dict[Node, TensorSpec], tuple[TensorSpec, ...]]:
-        """Where every value lies that leaves its step, and the buffers."""
+        """The buffer of every value that leaves its step, and all buffers."""
         specs, buffers = self.inputs | self.outputs, []
         free_from: list[int] = []  # by buffer: the first step that may write it
         place: dict[Node, int] = {}

@@ -53,7 +53,7 @@ class _Stage:
 
 
 def store_graphs(inputs: BuildInputs, key: str, weights: list[dict[str, WeightSpec]]) -> StoredGraphs:
-    """`key` is the digest of what weights are made from, `weights` are those of each stage's first rank."""
+    """`key` is the digest of the sources of the weights, `weights` are those of each stage's first rank."""
     parts = _stages(inputs, key, weights)
     reused = _reusable(inputs, parts)
     entries = reused | _compiled(inputs, parts, reused)
@@ -76,7 +76,7 @@ def _stages(inputs: BuildInputs, key: str, weights: list[dict[str, WeightSpec]])
 
 
 def graph_keys(inputs: BuildInputs, key: str) -> dict[GraphKey, str]:
-    """The digest of what each graph of a stage is made from."""
+    """The digest of the sources of each graph of a stage."""
     digests = GraphDigests(inputs.options, inputs.config, inputs.info, inputs.plan, key)
     return {graph: digests.of(graph) for graph in inputs.plan.graphs}
 

@@ -26,7 +26,7 @@ class StoredWeights:
 
 
 def store_weights(inputs: BuildInputs, key: str, tokenizer: str) -> StoredWeights:
-    """`key` is the digest of what weights are made from, `tokenizer` the folder of the settings by its name."""
+    """`key` is the digest of the sources of the weights, `tokenizer` the folder of the settings by its name."""
     return _kept(inputs, key) or _converted(inputs, key[:12], tokenizer)
 
 
@@ -80,7 +80,7 @@ def open_checkpoint(inputs: BuildInputs) -> Source:
 
 
 def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str) -> CalibratedLayers | None:
-    """The layers that a calibration quantises; what an interrupted build has left of them is not made again."""
+    """The layers that a calibration quantises; finished ones of an interrupted build are reused."""
     options, config = inputs.options, inputs.config
     calibration = options.calibration
     if calibration is None:

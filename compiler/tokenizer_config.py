@@ -100,7 +100,7 @@ def _read_tiktoken(path: Path, config: ModelConfig, settings: Mapping[str, Any])
 
 
 def _mark(path: Path, vocabulary: Vocabulary, config: ModelConfig) -> str:
-    """How an image is marked: by the image token, or in Qwen-VL by the one that opens its span.
+    """The text that marks an image: the image token, or in Qwen-VL the one that opens its span.
 
     The original layout has no such token and cuts the text at <image>.
     """

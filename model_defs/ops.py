@@ -444,8 +444,8 @@ def _(x: Tensor, tile_count: Tensor) -> Tensor:
 
 @_op("tile_padding")
 def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
-    """Which tokens of an image are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and from row `rows` on
-    of every tile, else 0."""
+    """The tokens of an image that are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and from row `rows`
+    on of every tile, else 0."""
     place = torch.arange(tiles * padded_rows, device=tile_count.device)
     unused = (place // padded_rows >= tile_count) | (place % padded_rows >= rows)
     return unused.float()[None]

@@ -67,7 +67,7 @@ class Model:
         self.processor = Processor.of(artifact, system_in_user=system_in_user)
 
     def close(self) -> None:
-        """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more.
+        """Free the memory of the graphs, and end the processes of other ranks; the model cannot be used any more.
 
         Waits for the step that runs. Calls of other threads that have no answer yet raise ModelClosedError.
         """

@@ -210,7 +210,7 @@ def test_what_was_broken_off_goes_on_behind_the_last_layer(
     with pytest.raises(KeyboardInterrupt):
         small.run(store, progress=Breaks())
     assert store.has("text.layers.0") and not store.has("text.layers.1")
-    (store.folder / "pictures").mkdir(exist_ok=True)  # what a killed process leaves
+    (store.folder / "images").mkdir(exist_ok=True)  # what a killed process leaves
     with watched(monkeypatch) as made:
         assert files(small.run(store)) == whole
     assert len(made) == 1

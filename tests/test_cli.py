@@ -164,7 +164,7 @@ def test_arrival_times() -> None:
         ("", "holds no request; expected a line for each"),
         ('{"prompt": "x", "time": 1}\n{"prompt": 5}', r"line 2: .*\$\.prompt.*; expected a JSON object with prompt"),
         ('{"prompt": "x", "image": 1}', "line 1: .*image.*; expected a JSON object with prompt"),
-        ('{"prompt": "x"}', r"not every request says when it came \(time\); give --rate"),
+        ('{"prompt": "x"}', r"not every request has a time; give --rate"),
     ],
 )
 def test_unusable_traffic(capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path, text: str, message: str) -> None:

@@ -174,7 +174,7 @@ def test_the_command_fails_and_names_the_fault(
         (["nowhere"], "nowhere is not a folder; expected a checkpoint or an artifact"),
         (["EMPTY"], "holds neither manifest.json nor config.json"),
         (["--data", "DATA", "--samples", "0"], "--samples is 0; expected at least 1"),
-        (["--image-folder", "x"], "--image-folder says where images of --data lie"),
+        (["--image-folder", "x"], "--image-folder is for the images of --data"),
         (["--candidate-by", "eager"], "is an artifact, which runs its own graphs; leave out the choice of eager"),
         (["--report", "EMPTY"], "is a folder; expected a file to write"),
         (["--device", "sim"], "device 'sim' cannot run"),

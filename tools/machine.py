@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
 
 
 def described() -> str:
-    """The same in one line."""
+    """The description in one line."""
     info = machine()
     products = "exact" if info["exact_byte_products"] else "cut off in 16 bits, so weights are unsigned"
     entries = ", ".join(f"{name}={value}" for name, value in info["session_entries"].items())

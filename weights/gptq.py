@@ -54,7 +54,7 @@ def gptq_w4(
 
 
 def _round_blocks(remainder: Tensor, factor: Tensor, blocks: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """Round adjoining blocks of columns and add their errors to all after them; (whole numbers [block, N], scale [N])."""
+    """Round adjoining blocks of columns and add their errors to all after them; (integers [block, N], scale [N])."""
     first, last = blocks[0][0], blocks[-1][1]
     inner = factor[first:last, first:last]
     columns, errors = remainder[first:last], torch.empty_like(remainder[first:last])

@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(text\.layers|cross)\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one of our parameters is made: by `rule` from `tensors`, its sources in their order."""
+    """The recipe of one of our parameters: made by `rule` from `tensors`, its sources in their order."""
 
     rule: Rule
     tensors: tuple[SourceTensor, ...]

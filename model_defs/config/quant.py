@@ -1,4 +1,4 @@
-"""How a weight [N, K] is stored under each quantisation: its parts, by name, with their dtypes and shapes.
+"""The stored form of a weight [N, K] under each quantisation: its parts, by name, with their dtypes and shapes.
 
     w8a16   qweight [N, B, block] uint8 around 128, scales [N, B]: B = ceil(K / block) blocks along a row
     w4a16   qweight [N, B, block / 2] uint8, two numbers of 4 bits around 8 in each, the first in the low bits; scales [N, B];

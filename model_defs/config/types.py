@@ -74,7 +74,7 @@ class TextConfig:
 
     @property
     def self_layers(self) -> int:
-        """How many layers of this stage attend to the text."""
+        """The number of layers of this stage that attend to the text."""
         return len(self.stage_layers) - len(self.stage_cross)
 
     def rank_kv_heads(self, ranks: int) -> int:

@@ -78,17 +78,17 @@ class SlotCache:
         return True
 
     def clear(self, slot: int) -> None:
-        """Forget what a slot holds."""
+        """Forget the contents of a slot."""
         self.lengths[slot], self.images[slot] = 0, ()
 
     def touch(self, slot: int) -> None:
         self._events += 1
         self.touched[slot] = self._events
 
-    # ---- what the slots contain
+    # ---- contents of the slots
 
     def common(self, slot: int, keys: np.ndarray) -> int:
-        """How many leading positions of a prompt with keys [L, KEY] the slot contains: at most L - 1, the last one runs."""
+        """The number of leading positions of a prompt with keys [L, KEY] in the slot: at most L - 1, as the last one runs."""
         limit = min(int(self.lengths[slot]), len(keys) - 1)
         if limit <= 0 or self.keys[slot, 0, 0] != keys[0, 0]:
             return 0
@@ -97,7 +97,7 @@ class SlotCache:
         return first if differ[first] else limit
 
     def common_images(self, slot: int, images: Sequence[bytes]) -> int:
-        """How many leading images the slot has keys of."""
+        """The number of leading images whose keys the slot has."""
         count = 0
         for present, image in zip(self.images[slot], images, strict=False):
             if present != image:

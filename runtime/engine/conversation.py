@@ -24,7 +24,7 @@ class Conversation:
         return Conversation(self.features, self.tiles)
 
     def common_tiles(self, tiles: tuple[bytes, ...]) -> int:
-        """How many leading tiles of a prompt are those of this conversation: images may have been taken back since."""
+        """The number of leading tiles of a prompt that are this conversation's: images may have been removed since."""
         pairs = enumerate(zip(self.tiles, tiles, strict=False))
         return next((place for place, (mine, other) in pairs if mine != other), min(len(self.tiles), len(tiles)))
 

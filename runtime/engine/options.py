@@ -1,4 +1,4 @@
-"""How an engine works where the artifact leaves a choice."""
+"""Options of an engine that the artifact leaves open."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Times:
     prefill_s: float = 0.0  # from then until the first token
 
     def timings(self, tokens: int) -> Timings:
-        """Of an answer of so many tokens.
+        """The timings of an answer of so many tokens.
 
         What did not happen, because the request ended before, took until then or no time at all.
         """

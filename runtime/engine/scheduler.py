@@ -54,7 +54,7 @@ class PrefixCache(Protocol):
         ...
 
     def prepare(self, sequence: Sequence) -> None:
-        """The sequence's first run is next: fill in what was computed before, and count it as done."""
+        """Called before the sequence's first run: fill in results that were computed before, and count them as done."""
         ...
 
 

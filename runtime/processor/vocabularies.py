@@ -1,4 +1,4 @@
-"""Vocabularies: what a tokenizer.json or a sentencepiece tokenizer.model says about text and ids.
+"""Vocabularies: text to ids and back, by a tokenizer.json or a sentencepiece tokenizer.model.
 
 Special tokens written in a text ("</s>", "<image>") become those tokens wherever they stand, as in transformers, except those
 that a `guard` breaks up (guards.py): they are words.
@@ -30,7 +30,7 @@ class TokenizerError(ValueError):
 
 
 class Vocabulary(Protocol):
-    """What every kind of tokenizer file can do."""
+    """The interface of every kind of tokenizer file."""
 
     @property
     def size(self) -> int:
@@ -54,7 +54,7 @@ class Vocabulary(Protocol):
         ...
 
     def token(self, token_id: int) -> str | None:
-        """How a token is written; None for an unknown id."""
+        """The token as text; None for an unknown id."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

@@ -40,7 +40,7 @@ class Candidates:
         places = np.flatnonzero(logits > smallest)
         order = places[np.lexsort((ids[places], -logits[places]))]
         own = order[ids[order] < used]
-        if not len(own) or own[0] != order[0]:  # the denominator says nothing of what is far below the largest
+        if not len(own) or own[0] != order[0]:  # the denominator has no information on logits far below the largest
             return None
         number = uniform(sampling.seed, position, sampling.index)
         if top_k := sampling.top_k:

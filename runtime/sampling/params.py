@@ -16,7 +16,7 @@ from ..shown import quoted, shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen. Left at None, a setting is taken from the checkpoint's generation_config.json.
+    """Sampling parameters of a request. A setting that is None is taken from the checkpoint's generation_config.json.
 
     temperature 0 is greedy. top_k 0 means no limit. min_p leaves out tokens whose probability is below that share of the
     largest; 0 leaves out none.
@@ -28,7 +28,7 @@ class SamplingParams:
 
     An answer ends before a text of `stop` (one text or several), at a token of `stop_token_ids`, after max_new_tokens, or
     `deadline_s` seconds after the request; none of the first two before min_new_tokens. No text of bad_words is in it.
-    At most one of `json_schema`, `regex` and `choice` says what the whole answer must be.
+    At most one of `json_schema`, `regex` and `choice` constrains the whole answer.
 
     logprobs k: with the logarithm of each token's probability, before anything above, and with the top k tokens.
     priority: requests of a higher one are admitted earlier, see Scheduler.add.

@@ -39,7 +39,7 @@ def _threshold(row: np.ndarray, count: int) -> float:
 
 
 def softmax_denominator(row: np.ndarray, temperature: float) -> float:
-    """The sum of exp((x - largest) / temperature) over row [V]: what probabilities are divided by.
+    """The sum of exp((x - largest) / temperature) over row [V]: the denominator of probabilities.
 
     Exponentials in float32, which are a third of the work; each is off by 1e-6 of itself at most. Sums of chunks are float64.
     """

@@ -69,7 +69,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--max-{kind}-graphs", type=int, default=default, metavar="N", help=f"of {kind}")
     group.add_argument("--max-compile-minutes", type=float, metavar="M", help="estimated from measured costs")
     group.add_argument("--max-memory-gb", type=float, metavar="GB", help="weights and cache; default: the card's")
-    group.add_argument("--context", type=int, metavar="N", help="tokens; default: what the longest request takes")
+    group.add_argument("--context", type=int, metavar="N", help="tokens; default: those of the longest request")
     group.add_argument("--slots", type=int, metavar="N", help="exactly so many; default: chosen in the replay")
     group.add_argument("--max-slots", type=int, default=32, metavar="N", help="where they are chosen")
     group.add_argument("--granularity", type=int, default=16, metavar="N", help="of prefill buckets")

@@ -58,7 +58,7 @@ class ReplayStats:
         return sum(self.busy_s.values()) / self.span_s if self.span_s else 0.0
 
     def padding(self, kind: Kind) -> float:
-        """The share of what a kind computed that was padding."""
+        """The share of padding in the sizes that a kind computed."""
         return 1 - self.real[kind] / self.padded[kind] if self.padded[kind] else 0.0
 
 

@@ -1,4 +1,4 @@
-"""How the linear layers of a checkpoint are quantised, from its settings alone. Only the standard library is used here.
+"""The quantisation of a checkpoint's linear layers, from its settings alone. Only the standard library is used here.
 
     compressed-tensors   quantization_config of config.json, of older files compression_config, as llm-compressor writes it
     GPTQ                 the same key, or quantize_config.json (AutoGPTQ, GPTQModel)
@@ -29,7 +29,7 @@ SETTINGS_FILES = {  # where older tools keep them
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How all quantised layers of a checkpoint are packed.
+    """The packing of all quantised layers of a checkpoint.
 
     `group`: weights of a row with one scale; 0: the whole row. `activations`: activations are rounded to 8 bits too, token by
     token. `zero_shift` is added to each stored zero point.

@@ -38,7 +38,7 @@ class KeyValueStore(Protocol):
 
 
 class Published(FramePayload, frozen=True):
-    """Where rank 0 listens. An empty host stands for the machine of World.address."""
+    """The address of rank 0. An empty host stands for the machine of World.address."""
 
     host: str
     port: int

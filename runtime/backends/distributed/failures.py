@@ -1,4 +1,4 @@
-"""Failure reports: what each rank was doing when something went wrong, and which of them is at fault."""
+"""Failure reports: the state of each rank when something went wrong, and the ranks at fault."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """What a rank was doing when something went wrong.
+    """The state of a rank when something went wrong.
 
     lost: one of its collectives failed; failed: it raised an error; died: its connection ended without a message; silent: it
     did not answer a status request. `text`: its error message, or how its process ended, as far as its starter knows.

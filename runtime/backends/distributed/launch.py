@@ -68,7 +68,7 @@ class LocalRanks:
                 )
 
     def exit_text(self, rank: int) -> str:
-        """How the process of a rank that is gone ended; empty where that is not known yet."""
+        """The exit status of a rank's ended process, as text; empty where it is not known yet."""
         try:
             return _exit_text(self.processes[rank].wait(EXIT_S))
         except subprocess.TimeoutExpired:

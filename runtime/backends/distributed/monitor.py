@@ -24,7 +24,7 @@ class Children(Protocol):
     """Processes of ranks that this one has started."""
 
     def exit_text(self, rank: int) -> str:
-        """How the process of a rank that is gone ended; empty where that is not known."""
+        """The exit status of a rank's ended process, as text; empty where it is not known."""
         ...
 
     def end(self) -> None:
@@ -170,7 +170,7 @@ class RankMonitor:
         return self.stop(failure_report([own or self._own_status(), *statuses.values()], self.timeout))
 
     def _own_status(self) -> RankStatus:
-        """What this rank is doing; an error of its call that was not raised yet counts as a failure."""
+        """The status of this rank; an error of its call that was not raised yet counts as a failure."""
         if self.compute_thread.busy and self.compute_thread.ended:
             try:
                 self.compute_thread.finish()

@@ -81,7 +81,7 @@ class RankWorker:
         return self.compute_thread.busy
 
     def _read_message(self, open_backend: Callable[[Go], tuple[WatchedGroup, Backend]]) -> int | None:
-        """Read and handle one message of rank 0; an exit status when that is the end."""
+        """Read and handle one message of rank 0; an exit status when it ends this rank."""
         try:
             return self._handle(self.link.receive_header(), open_backend)
         except FrameError as error:
@@ -90,7 +90,7 @@ class RankWorker:
             return self._stop(f"{self.error}; {self.leader} died" if self.at_fault else f"{self.leader} died")
 
     def _handle(self, header: Header, open_backend: Callable[[Go], tuple[WatchedGroup, Backend]]) -> int | None:
-        """Do what a message says; an exit status when that is the end."""
+        """Handle a message; an exit status when it ends this rank."""
         match header.kind:
             case FrameKind.STOP:
                 self._wait_for_call()

@@ -105,7 +105,7 @@ def runs_of(messages: Sequence[Message]) -> list[list[str]]:
 
 
 def spans(text: str) -> list[str]:
-    """What stands in each <img>...</img>; raises PromptError for tags that do not pair up."""
+    """The contents of each <img>...</img>; raises PromptError for tags that do not pair up."""
     insides = SPAN.findall(text)
     if any(tag in SPAN.sub("", text) for tag in (OPEN, CLOSE)) or any(OPEN in inside for inside in insides):
         raise PromptError(f"the prompt has {OPEN} and {CLOSE} that do not pair up; write {OPEN}path{CLOSE} for each image")

@@ -62,7 +62,7 @@ class Packer(ABC):
 
     @abstractmethod
     def question_ids(self, question: str, first: bool, images: int) -> list[int]:
-        """What follows the opening or the last answer, up to where the answer to ``question`` begins."""
+        """The tokens after the opening or the last answer, up to the answer to ``question``."""
 
     def id_of(self, token: str) -> int:
         """The id of one token of the vocabulary."""
