@@ -116,7 +116,7 @@ class AsyncEngine:
 
     @property
     def turn_s(self) -> float:
-        """Seconds for which the engine has been in its present turn, one step at most; 0 while there is no work."""
+        """Seconds that the present turn of the engine has taken, at most one step; 0 while there is no work."""
         start = self._turn
         return 0.0 if start is None else self.model.engine.clock() - start
 

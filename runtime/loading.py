@@ -35,7 +35,7 @@ def load(
     verify: bool = False,
     verify_key: str | Path | None = None,
 ) -> Model:
-    """Open an artifact for use.
+    """Open an artifact and return its Model.
 
     device: "cpu" for ONNX artifacts; for Ascend ones "npu", "npu:1" (the second card), or "sim", which runs their graphs with
     torch on a CPU ("sim:float32": without rounding to 16 bits). tp: the number of ranks that each layer is sharded over, which
@@ -44,7 +44,7 @@ def load(
     the ranks of this machine, or one for a model of less than 16 MiB. timeout: seconds that ranks wait for each other; default
     STATICVL_TIMEOUT, or 300.
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
-    reuse: use what earlier requests have computed: cache rows of a common prefix of the prompt, and image features, of which
+    reuse: use results of earlier requests: cache rows of a common prefix of the prompt, and image features, of which
     image_cache_mb megabytes are kept.
     speculate: draft up to so many tokens of every answer by prompt lookup, where the artifact has graphs that verify them
     (compile with --speculate); ngrams: the fewest and the most tokens of an n-gram that it matches.

@@ -141,7 +141,8 @@ class Model:
         Of n answers the first is the result and the others are its `others`.
         return_logits: keep the logits of every generated token, float32 [generated, V].
 
-        Raises PromptError, ImageError, ContextError for input that cannot be answered; then nothing is generated at all.
+        Raises PromptError, ImageError, ContextError or ConstraintError for input that cannot be answered, ValueError and
+        TypeError for settings; then nothing is generated at all.
         """
         params = merge_params(sampling, settings)
         pairs = [(prompts, images)] if isinstance(prompts, str | Message) else pair_up(prompts, images)
@@ -158,7 +159,7 @@ class Model:
         return self.stream_sequence(self.new_sequence(self._prompt(prompt, images, raw), params))
 
     def chat(self, system: str | None = None) -> Chat:
-        """A conversation that keeps its slot of the cache, so that each turn only computes what is new."""
+        """A new conversation that keeps its slot of the cache, so that each turn only computes its new part."""
         return Chat(self, system)
 
     def run(self, sequences: SequenceOf[Sequence]) -> list[Output]:

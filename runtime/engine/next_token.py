@@ -57,7 +57,7 @@ class NextToken:
         return candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
 
     def of_whole_row(self, sequence: Sequence, logits: np.ndarray) -> int | None:
-        """The token, with the logits and log-probabilities that the request wants kept; None where no token may follow."""
+        """The token, with the logits and log-probabilities that the request keeps; None where no token may follow."""
         logits_processors, logprobs = sequence.logits_processors, sequence.params.logprobs
         row = logits_processors.applied(logits) if logits_processors else logits
         if logits_processors and row.max() == -np.inf:

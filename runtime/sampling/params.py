@@ -97,6 +97,7 @@ class SamplingParams:
 
     @property
     def constrained(self) -> bool:
+        """Whether the answer has to match a JSON schema, a regular expression, or one of several texts."""
         return self.json_schema is not None or self.regex is not None or bool(self.choice)
 
     def penalty(self, defaults: SamplingDefaults) -> float:
