@@ -19,10 +19,9 @@ OLD_SPECULATE = "verify"
 class Buckets:
     """Bucket sizes by graph kind, and the cache's size. None: derived from the model.
 
-    `verify` are the most tokens that one run can verify: those of a draft and the one before them, so one more than `speculate`
-    of the command line and of buckets.yaml; by default there are no such graphs. `images` are the numbers of images that text
-    graphs can see by cross-attention, the largest being what a sequence may hold; text without images always has graphs of its
-    own.
+    `verify`: tokens that one run can verify, which are those of a draft and the one before them, so one more than `speculate`
+    of the command line and of buckets.yaml; by default there are no such graphs. `images`: numbers of images that text graphs
+    can see by cross-attention, the largest being the most of a sequence; there are always graphs for text without images.
     """
 
     prefill: tuple[int, ...] | None = None

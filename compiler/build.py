@@ -1,6 +1,6 @@
-"""Plan -> weights -> graphs -> certificates -> manifest, doing again only what has changed.
+"""A build: plan -> weights -> graphs -> certificates -> manifest. Only what has changed is made again.
 
-Every file that depends on content carries a digest of what it was made from in its name, so a build never overwrites a
+Every file that depends on content has a digest of its sources in its name, so a build never overwrites a
 file that the artifact already there refers to: the old manifest stays valid until the new one replaces it by a rename,
 and only then are files that nothing refers to removed. What an interrupted build had finished is noted in a journal and
 is not done again.
@@ -38,12 +38,12 @@ class BuildError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What a build did."""
+    """The result of a build."""
 
     manifest: Manifest  # as it was written
-    traced: tuple[str, ...]  # names of graphs that were made
-    reused: tuple[str, ...]  # and of those that were there
-    converted: bool  # whether weights were
+    traced: tuple[str, ...]  # names of compiled graphs
+    reused: tuple[str, ...]  # names of graphs that were there already
+    converted: bool  # whether weights were converted
 
 
 def build(options: Options, progress: Progress | None = None) -> Report:
@@ -58,7 +58,7 @@ def build(options: Options, progress: Progress | None = None) -> Report:
 def _build(inputs: BuildInputs) -> Report:
     options, old = inputs.options, inputs.old
     if inputs.packing or not old:
-        # What cannot be stored is refused before all of the checkpoint is read, and what cannot be compiled before that.
+        # Refuse what cannot be compiled first, then what cannot be stored; only then is all of the checkpoint read.
         _check_compiler(options)
         match(inputs.config, open_checkpoint(inputs).tensors)
     source = fingerprint(options, old.build.source if old else {}, inputs.progress)
@@ -89,13 +89,13 @@ def _build(inputs: BuildInputs) -> Report:
 
 
 def _check_compiler(options: Options) -> None:
-    """What makes graphs is there; raises ArtifactError otherwise."""
+    """Raise ArtifactError where a package that compiles the graphs is missing."""
     if options.backend == "ascend":
         torchair_host.wheel_folder()
 
 
 def _ascend_info(inputs: BuildInputs, *, traced: bool) -> AscendInfo:
-    """What the graphs depend on; they are keyed by it, so where none was traced it is what it was."""
+    """The versions that the graphs depend on. They are in the keys of graphs, so they are unchanged where none was traced."""
     if inputs.old and inputs.old.ascend and not traced:
         return inputs.old.ascend
     from ..runtime.backends.ascend.kernel import ascend_info
@@ -158,7 +158,7 @@ def _settings(inputs: BuildInputs) -> tuple[str, dict[str, FileSpec]]:
 
 
 def _tidy(inputs: BuildInputs, manifest: Manifest) -> None:
-    """Remove what the manifest does not name, and say what could not go and what has to be made again."""
+    """Remove files that the manifest does not name; report files that stay, and a signature that must be made again."""
     signed = (inputs.out / SIGNATURE).exists()
     if kept := remove_unreferenced(inputs.out, manifest):
         inputs.progress.say(

@@ -56,7 +56,7 @@ def _changed(options: Options) -> dict[str, str]:
         if option.recorded == "changed" and (value := getattr(options, option.field)) != defaults[option.field]
     }
     if options.quant in READY_MADE:
-        del changed["quant"]  # the checkpoint brings it
+        del changed["quant"]  # the checkpoint has it already
     return changed
 
 

@@ -1,8 +1,8 @@
-"""A model run layer by layer over a few prompts, so that its weights can be quantised by what its layers take, and its cache by
-what it holds.
+"""Calibration: the model runs layer by layer over a few prompts. Weights are quantised by the inputs of their layers, the cache
+by its largest values.
 
 The definitions compute in float32, each layer over all prompts before the next is read: in memory are one layer's weights, the
-second moments of its inputs, and what is between two layers, 4 C bytes for each token. Keys and values of images that enter
+second moments of its inputs, and the hidden states, 4 C bytes for each token. Keys and values of images that enter
 by cross-attention lie in files meanwhile.
 
 T tokens of a prompt, C hidden size, K kv heads, D head dim, X keys of an image, P rows of features per tile.
@@ -43,14 +43,14 @@ from .graphs import GraphContext, define_graph
 from .progress import Progress
 
 CHUNK = 256  # tokens that attend at once
-# What a cache in 8 bits holds at most, over the largest that the prompts gave: others give more, and so may quantised weights.
-# Steps are wider by as much; docs/quantisation.md has figures.
+# The largest value of a cache in 8 bits, relative to the largest of the prompts: other prompts, and quantised weights, may give
+# larger ones. Steps are wider by as much; docs/quantisation.md has figures.
 CACHE_MARGIN = 1.5
-LEAST_SCALE = 2**-20  # which float16 still holds, of channels that are all but zero
+LEAST_SCALE = 2**-20  # of channels that are nearly zero; float16 still holds it
 
 
 class Watch:
-    """Gathers what some linear layers of a block take; `weights` [tokens] are those of the tokens that come next."""
+    """Collects input statistics of linear layers of a block; `weights` [tokens] are those of the next tokens."""
 
     def __init__(self, block: nn.Module, names: Iterable[str], *, moment: bool) -> None:
         self.weights: Tensor | None = None
@@ -70,18 +70,18 @@ Largest = tuple[Tensor, Tensor]  # of keys and of values
 
 @dataclass(slots=True, eq=False)
 class Passing:
-    """One prompt on its way through the model. `cross` are the files of its images' keys and values, by image."""
+    """One prompt while it passes through the model. `cross` are the files of its images' keys and values, by image."""
 
     prompt: Prompt
     feed: dict[str, Tensor]
-    weights: Tensor  # [T], what each token counts for
+    weights: Tensor  # [T], the weight of each token in second moments
     features: Tensor | None = None  # [tiles * P, C], where images are tokens
     cross: list[Path] = field(default_factory=list)
     x: Tensor = field(default_factory=lambda: torch.empty(0))  # [1, T, C]
 
 
 def prompts_of(calibration: Calibration, processor: Processor, context: int) -> list[Prompt]:
-    """The conversations as prompts; raises CalibrationError naming the one that cannot be, or is longer than the context."""
+    """The conversations as prompts; raises CalibrationError naming one that cannot be used, or is longer than the context."""
     prompts = []
     for conversation in calibration.conversations:
         is_open = conversation.messages[-1].role != "assistant"
@@ -100,7 +100,7 @@ def prompts_of(calibration: Calibration, processor: Processor, context: int) -> 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationContext:
-    """The model whose layers are calibrated, and what for: quantisation `quant`, cut among `tp` ranks.
+    """The model whose layers are calibrated, for quantisation `quant` and sharded over `tp` ranks.
 
     `config` is that of the whole model and `cache` that of one rank that holds it. `store` takes the finished layers.
     """
@@ -115,10 +115,10 @@ class CalibrationContext:
 
 @torch.inference_mode()
 def calibrate(source: Source, context: CalibrationContext, prompts: Sequence[Prompt], progress: Progress) -> None:
-    """Fill the store with every layer of the decoder, whole or cut among ranks, but for layers that it has already.
-    Where weights are not quantised by their inputs it has the scales of a cache in 8 bits alone.
+    """Fill the store with every layer of the decoder, whole or sharded, except layers that it has already.
+    Where weights are not quantised by their inputs, it gets only the scales of a cache in 8 bits.
 
-    Raises WeightsError as `convert`, and for want of disk space.
+    Raises WeightsError as `convert`, and where disk space is short.
     """
     config, store, quant = context.config, context.store, context.quant
     layers = range(config.text.layers)
@@ -129,7 +129,7 @@ def calibrate(source: Source, context: CalibrationContext, prompts: Sequence[Pro
     check_space(store.out, _disk_bytes(config, context.cache, images, quant))
     read = parameters(source, config)
     passing = [Passing(prompt, text_feed(config.text, context.info, prompt), token_weights(prompt)) for prompt in prompts]
-    with _emptied(store.folder / "pictures") as work:
+    with _emptied(store.folder / "images") as work:
         with progress.stage("calibrating: images", images, "image") as advance:
             tower = _see(context, passing, read, work, advance)
         for stem, (layer, watch) in tower.items():
@@ -155,7 +155,7 @@ def _disk_bytes(config: ModelConfig, cache: CacheSpec, images: int, quant: str) 
 
 
 def text_feed(text: TextConfig, info: ModelInfo, prompt: Prompt) -> dict[str, Tensor]:
-    """What layers take besides hidden states, for all tokens of a prompt; names as in docs/artifact.md."""
+    """The inputs of layers besides hidden states, for all tokens of a prompt; names as in docs/artifact.md."""
     cos, sin = rope_tables(info.rope, text.head_dim, prompt.length, prompt.ntk)
     feed = {"rope_cos": cos[None], "rope_sin": sin[None]}
     if text.rope.logn_positions:
@@ -167,8 +167,8 @@ def text_feed(text: TextConfig, info: ModelInfo, prompt: Prompt) -> dict[str, Te
 
 
 def token_weights(prompt: Prompt) -> Tensor:
-    """[T]: what each token counts for in second moments. All tokens of images together count for no more than the text, of
-    which there is far less and from which answers come."""
+    """The weight of each token in second moments, [T]. All tokens of images together weigh no more than the text, which is far
+    shorter and decides the answers."""
     imaged = torch.from_numpy(np.array(prompt.rows)) >= 0
     text = int((~imaged).sum())
     return torch.where(imaged, min(1.0, text / max(len(imaged) - text, 1)), 1.0)
@@ -220,7 +220,7 @@ def _see(
 
 
 def _watched_tower(module: nn.Module) -> dict[str, tuple[Layer, Watch]]:
-    """The blocks of a vision graph's tower, whose linear layers' inputs are gathered from now on."""
+    """The blocks of a vision graph's tower, with hooks that collect the inputs of their linear layers."""
     blocks: dict[str, tuple[Layer, Watch]] = {}
     for stem, block in module.named_modules():
         if re.fullmatch(r"vision\.(global_)?layers\.\d+", stem):
@@ -231,7 +231,7 @@ def _watched_tower(module: nn.Module) -> dict[str, tuple[Layer, Watch]]:
 
 @contextlib.contextmanager
 def _emptied(folder: Path) -> Iterator[Path]:
-    """A folder for the time being; a broken-off run may have left one."""
+    """A temporary folder, emptied first: an interrupted run may have left one."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     yield folder
@@ -282,10 +282,10 @@ def _layer(context: CalibrationContext, index: int, passing: Sequence[Passing], 
 
 
 def largest_in(keys: Tensor, values: Tensor) -> Largest:
-    """Of a cache [1, K, T, D]: how large each channel of keys and of values becomes, [K * D] each.
+    """The largest magnitude of each channel of keys and of values in a cache [1, K, T, D]: [K * D] each.
 
-    Keys are cached after the rotary embedding, which turns channels d and d + D / 2 into each other as positions go on: either
-    may become what both are together, at a position that no prompt has.
+    Keys are cached after the rotary embedding, which rotates channels d and d + D / 2 into each other: at a position that no
+    prompt has, either may reach the norm of the pair.
     """
     first, second = keys.chunk(2, dim=-1)
     radii = first.hypot(second).amax((0, 2))  # [K, D / 2]
@@ -299,7 +299,7 @@ def cache_scales(largest: Sequence[Largest]) -> Layer:
 
 
 def _store_quantised(context: CalibrationContext, stem: str, layer: Layer, watch: Watch, places: Mapping[str, Fold]) -> None:
-    """Store a layer, quantised by what its inputs were."""
+    """Store a layer, quantised by the statistics of its inputs."""
     inputs = {name: collector.statistics() for name, collector in watch.gathered.items()}
     layer = {name: value.float() for name, value in layer.items()}
     layer, inputs = smoothed(layer, inputs, places, text_quant(context.quant))
@@ -332,7 +332,7 @@ def _through(
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Weights for a definition; linear layers widen theirs by themselves, everything else is computed in float32."""
+    """Put weights into a definition; linear layers upcast theirs themselves, everything else is computed in float32."""
     narrow = {f"{name}.weight" for name, part in module.named_modules() if isinstance(part, Linear)}
     state = {name: value if name in narrow else value.float() for name, value in tensors.items()}
     module.load_state_dict(state, strict=True, assign=True)

@@ -20,7 +20,7 @@ CACHE_METHOD = "largest keys and values"  # of a cache in 8 bits
 
 
 class CalibrationError(ValueError):
-    """Prompts that cannot be calibrated with; the message says what to change."""
+    """Prompts that cannot be used for a calibration; the message says what to change."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What a graph is fed when it is checked: the edges of its bucket.
+"""Test cases of a graph: inputs at the edges of its bucket.
 
 Silent errors that appear only at certain lengths are the best-known failure of systems with fixed shapes. So each graph
 runs at length = bucket, bucket - 1, previous bucket + 1 and 1, into an empty cache and after earlier tokens up to the
@@ -18,8 +18,8 @@ from ..runtime.backends.base import Backend, Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
 
 GARBAGE = 30.0
-# Steps of a cache in 8 bits that a deviation of the noise is worth. With more, scores become so large that what float32 loses
-# shows: keys of noise fit a query far better, or worse, than those of a model.
+# Standard deviation of the noise in a cache in 8 bits, in steps. With more, scores become so large that the rounding of float32
+# shows: keys of noise match a query far better, or worse, than those of a model.
 STEPS = 12.0
 NOISE = 65521  # a prime, so that repeated noise does not line up with heads and rows
 
@@ -39,7 +39,7 @@ def find_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
 
 
 def rows_of(graph: GraphSpec, case: Case) -> np.ndarray:
-    """Which rows of a text graph's first output mean anything: bool [B], of logits of each token [T]."""
+    """The rows of a text graph's first output that are not padding: bool [B], or [T] for logits of each token."""
     each = graph.kind == "verify" and graph.outputs[0].name == "logits"
     return np.arange(graph.bucket) < case.count[0] if each else case.count > 0
 
@@ -54,7 +54,7 @@ class CaseMaker:
         self.restart()
 
     def restart(self) -> None:
-        """Begin anew, so that what a graph is fed does not depend on the graphs before it."""
+        """Restart the random numbers, so that the inputs of a graph do not depend on the graphs before it."""
         self.rng = np.random.default_rng(self.seed)
 
     def feed(self, graph: GraphSpec, case: Case) -> Feed:
@@ -78,7 +78,7 @@ class CaseMaker:
     def fill(self, graph: GraphSpec, case: Case, backends: Iterable[Backend]) -> dict[str, int]:
         """Random keys and values where tokens are, large garbage elsewhere; the same in all backends.
 
-        The result says where in the noise each buffer starts: a third copy of a long cache could take all that is left.
+        Returns where in the noise each buffer starts: a third copy of a long cache could take all remaining memory.
         """
         starts = {}
         for spec in graph.inputs:
@@ -91,7 +91,7 @@ class CaseMaker:
         return starts
 
     def past(self, spec: TensorSpec, case: Case, start: int) -> np.ndarray:
-        """What a cache buffer holds before the step."""
+        """The contents of a cache buffer before the step."""
         value = self._noise(spec.shape, start)
         for b, past in enumerate(case.past):
             value[b, :, past:] *= GARBAGE

@@ -3,9 +3,9 @@
 The first output and every cache row that the step must have written are compared, and rows that it must not touch have to be
 unchanged; of vision graphs all that they write into the cache. Candidates have to be the largest of the graph's own logits.
 
-A cache in 8 bits rounds, and a value between two steps may go either way. So the definition takes over the numbers that the
-compiled graph has written, each of which has to be a rounding of its own: nothing else is left open, and the attention over
-them is compared as closely as anything.
+A cache in 8 bits rounds, and a value between two steps may go either way. So the definition attends over the integers that
+the compiled graph has written, each of which has to be a rounding of the definition's own value: the attention over them is
+compared as closely as everything else.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from ..runtime.backends.base import Backend, Feed, Result, cache_name, new_feed
 from .cases import Case, CaseMaker, find_cases, rows_of
 
 TOLERANCE = 1e-4  # largest absolute difference over the largest magnitude
-# Rounded activations: a result further from the truth than zero is would be worth nothing. How much rounding costs a model
-# is a question for its task, not for a certificate: layers of random weights amplify it without measure.
+# Rounded activations: a result with a larger error than zero has would be useless. The loss of accuracy is measured on tasks,
+# not by a certificate: layers of random weights amplify rounding without bound.
 ROUNDING_TOLERANCE = 1.0
 
 
 class CertificateError(RuntimeError):
-    """A compiled graph does not compute what its definition says."""
+    """A compiled graph differs from its definition."""
 
 
 class Certifier:
@@ -48,8 +48,8 @@ class Certifier:
     def certify(self, graph: GraphSpec, previous: int, exact_graph: GraphSpec | None = None) -> tuple[Certificate, float]:
         """The certificate of one graph and the milliseconds of one run; `previous` is the next smaller bucket, or 0.
 
-        What rounds is checked without rounding: a graph whose kernels round activations by its exact `exact_graph`, and on a
-        backend of its own where arithmetic is less than float32. How far rounding carries is measured apart.
+        Rounding is kept out of the comparison: a graph whose kernels round activations is checked by its `exact_graph`, on a
+        backend of its own where arithmetic is less than float32. The error of rounding is measured separately.
 
         Raises CertificateError naming the graph, the case and the error when the tolerance is broken.
         """
@@ -91,7 +91,7 @@ class Certifier:
         return error
 
     def _rounding(self, graph: GraphSpec, case: Case) -> float:
-        """How far rounding carries the first output from the reference, in one case."""
+        """The distance of the first output from the reference that rounding causes, in one case."""
         feed = self.maker.feed(graph, case)
         if graph.kind != "vision":
             self.maker.fill(graph, case, _distinct(self.reference, self.candidate))
@@ -123,10 +123,10 @@ class Certifier:
         return error
 
     def _cost(self, graph: GraphSpec) -> float:
-        """Milliseconds of one run: the best of a few, since what else the machine does only ever adds."""
+        """Milliseconds of one run: the best of a few, since other work of the machine only ever adds time."""
         feed = new_feed(graph)
         seconds: list[float] = []
-        # At least two, since one may be held up by anything for a second, and what runs next is decided by these times.
+        # At least two: one run may be delayed by a second, and the scheduler relies on these times.
         while len(seconds) < 2 or (len(seconds) < 5 and sum(seconds) < 1.0):
             started = time.perf_counter()
             self.candidate.run(graph, feed)
@@ -150,7 +150,7 @@ def candidates_error(result: Result, feed: Feed, active: np.ndarray) -> float:
     """The error of candidates against the logits beside them.
 
     It is infinite where they are not the largest, else the relative error of the softmax denominator. `active` [R]: rows that
-    mean anything.
+    are not padding.
     """
     if result.candidates is None:
         return 0.0
@@ -166,7 +166,7 @@ def candidates_error(result: Result, feed: Feed, active: np.ndarray) -> float:
 
 
 def rounding_error(value: np.ndarray, expected: np.ndarray) -> float:
-    """How far numbers of 8 bits are from being roundings of `expected`, over the largest that there is; infinite where a value
+    """The largest deviation of 8-bit integers from roundings of `expected`, over the largest magnitude; infinite where a value
     is not finite."""
     beyond = np.maximum(np.abs(value - expected) - 0.5, 0)
     return float(beyond.max() / 127) if np.isfinite(expected).all() else float("inf")

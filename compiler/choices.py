@@ -1,6 +1,6 @@
 """Values that options of a build may have, and defaults.
 
-Needs the standard library alone, because the help of the command line is made of it.
+Needs the standard library alone, because the help of the command line is made from it.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ DEFAULT_CONTEXT = 2048
 DEFAULT_SLOTS = 4
 DEFAULT_PREFILL = (16, 64, 256)
 DEFAULT_IMAGES = (1, 4)
-# The top-k tokens that text graphs put out: a host that would scan the logits in the memory of a device would copy them.
+# The top-k tokens that text graphs output: a host that scans logits in the memory of a device has to copy them.
 DEFAULT_CANDIDATES = {"onnx": 0, "ascend": 64}
 MOST_CANDIDATES = 1024
 MAX_BUCKET = 1 << 16

@@ -1,11 +1,11 @@
-"""What one run of a graph costs on any machine: floating-point operations, and bytes that have to be read or written.
+"""The cost of one run of a graph on any machine: floating-point operations, and bytes that have to be read or written.
 
 Counted op by op while the definition runs on tensors without data, which takes a tenth of the time of a trace: products of
 matrices and attention are counted, the rest is small beside them. An attention step is counted over the whole cache, which is
 what a graph may have to read. Weights, caches and inputs are read once; values between ops stay where they are.
 
-Of a graph of one rank of several, collectives are counted, and the bytes that the rank contributes to them: what travels for
-that is up to the device.
+For a rank of several, its collectives are counted, and the bytes that it contributes to them; the traffic that this causes
+depends on the device.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1, "i
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one run; the bound of a device is max(flops / its FLOP/s, nbytes / its bytes/s)."""
+    """The cost of one run; the bound of a device is max(flops / its FLOP/s, nbytes / its bytes/s)."""
 
     flops: int
     nbytes: int
@@ -38,8 +38,8 @@ class Cost:
 
 
 def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | None = None) -> Cost:
-    """The cost of a graph whose cache is stored in `dtype`, and its weights as `stored` says or else in `dtype` as well (what
-    is kept in 8 bits stays so)."""
+    """The cost of a graph whose cache is stored in `dtype`, and its weights as `stored` says, else in `dtype` too (integers of
+    8 bits stay as they are)."""
     calls = _calls(graph)
     flops = sum(_FLOPS[name](args) for name, args in calls if name in _FLOPS)
     width = _WIDTHS[dtype]

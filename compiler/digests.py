@@ -13,7 +13,7 @@ import msgspec
 from ..runtime.artifact import FileSpec
 from ..runtime.files import sha256_file
 
-HASH_ON_REUSE = 256 << 20  # larger files are taken as they are when their size is right; `staticvl verify` reads them
+HASH_ON_REUSE = 256 << 20  # of larger files only the size is checked; `staticvl verify` reads them
 
 
 def digest(*parts: Any) -> str:

@@ -1,8 +1,8 @@
-"""The graphs run by torch as they are defined: the numerical reference, with the interface of a device.
+"""The eager backend: torch runs the definitions of the graphs, the numerical reference, with the interface of a device.
 
-Everything is computed in float32, whatever the weights are stored in. They are mapped from the artifact's files, and linear
-layers upcast or dequantise theirs piece by piece, so that a model in 8 or 16 bits is checked in little more memory than it
-takes.
+Everything is computed in float32, whatever dtype the weights are stored in. They are mapped from the artifact's files, and
+linear layers upcast or dequantise theirs piece by piece, so that a model in 8 or 16 bits is checked in little more memory than
+it takes.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@ compiler cannot take.
 
 The program is the definition itself, op by op as model_defs/ops.py writes it, so it needs no fused operator and no torchair;
 it is slower, and it copies the cache at every step. It is stored as Python source that names nothing but torch operators,
-and takes and returns the same tensors as a compiled kernel (see emit_ascend.py). Where ranks meet it calls the group that it
-finds in its scope.
+and takes and returns the same tensors as a compiled kernel (see emit_ascend.py). Collectives call the group in its
+scope.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .ascend_graph.attention import HIDDEN_BELOW
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
 
-HIDDEN = -3e4  # added to a score of 16 bits that does not count
-# Names that the program finds in its scope: where it runs, what it computes in, and the other ranks.
+HIDDEN = -3e4  # added to a masked score of 16 bits
+# Names in the scope of the program: its device, its dtype, and its group of ranks.
 DEVICE, HALF, GROUP = "device", "half", "group"
 
 
@@ -45,8 +45,8 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
 
 
 def _definitions() -> dict[Any, Callable[..., Any]]:
-    """Every op of the vocabulary -> the function that defines it, in the type of the weights; not those where ranks meet,
-    which only a run can do."""
+    """Every op of the vocabulary -> the function that defines it, in the dtype of the weights; without collectives, which need
+    a run."""
     namespace = getattr(torch.ops, ops.NAMESPACE)
     functions = {name: function for name, function in ops.DEFINITIONS.items() if name not in ops.COLLECTIVES}
     functions |= {"linear": _linear, "cross_attention": _cross_attention}
@@ -54,8 +54,8 @@ def _definitions() -> dict[Any, Callable[..., Any]]:
 
 
 def _cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
-    """The definition hides by a number that 16 bits cannot hold. A token that sees nothing has a query of zeros and no mask:
-    it attends evenly to everything, as by the definition."""
+    """The definition masks with a number that 16 bits cannot hold. A token that sees nothing has a query of zeros and no mask:
+    it attends evenly to everything, as in the definition."""
     hidden = mask < HIDDEN_BELOW  # [B, T, n * t]
     sees = (~hidden).any(-1, keepdim=True)
     mask = (hidden & sees).to(q.dtype) * HIDDEN
@@ -63,5 +63,5 @@ def _cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The definition widens a narrow weight; here what is wide, normalised pixels, is brought to the weight's type."""
+    """The definition upcasts a narrow weight; here wide inputs, the normalised pixels, are cast to the weight's dtype."""
     return torch.nn.functional.linear(x.to(weight.dtype), weight, bias)

@@ -1,13 +1,13 @@
 """Traced graph -> ONNX model whose weights lie in the artifact's shared weight files.
 
 Each op of the vocabulary has one lowering here; so have the few aten ops that models use for reshaping and adding. An
-op without a lowering is an error that names it. Lowerings emit the operators that onnxruntime's kernels want, so that
-nothing is left for a graph optimiser to find and every bucket refers to the weights in the same form:
+op without a lowering is an error that names it. Lowerings emit the fused operators of onnxruntime directly, so that
+no graph optimiser is needed and every bucket refers to the weights in the same form:
 
 - linear: FusedMatMul with transB, which takes weights [N, C] as checkpoints store them; weights in 8 or 4 bits: MatMulNBits;
   weights in 16 bits, for which there are no kernels, are upcast some rows at a time;
 - linear_w8a8: MatMulIntegerToFloat, whose activations are uint8 around 128: kernels of processors with VNNI multiply unsigned
-  by signed, and onnxruntime's others are slower by an order of magnitude. What several layers take is quantised once;
+  by signed, and onnxruntime's others are slower by an order of magnitude. An input of several layers is quantised once;
 - cached_attention: com.microsoft.GroupQueryAttention, whose present outputs are bound to the memory of its past inputs.
   A padded chunk counts as whole: rows past the last real token are written and overwritten by the next step.
   int8_cached_attention is the same operator, which takes scales of channels as inputs and rounds as defined;
@@ -40,7 +40,7 @@ IR_VERSION = 10
 
 
 class UnsupportedOpError(NotImplementedError):
-    """The traced graph holds an op without a lowering."""
+    """The traced graph has an op without a lowering."""
 
 
 def emit(graph: GraphDef, weights: Mapping[str, WeightSpec], *, exact: bool = False) -> bytes:
@@ -58,7 +58,7 @@ def emit(graph: GraphDef, weights: Mapping[str, WeightSpec], *, exact: bool = Fa
 
 @dataclass(frozen=True, slots=True)
 class EmittedSteps:
-    """One rank's graph as GraphSpec has it in `steps` and `buffers`; `files` are those of the segments."""
+    """One rank's graph as the `steps` and `buffers` of a GraphSpec; `files` are those of the segments."""
 
     steps: tuple[Step, ...]
     buffers: tuple[TensorSpec, ...]
@@ -111,8 +111,8 @@ def _lowered(
     emitter.names |= _parameters(program) | part.entering
     for node in part.nodes:
         emitter.names[node] = _lower(emitter, node)
-    # onnxruntime orders what depends on nothing by its place in this list, the first as late as it can: elsewhere, all weights
-    # would be expanded before the first layer runs.
+    # onnxruntime runs nodes without inputs in an order that depends on their place in this list, the first as late as it can:
+    # in another place, all weights would be expanded before the first layer runs.
     emitter.nodes.sort(key=lambda node: not expands(emitter, node))
     return emitter, _own_names(emitter, part)
 
@@ -129,7 +129,7 @@ class Values:
 def emitted_values(
     graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec]
 ) -> tuple[Values, ...]:
-    """Which value of which file is which value of the definition, for tools that look into a graph while it runs."""
+    """The values of each file by the values of the definition, for tools that inspect a running graph."""
     files = []
     for part in cut(graph, program).parts:
         emitter, outputs = _lowered(graph, program, part, weights, exact=False)
@@ -146,7 +146,8 @@ def _parameters(program: torch.export.ExportedProgram) -> dict[Node, str]:
 
 
 def _own_names(e: Emitter, part: Part) -> list[str]:
-    """The values that leave a part; one that is also something else's, since its op does nothing, is copied."""
+    """The names of the values that leave a part; a value that shares its name with another, since its op does nothing, is
+    copied."""
     used = {*part.entering.values(), *e.initializers}
     names: list[str] = []
     for node in part.leaving:

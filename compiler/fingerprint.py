@@ -1,6 +1,6 @@
-"""What a build was made from: digests of the checkpoint's files, of our own code, and of settings.
+"""The fingerprint of a build: digests of the checkpoint's files, of our own code, and of settings.
 
-Two builds with the same key give the same files, so what has the key already is not made again.
+Two builds with the same key give the same files, so files that have the key already are not made again.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class GraphDigests:
             versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
         code = code_digests("compiler.make", without=OTHER_BACKENDS[backend])
         self.eager = options.eager
-        # What is fastest is measured anew on another machine.
+        # The fastest kernels are measured again on another machine.
         self.tuned = (processor_name(), usable_cores()) if options.tune else None
         self.common = (weights, asdict(config), options.stored_quant, options.tp, backend, versions, code)
 

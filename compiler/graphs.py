@@ -1,6 +1,6 @@
 """A graph key -> the torch module that computes the graph, with its named inputs and outputs.
 
-Modules are made on the meta device: a graph never meets the weights, which the emitters refer to by name.
+Modules are made on the meta device, without weights; the emitters refer to these by name.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ VISION_GRAPHS: dict[str, type[nn.Module]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GraphContext:
-    """What the graphs of a model, or of one stage of a pipeline, have in common.
+    """The common settings of the graphs of a model, or of one pipeline stage.
 
-    `cache` is that of one rank of `ranks`. `candidates`: how many of the likeliest tokens follow the logits of a text graph.
+    `cache` is that of one rank of `ranks`. `candidates`: the number of top-k tokens after the logits of a text graph.
     """
 
     config: ModelConfig
@@ -48,8 +48,8 @@ class GraphContext:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphDef:
-    """One graph before it is compiled; `constants` are parameters whose values are settings, not weights, and `kernels` is how
-    this machine wants it lowered."""
+    """One graph before it is compiled. `constants`: parameters whose values are settings, not weights. `kernels`: the lowering
+    chosen for this machine."""
 
     graph_key: GraphKey
     module: nn.Module
@@ -71,7 +71,7 @@ class GraphDef:
         return self.graph_key.name
 
     def spec(self, file: str = "", key: str = "", cost_ms: float = 0.0) -> GraphSpec:
-        """What a backend has to know of the graph; the rest is what it was emitted as."""
+        """The record of the graph for backends, without what the emitter adds."""
         return GraphSpec(
             **self.graph_key._asdict(),
             file=file,
@@ -84,17 +84,17 @@ class GraphDef:
 
 
 def define_graph(context: GraphContext, key: GraphKey) -> GraphDef:
-    """The definition of one graph, on the meta device: what each rank runs.
+    """The definition of one graph, as each rank runs it, on the meta device.
 
-    Of a pipeline it is the graph of the config's stage: what it takes from the stage before it is an input, and what it hands
-    on its first output.
+    For a pipeline it is the graph of the config's stage: tensors from the stage before are inputs, and the tensor for the next
+    stage is the first output.
     """
     with torch.device("meta"):
         return _vision(context, key) if key.kind == "vision" else _text(context, key)
 
 
 def fed_inputs(context: GraphContext, key: GraphKey) -> list[TensorSpec]:
-    """The inputs that a run is fed, whatever the stages of a pipeline take of them: all but caches."""
+    """The inputs that the engine feeds to a run, of all stages of a pipeline together: all but caches."""
     return _fed_vision(context, key.bucket) if key.kind == "vision" else _fed_text(context, key)
 
 
@@ -143,7 +143,7 @@ def _vision(context: GraphContext, key: GraphKey) -> GraphDef:
 
 
 def _colours(image: ImageProcessorConfig) -> dict[str, np.ndarray]:
-    """What turns pixels of 0 to 255 into normalised ones: x * scale + shift, [3] each."""
+    """Factors that normalise pixels of 0 to 255: x * scale + shift, [3] each."""
     mean, std = np.array(image.mean), np.array(image.std)
     return {"pixels.scale": (image.rescale / std).astype(np.float32), "pixels.shift": (-mean / std).astype(np.float32)}
 
@@ -200,7 +200,7 @@ def _floats(name: str, *shape: int) -> TensorSpec:
 
 
 def _updated(cache: TensorSpec) -> TensorSpec:
-    """A cache as output: bound to the very memory of the input."""
+    """A cache as output: bound to the memory of the input."""
     return TensorSpec(name=f"{cache.name}.out", dtype=cache.dtype, shape=cache.shape)
 
 

@@ -1,4 +1,4 @@
-"""How images become pixels: preprocessor_config.json and the image's part of processor_config.json.
+"""The image processor config: preprocessor_config.json and the image's part of processor_config.json.
 
 Values that a file leaves out are those of the processor's own class in transformers.
 """
@@ -25,10 +25,10 @@ BILINEAR, BICUBIC = 2, 3
 def read_image_config(
     checkpoint: Path, config: ModelConfig, processor: Mapping[str, Any], vision_tower: Path | None, mark: str
 ) -> ImageProcessorConfig:
-    """Facts about images, checked against `config`.
+    """The image processor config, checked against `config`.
 
-    `processor` is what processor_config.json holds, `vision_tower` the folder of a tower stored apart, `mark` how an image is
-    written in a prompt. Raises ConfigError.
+    `processor`: the contents of processor_config.json. `vision_tower`: the folder of a tower stored apart. `mark`: the text of
+    an image in a prompt. Raises ConfigError.
     """
     if config.image_mode == "stretch":
         return _stretch(config, mark)  # Qwen-VL's preprocessing is fixed in its code
@@ -186,7 +186,7 @@ def _normalisation(
     std: tuple[float, float, float],
     resample: int,
 ) -> dict[str, Any]:
-    """What every image processor of transformers has in common."""
+    """The common fields of all image processors of transformers."""
     return {
         "mean": three(settings, "image_mean", mean, where),
         "std": three(settings, "image_std", std, where),

@@ -53,7 +53,7 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class _Planned:
-    """A plan, and what it was made from."""
+    """A plan and its sources."""
 
     options: Options
     packing: Packing | None
@@ -118,7 +118,7 @@ def _without_folders(options: Options, notes: list[str]) -> tuple[str, ...]:
 
 
 def _expected_floats(options: Options, config: ModelConfig) -> Floats:
-    """dtypes of the stored weights; weights that are not there yet are taken to be in 16 bits, as most are."""
+    """dtypes of the stored weights; 16 bits are assumed, as usual, for weights that are not there yet."""
     from ..weights.source import open_source
 
     try:

@@ -1,4 +1,4 @@
-"""Values of a checkpoint's JSON files, checked. All are data of others: a value of another kind is a ConfigError."""
+"""Values of a checkpoint's JSON files, checked. They come from others: a value of another kind is a ConfigError."""
 
 from __future__ import annotations
 

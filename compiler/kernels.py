@@ -1,13 +1,13 @@
-"""`--tune`: which way of lowering a text graph is the fastest on this machine, by a short measurement.
+"""`--tune`: the fastest lowering of each text graph on this machine, by a short measurement.
 
-What is measured is the graph of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so
-a model of 90B takes seconds too. The questions follow one another (`_questions`), each with the answers to those before it.
-All answers take turns, a chunk after a third of the tokens that the cache holds (where those of prompts of all lengths lie on
-average), anything else after half of them. The best run of each counts: what else the machine does only ever adds. An answer
-has to beat the default by MARGIN. Results do not depend on any of this, and certificates are measured with what was chosen.
+The measured graph is that of a model of few layers over the artifact's own weights, since all layers of a kind are alike: so a
+model of 90B takes seconds too. Choices are measured one after another (`_questions`), each with the earlier ones made. The
+variants of a choice run in turns: a chunk after a third of the tokens of a full cache (the mean over prompts of all lengths),
+any other graph after half of them. The best run of each counts, since other work of the machine only ever adds time. A variant
+has to beat the default by MARGIN. Results do not depend on the choice, and certificates are measured with it.
 
-Where other processes take more than BUSY of the cores, nothing is chosen and the graph says so: beside one that keeps a core,
-one core is the fastest, and the artifact would be half as fast from then on. A build that is repeated asks again.
+Where other processes take more than BUSY of the cores, nothing is chosen and the manifest says so: beside a process that
+occupies a core, one core is the fastest, and the artifact would stay half as fast. A repeated build measures again.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from .graphs import GraphContext, GraphDef, define_graph
 from .onnx_graph.emitter import NARROW
 from .other_work import OtherWork
 
-LAYERS = 4  # enough of them that the head, which is there once, does not hide what they do
+LAYERS = 4  # enough that the head, which is there once, does not dominate
 MARGIN = 0.02
-TURNS, SECONDS = 3, 2.0  # of each question: at least so many turns of each answer, and more for so long
+TURNS, SECONDS = 3, 2.0  # of each choice: at least so many turns of each variant, and more for so long
 BUSY = 0.1
 ATTENTION_TOKENS = (64, 128)
 WIDENED_KIB = (1024, 2048, 8192)
@@ -41,7 +41,7 @@ WIDENED_KIB = (1024, 2048, 8192)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelTuner:
-    """Measures graphs of one model. `out`: where the weights lie and files may be written for a while."""
+    """Measures graphs of one model. `out`: the folder of the weights, also for temporary files."""
 
     context: GraphContext
     info: ModelInfo
@@ -49,7 +49,7 @@ class KernelTuner:
     out: Path
 
     def choose(self, key: GraphKey) -> Kernels:
-        """The fastest kernels found for a text graph, and what they were measured by."""
+        """The fastest lowering of a text graph, with the measured times."""
         context = self._shallow(key)
         graph = define_graph(context, key)
         best = Kernels()
@@ -66,7 +66,7 @@ class KernelTuner:
         return msgspec.structs.replace(best, measured=measured)
 
     def _questions(self, graph: GraphDef) -> Iterator[list[dict[str, int]]]:
-        """The answers to each, besides the default."""
+        """The choices, each with its variants besides the default."""
         tokens = graph.bucket if graph.kind in ("prefill", "verify") else 1
         if pieces := [each for each in ATTENTION_TOKENS if each < tokens]:
             yield [{"attention_tokens": each} for each in pieces]
@@ -76,7 +76,7 @@ class KernelTuner:
             yield [{"cores": each} for each in fewer]
 
     def _shallow(self, key: GraphKey) -> GraphContext:
-        """A model with a few of the layers, one that attends to images among them where the graph has such."""
+        """A model with a few of the layers, with one that attends to images where the graph has such."""
         config, cache = self.context.config, self.context.cache
         text = config.text
         crossed = text.cross_layers[0] + 1 if key.images else 0
@@ -89,7 +89,7 @@ class KernelTuner:
         return replace(self.context, config=config, cache=cache)
 
     def _times(self, graph: GraphDef, cache: CacheSpec, ways: Sequence[Kernels]) -> list[float]:
-        """Milliseconds of one run each way."""
+        """Milliseconds of one run of each variant."""
         maker = CaseMaker(self.info, self.context.config.text.all_embed_rows)
         with contextlib.ExitStack() as stack:
             runs = [stack.enter_context(self._opened(replace(graph, kernels=way), cache, maker)) for way in ways]

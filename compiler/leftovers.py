@@ -2,7 +2,7 @@
 
 Files that the manifest does not name are removed as soon as it has replaced the old one. While processes hold the old artifact
 (runtime/locks.py) they stay, until the first build or `staticvl verify` after the last of these processes has ended. A list
-names the files that wait, so that `verify` never removes the finished parts of an interrupted build.
+names the files to be removed later, so that `verify` never removes the finished parts of an interrupted build.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The ranks of a model as threads of one process that wait for each other at each collective.
 
-So graphs of one rank are checked, since what a rank computes can only be judged with the others there. Sums are made in rank
-order: all ranks see the same bits.
+This checks graphs of one rank, whose results need the collectives of all ranks. Sums are made in rank order: all ranks get the
+same bits.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ X = TypeVar("X", Tensor, np.ndarray)
 
 @dataclass
 class Lockstep:
-    """What the ranks of one group share. `timeout`: seconds that a rank waits for the others; None: without limit."""
+    """The shared state of the ranks of one group. `timeout`: seconds that a rank waits for the others; None: without limit."""
 
     size: int
     timeout: float | None = None

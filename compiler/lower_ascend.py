@@ -1,4 +1,4 @@
-"""The op vocabulary in terms of what torchair converts: aten, `npu` and torchair's own `air` operators.
+"""Lowerings of the op vocabulary to operators that torchair converts: aten, `npu` and torchair's own `air` operators.
 
 One small function per op of model_defs/ops.py, with the same arguments (ascend_graph/). torchair is given the table while it
 traces a graph, and every op has become its lowering before the first GE node is made. A lowering works on meta tensors alone,

@@ -1,7 +1,7 @@
-"""What the runtime must know about a model beyond its graphs, from the files beside a checkpoint's weights.
+"""The ModelInfo of the manifest, from the files beside a checkpoint's weights.
 
 Read here: preprocessor_config.json, processor_config.json, tokenizer.json, tokenizer.model or qwen.tiktoken,
-tokenizer_config.json, added_tokens.json, the chat template and generation_config.json. All are data of others: every value is
+tokenizer_config.json, added_tokens.json, the chat template and generation_config.json. They come from others: every value is
 checked before use, and every problem is a ConfigError.
 """
 
@@ -54,7 +54,7 @@ def read_model_info(
     text_before_image: Literal["transformers", "meta"] = "transformers",
     notes: list[str] | None = None,
 ) -> tuple[ModelInfo, dict[str, bytes]]:
-    """Facts for the manifest, and the files to store: path under the artifact -> content.
+    """The ModelInfo of the manifest, and the files to store: path under the artifact -> content.
 
     `vision_tower` is the folder of a tower stored apart; its preprocessor_config.json stands in for a missing one. `notes`
     gains a sentence about settings that are not used. Raises ConfigError.
@@ -92,9 +92,9 @@ def read_model_info(
 
 
 def _chat(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) -> Chat:
-    """Qwen-VL and Qwen-VL-Chat have the same config.json: what tells them apart is chat_format.
+    """The prompt format. Qwen-VL and Qwen-VL-Chat have the same config.json: they differ in chat_format.
 
-    Without it a checkpoint counts as a chat model: what people train further and save anew mostly is one.
+    Without it a checkpoint counts as a chat model, as most fine-tuned ones are.
     """
     if config.family != "qwen_vl":
         return "template"
@@ -108,7 +108,7 @@ def _chat(checkpoint: Path, generation: Mapping[str, Any], config: ModelConfig) 
 
 
 def _rope(config: ModelConfig) -> RopeParameters:
-    """The same fields under the contract's types: model_defs and runtime know nothing of each other."""
+    """The same fields in the types of the manifest: model_defs and runtime do not import each other."""
     rope = config.text.rope
     scaling = Llama3Scaling(**asdict(rope.llama3)) if rope.llama3 else None
     return RopeParameters(
@@ -119,7 +119,7 @@ def _rope(config: ModelConfig) -> RopeParameters:
 def _chat_template(
     checkpoint: Path, config: ModelConfig, processor: Mapping[str, Any], tokenizer_config: Mapping[str, Any]
 ) -> str:
-    """The checkpoint's template. LLaVA's own code ignores the one in an original layout's tokenizer_config: so is it here."""
+    """The checkpoint's template. As LLaVA's own code, it ignores the one in the tokenizer_config of the original layout."""
     path = checkpoint / "chat_template.jinja"
     if path.is_file():
         try:
@@ -157,7 +157,7 @@ def _check_base(template: str, checkpoint: Path, stops: list[str]) -> None:
 
 
 def _try_chat(processor: Processor) -> None:
-    """A template made for text alone would lose the images: better to know at compile time."""
+    """Render a message with an image: a template for text alone would drop images, which must be an error of the build."""
     question = [Message("user", "question", images=1)]
     try:
         processor.prompt(question, io.BytesIO(PIXEL))

@@ -1,7 +1,7 @@
 """The table of compile options.
 
 The command line, the keys of a --config file and their checks, the options in digests, and the record in the manifest are made
-of it. It needs the standard library alone. No step of a build imports it, so another help text compiles nothing again.
+from it. It needs the standard library alone. No step of a build imports it, so another help text compiles nothing again.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from .choices import BACKENDS, DTYPES, TEXT_BEFORE_IMAGE
 # in a --config file are relative to it. flag: no value on the command line.
 OptionType = Literal["text", "count", "flag", "names", "folder", "file"]
 
-# How an option reaches the digests that say what has to be made again (fingerprint.py).
+# How an option enters the digests that decide what is made again (fingerprint.py).
 # files: the digests of the files that it names. config: the definition of the model. weights: its value, in the key of the
 # weights, which is a part of every other. plan: the cache and the list of graphs. graphs: keys of graphs.
-# calibration: the key of the weights where a calibration runs prompts. "": nothing that is made depends on it.
+# calibration: the key of the weights where a calibration runs prompts. "": no file depends on it.
 Enters = Literal["files", "config", "weights", "plan", "graphs", "calibration", ""]
 
 # Whether the manifest records an option, for the command that compiles the same again (build_record.py).
-# changed: where it is not the default. planned: as the plan has it, so that it is there where nobody gave it. "": never.
+# changed: where it is not the default. planned: as the plan has it, so that it is there where it was not given. "": never.
 Recorded = Literal["changed", "planned", ""]
 
 
@@ -32,7 +32,7 @@ class CompileOption:
     """One option of `staticvl compile`.
 
     `name` is its key in a --config file; the command line has dashes in it. `field` is the field of Options that it sets, and
-    `default` what that has where nothing is given; --help says `default_text` instead where the value alone says too little.
+    `default` its value where the option is not given; --help says `default_text` instead where the value alone says too little.
     `keyed_by` is the attribute of Options whose value stands in digests.
     """
 
@@ -108,7 +108,7 @@ COMPILE_OPTIONS = (
         name="ignore_config_keys",
         type="names",
         metavar="A,B",
-        help="config.json keys known not to matter",
+        help="config.json keys to ignore, known not to matter",
         default=(),
         default_text="none",
         group="checkpoint",
@@ -153,8 +153,8 @@ COMPILE_OPTIONS = (
         name="calibrate",
         type="file",
         metavar="FILE",
-        help="w4a16, w8a8, --kv-cache int8: quantise by what layers take and keep when these prompts with images are run, JSON "
-        "lines as compare --data reads them",
+        help="w4a16, w8a8, --kv-cache int8: quantise by the activations of these prompts with images, JSON lines as compare "
+        "--data reads them",
         default_text="none",
         group="weights",
         enters="files",
@@ -262,7 +262,7 @@ COMPILE_OPTIONS = (
         name="candidates",
         type="count",
         metavar="N",
-        help="top-k tokens that text graphs find, so that logits need not be read whole; 0: none",
+        help="top-k tokens that text graphs output, so that logits need not be read whole; 0: none",
         default_text="64 for ascend, 0 for onnx",
         group="graphs",
         enters="plan",
@@ -271,7 +271,7 @@ COMPILE_OPTIONS = (
     CompileOption(
         name="tune",
         type="flag",
-        help="onnx: lower each text graph as is fastest on this machine, by a measurement of some seconds a graph",
+        help="onnx: choose the fastest lowering of each text graph on this machine, by measuring some seconds a graph",
         default=False,
         default_text="off",
         group="graphs",
@@ -282,7 +282,7 @@ COMPILE_OPTIONS = (
         name="tp",
         type="count",
         metavar="N",
-        help="ranks that every layer is cut among",
+        help="ranks that every layer is sharded over (tensor parallelism)",
         default=1,
         group="ranks",
         enters="weights",

@@ -19,12 +19,12 @@ from .choices import BACKENDS, DTYPES, INT8_CACHE_LACKS, MOST_CANDIDATES, READY_
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What is to be compiled, where to, and how; option_table.py says how users give it."""
+    """Options of a build: the checkpoint, the output folder, and settings. option_table.py has their form for users."""
 
     checkpoint: Path
     out: Path
     backend: str = "onnx"
-    quant: str = ""  # of the decoder's layers; "": what the checkpoint has, see ready_made.py
+    quant: str = ""  # of the decoder's layers; "": that of the checkpoint, see ready_made.py
     tp: int = 1
     pp: int = 1
     buckets: Buckets = field(default_factory=Buckets)
@@ -32,15 +32,15 @@ class Options:
     lora: Path | None = None
     ignore_config_keys: tuple[str, ...] = ()
     text_before_image: Literal["transformers", "meta"] = "transformers"  # see ModelInfo
-    # What floats are stored in; "": the backend's default. On Ascend the cache and arithmetic have it too, on ONNX those are
-    # float32 whatever it is. "auto", ONNX: each matrix as the checkpoint has it.
+    # The dtype of stored floats; "": the backend's default. On Ascend it is that of the cache and arithmetic too, which on ONNX
+    # are always float32. "auto", ONNX: each matrix as the checkpoint has it.
     dtype: str = ""
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
-    candidates: int | None = None  # top-k tokens that text graphs put out, 0: none; None: the backend's default
-    calibration: Calibration | None = None  # what weights are quantised by, besides themselves, and a cache in 8 bits
+    candidates: int | None = None  # top-k tokens that text graphs output, 0: none; None: the backend's default
+    calibration: Calibration | None = None  # the prompts that calibrate quantised weights and a cache in 8 bits
     kv_cache: str = KV_CACHES[0]
-    tune: bool = False  # ONNX: whether text graphs are lowered as is fastest on this machine, see kernels.py
+    tune: bool = False  # ONNX: whether the fastest lowering of text graphs is measured, see kernels.py
 
     def __post_init__(self) -> None:
         if self.backend not in BACKENDS:
@@ -59,9 +59,9 @@ class Options:
         if unknown := set(self.eager) - set(KINDS):
             raise PlanError(f"eager names {shown(', '.join(sorted(unknown)))}; expected some of {', '.join(KINDS)}")
         if self.eager and self.stored_quant != "none":
-            raise PlanError(f"eager graphs know no quantisation, and {self.quant} was asked for; leave out one of the two")
+            raise PlanError(f"eager graphs have no quantisation, and quant is {self.quant}; leave out one of the two")
         if self.eager and self.backend != "ascend":
-            raise PlanError(f"eager graphs were asked for, but {self.backend} has only compiled ones; leave --eager out")
+            raise PlanError(f"eager is given, but {self.backend} has only compiled graphs; leave --eager out")
         if self.candidates is not None and not _whole_number(self.candidates, MOST_CANDIDATES):
             raise PlanError(
                 f"candidates is {quoted(self.candidates)}; expected a number of tokens from 1 to "
@@ -69,13 +69,13 @@ class Options:
             )
         if self.candidates and self.pp > 1:
             raise PlanError(
-                f"{self.candidates} candidates and a pipeline of {self.pp} stages were asked for, but stages hand on whole "
-                "logits; leave out one of the two"
+                f"candidates is {self.candidates} and pp is {self.pp}, but pipeline stages send whole logits; leave out "
+                "one of the two"
             )
         self._check_calibration()
         if self.tune and (self.backend != "onnx" or self.tp * self.pp > 1):
             what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
-            raise PlanError(f"tune was asked for with {what}, but it measures ONNX graphs of one process; leave --tune out")
+            raise PlanError(f"tune is given with {what}, but it measures ONNX graphs of one process; leave --tune out")
         if self.text_before_image not in TEXT_BEFORE_IMAGE:
             raise PlanError(
                 f"text before image is {quoted(self.text_before_image)}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}"
@@ -93,7 +93,7 @@ class Options:
         if self.int8_cache and self.soc == INT8_CACHE_LACKS and self.backend == "ascend":
             raise PlanError(f"{self.soc} has no attention over a cache in 8 bits; leave out --kv-cache int8")
         if self.int8_cache and self.eager:
-            raise PlanError("eager graphs know no cache in 8 bits; leave out --kv-cache int8 or --eager")
+            raise PlanError("eager graphs have no cache in 8 bits; leave out --kv-cache int8 or --eager")
         if self.calibration and self.quant not in METHODS and not self.int8_cache:
             raise PlanError(
                 f"quantisation {quoted(self.quant)} has nothing to calibrate; calibrated are {', '.join(METHODS)}, and with "
@@ -110,7 +110,7 @@ class Options:
         return self.kv_cache == "int8"
 
     def defined(self, config: ModelConfig) -> ModelConfig:
-        """The config of a checkpoint, with what the options make of its definition."""
+        """The config of a checkpoint, with the changes that the options make."""
         return replace(config, text=replace(config.text, int8_cache=self.int8_cache))
 
     @property
@@ -119,11 +119,11 @@ class Options:
         return "float32" if self.backend == "onnx" else self.dtype or DTYPES[self.backend][0]
 
     def floats(self, kept: Mapping[str, str]) -> Floats:
-        """What floats are stored in; `kept` are the dtypes in which parameters lose nothing (weights/weight_map.py).
+        """The dtypes of stored floats; `kept` are the dtypes in which parameters lose nothing (weights/weight_map.py).
 
-        ONNX graphs widen matrices where they multiply, which costs time, and rows of a table as they are looked up, which costs
-        none: so beside quantised layers the table is as the checkpoint has it. Vectors would save nothing, and scales stay in
-        the only type that kernels take.
+        ONNX graphs upcast matrices where they multiply, which costs time, and rows of a table at lookup, which costs none:
+        so beside quantised layers the table is as the checkpoint has it. Narrow vectors would save nothing, and kernels take
+        scales in one dtype only.
         """
         if self.backend == "ascend":
             return uniform(self.cache_dtype)

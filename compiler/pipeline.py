@@ -1,4 +1,4 @@
-"""The graph of a stage of a pipeline: as it is defined -> as the stage's ranks run it.
+"""The graph of a pipeline stage: its definition -> the graph that the stage's ranks run.
 
 In a definition, and where it is checked, tensors from the stage before are inputs and those for the stage after are outputs.
 When the stages run together they lie in buffers, and sending and receiving them are steps. Tokens go in and logits come out at
@@ -21,8 +21,8 @@ SENT = ("next_hidden", "next_features")  # graph outputs that another stage take
 def joined(graph: GraphSpec, stage: Stage, inputs: Sequence[TensorSpec], vocab_size: int) -> GraphSpec:
     """A graph of one stage with the steps that join it to the others.
 
-    `inputs`: those of the whole model but caches (graphs.fed_inputs). Every stage's graph has them, whatever its segments take,
-    so that one feed serves all.
+    `inputs`: those of the whole model but caches (graphs.fed_inputs). Every stage's graph has all of them,
+    so that one feed serves all stages.
     """
     if stage.count == 1:
         return graph

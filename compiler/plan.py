@@ -27,7 +27,7 @@ class Plan:
     cache: CacheSpec
     graphs: tuple[GraphKey, ...]  # largest first within a kind
     later: tuple[CacheSpec, ...] = ()  # caches of the stages after the first
-    candidates: int = 0  # top-k tokens that text graphs put out
+    candidates: int = 0  # top-k tokens that text graphs output
 
     def of_stage(self, stage: int) -> Plan:
         """The plan of one stage; images that become tokens are only seen by the first."""
@@ -44,7 +44,7 @@ class Plan:
 def make_plan(config: ModelConfig, options: Options) -> Plan:
     """Graphs and cache for a model, the cache being that of one rank.
 
-    Raises PlanError where they do not fit each other, and WeightsError where the model cannot be cut among `options.tp` ranks.
+    Raises PlanError where they do not fit each other, WeightsError where the model cannot be sharded over `options.tp` ranks.
     """
     check_tp(config, options.tp)
     buckets = options.buckets
@@ -163,7 +163,7 @@ def _cross(config: ModelConfig, images: int) -> CrossSpec | None:
 
 
 def forecast(config: ModelConfig, plan: Plan, options: Options, floats: Floats) -> dict[str, int]:
-    """Parameters, and bytes of weights and cache, from sizes alone; `rank_` is what a rank holds (the most of any).
+    """Parameters, and bytes of weights and cache, from sizes alone; `rank_`: the most of any rank.
 
     `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them, and so is a cache of floats.
     """

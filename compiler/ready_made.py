@@ -19,8 +19,8 @@ def resolve(options: Options) -> tuple[Options, Packing | None]:
     if packing is None:
         if options.quant in READY_MADE:
             raise PlanError(
-                f"--quant {options.quant} is what quantised checkpoints are stored as, and {options.checkpoint} is not "
-                "quantised; choose another or leave it out"
+                f"--quant {options.quant} is for checkpoints that are quantised, and {options.checkpoint} is not; choose "
+                "another or leave it out"
             )
         return options, None
     if options.quant == "none":
@@ -28,15 +28,15 @@ def resolve(options: Options) -> tuple[Options, Packing | None]:
     quant = packing.quant
     if options.quant not in ("", quant, *_short_names(quant)):
         raise PlanError(
-            f"--quant {options.quant} was asked for, but {options.checkpoint} is quantised already and would be stored as "
-            f"{quant}: leave --quant out, or give --quant none, which stores what it stands for in floating point"
+            f"--quant is {options.quant}, but {options.checkpoint} is quantised already and would be stored as "
+            f"{quant}: leave --quant out, or give --quant none, which stores it dequantised"
         )
     if options.calibration and not options.int8_cache:
         raise PlanError(f"{options.checkpoint} is quantised already, so nothing is left to calibrate; leave --calibrate out")
     if options.lora:
         raise PlanError(
             f"adapter {options.lora} cannot be merged into {options.checkpoint}, which is quantised: merge it into the "
-            "checkpoint that this one was made from, or give --quant none, which stores the sum in floating point"
+            "checkpoint that this one was made from, or give --quant none, which merges into the dequantised weights"
         )
     return replace(options, quant=quant), packing
 

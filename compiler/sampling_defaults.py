@@ -1,7 +1,7 @@
-"""How tokens are chosen by default: generation_config.json, as transformers reads it.
+"""Default sampling settings: generation_config.json, as transformers reads it.
 
-A setting that a file leaves out has transformers' own default, top_k among them. What changes answers there and has no
-counterpart here is noted, never dropped in silence.
+A setting that a file leaves out has transformers' own default, top_k for example. A setting that changes answers there and has
+no counterpart here is noted, never dropped silently.
 """
 
 from __future__ import annotations

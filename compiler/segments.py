@@ -2,10 +2,10 @@
 
 The graph is cut at every staticvl::all_reduce and all_gather. A value that is needed after the next cut becomes a buffer,
 and buffers of one dtype and shape are shared by values whose lives do not overlap: a value lives from the step that makes it to
-the last that reads it, both included, since a segment may write its outputs while it still reads its inputs. Only a sum takes
-the place of what was summed. Outputs of the graph have memory of their own.
+the last that reads it, both included, since a segment may write its outputs while it still reads its inputs. Only a sum may
+overwrite its input. Outputs of the graph have memory of their own.
 
-What is made of weights alone is made in every segment that uses it, so that no weight is ever a buffer.
+Values computed from weights alone are computed in every segment that uses them, so that no weight is ever a buffer.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ..model_defs.ops import COLLECTIVES, NAMESPACE
 from ..runtime.artifact import Collective, TensorSpec
 from .graphs import GraphDef
 
-# What torch.export inserts to check dtypes while tracing; it computes nothing.
+# An op that torch.export inserts to check dtypes while tracing; it computes nothing.
 TRACE_CHECKS = frozenset({"aten._assert_tensor_metadata.default"})
 
 
@@ -39,7 +39,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cut:
-    """A graph in steps; one that never meets other ranks is one part."""
+    """A graph in steps; one without collectives is one part."""
 
     steps: tuple[Part | Collective, ...]
     buffers: tuple[TensorSpec, ...]
@@ -86,7 +86,7 @@ class _Cutter:
         return Cut(tuple(self._finish(draft, specs) for draft in self.drafts), buffers)
 
     def _made_of_weights(self) -> set[Node]:
-        """Calls that no input of the graph reaches; not what ranks exchange or the graph returns, which needs a place."""
+        """Calls that depend on no input of the graph, except results that ranks exchange or the graph returns."""
         of_weights: set[Node] = set()
         for node in self.calls:
             bound = node in self.outputs or _collective(node) or any(map(_collective, node.users))
@@ -117,7 +117,7 @@ class _Cutter:
         return sorted({self.step[user] for user in node.users if user in self.step and self.step[user] != self.step[node]})
 
     def _place(self) -> tuple[dict[Node, TensorSpec], tuple[TensorSpec, ...]]:
-        """Where every value lies that leaves its step, and the buffers."""
+        """The buffer of every value that leaves its step, and all buffers."""
         specs, buffers = self.inputs | self.outputs, []
         free_from: list[int] = []  # by buffer: the first step that may write it
         place: dict[Node, int] = {}
@@ -138,7 +138,7 @@ class _Cutter:
         return specs, tuple(buffers)
 
     def _reused(self, node: Node, step: int, place: dict[Node, int]) -> int | None:
-        """The buffer of what is summed, if nobody reads that afterwards."""
+        """The buffer of the input of a sum, if no later step reads it."""
         source = node.all_input_nodes[0]
         if _op(node) != "all_reduce" or source not in place or max(self._uses(source)) > step:
             return None

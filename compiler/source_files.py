@@ -1,4 +1,4 @@
-"""Which of our own source files a step of a build can run: its modules and all that they import, at any depth.
+"""Our own source files that a step of a build can run: its modules and all that they import, at any depth.
 
 Imports are read from the source, those inside functions too. What is imported for type checkers alone is left out.
 """

@@ -1,6 +1,6 @@
-"""The graphs of a build: those that the artifact or an interrupted build has already, and those that are missing, compiled.
+"""The graphs of a build: reused from the artifact or an interrupted build, or compiled.
 
-A finished graph is noted in a journal at once, so that a build that breaks off need not make it again.
+A finished graph is noted in a journal at once, so that it survives an interrupted build.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class StoredGraphs:
 
     stages: tuple[StageSpec, ...]
     files: dict[str, FileSpec]
-    traced: tuple[str, ...]  # names of graphs that were made now
-    reused: tuple[str, ...]  # and of those that were there
+    traced: tuple[str, ...]  # names of graphs compiled by this build
+    reused: tuple[str, ...]  # names of graphs that were there already
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +53,7 @@ class _Stage:
 
 
 def store_graphs(inputs: BuildInputs, key: str, weights: list[dict[str, WeightSpec]]) -> StoredGraphs:
-    """`key` is the digest of what weights are made from, `weights` are those of each stage's first rank."""
+    """`key` is the digest of the sources of the weights, `weights` are those of each stage's first rank."""
     parts = _stages(inputs, key, weights)
     reused = _reusable(inputs, parts)
     entries = reused | _compiled(inputs, parts, reused)
@@ -76,7 +76,7 @@ def _stages(inputs: BuildInputs, key: str, weights: list[dict[str, WeightSpec]])
 
 
 def graph_keys(inputs: BuildInputs, key: str) -> dict[GraphKey, str]:
-    """The digest of what each graph of a stage is made from."""
+    """The digest of the sources of each graph of a stage."""
     digests = GraphDigests(inputs.options, inputs.config, inputs.info, inputs.plan, key)
     return {graph: digests.of(graph) for graph in inputs.plan.graphs}
 
@@ -105,7 +105,7 @@ def _finished(inputs: BuildInputs) -> Iterator[tuple[str, JournalEntry]]:
 
 
 def _disturbed(graph: GraphSpec) -> bool:
-    """Whether the machine was busy when kernels were measured: perhaps it is idle now."""
+    """Whether the machine was busy when kernels were measured; then they are measured again."""
     return bool(graph.kernels and graph.kernels.busy)
 
 

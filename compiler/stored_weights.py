@@ -1,4 +1,4 @@
-"""The weights of a build: those that the artifact has already, or the checkpoint's, converted."""
+"""The weights of a build: reused from the artifact, or converted from the checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class StoredWeights:
 
 
 def store_weights(inputs: BuildInputs, key: str, tokenizer: str) -> StoredWeights:
-    """`key` is the digest of what weights are made from, `tokenizer` the folder of the settings by its name."""
+    """`key` is the digest of the sources of the weights, `tokenizer` the folder of the settings by its name."""
     return _kept(inputs, key) or _converted(inputs, key[:12], tokenizer)
 
 
@@ -62,7 +62,7 @@ def _converted(inputs: BuildInputs, prefix: str, tokenizer: str) -> StoredWeight
 
 
 def open_checkpoint(inputs: BuildInputs) -> Source:
-    """The checkpoint as one of plain weights, whatever it is packed as, with the adapter in it."""
+    """The checkpoint as plain weights, dequantised where it is packed, with the adapter merged."""
     from ..weights.packing.source import check_layers, open_packed
     from ..weights.source import open_source
 
@@ -80,7 +80,7 @@ def open_checkpoint(inputs: BuildInputs) -> Source:
 
 
 def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str) -> CalibratedLayers | None:
-    """The layers that a calibration quantises; what an interrupted build has left of them is not made again."""
+    """The layers that a calibration quantises; finished ones of an interrupted build are reused."""
     options, config = inputs.options, inputs.config
     calibration = options.calibration
     if calibration is None:
@@ -92,7 +92,7 @@ def _calibrated(inputs: BuildInputs, source: Source, prefix: str, tokenizer: str
     cache = make_plan(config, replace(options, tp=1, pp=1)).cache
     prompts = prompts_of(calibration, Processor.read(inputs.info, inputs.out / tokenizer), cache.context)
     if not any(each.images for each in calibration.conversations):
-        inputs.progress.say("the calibration has no images: what images do to activations is not seen")
+        inputs.progress.say("the calibration has no images: activations of images are not calibrated")
     store = CalibratedLayers(inputs.out, prefix)
     context = CalibrationContext(
         config=config, info=inputs.info, cache=cache, quant=options.stored_quant, tp=options.tp, store=store

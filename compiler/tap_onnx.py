@@ -1,7 +1,7 @@
-"""Looking into an ONNX graph: a copy that also puts out every value which its definition names.
+"""Taps: a copy of an ONNX graph that also outputs every value which its definition names.
 
-Values are found by the module and the place within it, not by their names alone: the compiler numbers the operators of a whole
-graph, and one that is missing would shift every name after it.
+Values are matched by the module and the place within it, not by their names alone: the compiler numbers the operators of a
+whole graph, and one that is missing would shift every name after it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a tiktoken file leaves out: how text is cut into words, and the special tokens after its ranks."""
+"""Settings that a tiktoken file lacks: the pattern that splits text into words, and the special tokens after its ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _WORDS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiktokenForm:
-    """One model's use of the form; `specials` take the ids after the ranks, in this order."""
+    """One model's tiktoken settings; `specials` take the ids after the ranks, in this order."""
 
     pattern: str
     nfc: bool

@@ -1,4 +1,4 @@
-"""How text becomes token ids: the tokenizer's files and its part of the settings."""
+"""The tokenizer's files and settings of a checkpoint."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ QWEN_FILE, QWEN_MARK, QWEN_PAD = "qwen.tiktoken", "<img>", "<imgpad>"
 
 
 def tokenizer_file(checkpoint: Path, config: ModelConfig) -> Path:
-    """tokenizer.json goes first, except in the original layout, whose code reads tokenizer.model; Qwen-VL has its own."""
+    """The file of the tokenizer: tokenizer.json first, except in the original layout, whose code reads tokenizer.model; Qwen-VL
+    has its own."""
     names = ["tokenizer.json", "tokenizer.model"]
     if config.layout == "original":
         names.reverse()
@@ -55,7 +56,7 @@ def read_tokenizer(path: Path, config: ModelConfig, settings: Mapping[str, Any])
 
 
 def _read_vocabulary(path: Path, config: ModelConfig, settings: Mapping[str, Any]) -> tuple[Vocabulary, dict[str, Any]]:
-    """The vocabulary in a file, and those facts that say how to read the file again."""
+    """The vocabulary in a file, and the settings with which the runtime reads the file."""
     if path.suffix == ".json":
         _check_ids(path)
         return read_vocabulary(path), {"kind": "tokenizers"}
@@ -67,7 +68,7 @@ def _read_vocabulary(path: Path, config: ModelConfig, settings: Mapping[str, Any
 
 
 def _check_ids(path: Path) -> None:
-    """Ids of a tokenizer.json before the library makes tables of them; forms that are not known here are left to it."""
+    """Check the ids of a tokenizer.json before the library makes tables of them; unknown formats are left to the library."""
     settings = read_settings(path)
     model, added = settings.get("model"), settings.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
@@ -99,7 +100,7 @@ def _read_tiktoken(path: Path, config: ModelConfig, settings: Mapping[str, Any])
 
 
 def _mark(path: Path, vocabulary: Vocabulary, config: ModelConfig) -> str:
-    """How an image is marked: by the image token, or in Qwen-VL by the one that opens its span.
+    """The text that marks an image: the image token, or in Qwen-VL the one that opens its span.
 
     The original layout has no such token and cuts the text at <image>.
     """

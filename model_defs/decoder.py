@@ -2,7 +2,7 @@
 a family has some, and the graph around it.
 
 B rows, T tokens, C hidden size, S cache rows, H query heads, K kv heads, D head dim, V vocabulary, X keys of an image,
-n images of t tiles. Where the model is cut among ranks, H, K and the MLP are those of one rank.
+n images of t tiles. Where the model is sharded, H, K and the MLP are those of one rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from .config import TextConfig, head_quant, text_quant
 from .layers import GatheredColumnLinear, Linear, RMSNorm, RowParallelLinear, Table, empty_parameter, shard_size
 
 Feed = Mapping[str, Tensor]  # graph inputs by name; see docs/artifact.md
-Attended = tuple[Tensor, Tensor, Tensor]  # what attention gives, and the updated caches
+Attended = tuple[Tensor, Tensor, Tensor]  # the output of attention, and the updated caches
 
 
 class Attention(nn.Module):
@@ -103,8 +103,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, feed: Feed, cache: tuple[Tensor, Tensor], only: Tensor | None = None
     ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x [B, T, C] -> the same after this layer. With `only` [B] just that token of each row goes on, [B, C]: all the
-        others leave in a last layer is their keys and values."""
+        """x [B, T, C] -> the same after this layer. With `only` [B] just that token of each row is computed, [B, C]: from all
+        others a last layer needs only keys and values."""
         out, cache = self.attn(self.attn_norm(x), feed, cache, only)
         x = (x if only is None else ops.take_token(x, only)) + out
         return x + self.mlp(self.mlp_norm(x)), cache
@@ -131,7 +131,7 @@ class CrossBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks, final norm and head, or what one stage holds of them. With `images` = 0 there are no cross-attention
+    """Embedding, blocks, final norm and head, or one stage's part of them. With `images` = 0 there are no cross-attention
     layers."""
 
     def __init__(self, config: TextConfig, quant: str, images: int, ranks: int = 1) -> None:
@@ -155,8 +155,8 @@ class Decoder(nn.Module):
     def blocks(self, x: Tensor, feed: Feed) -> tuple[Tensor, list[Tensor]]:
         """x [B, T, C] -> (x, updated caches k_0, v_0, k_1, ...).
 
-        Where logits are wanted of one token of each row (`last_index`), a last layer that attends to no images computes
-        the rest of itself for that token alone, and x is [B, C].
+        Where one token of each row needs logits (`last_index`), a last layer that attends to no images computes all but its
+        keys and values for that token alone, and x is [B, C].
         """
         updated: list[Tensor] = []
         cross = 0
@@ -180,12 +180,12 @@ class Decoder(nn.Module):
 
 class TextGraph(nn.Module):
     """Tokens in, logits [B, V] and updated caches out: a chunk of one sequence (prefill), or one token of each of B (decode).
-    After the T tokens of one sequence that are only guessed (verify) there are logits [T, V], of each of them. With
+    For T drafted tokens of one sequence (verify) there are logits [T, V], one row for each. With
     `candidates` top-k tokens of each row follow the logits (ops.top_tokens).
-    Of a pipeline, stages hand on what is between their layers, `hidden` [B, T, C].
+    The stages of a pipeline pass on hidden states, `hidden` [B, T, C].
 
-    `inputs` names the tensors that forward takes, in order; which there are depends on the graph (see docs/artifact.md).
-    Of a model cut among `ranks` it is the graph of one rank, the same for all: caches of its kv heads, logits of all rows.
+    `inputs` names the tensors that forward takes, in order; they depend on the graph (see docs/artifact.md).
+    For a model sharded over `ranks` it is the graph of one rank, the same for all: caches of its kv heads, logits of all rows.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""The ranks among which a model is cut, as the definitions of ops.all_reduce and ops.all_gather see them.
+"""The group of ranks that a model is sharded over, for the definitions of ops.all_reduce and ops.all_gather.
 
-A rank runs its graph inside `in_group`. A thread that is in no group is alone, which is enough for a model that is not cut.
+A rank runs its graph inside `in_group`. A thread in no group is a group of one, enough for a model that is not sharded.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 
 class Group(Protocol):
-    """One rank's way to the others. All ranks make the same calls in the same order with tensors of one shape and dtype."""
+    """Collectives of one rank. All ranks make the same calls in the same order with tensors of one shape and dtype."""
 
     @property
     def rank(self) -> int: ...
@@ -50,7 +50,7 @@ _group: ContextVar[Group | None] = ContextVar("group", default=None)
 
 @contextlib.contextmanager
 def in_group(group: Group) -> Iterator[None]:
-    """In this thread, graphs of one rank meet the others through `group`."""
+    """In this thread, collectives in graphs use `group`."""
     before = _group.set(group)
     try:
         yield
@@ -59,8 +59,8 @@ def in_group(group: Group) -> Iterator[None]:
 
 
 def group_of(ranks: int) -> Group:
-    """The group that this thread is in; raises ValueError unless it has as many members as the graph was cut for."""
+    """The group that this thread is in; raises ValueError unless it has the number of ranks that the graph was sharded for."""
     group = _group.get() or ALONE
     if group.size != ranks:
-        raise ValueError(f"the graph is one rank's of {ranks}, but runs in a group of {group.size}; run all ranks together")
+        raise ValueError(f"the graph is for one of {ranks} ranks, but its group has {group.size}; run all ranks together")
     return group

@@ -1,7 +1,7 @@
 """The few layers that every family is made of. A module's parameter names are the names in the artifact's weight table.
 
-A model may be cut among ranks (tensor parallelism, Shoeybi et al. 2019; weights/shard.py says how). Every module then holds
-the shard of one rank. A `Linear` cut by output features is one with fewer of them; the layers whose results are combined with
+A model may be sharded over ranks (tensor parallelism, Shoeybi et al. 2019; see weights/shard.py). Every module then holds the
+shard of one rank. A column-parallel `Linear` is one with fewer output features; the layers whose results are combined with
 those of other ranks are `RowParallelLinear`, `GatheredColumnLinear` and `Table`. The same module serves every rank.
 """
 
@@ -20,7 +20,7 @@ def empty_parameter(*shape: int, dtype: torch.dtype = torch.float32) -> nn.Param
 
 
 def shard_size(size: int, ranks: int) -> int:
-    """The part of `size` that one of `ranks` holds; it divides, as weights/shard.py checks before anything is cut."""
+    """The part of `size` that one of `ranks` holds; weights/shard.py checks before that it divides."""
     assert size % ranks == 0, (size, ranks)
     return size // ranks
 
@@ -28,7 +28,7 @@ def shard_size(size: int, ranks: int) -> int:
 class Linear(nn.Module):
     """x [..., C] -> [..., N]; the weight in float, or in 8 or 4 bits with scales (config/quant.py).
 
-    `rounds`: whether a quantisation that rounds activations does so. Without, everything else can be compared closely.
+    `rounds`: whether a quantisation that rounds activations does so; without, all other arithmetic can be compared closely.
     """
 
     weight: Tensor
@@ -63,7 +63,7 @@ def without_rounding(module: nn.Module) -> None:
 
 
 class RowParallelLinear(Linear):
-    """x [..., C / ranks] -> [..., N], cut by input features: each rank's product is a part of a sum.
+    """x [..., C / ranks] -> [..., N], sharded by input features: each rank's product is a part of a sum.
 
     The bias is whole on every rank and added once, to the sum.
     """
@@ -80,9 +80,9 @@ class RowParallelLinear(Linear):
 
 
 class GatheredColumnLinear(Linear):
-    """x [..., C] -> [..., N], cut by output features, which are joined after it.
+    """x [..., C] -> [..., N], sharded by output features, which are then gathered.
 
-    Where N does not divide, ranks have a few features more in all, which are left out of the result.
+    Where `ranks` do not divide N, features are padded, and the padding is removed from the result.
     """
 
     def __init__(self, in_features: int, out_features: int, *, bias: bool, quant: str = "none", ranks: int) -> None:
@@ -119,7 +119,7 @@ class LayerNorm(nn.Module):
 class Table(nn.Module):
     """A lookup table [rows, C], e.g. token embeddings or learned positions; ids [B, T] -> [B, T, C].
 
-    Cut by columns, since each rank can look up its own part of any row.
+    Sharded by columns: each rank looks up its own part of any row.
     """
 
     def __init__(self, rows: int, width: int, *, ranks: int = 1) -> None:

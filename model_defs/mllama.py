@@ -19,7 +19,7 @@ from .vit import Block, PatchEmbed, Pixels
 class Tower(nn.Module):
     """Normalised pixels [t, size, size, 3] -> features [t, N, W * (1 + taps)]: the last state, then each tapped one.
 
-    The tables hold what the checkpoint's gates leave of them; row `aspect_id` belongs to the image's shape.
+    The tables are scaled by the checkpoint's gates; row `aspect_id` belongs to the image's shape.
     """
 
     def __init__(self, config: TiledConfig, ranks: int = 1, quant: str = "none") -> None:
@@ -90,8 +90,8 @@ class VisionGraph(nn.Module):
     """pixels [t, size, size, 3] uint8, tile_count [1], aspect_id [1] -> cross_k and cross_v of each cross layer in turn,
     the graph of one of `ranks`.
 
-    In a pipeline every stage makes those of its own layers: the first hands on the features [1, X, C] as its first output, and
-    the next take them as their only input, and hand them on.
+    In a pipeline every stage computes those of its own layers: the first passes on the features [1, X, C] as its first output;
+    later stages take them as their only input, and pass them on.
     """
 
     def __init__(self, config: ModelConfig, ranks: int = 1, quant: str = "none") -> None:

@@ -2,8 +2,8 @@
 
 Each op is registered with torch under `staticvl::` and written here once in plain PyTorch; that is its definition and the
 numerical reference. A backend lowers the op by name and never sees how it is defined. Ops are functional: the cached
-attention returns the updated caches, and a backend is free to write them in place. Two ops, the collectives, are where the
-ranks of a model that is cut meet; a model that is whole has none of them.
+attention returns the updated caches, and a backend is free to write them in place. Two ops are the collectives
+of sharded models; a model of one rank has none of them.
 
 Shapes: B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size, N out features.
 """
@@ -52,7 +52,7 @@ def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, z
     """As `linear`, the weight stored in 8 bits: w = (qweight - 128) * scales, qweight [N, blocks, block], scales [N, blocks].
 
     `zeros` [N, blocks] uint8: the numbers in place of 128, one for each block. Only the weights are rounded. A kernel may round
-    the activations too; a graph's certificate says how far that carries.
+    the activations too; a graph's certificate has the error of that.
     """
     return _grouped_linear(x, qweight, scales, bias, middle=128 if zeros is None else zeros, unpack=torch.Tensor.copy_)
 
@@ -112,7 +112,7 @@ def linear_w8a8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None,
     """x [..., K] in 8 bits, each row by its own scale, times qweight [K, N] int8, times both scales, those of columns being
     scales [N] float32; plus bias [N].
 
-    A row's scale is max|x| / 127, and x / scale is rounded to the nearest, halves to even. Whole numbers add up exactly (in
+    A row's scale is max|x| / 127, and x / scale is rounded to the nearest, halves to even. Integer sums are exact (in
     int32: K is far below 2^31 / 127^2). Without `rounded` x is left as it is and everything is computed in floats.
     """
     if not rounded:
@@ -231,11 +231,11 @@ def _(x: Tensor, index: Tensor) -> Tensor:
 
 @_op("top_tokens")
 def top_tokens(logits: Tensor, inverse_temperature: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What a token can be drawn from without its whole row of logits [R, V]: the `count` largest, falling, and their ids
-    (int32), both [R, count], and the sum of exp((x - largest) * inverse_temperature) over the row, [R] float32.
+    """Top-k tokens of logits [R, V], from which a token can be drawn without the whole row: the `count` largest, falling, and
+    their ids (int32), both [R, count], and the sum of exp((x - largest) * inverse_temperature) over the row, [R] float32.
 
-    inverse_temperature is [R] float32, or [1] for all rows. The order of equals is up to the device, and so is which of those
-    that equal the smallest are among the largest.
+    inverse_temperature is [R] float32, or [1] for all rows. The order of equals depends on the device, and so
+    does the choice among those that equal the smallest.
     """
     wide = logits.float()
     values, ids = wide.topk(count)
@@ -325,7 +325,7 @@ def int8_cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `cached_attention` over caches of int8, whose numbers stand for as many steps of a channel's scale [K, 1, D].
 
-    New keys and values are rounded to the nearest step, halves to even. What is beyond -128 or 127 steps is cut off there.
+    New keys and values are rounded to the nearest step, halves to even. Values beyond -128 or 127 steps are clipped.
     """
     at = _places(q, lengths)
     k_cache, v_cache = (
@@ -413,7 +413,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int) -> Tensor:
 def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
     """Attention to the keys of n images: q [B, T, H*D], keys and values each [B, K, X, D], mask [B, T, n * t] -> [B, T, H*D].
 
-    The X keys of an image are those of t tiles, in order; what mask says of a tile is added to the scores of its keys.
+    The X keys of an image are those of t tiles, in order; the mask of a tile is added to the scores of its keys.
     """
     b, t, _ = q.shape
     kv_heads, x, d = keys[0].shape[1:]
@@ -444,8 +444,8 @@ def _(x: Tensor, tile_count: Tensor) -> Tensor:
 
 @_op("tile_padding")
 def tile_padding(tile_count: Tensor, tiles: int, rows: int, padded_rows: int) -> Tensor:
-    """Which tokens of an image are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and from row `rows` on
-    of every tile, else 0."""
+    """The tokens of an image that are padding: [1, tiles * padded_rows], 1 in tiles from tile_count [1] on and from row `rows`
+    on of every tile, else 0."""
     place = torch.arange(tiles * padded_rows, device=tile_count.device)
     unused = (place // padded_rows >= tile_count) | (place % padded_rows >= rows)
     return unused.float()[None]

@@ -1,6 +1,6 @@
-"""The parts that every vision transformer here is made of. N images or tiles, T tokens, C hidden size, p patch side.
+"""Parts of all vision transformers here. N images or tiles, T tokens, C hidden size, p patch side.
 
-Where a model is cut, a rank holds its shard of the heads and of the MLP.
+Where a model is sharded, a rank holds its shard of the heads and of the MLP.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """One encoder layer, pre-norm; a gated one scales what it adds by two learned numbers."""
+    """One encoder layer, pre-norm; a gated one scales its two residuals by learned numbers."""
 
     def __init__(
         self,

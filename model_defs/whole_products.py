@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-EXACT_COLUMNS = 1024  # so many products of bytes add up to less than 2^24, and float32 has every whole number up to there
+EXACT_COLUMNS = 1024  # so many products of bytes sum to less than 2^24, and float32 has every integer up to there
 
 
 def whole_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -25,7 +25,7 @@ def whole_product(x: Tensor, weight: Tensor) -> Tensor:
 def torch_is_exact() -> bool:
     """Whether torch's own product of bytes is exact here, for one row and for several.
 
-    Its kernels for processors without VNNI add pairs of products in 16 bits and cut off what is more.
+    Its kernels for processors without VNNI add pairs of products in 16 bits and saturate.
     """
     weight = torch.full((64, 16), 127, dtype=torch.int8)
     products = (torch.ops.aten._int_mm.default(torch.full((rows, 64), 127, dtype=torch.int8), weight) for rows in (1, 17))

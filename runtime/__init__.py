@@ -41,6 +41,6 @@ def generate(
     timeout: float | None = None,
     **settings: Any,
 ) -> Any:
-    """Load an artifact, answer, forget it again; see `load` and Model.generate for the arguments and results."""
+    """Load an artifact, answer, and close it again; arguments and results as of `load` and Model.generate."""
     with load(artifact, device=device, tp=tp, threads=threads, timeout=timeout) as model:
         return model.generate(prompts, images, **settings)

@@ -109,7 +109,7 @@ class ArtifactError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Artifact:
-    """An artifact folder with its manifest, which is sound. Until `close`, a build that replaces it keeps its files."""
+    """An open artifact: its folder and its checked manifest. A build that replaces it keeps its files until `close`."""
 
     folder: Path
     manifest: Manifest
@@ -119,7 +119,7 @@ class Artifact:
         return self.folder / relative
 
     def close(self) -> None:
-        """Let builds remove the files."""
+        """Release the files: builds may remove them from now on."""
         self.hold.close()
 
 
@@ -172,9 +172,9 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def _without_doubles(pairs: list[tuple[str, Any]]) -> None:
-    """Raise ValueError for a key that stands twice: JSON leaves open which of its values counts."""
+    """Raise ValueError for a key that an object has twice: JSON leaves open which of its values counts."""
     if len({key for key, _ in pairs}) < len(pairs):
-        raise ValueError("a key stands twice in one object")
+        raise ValueError("an object has one key twice")
 
 
 def open_artifact(folder: str | Path, rank: int | None = None) -> Artifact:

@@ -26,7 +26,7 @@ from .sampling.sampler import TokenLogprob
 
 Images = Any
 Turns = str | Message | SequenceOf[Message]  # one turn, or a conversation
-CHECK_S = 2.0  # between two looks at ranks that have nothing to do
+CHECK_S = 2.0  # seconds between two checks of idle ranks
 log = logging.getLogger(__name__)
 
 
@@ -43,7 +43,7 @@ class Piece:
 
 
 def _is_final(error: Exception) -> bool:
-    """Whether it would meet every later request too: a rank is gone, or a file of the artifact cannot be opened."""
+    """Whether the error would end every later request too: a rank is gone, or a file of the artifact cannot be opened."""
     return isinstance(error, RankError | ArtifactError) and not isinstance(error, RunError)
 
 
@@ -57,14 +57,14 @@ class _Answer:
     sequence: Sequence
     loop: asyncio.AbstractEventLoop
     items: asyncio.Queue[tuple[int, Item]]  # with the index of the answer; one queue for the n answers to a prompt
-    pieces: int = 0  # that were sent
-    logprobs: int = 0  # that were sent
+    pieces: int = 0  # pieces sent so far
+    logprobs: int = 0  # log-probabilities sent so far
 
 
 class Answers:
-    """The answers to one prompt as they are decided: iterate over it in an `async with` block, or close it.
+    """The answers to one prompt as they are generated: iterate over it in an `async with` block, or close it.
 
-    Each item comes with the index of its answer; the last of an answer is its Output. What a device raises is raised here.
+    Each item comes with the index of its answer; the last of an answer is its Output. Errors of the device are raised here.
     """
 
     def __init__(self, items: asyncio.Queue[tuple[int, Item]], count: int, cancel: Callable[[], None]) -> None:
@@ -83,7 +83,7 @@ class Answers:
         return index, item
 
     def close(self) -> None:
-        """Cancel what has not ended; may be called again."""
+        """Cancel the answers that have not ended; may be called again."""
         self._cancel()
 
     async def __aenter__(self) -> Answers:
@@ -94,7 +94,7 @@ class Answers:
 
 
 class AsyncEngine:
-    """Answers prompts of a model; use it in an `async with` block or close it.
+    """An engine for asyncio that answers the prompts of many tasks; use it in an `async with` block or close it.
 
     A prompt is a text, as in Model.generate, or a conversation as a list of messages, whose images are `images` in order. The
     prefix cache serves what an earlier turn left in the cache, so that no chat is needed.
@@ -105,18 +105,18 @@ class AsyncEngine:
         self._answers: dict[int, _Answer] = {}  # by the id of the sequence; the worker's own
         self._commands: list[Callable[[], None]] = []
         self._closing = False
-        self.failure: Exception | None = None  # of a rank, or of a file: after it nothing is answered any more
+        self.failure: Exception | None = None  # the error of a rank or a file after which no request is answered
         self.on_failure: Callable[[], object] = lambda: None  # called once, in the engine's thread
         self._wake = threading.Condition()
         self._turn: float | None = None  # when the turn that runs began, by the engine's clock
         self._preparing = ThreadPoolExecutor(1, "staticvl-prepare")
-        self._forming = ThreadPoolExecutor(1, "staticvl-form")  # forms take seconds at worst, and prompts go on meanwhile
+        self._forming = ThreadPoolExecutor(1, "staticvl-form")  # a grammar may take seconds
         self._worker = threading.Thread(target=self._work, name="staticvl-engine", daemon=True)
         self._worker.start()
 
     @property
     def turn_s(self) -> float:
-        """Seconds for which the engine has been in its present turn, one step at most; 0 while there is no work."""
+        """Seconds that the present turn of the engine has taken, at most one step; 0 while there is no work."""
         start = self._turn
         return 0.0 if start is None else self.model.engine.clock() - start
 
@@ -144,7 +144,7 @@ class AsyncEngine:
         raw: bool = False,
         **settings: Any,
     ) -> AsyncGenerator[str, None]:
-        """Pieces of the answer as they are decided; closing the generator cancels the request."""
+        """Pieces of the answer as they are generated; closing the generator cancels the request."""
         params = one_answer(merge_params(sampling, settings))
         async with await self.submit(prompt, params, images, raw=raw) as answers:
             async for _, item in answers:
@@ -152,13 +152,13 @@ class AsyncEngine:
                     yield item.text
 
     async def prepare(self, prompt: Turns, images: Images = None, *, raw: bool = False) -> Prompt:
-        """The prompt, so that its length is known before it is queued; raises PromptError, ImageError."""
+        """A prompt that is ready but not queued, so that its length is known; raises PromptError, ImageError."""
         return await self._aside(self._preparing, lambda: self._prepared(prompt, images, raw))
 
     async def submit(
         self, prompt: Turns | Prompt, params: SamplingParams, images: Images = None, *, raw: bool = False
     ) -> Answers:
-        """Queue a prompt; all its params.n answers. Raises as `generate` does."""
+        """Queue a prompt; returns its params.n answers. Raises as `generate` does."""
         ready = prompt if isinstance(prompt, Prompt) else await self.prepare(prompt, images, raw=raw)
 
         def sequences() -> list[Sequence]:
@@ -174,7 +174,7 @@ class AsyncEngine:
     ask = submit  # its name in earlier releases
 
     async def close(self) -> None:
-        """Stop after the step that runs; a task that still waits for an answer gets an error."""
+        """Stop after the running step; tasks that still wait for an answer get EngineClosedError."""
         with self._wake:
             self._closing = True
             self._wake.notify()
@@ -191,7 +191,7 @@ class AsyncEngine:
     # ---- in the caller's thread
 
     async def _aside(self, pool: ThreadPoolExecutor, work: Callable[[], Any]) -> Any:
-        """The result of work that must not block the loop."""
+        """The result of `work`, which runs in `pool` so that it does not block the loop."""
         if self._closing:
             raise EngineClosedError("the engine was closed; open another one")
         if self.failure is not None:
@@ -236,7 +236,7 @@ class AsyncEngine:
                     self.model.access.exclusively(self.model.ranks.check)
                 if self._answers:
                     self.model.advance()
-            except Exception as error:  # concerns all; what concerns single requests is their own error
+            except Exception as error:  # an error of all requests; that of a single request is its own `error`
                 self._fail(error)
             for answer in list(self._answers.values()):  # another thread may have run steps as well
                 self._deliver(answer)
@@ -255,7 +255,7 @@ class AsyncEngine:
         try:
             self._send(answer)
         except Exception as error:
-            self._check_final(error)  # first: who gets the error may look at `failure`
+            self._check_final(error)  # first: the task that gets the error may read `failure`
             self._post(answer, error)
             self._forget(answer)
 
@@ -275,14 +275,14 @@ class AsyncEngine:
             self._forget(answer)
 
     def _post(self, answer: _Answer, item: Item) -> None:
-        with contextlib.suppress(RuntimeError):  # the loop is closed, nobody waits any more
+        with contextlib.suppress(RuntimeError):  # the loop is closed: no task waits any more
             answer.loop.call_soon_threadsafe(answer.items.put_nowait, (answer.sequence.sampling.index, item))
 
     def _forget(self, answer: _Answer) -> None:
         if self._answers.pop(answer.sequence.id, None):
             try:
                 self.model.end(answer.sequence)
-            except Exception as error:  # of the request log, above all: no reason to fail other requests
+            except Exception as error:  # of the request log, for example: other requests go on
                 log.error("%s", error)
 
     def _fail(self, error: Exception) -> None:
@@ -293,7 +293,7 @@ class AsyncEngine:
             self._forget(answer)
 
     def _check_final(self, error: Exception) -> None:
-        """After a rank has failed, or a file could not be opened, nothing is answered any more."""
+        """Note an error that ends all later requests too: of a failed rank, or of a file that cannot be opened."""
         if _is_final(error) and self.failure is None:
             self.failure = error
             self.on_failure()

@@ -1,8 +1,8 @@
-"""A conversation that goes on in its slot of the cache.
+"""A conversation that keeps its slot of the cache between turns.
 
 Each turn renders the whole conversation anew; the longest prefix that the slot holds is kept, and only the rest is prefilled.
-So the tokens are those of a fresh prompt, whatever the template does with earlier turns. A turn that is changed or taken back
-costs what comes after it, and a turn whose slot somebody else needed meanwhile costs what was in it.
+So the tokens are those of a fresh prompt, whatever the template does with earlier turns. After a
+turn that was changed or taken back, what follows it is prefilled; where another request took the slot, all is prefilled.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Chat:
-    """Made by Model.chat; a context manager that frees its slot at the end.
+    """A conversation with a model, made by Model.chat; a context manager that frees its slot at the end.
 
     For several threads: turns are sent one after another. A new turn, `rewind` and `close` end one that is still streamed,
     in whichever thread; `close` also one that is sent, whose answer then ends where it is ("cancelled") and is not kept.
@@ -47,7 +47,7 @@ class Chat:
         return_logits: bool = False,
         **settings: Any,
     ) -> Output:
-        """One turn: the user's text or message and its images in, the answer out. Arguments as in Model.generate."""
+        """Send one turn, the user's text or message and its images, and return the answer. Arguments as in Model.generate."""
         with self._sending:
             message, new, sequence = self._begin(text, images, sampling, return_logits, settings)
             try:
@@ -60,7 +60,7 @@ class Chat:
     def stream(
         self, text: str | Message, images: Any = None, *, sampling: SamplingParams | None = None, **settings: Any
     ) -> Iterator[str]:
-        """As `send`, in pieces; a turn whose pieces are not all taken is forgotten, at the latest when the next one begins."""
+        """As `send`, in pieces. A turn whose pieces are not all read is dropped, at the latest when the next one begins."""
         with self._sending:
             message, new, sequence = self._begin(text, images, sampling, False, settings)
         pieces = []
@@ -71,9 +71,9 @@ class Chat:
         self._keep(message, new, sequence, "".join(pieces))
 
     def rewind(self, turns: int = 1) -> None:
-        """Take the last turns back, with their images; what was before them stays in the cache.
+        """Remove the last turns with their images; the turns before them stay in the cache. Raises ValueError for too many.
 
-        A turn that is still streamed is forgotten, one that another thread sends is waited for.
+        A turn that is still streamed is dropped; one that another thread sends is waited for.
         """
         with self._sending, self._state:
             self._rewind(turns)
@@ -82,7 +82,7 @@ class Chat:
     def _rewind(self, turns: int) -> None:
         starts = [place for place, message in enumerate(self.messages) if message.role == "user"]
         if not 0 <= turns <= len(starts):
-            raise ValueError(f"{turns} turns were to be taken back; the conversation has {len(starts)}")
+            raise ValueError(f"rewind of {turns} turns; the conversation has {len(starts)}, so give at most that")
         keep = starts[len(starts) - turns] if turns else len(self.messages)
         dropped = sum(message.images for message in self.messages[keep:])
         self.images = self.images[: len(self.images) - dropped]

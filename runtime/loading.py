@@ -35,19 +35,19 @@ def load(
     verify: bool = False,
     verify_key: str | Path | None = None,
 ) -> Model:
-    """Open an artifact for use.
+    """Open an artifact and return its Model.
 
     device: "cpu" for ONNX artifacts; for Ascend ones "npu", "npu:1" (the second card), or "sim", which runs their graphs with
-    torch on a CPU ("sim:float32": without rounding to 16 bits). tp: the number of ranks that each layer is cut among, which
+    torch on a CPU ("sim:float32": without rounding to 16 bits). tp: the number of ranks that each layer is sharded over, which
     must be what the artifact was compiled for (default).
     threads: cores that ONNX Runtime computes with, in each rank; default every core that this process may use, split among
     the ranks of this machine, or one for a model of less than 16 MiB. timeout: seconds that ranks wait for each other; default
     STATICVL_TIMEOUT, or 300.
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
-    reuse: use what earlier requests have computed: cache rows of a common prefix of the prompt, and image features, of which
+    reuse: use results of earlier requests: cache rows of a common prefix of the prompt, and image features, of which
     image_cache_mb megabytes are kept.
     speculate: draft up to so many tokens of every answer by prompt lookup, where the artifact has graphs that verify them
-    (compile with --speculate); ngrams: the fewest and the most last tokens that a draft is found by.
+    (compile with --speculate); ngrams: the fewest and the most tokens of an n-gram that it matches.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
     system_in_user: where the checkpoint's template refuses a system message, as Llama-3.2-Vision's does beside images, put its
     text into the first user turn; default: an error.

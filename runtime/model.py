@@ -1,4 +1,4 @@
-"""What users hold: a loaded artifact that answers prompts, streams answers, and chats."""
+"""The Model: a loaded artifact that answers prompts, streams answers, and chats."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Ranks(Protocol):
 
 
 class Model:
-    """A loaded artifact; a context manager that closes it.
+    """A loaded artifact: `generate`, `stream` and `chat`. A context manager that closes it.
 
     For any number of threads: their requests run in one batch. A generator belongs to one thread at a time, as everywhere in
     Python; it may be dropped in any.
@@ -58,7 +58,7 @@ class Model:
         *,
         system_in_user: bool = False,
     ) -> None:
-        """`ranks`: they end with the model, and somebody should check them now and then while nothing runs; None for a model
+        """`ranks`: the other ranks, which end with the model and are checked now and then while nothing runs; None for a model
         of one rank."""
         self.artifact, self.engine, self.request_log, self.ranks = artifact, engine, request_log, ranks
         self.access = EngineAccess(engine.interrupted)
@@ -67,7 +67,7 @@ class Model:
         self.processor = Processor.of(artifact, system_in_user=system_in_user)
 
     def close(self) -> None:
-        """Free what the graphs take, and end the processes of other ranks; the model cannot be used any more.
+        """Free the memory of the graphs, and end the processes of other ranks; the model cannot be used any more.
 
         Waits for the step that runs. Calls of other threads that have no answer yet raise ModelClosedError.
         """
@@ -141,7 +141,8 @@ class Model:
         Of n answers the first is the result and the others are its `others`.
         return_logits: keep the logits of every generated token, float32 [generated, V].
 
-        Raises PromptError, ImageError, ContextError for input that cannot be answered; then nothing is generated at all.
+        Raises PromptError, ImageError, ContextError or ConstraintError for input that cannot be answered, ValueError and
+        TypeError for settings; then nothing is generated at all.
         """
         params = merge_params(sampling, settings)
         pairs = [(prompts, images)] if isinstance(prompts, str | Message) else pair_up(prompts, images)
@@ -153,12 +154,12 @@ class Model:
     def stream(
         self, prompt: Turn, images: Images = None, *, sampling: SamplingParams | None = None, raw: bool = False, **settings: Any
     ) -> Generator[str, None, None]:
-        """Pieces of the answer to one prompt as they are decided; arguments as in `generate`."""
+        """Pieces of the answer to one prompt as they are generated; arguments as in `generate`."""
         params = one_answer(merge_params(sampling, settings))
         return self.stream_sequence(self.new_sequence(self._prompt(prompt, images, raw), params))
 
     def chat(self, system: str | None = None) -> Chat:
-        """A conversation that keeps its slot of the cache, so that each turn only computes what is new."""
+        """A new conversation that keeps its slot of the cache, so that each turn only computes its new part."""
         return Chat(self, system)
 
     def run(self, sequences: SequenceOf[Sequence]) -> list[Output]:

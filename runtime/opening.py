@@ -1,4 +1,4 @@
-"""Opening an artifact with the checks that were chosen, and one error for whatever goes wrong with a file of it."""
+"""Opening an artifact with chosen checks; every error of one of its files becomes an ArtifactError."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def reading(path: Path, folder: Path) -> Iterator[None]:
         raise ArtifactError(
             f"{path} takes more memory than there is ({_short(error)}); free some, or compile for fewer slots and less context"
         ) from error
-    except Exception as error:  # libraries raise what they like
+    except Exception as error:  # libraries raise exceptions of any type
         raise ArtifactError(f"{path} cannot be used ({_short(error)}); {remedy(folder)}") from error
 
 

@@ -1,4 +1,4 @@
-"""What was given, as messages repeat it."""
+"""Given values, shortened for error messages."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ def new_key(path: Path) -> Path:
 
 
 def sign(folder: Path, manifest: Manifest, key: Path) -> None:
-    """Sign the artifact in `folder`, whose files are to be verified before."""
+    """Sign the artifact in `folder`; its files must be verified before."""
     serialization, ed25519 = _library()
     try:
         private = serialization.load_pem_private_key(read_regular(key, 1 << 16), None)

@@ -58,7 +58,7 @@ def _paths(manifest: Manifest) -> Iterator[str]:
 
 def _settings(manifest: Manifest) -> Iterator[str]:
     if manifest.backend == "ascend" and manifest.ascend is None:
-        yield "graphs for Ascend were made for nothing in particular (`ascend` is missing)"
+        yield "it has graphs for Ascend, but `ascend` is missing"
     for kind in ("prefill", "decode"):
         if not any(graph.kind == kind for graph in manifest.graphs):
             yield f"there is no {kind} graph"

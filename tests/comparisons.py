@@ -25,10 +25,10 @@ BUCKETS = {
     "qwen_vl": Buckets(prefill=(32,), decode=(1,), vision=(1,), context=112, slots=1),
 }
 SAMPLES = {
-    "llava": ("text 2", "picture, wide"),
-    "llava_next": ("picture, tall",),
-    "mllama": ("text 2", "picture, large"),
-    "qwen_vl": ("text 1", "picture, wide"),
+    "llava": ("text 2", "image, wide"),
+    "llava_next": ("image, tall",),
+    "mllama": ("text 2", "image, large"),
+    "qwen_vl": ("text 1", "image, wide"),
 }
 
 

@@ -272,11 +272,11 @@ def test_an_artifact_of_two_ranks(model: Model, whole: list[np.ndarray], graphs:
 def test_a_rank_is_not_opened_alone(model: Model, graphs: Graphs, eager: Graphs) -> None:
     manifest = manifest_of(model, graphs, 2)
     for group, size in ((None, 1), (ArrayGroup(Lockstep(4), 0), 4)):
-        with pytest.raises(ArtifactError, match=f"{model.out} is one rank's of 2, but runs in a group of {size}; open all 2"):
+        with pytest.raises(ArtifactError, match=f"{model.out} is for one of 2 ranks, but its group has {size}; open all 2"):
             open_ascend(model.out, manifest, "sim", group)
     for specs, files in (graphs, eager):
         backend = AscendBackend(model.out, model.cache(2), model.converted(2, 0).weights, files, simulated())
-        with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 1"):
+        with pytest.raises(ArtifactError, match="for one of 2 ranks, but its group has 1"):
             backend.run(specs["decode"], feed(specs["decode"], np.random.default_rng(0), [0, 0]))
 
 

@@ -50,10 +50,10 @@ from .conftest import EMBEDDED
 from .parity import noise_image
 
 SAMPLES = {
-    "llava": ("text 2", "picture, wide", "second turn"),
-    "llava_next": ("text 1", "picture, tall"),
-    "mllama": ("text 2", "picture, large", "two pictures"),
-    "qwen_vl": ("text 1", "picture, wide"),
+    "llava": ("text 2", "image, wide", "second turn"),
+    "llava_next": ("text 1", "image, tall"),
+    "mllama": ("text 2", "image, large", "two images"),
+    "qwen_vl": ("text 1", "image, wide"),
 }
 CONTEXT = {"llava": 300, "llava_next": 400, "mllama": 128, "qwen_vl": 200}
 LINEAR = ("attn.q", "attn.o", "mlp.gate", "mlp.down")
@@ -179,7 +179,7 @@ def test_statistics_are_of_what_the_engine_feeds_each_layer(
 
 @pytest.fixture(scope="module")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    samples = [sample for sample in built_in_samples() if sample.name in ("text 2", "picture, describe")]
+    samples = [sample for sample in built_in_samples() if sample.name in ("text 2", "image, describe")]
     return Setup(tiny_llava(tmp_path_factory.mktemp("small")).folder, of_samples(samples), 300)
 
 
@@ -210,7 +210,7 @@ def test_what_was_broken_off_goes_on_behind_the_last_layer(
     with pytest.raises(KeyboardInterrupt):
         small.run(store, progress=Breaks())
     assert store.has("text.layers.0") and not store.has("text.layers.1")
-    (store.folder / "pictures").mkdir(exist_ok=True)  # what a killed process leaves
+    (store.folder / "images").mkdir(exist_ok=True)  # what a killed process leaves
     with watched(monkeypatch) as made:
         assert files(small.run(store)) == whole
     assert len(made) == 1

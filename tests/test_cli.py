@@ -165,7 +165,7 @@ def test_arrival_times() -> None:
         ("", "holds no request; expected a line for each"),
         ('{"prompt": "x", "time": 1}\n{"prompt": 5}', r"line 2: .*\$\.prompt.*; expected a JSON object with prompt"),
         ('{"prompt": "x", "image": 1}', "line 1: .*image.*; expected a JSON object with prompt"),
-        ('{"prompt": "x"}', r"not every request says when it came \(time\); give --rate"),
+        ('{"prompt": "x"}', r"not every request has a time; give --rate"),
     ],
 )
 def test_unusable_traffic(capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path, text: str, message: str) -> None:
@@ -322,7 +322,7 @@ def test_checkpoint_errors_are_one_clear_line(capsys: pytest.CaptureFixture[str]
         ({"model_type": "blip"}, "model_type 'blip' is not supported; supported: llava"),
         ({"mystery": 1}, "unknown keys mystery; they may change the computation"),
         ({"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'; supported: 'gelu'"),
-        ({"quantization_config": {}}, "quant_method of the quantisation is None, which is not read; read are"),
+        ({"quantization_config": {}}, "quant_method of the quantisation is None, which is not supported; supported are"),
     ):
         path.write_text(json.dumps({**config, **change}))
         assert message in error(capsys, "compile", tiny.folder, "--out", tmp_path / "a")
@@ -424,7 +424,7 @@ def test_answers_and_their_log_probabilities(capsys: pytest.CaptureFixture[str],
     lines = run(capsys, *args)[1].splitlines()
     tokens = [line for line in lines if line.startswith("token  ")]
     assert [int(line.split()[1]) for line in tokens] == answer["token_ids"] + answer["others"][0]["token_ids"]
-    assert f"{answer['logprobs'][0]['logprob']:.4f}; likeliest: {answer['logprobs'][0]['top'][0][0]} " in tokens[0]
+    assert f"{answer['logprobs'][0]['logprob']:.4f}; top-k: {answer['logprobs'][0]['top'][0][0]} " in tokens[0]
 
 
 @pytest.mark.parametrize("text", ["5", "x=1", "5=", "=1"])

@@ -47,7 +47,7 @@ def test_a_healthy_artifact_of_llava_next_raises_no_alarm(tmp_path: Path) -> Non
 def test_transformers_and_an_artifact_agree_on_everything(llava: Path, tmp_path: Path) -> None:
     """Among other things on answers, boxes and how images are cut, which are given as objects and as files."""
     reference = reference_of("llava", llava, by="transformers")
-    box = next(each for each in built_in_samples() if each.name == "picture, box")
+    box = next(each for each in built_in_samples() if each.name == "image, box")
     right = parse_box(box.answer or "")
     assert right is not None
     known = user_sample("known", box.messages[0].text, box.images, expected=box.answer, boxes=(right,))
@@ -174,7 +174,7 @@ def test_the_command_fails_and_names_the_fault(
         (["nowhere"], "nowhere is not a folder; expected a checkpoint or an artifact"),
         (["EMPTY"], "holds neither manifest.json nor config.json"),
         (["--data", "DATA", "--samples", "0"], "--samples is 0; expected at least 1"),
-        (["--image-folder", "x"], "--image-folder says where images of --data lie"),
+        (["--image-folder", "x"], "--image-folder is for the images of --data"),
         (["--candidate-by", "eager"], "is an artifact, which runs its own graphs; leave out the choice of eager"),
         (["--report", "EMPTY"], "is a folder; expected a file to write"),
         (["--device", "sim"], "device 'sim' cannot run"),

@@ -129,7 +129,7 @@ def test_operators_refuse(name: str) -> None:
 @pytest.mark.parametrize("make", [reduced, gathered])
 def test_a_part_of_a_model_does_not_run_by_itself(make: Callable[..., Any]) -> None:
     data = build(make, torch.ones(2, 3))
-    with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 1; open all 2 ranks together"):
+    with pytest.raises(ArtifactError, match="for one of 2 ranks, but its group has 1; open all 2 ranks together"):
         Simulator(data)([torch.ones(2, 3)])
-    with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 4"):
+    with pytest.raises(ArtifactError, match="for one of 2 ranks, but its group has 4"):
         Simulator(data, group=ArrayGroup(Lockstep(4), 0))([torch.ones(2, 3)])

@@ -351,6 +351,6 @@ def test_one_rank_makes_its_own_again(ranks: Ranks, fault: Callable[[Ranks], Non
 def test_nothing_is_packed_for_a_rank_alone(ranks: Ranks) -> None:
     graph = ranks.manifest.graphs[0]
     backend = open_backend("onnx", ranks.model.out, ranks.manifest.cache, manifest=ranks.manifest)
-    with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 1; open all 2 ranks together"):
+    with pytest.raises(ArtifactError, match="for one of 2 ranks, but its group has 1; open all 2 ranks together"):
         backend.load(graph)
     assert not (ranks.model.out / host_cache.FOLDER).exists()

@@ -115,7 +115,7 @@ def test_hostile_manifests(copy: Path, name: str, capsys: pytest.CaptureFixture[
 TEXTS: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "deep": (lambda data: b'{"x":' + b"[" * 200_000, "damaged"),
     "deep and unknown": (lambda data: data.rstrip()[:-1] + b',"x":' + b"[" * 200_000, "damaged"),
-    "a key twice": (lambda data: data.replace(b'"quant":', b'"quant": "w4a16", "quant":', 1), "stands twice"),
+    "a key twice": (lambda data: data.replace(b'"quant":', b'"quant": "w4a16", "quant":', 1), "has one key twice"),
     "not UTF-8": (lambda data: data.replace(b'"quant": "none"', b'"quant": "\xff\xfe"', 1), "damaged"),
     "a number too large": (lambda data: data.replace(b'"theta": ', b'"theta": 1e999, "x": ', 1), "damaged"),
     "another type": (lambda data: b"[1, 2]", "damaged"),

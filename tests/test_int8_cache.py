@@ -455,7 +455,7 @@ def test_a_graph_that_misuses_scales_is_refused(
         ({"calibration": None}, r"a cache in 8 bits needs to know how large keys and values become; give --calibrate FILE"),
         ({"kv_cache": "int4"}, r"kv cache 'int4' is unknown; expected one of float, int8"),
         ({"kv_cache": "float"}, r"'none' has nothing to calibrate; .* and with --kv-cache int8 the cache"),
-        ({"backend": "ascend", "eager": ("prefill",)}, r"eager graphs know no cache in 8 bits; leave out"),
+        ({"backend": "ascend", "eager": ("prefill",)}, r"eager graphs have no cache in 8 bits; leave out"),
         ({"backend": "ascend", "soc": "Ascend310P"}, r"Ascend310P has no attention over a cache in 8 bits; leave out"),
     ],
 )

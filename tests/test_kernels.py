@@ -110,8 +110,8 @@ def timed(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> list[list
 
 
 def test_each_question_builds_on_the_answers_before(narrow: KernelTuner, monkeypatch: pytest.MonkeyPatch) -> None:
-    four, two_cores = "4 tokens attend at a time", "4 tokens attend at a time, 8192 KiB widened at a time, 2 cores"
-    trials = timed(monkeypatch, {four: 7.0, "4 tokens attend at a time, 8192 KiB widened at a time": 6.0, two_cores: 5.0})
+    four, two_cores = "4 tokens attend at a time", "4 tokens attend at a time, 8192 KiB upcast at a time, 2 cores"
+    trials = timed(monkeypatch, {four: 7.0, "4 tokens attend at a time, 8192 KiB upcast at a time": 6.0, two_cores: 5.0})
     found = narrow.choose(GraphKey("prefill", 32))
     assert (found.attention_tokens, found.widened_kib, found.cores) == (4, 8192, 2)
     assert trials[0] == [DEFAULT, four, "16 tokens attend at a time"]
@@ -247,5 +247,5 @@ def test_sessions_have_the_cores_that_were_chosen(narrow: KernelTuner, monkeypat
     ("more", "what"), [({"backend": "ascend"}, "backend ascend"), ({"tp": 2}, "2 ranks"), ({"pp": 2}, "2 ranks")]
 )
 def test_only_onnx_graphs_of_one_process_are_measured(more: dict[str, Any], what: str) -> None:
-    with pytest.raises(PlanError, match=f"tune was asked for with {what}, but it measures ONNX graphs .*; leave --tune out"):
+    with pytest.raises(PlanError, match=f"tune is given with {what}, but it measures ONNX graphs .*; leave --tune out"):
         options(Path("unused"), tune=True, **more)

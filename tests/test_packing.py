@@ -197,7 +197,7 @@ GROUP = "config_groups", "group_0"
     ("form", "path", "value", "message"),
     [
         ("awq", ("quant_method",), "bitsandbytes", "quant_method of the quantisation is 'bitsandbytes', which is not"),
-        ("awq", ("version",), "gemv", "version of the quantisation is 'gemv', expected 'gemm'; read are"),
+        ("awq", ("version",), "gemv", "version of the quantisation is 'gemv', expected 'gemm'; supported are"),
         ("awq", ("zero_point",), False, "zero_point"),
         ("awq", ("bits",), 8, "bits of the quantisation is 8, expected 4;"),
         ("awq", ("group_size",), "128", "group_size of the quantisation is '128'; expected a positive integer or -1"),
@@ -235,7 +235,7 @@ def test_what_was_asked_for(plain: Plain, tmp_path: Path) -> None:
     folder = plain(tmp_path / "checkpoint", WHOLE)
     given = Options(checkpoint=folder, out=tmp_path / "out")
     assert resolve(given) == (given, None)
-    with pytest.raises(PlanError, match=r"w8a8\+float-head is what quantised checkpoints are stored as, and .* is not"):
+    with pytest.raises(PlanError, match=r"w8a8\+float-head is for checkpoints that are quantised, and .* is not"):
         resolve(Options(checkpoint=folder, out=tmp_path, quant="w8a8+float-head"))
     pack_checkpoint(folder, FORMS["awq"])
     for quant, expected in (
@@ -278,7 +278,7 @@ def set_tensor(name: str, make: Callable[[Tensor], Tensor]) -> Callable[[dict[st
         ("w4a16-asym", lambda t: t.pop(f"{FIRST}.weight_zero_point"), "up_proj lacks weight_zero_point"),
         ("gptq", set_tensor("scales", lambda t: t[:1].clone()), r"float16 \[1, 128\], expected .* \[3, 128\] for 4 bits"),
         ("awq", set_tensor("qzeros", lambda t: t.half()), r"qzeros is float16 \[3, 16\], expected int32 \[3, 16\]"),
-        ("gptq", set_tensor("qzeros", lambda t: t + 1), r"has zero points, and the .* settings say that it is symmetric"),
+        ("gptq", set_tensor("qzeros", lambda t: t + 1), r"has zero points, but the .* settings say that it is symmetric"),
         ("gptq", set_tensor("scales", lambda t: t / 0), "has scales that are not finite"),
         ("gptq", set_tensor("g_idx", lambda t: t + 1), "has columns of groups without a scale"),
         ("gptq", lambda t: t.update({f"{FIRST}.bias": torch.ones(128)}), "unknown tensors: .*up_proj.bias"),
@@ -305,7 +305,7 @@ def test_layers_of_two_forms_are_refused(plain: Plain, tmp_path: Path) -> None:
         check_layers(plan, source, "w4a16-g32+float-head")
     empty = plain(tmp_path / "empty", WHOLE)
     shutil.copy(folder / "config.json", empty / "config.json")
-    with pytest.raises(WeightsError, match=r"settings say that it is quantised \(gptq\), and it holds no such tensors"):
+    with pytest.raises(WeightsError, match=r"settings say that it is quantised \(gptq\), but it holds no such tensors"):
         opened(empty)
 
 

@@ -115,7 +115,7 @@ def fail() -> None:
     ("do", "timeout", "sentence"),
     [
         (fail, PATIENCE, "failed: OverflowError: a number is too large"),
-        (lambda: time.sleep(2.0), 0.5, "kept the others waiting for more than 0.5 s; if that may be, give a longer timeout"),
+        (lambda: time.sleep(2.0), 0.5, "kept the others waiting for more than 0.5 s; if that is normal, give a longer timeout"),
     ],
     ids=["raises", "tarries"],
 )
@@ -260,7 +260,7 @@ def test_no_port_at_all(two_ranks: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_PORT", raising=False)
-    with pytest.raises(runtime.RankError, match=r"rank 1 found no store at .*MASTER_PORT.*; start the ranks with torchrun"):
+    with pytest.raises(runtime.RankError, match=r"rank 1 has no store at .*MASTER_PORT.*; start the ranks with torchrun"):
         runtime.load(two_ranks)
 
 

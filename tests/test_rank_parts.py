@@ -80,7 +80,7 @@ def test_a_header_survives_the_wire() -> None:
     "data", [b"GET / HTTP/1.1\r\nHost: example\r\n", Header(FrameKind.RUN).packed().replace(b"\5", b"\x63")]
 )
 def test_other_bytes_are_no_header(data: bytes) -> None:
-    with pytest.raises(FrameError, match="no message of a rank of this release of staticvl; use one release on all machines"):
+    with pytest.raises(FrameError, match="no message of this release of staticvl; use one release on all machines"):
         read_header(data.ljust(HEADER.size)[: HEADER.size])
 
 
@@ -241,8 +241,8 @@ def test_a_hello_may_come_in_pieces(listening: tuple[WorkerListener, DictStore])
     [
         ((1,), "rank 2 did not join within 0.3 s; start all 3 ranks"),
         ((), "ranks 1, 2 did not join within 0.3 s"),
-        ((1, 1), r"rank 1 \(pid 1 on h\) and rank 1 \(pid 1 on h\) are one rank; give every process its own RANK"),
-        ((3,), r"rank 3 \(pid 1 on h\) is no rank of 3; start all ranks with one WORLD_SIZE"),
+        ((1, 1), r"rank 1 \(pid 1 on h\) and rank 1 \(pid 1 on h\) have the same rank; give every process its own RANK"),
+        ((3,), r"rank 3 \(pid 1 on h\) is not among the 3 ranks; start all ranks with one WORLD_SIZE"),
     ],
 )
 def test_ranks_that_do_not_fit(listening: tuple[WorkerListener, DictStore], ranks: tuple[int, ...], sentence: str) -> None:

@@ -335,5 +335,5 @@ def test_turns_that_are_taken_back(model: runtime.Model) -> None:
         assert out.reused_tokens > 8
         fresh = runtime.Model(model.artifact, Engine(model.engine.manifest, model.engine.backend, EngineOptions(reuse=False)))
         assert out.token_ids == fresh.generate(text, noise(2), raw=True, **settings).token_ids
-        with pytest.raises(ValueError, match="3 turns were to be taken back; the conversation has 2"):
+        with pytest.raises(ValueError, match="rewind of 3 turns; the conversation has 2, so give at most that"):
             chat.rewind(3)

@@ -279,7 +279,7 @@ def test_a_draw_depends_on_seed_and_position_alone() -> None:
         ({"bad_words": ("",)}, "bad_words holds an empty text; expected texts of at least one character"),
         ({"choice": ("a", "")}, "choice holds an empty text; expected texts of at least one character"),
         ({"regex": "a", "choice": ("a",)}, "regex and choice were given; expected one of them at most"),
-        ({"regex": "a", "ignore_eos": True}, "regex was given with ignore_eos; an answer of a given form ends where that does"),
+        ({"regex": "a", "ignore_eos": True}, "regex was given with ignore_eos; a constrained answer ends by itself"),
         ({"stop": (3,)}, "stop is (3,); expected text or a sequence of texts"),
     ],
 )

@@ -350,7 +350,7 @@ def spec_with(model: Model, steps: tuple[Step, ...]) -> GraphSpec:
 def test_a_part_of_a_model_does_not_run_by_itself(model: Model) -> None:
     meet = Collective(op="all_reduce", ranks=2, reads="a", writes="a")
     backend = OrtBackend(model.out, model.cache(2), threads=1)
-    with pytest.raises(ArtifactError, match="one rank's of 2, but runs in a group of 1; open all 2 ranks together"):
+    with pytest.raises(ArtifactError, match="for one of 2 ranks, but its group has 1; open all 2 ranks together"):
         backend.run(spec_with(model, (meet,)), {})
 
 

@@ -93,9 +93,9 @@ def test_a_conversation_about_a_drawing(tiny: Running, open_page: Any, size: tup
     page.get_by_text("model, 512 tokens").wait_for()
     page.get_by_text("Settings").click()
     page.get_by_label("Temperature").fill("0")
-    page.get_by_label("Most tokens").fill("60")
+    page.get_by_label("Maximum tokens").fill("60")
     page.get_by_label("Add images").set_input_files(SHAPES)
-    page.get_by_alt_text("Picture 1 to be sent").wait_for()
+    page.get_by_alt_text("Image 1 to be sent").wait_for()
     with runtime.load(tiny.model.artifact.folder, threads=1) as model, model.chat() as chat:
         wanted = [
             chat.send(text, [SHAPES] * (text == BOX), temperature=0, max_new_tokens=60) for text in (BOX, "What colour is it?")
@@ -108,10 +108,10 @@ def test_a_conversation_about_a_drawing(tiny: Running, open_page: Any, size: tup
     drawn.wait_for(state="attached")
     assert drawn.get_attribute("points") == f"{x1},{y1} {x2},{y1} {x2},{y2} {x1},{y2}"
     assert on_image(answer, box.pixels)
-    assert page.get_by_alt_text("Picture 1 to be sent").count() == 0
+    assert page.get_by_alt_text("Image 1 to be sent").count() == 0
     answer = ask(page, "What colour is it?")
     assert answer.locator("p").first.inner_text() == wanted[1].text
-    assert "known" in answer.locator(".note").inner_text()
+    assert "cached" in answer.locator(".note").inner_text()
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")  # nothing hangs over the edge
     page.get_by_role("button", name="New conversation").click()
     assert page.locator("#turns li").count() == 0
@@ -127,7 +127,7 @@ def on_image(answer: Any, pixels: tuple[int, int, int, int]) -> bool:
 
 @needs_chromium
 def test_stopping_dropping_and_errors(tmp_path: Path, open_page: Any) -> None:
-    """A stopped answer frees its slot and the conversation goes on; a refused key is said, and what was asked is kept."""
+    """A stopped answer frees its slot and the conversation goes on; a refused key is shown, and the question is kept."""
     model = far_model(tmp_path / "artifact")
     slow_down(model)
     with serving(model, keys=("secret",)) as server:
@@ -139,7 +139,7 @@ def test_stopping_dropping_and_errors(tmp_path: Path, open_page: Any) -> None:
         open_page.faults.clear()  # browsers report refused requests as errors
         page.get_by_text("Settings").click()
         page.get_by_label("API key").fill("secret")
-        page.get_by_label("Most tokens").fill("")
+        page.get_by_label("Maximum tokens").fill("")
         page.get_by_label("Temperature").fill("5")  # an answer of the fake that does not end soon
         page.get_by_label("Your question").fill("Hello!")
         page.get_by_label("Your question").press("Enter")
@@ -147,9 +147,9 @@ def test_stopping_dropping_and_errors(tmp_path: Path, open_page: Any) -> None:
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("stopped", exact=True).wait_for()
         until(lambda: model.engine.metrics.finished["cancelled"] == 1)
-        page.get_by_label("Most tokens").fill("4")
+        page.get_by_label("Maximum tokens").fill("4")
         drop = "const data = new DataTransfer(); data.items.add(new File(['no image'], 'x.png', {type: 'image/png'}));"
         page.evaluate(drop + "document.dispatchEvent(new DragEvent('drop', {dataTransfer: data, cancelable: true}))")
-        page.get_by_text("x.png is no picture").wait_for(state="attached")
+        page.get_by_text("x.png is not an image").wait_for(state="attached")
         answer = ask(page, "And now?")
         assert "4 out" in answer.locator(".note").inner_text()

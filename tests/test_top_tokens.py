@@ -225,7 +225,7 @@ def test_how_many_candidates_there_may_be(checkpoint: Path) -> None:
     for wrong in (-1, 1025, True):
         with pytest.raises(PlanError, match=r"candidates is .*; expected a number of tokens from 1 to 1024, or 0 for none"):
             planned(wrong)
-    with pytest.raises(PlanError, match="6 candidates and a pipeline of 2 stages were asked for"):
+    with pytest.raises(PlanError, match="candidates is 6 and pp is 2"):
         planned(6, pp=2)
 
 

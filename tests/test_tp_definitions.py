@@ -219,9 +219,9 @@ def test_alone_both_are_the_identity() -> None:
 def test_a_part_of_a_model_does_not_run_by_itself() -> None:
     x = torch.randn(2, 3)
     for op in (ops.all_reduce, ops.all_gather):
-        with pytest.raises(ValueError, match="one rank's of 2, but runs in a group of 1; run all ranks together"):
+        with pytest.raises(ValueError, match="for one of 2 ranks, but its group has 1; run all ranks together"):
             op(x, 2)
-        with in_group(TensorGroup(Lockstep(4), 0)), pytest.raises(ValueError, match="of 2, but runs in a group of 4"):
+        with in_group(TensorGroup(Lockstep(4), 0)), pytest.raises(ValueError, match="of 2 ranks, but its group has 4"):
             op(x, 2)
 
 

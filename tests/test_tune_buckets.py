@@ -204,7 +204,7 @@ def test_from_a_trace_to_a_plan(
     options = ("--artifact", embedded_artifact, "--out", out, "--report", report, "--explain", "--max-slots", 4)
     status, text, _ = run(capsys, "tune-buckets", trace, *options)
     assert status == 0
-    for part in ("chosen: ", "in chunks", "prefill by number of graphs", "replay of arrivals", "why each bucket is there"):
+    for part in ("chosen: ", "in chunks", "prefill by number of graphs", "replay of arrivals", "saving of each bucket"):
         assert part in text
     buckets = parse_buckets(yaml.safe_load(out.read_text()), str(out))
     assert buckets.prefill and buckets.decode and buckets.vision and buckets.context and buckets.slots == max(buckets.decode)
@@ -255,7 +255,7 @@ WRONG = [
     (("{trace}", "--prompts", "5"), "give either a trace or --prompts"),
     ((), "give either a trace or --prompts"),
     (("--prompts", "5"), "--prompts needs --generated"),
-    (("{trace}", "--generated", "5"), "leave them out, the trace says it"),
+    (("{trace}", "--generated", "5"), "leave them out, the trace has them"),
     (("{trace}", "--granularity", "0"), "--granularity is 0; expected at least 1"),
     (("{trace}", "--rate", "-1"), "--rate is -1.0; expected a positive number"),
     (("{trace}", "--image-size", "5"), "--image-size is '5'; expected width and height"),

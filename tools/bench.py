@@ -43,7 +43,7 @@ class Point:
     ttft_ms: float
     tpot_ms: float
     tokens_per_s: float  # generated tokens of all rows, over the whole request
-    outside_us: float  # of one decode step, spent outside the backend
+    outside_us: float  # microseconds of one decode step outside the backend
 
 
 def run(args: argparse.Namespace) -> int:
@@ -109,7 +109,7 @@ class Bench:
         )
 
     def _prompt(self, tokens: int, images: int) -> Prompt:
-        """A prompt of random text of so many tokens, those of the images at its start included."""
+        """A prompt of random text with `tokens` positions, those of the images at its start included."""
         prompt = self._image_prompt() if images else self._text_prompt()
         return lengthened(prompt, tokens, self.rng, self.model.info)
 
@@ -153,7 +153,7 @@ class Bench:
 
 
 def lengthened(prompt: Prompt, tokens: int, rng: np.random.Generator, info: ModelInfo) -> Prompt:
-    """A prompt extended by random text to `tokens` positions, of which the added ones see the images that its last one sees."""
+    """A prompt extended by random text to `tokens` positions; the added ones see the images that its last position sees."""
     more = tokens - prompt.length
     text = rng.integers(3, info.tokenizer.used, more).astype(np.int32)
     cross_attention = prompt.cross_attention and CrossAttentionMask(

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers; default: any chunk"
     )
-    group.add_argument("--no-reuse", action="store_true", help="compute every request afresh")
+    group.add_argument("--no-reuse", action="store_true", help="no prefix cache and no encoder cache")
     group.add_argument(
         "--request-log", type=Path, metavar="FILE", help="append sizes and times of every request, a JSON line each"
     )

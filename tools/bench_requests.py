@@ -77,14 +77,14 @@ def read_requests(path: Path) -> list[BenchRequest]:
 
 
 def arrival_times(requests: SequenceOf[BenchRequest], rate: float | None, seed: int) -> list[float]:
-    """Seconds from the first arrival on, rising or not. With a rate, a Poisson process; raises RequestsError without either."""
+    """Seconds since the first arrival, in any order. With a rate, a Poisson process; raises RequestsError without either."""
     if rate is not None:
         if not rate > 0:
             raise RequestsError(f"--rate is {rate}; expected a number of requests a second above 0")
         return np.random.default_rng(seed).exponential(1 / rate, len(requests)).cumsum().tolist()
     times = [each.time for each in requests if each.time is not None]
     if len(times) < len(requests):
-        raise RequestsError("not every request says when it came (time); give --rate, how many come in a second")
+        raise RequestsError("not every request has a time; give --rate, the number of requests a second")
     return [each - min(times) for each in times]
 
 
@@ -159,7 +159,7 @@ class Replay:
 
 
 def shares(seconds: SequenceOf[float]) -> dict[str, float]:
-    """Milliseconds that half, nine tenths, 99 % and all of some times stay within."""
+    """Percentiles of some times, in milliseconds: 50, 90, 99 and 100 %."""
     values = np.array(seconds if len(seconds) else [0.0]) * 1e3
     return {
         name: round(float(np.percentile(values, p)), 3) for name, p in (("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))
@@ -167,7 +167,7 @@ def shares(seconds: SequenceOf[float]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> Table:
-    """The times for people."""
+    """The times as a table."""
     result_table = Table(
         title=f"{result['requests']} requests in {result['span_s']} s, {result['tokens_per_s']} tokens a second"
     )

@@ -1,4 +1,4 @@
-"""`staticvl compile --calibrate FILE`: the file -> what a calibration runs. Its formats are those of `compare --data`."""
+"""`staticvl compile --calibrate FILE`: the file -> the prompts of a calibration. Its formats are those of `compare --data`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read_calibration(path: Path) -> Calibration:
 
 
 def _longest(samples: Sequence[Sample]) -> Iterator[Sample]:
-    """Without those that are the beginning of the next: a conversation gives one for each answer."""
+    """The samples that are not a prefix of the next one: a conversation gives a sample for each answer."""
     for sample, after in zip(samples, (*samples[1:], None), strict=True):
         if (
             after is None

@@ -1,4 +1,4 @@
-"""Published figures of Ascend cards, to say what a graph could cost there at best."""
+"""Published figures of Ascend cards, for a lower bound of the cost of a graph."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ class Card:
     memory: float  # bytes
 
     def bound_ms(self, flops: int, nbytes: int) -> float:
-        """No run is faster: the larger of what arithmetic and what memory takes (Williams et al. 2009, roofline)."""
+        """A lower bound of a run in milliseconds: the larger of the times of arithmetic and memory (roofline, Williams et al.
+        2009)."""
         return 1e3 * max(flops / self.flops, nbytes / self.bandwidth)
 
     def limit(self, flops: int, nbytes: int) -> str:

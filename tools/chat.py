@@ -29,7 +29,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _turn(chat, text: str, images: list[str], sampling: runtime.SamplingParams) -> list[str]:
-    """Send one message; returns the images still to be sent, which are none unless the turn failed."""
+    """Send one message; returns the images that are still to be sent: none, unless the turn failed."""
     try:
         for piece in chat.stream(text, images, sampling=sampling):
             print(piece, end="", flush=True)

@@ -68,13 +68,13 @@ def _message(error: Exception) -> str:
         extra = EXTRAS.get((error.name or "").split(".")[0], "compile")
         return f"this command needs the package {error.name}; pip install 'staticvl[{extra}]'"
     if isinstance(error, MemoryError):
-        return f"there is not enough memory ({error}); free some, or ask for less"
+        return f"there is not enough memory ({error}); free some, or use smaller sizes"
     return sentence_of(error)
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(prog="staticvl", description="Vision-language models compiled to graphs of fixed, bucketed shapes.")
-    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of an error")
     add_root_options(parser)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in COMMANDS:
@@ -114,13 +114,13 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", nargs="?", type=Path, help="folder that staticvl compile wrote; without it, this machine")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, which a fault report should have")
-    parser.add_argument("--card", choices=sorted(CARDS), default="910B", help="whose figures the forecast takes")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, for bug reports")
+    parser.add_argument("--card", choices=sorted(CARDS), default="910B", help="the card of the forecast")
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:
     add_artifact(parser)
-    parser.add_argument("--key", type=Path, metavar="PUBLIC", help="check too that it was signed with the key of this file")
+    parser.add_argument("--key", type=Path, metavar="PUBLIC", help="also check that it was signed with the key of this file")
 
 
 def _add_sign(parser: argparse.ArgumentParser) -> None:
@@ -155,7 +155,7 @@ COMMANDS = (
     ),
     Command(
         "chat",
-        "talk with a model about images",
+        "chat with a model about images",
         "staticvl chat llava-7b --image cat.jpg\n"
         "staticvl chat llava-7b --temperature 0.7 --frequency-penalty 0.2 --stop USER: --deadline 60",
         _add_chat,
@@ -163,7 +163,7 @@ COMMANDS = (
     ),
     Command(
         "serve",
-        "answer requests over HTTP as OpenAI's interface has them, and show a page to try the model on",
+        "answer requests over HTTP, in the form of OpenAI's API, with a page to try the model",
         "staticvl serve llava-7b                                   # then open http://127.0.0.1:8000\n"
         "staticvl serve llava-7b --host 0.0.0.0 --api-key-file keys.txt --model-name llava\n"
         "STATICVL_API_KEYS=abc,def staticvl serve llava-7b-tp2 --max-waiting 200 --drain-s 120 --request-log served.jsonl",
@@ -172,14 +172,14 @@ COMMANDS = (
     ),
     Command(
         "show",
-        "print what an artifact holds, what it could cost on a card, and what this machine is",
+        "print the contents of an artifact, a forecast of its cost on a card, and this machine",
         "staticvl show llava-7b\nstaticvl show llava-7b --card 310P\nstaticvl show llava-7b --json > report.json",
         _add_show,
         "show",
     ),
     Command(
         "verify",
-        "check every file of an artifact against its digest, and remove what a replaced one has left",
+        "check every file of an artifact against its digest, and remove files of a replaced one",
         "staticvl verify llava-7b\nstaticvl verify llava-7b --key release.key.pub",
         _add_verify,
         "verify",
@@ -207,7 +207,7 @@ COMMANDS = (
     ),
     Command(
         "compare",
-        "compare two sides number by number, and name what is wrong; exit status 1 where a limit is broken",
+        "compare two sides number by number, and locate faults; exit status 1 where a limit is broken",
         "staticvl compare llava-1.5-7b-hf llava-7b --report report.html\n"
         "staticvl compare llava-1.5-7b-hf llava-7b-w8a16 --thresholds limits.yaml --json\n"
         "staticvl compare llava-7b llava-7b-npu --device sim --data questions.jsonl\n"
@@ -217,7 +217,7 @@ COMMANDS = (
     ),
     Command(
         "demo",
-        "compile an embedded tiny model and ask it about an image",
+        "compile an embedded tiny model and answer a question about an image",
         "staticvl demo\nstaticvl demo --model mllama --out artifact",
         _add_demo,
         "demo",

@@ -7,7 +7,7 @@ from typing import Any
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Says the default of every option, unless its help does."""
+    """A formatter that adds the default of every option, unless its help has one."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help
@@ -24,7 +24,7 @@ def _shown(default: object) -> str:
 
 
 def help_of(text: str, examples: str) -> dict[str, Any]:
-    """What argparse's add_parser makes the help of a command of."""
+    """The arguments of argparse's add_parser for the help of a command."""
     return {
         "help": text,
         "description": text[0].upper() + text[1:] + ".",

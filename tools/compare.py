@@ -1,4 +1,4 @@
-"""`staticvl compare`: whether two sides of one model agree, and if not, what is wrong."""
+"""`staticvl compare`: whether two sides of one model agree, and if not, where the fault is."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
 def _samples(args: argparse.Namespace) -> list[Sample]:
     if args.data is None:
         if args.image_folder is not None:
-            raise SideError("--image-folder says where images of --data lie; give --data too, or leave it out")
+            raise SideError("--image-folder is for the images of --data; give --data too, or leave it out")
         return built_in_samples(args.seed)
     return read_data(args.data, args.image_folder)[: args.samples]
 

@@ -64,7 +64,7 @@ def _form(options: Options) -> str:
     floats = "the checkpoint's dtypes" if options.dtype == "auto" else options.dtype or DTYPES[options.backend][0]
     if options.stored_quant == "none":
         return floats
-    table = "" if options.dtype or options.backend == "ascend" else ", but the table as the checkpoint has it"
+    table = "" if options.dtype or options.backend == "ascend" else ", but the embedding table as in the checkpoint"
     return f"{options.quant}, the rest in {floats}{table}"
 
 
@@ -79,6 +79,6 @@ def _print_report(report: Report, out: Path, seconds: float) -> None:
 
 
 def _print_notes(notes: Iterable[str]) -> None:
-    """What a checkpoint says twice and differently, or says and is not used."""
+    """Notes on settings of a checkpoint that contradict each other or are not used."""
     for note in notes:
         print(f"note: {note}")

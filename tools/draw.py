@@ -46,7 +46,7 @@ def _write(pen: ImageDraw.ImageDraw, label: str, corner: tuple[int, int], colour
 
 
 def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """One that draws Chinese where the system has it; PIL's own shows an empty box for letters that it lacks."""
+    """A font with Chinese letters where the system has one; PIL's own shows an empty box for letters that it lacks."""
     for name in FONTS:
         try:
             return ImageFont.truetype(name, size)

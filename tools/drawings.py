@@ -208,7 +208,7 @@ def _is_clear(start: int, size: int) -> bool:
 
 
 def _place_shapes(rng: random.Random, count: int) -> list[Shape]:
-    """Up to ``count`` shapes in random places; fewer when a place for one was not found quickly."""
+    """Up to ``count`` shapes in random places; fewer where there is no room for one after some trials."""
     shapes: list[Shape] = []
     for _ in range(count):
         size = rng.randint(_SMALLEST, _LARGEST[count])

@@ -64,7 +64,7 @@ def logprob_line(token: TokenLogprob, tokenizer: Tokenizer) -> str:
         return f"{token_id} {tokenizer.vocabulary.token(token_id)!r} {logprob:.4f}"
 
     top_k_ids = ", ".join(line(*each) for each in token.top)
-    return f"token  {line(token.token_id, token.logprob)}" + (f"; likeliest: {top_k_ids}" if top_k_ids else "")
+    return f"token  {line(token.token_id, token.logprob)}" + (f"; top-k: {top_k_ids}" if top_k_ids else "")
 
 
 def box_line(box: Box) -> str:

@@ -1,4 +1,4 @@
-"""Configs of models whose own files need not be at hand: what their repositories say about sizes, prompts aside."""
+"""Configs of known models, with the sizes of their repositories but without their prompts."""
 
 from __future__ import annotations
 

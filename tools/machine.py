@@ -1,4 +1,4 @@
-"""What a figure or a bug report has to say of the machine that it comes from."""
+"""A description of this machine for figures and bug reports."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def machine() -> dict[str, Any]:
 
 
 def described(info: Mapping[str, Any]) -> str:
-    """What matters to numbers and speed of `machine()`, in one line."""
+    """The description `machine()` in one line."""
     products = "exact" if info["exact_byte_products"] else "cut off in 16 bits, so weights are unsigned"
     entries = ", ".join(f"{name}={value}" for name, value in info["session_entries"].items())
     return (

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: text, tables and plots as drawings inside it. matplotlib is imported here alone."""
+"""One self-contained HTML file: text, tables and plots as SVG. matplotlib is imported here alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Progress of a build on the terminal: a bar for each stage, quiet when the output is no terminal."""
+"""Progress of a build on the terminal: a bar for each stage, none where the output is no terminal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tokenizer files for a checkpoint that has none: any text becomes ids and comes back, in pieces that no corpus taught.
+"""Tokenizer files for a checkpoint that has none: they encode and decode any text, in pieces not learnt from a corpus.
 
 A vocabulary has the size that the config wants, so that special tokens lie where the published ones do. Its pieces are all
 letters (or bytes), all pairs of them and as many triples as it takes.

@@ -1,4 +1,4 @@
-"""What a command will need in the end, looked for before it begins."""
+"""A check for packages that a command needs later, before it begins."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ def add_root_options(parser: argparse.ArgumentParser) -> None:
 
 
 class _Version(argparse.Action):
-    """Looks the version up at its use: importing the metadata would delay every command."""
+    """An option that looks the version up at its use: importing the metadata would delay every command."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option_string: str | None = None) -> None:
         from importlib.metadata import version
@@ -37,7 +37,7 @@ class _Completion(argparse.Action):
 
 
 def _complete_paths(parser: argparse.ArgumentParser, files: Any) -> None:
-    """Names of files are offered where a path is taken."""
+    """Offer file names for options that take a path."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             for command in action.choices.values():

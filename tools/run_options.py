@@ -1,4 +1,4 @@
-"""Options of every command that runs an artifact: which one, and on what."""
+"""Options of every command that runs an artifact: the artifact and the device."""
 
 from __future__ import annotations
 
@@ -13,4 +13,4 @@ def add_artifact(parser: argparse._ActionsContainer) -> None:
 def add_device_options(parser: argparse._ActionsContainer) -> None:
     """`device` and `threads`, as runtime.load takes them."""
     parser.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim")
-    parser.add_argument("--threads", type=int, metavar="N", help="of the CPU; default: every core")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: every core")

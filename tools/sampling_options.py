@@ -1,6 +1,6 @@
 """Sampling settings on the command line: an option for every field of SamplingParams.
 
-SamplingParams has the defaults of settings that are not given.
+Settings that are not given have the defaults of SamplingParams.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ EXAMPLES = (
 def add_sampling_options(parser: argparse.ArgumentParser, *, several: bool) -> None:
     """`several`: whether there may be more than one answer to a prompt."""
     _add_choice(_adder(parser.add_argument_group("how tokens are chosen")), several=several)
-    _add_penalties(_adder(parser.add_argument_group("scores of tokens")))
+    _add_penalties(_adder(parser.add_argument_group("penalties and biases")))
     _add_ends(_adder(parser.add_argument_group("when the answer ends")))
-    _add_constraints(_adder(parser.add_argument_group("what the answer may be")))
+    _add_constraints(_adder(parser.add_argument_group("constraints of the answer")))
     _add_order(_adder(parser.add_argument_group("when and how it is computed")))
 
 
 def _add_choice(add: Adder, *, several: bool) -> None:
     add("--temperature", type=float, metavar="T", help="0: greedy; default: the checkpoint's")
-    add("--top-k", type=int, metavar="K", help="only the K likeliest tokens; 0: no limit; default: the checkpoint's")
+    add("--top-k", type=int, metavar="K", help="only the top K tokens; 0: no limit; default: the checkpoint's")
     add(
         "--top-p",
         type=float,
         metavar="P",
-        help="only the likeliest tokens that have this share of the probability; default: the checkpoint's",
+        help="only the top tokens that reach this share of the probability; default: the checkpoint's",
     )
-    add("--min-p", type=float, metavar="P", help="least share of the likeliest token's probability; default: the checkpoint's")
-    add("--seed", type=int, metavar="N", help="the same draws in every run; default: others in each")
+    add("--min-p", type=float, metavar="P", help="least probability, relative to the top token's; default: the checkpoint's")
+    add("--seed", type=int, metavar="N", help="seed of the draws; default: a new one in each run")
     if several:
         add("--n", type=int, metavar="N", help="answers to the prompt, drawn one by one; default: 1")
     add(
@@ -101,13 +101,13 @@ def _add_constraints(add: Adder) -> None:
         metavar="TEXT",
         help="must not be in the answer; may be repeated; default: none",
     )
-    add("--json-schema", metavar="JSON", help="what the answer must be, as a JSON schema; default: anything")
-    add("--regex", metavar="RE", help="what the answer must be, as a regular expression; default: anything")
+    add("--json-schema", metavar="JSON", help="the answer is JSON of this schema; default: any text")
+    add("--regex", metavar="RE", help="the answer matches this regular expression; default: any text")
     add(
         "--choice",
         action="append",
         metavar="TEXT",
-        help="one of the texts that the answer may be; to be repeated; default: anything",
+        help="the answer is one of these texts; to be repeated; default: any text",
     )
 
 

@@ -77,11 +77,11 @@ def _print_line(console: Console, line: str) -> None:
 def _check(args: argparse.Namespace) -> None:
     """Raise TraceError for a wrong command line, before anything slow."""
     if (args.trace is None) == (args.prompts is None):
-        raise TraceError("give either a trace or --prompts, the lengths of prompts and how likely each is")
+        raise TraceError("give either a trace or --prompts, the lengths of prompts and their shares")
     if args.prompts is not None and (args.generated is None or args.rate is None):
         raise TraceError("--prompts needs --generated, the lengths of answers, and --rate, requests a second")
     if args.trace is not None and (args.generated is not None or args.images is not None):
-        raise TraceError("--generated and --images describe requests without a trace; leave them out, the trace says it")
+        raise TraceError("--generated and --images describe requests without a trace; leave them out, the trace has them")
     for name in (
         "max_prefill_graphs",
         "max_decode_graphs",

@@ -1,6 +1,6 @@
 """Layers quantised by the statistics of a calibration, kept on disk until the weight files are written.
 
-There is one file for each layer with the shards of every rank. An interrupted calibration goes on after the last file.
+There is one file for each layer with the shards of every rank. An interrupted calibration continues after the last file.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Layer = dict[str, Tensor]  # parameters of one layer by their names in it, e.g. 
 
 @dataclass(frozen=True, slots=True)
 class CalibratedLayers:
-    """The finished layers of a build; `key` names everything that they are made from, as the prefix of weight files does."""
+    """The finished layers of a build; `key` is a digest of everything that they are made from."""
 
     out: Path
     key: str

@@ -1,9 +1,10 @@
-"""4-bit weights by GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and what rounding one
-changes in a layer's output is taken back, as far as can be, by the columns that are still to come.
+"""4-bit weights by GPTQ (Frantar et al. 2022, arXiv 2210.17323): columns are rounded one after another, and the
+later columns compensate, as far as possible, for the change in the layer's output.
 
 For inputs x the squared error of an output is d H d', d being what rounding changed in a row of weights and H the second
-moment of x. With H^-1 = U'U, U upper triangular, column j rounded by e is best answered by adding -e / U[j, j] * U[j, k] to
-every column k > j. The stored layout is that of quantize_w4; blocks get their scales when their first column is reached.
+moment of x. With H^-1 = U'U, U upper triangular, the error e of rounding column j is best compensated by adding
+-e / U[j, j] * U[j, k] to every column k > j. The stored layout is that of quantize_w4; blocks get their scales when their first
+column is reached.
 
 N rows (output features), K columns (input features).
 """
@@ -19,8 +20,8 @@ from torch.nn.functional import pad
 from ..model_defs.config import quant_block
 from .quantize import best_scale_w4, packed_w4, whole_w4
 
-# Part of the moment's mean diagonal that is added to all of it, as in the paper: what a few prompts did not show may still
-# come. It also bounds the condition number by 100 K, with which float32 is enough.
+# Part of the moment's mean diagonal that is added to all of it, as in the paper: other prompts may have other
+# inputs. It also bounds the condition number by 100 K, with which float32 is enough.
 DAMPING = 0.01
 _TOGETHER = 4  # blocks whose later columns are updated at once, for less memory traffic
 
@@ -53,7 +54,7 @@ def gptq_w4(
 
 
 def _round_blocks(remainder: Tensor, factor: Tensor, blocks: Sequence[tuple[int, int]]) -> list[tuple[Tensor, Tensor]]:
-    """Round adjoining blocks of columns and add their errors to all after them; (whole numbers [block, N], scale [N])."""
+    """Round adjoining blocks of columns and add their errors to all after them; (integers [block, N], scale [N])."""
     first, last = blocks[0][0], blocks[-1][1]
     inner = factor[first:last, first:last]
     columns, errors = remainder[first:last], torch.empty_like(remainder[first:last])

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-SAMPLED = 256  # tokens kept at least, of as many or more; twice as many at most. Errors of outputs are measured on them
+SAMPLED = 256  # tokens kept at least, where there are so many; at most twice as many. Errors of outputs are measured on them
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -22,7 +22,7 @@ _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 _KEY = re.compile(r"base_model\.model\.(?P<module>.+)\.(?P<role>lora_A|lora_B|base_layer)(?:\.default)?\.weight")
 _MERGE_FIRST = "merge the adapter into the checkpoint with peft's merge_and_unload and compile that"
-# Keys of adapter_config.json that merging uses, and those that only tell how training was set up. fan_in_fan_out is for
+# Keys of adapter_config.json that merging uses, and those that only describe the training. fan_in_fan_out is for
 # layers that store their weights transposed, which no supported model has; peft passes over it for all others.
 _USED = frozenset("peft_type r lora_alpha use_rslora rank_pattern alpha_pattern bias init_lora_weights".split())
 _INERT = frozenset(
@@ -50,7 +50,7 @@ class AdaptedSource(Source):
     """A checkpoint with an adapter: adapted weights are read with the adapter added, in float32."""
 
     def __init__(self, base: Source, adapter: Source, pairs: Mapping[str, _Pair]) -> None:
-        """`pairs`: name of a tensor in `base` -> what is added to it."""
+        """`pairs`: name of a tensor in `base` -> its adapter."""
         merged = {name: replace(base.tensors[name], dtype="float32") for name in pairs}
         super().__init__(base.tensors | merged, [*base.files, *adapter.files])
         self._base, self._adapter, self._pairs = base, adapter, dict(pairs)
@@ -96,7 +96,7 @@ def adapter_files(folder: Path) -> tuple[Path, Path]:
 
 
 def open_adapter(folder: Path, config: ModelConfig, source: Source) -> AdaptedSource:
-    """`source`, a checkpoint of `config`, with the adapter in `folder` merged into what is read of it.
+    """`source`, a checkpoint of `config`, with the adapter in `folder` merged into the tensors read from it.
 
     The modules of an adapter may be spelled as in any form of the family's checkpoints. Raises WeightsError for an adapter
     that is more than low-rank factors of linear layers, and unless each of its tensors has its place and shape.

@@ -1,8 +1,8 @@
 """Quantisation of weights to 8 and 4 bits, in the layouts of model_defs/config/quant.py.
 
-N rows (output features), K columns (input features), B = ceil(K / block) blocks along a row. What has scales for blocks is in
-the layout of ONNX Runtime's com.microsoft.MatMulNBits; what is quantised here has no zero points, 128 and 8 are the operator's
-defaults. Columns that pad the last block hold zero. Everything is symmetric and rounded to the nearest.
+N rows (output features), K columns (input features), B = ceil(K / block) blocks along a row. Weights with scales for
+blocks have the layout of ONNX Runtime's com.microsoft.MatMulNBits, without zero points: 128 and 8 are the defaults of the
+operator. Columns that pad the last block are zero. All quantisation is symmetric and rounds to the nearest.
 
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.microsoft.MatMulNBits
 """
@@ -19,8 +19,8 @@ from ..model_defs.config import quant_bits, quant_block
 
 _ZERO, _LARGEST = 128, 127
 _ZERO_W4, _LEAST_W4 = 8, -8
-# Steps of 4 bits that are tried for each block, as parts of what its largest entry takes at -8, or at 8 with the other sign.
-# Of these the one that leaves least is taken: 14 % less than max|w| / 7 leaves, for normal weights; zero points 17 % less.
+# Steps of 4 bits that are tried for each block, relative to the step at which its largest entry is -8 (or 8, with the other
+# sign). The one with the least squared error is taken: 14 % less than with max|w| / 7 for normal weights; zero points: 17 %.
 _STEPS_W4 = (1.0, 0.93, 0.86, -1.0)
 _CHUNK = 1 << 18  # elements quantised at once; they stay in the processor's cache, and temporaries stay small
 
@@ -96,7 +96,7 @@ def best_scale_w4(blocks: Tensor) -> Tensor:
 
 
 def whole_w4(weights: Tensor, scale: Tensor) -> Tensor:
-    """Weights as whole numbers of steps from -8 to 7, in floats; `scale` broadcasts against them."""
+    """Weights as integers of steps from -8 to 7, in a float dtype; `scale` broadcasts against them."""
     return (weights / _divisor(scale)).round_().clamp_(_LEAST_W4, -_LEAST_W4 - 1)
 
 
@@ -145,5 +145,5 @@ def _parts(weight: Tensor, block: int) -> Iterator[tuple[slice, Tensor]]:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """A block of zeros has scale 0 and is stored as zeros whatever it is divided by."""
+    """The scale, with 1 for 0: a block of zeros is stored as zeros, whatever the divisor."""
     return scale.where(scale != 0, 1.0)

@@ -1,11 +1,11 @@
 """Scales that make a linear layer easier to quantise: its inputs are divided by them, its weight's columns multiplied.
 
-The division is folded into what makes the inputs, a norm's weight or the rows of the layer before, so the graph stays as it is
-and computes the same function. Large channels of the inputs lose their weight in a token's scale (SmoothQuant, Xiao et al.
+The division is folded into the producer of the inputs, a norm's weight or the rows of the layer before, so the graph stays as
+it is and computes the same function. Large input channels then dominate a token's scale less (SmoothQuant, Xiao et al.
 2022, arXiv 2211.10438), and columns that matter get finer steps (AWQ, Lin et al. 2023, arXiv 2306.00978). Scales are powers of
 two: dividing and multiplying by them is exact in every float type.
 
-P channels of what makes the inputs, K input features, N output features, n tokens.
+P channels of the producer, K input features, N output features, n tokens.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from torch import Tensor
 from .input_statistics import InputStatistics
 from .quantize import dequantize, quantize
 
-# Exponents of the inputs' size that are tried; the weight's size has what is missing to 1 where both matter.
+# Exponents of the inputs' magnitude that are tried; the weight's magnitude has 1 minus this one where both count.
 EXPONENTS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 OUTPUTS = 512  # of each weight, evenly spread, by which scales are judged: all of 11,008 take twenty times as long
-GAIN = 0.8  # scales have to leave less than this part of the squared error without them; a smaller gain is chance
+GAIN = 0.8  # scales must reduce the squared error to less than this share; a smaller gain is chance
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,7 @@ class _Consumer:
         return cls(some, rows @ some.T)
 
     def error(self, x: Tensor, by_feature: Tensor, quant: str) -> float:
-        """What rounding adds to the outputs of x [n, K], squared and in relation to them."""
+        """The squared error of the outputs of x [n, K] by rounding, relative to the outputs squared."""
         rounded = dequantize(quant, quantize(quant, self.weight * by_feature), self.weight.shape[1])
         return float((x @ rounded.T - self.exact).square().sum() / self.exact.square().sum().clamp_min(1e-30))
 

@@ -68,7 +68,7 @@ class Source:
         return self.read_any(name, rows)
 
     def read_any(self, name: str, rows: tuple[int, int] | None = None) -> Tensor:
-        """The same of whole numbers too. Raises WeightsError when the file ends before the tensor does."""
+        """As `read`, for tensors of integers too. Raises WeightsError when the file ends before the tensor does."""
         tensor = self.tensors[name]
         if tensor.offset is None:
             whole = self._load_whole(tensor.file)[tensor.stored or name.removeprefix(TOWER)]
@@ -78,7 +78,7 @@ class Source:
     def _load_whole(self, file: Path) -> dict[str, Tensor]:
         if self._whole is None or self._whole[0] != file:
             self._whole = None  # frees the file before
-            log.info("%s has torch's format of before 2020: loading the whole file into memory", file)
+            log.info("%s has torch's format from before 2020: loading the whole file into memory", file)
             self._whole = file, _unpickle(file)
         return self._whole[1]
 
@@ -233,7 +233,7 @@ def _list_safetensors(path: Path) -> _Listing:
 
 
 def _end_of(places: Iterable[tuple[int, int, str]]) -> int:
-    """Where the last tensor ends; raises ValueError unless each begins where the one before it ends, as the format demands."""
+    """The end of the last tensor; raises ValueError unless each begins where the one before it ends, as the format demands."""
     end, before = 0, "the header"
     for begin, stop, name in sorted(places):
         if begin != end or stop < begin:

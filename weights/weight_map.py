@@ -23,7 +23,7 @@ _LAYER = re.compile(r"(text\.layers|cross)\.(\d+)\.")
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """How one of our parameters is made: by `rule` from `tensors`, its sources in their order."""
+    """The recipe of one of our parameters: made by `rule` from `tensors`, its sources in their order."""
 
     rule: Rule
     tensors: tuple[SourceTensor, ...]
@@ -115,7 +115,7 @@ def match(config: ModelConfig, source: Mapping[str, SourceTensor]) -> WeightMap:
 
 
 def kept_dtypes(weight_map: WeightMap) -> dict[str, str]:
-    """Our parameter -> the narrowest dtype that loses nothing of it: that of its source tensors where they agree and their
+    """Our parameter -> the narrowest dtype that holds it without loss: that of its source tensors where they agree and their
     numbers are only moved, else float32."""
     kept = {}
     for name, recipe in weight_map.recipes.items():
@@ -154,8 +154,8 @@ def _published(table: NameTable, ref: SourceRef) -> str:
 def _refuse_without_tower(config: ModelConfig, source: Collection[str]) -> None:
     if not any(spelling.startswith(TOWER) for spelling in name_table(config).spellings["vision"]):
         raise WeightsError(
-            "the checkpoint lacks its vision tower, model.vision_tower.*; it was trained with the rest, so another will not "
-            "do: fetch all of its weight files"
+            "the checkpoint lacks its vision tower, model.vision_tower.*; it was trained with the rest, so no other fits: "
+            "fetch all of its weight files"
         )
     if any(name.startswith(TOWER) for name in source):
         raise WeightsError(

@@ -1,4 +1,4 @@
-"""Prefixes that training tools put before tensor names when the whole of a wrapped module is saved."""
+"""Prefixes that training tools put before tensor names when a wrapped module is saved."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ def lay_out(file: str, tensors: Mapping[str, StoredTensor]) -> WeightFile:
 def write_weight_file(
     folder: Path, layout: WeightFile, read: Callable[[str], Tensor], progress: Callable[[int], object] | None = None
 ) -> FileSpec:
-    """Write `folder`/`layout.file`, asking `read` for each tensor in file order; the file appears whole or not at all.
+    """Write `folder`/`layout.file`; `read` gives each tensor, in file order. The file appears whole or not at all.
 
     Tensors may have any float dtype and are cast to the stored one. `progress` gets the number of bytes of each write.
     """

@@ -11,7 +11,7 @@ from torch.fx import Node
 from ...runtime.artifact import TensorSpec
 from .emitter import CONTRIB, Emitter, lowers, shape_of, slice_along
 
-# Squared and divided by the root of a head's width, it is far beyond any score, and its own products stay exact.
+# Squared and divided by the root of a head's width, it is far larger than any score, and its own products stay exact.
 PADDING_FLAG = 1024.0
 
 
@@ -49,7 +49,7 @@ def _group_query_attention(
     scales: Sequence[str] = (),
     **quantised: Any,
 ) -> tuple[str, ...]:
-    """`rows` are q, k, v; `scales` what follows the usual inputs where caches are in 8 bits, and `quantised` how they are."""
+    """`rows`: q, k, v. `scales`, `quantised`: further inputs and attributes for caches in 8 bits."""
     t, shape = shape_of(node.args[0])[1], shape_of(node.args[3])  # type: ignore[arg-type]
     dtype = str(node.args[3].meta["val"].dtype).removeprefix("torch.")  # type: ignore[union-attr]
     step = e.kernels.attention_tokens or t
@@ -112,7 +112,7 @@ def _with_flag(e: Emitter, x: str, padding: str, value: float, shape: tuple[int,
 
 @lowers("staticvl.cross_attention")
 def _cross_attention(e: Emitter, node: Node, q: str, keys: Sequence[str], values: Sequence[str], mask: str, heads: int) -> str:
-    """Image by image, so that their keys are read where they lie: only scores are joined, under one softmax."""
+    """Image by image, so that keys are read in place: only scores are joined, under one softmax."""
     b, t, c = shape_of(node.args[0])  # type: ignore[arg-type]
     kv_heads, rows, d = shape_of(node.args[1][0])[1:]  # type: ignore[arg-type, index]
     tiles = shape_of(node.args[3])[-1] // len(keys)  # type: ignore[arg-type]
@@ -137,7 +137,7 @@ def _cross_attention(e: Emitter, node: Node, q: str, keys: Sequence[str], values
 
 
 def _tile_bias(e: Emitter, mask: str, shape: tuple[int, int, int], image: int) -> str:
-    """What the mask adds to the scores of one image: [B, 1, 1, T, tiles, 1]. Every layer needs it alike."""
+    """The part of the mask that is added to the scores of one image: [B, 1, 1, T, tiles, 1], the same for all layers."""
     b, t, tiles = shape
 
     def make() -> str:

@@ -1,4 +1,4 @@
-"""What lowerings write into: the nodes and initializers of one ONNX graph, and the table of lowerings by op name."""
+"""The emitter that lowerings write into, nodes and initializers of one ONNX graph, and the table of lowerings by op name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Emitter:
         return results[0] if outputs == 1 else results
 
     def once(self, key: tuple, make: Callable[[], Any]) -> Any:
-        """The value under `key`, made at its first use: what every layer needs alike is computed once."""
+        """The value under `key`, made at its first use, so that a value that all layers need is computed once."""
         if key not in self.memo:
             self.memo[key] = make()
         return self.memo[key]

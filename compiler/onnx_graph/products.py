@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from .emitter import CONTRIB, Emitter, lowers, shape_of, slice_along
 
-# Matrices in 16 bits are upcast in parts of so many bytes, which the CPU's cache still holds when they are multiplied.
+# Matrices in 16 bits are upcast in parts of so many bytes, which are still in the CPU's cache when they are multiplied.
 # In one piece, a token takes one and a half times to twice as long, and more memory.
 UPCAST_BYTES = 4 << 20
 TO_UINT4 = helper.make_attribute("to", TensorProto.UINT4)
@@ -19,7 +19,7 @@ EXPANDS = "expands a weight"  # marks nodes of an exact reference graph that dep
 
 
 class Blocks(NamedTuple):
-    """The sizes of a weight [N, K] that is stored in blocks of `block` numbers, the last of a row perhaps filled up."""
+    """The sizes of a weight [N, K] that is stored in blocks of `block` numbers, the last of a row perhaps padded."""
 
     n: int
     k: int
@@ -39,7 +39,7 @@ def _product(e: Emitter, x: str, weight: str) -> str:
 
 
 def _upcast_product(e: Emitter, x: str, weight: str) -> str:
-    """x [..., C] times a weight [N, C] in 16 bits, some rows of it after the others."""
+    """x [..., C] times a weight [N, C] in 16 bits, some rows at a time."""
     n, c = e.narrow[weight][1]
     parts = math.ceil(4 * n * c / (e.kernels.widened_kib << 10 or UPCAST_BYTES))
     edges = [n * i // parts for i in range(parts + 1)]
@@ -94,7 +94,7 @@ def _middle(e: Emitter, sizes: Blocks) -> str:
 
 
 def _zero_points(e: Emitter, zeros: str, sizes: Blocks) -> str:
-    """Stored zero points -> [N, blocks]; of 4 bits there are two in a byte, and a row of odd length fills its last byte up."""
+    """Stored zero points -> [N, blocks]; those of 4 bits are two in a byte, and the last byte of an odd row is padded."""
     n, _, blocks, _, bits = sizes
     if bits == 8:
         return zeros
@@ -110,7 +110,7 @@ def _zero_points(e: Emitter, zeros: str, sizes: Blocks) -> str:
 @lowers("staticvl.linear_w8a8")
 def _linear_w8a8(e: Emitter, node: Node, x: str, qweight: str, scales: str, bias: str | None, rounded: bool) -> str:
     if e.exact or not rounded:
-        # Not MatMul: onnxruntime would see a product to be quantised.
+        # Not MatMul, which onnxruntime would try to quantise.
         y = e.node("FusedMatMul", [x, e.node("DequantizeLinear", [qweight, scales], axis=1)], domain=CONTRIB)
     else:
         q, row_scales = e.once(("rows", x), lambda: _quantised_rows(e, x, shape_of(node.args[0])))  # type: ignore[arg-type]

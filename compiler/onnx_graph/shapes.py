@@ -66,7 +66,7 @@ def _take_token(e: Emitter, node: Node, x: str, index: str) -> str:
 
 @lowers("staticvl.top_tokens")
 def _top_tokens(e: Emitter, node: Node, logits: str, inverse_temperature: str, count: int) -> tuple[str, str, str]:
-    """In two steps, so that no long row is sorted: the blocks with the largest maxima, then the largest of what is in them."""
+    """In two steps, so that no long row is sorted: the blocks with the largest maxima, then the largest logits in them."""
     rows, vocab = shape_of(node.args[0])  # type: ignore[arg-type]
     if vocab <= 2 * count * TOP_BLOCK:
         values, ids = e.node("TopK", [logits, e.constant([count])], outputs=2)

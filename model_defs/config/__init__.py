@@ -2,7 +2,7 @@
 
 Everything about sizes comes from the checkpoint's own files; where a published file leaves a value out, the default is
 the one that the model's own code uses (noted beside each). Old and new spellings are accepted. A key that is neither used
-nor known to leave the computation alone is an error: a setting that we do not understand may change the numbers.
+nor known to have no effect is an error: an unknown setting may change the numbers.
 
 Only the standard library is used here, so that planning a build needs no torch.
 """
@@ -91,7 +91,7 @@ def read_config(
 ) -> ModelConfig:
     """Read `checkpoint`/config.json; `vision_tower` is the folder of a tower stored apart (original LLaVA layout).
 
-    `notes` gains a sentence for every setting that the file has twice and differently: which of the two counts.
+    `notes` gains a sentence for every setting that the file has twice with different values: which one counts.
     Raises ConfigError for a missing, malformed or unsupported config.
     """
     data = load_config(checkpoint)

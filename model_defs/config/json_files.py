@@ -1,4 +1,4 @@
-"""A checkpoint's files before they are read: real files of its folder, and JSON objects that say everything once."""
+"""Checks of a checkpoint's files: regular files only, and JSON objects whose keys have one value each."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _KINDS = (
 
 
 def irregular(folder: Path) -> str | None:
-    """A sentence about the first entry of a checkpoint's folder that has the name of such a file and is none.
+    """A sentence about the first entry of a checkpoint's folder that has the name of such a file but is not a regular file.
 
-    To open a pipe would wait for ever, and to pass over an entry would read another file in its place.
+    Opening a pipe would wait for ever, and skipping the entry would read another file in its place.
     """
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         if path.suffix in SUFFIXES and not path.is_file():
-            return f"{path} is {_kind(path)}; expected a file: put the file there, or take this out of the folder"
+            return f"{path} is {_kind(path)}; expected a file: put the file there, or remove this entry from the folder"
     return None
 
 

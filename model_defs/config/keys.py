@@ -29,9 +29,9 @@ INERT_KEYS = frozenset(
     transformers.js_config transformers_version tune_mm_mlp_adapter tune_mm_vision_resampler typical_p
     unfreeze_mm_vision_tower use_bfloat16 use_cache use_flash_attention_2 use_flash_attn use_mm_proj""".split()
 )
-INERT_PREFIXES = ("unsloth_",)  # of training tools that note in a config how they ran
+INERT_PREFIXES = ("unsloth_",)  # of training tools that store their own settings in a config
 
-# Bounds that no model comes near: tables as long as a wrong number says would take all memory before anything is checked.
+# Bounds far above every model: a wrong size could otherwise take all memory before it is checked.
 LARGEST_SIZE = 1 << 24
 MOST_LAYERS = 1 << 12
 MOST_PIXELS = 1 << 13
@@ -91,7 +91,7 @@ class Keys:
         return tuple(value)
 
     def only(self, name: str, *allowed: Any) -> None:
-        """Refuse a setting whose other values are not implemented."""
+        """Raise ConfigError for a setting with another value than those `allowed`."""
         value = self.get(name)
         if value is not None and value not in allowed:
             raise ConfigError(f"{self.where}: {name} is {value!r:.200}; supported: {', '.join(map(repr, allowed))}")
@@ -104,7 +104,7 @@ class Keys:
         return self.sections.setdefault(name, Keys(value, f"{self.where}, {name}", self.ignored, self.notes))
 
     def overruled_by(self, section: Keys) -> None:
-        """Keys of `section` that stand here too: those of the section count. Called after all keys are read."""
+        """Note keys of `section` that are here too: those of the section count. Called after all keys are read."""
         for key in sorted((self.data.keys() & section.seen) - self.seen):
             own, counting = self.get(key), section.data.get(key)
             if own is not None and own != counting:
@@ -112,7 +112,7 @@ class Keys:
                 self.notes.append(f"{self.where}: {key} is {own!r:.100}, but in {section.name} it is {value} counts")
 
     def finish(self) -> None:
-        """Refuse keys that nothing read, here and in every section; a key without a value says nothing."""
+        """Raise ConfigError for keys that were not read, here and in every section; keys without a value are ignored."""
         for section in self.sections.values():
             section.finish()
         keys = {key for key, value in self.data.items() if value is not None and not key.startswith(INERT_PREFIXES)}
@@ -151,7 +151,7 @@ def bos_eos(*sections: Keys, default: tuple[int, int] = (1, 2)) -> tuple[int, tu
 
 
 def _first(sections: Iterable[Keys], name: str, default: Any) -> Any:
-    """The value of the first section that has one; another section that says otherwise is noted."""
+    """The value of the first section that has one; a different value in another section is noted."""
     pairs = [(section, value) for section in sections if (value := section.get(name)) is not None]
     for section, value in pairs[1:]:
         if value != pairs[0][1]:
@@ -162,7 +162,7 @@ def _first(sections: Iterable[Keys], name: str, default: Any) -> Any:
 
 
 def select(keys: Keys, name: str, choices: Mapping[str, Any], default: str = "default") -> Any:
-    """What the value under `name` stands for; another value is an error."""
+    """The choice that the value under `name` stands for; another value is an error."""
     value = keys.get(name, default)
     if not isinstance(value, str) or value not in choices:
         raise ConfigError(f"{keys.where}: {name} is {value!r:.200}; supported: {', '.join(map(repr, choices))}")

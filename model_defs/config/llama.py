@@ -51,10 +51,10 @@ def llama(keys: Keys, defaults: Mapping[str, Any] = LLAMA_DEFAULTS, **extra: Any
 
 
 def _rope(keys: Keys, theta: float, positions: int) -> RopeConfig:
-    """From the old keys (rope_theta, rope_scaling) or the new one (rope_parameters).
+    """The rotary embedding, from the old keys (rope_theta, rope_scaling) or the new one (rope_parameters).
 
-    Where both stand, transformers 5 takes a rope_scaling that is not empty for the whole of rope_parameters, and a rope_theta
-    inside goes before one outside. Older versions know nothing of rope_parameters.
+    Where both are given, transformers 5 takes a rope_scaling that is not empty for the whole of rope_parameters, and a
+    rope_theta inside takes precedence. Older versions have no rope_parameters.
     """
     section = _rope_section(keys)
     inside, outside = section.get("rope_theta"), keys.get("rope_theta")
@@ -69,7 +69,7 @@ def _rope(keys: Keys, theta: float, positions: int) -> RopeConfig:
 
 
 def _rope_section(keys: Keys) -> Keys:
-    """The section that counts; noted where the other one is there too and says something else."""
+    """The section that counts; a different other one is noted."""
     old, new = keys.section("rope_scaling"), keys.section("rope_parameters")
     if not old.data:
         return new
@@ -83,7 +83,7 @@ def _rope_section(keys: Keys) -> Keys:
 
 
 def _scaling(section: Keys, positions: int) -> Llama3Scaling | None:
-    """`positions`: of the model, which it was trained on where the section does not say (as in transformers)."""
+    """The scaling, if any. `positions` of the model: those it was trained on where the section does not say (transformers)."""
     kind = section.get("rope_type", "default", also=["type"])
     if kind == "default":
         return None

@@ -17,7 +17,7 @@ FULL = {"default": False, "full": True}
 
 
 def read_llava(keys: Keys, checkpoint: Path, vision_tower: Path | None) -> ModelConfig:
-    """Either family in either layout. A model_type of "llava" alone tells neither."""
+    """The config of either family in either layout; a model_type of "llava" alone does not distinguish them."""
     if "text_config" in keys.data or "vision_config" in keys.data:
         return _hf(keys)
     return _original(keys, checkpoint, vision_tower)

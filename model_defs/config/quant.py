@@ -1,13 +1,13 @@
-"""How a weight [N, K] is stored under each quantisation: its parts, by name, with their dtypes and shapes.
+"""The stored form of a weight [N, K] under each quantisation: its parts, by name, with their dtypes and shapes.
 
     w8a16   qweight [N, B, block] uint8 around 128, scales [N, B]: B = ceil(K / block) blocks along a row
     w4a16   qweight [N, B, block / 2] uint8, two numbers of 4 bits around 8 in each, the first in the low bits; scales [N, B];
             w4a16-g32 is the same in blocks of 32
-    w8a8    qweight [K, N] int8 around 0, scales [N] float32; products are of whole numbers, so the layout is that of a product
+    w8a8    qweight [K, N] int8 around 0, scales [N] float32; products are of integers, so the layout is that of a product
 
-What fills up a last block stands for zero. With "+vision" the linear layers of a vision tower are stored as in w8a8 too.
+Padding of a last block stands for zero. With "+vision" the linear layers of a vision tower are stored as in w8a8 too.
 
-What checkpoints bring that are quantised already (READY_MADE) may differ in three ways:
+The forms of checkpoints that are quantised already (READY_MADE) may differ in three ways:
 
     -g32          blocks of 32 whatever K is, since scales were given for fewer than 128 of a row
     -asym         numbers lie around zero points of their blocks: zeros [N, B] uint8, or two in each [N, ceil(B / 2)] of 4 bits
@@ -19,17 +19,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 QUANTS = ("none", "w8a16", "w8a8", "w8a8+vision", "w4a16", "w4a16-g32")  # the values of the option `quant`
-KV_CACHES = ("float", "int8")  # what keys and values of the text are kept in; the first is the default
+KV_CACHES = ("float", "int8")  # the forms of keys and values of the text; the first is the default
 ASYMMETRIC, FLOAT_HEAD, SMALL_BLOCKS = "-asym", "+float-head", "-g32"
 GROUPED = ("w8a16", "w8a16-g32", "w4a16", "w4a16-g32")
 READY_MADE = tuple(f"{kind}{FLOAT_HEAD}" for kind in ("w8a8", *GROUPED, *(f"{each}{ASYMMETRIC}" for each in GROUPED)))
-# What lm_head is stored in where it is not stored as the layers are.
+# The quantisation of lm_head where it differs from that of the layers.
 HEADS = {"w4a16": "w8a16", "w4a16-g32": "w8a16", "w8a8": "w8a16"}
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One stored tensor; dtype "" is whatever floats are stored in."""
+    """One stored tensor; dtype "": that of stored floats."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -41,13 +41,13 @@ def text_quant(quant: str) -> str:
 
 
 def tower_quant(quant: str) -> str:
-    """The quantisation of a vision tower's layers: most work of an image is their products."""
+    """The quantisation of a vision tower's layers, whose products are most of the work of an image."""
     return "w8a8" if quant.endswith("+vision") else "none"
 
 
 def head_quant(quant: str) -> str:
-    """The quantisation of lm_head. It sees one token of each row, where whole-number products gain nothing; in 4 bits it costs
-    accuracy and saves little of a model."""
+    """The quantisation of lm_head. It computes one token of each row, where integer products gain nothing; 4 bits cost accuracy
+    and save little of a model."""
     if quant.endswith(FLOAT_HEAD):
         return "none"
     quant = text_quant(quant)
@@ -60,8 +60,8 @@ def quant_bits(kind: str) -> int:
 
 
 def quant_block(columns: int, kind: str = "w8a16") -> int:
-    """Weights of one row that share a scale: 128, or 32 where filling up the last block would take more than a 16th of a row,
-    or where `kind` says so. With the bits of a number, the bytes of a block tell which it is
+    """Weights of one row that share a scale: 128, or 32 where padding the last block would take more than a 16th of a row, or
+    where `kind` says so. Ascend derives it from the bits of a number and the bytes of a block
     (runtime/backends/ascend/weights.py)."""
     return 32 if SMALL_BLOCKS in kind or -columns % 128 > columns // 16 else 128
 

@@ -1,4 +1,4 @@
-"""A part of a model's depth, for pipelines: the layers are held by several groups of ranks one after another."""
+"""A pipeline stage: a part of a model's layers, held by one group of ranks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Stage:
         return self.index == self.count - 1
 
     def layers(self, total: int) -> range:
-        """Which of `total` layers this part holds; parts differ by one layer at most."""
+        """The layers of this stage among `total` ones; stages differ by one layer at most."""
         return range(total * self.index // self.count, total * (self.index + 1) // self.count)
 
 

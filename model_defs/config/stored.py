@@ -22,16 +22,16 @@ VISIONS = {"llava": ClipConfig, "llava_next": ClipConfig, "mllama": TiledConfig,
 
 
 def encode_config(config: ModelConfig) -> bytes:
-    """The whole model's config, whatever stage is meant."""
+    """The whole model's config, also for one of its stages."""
     data = asdict(config)
     del data["text"]["stage"]
-    if not data["text"]["int8_cache"]:  # so that what has none is written as ever
+    if not data["text"]["int8_cache"]:  # so that models without one keep their stored form
         del data["text"]["int8_cache"]
     return json.dumps(data, indent=1).encode() + b"\n"
 
 
 def decode_config(data: bytes, where: str) -> ModelConfig:
-    """What `encode_config` wrote; raises ConfigError, naming `where`, for anything else."""
+    """The config that `encode_config` wrote; raises ConfigError, naming `where`, for anything else."""
     try:
         fields = _frozen(json.loads(data))
         text, vision = fields.pop("text"), fields.pop("vision")

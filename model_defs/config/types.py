@@ -23,7 +23,7 @@ class Llama3Scaling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RopeConfig:
-    """Rotary position embedding: the base, and what happens to it for long texts."""
+    """Rotary position embedding: the base, and its changes for long texts."""
 
     theta: float
     llama3: Llama3Scaling | None = None
@@ -49,8 +49,8 @@ class TextConfig:
     qkv_bias: bool = False
     cross_layers: tuple[int, ...] = ()  # layers that attend to images instead of to the text
     newline: bool = False  # one more embedding row, after the others: the end of a row of image features
-    stage: Stage = WHOLE  # the part of the depth that is meant: all of it, but in a pipeline
-    int8_cache: bool = False  # keys and values of the text are kept in 8 bits, by scales that lie among the weights
+    stage: Stage = WHOLE  # the pipeline stage; by default all layers
+    int8_cache: bool = False  # keys and values of the text are stored in 8 bits, with scales among the weights
 
     def __post_init__(self) -> None:
         if self.heads % self.kv_heads:
@@ -69,16 +69,16 @@ class TextConfig:
 
     @property
     def stage_cross(self) -> tuple[int, ...]:
-        """Those of this stage that attend to images, by their numbers among such layers."""
+        """The layers of this stage that attend to images, by their numbers among such layers."""
         return tuple(j for j, layer in enumerate(self.cross_layers) if layer in self.stage_layers)
 
     @property
     def self_layers(self) -> int:
-        """How many layers of this stage attend to the text."""
+        """The number of layers of this stage that attend to the text."""
         return len(self.stage_layers) - len(self.stage_cross)
 
     def rank_kv_heads(self, ranks: int) -> int:
-        """Key-value heads that one of `ranks` holds: its share, or one that it has in common with its neighbours."""
+        """Key-value heads of one of `ranks`: its shard, or one head that it shares with its neighbours."""
         return max(1, self.kv_heads // ranks)
 
     @property
@@ -214,7 +214,7 @@ VisionConfig = ClipConfig | TiledConfig | ResampledConfig
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One vision-language model, whatever layout its checkpoint has."""
+    """Sizes and settings of one vision-language model, for any layout of its checkpoint."""
 
     family: str  # llava | llava_next | mllama | qwen_vl
     layout: str  # hf | original
@@ -230,7 +230,7 @@ class ModelConfig:
     vision_tower: str | None = None  # name or path given by an original-layout config
 
     def of_stage(self, index: int, count: int) -> ModelConfig:
-        """One of `count` parts of a pipeline."""
+        """The config of one of `count` stages of a pipeline."""
         return replace(self, text=replace(self.text, stage=Stage(index, count)))
 
 

@@ -53,10 +53,10 @@ class Backend(Protocol):
         ...
 
     def run(self, graph: GraphSpec, feed: Mapping[str, np.ndarray], slot: int = 0, image: int = 0) -> Result:
-        """Run one graph: its first output, and its top-k candidates where it has them. Cache outputs go into the cache.
+        """Run one graph; returns its first output, and top-k candidates where it has them. Cache outputs go into the cache.
 
-        `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`. For a caller that passes the same
-        mapping and arrays again they are bound by pointer only once. Cache rows of slots slot .. slot + B - 1 are read
+        `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`. Arrays are bound by pointer once
+        for a caller that passes the same mapping and arrays again. Cache rows of slots slot .. slot + B - 1 are read
         and written in place; `image` says which image's entries a vision graph with cross keys writes.
         """
         ...
@@ -92,7 +92,7 @@ class Group(Protocol):
         """Write array [..., C] of all ranks, joined along the last axis with rank 0 first, into out [..., size * C]."""
         ...
 
-    # Of a pipeline: this group's stage, of how many, and arrays for the ranks in the same place of another stage.
+    # Pipelines: the number of this stage and of all stages, and transfers to the rank in the same place of another stage.
 
     @property
     def stage(self) -> int: ...
@@ -128,10 +128,10 @@ def checked(graph: GraphSpec, spec: TensorSpec, array: np.ndarray) -> np.ndarray
 
 
 def check_group(what: str, ranks: int, group: Group | None) -> Group | None:
-    """The group, if it is that of all `ranks` that a graph was cut for; raises ArtifactError otherwise."""
+    """The group, if it has the `ranks` that a graph was sharded for; raises ArtifactError otherwise."""
     size = group.size if group else 1
     if size != ranks:
-        raise ArtifactError(f"{what} is one rank's of {ranks}, but runs in a group of {size}; open all {ranks} ranks together")
+        raise ArtifactError(f"{what} is for one of {ranks} ranks, but its group has {size}; open all {ranks} ranks together")
     return group
 
 

@@ -2,7 +2,7 @@
 
 x86 processors without VNNI add such products in 16 bits, two at a time, and saturate. Their products of unsigned by
 unsigned bytes are exact and about four fifths as fast. onnxruntime can make weights unsigned when it opens a session
-(PRECISE), each session for itself (and no weight of two products in one graph, which no graph of ours has); where packed
+(PRECISE), once for each session (and not where two products of a graph share a weight, as none of ours does); where packed
 weights are shared, they are made unsigned once, before they are packed.
 """
 

@@ -101,7 +101,7 @@ class EngineAccess:
                     self._left()
 
     def _sleep(self, done: Callable[[], bool], me: object) -> None:
-        """Until done(), or until nobody runs steps: then this thread will."""
+        """Sleep until done(), or until no thread runs steps: then this thread will."""
         with self._news:
             try:
                 self._sleepers += 1
@@ -126,7 +126,7 @@ class EngineAccess:
             self._thread = None
 
     def _left(self) -> None:
-        """The engine is free, if this thread had it: what was left for later, and the news."""
+        """After the engine is free, if this thread had it: do postponed work, and wake sleeping threads."""
         if self._later:
             self._clear_up()
         if self._sleepers:

@@ -1,4 +1,4 @@
-"""The slots of the preallocated KV cache: who holds each of them, and the keys of its contents."""
+"""The slots of the preallocated KV cache: the holder of each, and the keys of its contents."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ class SlotCache:
     """Slots are rows of the cache; a sequence holds one. `lengths[slot]` counts the tokens whose keys and values are valid.
 
     `keys[slot, :length]` identify those tokens (cache_keys.py). With cross-attention, `images[slot]` are the digests of the
-    images that the slot has keys and values of. With `keep`, a slot that is released stays valid until somebody takes it.
+    images that the slot has keys and values of. With `keep`, a slot that is released stays valid until a sequence takes it.
 
-    A slot can also be parked for a holder who will come back: it is not free, but `reclaim` frees the one parked longest ago.
+    A slot can also be parked for a holder that takes it back later: it is not free, but `reclaim` frees the one parked longest
+    ago.
     """
 
     def __init__(self, spec: CacheSpec, *, keep: bool = False) -> None:
@@ -60,7 +61,7 @@ class SlotCache:
         bisect.insort(self._free, slot)
 
     def park(self, holder: object, slot: int) -> None:
-        """Keep a slot and its rows for `holder`, until it is taken back or somebody needs it more."""
+        """Keep a slot and its rows for `holder`, until it is taken back or reclaimed."""
         assert holder not in self.parked, f"slots {self.parked[holder]} and {slot} were parked for one holder"
         self.touch(slot)
         self.parked[holder] = slot
@@ -77,17 +78,17 @@ class SlotCache:
         return True
 
     def clear(self, slot: int) -> None:
-        """Forget what a slot holds."""
+        """Forget the contents of a slot."""
         self.lengths[slot], self.images[slot] = 0, ()
 
     def touch(self, slot: int) -> None:
         self._events += 1
         self.touched[slot] = self._events
 
-    # ---- what the slots contain
+    # ---- contents of the slots
 
     def common(self, slot: int, keys: np.ndarray) -> int:
-        """How many leading positions of a prompt with keys [L, KEY] the slot contains: at most L - 1, the last one runs."""
+        """The number of leading positions of a prompt with keys [L, KEY] in the slot: at most L - 1, as the last one runs."""
         limit = min(int(self.lengths[slot]), len(keys) - 1)
         if limit <= 0 or self.keys[slot, 0, 0] != keys[0, 0]:
             return 0
@@ -96,7 +97,7 @@ class SlotCache:
         return first if differ[first] else limit
 
     def common_images(self, slot: int, images: Sequence[bytes]) -> int:
-        """How many leading images the slot has keys of."""
+        """The number of leading images whose keys the slot has."""
         count = 0
         for present, image in zip(self.images[slot], images, strict=False):
             if present != image:

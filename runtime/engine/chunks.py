@@ -1,4 +1,4 @@
-"""Which buckets cover a length at the least cost.
+"""The buckets that cover a length at the least cost.
 
 Chunked prefill runs a prompt as a sequence of buckets; vision encodes images likewise. The split is a shortest path:
 cost(n) = min over buckets b of cost[b] + cost(max(0, n - b)).

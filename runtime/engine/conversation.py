@@ -1,4 +1,4 @@
-"""What is kept of a conversation between its turns."""
+"""The state of a conversation between its turns."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ NO_FEATURES = np.empty((0, 0), np.float32)
 
 
 class Conversation:
-    """The features of the images so far, and by its identity the slot of the cache that is parked for it (cache.py).
+    """The image features of a conversation so far. Its slot of the cache is parked under this object (cache.py).
 
-    It knows nothing of the chat that holds it, which can be forgotten while a turn runs.
+    It has no reference to the chat that holds it, which can be collected while a turn runs.
     """
 
     def __init__(self, features: np.ndarray = NO_FEATURES, tiles: tuple[bytes, ...] = ()) -> None:
@@ -24,7 +24,7 @@ class Conversation:
         return Conversation(self.features, self.tiles)
 
     def common_tiles(self, tiles: tuple[bytes, ...]) -> int:
-        """How many leading tiles of a prompt are those of this conversation: images may have been taken back since."""
+        """The number of leading tiles of a prompt that are this conversation's: images may have been removed since."""
         pairs = enumerate(zip(self.tiles, tiles, strict=False))
         return next((place for place, (mine, other) in pairs if mine != other), min(len(self.tiles), len(tiles)))
 

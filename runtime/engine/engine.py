@@ -76,7 +76,7 @@ class Engine:
         self.on_run: Callable[[GraphRun], object] | None = None  # called before each run of a graph
         self.timed: list[Sequence] = []  # sequences with a deadline
         self.failed: list[Sequence] = []  # sequences that the latest step has ended with an exception
-        self.computing = False  # in the backend: what an interrupt stops there can be run again
+        self.computing = False  # in the backend: a run that an interrupt stops there can be repeated
         self.torn: BaseException | None = None  # what stopped a change in the middle, until `reset` is through
         self._ids = itertools.count()
         self._commits: dict[Kind, Callable[[Step, Result], None]] = {
@@ -102,8 +102,8 @@ class Engine:
         constraints: tuple[Constraint, ...] = (),
         token_source: TokenSource | None = None,
     ) -> Sequence:
-        """A checked sequence that is not queued yet: answer `index` of params.n. A `token_source` chooses its tokens, whatever
-        their logits; what ends other answers ends this one too."""
+        """A checked sequence that is not queued yet: answer `index` of params.n. A `token_source` chooses its tokens, in
+        place of the sampler; the answer ends as others do."""
         check_fit(self.manifest, prompt, params.max_new_tokens)
         model, cross = self.manifest.model, self.manifest.cache.cross
         return Sequence(
@@ -146,7 +146,7 @@ class Engine:
     def step(self) -> Step:
         """Run one graph and hand its result to the sequences that took part.
 
-        Raises what the device, or the choice of a token, has raised, after the sequences in `failed` have ended with it.
+        Raises the exceptions of the device and of the choice of a token, after the sequences in `failed` have ended with them.
         """
         self._mend()
         self.failed = []
@@ -161,7 +161,7 @@ class Engine:
         return step
 
     def _attempt(self) -> Step | None:
-        """A step; sequences that it fails are in `failed`. What it raises has left nothing that can be relied on."""
+        """One step; sequences that fail are in `failed`. An exception raised here leaves the engine in an undefined state."""
         try:
             step = self.scheduler.next_step()
         except Exception as error:
@@ -189,7 +189,7 @@ class Engine:
             self.reset(error)
 
     def reset(self, error: BaseException) -> None:
-        """End all sequences with an error and forget what the cache holds."""
+        """End all sequences with an error and forget the contents of the cache."""
         self.torn = error
         cause = error if isinstance(error, Exception) else InterruptedStepError.by(error)
         for sequence in self.scheduler.sequences():

@@ -40,7 +40,7 @@ def check_draft(manifest: Manifest, speculate: int) -> int:
 
 
 def _advice(manifest: Manifest, prompt: int, total: int) -> str:
-    """What can be done about a prompt of so many tokens that needs a context of `total`."""
+    """The remedies for a prompt of `prompt` tokens that needs a context of `total`."""
     model, context = manifest.model, manifest.cache.context
     less = f"give at most {context - prompt} new tokens" if prompt < context else "give a shorter prompt"
     if model.can_hold(total):

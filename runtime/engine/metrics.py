@@ -1,4 +1,4 @@
-"""What the engine counts while it runs."""
+"""Counters that the engine keeps while it runs."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class NextToken:
         return self._end(sequence, token, text)
 
     def _end(self, sequence: Sequence, token: int, text: IncrementalDetokenizer | None) -> str | None:
-        """Why an answer ends with its last token."""
+        """The reason why an answer ends with its last token; None where it goes on."""
         params, logits_processors = sequence.params, sequence.logits_processors
         if (
             (token in self.eos and not params.ignore_eos)
@@ -46,7 +46,7 @@ class NextToken:
             return "stop"
         if len(sequence.generated) < params.max_new_tokens:
             return None
-        # What the text holds back may turn out to be a stop string, now that nothing follows.
+        # Text that is held back may be a stop string, now that nothing follows.
         return "stop" if text is not None and text.stopped_at_end() else "length"
 
     def _from_candidates(self, candidates: Candidates, sequence: Sequence, row: int) -> int | None:
@@ -57,7 +57,7 @@ class NextToken:
         return candidates.choose(row, sequence.sampling, position, used=model.tokenizer.used, vocab=model.vocab_size)
 
     def of_whole_row(self, sequence: Sequence, logits: np.ndarray) -> int | None:
-        """The token, with the logits and log-probabilities that the request wants kept; None where no token may follow."""
+        """The token, with the logits and log-probabilities that the request keeps; None where no token may follow."""
         logits_processors, logprobs = sequence.logits_processors, sequence.params.logprobs
         row = logits_processors.applied(logits) if logits_processors else logits
         if logits_processors and row.max() == -np.inf:

@@ -1,4 +1,4 @@
-"""How an engine works where the artifact leaves a choice."""
+"""Options of an engine that the artifact leaves open."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ class EngineOptions:
     """The choices of one engine; raises ValueError for ngrams that are no range."""
 
     prefill_budget: int | None = None  # tokens of the largest chunk that runs while sequences answer; None: of any
-    reuse: bool = True  # requests take over cache rows and image features from each other
+    reuse: bool = True  # requests reuse cache rows and image features of each other
     image_cache_mb: int = 256  # megabytes of image features that are kept for that
     speculate: int = 0  # tokens of a draft, for requests that do not say
-    ngrams: tuple[int, int] = NGRAMS  # the fewest and the most last tokens that a draft is found by
+    ngrams: tuple[int, int] = NGRAMS  # the fewest and the most tokens of an n-gram that prompt lookup matches
 
     def __post_init__(self) -> None:
         fewest, most = self.ngrams
         if not 1 <= fewest <= most:
             raise ValueError(
-                f"ngrams is {self.ngrams}; expected the fewest and the most tokens that a draft is found by, such as {NGRAMS}"
+                f"ngrams is {self.ngrams}; expected the fewest and the most tokens of an n-gram to match, such as {NGRAMS}"
             )
 
     @property

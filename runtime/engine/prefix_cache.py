@@ -58,7 +58,7 @@ class SlotPrefixCache:
         self.cache, self.backend, self.metrics, self.features = cache, backend, metrics, features
         self.rows_per_tile = manifest.model.image.rows
         self.copy_ms = copy_ms_per_row(manifest)
-        # Copying is decided by text alone; a variant that sees images costs more, so what is copied would be all the more.
+        # Copying is decided by text alone; a variant that sees images costs more, so a copy would save more.
         costs = {g.bucket: g.cost_ms for g in manifest.graphs if g.kind == "prefill" and not g.images}
         self.prefill = ChunkPlanner(costs)
 

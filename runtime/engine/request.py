@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timings:
-    """Seconds. `first_token_s` counts from the request's arrival; `per_token_s` is the mean of the later tokens."""
+    """Times of a request in seconds. `first_token_s` counts from its arrival; `per_token_s` is the mean of the later tokens."""
 
     queue_s: float
     vision_s: float
@@ -40,17 +40,17 @@ class Timings:
 class Output:
     """The answer to one prompt."""
 
-    text: str
+    text: str  # without special tokens, and without the stop string that ended it
     token_ids: list[int]  # as generated, an end-of-sequence token included
     finish_reason: str  # stop | length | deadline | dead_end (all that could follow is forbidden) | cancelled
-    boxes: list[Box]
+    boxes: list[Box]  # in pixels of the images, in the order of the text
     prompt_tokens: int  # text tokens and image tokens
     image_tokens: int
     timings: Timings
     logits: np.ndarray | None = None  # float32 [generated, V]; row 0 comes from the prefill
-    logprobs: list[TokenLogprob] | None = None  # of each token, where the request wants them
+    logprobs: list[TokenLogprob] | None = None  # of each token, where the request has `logprobs`
     reused_tokens: int = 0  # positions of the prompt that were in the cache already
-    others: tuple[Output, ...] = ()  # of n answers those after this one
+    others: tuple[Output, ...] = ()  # with n answers, those after this one
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class Times:
     prefill_s: float = 0.0  # from then until the first token
 
     def timings(self, tokens: int) -> Timings:
-        """Of an answer of so many tokens.
+        """The timings of an answer of so many tokens.
 
         What did not happen, because the request ended before, took until then or no time at all.
         """
@@ -82,7 +82,7 @@ class Times:
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """A request on its way. The parts of the engine write it, between and in steps; everybody else reads it."""
+    """A request and its state. Only the parts of the engine write it, between and in steps; all other code reads it."""
 
     # the request
     id: int
@@ -94,7 +94,7 @@ class Sequence:
     cross_tiles: int = 0  # tiles of one image, where images enter by cross-attention
     keep_logits: bool = False
     logits_processors: LogitsProcessors | None = None
-    prompt_lookup: PromptLookup | None = None  # drafts its answer, where the request wants drafts
+    prompt_lookup: PromptLookup | None = None  # drafts its answer; None: no drafts
     token_source: TokenSource | None = None  # chooses its tokens in place of the sampler
     text: IncrementalDetokenizer | None = None  # of its answer, from when it is queued until it is forgotten
     conversation: Conversation | None = None  # for which its slot is parked when it ends
@@ -102,7 +102,7 @@ class Sequence:
     # how far its prompt is
     due: int = 0  # its place among those that wait
     slot: int | None = None
-    prepared: bool = False  # what can be taken over from others is
+    prepared: bool = False  # the prefix cache and the encoder cache were used
     reused: int = 0  # tokens of the prompt that were in the cache already
     reused_tiles: int = 0
     tiles_done: int = 0

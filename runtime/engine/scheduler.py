@@ -1,4 +1,4 @@
-"""Decides what runs next, as which graph kind and bucket. Pure Python: it sees sequences and slots, never arrays.
+"""The scheduler decides which graph runs next, by kind and bucket. Pure Python: it sees sequences and slots, no arrays.
 
 Requests join and leave between steps. One that waits is admitted as soon as a slot is free or parked for a chat between its
 turns. Prompts are encoded and prefilled in the order of admission, chunk by chunk. Between chunks the sequences that answer go
@@ -54,7 +54,7 @@ class PrefixCache(Protocol):
         ...
 
     def prepare(self, sequence: Sequence) -> None:
-        """The sequence's first run is next: fill in what was computed before, and count it as done."""
+        """Called before the sequence's first run: fill in results that were computed before, and count them as done."""
         ...
 
 
@@ -116,7 +116,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence; one for whose conversation a slot is parked does not wait.
 
-        A priority of p is worth as much as having come p * AGING admissions earlier, so nobody waits for ever.
+        A priority of p is worth as much as having come p * AGING admissions earlier, so no request waits for ever.
         """
         if sequence.conversation is not None:
             sequence.slot = self.cache.take_back(sequence.conversation)

@@ -35,7 +35,7 @@ class CertificateCase(Record, frozen=True, kw_only=True):
 
 
 class Certificate(Record, frozen=True, kw_only=True):
-    """How a graph was checked when it was compiled."""
+    """The checks of a graph when it was compiled."""
 
     reference: str  # e.g. "eager torch float32"
     tolerance: float
@@ -98,7 +98,7 @@ Step = Segment | Collective | Transfer
 
 
 class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
-    """How a graph was lowered where the fastest way depends on the machine. It does not change results."""
+    """The lowering of a graph where the fastest one depends on the machine. It does not change results."""
 
     cores: Number = 0  # that a run is shared among; 0: all that the process may use
     attention_tokens: Number = 0  # tokens of a chunk that attend at a time; 0: all
@@ -114,7 +114,7 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
             return f"as by default: not tuned, other processes took {self.busy:.0%} of the cores"
         words = {
             f"{self.attention_tokens} tokens attend at a time": self.attention_tokens,
-            f"{self.widened_kib} KiB widened at a time": self.widened_kib,
+            f"{self.widened_kib} KiB upcast at a time": self.widened_kib,
             "one core": self.cores == 1,
             f"{self.cores} cores": self.cores > 1,
         }
@@ -122,7 +122,7 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class GraphKey(NamedTuple):
-    """Which graph of an artifact: its kind, its bucket, and the images that a text graph sees by cross-attention.
+    """The key of a graph of an artifact: its kind, its bucket, and the images that a text graph sees by cross-attention.
 
     Keys are unique within an artifact, of a pipeline within a stage. Their units are those of GraphSpec.
     """
@@ -152,7 +152,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     nbytes: Work = 0  # bytes that one run has to read or write, the whole cache included
     certificate: Certificate | None = None
     kernels: Kernels | UnsetType = UNSET  # ONNX: the choice of `--tune`; left out of the manifest without it
-    # Ascend: what a kernel takes before its inputs, in order: weights by name, then small tensors that are settings.
+    # Ascend: the arguments of a kernel before its inputs, in order: weights by name, then small tensors that are settings.
     weights: tuple[str, ...] = ()
     constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
     eager: bool = False  # Ascend: run op by op, not as a compiled graph
@@ -165,7 +165,7 @@ class GraphSpec(Record, frozen=True, kw_only=True):
 
     @property
     def graph_key(self) -> GraphKey:
-        """What the graph is found by; not `key`, which tells what it was made from."""
+        """The key of the graph within the artifact; not `key`, the digest of what it was made from."""
         return GraphKey(self.kind, self.bucket, self.images)
 
     @property

@@ -26,7 +26,7 @@ class CalibrationInfo(Record, frozen=True, kw_only=True):
 
 
 class BuildInfo(Record, frozen=True, kw_only=True):
-    """How the artifact was made."""
+    """The build of the artifact: its versions, options and sources."""
 
     staticvl: str
     torch: str

@@ -12,7 +12,7 @@ _Positive = Annotated[float, Meta(gt=0)]
 
 
 class ImageProcessorConfig(Record, frozen=True, kw_only=True):
-    """How an image becomes pixels, from the checkpoint's preprocessor_config.json.
+    """The preprocessing of images, from the checkpoint's preprocessor_config.json.
 
     mode: crop (shortest edge, centre crop), pad (to a square, then resize), stretch (resize to the square), anyres
     (LLaVA-1.6: the image stretched to one tile, and the tiles of the best of `grids`), tiles (Llama-3.2-Vision: the tiles
@@ -34,7 +34,7 @@ class ImageProcessorConfig(Record, frozen=True, kw_only=True):
 
 
 class TokenizerConfig(Record, frozen=True, kw_only=True):
-    """Which tokenizer the artifact has, and how text becomes tokens."""
+    """The tokenizer of the artifact and its settings."""
 
     kind: Literal["tokenizers", "sentencepiece", "tiktoken"]
     style: Literal["hf", "original"]  # original: text is split at the image mark, each piece tokenised by itself
@@ -83,7 +83,7 @@ class RopeParameters(Record, frozen=True, kw_only=True):
 
 
 class ModelInfo(Record, frozen=True, kw_only=True):
-    """What the runtime has to know of the model besides its graphs."""
+    """The model's settings for the runtime, besides its graphs."""
 
     family: str
     layout: str

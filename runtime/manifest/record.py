@@ -1,4 +1,4 @@
-"""What all records of the manifest have in common: their base, and the ranges of numbers."""
+"""The base of all records of the manifest, and the ranges of their numbers."""
 
 from __future__ import annotations
 

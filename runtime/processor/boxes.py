@@ -30,9 +30,9 @@ class Quad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Box:
-    """A rectangle that an answer names: where it lies, on which image, and what it is called."""
+    """A rectangle in an answer: its label, its corners, and its image."""
 
-    label: str | None  # what the model called it, where it did
+    label: str | None  # the label that the model gave, if any
     normalised: Corners  # x1, y1, x2, y2 in 0..1 of the square that the model saw
     pixels: tuple[int, int, int, int]  # the same in pixels of the original image; in padding it may lie outside
     image: int  # index of the image

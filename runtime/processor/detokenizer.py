@@ -26,7 +26,7 @@ class IncrementalDetokenizer:
 
     @property
     def text(self) -> str:
-        """The text so far, without what is held back."""
+        """The text so far, without the part that is held back."""
         self._read()
         return "".join(self.pieces)
 
@@ -43,7 +43,7 @@ class IncrementalDetokenizer:
         return "" if self.stopped else self._release(self.detokenizer.add(token_id))
 
     def finish(self) -> str:
-        """The last piece: what was held back."""
+        """The last piece: the text that was held back."""
         self._read()
         if self.stopped:
             return ""
@@ -51,7 +51,7 @@ class IncrementalDetokenizer:
         return piece if self.stopped else piece + self._emit(self.pending.rstrip())
 
     def stopped_at_end(self) -> bool:
-        """Whether a stop string ends the text, what is held back included, where no token follows."""
+        """Whether a stop string ends the text, with the part that is held back, where no token follows."""
         if self.stops:
             self.finish()
         return self.stopped

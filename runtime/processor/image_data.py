@@ -28,7 +28,7 @@ def data_url_name(url: str) -> str:
 def decode_data_url(url: str, max_bytes: int) -> bytes:
     """The bytes of a data: URL of an image (RFC 2397), in base64 or percent-encoded.
 
-    The type may be left out, or be application/octet-stream: the format is found in the bytes. Base64 may have line breaks and
+    The type may be left out, or be application/octet-stream: the format is read from the bytes. Base64 may have line breaks and
     lack its padding, as in the URL standard. Raises ImageError for other types, and for more than `max_bytes`.
     """
     name = data_url_name(url)

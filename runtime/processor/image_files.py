@@ -21,7 +21,7 @@ __all__ = ["Alpha", "ImageError", "ImageSource", "load_image"]
 
 ImageSource: TypeAlias = str | Path | bytes | BinaryIO | Image.Image
 
-# What PIL would open further needs outside programs (EPS, WMF) or is no image that people send.
+# Further formats of PIL need external programs (EPS, WMF) or are uncommon.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "AVIF", "JPEG2000", "ICO")
 PNG_HEAD = b"\x89PNG\r\n\x1a\n"
 
@@ -69,7 +69,7 @@ def load_image(
     (ImageProcessorConfig.alpha) is what becomes of transparent parts: "white" lays them over white, "drop" shows their hidden
     colours (Qwen-VL).
 
-    The result may be given to `load_image` again and stays what it is.
+    The result may be given to `load_image` again and does not change.
 
     Addresses are not filtered: a service fetches what strangers name by image_urls.download with a `connect` of its own, and
     gives the bytes to this function.

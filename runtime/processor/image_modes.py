@@ -68,7 +68,7 @@ def _shades(image: Image.Image, name: str, alpha: Alpha) -> np.ndarray:
 
 
 def _bits(image: Image.Image, values: np.ndarray) -> int:
-    """How many bits the values of a grey image have."""
+    """The number of bits of the values of a grey image."""
     signed = _tag(image, SAMPLE_FORMAT, UNSIGNED) == SIGNED
     if image.mode.startswith("I;16") or image.format == "PPM":  # Pillow scales every PGM to 16 bits
         return int(_tag(image, BITS, 16))

@@ -21,7 +21,7 @@ from .tokenizer import Tokenizer, load_tokenizer
 
 @dataclass(frozen=True, eq=False)
 class Processor:
-    """What the host does before and after the graphs: messages and images to a Prompt, tokens to text and boxes.
+    """The work of the host before and after the graphs: messages and images to a Prompt, tokens to text and boxes.
 
     A processor needs no engine, no graphs and no weights. Several threads may use one.
     """
@@ -59,7 +59,7 @@ class Processor:
 
     @functools.cached_property
     def family(self) -> Family:
-        """What differs between model families; raises ValueError for a family that this runtime does not know."""
+        """The functions of the model's family; raises ValueError for a family that this runtime does not know."""
         return family(self.info.family)
 
     @functools.cached_property

@@ -22,7 +22,7 @@ class PromptError(ValueError):
 class ImagePart:
     """An image in a message; the images of a conversation are given beside its messages, in the same order.
 
-    inline: a mark in a plain text said where the image stands: nothing is put around it, and no template moves it.
+    inline: a mark in a plain text gives the place of the image: nothing is put around it, and no template moves it.
     """
 
     inline: bool = False
@@ -52,7 +52,7 @@ class Message:
 
     @property
     def images(self) -> int:
-        """How many images the turn has."""
+        """The number of images of the turn."""
         return sum(isinstance(part, ImagePart) for part in self.parts)
 
     @property
@@ -78,12 +78,12 @@ def check_text(text: Any) -> str:
 
 
 def check_turn(turn: Any) -> Turn:
-    """The turn of a user; raises PromptError for what is neither text nor a Message."""
+    """The turn of a user; raises PromptError unless it is text or a Message."""
     return turn if isinstance(turn, Message) else check_text(turn)
 
 
 def check_messages(messages: Any) -> list[Message]:
-    """The messages of a conversation; raises PromptError for what is no list of Messages."""
+    """The messages of a conversation; raises PromptError unless they are a list of Messages."""
     if not isinstance(messages, list | tuple):
         raise PromptError(f"a prompt is {type(messages).__name__}; expected text, a Message or a list of Messages")
     if other := next((each for each in messages if not isinstance(each, Message)), None):
@@ -132,7 +132,7 @@ def instruction_in_user(messages: Sequence[Message]) -> list[Message] | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CrossAttentionMask:
-    """Which tiles each position attends to, where images enter by cross-attention. N images of t tiles each."""
+    """The tiles that each position attends to, where images enter by cross-attention. N images of t tiles each."""
 
     visible: np.ndarray  # bool [L, N * t]: the tiles that a position attends to
     gates: np.ndarray  # float32 [L, 2]: factors 0 or 1 of a cross layer's attention and of its MLP
@@ -140,7 +140,7 @@ class CrossAttentionMask:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Prompt:
-    """A prompt as arrays for the graphs. Nobody writes into the arrays once it is made."""
+    """A prompt as arrays for the graphs. The arrays are not written once it is made."""
 
     token_ids: np.ndarray  # int32 [L]; at image positions the image token, or 0 where images have no id
     rows: np.ndarray  # int32 [L]; -1: embed the token id, else that row of the features [tiles * P, C]

@@ -30,10 +30,10 @@ class _Element:
 
 
 def parse_boxes(text: str, frames: Sequence[Frame]) -> tuple[Box, ...]:
-    """Boxes and quads in an answer, in order; what is malformed is left out.
+    """Boxes and quads in an answer, in order; malformed ones are left out.
 
-    A box is called what the <ref> before it says, with nothing but other boxes and punctuation between. It belongs to the
-    image that the answer named last ("Picture 2"), else to the last image, on which the original code draws.
+    The label of a box is the text of the <ref> before it, with nothing but other boxes and punctuation between. It belongs to
+    the image that the answer named last ("Picture 2"), else to the last image, on which the original code draws.
     Several boxes may stand in one tag, and the last tag may lack its end. Wide digits and punctuation count as those of ASCII.
     Without images the result is empty. The time is linear in the length of the text.
     """

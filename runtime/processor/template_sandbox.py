@@ -248,7 +248,7 @@ class _Arguments:
 
     @property
     def length(self) -> int:
-        """Of the first argument."""
+        """The length of the first argument."""
         return len(self.others[0]) if self.others and hasattr(self.others[0], "__len__") else 0
 
 

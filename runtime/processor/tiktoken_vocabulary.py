@@ -18,7 +18,7 @@ from ..shown import quoted
 from .guards import any_of, unguarded
 from .vocabularies import TokenizerError
 
-# Qwen-VL's tags say what an answer points at: they are text to a reader, though special to the tokenizer.
+# Qwen-VL's tags mark the objects of an answer: they are text to a reader, though special to the tokenizer.
 TAGS = frozenset(("<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>", "<img>", "</img>", "<imgpad>"))
 
 _LINE = re.compile(rb"([A-Za-z0-9+/]+={0,2}) (\d+)\r?")

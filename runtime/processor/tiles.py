@@ -21,7 +21,7 @@ def grid_of(size: tuple[int, int], config: ImageProcessorConfig) -> tuple[int, i
 
 
 def tile_count(size: tuple[int, int], config: ImageProcessorConfig) -> int:
-    """How many tiles the vision graph encodes for an image of `size`, empty ones included."""
+    """The number of tiles that the vision graph encodes for an image of `size`, empty ones included."""
     if config.mode == "tiles":
         return config.tiles
     tiles = math.prod(grid_of(size, config))

@@ -67,7 +67,7 @@ class Tokenizer:
         return self.vocabulary.decode(ids, skip_special=skip_special)
 
     def token(self, token_id: int) -> str:
-        """How a token is written; empty for an unknown id."""
+        """The token as text; empty for an unknown id."""
         return self.vocabulary.token(token_id) or ""
 
 
@@ -117,7 +117,7 @@ class Detokenizer:
         return "" if text.endswith("\ufffd") else self._emit(text)
 
     def finish(self) -> str:
-        """What is still held back; afterwards the next token starts a new text."""
+        """The text that is still held back; afterwards the next token starts a new text."""
         cut = self._unfinished()
         self._pending = self._pending[: len(self._pending) - cut]
         text = (self._new_text() if self._pending else "") + "\ufffd" * (cut > 0)
@@ -129,7 +129,7 @@ class Detokenizer:
         return BYTE_PIECE.fullmatch(token) is not None and len(self._vocabulary.token_bytes(token_id)) == 1
 
     def _unfinished(self) -> int:
-        """How many byte tokens at the end are a prefix of a character."""
+        """The number of byte tokens at the end that are a prefix of a character."""
         last = self._pending[-3:]
         is_byte = [self._is_byte(token_id, self._vocabulary.token(token_id) or "") for token_id in last]
         for start in range(len(last)):

@@ -1,4 +1,4 @@
-"""Vocabularies: what a tokenizer.json or a sentencepiece tokenizer.model says about text and ids.
+"""Vocabularies: text to ids and back, by a tokenizer.json or a sentencepiece tokenizer.model.
 
 Special tokens written in a text ("</s>", "<image>") become those tokens wherever they stand, as in transformers, except those
 that a `guard` breaks up (guards.py): they are words.
@@ -30,7 +30,7 @@ class TokenizerError(ValueError):
 
 
 class Vocabulary(Protocol):
-    """What every kind of tokenizer file can do."""
+    """The interface of every kind of tokenizer file."""
 
     @property
     def size(self) -> int:
@@ -46,7 +46,7 @@ class Vocabulary(Protocol):
         ...
 
     def added_tokens(self) -> frozenset[str]:
-        """All tokens that are found in a text before it is cut into pieces: the special ones, and others that a file adds."""
+        """All tokens that are matched in a text before it is split: the special ones, and others that a file adds."""
         ...
 
     def decode(self, ids: Sequence[int], *, skip_special: bool) -> str:
@@ -54,7 +54,7 @@ class Vocabulary(Protocol):
         ...
 
     def token(self, token_id: int) -> str | None:
-        """How a token is written; None for an unknown id."""
+        """The token as text; None for an unknown id."""
         ...
 
     def token_bytes(self, token_id: int) -> bytes:

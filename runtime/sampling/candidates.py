@@ -1,7 +1,7 @@
-"""The top-k tokens of rows of logits, as found by a graph, and a choice among them.
+"""The top-k tokens of rows of logits, as a graph computes them, and a choice among them.
 
-R rows, K candidates each. A token that they decide is the very one that the whole row decides (sampler.py); where they do not,
-the caller looks at the row.
+R rows, K candidates each. A token that they decide is the one that the whole row decides (sampler.py); where they do not
+decide, the caller reads the row.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from ..artifact import CANDIDATES
 from .params import ResolvedSampling
 from .sampler import drawn, uniform
 
-# How far off a device's sum over a row may be, relative to the sum. It only has to be wide enough: draws on which so much has
-# a bearing are made from the whole row, and they are rare.
+# How far off a device's sum over a row may be, relative to the sum. It only has to be wide enough: a draw that
+# so much could change is made from the whole row, and such draws are rare.
 DENOMINATOR_ERROR = 1e-3
 
 
@@ -40,7 +40,7 @@ class Candidates:
         places = np.flatnonzero(logits > smallest)
         order = places[np.lexsort((ids[places], -logits[places]))]
         own = order[ids[order] < used]
-        if not len(own) or own[0] != order[0]:  # the denominator says nothing of what is far below the largest
+        if not len(own) or own[0] != order[0]:  # the denominator has no information on logits far below the largest
             return None
         number = uniform(sampling.seed, position, sampling.index)
         if top_k := sampling.top_k:

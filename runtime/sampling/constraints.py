@@ -1,9 +1,9 @@
-"""Answers of a given form: a JSON schema, a regular expression, or one of several texts, by llguidance's automata.
+"""Structured outputs: answers by a JSON schema, a regular expression, or a list of texts, with llguidance's automata.
 
 A blank before the answer is allowed: many tokenizers begin a word with one, and the text is given out without it.
 
-What a form may cost is bounded: its size here, compiling it in a process of its own (form_process.py), and each of its
-tokens by llguidance's limits (form_check.py).
+The cost of a grammar is bounded: its size here, its compilation in a process of its own (form_process.py), and each
+token by llguidance's limits (form_check.py).
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
 MOST_REGEX = 10_000  # characters
 MOST_JSON = 32_768  # characters of a schema
 MOST_CHOICES, MOST_CHOICE_TEXT = 1000, 32_768  # texts, and characters of all of them
-# What a form leaves no choice about is written in tokens of the model's choice, like all else. Otherwise llguidance writes all
-# that is forced in tokens, again for each token of the answer: minutes for a text of 10,000 characters.
+# Forced text is sampled token by token like all other text. With forcing llguidance would tokenise all forced text again for
+# each token of the answer, which takes minutes for a text of 10,000 characters.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
 log = logging.getLogger(__name__)
 
 
 class ConstraintError(ValueError):
-    """A form that cannot be compiled; the message says why."""
+    """A schema, expression or choice that cannot be compiled; the message says why."""
 
 
 class GrammarConstraint:
@@ -68,7 +68,7 @@ class GrammarConstraint:
             self._lose()
 
     def _lose(self) -> None:
-        """A form may prove too large to follow only now; `forbid` lets nothing in any more."""
+        """The grammar has exceeded a limit only now; from here on `forbid` allows no token."""
         self.lost = True
         log.warning("an answer ends early, its form cannot be followed: %s", _first_line(self.matcher.get_error()))
 
@@ -103,7 +103,7 @@ class ConstraintFactory:
         return GrammarConstraint(self, latest[1].deep_copy())
 
     def _compiled(self, name: str, grammar: str) -> LLMatcher:
-        """A matcher that knows its first tokens. First another process compiles the grammar, which may not survive it."""
+        """A matcher with its first tokens computed. Another process compiles the grammar first, as this may crash a process."""
         from llguidance import LLMatcher
 
         if not (problem := self.process.problem_of(grammar)):
@@ -120,7 +120,7 @@ def _first_line(text: str) -> str:
 
 
 def _grammar(params: SamplingParams) -> tuple[str, str]:
-    """Which field says the form, and its grammar; raises ConstraintError for one that is too large."""
+    """The name of the given field, and its grammar; raises ConstraintError for one that is too large."""
     from llguidance import LLMatcher
 
     if params.choice:
@@ -154,7 +154,7 @@ def _check_size(name: str, size: int, most: int, unit: str) -> None:
 
 
 class _Tokens:
-    """What LLTokenizer asks of a tokenizer."""
+    """The interface that LLTokenizer expects of a tokenizer."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None

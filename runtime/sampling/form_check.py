@@ -1,11 +1,11 @@
-"""A process that compiles a form before the engine's process does: `python -P form_check.py SECONDS`, started by
+"""A process that compiles a grammar before the engine's process does: `python -P form_check.py SECONDS`, started by
 form_process.py.
 
-llguidance bounds most of what a form may cost (`parser_limits`), but not all of it: the remainders of a large multipleOf and
+llguidance bounds most of the cost of a grammar (`parser_limits`), but not all of it: the remainders of a large multipleOf and
 intersections of patterns take minutes or gigabytes, and a long chain of references overflows the stack, which ends a process.
-A thread can be protected from none of that; this process is given limits by the system instead.
+A thread cannot be limited in this way; a process can, by the limits of the system.
 
-Standard input holds forms: a line with the number of bytes, then the grammar. Standard output holds one line of JSON for each:
+Standard input holds grammars: a line with the number of bytes, then the text. Standard output holds one line of JSON for each:
 what is wrong with it, or an empty text. This file imports nothing of ours, so that the process starts in 0.1 s.
 """
 
@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from llguidance import LLParserLimits, LLTokenizer
 
-PROCESSOR_S = 2.0  # for one form
+PROCESSOR_S = 2.0  # of processor time, for one grammar
 MEMORY_BYTES = 1 << 30  # of addresses, the process itself included
 # Of the thread that compiles: about 100 references in a chain. Threads of the engine's process have 2 MiB at least.
 STACK_BYTES = 1 << 20
 
 
 def parser_limits() -> LLParserLimits:
-    """What llguidance may spend on a form and on each of its tokens; past a limit the matcher fails, not the process."""
+    """Limits of llguidance for a grammar and for each of its tokens; past a limit the matcher fails, not the process."""
     from llguidance import LLParserLimits
 
     return LLParserLimits(
@@ -43,7 +43,7 @@ def parser_limits() -> LLParserLimits:
 
 
 def problem_of(grammar: str, tokenizer: LLTokenizer) -> str:
-    """Why a grammar cannot be compiled, or why its first token cannot be found; empty where both can."""
+    """The reason why a grammar cannot be compiled, or its first tokens not computed; empty where both can."""
     from llguidance import LLMatcher
 
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=parser_limits())
@@ -53,7 +53,7 @@ def problem_of(grammar: str, tokenizer: LLTokenizer) -> str:
 
 
 def _serve(seconds: float) -> None:
-    """`seconds`: of processor time that one form may take."""
+    """Answer until standard input ends. `seconds`: of processor time that one grammar may take."""
     from llguidance import LLTokenizer
 
     tokenizer = LLTokenizer("byte")

@@ -1,4 +1,4 @@
-"""The process that compiles forms first (form_check.py), as the engine's process sees it."""
+"""The process that compiles grammars first (form_check.py), as the engine's process sees it."""
 
 from __future__ import annotations
 
@@ -14,15 +14,16 @@ from pathlib import Path
 from .form_check import MEMORY_BYTES, PROCESSOR_S
 
 SCRIPT = Path(__file__).with_name("form_check.py")
-TIMEOUT_S = 60.0  # for an answer, on a machine that is busy with other things
+TIMEOUT_S = 60.0  # for an answer, on a busy machine
 TOO_COSTLY = "it takes more than {:g} s of processor time or {} MiB to compile, or nests too deeply"
 
 
 class FormProcess:
-    """Started by the first form, and again by the next one after it has ended; ends with this object. For any thread."""
+    """The process: started by the first grammar, and again by the next one after it has ended; ends with this object. For any
+    thread."""
 
     def __init__(self, seconds: float = PROCESSOR_S) -> None:
-        """`seconds`: of processor time that one form may take."""
+        """`seconds`: of processor time that one grammar may take."""
         self.seconds = seconds
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
@@ -42,12 +43,12 @@ class FormProcess:
             status = None if answer is None else process.wait()
             self._end()
             if status is not None and status >= 0:
-                raise RuntimeError(f"the process that compiles forms ended by itself, with status {status}")
+                raise RuntimeError(f"the process that compiles grammars ended by itself, with status {status}")
             return TOO_COSTLY.format(self.seconds, MEMORY_BYTES >> 20)
 
     def _start(self) -> subprocess.Popen[bytes]:
         self._end()
-        # -P: modules of ours stand beside the script, and none of them may take the place of another package.
+        # -P: modules beside the script must not shadow other packages.
         process = self._process = subprocess.Popen(
             [sys.executable, "-P", str(SCRIPT), str(self.seconds)],
             stdin=subprocess.PIPE,
@@ -60,7 +61,7 @@ class FormProcess:
 
 
 def _answer(process: subprocess.Popen[bytes], form: bytes) -> bytes | None:
-    """The answer to a form; empty where the process has ended, None where it takes too long."""
+    """The answer to a grammar; empty where the process has ended, None where it takes too long."""
     assert process.stdin and process.stdout
     try:
         process.stdin.write(form)

@@ -1,4 +1,4 @@
-"""What changes one request's logits before a token is chosen: bias, penalties, and tokens that are forbidden just now.
+"""Logits processors: bias, penalties, and forbidden tokens, applied to a request's logits before a token is chosen.
 
 V vocabulary.
 """
@@ -20,7 +20,7 @@ DEFAULTS = SamplingDefaults()
 
 
 class Constraint(Protocol):
-    """Decides from the tokens so far which may come next."""
+    """A rule that forbids next tokens, from the tokens so far."""
 
     def forbid(self, row: np.ndarray) -> None:
         """Set the logits [V] of tokens that must not come next to -inf."""
@@ -118,7 +118,7 @@ def logits_processors_for(
     constraints: tuple[Constraint, ...],
     defaults: SamplingDefaults = DEFAULTS,
 ) -> LogitsProcessors | None:
-    """The logits processors that a request needs, those of its checkpoint among them, or None.
+    """The logits processors that a request needs, those of its checkpoint included; None where there are none.
 
     Raises ValueError for a token id that the model does not have.
     """

@@ -1,4 +1,4 @@
-"""How tokens are chosen and when an answer ends: what a request may ask for."""
+"""Sampling parameters of a request: how tokens are chosen and when an answer ends."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from ..shown import quoted, shown
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are chosen. Left at None, a setting is taken from the checkpoint's generation_config.json.
+    """Sampling parameters of a request. A setting that is None is taken from the checkpoint's generation_config.json.
 
-    temperature 0 is greedy. top_k 0 means no limit. min_p leaves out what is less likely than that share of the likeliest; 0
-    leaves out nothing.
+    temperature 0 is greedy. top_k 0 means no limit. min_p leaves out tokens whose probability is below that share of the
+    largest; 0 leaves out none.
     `seed` None draws a fresh one for each request; `n` answers to one prompt draw independently of each other.
 
     repetition_penalty divides positive logits, and multiplies negative ones, of tokens in the prompt or the answer (Keskar et
@@ -28,9 +28,9 @@ class SamplingParams:
 
     An answer ends before a text of `stop` (one text or several), at a token of `stop_token_ids`, after max_new_tokens, or
     `deadline_s` seconds after the request; none of the first two before min_new_tokens. No text of bad_words is in it.
-    At most one of `json_schema`, `regex` and `choice` says what the whole answer must be.
+    At most one of `json_schema`, `regex` and `choice` constrains the whole answer.
 
-    logprobs k asks for the logarithm of each token's probability, before anything above, and for the k likeliest tokens.
+    logprobs k: with the logarithm of each token's probability, before anything above, and with the top k tokens.
     priority: requests of a higher one are admitted earlier, see Scheduler.add.
 
     speculate k: draft up to k tokens from earlier text and verify them in one run, where that is worth it (prompt_lookup.py);
@@ -91,23 +91,24 @@ class SamplingParams:
         if len(names) > 1:
             raise ValueError(f"{' and '.join(names)} were given; expected one of them at most")
         if names and self.ignore_eos:
-            raise ValueError(f"{names[0]} was given with ignore_eos; an answer of a given form ends where that does")
+            raise ValueError(f"{names[0]} was given with ignore_eos; a constrained answer ends by itself")
         if "" in self.choice:
             raise ValueError("choice holds an empty text; expected texts of at least one character")
 
     @property
     def constrained(self) -> bool:
+        """Whether the answer has to match a JSON schema, a regular expression, or one of several texts."""
         return self.json_schema is not None or self.regex is not None or bool(self.choice)
 
     def penalty(self, defaults: SamplingDefaults) -> float:
-        """The repetition penalty, filled from the checkpoint where it is left open."""
+        """The repetition penalty; the checkpoint's where it is None."""
         return (defaults.repetition_penalty or 1.0) if self.repetition_penalty is None else self.repetition_penalty
 
     def resolved(self, defaults: SamplingDefaults, index: int = 0) -> ResolvedSampling:
-        """Every choice made for answer `index` of n: what is left open here is filled from the checkpoint."""
+        """All settings for answer `index` of n; those that are None are taken from the checkpoint."""
         temperature = self.temperature
         if temperature is None:
-            # Naming top_k, top_p, min_p, a seed or several answers asks for sampling.
+            # Any of top_k, top_p, min_p, seed or several answers turns sampling on.
             wants_sampling = (
                 any(value is not None for value in (self.top_k, self.top_p, self.seed)) or self.n > 1 or bool(self.min_p)
             )
@@ -124,7 +125,7 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedSampling:
-    """SamplingParams with nothing left open, for one answer."""
+    """SamplingParams for one answer, with every setting filled in."""
 
     temperature: float
     top_k: int

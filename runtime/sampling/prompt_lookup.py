@@ -1,4 +1,4 @@
-"""Drafts of what an answer may go on with, from its own words: prompt lookup (Saxena 2023).
+"""Prompt lookup (Saxena 2023): drafts of the next tokens of an answer, from the prompt and the answer so far.
 
 Answers repeat earlier text: names, quotations, code, the form of a list. What followed the last tokens where they occurred
 before is drafted, a few tokens of it; one run of the model verifies them all (Leviathan et al. 2023), so that a right draft
@@ -30,7 +30,7 @@ class PromptLookup:
             self._note(end)
 
     def draft(self, answer: SequenceOf[int], most: int) -> tuple[int, ...]:
-        """What may follow the tokens of the answer so far, at most `most` tokens; often nothing."""
+        """A draft of at most `most` tokens after the answer so far; often empty."""
         for token in answer[self.answer_length :]:
             self.tokens.append(token)
             self._note(len(self.tokens) - 1)
@@ -60,16 +60,16 @@ class PromptLookup:
     # ---- whether it is worth while
 
     def expected(self, count: int) -> float:
-        """How many of `count` drafted tokens will be right: each as likely as drafted tokens were so far."""
+        """The expected number of right tokens among `count` drafted ones, at the rate of right tokens so far."""
         share = self.right / self.drafted
         return float(count) if share >= 1 else share * (1 - share**count) / (1 - share)
 
     def verified(self, right: int, count: int) -> None:
-        """Of `count` drafted tokens so many were right; what follows the first wrong one says nothing."""
+        """Record that `right` of `count` drafted tokens were right; tokens after the first wrong one do not count."""
         self.right += right
         self.drafted += min(right + 1, count)
 
     def skipped(self) -> None:
-        """A draft did not seem worth it: forget a little, so that another is tried one day."""
+        """Record a draft that was not worth a run: the record fades a little, so that a later draft is tried."""
         self.right = PRIOR[0] + FORGET * (self.right - PRIOR[0])
         self.drafted = PRIOR[1] + FORGET * (self.drafted - PRIOR[1])

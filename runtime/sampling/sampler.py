@@ -12,7 +12,7 @@ import numpy as np
 from .params import ResolvedSampling
 from .top_logits import softmax_denominator, top_k_ids
 
-FEW, MANY = 64, 4096  # of the likeliest tokens, which a draw looks at first
+FEW, MANY = 64, 4096  # numbers of top tokens that a draw reads first
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,15 +21,15 @@ class TokenLogprob:
 
     token_id: int
     logprob: float
-    top: tuple[tuple[int, float], ...]  # the likeliest tokens with theirs, falling
+    top: tuple[tuple[int, float], ...]  # the top tokens with theirs, falling
 
 
 def sample(logits: np.ndarray, sampling: ResolvedSampling, position: int, used: int) -> int:
     """Choose from logits [V] float32; `position` counts the tokens generated before; ids from `used` on are never drawn.
 
     Greedy takes the largest logit of the whole row, as the reference does. Otherwise: divide by the temperature, keep the
-    top_k largest, keep the smallest set whose probability reaches top_p (Holtzman et al. 2020), of it what is at least min_p
-    times as likely as the likeliest (Nguyen et al. 2024), draw. A logit of -inf is never chosen if there is another.
+    top_k largest, keep the smallest set whose probability reaches top_p (Holtzman et al. 2020), of it the tokens with at least
+    min_p times the largest probability (Nguyen et al. 2024), draw. A logit of -inf is never chosen if there is another.
     """
     if sampling.temperature == 0:
         return int(logits.argmax())
@@ -55,7 +55,7 @@ def drawn(
     logits [n] are theirs, falling. `total`: the softmax denominator of all tokens that may be drawn; with top_k, whose tokens
     these then are, what they add up to. `complete`: no other token may be drawn.
 
-    The same token whatever n is, to the bit: sums run over the likeliest in order, or over the whole row by id.
+    The same token whatever n is, to the bit: sums run over the top tokens in order, or over the whole row by id.
     """
     below = logits.astype(np.float64) - logits[0]
     with np.errstate(over="ignore"):
@@ -67,7 +67,7 @@ def drawn(
         # A token stays while the probability before it is below top_p, so at least one stays.
         count = min(count, int(np.searchsorted(cumulative / total, sampling.top_p)) + 1)
     if sampling.min_p > 0:
-        count = min(count, int(np.count_nonzero(probabilities >= sampling.min_p)))  # the likeliest has 1
+        count = min(count, int(np.count_nonzero(probabilities >= sampling.min_p)))  # the largest is 1
     if count < len(ids):
         total, complete = float(cumulative[count - 1]), True
     place = int(np.searchsorted(cumulative[:count], number * total, side="right"))
@@ -88,7 +88,7 @@ def uniform(seed: int, position: int, index: int = 0) -> float:
 
 
 def logprob_of(logits: np.ndarray, token_id: int, top: int) -> TokenLogprob:
-    """The logarithm of a token's probability under logits [V], and the `top` likeliest; lower ids first among equals."""
+    """The logarithm of a token's probability under logits [V], and the `top` largest; lower ids first among equals."""
     row = logits.astype(np.float64)
     row -= row.max()
     row -= np.log(np.exp(row).sum())

@@ -1,4 +1,4 @@
-"""The likeliest tokens of a row of logits, found without sorting it.
+"""The top-k tokens of a row of logits, without sorting the row.
 
 Sorting 152,000 numbers takes a hundred times as long as reading them. A threshold that lets through these tokens, and few
 others, comes from the largest number of each block: the k-th largest of these is at most the k-th largest of all.
@@ -39,7 +39,7 @@ def _threshold(row: np.ndarray, count: int) -> float:
 
 
 def softmax_denominator(row: np.ndarray, temperature: float) -> float:
-    """The sum of exp((x - largest) / temperature) over row [V]: what probabilities are divided by.
+    """The sum of exp((x - largest) / temperature) over row [V]: the denominator of probabilities.
 
     Exponentials in float32, which are a third of the work; each is off by 1e-6 of itself at most. Sums of chunks are float64.
     """

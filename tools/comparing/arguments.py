@@ -19,14 +19,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", metavar="DEVICE", help="of the candidate; default: cpu, for Ascend sim")
     group.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
     group.add_argument("--threads", type=int, metavar="N", help="default: every core")
-    group.add_argument("--work", type=Path, metavar="DIR", help="where a checkpoint's weights are put meanwhile; default: /tmp")
+    group.add_argument("--work", type=Path, metavar="DIR", help="folder for converted weights of a checkpoint; default: /tmp")
     group = parser.add_argument_group("questions")
     group.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSON lines of prompts, or conversations as Qwen-VL or LLaVA have them"
+        "--data", type=Path, metavar="FILE", help="JSON lines of prompts, or conversations in the format of Qwen-VL or LLaVA"
     )
     group.add_argument("--image-folder", type=Path, metavar="DIR", help="where its images lie; default: beside it")
     group.add_argument("--samples", type=int, metavar="N", help="the first N samples of it; default: all")
-    group.add_argument("--new-tokens", type=int, default=16, metavar="N", help="of answers that are not given; default: 16")
+    group.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens of missing answers; default: 16")
     group.add_argument("--seed", type=int, default=0, metavar="N", help="of the built-in images and tokens; default: 0")
     group.add_argument("--no-edges", action="store_true", help="do not run every graph at the edges of its bucket")
     group = parser.add_argument_group("limits and results")
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--inspect",
         choices=("failed", "always", "never"),
         default="failed",
-        help="look at every operator of graphs that broke a limit (the default), of all, or of none",
+        help="compare every operator of graphs that broke a limit (the default), of all, or of none",
     )
     group.add_argument("--report", type=Path, metavar="FILE", help="one HTML file with plots")
     group.add_argument("--json", action="store_true", help="print one JSON object")

@@ -58,7 +58,7 @@ class Checkpoint:
         return convert(source, self.config, self.out, Conversion(prefix="reference")).weights
 
     def plan(self, context: int | None, images: int | None) -> Plan:
-        """A plan of few graphs: they are not measured, and a fault of one bucket has to differ from them."""
+        """A plan of few graphs: they are not measured, and are the reference for every bucket of the other side."""
         context = min(context or self.config.text.max_positions, self.config.text.max_positions)
         buckets = Buckets(
             prefill=(min(CHUNK, context),),

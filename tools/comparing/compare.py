@@ -90,7 +90,7 @@ class Comparison:
             return []
         comparison = WeightComparison(config, *weights, result.limits.weights)
         if not comparison.possible:
-            result.notes.append("weights were not compared: both sides are cut, among different numbers of ranks")
+            result.notes.append("weights were not compared: both sides are sharded, over different numbers of ranks")
             return []
         names, findings = comparison.names(), comparison.extra()
         if quants := self._calibrated:
@@ -128,7 +128,7 @@ class Comparison:
     # ---- samples
 
     def _samples(self, result: ComparisonResult) -> None:
-        advance = self.stage("asking both sides", len(self.samples))
+        advance = self.stage("running samples on both sides", len(self.samples))
         reported: set[str] = set()
         for sample in self.samples:
             try:
@@ -256,7 +256,7 @@ class Comparison:
     def _localise(self, result: ComparisonResult) -> None:
         localiser = Localiser(self.reference, self.candidate, result.limits)
         failing = [case for case in self.failing if case.error > 0]
-        result.findings += localiser.localise(failing, self.stage("looking for the fault", len(failing)))
+        result.findings += localiser.localise(failing, self.stage("locating the fault", len(failing)))
         result.layers, result.inspected = localiser.layers, localiser.inspected
 
 

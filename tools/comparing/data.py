@@ -107,7 +107,7 @@ def _prompt(record: Mapping[str, Any], location: _Location, folder: Path) -> Sam
     if prompt is None:
         raise location.error("prompt is null; expected text")
     if texts.get("answer") == "":
-        raise location.error("answer is empty; leave it out to use what the reference says")
+        raise location.error("answer is empty; leave it out to use the reference's own")
     return user_sample(name, prompt, images, boxes=_boxes(record.get("boxes"), location), **texts)
 
 

@@ -9,7 +9,7 @@ from .result import EdgeResult
 
 
 def fault_scope(edges: Sequence[EdgeResult], findings: Sequence[Finding], ranks: int, quant: str) -> list[str]:
-    """Sentences about the scope, each only where something else could have been wrong too."""
+    """Sentences about the scope, each only where other parts were checked too."""
     # A case of one graph runs others before it: inspected operators tell which graphs are wrong by themselves.
     graphs = {each.graph for each in findings if each.stage == "graph"} or {edge.graph for edge in edges if edge.broken}
     sentences = _of_graphs(edges, graphs) + _of_columns(edges, graphs)

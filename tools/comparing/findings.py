@@ -1,4 +1,4 @@
-"""Findings of a comparison: what is wrong, and where."""
+"""Findings of a comparison: faults and their places."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ WHOLE = {"linear_w8a8": 5e-3}
 
 
 def first_fault_by_name(errors: Mapping[Node, OpError], limit: float) -> OpError | None:
-    """The first operator with an error, or one that is missing right before it, where values are found by name."""
+    """The first operator with an error, or one that is missing right before it, where values are matched by name."""
     for node, error in errors.items():
         if error.error is None or error.error <= allowed(error, limit):
             continue
@@ -31,7 +31,7 @@ def first_fault_by_name(errors: Mapping[Node, OpError], limit: float) -> OpError
 
 
 def _cache_error(node: Node, errors: Mapping[Node, OpError]) -> OpError | None:
-    """The error of the rows that wrong cached attention has written, if it has a note: it may explain the rest."""
+    """The error of the rows that faulty cached attention has written, if it has a note, which may explain the rest."""
     items = node.all_input_nodes[0].users if _is_item(node) else ()
     return next((errors[item] for item in items if item in errors and errors[item].note), None)
 
@@ -60,7 +60,7 @@ def _reshapes(node: Node) -> bool:
 
 
 def first_fault_by_content(errors: Mapping[Node, OpError]) -> OpError | None:
-    """The first operator whose value is nowhere, nor any value made of it, where values are found by their contents.
+    """The first operator with neither its value nor any value made of it in the graph, where values are matched by contents.
 
     A compiler may fuse operators, so a value may be missing while one made of it is there.
     """
@@ -75,8 +75,8 @@ def first_fault_by_content(errors: Mapping[Node, OpError]) -> OpError | None:
 
 
 def first_faulty_output(errors: Mapping[Node, OpError]) -> OpError | None:
-    """The first wrong output, where nothing but outputs can be seen; operators before it may be at fault."""
-    note = "of this graph only outputs can be seen, so an operator before this one may be at fault"
+    """The first wrong output, where only outputs are visible; operators before it may be at fault."""
+    note = "only the outputs of this graph are visible, so an operator before this one may be at fault"
     wrong = (error for error in errors.values() if error.error is not None and error.error > EXACT)
     return next((dataclasses.replace(error, note=error.note or note) for error in wrong), None)
 

@@ -1,4 +1,4 @@
-"""Answers that are given beforehand."""
+"""Forced answers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ...runtime.engine.request import Sequence
 
 @dataclass(slots=True, eq=False)
 class ForcedAnswer:
-    """A token source (runtime.engine.request.TokenSource): these tokens, whatever the logits say."""
+    """A token source (runtime.engine.request.TokenSource): it gives these tokens, whatever the logits are."""
 
     tokens: np.ndarray
     slot: int = -1  # of the sequence, once it answers

@@ -1,4 +1,4 @@
-"""Looking into a simulated Ascend graph. torchair numbers its operators as it likes, so values are found by their contents."""
+"""Values inside a simulated Ascend graph. torchair numbers operators in its own way, so values are matched by contents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...runtime.backends.ge_simulator.simulator import Simulator
 from .operator_errors import ValueFinder
 from .static_side import StaticSide
 
-ALIKE = 2e-5  # of the largest magnitude: float32 sums in another order, never another operator
+ALIKE = 2e-5  # relative to the largest magnitude: covers float32 sums in another order, never another operator
 
 
 class GeGraph:

@@ -91,7 +91,7 @@ def _last_token(value: Tensor) -> Tensor:
 
 
 def _finding(name: str, error: float, value: Tensor, absent: bool) -> Finding:
-    cause = "transformers has it, the definition has not" if absent else "the same weights give something else in transformers"
+    cause = "transformers has it, the definition has not" if absent else "the same weights give another output in transformers"
     text = f"{name} {list(value.shape)}: {cause} (relative error {error:.2e})"
     return Finding(stage="definition", where=name, text=text, error=error, shape=tuple(value.shape))
 

@@ -1,8 +1,8 @@
 """The search for the operator that makes a case fail.
 
 A captured run of a graph is compared operator by operator (operator_errors.py), so a fault in a compiled graph is named at
-once: stage, bucket, layer and operator. What no graph explains is looked for in what the steps were fed and, where
-transformers is the reference, in the definition itself.
+once: stage, bucket, layer and operator. Then the feeds of the steps are checked and, where transformers
+is the reference, the definition itself.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .thresholds import Thresholds
 
 MAX_CASES = 12  # that are inspected
 RUNS = 3  # of one graph in one case
-MAX_CORRECT_RUNS = 4  # of a graph, in cases that were made for others
+MAX_CORRECT_RUNS = 4  # of one graph, in cases for other graphs
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,7 +97,7 @@ class Localiser:
     def _finding(side: StaticSide, label: str, run: CapturedRun, fault: OpError) -> Finding:
         ranks = side.artifact.manifest.tp
         where = f"rank {fault.rank} of {ranks}, " if ranks > 1 else ""
-        error = "its result is nowhere in the graph" if fault.error is None else f"relative error {fault.error:.2e}"
+        error = "its result is not in the graph" if fault.error is None else f"relative error {fault.error:.2e}"
         note = f"; {fault.note}" if fault.note else ""
         text = f"{run.graph.name}: {where}{fault.name} {list(fault.shape)} is wrong by itself: {error}{note}"
         return Finding(

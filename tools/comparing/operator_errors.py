@@ -1,7 +1,7 @@
 """The error of every operator: the values of a compiled graph against those that each operator's definition computes.
 
-Every definition gets the compiled graph's values for its inputs, so an error is the operator's own: nothing adds up on the
-way, and the first operator that is wrong is at fault.
+Every definition gets the compiled graph's values for its inputs, so an error is the operator's own: errors do not
+accumulate, and the first operator that is wrong is at fault.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.fx.node import map_arg
 
 from .metrics import relative_error
 
-# (traced node, expected value) -> the compiled graph's value of it, None where it is not found
+# (traced node, expected value) -> the compiled graph's value of it, or None
 ValueFinder = Callable[[Node, Tensor], Tensor | None]
 WRITTEN = {1: "keys written", 2: "values written"}  # outputs of cached attention
 

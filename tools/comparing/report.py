@@ -1,4 +1,4 @@
-"""The report of a comparison for people: whether it passed, the fault, and tables."""
+"""The report of a comparison as text: whether it passed, the fault, and tables."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ def conclusion(result: ComparisonResult) -> list[str]:
         worst = max(each.figures.relative for each in result.samples)
         cases = f"{len(result.samples)} samples" + (f" and {len(result.edges)} edge cases" if result.edges else "")
         return [*lines, f"passed: {cases} within the limits; the largest relative error of logits is {worst:.1e}"]
-    lines.append(f"FAILED: {len(result.broken)} limits broken, {len(result.findings)} causes found")
+    lines.append(f"FAILED: {len(result.broken)} limits broken, {len(result.findings)} causes")
     if first := result.first:
         lines.append(f"fault in {first.side}'s {NOUNS[first.stage]}: {first.text}")
     else:
-        lines.append(
-            "no single cause was found: no operator is wrong by itself" if result.layers else "no cause was looked for"
-        )
+        lines.append("no single cause: no operator is wrong by itself" if result.layers else "causes were not searched for")
     lines += [f"also: {each.text}" for each in result.findings if each is not first][:MAX_CAUSES]
     if len(result.findings) > MAX_CAUSES + 1:
         lines.append(f"and {len(result.findings) - MAX_CAUSES - 1} more causes, in the JSON")
@@ -43,8 +41,8 @@ NOUNS = {
 
 def sample_table(samples: Sequence[SampleResult]) -> Table:
     table = Table(title="Forced tokens: candidate against reference")
-    for name in ("sample", "positions", "tokens", "top 5", "top 50", "all", "KL", "cosine", "top-1", "perplexity", "parts at"):
-        table.add_column(name, justify="left" if name in ("sample", "parts at") else "right")
+    for name in ("sample", "positions", "tokens", "top 5", "top 50", "all", "KL", "cosine", "top-1", "perplexity", "diverges"):
+        table.add_column(name, justify="left" if name in ("sample", "diverges") else "right")
     for each in samples:
         f = each.figures
         bands = {band.top: f"{band.relative:.1e}" for band in f.bands}
@@ -65,7 +63,7 @@ def score_table(samples: Sequence[SampleResult]) -> Table | None:
     scored = [(each.name, each.scores) for each in samples if each.scores]
     if not scored:
         return None
-    table = Table(title="Against what is right: reference / candidate")
+    table = Table(title="Against the right answers: reference / candidate")
     for name in ("sample", "exact match", "IoU of boxes"):
         table.add_column(name)
     for name, s in scored:

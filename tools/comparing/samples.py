@@ -59,10 +59,10 @@ def built_in_samples(seed: int = 0) -> list[Sample]:
     samples = [user_sample(f"text {i + 1}", text, built_in=True) for i, text in enumerate(TEXTS)]
     for kind in ("describe", "box"):
         question, answer = answers[kind]
-        samples.append(user_sample(f"picture, {kind}", question, (drawn,), built_in=True, answer=answer))
+        samples.append(user_sample(f"image, {kind}", question, (drawn,), built_in=True, answer=answer))
     for name, grid in (("wide", (1, 2)), ("tall", (3, 1)), ("large", (2, 2))):
-        samples.append(user_sample(f"picture, {name}", QUESTION, (image(seed + 7, grid),), built_in=True))
-    samples.append(user_sample("two pictures", "Which of the two is larger?", (drawn, image(seed + 9)), built_in=True))
+        samples.append(user_sample(f"image, {name}", QUESTION, (image(seed + 7, grid),), built_in=True))
+    samples.append(user_sample("two images", "Which of the two is larger?", (drawn, image(seed + 9)), built_in=True))
     turns = (Message("user", QUESTION, 1), Message("assistant", "A red circle."), Message("user", "Where is it?"))
     samples.append(Sample(name="second turn", messages=turns, images=(drawn,), built_in=True))
     return samples

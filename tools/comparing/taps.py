@@ -218,7 +218,7 @@ def _ascend(side: StaticSide, run: CapturedRun) -> list[Errors]:
         }
         ge = GeGraph(side, spec, cache, rank, group)
         result = ge.run(run.feed, caches, run.image)
-        # A program calls the definitions' own operators: only its outputs can be seen.
+        # A program calls the definitions' own operators: only its outputs are visible.
         find = named(outputs_of(program, definition_, ge.backend, result, run.image)) if spec.eager else ge.find
         return OperatorComparison(program, parameters_of(side, side.rank_weights[rank], definition_)).run(inputs, find)
 

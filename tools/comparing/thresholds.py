@@ -66,7 +66,7 @@ def precision(manifest: Manifest | None) -> str:
     quant = text_quant(manifest.quant).partition("-")[0]  # w4a16-g32 and -asym have the limits of w4a16
     if quant in DEFAULTS:
         return quant
-    # The dtype option rounds weights to that dtype; "auto" rounds nothing.
+    # The option --dtype rounds weights to that dtype; "auto" rounds nothing.
     dtype = manifest.build.options.get("dtype", "")
     floats = dtype if dtype in DEFAULTS else manifest.cache.dtype
     return coarser(floats, "int8-cache") if manifest.cache.text_dtype else floats

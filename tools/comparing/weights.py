@@ -19,7 +19,7 @@ from ...weights.shard_span import Span
 from ...weights.storage import quant_of
 from .findings import Finding
 
-MATCH = 1e-5  # tensors this near are equal, not alike by chance
+MATCH = 1e-5  # relative error up to which tensors are taken for equal
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class WeightComparison:
     """The comparison of a whole reference with the shards of a candidate, or the other way round."""
 
     def __init__(self, config: ModelConfig, reference: list[RankWeights], candidate: list[RankWeights], limit: float) -> None:
-        """Lists are by rank; one of the two has to be whole, unless both are cut alike."""
+        """Lists are by rank; one of the two has to be whole, unless both are sharded alike."""
         self.config, self.reference, self.candidate, self.limit = config, reference, candidate, limit
 
     @property
@@ -150,7 +150,7 @@ class WeightComparison:
         return tuple(weights.weights[key].shape)
 
     def _moved(self, name: str, rank: int, a: Tensor, b: Tensor, near: float) -> Iterator[str]:
-        """Clauses for rows, or columns, that are others of the same tensor."""
+        """Clauses for rows or columns that are in the wrong place of the same tensor."""
         whole = self.reference[0].read(name, self._columns(name, len(self.reference))) if len(self.reference) == 1 else a
         axis = shard_axis(self.config, name) if max(len(self.reference), len(self.candidate)) > 1 else 0
         for direction, noun in ((0, "rows"), (1, "columns")):

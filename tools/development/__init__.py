@@ -1,1 +1,1 @@
-"""For a checkout alone, no wheel has it: training of the embedded models, random checkpoints, coverage of Ascend lowerings."""
+"""Tools of a checkout, not in the wheel: training of the embedded models, random checkpoints, coverage of Ascend lowerings."""

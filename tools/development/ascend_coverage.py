@@ -3,7 +3,7 @@
     python -m staticvl.tools.development.ascend_coverage CONFIG_FOLDER...
 
 Configs are enough: nothing of a graph depends on weights, and tensors without data take no memory. A folder may also be the
-name of a known model. Prints what Ascend operators each graph became, and with --markdown writes it as a table. With --tp N
+name of a known model. Prints the Ascend operators of each graph, and with --markdown writes them as a table. With --tp N
 the graphs are those of one rank of N.
 """
 
@@ -34,7 +34,7 @@ from ..known_models import MODELS, write_known_model
 
 PREFILL, DECODE, IMAGES = (1, 64), (1, 4), (1, 4)
 CONTEXT = 2048
-# What a graph is fed with or given is no operator.
+# Inputs and constants are not counted as operators.
 NO_OPERATORS = ("Data", "Const", "NetOutput")
 
 
@@ -99,7 +99,7 @@ def _config(name: str) -> ModelConfig:
 
 def definitions(config: ModelConfig, dtype: str, tp: int = 1) -> Iterator[GraphDef]:
     """Every kind of graph of one rank of a model, at buckets that show what differs: one token and several, one row and
-    several. Raises PlanError, and WeightsError for a model that cannot be cut so."""
+    several. Raises PlanError, and WeightsError for a model that cannot be sharded so."""
     buckets = Buckets(
         prefill=PREFILL,
         decode=DECODE,
@@ -115,7 +115,7 @@ def definitions(config: ModelConfig, dtype: str, tp: int = 1) -> Iterator[GraphD
 
 
 def _any_image(config: ModelConfig) -> ImageProcessorConfig:
-    """Sizes of the model's images; colours and cuts are the host's affair or values of tensors."""
+    """Sizes of the model's images; other settings do not change a graph."""
     half = (0.5, 0.5, 0.5)
     return ImageProcessorConfig(
         mode="stretch", size=config.vision.image_size, rows=config.vision.rows_per_tile, mean=half, std=half
@@ -144,7 +144,7 @@ def _types(row: Covered) -> str:
 
 
 def markdown(rows: Sequence[Covered], dtype: str) -> str:
-    """The table, with what it was made with."""
+    """The table, with the versions and sizes that it was made with."""
     head = (
         f"Made with torch_npu {torchair_host.VERSION}, {dtype}, context {CONTEXT} at most. Inputs and constants not counted.\n"
     )

@@ -1,7 +1,7 @@
 """Write a checkpoint with random weights, of the sizes that a config.json gives or of a model known by name.
 
-The files are laid out as the published ones, so that compiling, memory and speed can be tried at full size before, or
-without, fetching the real weights. Answers are noise.
+The files are laid out as the published ones, so that compilation, memory and speed can be measured at full size without
+the real weights. Answers are noise.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not any((args.out / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "qwen.tiktoken")):
         print(f"{args.config_folder} has no tokenizer.json or tokenizer.model, which compiling needs; add one to {args.out}")
     if (args.out / TOWER_FOLDER).is_dir():
-        print(f"the vision tower lies apart, as this layout has it; compile with --vision-tower {args.out / TOWER_FOLDER}")
+        print(f"the vision tower has a folder of its own; compile with --vision-tower {args.out / TOWER_FOLDER}")
     return 0
 
 
@@ -96,7 +96,7 @@ def write_checkpoint(
     """Write random weights and copies of the JSON and tokenizer files of `config_folder` into `out`.
 
     `config_folder` may be a name of known_models.MODELS instead; `overrides` change values of its config.json, by key or,
-    within a section, SECTION.KEY. Tokenizer files that are not there are made up. `dtype` is by default the one that
+    within a section, SECTION.KEY. Missing tokenizer files are generated. `dtype` is by default the one that
     config.json names, else float16. Weights are normal with standard deviation `scale`, norm weights the same around 1,
     and gates around 0.5. Returns the number of tensors and their bytes. Raises RandomCheckpointError for a config that is
     not supported and when `out` is in use, and WeightsError when there is no room.
@@ -122,7 +122,7 @@ def write_checkpoint(
 
 
 def _stage(config_folder: Path, overrides: Mapping[str, Any], folder: Path) -> ModelConfig:
-    """Put all files but weights into `folder`, so that whatever is wrong with them is known before anything is written."""
+    """Put all files but weights into `folder`, so that their errors are known before `out` is written."""
     if not config_folder.is_dir() and str(config_folder) in MODELS:
         write_known_model(str(config_folder), folder)
     elif config_folder.is_dir():
@@ -227,7 +227,7 @@ def _split(tensors: Mapping[str, StoredTensor], limit: float) -> Iterator[dict[s
 
 
 def _copy_files(source: Path, out: Path) -> None:
-    """Every JSON and tokenizer file but weight indexes; config.json last: a broken-off folder must not look whole."""
+    """Every JSON and tokenizer file but weight indexes; config.json last: an interrupted folder must not look complete."""
     files = [p for pattern in _COPIED for p in sorted(source.glob(pattern))]
     for path in sorted(files, key=lambda p: p.name == "config.json"):
         if not path.name.endswith(".index.json"):
@@ -235,7 +235,7 @@ def _copy_files(source: Path, out: Path) -> None:
 
 
 def _forget_quantisation(folder: Path) -> None:
-    """Random weights are in floating point, whatever those were that the settings came with."""
+    """Remove settings of a quantisation: random weights are in floating point."""
     for name in SETTINGS_FILES:
         (folder / name).unlink(missing_ok=True)
     data = read_json(folder / "config.json")

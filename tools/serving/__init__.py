@@ -1,1 +1,1 @@
-"""`staticvl serve`: an artifact behind the HTTP interface that OpenAI's clients speak, and a page to try it on."""
+"""`staticvl serve`: an artifact with an HTTP interface for OpenAI's clients, and a page to try it on."""

@@ -1,4 +1,4 @@
-"""API keys: where they come from, and the check of a request's."""
+"""API keys: their sources, and the check of a request's key."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .errors import ApiError
 def collect_keys(options: Sequence[str], file: Path | None, environment: Mapping[str, str]) -> tuple[str, ...]:
     """Keys of the command line, of a file (one a line; # begins a comment) and of STATICVL_API_KEYS (between commas).
 
-    Raises ValueError for a file without a key, which would let everybody in.
+    Raises ValueError for a file without a key, which would serve every client.
     """
     lines = file.read_text(encoding="utf-8").splitlines() if file is not None else []
     of_file = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
@@ -27,7 +27,7 @@ def collect_keys(options: Sequence[str], file: Path | None, environment: Mapping
 
 
 class KeyRing:
-    """The keys of a server. It compares digests, all of them each time, so that the time tells nothing about any key."""
+    """The keys of a server. It compares digests, all of them each time, so that the time reveals nothing about any key."""
 
     def __init__(self, keys: Sequence[str]) -> None:
         self._digests = [_digest(key) for key in keys]

@@ -28,7 +28,7 @@ SAFE = ["GET", "HEAD"]
 
 
 def create_app(model: Model, settings: Settings) -> FastAPI:
-    """An application that serves a model; `app.state.service` is there once it runs."""
+    """An application that serves a model; `app.state.service` exists while it runs."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:

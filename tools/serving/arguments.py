@@ -12,8 +12,8 @@ from .settings import MIB, Settings
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", type=Path, help="folder that staticvl compile wrote")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at; default: 127.0.0.1, this machine alone")
-    parser.add_argument("--port", type=int, default=8000, help="0: any free one; default: 8000")
-    parser.add_argument("--model-name", metavar="NAME", help="what clients call the model; default: the artifact's folder")
+    parser.add_argument("--port", type=int, default=8000, help="0: any free port; default: 8000")
+    parser.add_argument("--model-name", metavar="NAME", help="name of the model for clients; default: the artifact's folder")
     group = parser.add_argument_group("access")
     group.add_argument(
         "--api-key", action="append", default=[], metavar="KEY", help="repeat for several; others see it in the process list"
@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--allow-private-urls", action="store_true", help="fetch images from private addresses too")
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
-    group.add_argument("--tp", type=int, metavar="N", help="ranks of each layer; default: what the artifact was compiled for")
+    group.add_argument("--tp", type=int, metavar="N", help="ranks of each layer; default: as compiled")
     group.add_argument("--threads", type=int, metavar="N", help="default: every core")
     group.add_argument("--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers")
     group.add_argument(
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="put a system message that the checkpoint's template refuses, as Llama-3.2-Vision's does beside images, into the "
         "first user turn; default: an error",
     )
-    group.add_argument("--no-reuse", action="store_true", help="compute every request afresh")
+    group.add_argument("--no-reuse", action="store_true", help="no prefix cache and no encoder cache")
     group.add_argument(
         "--speculate",
         type=int,
@@ -45,29 +45,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draft up to K tokens of every answer; the artifact needs such graphs",
     )
     add_verify_options(group)
-    group.add_argument("--image-cache-mb", type=int, default=256, metavar="MB", help="features that are kept; default: 256")
+    group.add_argument("--image-cache-mb", type=int, default=256, metavar="MB", help="size of the encoder cache; default: 256")
     group.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of every request")
     group = parser.add_argument_group("limits")
-    group.add_argument("--max-waiting", type=int, default=64, metavar="N", help="answers beside those in slots; default: 64")
+    group.add_argument("--max-waiting", type=int, default=64, metavar="N", help="answers that may wait for a slot; default: 64")
     group.add_argument("--max-body-mb", type=float, default=32, metavar="MB", help="of a request; default: 32")
     group.add_argument("--max-images", type=int, default=8, metavar="N", help="of a request; default: 8")
     group.add_argument("--max-image-mb", type=float, default=16, metavar="MB", help="of an image's file; default: 16")
     group.add_argument("--max-image-pixels", type=int, default=40_000_000, metavar="N", help="default: 40000000")
-    group.add_argument("--request-s", type=float, default=600, metavar="S", help="that a request may take; default: 600")
-    group.add_argument("--fetch-s", type=float, default=20, metavar="S", help="that an image's download may take; default: 20")
-    group.add_argument("--send-s", type=float, default=60, metavar="S", help="that an answer may stay unread; default: 60")
-    group.add_argument("--stall-s", type=float, default=60, metavar="S", help="of one step, then /health is 503; default: 60")
+    group.add_argument("--request-s", type=float, default=600, metavar="S", help="time limit of a request; default: 600")
+    group.add_argument("--fetch-s", type=float, default=20, metavar="S", help="time limit of an image's download; default: 20")
+    group.add_argument("--send-s", type=float, default=60, metavar="S", help="time that an answer may stay unread; default: 60")
+    group.add_argument(
+        "--stall-s", type=float, default=60, metavar="S", help="of one step, after which /health is 503; default: 60"
+    )
     group.add_argument(
         "--drain-s",
         type=float,
         default=30,
         metavar="S",
-        help="for requests that run when the server ends; default: 30",
+        help="time for running requests when the server ends; default: 30",
     )
 
 
 def settings_of(args: argparse.Namespace, keys: tuple[str, ...]) -> Settings:
-    """Raises ValueError for a limit that would let nobody be served."""
+    """The settings of a command line; raises ValueError for a limit under which no request could be served."""
     for name in ("max_body_mb", "max_image_mb", "max_image_pixels", "request_s", "fetch_s", "send_s", "stall_s"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name):g}; expected more than 0")

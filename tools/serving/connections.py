@@ -21,8 +21,8 @@ T = TypeVar("T")
 
 def protocol_with(settings: Settings) -> type[H11Protocol]:
     """uvicorn's protocol with two more time limits: until a connection's first request, and until the client has read the end
-    of an answer. `abort` in a request's state drops the connection with all that is not sent. Bytes that are no
-    HTTP gets an error in the API's form, or the end of the connection where an answer has begun."""
+    of an answer. `abort` in a request's state drops the connection with all that is not sent. Bytes that are
+    not HTTP get an error in the API's form, or the end of the connection where an answer has begun."""
 
     class Protocol(H11Protocol):
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -60,7 +60,7 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
             self.transport.close()
 
         def _unsupported_upgrade_warning(self) -> None:
-            """An upgrade that is not offered is no reason for a line in the log; the request is answered as it is."""
+            """No line in the log for an upgrade that is not offered; the request is answered without it."""
 
         def timeout_keep_alive_handler(self) -> None:
             super().timeout_keep_alive_handler()
@@ -68,7 +68,7 @@ def protocol_with(settings: Settings) -> type[H11Protocol]:
 
         def connection_lost(self, exc: Exception | None) -> None:
             super().connection_lost(exc)
-            self._cancel_head_limit()  # a timer would keep all of the connection in memory until then
+            self._cancel_head_limit()  # the timer would keep the connection in memory until it fires
             if self.timer is not None:
                 self.timer.cancel()
 

@@ -44,11 +44,11 @@ class ApiError(Exception):
 
 
 class ClientGoneError(Exception):
-    """The client closed its connection, or does not read it, so no answer can reach it."""
+    """The client has closed its connection, or does not read from it."""
 
 
 def of_request(error: Exception) -> ApiError:
-    """The error to send for one that was raised before an answer began, which is mostly the request's."""
+    """The error to send for one that was raised before an answer began; mostly the request is at fault."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, ContextError):
@@ -99,7 +99,7 @@ def add_handlers(app: FastAPI) -> None:
         return response(ApiError(error.status_code, message, code="not_found", headers=error.headers or {}))
 
     async def gone(*_: object) -> JSONResponse:
-        return JSONResponse(None, 499)  # which nobody reads
+        return JSONResponse(None, 499)  # which no client reads
 
     app.add_exception_handler(ApiError, api_error)
     app.add_exception_handler(HTTPException, routing)

@@ -32,7 +32,7 @@ class ImageLoader:
         self._decoding = ThreadPoolExecutor(1, "staticvl-decode")
 
     async def fetch(self, urls: Sequence[str]) -> list[bytes]:
-        """The files behind URLs, not decoded; raises ImageError."""
+        """The files at URLs, not decoded; raises ImageError."""
         loop = asyncio.get_running_loop()
         return await asyncio.gather(*(loop.run_in_executor(self._fetching, self._fetch, i, url) for i, url in enumerate(urls)))
 

@@ -1,4 +1,4 @@
-"""A log in which an error takes one line at most, whatever a client sends and however it leaves."""
+"""A log in which an error takes at most one line, whatever a client sends and however it disconnects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def brief(error: BaseException) -> str:
 
 
 def log_in_one_line(loop: asyncio.AbstractEventLoop) -> None:
-    """Make a loop, and asyncio's log, write one line in place of a traceback, or none where no one can act on it."""
+    """Make a loop, and asyncio's log, write one line in place of a traceback, or none where there is nothing to act on."""
     loop.set_exception_handler(_in_one_line)
     logging.getLogger("asyncio").addFilter(_worth_a_line)  # adding it again changes nothing
 

@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     settings = settings_of(args, collect_keys(args.api_key, args.api_key_file, os.environ))
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if not settings.keys and args.host not in LOCAL:
-        print(f"anybody who reaches {args.host} is served, because no API key was given (--api-key-file)", file=sys.stderr)
+        print(f"every client of {args.host} is served, because no API key was given (--api-key-file)", file=sys.stderr)
     with (
         listening(args.host, args.port) as sock,
         warned_of_code(args.artifact, args.verify_key),
@@ -122,7 +122,7 @@ class Server(uvicorn.Server):
         await self.service.failed.wait()
         print(f"staticvl: {self.service.engine.failure}", file=sys.stderr)
         self.status = 1
-        await asyncio.sleep(0.5)  # in which waiting clients, and /health, get the error
+        await asyncio.sleep(0.5)  # time for waiting clients, and /health, to get the error
         self.should_exit = True
 
     async def _drain(self) -> None:

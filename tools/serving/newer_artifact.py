@@ -49,7 +49,7 @@ class NewerArtifact:
         try:
             digest = read_manifest(self._artifact.folder).digest
         except ArtifactError:
-            return "the artifact in its folder is damaged or gone; the one that was opened is served on"
+            return "the artifact in its folder is damaged or gone; the opened one is still served"
         if digest == self._artifact.manifest.digest:
             return None
         return "a newer artifact lies in its folder; restart the server to serve it"

@@ -94,7 +94,7 @@ def usage(outputs: Sequence[Output]) -> dict[str, Any]:
 
 
 def _ending(out: Output) -> dict[str, Any]:
-    """Why an answer ended, in the API's words and in ours, and the boxes in it."""
+    """The reason why an answer ended, in the API's words and in ours, and the boxes in it."""
     return {
         "finish_reason": REASONS[out.finish_reason],
         "finish_detail": out.finish_reason,

@@ -113,14 +113,15 @@ Texts = Annotated[
 
 
 def _few(biases: Any) -> Any:
-    """The biases, counted before they are validated, since every wrong one would add to the error."""
+    """The biases, counted before they are validated, since every invalid one adds to the error."""
     if isinstance(biases, dict) and len(biases) > MAX_BIASES:
         raise ValueError(f"{len(biases)} tokens are named; expected at most {MAX_BIASES}")
     return biases
 
 
 class ChatRequest(BaseModel):
-    """Left at None, a setting is the checkpoint's, and an answer may be as long as fits."""
+    """A chat completion request. A setting that is None is the checkpoint's; without max_tokens an answer may fill the
+    context."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, allow_inf_nan=False)
     model: str
@@ -140,7 +141,7 @@ class ChatRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     response_format: Annotated[TextFormat | JsonObject | JsonSchema, Field(discriminator="type")] | None = None
-    # What staticvl can do besides; clients send it as extra_body.
+    # Further settings of staticvl; clients send them as extra_body.
     top_k: Whole | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)

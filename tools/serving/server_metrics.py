@@ -29,7 +29,7 @@ class ServerMetrics:
         self.first = Histogram(
             "staticvl_first_token_seconds", "From a request to its first text", buckets=SECONDS, registry=self.registry
         )
-        self.active = 0  # requests that have come and not gone
+        self.active = 0  # requests that have not ended
         self.registry.register(self)  # type: ignore[arg-type]  (anything with `collect`)
 
     def text(self) -> bytes:
@@ -38,16 +38,16 @@ class ServerMetrics:
     def collect(self) -> Iterator[Metric]:
         engine, metrics = self.engine, self.engine.metrics
         gauges = {
-            "staticvl_requests_active": ("Requests that have come and not gone", self.active),
+            "staticvl_requests_active": ("Requests that have not ended", self.active),
             "staticvl_sequences_running": ("Answers that hold a slot", len(engine.scheduler.running)),
             "staticvl_sequences_waiting": ("Answers that wait for a slot", len(engine.scheduler.waiting)),
             "staticvl_slots": ("Slots of the cache", engine.cache.spec.slots),
-            "staticvl_slots_free": ("Slots that nobody holds", engine.cache.free),
+            "staticvl_slots_free": ("Free slots", engine.cache.free),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
         counters = {
-            "staticvl_prompt_tokens": ("Positions of prompts that were run or taken over", metrics.prompt_tokens),
+            "staticvl_prompt_tokens": ("Positions of prompts that were run or reused", metrics.prompt_tokens),
             "staticvl_reused_tokens": ("Positions of prompts that were in the cache already", metrics.reused_tokens),
             "staticvl_tiles": ("Tiles of images whose features were needed", metrics.tiles),
             "staticvl_reused_tiles": ("Tiles whose features were known already", metrics.reused_tiles),

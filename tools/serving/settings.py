@@ -12,7 +12,7 @@ class Settings:
     """Limits and access. Times are seconds."""
 
     model_name: str
-    keys: tuple[str, ...] = ()  # none: everybody is served
+    keys: tuple[str, ...] = ()  # none: every client is served
     allow_private_urls: bool = False
     max_body_bytes: int = 32 * MIB
     max_images: int = 8  # of one request
@@ -25,7 +25,7 @@ class Settings:
     request_s: float = 600  # from the first byte of a request to the last token
     body_s: float = 30  # until the body has arrived
     header_s: float = 30  # until a new connection has sent a request
-    fetch_s: float = 20  # of one image behind a URL
+    fetch_s: float = 20  # of one image at a URL
     stall_s: float = 60  # that the engine may need for one step before /health says so
     send_s: float = 60  # that a client may leave its answer unread
     drain_s: float = 30

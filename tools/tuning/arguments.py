@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="YAML to write, for staticvl compile --buckets")
     parser.add_argument("--report", type=Path, metavar="FILE", help="one HTML file with the figures and plots")
-    parser.add_argument("--explain", action="store_true", help="say of each bucket what it saves")
+    parser.add_argument("--explain", action="store_true", help="print the saving of each bucket")
     _add_costs(parser.add_argument_group("model and costs"))
     _add_requests(parser.add_argument_group("requests"))
     _add_limits(parser.add_argument_group("limits"))
@@ -39,9 +39,9 @@ def _add_costs(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
     group.add_argument(
-        "--card", choices=[*sorted(CARDS), "cpu"], help="at best on this device; default: 910B, with an artifact none"
+        "--card", choices=[*sorted(CARDS), "cpu"], help="lower bounds on this device; default: 910B, with an artifact none"
     )
-    group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="of every run on a card")
+    group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="added to every run on a card")
     group.add_argument("--quant", choices=QUANTS, default="none", help="with --checkpoint")
     group.add_argument("--kv-cache", choices=KV_CACHES, default="float", help="with --checkpoint")
     group.add_argument(
@@ -69,7 +69,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         group.add_argument(f"--max-{kind}-graphs", type=int, default=default, metavar="N", help=f"of {kind}")
     group.add_argument("--max-compile-minutes", type=float, metavar="M", help="estimated from measured costs")
     group.add_argument("--max-memory-gb", type=float, metavar="GB", help="weights and cache; default: the card's")
-    group.add_argument("--context", type=int, metavar="N", help="tokens; default: what the longest request takes")
+    group.add_argument("--context", type=int, metavar="N", help="tokens; default: those of the longest request")
     group.add_argument("--slots", type=int, metavar="N", help="exactly so many; default: chosen in the replay")
     group.add_argument("--max-slots", type=int, default=32, metavar="N", help="where they are chosen")
     group.add_argument("--granularity", type=int, default=16, metavar="N", help="of prefill buckets")
@@ -82,4 +82,4 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
         metavar="A,B",
         help="the sizes to choose prefill buckets from; default: multiples of --granularity up to --largest",
     )
-    group.add_argument("--candidates", metavar="A,B", help=argparse.SUPPRESS)  # what --prefill-sizes was called
+    group.add_argument("--candidates", metavar="A,B", help=argparse.SUPPRESS)  # the old name of --prefill-sizes

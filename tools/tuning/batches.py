@@ -1,4 +1,4 @@
-"""The decode batches that make the expected cost of a step least: exact, by dynamic programming.
+"""The decode batches of the least expected cost of a step: exact, by dynamic programming.
 
 A step of r rows runs in the smallest bucket that has them. With buckets b1 < b2 < ... < bK = slots, all steps with b(i-1) < r
 <= bi cost what bi costs, so the best buckets up to b are the best up to some smaller a, and b for the steps between:

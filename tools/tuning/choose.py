@@ -157,7 +157,7 @@ class _Choice:
         return fitting
 
     def _best_slots(self) -> tuple[int, dict[int, float]]:
-        """The fewest slots with which a request takes hardly longer than with the best number."""
+        """The fewest slots with which a request takes at most TOLERANCE times as long as with the best number."""
         mean_seconds: dict[int, float] = {}
         if len(self.slots_candidates) == 1:
             return self.slots_candidates[0], mean_seconds
@@ -217,7 +217,7 @@ class _Choice:
         """The cheapest combination of the frontiers that keeps the limits; of equals the one with fewest graphs.
 
         Combinations are taken by what they cost without the limit on compile time, which only raises it; so the search
-        ends at the first that cannot be better than the best found.
+        ends at the first that cannot be better than the best so far.
         """
         best: tuple[float, int, BucketChoice] | None = None
         for bound, graphs, places in self._combinations():

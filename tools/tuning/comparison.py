@@ -19,7 +19,7 @@ from .search import Problem, frontier, make_problem, set_cost
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """How buckets cover the prompts of a workload."""
+    """The coverage of the prompts of a workload by buckets."""
 
     name: str
     buckets: tuple[int, ...]

@@ -41,8 +41,8 @@ class Line:
 class Costs:
     """Milliseconds of one run by kind, size and images seen; `source` describes their origin.
 
-    `past_ms` is what a run takes more for each of its tokens and each token that is in the cache before it. It is 0 where a run
-    reads the whole cache whatever is in it, and where it was not measured. The runtime's planner knows nothing of it.
+    `past_ms` is the further time of a run for each of its tokens and each token in the cache before it. It is 0 where a run
+    always reads the whole cache, and where it was not measured. The runtime's planner does not use it.
     """
 
     source: str
@@ -63,8 +63,8 @@ class Costs:
 
 
 def measured_costs(points: Mapping[Key, Mapping[int, float]], source: str, past_ms: float = 0.0) -> Costs:
-    """Costs from measured points. A prefill of one token is what a decode step of one row is, so where the smallest prefill
-    measured is larger, the decode step stands in for it: it says what is fixed in a run.
+    """Costs from measured points. A prefill of one token equals a decode step of one row, so where the smallest prefill
+    measured is larger, the decode step stands in for it, for the fixed part of a run.
     """
     curves: dict[Key, Curve] = {}
     for (kind, images), costs in points.items():

@@ -28,7 +28,7 @@ from .workload import Arrival
 _PARAMS = SamplingParams()
 _SAMPLING = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
-REPLAYED_KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")  # texts are not known, so nothing is drafted
+REPLAYED_KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")  # no verify: drafts need texts, which a trace lacks
 
 
 class SingleRunPlanner(ChunkPlanner):
@@ -58,7 +58,7 @@ class ReplayStats:
         return sum(self.busy_s.values()) / self.span_s if self.span_s else 0.0
 
     def padding(self, kind: Kind) -> float:
-        """The share of what a kind computed that was padding."""
+        """The share of padding in the sizes that a kind computed."""
         return 1 - self.real[kind] / self.padded[kind] if self.padded[kind] else 0.0
 
 

@@ -62,7 +62,7 @@ def coverage_table(coverages: Sequence[Coverage]) -> Table:
         change = "" if each is coverages[0] else f"{coverages[0].ms / each.ms - 1:+.1%}"
         figures = f"{each.ms:.4g}", change, f"{each.padding:.2%}", f"{each.runs:.2f}"
         table.add_row(each.name, str(len(each.buckets)), *figures)
-    table.caption = "change: of the time, by taking what was chosen instead"
+    table.caption = "change: of the time, with the chosen buckets instead"
     return table
 
 
@@ -74,7 +74,7 @@ def replay_table(before: ReplayStats, after: ReplayStats) -> Table:
     rows = {
         "padding of prefill": lambda r: f"{r.padding('prefill'):.2%}",
         "padding of decode": lambda r: f"{r.padding('decode'):.2%}",
-        "something ran": lambda r: f"{r.load:.1%} of the time",
+        "graphs running": lambda r: f"{r.load:.1%} of the time",
         "requests a second": lambda r: f"{len(r.total_s) / r.span_s:.4g}" if r.span_s else "-",
     }
     for name, show in rows.items():
@@ -108,7 +108,7 @@ def frontier_table(result: TuningResult) -> Table:
 
 def reason_table(bucket_reasons: Iterable[BucketReason], cost_ms: Mapping[str, float]) -> Table:
     """The reason for every bucket. `spent`: milliseconds of a request by kind."""
-    table = _table("why each bucket is there", "kind", "bucket", "share of runs", "without it a request takes longer by")
+    table = _table("saving of each bucket", "kind", "bucket", "share of runs", "without it a request takes longer by")
     for reason in bucket_reasons:
         if reason.saves_ms is None:
             without = "(the largest decode bucket must hold all slots)" if reason.kind == "decode" else "(cannot be left out)"

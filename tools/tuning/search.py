@@ -1,4 +1,4 @@
-"""The bucket sizes that make the expected cost of covering lengths least: exact, by branch and bound.
+"""The bucket sizes of the least expected cost of covering lengths: exact, by branch and bound.
 
 A length n is covered as the runtime does it (runtime/engine/chunks.py): by the buckets whose costs add up to least. Under a
 set B

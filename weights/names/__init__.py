@@ -31,7 +31,7 @@ def is_cache_scale(name: str) -> bool:
 
 
 def _cache_scales(text: TextConfig) -> Iterator[Rule]:
-    """Of a cache in 8 bits: a scale for each channel of keys and of values. A calibration measures them."""
+    """Rules for a cache in 8 bits: a scale for each channel of keys and of values, measured by a calibration."""
     layers = [layer for layer in range(text.layers) if layer not in text.cross_layers]
     for layer in layers if text.int8_cache else ():
         for which in "kv":

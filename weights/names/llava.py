@@ -48,7 +48,7 @@ def llava_table(config: ModelConfig) -> NameTable:
         if config.layout == "original":
             published["vision"] = APART[0]
     else:
-        # LLaVA-1.6 trained its tower: the one that it was trained from would give other answers without a word.
+        # LLaVA-1.6 trained its tower: with the original one the answers would differ without an error.
         apart = f"{TOWER}.+"
     ignored = re.compile(
         rf"{spelled(spellings['text'])}(?:layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq"

@@ -39,7 +39,7 @@ def _rules(config: ModelConfig) -> Iterator[Rule]:
 
 
 def _cross_layer(text: TextConfig, layer: int) -> Iterator[Rule]:
-    """What a layer that attends to images does to the text."""
+    """The text part of a layer that attends to images."""
     ours, theirs, width = f"text.layers.{layer}", f"layers.{layer}", text.hidden_size
     q = text.heads * text.head_dim
     yield llama.attention_norm(text, layer)
@@ -52,7 +52,7 @@ def _cross_layer(text: TextConfig, layer: int) -> Iterator[Rule]:
 
 
 def _cross_keys(text: TextConfig, j: int, layer: int) -> Iterator[Rule]:
-    """What makes keys and values of images; it runs in the vision graph, where cross layers are counted alone."""
+    """The projections to keys and values of images; they run in the vision graph, which numbers the cross layers alone."""
     theirs, kv = f"layers.{layer}.cross_attn", text.kv_heads * text.head_dim
     yield plain(f"cross.{j}.k.weight", "text", f"{theirs}.k_proj.weight", kv, text.hidden_size)
     yield plain(f"cross.{j}.v.weight", "text", f"{theirs}.v_proj.weight", kv, text.hidden_size)

@@ -84,7 +84,7 @@ def _alternating(ours: str, theirs: str, vision: ResampledConfig) -> Iterator[Ru
 
 def _resampler(vision: ResampledConfig) -> Iterator[Rule]:
     width, size = vision.hidden_size, vision.output_size
-    if width != size:  # otherwise patches go on as they are
+    if width != size:  # otherwise patches are not projected
         yield plain("pool.kv.weight", "vision", "attn_pool.kv_proj.weight", size, width)
     yield from with_bias("pool.kv_norm", "vision", "attn_pool.ln_kv", size)
     yield plain("pool.query", "vision", "attn_pool.query", vision.queries, size)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def moves(make: Make | None) -> bool:
-    """Whether every number of the result is one of the sources': such a result fits into whatever they are stored in."""
+    """Whether the result only moves numbers of the sources: then their dtype holds it without loss."""
     return make is None or getattr(make, "func", make) in (append_row, blockwise_taps, head_slices, transposed)
 
 

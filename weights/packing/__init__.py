@@ -1,1 +1,1 @@
-"""Checkpoints that are quantised already: what their settings say, how their tensors are packed, and what is stored of them."""
+"""Checkpoints that are quantised already: their settings, the layouts of their tensors, and their form in an artifact."""

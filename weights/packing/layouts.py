@@ -1,4 +1,4 @@
-"""Packed tensors -> whole numbers, scales and zero points, whatever order a format keeps them in.
+"""Packed tensors -> integers, scales and zero points, for every supported format.
 
 N rows (output features), K columns (input features), G groups of columns that share a scale.
 
@@ -72,7 +72,7 @@ def unpack(packing: Packing, parts: Collection[str], read: Read, columns: int) -
         index = read("g_idx") if "g_idx" in parts else None
     else:
         q, zeros, index = _awq_numbers(read("qweight")).T, _awq_numbers(read("qzeros")).T, None
-    # Less one, a zero point of 0 became the largest number there is.
+    # A stored zero point is less by one, so that 0 is stored as the largest number.
     zeros = (zeros + packing.zero_shift) & (1 << packing.bits) - 1
     return PackedWeight(q.contiguous(), read("scales").T, _required(zeros, packing), _groups(index, packing, columns))
 
@@ -107,10 +107,10 @@ def _required(zeros: Tensor | None, packing: Packing) -> Tensor | None:
     """Zero points, or None where they are all in the middle because the settings say so."""
     if not packing.symmetric:
         if zeros is None:
-            raise WeightsError("has no zero points, and the checkpoint's settings say that it is not symmetric")
+            raise WeightsError("has no zero points, but the checkpoint's settings say that it is not symmetric")
         return zeros
     if zeros is not None and not bool((zeros == 1 << packing.bits - 1).all()):
-        raise WeightsError("has zero points, and the checkpoint's settings say that it is symmetric")
+        raise WeightsError("has zero points, but the checkpoint's settings say that it is symmetric")
     return None
 
 

@@ -1,4 +1,4 @@
-"""What an artifact stores of a weight that was quantised already: the same numbers in our layout, none rounded again."""
+"""The stored form of a weight that was quantised already: the same numbers in our layout, none rounded again."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def _group_of_blocks(groups: Tensor, block: int, missing: int) -> Tensor:
     blocks = pad(groups[None], (0, missing), mode="replicate").view(-1, block)
     if not bool((blocks == blocks[:, :1]).all()):
         raise WeightsError(
-            f"has columns of several groups among {block} neighbours, as with desc_act (act-order) or where ranks cut through "
-            "a group; compile with --quant none, which stores what it stands for in floating point, or give a checkpoint "
-            "without act-order, and a number of ranks whose parts are multiples of its groups"
+            f"has columns of several groups among {block} neighbours, as with desc_act (act-order) or where shards of ranks "
+            "split a group; compile with --quant none, which stores it dequantised, or give a checkpoint without act-order "
+            "and a number of ranks whose shards are multiples of its groups"
         )
     return blocks[:, 0]

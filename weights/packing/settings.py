@@ -1,4 +1,4 @@
-"""How the linear layers of a checkpoint are quantised, from its settings alone. Only the standard library is used here.
+"""The quantisation of a checkpoint's linear layers, from its settings alone. Only the standard library is used here.
 
     compressed-tensors   quantization_config of config.json, of older files compression_config, as llm-compressor writes it
     GPTQ                 the same key, or quantize_config.json (AutoGPTQ, GPTQModel)
@@ -20,7 +20,7 @@ from ...model_defs.config.quant import FLOAT_HEAD, SMALL_BLOCKS
 from ...runtime.shown import quoted
 
 READ = "int8 and int4 of compressed-tensors (W8A8, W8A16, W4A16), GPTQ with 4 or 8 bits, and AWQ in its layout gemm"
-REMEDY = f"read are {READ}: give one of these or the unquantised checkpoint"
+REMEDY = f"supported are {READ}: give one of these or the unquantised checkpoint"
 SETTINGS_FILES = {  # where older tools keep them
     "quantize_config.json": "gptq",
     "quant_config.json": "awq",
@@ -29,7 +29,7 @@ SETTINGS_FILES = {  # where older tools keep them
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """How all quantised layers of a checkpoint are packed.
+    """The packing of all quantised layers of a checkpoint.
 
     `group`: weights of a row with one scale; 0: the whole row. `activations`: activations are rounded to 8 bits too, token by
     token. `zero_shift` is added to each stored zero point.
@@ -48,7 +48,7 @@ class Packing:
         if self.group % 32:
             raise ConfigError(
                 f"the checkpoint is quantised in groups of {self.group}; expected a multiple of 32: compile with --quant none, "
-                "which stores what it stands for in floating point"
+                "which stores it dequantised"
             )
         if self.activations:
             return f"w8a8{FLOAT_HEAD}"
@@ -57,9 +57,9 @@ class Packing:
 
 
 def read_packing(checkpoint: Path) -> Packing | None:
-    """How the checkpoint in this folder is quantised; None: it is not, or keeps nothing about it.
+    """The quantisation of the checkpoint in this folder; None: it is not quantised, or has no settings that say so.
 
-    Raises ConfigError for settings that are damaged or of a form that is not read.
+    Raises ConfigError for damaged settings and for unsupported ones.
     """
     path = checkpoint / "config.json"
     settings = read_json(path)
@@ -89,7 +89,7 @@ class _Reader:
         readers = {"compressed-tensors": self._compressed, "gptq": self._gptq, "awq": self._awq}
         if not isinstance(method, str) or method not in readers:
             raise ConfigError(
-                f"{self.where}: quant_method of the quantisation is {quoted(method)}, which is not read; {REMEDY}"
+                f"{self.where}: quant_method of the quantisation is {quoted(method)}, which is not supported; {REMEDY}"
             )
         return readers[method]()
 
@@ -100,7 +100,7 @@ class _Reader:
         return value
 
     def _group(self, value: Any) -> int:
-        """Its size; -1 and none at all stand for a whole row."""
+        """The size of a group; -1 and None stand for a whole row."""
         if value in (None, -1):
             return 0
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
@@ -144,7 +144,7 @@ class _Reader:
         first, *others = [self._scheme(each) for each in groups.values()]
         if any(each != first for each in others):
             raise ConfigError(
-                f"{self.where}: config_groups quantise layers in different ways, and an artifact has one for all of its "
+                f"{self.where}: config_groups quantise layers in different ways, but an artifact has one way for all "
                 "layers; give a checkpoint with one group or the unquantised one"
             )
         return first
@@ -169,7 +169,7 @@ class _Reader:
         )
 
     def _rounded(self, weights: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        """Whole-number products know one form: both in 8 bits, symmetric, a scale for each row of the weight and each token."""
+        """Check that integer products are possible: 8 bits, symmetric, a scale for each row of the weight and each token."""
         self._only("weights' num_bits, beside rounded activations,", weights.get("num_bits"), 8)
         self._only("weights' strategy, beside rounded activations,", weights.get("strategy"), "channel")
         self._only("weights' symmetric, beside rounded activations,", weights.get("symmetric", True), True)

@@ -102,7 +102,7 @@ def open_packed(source: Source, packing: Packing, config: ModelConfig) -> Packed
     stems = _stems(source, packing)
     if not stems:
         raise WeightsError(
-            f"the checkpoint's settings say that it is quantised ({packing.method}), and it holds no such tensors; check that "
+            f"the checkpoint's settings say that it is quantised ({packing.method}), but it holds no such tensors; check that "
             "they belong to these weights"
         )
     names = ("weight", *_PARTS[packing.method])
@@ -127,7 +127,7 @@ def check_layers(weight_map: WeightMap, source: PackedSource, quant: str) -> Non
     floats = [tensor.name for recipe in recipes.values() for tensor in recipe.tensors if not source.packed(tensor.name)]
     if floats:
         raise WeightsError(
-            f"the checkpoint has quantised some layers of its decoder and not others ({floats[0]}, {len(floats)} in all), and "
+            f"the checkpoint has quantised some layers of its decoder and not others ({floats[0]}, {len(floats)} in all), but "
             "an artifact has one form for all; compile with --quant none, which stores all of them in floating point"
         )
     name, recipe = next(iter(recipes.items()))

@@ -26,25 +26,25 @@ class ComputeThread:
         self._calls: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._result: Any = None
         self._error: BaseException | None = None
-        # A daemon: a call that never ends must not keep the process.
+        # A daemon: a call that never ends must not keep the process alive.
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
     def start(self, call: Callable[[], Any]) -> None:
-        """Begin a call; `finish` must be called before the next one."""
+        """Start a call; `finish` must be called before the next one."""
         assert not self.busy
         self.busy = True
         self._calls.put(call)
 
     @property
     def ended(self) -> bool:
-        """Whether the call that was begun has ended."""
+        """Whether the started call has ended."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.done_socket, selectors.EVENT_READ)
             return bool(selector.select(0))
 
     def finish(self) -> Any:
-        """The result of the call that was begun, once it has ended; raises what the call raised."""
+        """The result of the started call, once it has ended; raises the exception of the call."""
         self.done_socket.recv(1)
         self.busy = False
         result, error = self._result, self._error

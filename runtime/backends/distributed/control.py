@@ -30,7 +30,7 @@ HELLO_S = 10.0  # seconds for a new connection to send its hello
 
 
 class KeyValueStore(Protocol):
-    """The methods that are used of a torch.distributed.Store."""
+    """The methods of a torch.distributed.Store that are used here."""
 
     def set(self, key: str, value: str) -> None: ...
 
@@ -38,7 +38,7 @@ class KeyValueStore(Protocol):
 
 
 class Published(FramePayload, frozen=True):
-    """Where rank 0 listens. An empty host stands for the machine of World.address."""
+    """The address of rank 0. An empty host stands for the machine of World.address."""
 
     host: str
     port: int
@@ -68,7 +68,7 @@ class WorkerListener:
     def wait(self, seconds: float, check: Callable[[Collection[int]], None]) -> None:
         """Accept a connection of every other rank; raises RankError when some are missing after `seconds`.
 
-        `check` is called now and then with the ranks still missing; it may know that one will not come.
+        `check` is called now and then with the ranks still missing; it raises where one of them has ended.
         """
         deadline = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
@@ -94,7 +94,7 @@ class WorkerListener:
         self.listener.close()
 
     def _admit(self, connection: _NewConnection) -> bool:
-        """Read what a connection has sent; whether it is decided: a worker was added, or the connection was closed."""
+        """Read what a connection has sent; True once it is decided: a worker was added, or the connection was closed."""
         try:
             hello = connection.read_hello()
             if hello is None:
@@ -102,25 +102,25 @@ class WorkerListener:
             if not hmac.compare_digest(hello.token, self.token):
                 raise FrameError("it does not know this run's token")
         except (EOFError, OSError) as error:
-            log.warning("turned away a connection to the control port: %s", error)
+            log.warning("refused a connection to the control port: %s", error)
             connection.socket.close()
             return True
         peer = Peer(hello.rank, hello.pid, hello.host)
         if hello.rank in self.workers:
-            raise RankError(f"{peer} and {self.workers[hello.rank][0]} are one rank; give every process its own RANK")
+            raise RankError(f"{peer} and {self.workers[hello.rank][0]} have the same rank; give every process its own RANK")
         if not 0 < hello.rank < self.world.size:
-            raise RankError(f"{peer} is no rank of {self.world.size}; start all ranks with one WORLD_SIZE")
+            raise RankError(f"{peer} is not among the {self.world.size} ranks; start all ranks with one WORLD_SIZE")
         connection.socket.setblocking(True)
         self.workers[hello.rank] = peer, Link(connection.socket, self.timeout)
         return True
 
     def close(self) -> None:
-        """Listen no more; the connections of workers stay open."""
+        """Stop listening; the connections of workers stay open."""
         self.listener.close()
 
 
 class _NewConnection:
-    """A connection that has not sent its hello. It is read as bytes come, so that a silent client keeps nobody waiting."""
+    """A connection that has not sent its hello. It is read as bytes come, so that a silent client delays no other."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -132,7 +132,7 @@ class _NewConnection:
         return time.monotonic() > self.deadline
 
     def read_hello(self) -> Hello | None:
-        """The hello, once all of it has come. Not a byte after it is read."""
+        """The hello, once all of it has come. No byte after it is read."""
         size = HEADER.size
         if len(self.data) >= HEADER.size:
             size += self._payload_bytes()
@@ -141,7 +141,7 @@ class _NewConnection:
         except BlockingIOError:
             return None
         if not chunk:
-            raise EOFError("it left without a word")
+            raise EOFError("it closed without a hello")
         self.data += chunk
         if len(self.data) < HEADER.size or len(self.data) < HEADER.size + self._payload_bytes():
             return None
@@ -150,7 +150,7 @@ class _NewConnection:
     def _payload_bytes(self) -> int:
         header = read_header(self.data[: HEADER.size])
         if header.kind is not FrameKind.HELLO or not 0 < header.nbytes <= MAX_HELLO_BYTES:
-            raise FrameError("it did not begin with a hello")
+            raise FrameError("its first message is not a hello")
         return header.nbytes
 
 
@@ -159,7 +159,7 @@ def join(store: KeyValueStore, world: World, timeout: float) -> tuple[Peer, Link
     try:
         published = decode(store.get(KEY), Published)
     except RuntimeError as error:  # a timeout of the store
-        raise RankError(f"rank 0 did not come up; look at its own message ({_first_line(error)})") from error
+        raise RankError(f"rank 0 did not start; see its own message ({_first_line(error)})") from error
     leader = Peer(0, published.pid, published.machine)
     host = published.host or world.address
     try:

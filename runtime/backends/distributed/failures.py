@@ -1,4 +1,4 @@
-"""Failure reports: what each rank was doing when something went wrong, and which of them is at fault."""
+"""Failure reports: the state of each rank when something went wrong, and the ranks at fault."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class CollectiveError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """A rank as people find it: its number in the world, its process and its machine."""
+    """The identity of a rank: its number in the world, its process id and its machine."""
 
     rank: int
     pid: int
@@ -34,7 +34,7 @@ class Peer:
 
 @dataclass(frozen=True, slots=True)
 class RankStatus:
-    """What a rank was doing when something went wrong.
+    """The state of a rank when something went wrong.
 
     lost: one of its collectives failed; failed: it raised an error; died: its connection ended without a message; silent: it
     did not answer a status request. `text`: its error message, or how its process ended, as far as its starter knows.
@@ -67,7 +67,7 @@ def _sentence(status: RankStatus, timeout: float) -> str:
     if status.activity == "silent":
         return f"{status.peer} does not answer: it is stopped, stuck, or out of reach"
     if status.activity == "computing":
-        return f"{status.peer} kept the others waiting for more than {timeout:g} s; if that may be, give a longer timeout"
+        return f"{status.peer} kept the others waiting for more than {timeout:g} s; if that is normal, give a longer timeout"
     if status.activity == "lost":
         return f"{status.peer} lost the others in a collective{words}"
     return f"{status.peer} failed{words}"

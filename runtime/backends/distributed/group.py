@@ -1,6 +1,6 @@
 """Collectives between processes over gloo. The only file of this package that imports torch, and only when ranks are used.
 
-The process group is constructed directly: the caller's default group, if he has one, is his own.
+The process group is constructed directly, so that the caller's default group stays as it is.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from .failures import CollectiveError, RankError
 from .store import POLL_S, StoreServer, send_request
 from .world import LOCAL_ADDRESSES, LOOPBACK, STORE_FILE, RankInfo, World
 
-TAG = 0  # arrays that two ranks send each other come in order
-dist: Any = torch.distributed  # its type stubs leave out what is made in C++
+TAG = 0  # arrays that two ranks send each other arrive in order
+dist: Any = torch.distributed  # its type stubs leave out what is defined in C++
 
 
 def file_store(file: str, ranks: int, seconds: float) -> KeyValueStore:
-    """A store in a file, for processes of one user: no port, so that no other user can read, change or fill it. `seconds`: that
-    `get` waits for a key."""
+    """A store in a file, for processes of one user: no port, so that no other user can read, change or fill it. `seconds`:
+    the time that `get` waits for a key."""
     store = dist.FileStore(file, ranks)
     store.set_timeout(timedelta(seconds=seconds))
     return store
@@ -42,8 +42,8 @@ class RankStore(dist.Store):
     """
 
     def __init__(self, host: str, port: int, seconds: float, server: StoreServer | None = None) -> None:
-        """`seconds`: that `get` waits for a key. `server`: of rank 0, which lives as long as this object. Raises RuntimeError
-        where no store answers in that time."""
+        """`seconds`: the time that `get` waits for a key. `server`: of rank 0, which lives as long as this object. Raises
+        RuntimeError where no store answers in that time."""
         super().__init__()
         self.host, self.port, self.seconds, self.server = host, port, seconds, server
         self.prefix = _prefix()
@@ -113,12 +113,12 @@ def open_store(world: World, seconds: float) -> KeyValueStore:
                 "leave the choice to torchrun --standalone"
             ) from error
         cause = str(error).splitlines()[0]
-        raise RankError(f"rank {world.rank} found no store at {address}: {cause}; start the ranks with torchrun") from error
+        raise RankError(f"rank {world.rank} has no store at {address}: {cause}; start the ranks with torchrun") from error
     return store
 
 
 def release(store: KeyValueStore) -> None:
-    """End rank 0's own store: after all ranks have found each other, or after a start that failed."""
+    """End rank 0's own store: after all ranks have connected, or after a failed start."""
     if isinstance(store, RankStore):
         store.close()
 
@@ -154,7 +154,7 @@ class GlooGroup:
     """
 
     def __init__(self, store: KeyValueStore, rank_info: RankInfo, timeout: float, address: str) -> None:
-        """store: that of all ranks; `self.store` is the part of it that is this stage's alone.
+        """store: that of all ranks; `self.store` has the keys of this stage alone.
 
         timeout: seconds that a rank waits for others. address: of the network interface that reaches the others; where
         GLOO_SOCKET_IFNAME names one, that is used, unless all ranks are on this machine.

@@ -1,7 +1,7 @@
 """The worker ranks as processes of this machine, started by rank 0.
 
-They run in sessions of their own, so that a terminal's Ctrl-C reaches rank 0 alone. They end when rank 0 tells them, when
-their connection to it ends, and, before there is one, when their standard input does: so never later than rank 0,
+They run in sessions of their own, so that a terminal's Ctrl-C reaches rank 0 alone. They end when rank 0 stops
+them, when their connection to it ends, or, before there is one, when their standard input does: never later than rank 0,
 however that ends.
 """
 
@@ -36,7 +36,7 @@ class LocalRanks:
     def __init__(
         self, folder: Path, size: int, store: str, *, device: str, threads: int | None, timeout: float, checks: Checks
     ) -> None:
-        """store: the file of the store in which they find rank 0."""
+        """store: the file of the store through which they connect to rank 0."""
         arguments = [str(folder.resolve()), "--device", device, "--timeout", str(timeout)]
         if threads:
             arguments += ["--threads", str(threads)]
@@ -68,7 +68,7 @@ class LocalRanks:
                 )
 
     def exit_text(self, rank: int) -> str:
-        """How the process of a rank that is gone ended; empty where that is not known yet."""
+        """The exit status of a rank's ended process, as text; empty where it is not known yet."""
         try:
             return _exit_text(self.processes[rank].wait(EXIT_S))
         except subprocess.TimeoutExpired:

@@ -1,4 +1,4 @@
-"""Rank 0's backend: every call is sent to all ranks and run by all. So the engine knows nothing of ranks."""
+"""Rank 0's backend: it sends every call to all ranks, and all run it. The engine is the same for any number of ranks."""
 
 from __future__ import annotations
 

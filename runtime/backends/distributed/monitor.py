@@ -2,7 +2,7 @@
 
 Rank 0's own part of a run is computed in a ComputeThread. Meanwhile this side reads messages: the end of a connection means
 that a process is gone, a Failed message that it cannot go on, and each time that the timeout passes every rank gets a status
-request. So a failure of any rank is known here, whatever the collectives of the device make of it.
+request. So rank 0 knows of the failure of any rank, even where the collectives of the device do not end.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Children(Protocol):
     """Processes of ranks that this one has started."""
 
     def exit_text(self, rank: int) -> str:
-        """How the process of a rank that is gone ended; empty where that is not known."""
+        """The exit status of a rank's ended process, as text; empty where it is not known."""
         ...
 
     def end(self) -> None:
@@ -170,7 +170,7 @@ class RankMonitor:
         return self.stop(failure_report([own or self._own_status(), *statuses.values()], self.timeout))
 
     def _own_status(self) -> RankStatus:
-        """What this rank is doing; an error of its call that was not raised yet counts as a failure."""
+        """The status of this rank; an error of its call that was not raised yet counts as a failure."""
         if self.compute_thread.busy and self.compute_thread.ended:
             try:
                 self.compute_thread.finish()
@@ -198,7 +198,7 @@ class RankMonitor:
             self.selector.register(done_socket, selectors.EVENT_READ, self.leader.rank)
         for rank in self.peers.keys() - statuses.keys():
             statuses[rank] = RankStatus(self.peers[rank], "silent")
-            self.selector.unregister(self.links[rank])  # nobody waits for it any more
+            self.selector.unregister(self.links[rank])  # no answer is expected from it any more
         return statuses
 
     def stop(self, report: str) -> RankError:
@@ -230,7 +230,7 @@ class RankMonitor:
             for link in self.links.values():
                 link.close()
             self.selector.close()
-            # Libraries do not like the end of the interpreter in the middle of a collective, which ends when its ranks have.
+            # Libraries may crash at an exit in the middle of a collective, which ends when the other ranks have.
             self.compute_thread.close(GRACE_S)
 
 

@@ -25,7 +25,7 @@ P = TypeVar("P", bound="FramePayload")
 
 
 class FrameKind(enum.IntEnum):
-    """What a frame is, who sends it, and its payload."""
+    """The kind of a frame; the comments give its sender and its payload."""
 
     HELLO = 1  # rank -> 0: Hello
     OPENED = 2  # rank -> 0: Opened
@@ -56,7 +56,7 @@ class Hello(FramePayload, frozen=True):
 
 
 class Opened(FramePayload, frozen=True):
-    """What a rank opened: the digest of its manifest, or why it could not open the artifact."""
+    """The artifact of a rank: the digest of its manifest, or the error of opening it."""
 
     digest: str = ""
     error: str = ""
@@ -70,13 +70,13 @@ class Go(FramePayload, frozen=True):
 
 
 class State(FramePayload, frozen=True, rename={"activity": "doing"}):
-    """What a worker is doing; "meeting": it is in a collective."""
+    """The activity of a worker; "meeting": it is in a collective."""
 
     activity: Literal["idle", "computing", "meeting"]
 
 
 class Failed(FramePayload, frozen=True, rename={"in_collective": "meeting"}):
-    """Why a worker cannot go on. in_collective: a collective failed, perhaps because of another rank."""
+    """The error of a worker that cannot go on. in_collective: a collective failed, perhaps because of another rank."""
 
     text: str
     in_collective: bool
@@ -92,7 +92,7 @@ class Copy(FramePayload, frozen=True):
 
 
 class FailureReport(FramePayload, frozen=True):
-    """Which ranks are at fault, see failures.failure_report."""
+    """A sentence about the ranks at fault, see failures.failure_report."""
 
     text: str
 
@@ -120,7 +120,7 @@ def read_header(data: bytes | bytearray) -> Header:
     """Raises FrameError for bytes that no rank of this release sends."""
     magic, kind, *rest = HEADER.unpack(data)
     if magic != MAGIC or kind not in FrameKind.__members__.values():
-        raise FrameError("what came is no message of a rank of this release of staticvl; use one release on all machines")
+        raise FrameError("the bytes received are no message of this release of staticvl; use one release on all machines")
     return Header(FrameKind(kind), *rest)
 
 
@@ -141,7 +141,7 @@ def decode(data: bytes | bytearray, payload: type[P]) -> P:
 class Link:
     """One end of a connection between two ranks, for a thread that receives and a thread that sends.
 
-    `timeout`: seconds for which a frame that was begun may stand still. Idle links are watched in selectors, without a limit.
+    `timeout`: seconds without progress after which an unfinished frame is an error. Idle links have no limit.
     """
 
     def __init__(self, sock: socket.socket, timeout: float) -> None:
@@ -159,7 +159,7 @@ class Link:
         return self.socket.fileno()
 
     def send(self, buffers: Sequence[bytes | memoryview]) -> None:
-        """Send buffers of bytes one after another, as one frame; raises OSError where the peer is gone or stands still."""
+        """Send buffers of bytes one after another, as one frame; raises OSError where the peer is gone or stalls."""
         with self._sending:
             while buffers:
                 count = self.socket.sendmsg(buffers)
@@ -180,7 +180,7 @@ class Link:
             self._sending.release()
 
     def receive_header(self) -> Header:
-        """The next header; raises EOFError at the end, OSError where the peer is gone or stands still."""
+        """The next header; raises EOFError at the end, OSError where the peer is gone or stalls."""
         data = bytearray(HEADER.size)
         self.receive_into(memoryview(data))
         return read_header(data)
@@ -206,7 +206,7 @@ class Link:
 
 
 def _unsent(buffers: Sequence[bytes | memoryview], count: int) -> list[bytes | memoryview]:
-    """What is left of buffers of which the first `count` bytes were sent."""
+    """The rest of buffers of which the first `count` bytes were sent."""
     for place, buffer in enumerate(buffers):
         if count < len(buffer):
             return [memoryview(buffer)[count:], *buffers[place + 1 :]]

@@ -81,16 +81,16 @@ class RankWorker:
         return self.compute_thread.busy
 
     def _read_message(self, open_backend: Callable[[Go], tuple[WatchedGroup, Backend]]) -> int | None:
-        """Read and handle one message of rank 0; an exit status when that is the end."""
+        """Read and handle one message of rank 0; an exit status when it ends this rank."""
         try:
             return self._handle(self.link.receive_header(), open_backend)
         except FrameError as error:
-            return self._stop(f"{self.leader} sent something else than a step: {error}")
+            return self._stop(f"{self.leader} sent an invalid message: {error}")
         except DISCONNECTED:
             return self._stop(f"{self.error}; {self.leader} died" if self.at_fault else f"{self.leader} died")
 
     def _handle(self, header: Header, open_backend: Callable[[Go], tuple[WatchedGroup, Backend]]) -> int | None:
-        """Do what a message says; an exit status when that is the end."""
+        """Handle a message; an exit status when it ends this rank."""
         match header.kind:
             case FrameKind.STOP:
                 self._wait_for_call()
@@ -125,7 +125,7 @@ class RankWorker:
             copy = self.link.receive_payload(header, Copy)
             call = partial(backend.copy_slot, copy.source, copy.target, copy.rows, copy.images)
         elif graph is None:
-            raise FrameError(f"graph {header.graph} is none of this rank's")
+            raise FrameError(f"graph {header.graph} does not belong to this rank")
         elif header.kind is FrameKind.RUN:
             call = partial(backend.run, graph, self._receive_feed(header, graph), header.slot, header.image)
         else:

@@ -1,7 +1,6 @@
 """The start of all ranks: workers connect to rank 0, digests of manifests are compared, and every rank loads its shard.
 
-Every rank first connects to rank 0 and only then opens its artifact, so that rank 0 can tell the user of any error.
-
+Every rank first connects to rank 0 and only then opens its artifact, so that rank 0 can report any error.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ UNCHECKED = Checks()
 
 
 def read_timeout(timeout: float | None) -> float:
-    """Seconds that ranks wait for each other: as in `timeout`, as STATICVL_TIMEOUT says, or 300."""
+    """Seconds that ranks wait for each other: `timeout`, else STATICVL_TIMEOUT, else 300."""
     value = timeout if timeout is not None else os.environ.get("STATICVL_TIMEOUT", TIMEOUT_S)
     try:
         seconds = float(value)

@@ -63,7 +63,7 @@ class StoreServer(socketserver.ThreadingTCPServer):
             return self.values[key] == value
 
     def close(self) -> None:
-        """Listen no more. May be called again."""
+        """Stop listening. May be called again."""
         self.shutdown()
         self.server_close()
 

@@ -15,7 +15,7 @@ from . import llava, llava_next, mllama, qwen_vl
 
 
 class Family(Protocol):
-    """What a family provides; each is a module with these functions."""
+    """The interface of a family; each is a module with these functions."""
 
     @staticmethod
     def chat_prompt(
@@ -52,7 +52,7 @@ class Family(Protocol):
 
     @staticmethod
     def image_tokens(size: tuple[int, int], info: ModelInfo) -> int:
-        """How many positions of a prompt an image takes; `size` is (width, height) in pixels."""
+        """The number of prompt positions of an image; `size` is (width, height) in pixels."""
         ...
 
     @staticmethod

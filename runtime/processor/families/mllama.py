@@ -30,7 +30,7 @@ def to_text(messages: Sequence[Message], template: str, info: ModelInfo, tokeniz
 
 
 def _content(message: Message, mark: str, words: Callable[[str], str]) -> marks.Content:
-    """The template must know of every image: with one it leaves out its system block. So inline images are parts too.
+    """The content for the template, which leaves out its system block where there are images: inline images are parts too.
 
     A system message is plain text: the template writes it out as it is.
     """

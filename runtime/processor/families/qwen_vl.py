@@ -47,7 +47,7 @@ def chat_prompt(
     """The prompt of a conversation: ChatML, or for a base model (info.chat "raw") its turns as lines of text.
 
     An image part is a line "Picture k: <img>...</img>", k counting over the conversation, or the span alone where it is inline.
-    What a text says in <img>...</img> is words and never opened. The whole conversation is kept, however long. `template` and
+    What a text has in <img>...</img> is words and never opened. The whole conversation is kept, however long. `template` and
     `system_in_user` are not used: a system message has its place here.
 
     Raises PromptError, ImageError, TokenizerError.
@@ -105,7 +105,7 @@ def runs_of(messages: Sequence[Message]) -> list[list[str]]:
 
 
 def spans(text: str) -> list[str]:
-    """What stands in each <img>...</img>; raises PromptError for tags that do not pair up."""
+    """The contents of each <img>...</img>; raises PromptError for tags that do not pair up."""
     insides = SPAN.findall(text)
     if any(tag in SPAN.sub("", text) for tag in (OPEN, CLOSE)) or any(OPEN in inside for inside in insides):
         raise PromptError(f"the prompt has {OPEN} and {CLOSE} that do not pair up; write {OPEN}path{CLOSE} for each image")

@@ -98,7 +98,7 @@ def evaluate(folder: Path, held_out: Iterable[Case], batch: int = 128) -> dict[s
 
 @torch.inference_mode()
 def answers(processor: Any, model: Any, part: Sequence[Case]) -> list[str]:
-    """What the model says to each case; all have equally many images."""
+    """The answers of the model to each case; all have equally many images."""
     prompts = [processor.apply_chat_template(messages(case), add_generation_prompt=True) for case in part]
     images = [list(case.images) for case in part] if part[0].images else None
     # Some templates write the first token themselves, and a second one would be new to the model.

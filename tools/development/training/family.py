@@ -1,4 +1,4 @@
-"""What the training loop needs to know of one model architecture."""
+"""The interface of one model architecture for the training loop."""
 
 import random
 from abc import ABC, abstractmethod
@@ -30,7 +30,7 @@ class Schedule:
     rate: float = 2e-3  # of AdamW; Muon takes ten times as much
     guide: float = 0.3  # weight of looking at the right patches
     extra_every: int = 5  # every so many steps, also two images and none
-    drill: tuple[str, ...] = ("describe",)  # kinds of question that mostly come first, and so are always asked
+    drill: tuple[str, ...] = ("describe",)  # kinds of question that mostly come first, so that all rows have them
 
 
 class Family(ABC):
@@ -68,7 +68,7 @@ class Family(ABC):
 
     @abstractmethod
     def image_embeddings(self, model: Any, images: ImageBatch) -> Tensor:
-        """(N, P, H): what the text model is given of each image."""
+        """(N, P, H): the embeddings of each image for the text model."""
 
     @abstractmethod
     def tower(self, model: Any) -> nn.Module:
@@ -76,7 +76,7 @@ class Family(ABC):
 
     @abstractmethod
     def projector(self, model: Any) -> nn.Module:
-        """What turns features of the tower into image embeddings."""
+        """The module from features of the tower to image embeddings."""
 
     @abstractmethod
     def word_embeddings(self, model: Any) -> nn.Embedding:

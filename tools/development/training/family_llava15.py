@@ -86,7 +86,7 @@ class Llava15(Family):
         return prepared(LlavaForConditionalGeneration(LlavaConfig(**parts(), **self.top(tokenizer))))
 
     def top(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """What the model's configuration holds beside its parts."""
+        """The fields of the model's configuration beside its parts."""
         return {
             "image_token_index": tokenizer.token_to_id("<image>"),
             "projector_hidden_act": "gelu",

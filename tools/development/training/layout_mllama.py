@@ -81,12 +81,12 @@ CHAT_TEMPLATE = """{{- bos_token }}
 
 
 def header(role: str) -> str:
-    """What begins a message."""
+    """The header of a message."""
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
 def system_text(day: str) -> str:
-    """What the template tells a model that is shown no image, of a day written like 26 Jul 2024."""
+    """The text of the template before a conversation without images; the day is written like 26 Jul 2024."""
     return f"Cutting Knowledge Date: December 2023\nToday Date: {day}\n\n"
 
 

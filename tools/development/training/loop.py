@@ -61,7 +61,7 @@ def train_language(family: Family, model: nn.Module, data: TrainingData, schedul
     """Teach the model to answer; only the answers count, and what the family froze stays as it is.
 
     The first quarter of the steps goes from drawings of one shape to drawings of four. While an answer speaks
-    of a shape, some heads are also told to look at its patches: left to itself, a model this small learns what a
+    of a shape, a further loss makes some heads attend to its patches: without it, a model this small learns what a
     image holds at once, but takes very long to find out which colour belongs to which shape.
     """
     for part in family.frozen(model):

@@ -62,7 +62,7 @@ class Packer(ABC):
 
     @abstractmethod
     def question_ids(self, question: str, first: bool, images: int) -> list[int]:
-        """What follows the opening or the last answer, up to where the answer to ``question`` begins."""
+        """The tokens after the opening or the last answer, up to the answer to ``question``."""
 
     def id_of(self, token: str) -> int:
         """The id of one token of the vocabulary."""
@@ -78,7 +78,7 @@ class Packer(ABC):
     def turn(self, example: Example, first: bool, images: int) -> tuple[list[int], list[int], list[int]]:
         """Ids of one question and its answer, their targets and subjects.
 
-        The last token of the answer is asked for the end token, which is not itself among the ids: where a
+        The target of the last token of the answer is the end token, which is not itself among the ids: where a
         template renders it after earlier answers, the next question begins with it.
         """
         question, answer = self.question_ids(example.question, first, images), self.encode(example.answer)

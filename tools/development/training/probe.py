@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from ...drawings import COLOURS, GRID, SHAPES, Drawing, Shape
 from .packing import IGNORE, ImageBatch, Packer
 
-# What a patch is asked for: shape, colour, left, top, right, bottom of its box, and place in the reading order.
+# Classes of the targets of a patch: shape, colour, left, top, right, bottom of its box, and place in the reading order.
 PATCH_CLASSES = (len(SHAPES) + 1, len(COLOURS) + 1, *[GRID + 1] * 4, 4)
 
 
@@ -26,8 +26,8 @@ def under(shape: Shape, centres: np.ndarray) -> np.ndarray:
 def patch_targets(drawings: Sequence[Drawing], images: ImageBatch) -> Tensor:
     """(N, P, 7): shape, colour, box and rank of the shape under each patch; 0, 0 and IGNORE where there is none.
 
-    Boxes are asked only of views of the whole image: a tile does not know which part it shows. Embeddings that
-    look at no place are asked for nothing.
+    Only views of the whole image have box targets: a tile does not know which part it shows. Embeddings without a
+    place have no targets.
     """
     centres, whole = images.centres.numpy(), images.whole.numpy()
     targets = np.full((*whole.shape, len(PATCH_CLASSES)), IGNORE, dtype=np.int64)
@@ -57,7 +57,7 @@ class PatchProbe(nn.Module):
 
     The scores of shapes and colours are products with the embeddings of their words, so that an image of
     something red comes to resemble the word "red", as it does in a tower that was trained on captions. The text
-    model then finds what it is asked for much sooner. The rest of the probe is thrown away.
+    model then learns to read it much sooner. The rest of the probe is dropped.
     """
 
     def __init__(self, words: nn.Embedding, packer: Packer, ranks: bool) -> None:
