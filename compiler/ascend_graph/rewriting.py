@@ -42,11 +42,10 @@ def traced(definition: GraphDef, rewrites: tuple[Rewrite, ...]) -> TracedGraph:
     graph = copy.deepcopy(program.graph_module.graph)  # the trace has other users
     targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None}
     parameters = {node: targets[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in targets}
-    traced = TracedGraph(
-        fx.GraphModule(program.graph_module, graph), parameters, dict(definition.module.named_parameters())
-    )
+    traced = TracedGraph(fx.GraphModule(program.graph_module, graph), parameters, dict(definition.module.named_parameters()))
     for rewrite in rewrites:
         rewrite(traced)
+        traced.graph.eliminate_dead_code()  # what a pass has replaced, and all that only this read
     traced.graph.lint()
     traced.module.recompile()
     return traced
