@@ -1,10 +1,7 @@
-"""Linear layers with the same input are stored as one, and multiplied as one, on Ascend."""
+"""Linear layers with the same input are stored as one, and found again under their own names."""
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,25 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from staticvl import runtime
-from staticvl.compiler import fingerprint
-from staticvl.compiler.ascend_graph import merging as ascend_merging
-from staticvl.compiler.ascend_graph.merging import PRODUCTS, merge_products
-from staticvl.compiler.ascend_graph.rewriting import TracedGraph, traced
-from staticvl.compiler.buckets import Buckets
-from staticvl.compiler.build import build
-from staticvl.compiler.emit_ascend import REWRITES, emit
-from staticvl.compiler.fingerprint import OTHER_BACKENDS
-from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph, trace
-from staticvl.compiler.options import Options
-from staticvl.compiler.plan import make_plan
-from staticvl.compiler.source_files import code_digests
 from staticvl.compiler.weight_views import map_parameter, stored_bytes
 from staticvl.model_defs.config import ModelConfig, read_config
-from staticvl.runtime.artifact import ImageProcessorConfig
-from staticvl.runtime.backends.ascend import torchair_host
-from staticvl.runtime.backends.ge_simulator import ge_graph
-from staticvl.weights import merged_tensors, merging, writer
+from staticvl.tools.comparing.weights import RankWeights
+from staticvl.weights import merged_tensors, writer
 from staticvl.weights.calibrated_layers import CalibratedLayers
 from staticvl.weights.convert import Conversion, Converted, convert
 from staticvl.weights.merging import members_of, merged_name
@@ -44,20 +26,11 @@ from staticvl.weights.storage import QUANTS, quant_of, stored_targets, uniform
 from staticvl.weights.weight_map import targets
 
 from .checkpoints import tiny_llava
-from .conftest import EMBEDDED
-from .need_torchair import skip_without_torchair
+from .merged_models import FAMILIES, graphs, model_config
 from .packings import FORMS, pack_checkpoint
-from .wide_models import wide_config, write_random
+from .wide_models import write_random
 
-skip_without_torchair()
-
-FAMILIES = ("llava", "llava_next", "mllama", "qwen_vl")
 GROUPS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up")}
-
-
-def model_config(family: str) -> ModelConfig:
-    """A tiny model with fewer key-value heads than heads, where the family has such."""
-    return wide_config(family, 8 if family == "qwen_vl" else 2)
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +55,7 @@ def joined(apart: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors as they are to be merged, written out: by rows, those of whole-number products [K, N] by columns."""
     merged = dict(apart)
     for name in apart:
-        layer, dot, part = name.rpartition(".")
+        layer, _, part = name.rpartition(".")
         for group, members in GROUPS.items():
             names = [f"{layer.removesuffix(members[0])}{each}.{part}" for each in members]
             if name == names[0] and not name.startswith("pool.") and all(each in apart for each in names):
@@ -155,7 +128,9 @@ def test_calibrated_layers_are_merged_as_they_were_calibrated(checkpoints: dict[
     layer = {}
     for name, shape in targets(config).items():
         if name.startswith("text.layers.0."):
-            parts = quantize(kind, torch.randn(shape)) if (kind := quant_of(name, quant)) != "none" else {"": torch.randn(shape)}
+            parts = (
+                quantize(kind, torch.randn(shape)) if (kind := quant_of(name, quant)) != "none" else {"": torch.randn(shape)}
+            )
             stem = name.removeprefix("text.layers.0.")
             layer |= {stem if not part else stem.replace("weight", part): value for part, value in parts.items()}
     source, found = open_source(checkpoints["llava"]), {}
@@ -236,108 +211,19 @@ def test_definitions_find_their_parameters_as_views(
     assert seen > 8
 
 
-# --- Graphs -------------------------------------------------------------------------------------------------------------------
-
-
-def graphs(family: str, quant: str = "none", ranks: int = 1, heads: int = 0) -> Iterator[GraphDef]:
-    """One graph of each kind; `heads`: of so many features each, as Ascend's attention takes them."""
-    config = model_config(family)
-    config = replace(config, text=replace(config.text, head_dim=heads or config.text.head_dim))
-    images = (1,) if config.text.cross_layers else None
-    buckets = Buckets(prefill=(8,), decode=(2,), verify=(4,), images=images, context=32, slots=2)
-    plan = make_plan(config, Options(checkpoint=Path(), out=Path(), tp=ranks, buckets=buckets))
-    size, third = config.vision.image_size, (0.3, 0.4, 0.5)
-    image = ImageProcessorConfig(mode="stretch", size=size, rows=config.vision.rows_per_tile, mean=third, std=third)
-    context = GraphContext(config=config, image=image, cache=plan.cache, quant=quant, ranks=ranks)
-    yield from (define_graph(context, key) for key in plan.graphs if key.images or key.kind == "vision" or not images)
-
-
-LAYER = re.compile(r"((?:text|vision)\.(?:global_)?layers\.\d+)\.(\w+\.\w+)\.(?:weight|qweight)")
-
-
-def products(rewritten: TracedGraph) -> dict[str, list[str]]:
-    """The products of each layer, by the layers whose weights they read."""
-    found: dict[str, list[str]] = {}
-    for node in rewritten.graph.nodes:
-        weight = node.args[1] if node.op == "call_function" and node.target.__name__.partition(".")[0] in PRODUCTS else None
-        if match := LAYER.fullmatch(rewritten.parameters.get(weight, "")):
-            found.setdefault(match[1], []).append(match[2])
-    return found
-
-
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_has_four_products(family: str, quant: str) -> None:
-    """In every kind of graph; and SwiGlu takes a product as it is."""
-    torchair_host.load()
-    config, kinds = model_config(family), set()
-    for graph in graphs(family, quant):
-        rewritten = traced(graph, REWRITES)
-        count = Counter(node.target.__name__.partition(".")[0] for node in rewritten.graph.nodes if node.op == "call_function")
-        layers = products(rewritten)
-        crossing = {f"text.layers.{i}" for i in config.text.cross_layers} & layers.keys()
-        for name, found in layers.items():
-            attention = ["attn.q" if name in crossing else "attn.qkv", "attn.o"]
-            assert found == [*attention, "mlp.gate_up" if graph.kind != "vision" else "mlp.up", "mlp.down"], name
-        assert count["split_with_sizes"] == len(layers) - len(crossing)
-        if graph.kind == "vision":
-            assert len(layers) > 1
-        else:
-            assert len(layers) == count["npu_swiglu"] == config.text.layers and not count["silu_mul"]
-        kinds.add(graph.kind)
-    assert kinds == {"vision", "prefill", "decode", "verify"}
-
-
-@pytest.mark.parametrize("quant", ["none", "w8a8", "w4a16-g32"])
-def test_what_torchair_makes_of_it(quant: str) -> None:
-    graph = next(each for each in graphs("llava", quant, heads=16) if each.kind == "decode")
-    types = ge_graph.parse(emit(graph, "float16").graph).types()
-    layers = model_config("llava").text.layers
-    kernel = {"none": "MatMul", "w8a8": "QuantBatchMatmulV3", "w4a16-g32": "WeightQuantBatchMatmulV2"}[quant]
-    assert types[kernel] == 4 * layers + (quant != "w8a8")  # and lm_head
-    assert types["SplitV"] == types["SwiGlu"] == layers and "ConcatV2" not in types
-
-
-def test_a_trace_is_left_as_it_was() -> None:
-    """It has other users, ONNX graphs among them."""
-    graph = next(graphs("llava"))
-    before = trace(graph).graph_module.code
-    traced(graph, (merge_products,))
-    assert trace(graph).graph_module.code == before
-
-
-def test_weights_and_graphs_are_made_anew_where_merging_changes() -> None:
-    assert {"weights/merging.py", "weights/merged_tensors.py"} <= code_digests("weights.convert").keys()
-    assert "compiler/ascend_graph/merging.py" in code_digests("compiler.make", without=OTHER_BACKENDS["ascend"])
-
-
-# --- Artifacts ----------------------------------------------------------------------------------------------------------------
-
-
-def test_artifacts_from_before_still_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their graphs name weights that lie apart. Made again, they are merged, and say the same."""
-    options = Options(
-        checkpoint=EMBEDDED,
-        out=tmp_path,
-        buckets=Buckets(prefill=(16,), decode=(1,), context=64, slots=1),
-        backend="ascend",
-        candidates=0,
-    )
-    answer = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
-    with monkeypatch.context() as patch:
-        for module in (merging, ascend_merging):
-            patch.setattr(module, "complete_groups", lambda _names: {})
-        patch.setattr(fingerprint, "code_digests", lambda *_, **__: {"code": "of an earlier version"})
-        old = build(options).manifest
-    assert "text.layers.0.attn.k.weight" in old.weights and not any(map(members_of, old.weights))
-    assert "text.layers.0.attn.k.weight" in old.graphs[-1].weights
-    expected = runtime.load(tmp_path, device="sim").generate("Say one word.", **answer)
-    made = build(options)
-    assert made.converted and len(made.traced) == len(old.graphs)
-    assert "text.layers.0.attn.qkv.weight" in made.manifest.weights
-    assert all(graph.certificate and graph.certificate.worst <= 1e-4 for graph in made.manifest.graphs)
-    assert runtime.load(tmp_path, device="sim").generate("Say one word.", **answer).token_ids == expected.token_ids
-    files = {spec.file for spec in made.manifest.weights.values()}
-    assert {str(each.relative_to(tmp_path)) for each in (tmp_path / "weights").rglob("*.safetensors")} == files
-
-
+@pytest.mark.parametrize("quant", ["none", "w8a8+vision", "w4a16-g32"])
+def test_compare_reads_the_same_from_both(checkpoints: dict[str, Path], quant: str, tmp_path: Path) -> None:
+    """Names, values and shapes are those of the members."""
+    source, config = open_source(checkpoints["mllama"]), model_config("mllama")
+    shapes = {name: stored.shape for name, stored in stored_targets(config, quant).items()}
+    sides = []
+    for merged in (False, True):
+        out = tmp_path / str(merged)
+        weights = convert(source, config, out, Conversion(quant=quant, prefix="k", merged=merged)).weights
+        sides.append(RankWeights(out, weights, quant, shapes if merged else {}))
+    apart, merged_side = sides
+    assert sorted(merged_side.names()) == sorted(apart.names()) == sorted(targets(config))
+    for name, shape in targets(config).items():
+        columns = shape[-1]
+        assert torch.equal(merged_side.read(name, columns), apart.read(name, columns)), name
+        assert (merged_side.quantised(name), merged_side.shape(name)) == (apart.quantised(name), apart.shape(name))

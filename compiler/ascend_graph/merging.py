@@ -46,14 +46,14 @@ def _merge_parameter(traced: TracedGraph, name: str, members: Sequence[fx.Node])
 
 
 def _merge_group(traced: TracedGraph, weights: Sequence[fx.Node], replaced: Mapping[fx.Node, fx.Node]) -> None:
-    """One product for the members' of one layer; `weights` are those that tell their rows."""
+    """One product in place of those that take `weights`, the weights of a group's members."""
     products = [_only_user(each) for each in weights]
     assert len({(each.target, each.args[0]) for each in products}) == 1, f"{products} differ in what they do, or to what"
     rows = [_rows(traced, each) for each in weights]
     first = min(products)  # in the order of the graph
     arguments: list[Any] = [replaced.get(each, each) if isinstance(each, fx.Node) else each for each in first.args[1:]]
     with traced.graph.inserting_before(first):
-        product = traced.graph.call_function(first.target, (first.args[0], *arguments))
+        product = traced.graph.create_node("call_function", first.target, (first.args[0], *arguments))
         product.meta["val"] = _with_features(first, sum(rows))
         parts = traced.graph.call_function(aten.split_with_sizes.default, (product, rows, -1))
         items = [traced.graph.call_function(operator.getitem, (parts, place)) for place in range(len(products))]
@@ -82,26 +82,22 @@ def _with_features(product: fx.Node, features: int) -> Any:
 
 def join_swiglu(traced: TracedGraph) -> None:
     """silu_mul of both halves of one product: SwiGlu takes them in one tensor, as the product leaves them."""
-    for node in traced.graph.nodes:
-        if node.op == "call_function" and node.target in _ops("silu_mul") and (product := _halved(node)) is not None:
+    for node in list(traced.graph.nodes):
+        if node.target in _ops("silu_mul") and (product := _halved(*node.args)) is not None:
             with traced.graph.inserting_before(node):
                 joined = traced.graph.call_function(npu.npu_swiglu.default, (product, -1))
             joined.meta = dict(node.meta)
             node.replace_all_uses_with(joined)
-            halves = node.args
             traced.graph.erase_node(node)
-            for each in (*halves, halves[0].args[0]):
-                traced.graph.erase_node(each)
 
 
-def _halved(node: fx.Node) -> fx.Node | None:
-    """The value whose first and second half a node takes, and nothing else does."""
-    gate, up = node.args
-    if not all(isinstance(each, fx.Node) and each.target is operator.getitem and len(each.users) == 1 for each in (gate, up)):
+def _halved(gate: Any, up: Any) -> Any:
+    """The value whose first and second half `gate` and `up` are, along its last axis; None if they are not."""
+    if gate.target is not operator.getitem or up.target is not operator.getitem:
         return None
     (parts, first), (others, second) = gate.args, up.args
-    of_one = parts is others and (first, second) == (0, 1) and len(parts.users) == 2
-    return parts.args[0] if of_one and parts.target is aten.split_with_sizes.default and parts.args[2] == -1 else None
+    halves = parts is others and parts.target is aten.split_with_sizes.default and (first, second) == (0, 1)
+    return parts.args[0] if halves and len(set(parts.args[1])) == 1 and parts.args[2] == -1 else None
 
 
 def _ops(*names: str) -> tuple[Any, ...]:
