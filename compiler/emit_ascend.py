@@ -6,9 +6,9 @@ graph, and the Python code that feeds it. It refers to nothing of the compiler o
 
 A kernel takes its tensors by position:
 
-    weights     as `Emitted.weights` names them; floating-point ones in the graph's dtype but for the scales of whole-number
-                products, which are float32; quantised ones as `to_signed` of runtime/backends/ascend/weights.py gives them,
-                and zero points as its `to_offsets` does
+    weights     as `Emitted.weights` names them, some merged (weights/merging.py); floating-point ones in the graph's dtype
+                but for the scales of whole-number products, which are float32; quantised ones as `to_signed` of
+                runtime/backends/ascend/weights.py gives them, and zero points as its `to_offsets` does
     constants   as `Emitted.constants` names them, float32
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
     outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place

@@ -6,8 +6,8 @@ Artifacts for Ascend hold them so, one product in place of two or three:
     mlp.gate_up   mlp.gate, mlp.up of a layer of the decoder
 
 A group is merged where all of its members are there; a layer that attends to images has no keys of its own, so its q stays by
-itself. Members are sharded, calibrated and quantised as ever before they are merged: every stored part of the merged layer is
-the concatenation of theirs. All members after the first have the same number of rows.
+itself. Members are sharded, calibrated and quantised before they are merged, each by itself: every stored part of the merged
+layer is the concatenation of theirs. All members after the first have the same number of rows.
 """
 
 from __future__ import annotations
