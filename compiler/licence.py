@@ -21,7 +21,7 @@ _ENTRY = re.compile(
 
 @dataclass(frozen=True, slots=True)
 class Licence:
-    """`name` is one that model hubs have; the sentence says what was found, and where."""
+    """`name` is one that model hubs have; the sentence names the licence and its source."""
 
     name: str  # "other": one of its own; "unknown": not stated
     sentence: str

@@ -1,6 +1,6 @@
 """Traces, emits and certifies one graph of a stage after another.
 
-A model that is cut among ranks has one set of graphs, which its ranks run together: they are checked in lockstep, all ranks'
+A model that is sharded over ranks has one set of graphs, which its ranks run together: they are checked in lockstep, all ranks'
 compiled graphs against all ranks' definitions.
 """
 

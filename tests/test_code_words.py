@@ -51,6 +51,9 @@ SENTENCE = "a sentence or a mark that models were trained on"
 # (file, word or phrase) -> how often it is there, and why it stays.
 EXCEPTIONS = {
     ("compiler/build_record.py", "pictures"): (1, STORED),
+    ("compiler/model_card.py", "picture"): (2, SENTENCE),
+    ("tools/demo.py", "picture"): (2, SENTENCE),
+    ("tools/show.py", "pictures"): (1, STORED),
     ("runtime/manifest/manifest.py", "pictures"): (1, STORED),
     ("runtime/engine/metrics.py", "picture"): (1, STORED),
     ("runtime/processor/families/qwen_vl.py", "picture"): (2, SENTENCE),
@@ -67,21 +70,12 @@ EXCEPTIONS = {
     ("tools/serving/page.html", "picture"): (1, SENTENCE),
 }
 # Files and folders that are not checked yet.
-UNCHECKED = (
+UNCHECKED: tuple[str, ...] = (
     "compiler/ascend_graph/",
     "compiler/emit_ascend.py",
-    "compiler/make.py",
     "runtime/backends/ascend/",
     "runtime/backends/ge_simulator/",
-    "runtime/backends/host_cache.py",
-    "runtime/backends/ort.py",
-    "runtime/backends/packed_file.py",
     "tools/ascend_acceptance.py",
-    "tools/demo.py",
-    "tools/show.py",
-    "weights/convert.py",
-    "weights/shard.py",
-    "weights/storage.py",
 )
 
 

@@ -1,4 +1,4 @@
-"""The contents of merged linear layers (merging.py): members written into one tensor, and found in it again."""
+"""The contents of merged linear layers (merging.py): members written into one tensor, and read from it."""
 
 from __future__ import annotations
 

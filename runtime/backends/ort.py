@@ -65,8 +65,8 @@ def _register_arena() -> None:
 
 # Bytes below which prepacked weights are not worth their place on disk: the kernels are as fast without.
 WORTH_PACKING = 64 << 20
-# Bytes below which one core is done with a product before a second one is awake, and every session may pack weights for
-# itself: on the embedded tiny model, steps of one row are 1.4 times as fast on one core, and those of 8 rows 1.6 times as fast
+# Bytes below which one core is done with a product before a second one is awake, and every session may pack its own
+# weights: on the embedded tiny model, steps of one row are 1.4 times as fast on one core, and those of 8 rows 1.6 times as fast
 # packed.
 SMALL = 16 << 20
 
@@ -77,8 +77,8 @@ def _options(*, pack: bool, threads: int | None, shared: bool = True) -> ort.Ses
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or usable_cores()
     # Workers that wait in a loop take the cores from everything else: where one core of two is busy, steps take 1.3 times as
-    # long with 20 us of it. On a machine of its own they take 0.9 times as long. A pool shared by all sessions cannot be told
-    # not to, and would be forced upon every other session of the process.
+    # long with 20 us of it. On a machine of its own they take 0.9 times as long. A pool shared by all sessions always
+    # spins, and would be forced upon every other session of the process.
     spin = _spin_us()
     options.add_session_config_entry("session.intra_op.allow_spinning", str(int(spin > 0)))
     if spin:
@@ -324,8 +324,8 @@ def open_ort(
     group: Group | None = None,
     verify: bool = False,
 ) -> OrtBackend:
-    """The backend of an artifact, whose weights are shared by all graphs; without a manifest, of single graphs, each packed
-    for itself."""
+    """The backend of an artifact, whose weights are shared by all graphs; without a manifest, of single graphs, each of
+    which packs its own."""
     if manifest is None:
         return OrtBackend(folder, cache, threads=threads, pack=True, shared=False, group=group)
     small = sum(weight.nbytes for weight in manifest.weights.values()) < SMALL

@@ -49,8 +49,8 @@ def is_external(target: str) -> bool:
 
 def headings(text: str) -> list[str]:
     """The texts of headings, with links and code replaced by their words."""
-    found = _HEADING.findall(_FENCED.sub("", text))
-    return [re.sub(r"[`*]", "", _LINKED_TEXT.sub(r"\1", heading)) for heading in found]
+    headings = _HEADING.findall(_FENCED.sub("", text))
+    return [re.sub(r"[`*]", "", _LINKED_TEXT.sub(r"\1", heading)) for heading in headings]
 
 
 def slug(heading: str, separator: str = "-") -> str:

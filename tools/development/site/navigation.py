@@ -19,11 +19,11 @@ def expanded(nav: list[NavItem], docs: Path) -> list[NavItem]:
 
 def pages(nav: list[NavItem]) -> list[str]:
     """The pages and patterns of a nav in order."""
-    found: list[str] = []
+    named: list[str] = []
     for item in nav:
         for value in item.values() if isinstance(item, dict) else (item,):
-            found += [value] if isinstance(value, str) else pages(value)
-    return found
+            named += [value] if isinstance(value, str) else pages(value)
+    return named
 
 
 def _expanded(nav: list[NavItem], docs: Path, placed: set[str]) -> list[NavItem]:
@@ -44,6 +44,6 @@ def _section(item: dict[str, Any], docs: Path, placed: set[str]) -> list[NavItem
 
 def _matches(pattern: str, docs: Path, placed: set[str]) -> list[str]:
     """The pages that a pattern finds; they are added to `placed`."""
-    found = {path.relative_to(docs).as_posix() for path in docs.glob(pattern)} - placed
-    placed |= found
-    return sorted(found, key=lambda page: (not page.endswith("index.md"), page))
+    matches = {path.relative_to(docs).as_posix() for path in docs.glob(pattern)} - placed
+    placed |= matches
+    return sorted(matches, key=lambda page: (not page.endswith("index.md"), page))
