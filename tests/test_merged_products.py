@@ -11,11 +11,11 @@ import pytest
 from staticvl import runtime
 from staticvl.compiler import fingerprint
 from staticvl.compiler.ascend_graph import merging as ascend_merging
-from staticvl.compiler.ascend_graph.merging import PRODUCTS, merge_products
+from staticvl.compiler.ascend_graph.merging import PRODUCTS, join_swiglu, merge_products
 from staticvl.compiler.ascend_graph.rewriting import TracedGraph, traced
 from staticvl.compiler.buckets import Buckets
 from staticvl.compiler.build import build
-from staticvl.compiler.emit_ascend import REWRITES, emit
+from staticvl.compiler.emit_ascend import emit
 from staticvl.compiler.fingerprint import OTHER_BACKENDS
 from staticvl.compiler.graphs import trace
 from staticvl.compiler.options import Options
@@ -52,7 +52,7 @@ def test_a_layer_has_four_products(family: str, quant: str) -> None:
     torchair_host.load()
     config, kinds = model_config(family), set()
     for graph in graphs(family, quant):
-        rewritten = traced(graph, REWRITES)
+        rewritten = traced(graph, (merge_products, join_swiglu))
         count = Counter(node.target.__name__.partition(".")[0] for node in rewritten.graph.nodes if node.op == "call_function")
         layers = products(rewritten)
         crossing = {f"text.layers.{i}" for i in config.text.cross_layers} & layers.keys()
@@ -75,7 +75,8 @@ def test_what_torchair_makes_of_it(quant: str) -> None:
     layers = model_config("llava").text.layers
     kernel = {"none": "MatMul", "w8a8": "QuantBatchMatmulV3", "w4a16-g32": "WeightQuantBatchMatmulV2"}[quant]
     assert types[kernel] == 4 * layers + (quant != "w8a8")  # and lm_head
-    assert types["SplitV"] == types["SwiGlu"] == layers and "ConcatV2" not in types
+    joined = types.get("SwiGlu", 0) + types.get("DequantSwigluQuant", 0)
+    assert types["SplitV"] == joined == layers and "ConcatV2" not in types
 
 
 def test_a_trace_is_left_as_it_was() -> None:
