@@ -37,11 +37,13 @@ from torch import Tensor, fx, nn
 
 from ..runtime.artifact import TensorSpec, is_cached
 from ..runtime.backends.ascend import torchair_host
-from ..runtime.backends.ascend.weights import to_offsets, to_signed
+from ..runtime.backends.ascend.weights import IN_FLOAT32, to_offsets, to_signed
 from ..runtime.shown import quoted
 from . import ascend_graph, lower_ascend
 from .ascend_graph import attention
-from .graphs import GraphDef, trace
+from .ascend_graph.fusions import REWRITES
+from .ascend_graph.rewriting import traced
+from .graphs import GraphDef
 
 DTYPES = ("float16", "bfloat16")
 WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
@@ -227,9 +229,8 @@ def _lowering() -> str:
 
 def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
     """What is traced for one graph: its definition between the tensors of a kernel, in their order."""
-    program = trace(definition)
-    signature = program.graph_signature
-    parameters = [str(spec.target) for spec in signature.input_specs if spec.target is not None]
+    rewritten = traced(definition, REWRITES)
+    parameters = rewritten.names
     weights = tuple(name for name in parameters if name not in definition.constants)
     constants = tuple(name for name in parameters if name in definition.constants)
     declared = {spec.name for spec in definition.inputs}
@@ -241,7 +242,7 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
     name = kernel_name(definition)
     module = _with_method(
         name,
-        program.graph_module,
+        rewritten.module,
         operands=[place[each] for each in (*parameters, *(spec.name for spec in definition.inputs))],
         written=[(i, place[s.name.removesuffix(".out")]) for i, s in enumerate(definition.outputs) if is_cached(s.name)],
         fixed=len(parameters),
@@ -249,11 +250,11 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
         returns=sum(not is_cached(spec.name) for spec in definition.outputs),
         wide={place[name] for name in WIDE_INPUTS if name in place},
     )
-    shapes = dict(definition.module.named_parameters())
     wide = {f"{each}.scales" for each, layer in definition.module.named_modules() if getattr(layer, "quant", "") == "w8a8"}
+    tensors = rewritten.tensors
     arguments = (
-        *(_frozen(each, shapes, torch.float32 if each in wide else dtype) for each in weights),
-        *(torch.empty(shapes[each].shape, device="meta") for each in constants),
+        *(_frozen(each, tensors, torch.float32 if each in wide or each.endswith(IN_FLOAT32) else dtype) for each in weights),
+        *(torch.empty(tensors[each].shape, device="meta") for each in constants),
         *(_like(spec, dtype) for spec in (*definition.inputs, *in_place)),
     )
     return Kernel(name, module, arguments, weights, constants, tuple(spec.name for spec in in_place))

@@ -29,7 +29,7 @@ from ..base import Group, Result, cache_name, check_group, checked, rows_to_copy
 from . import torchair_host
 from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
 from .readiness import card_index, missing
-from .weights import map_weight, to_offsets, to_signed
+from .weights import IN_FLOAT32, map_weight, to_offsets, to_signed
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -184,9 +184,11 @@ class AscendBackend:
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
-            stem, _, part = name.rpartition(".")
-            weight = self._stored(name)
-            if part == "qweight":
+            stem, _, part = name.removesuffix(IN_FLOAT32).rpartition(".")
+            weight = self._stored(name.removesuffix(IN_FLOAT32))
+            if name.endswith(IN_FLOAT32):
+                weight = weight.float()
+            elif part == "qweight":
                 weight = to_signed(weight)
             elif part == "zeros":
                 weight = to_offsets(weight, *(self._stored(f"{stem}.{each}") for each in ("qweight", "scales")))

@@ -1,0 +1,86 @@
+"""Lowerings of what fusions.py puts in place of several ops: one operator of Ascend for each.
+
+They are plain functions, which torch inlines when a graph is traced. M rows, C features, N out features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import attention
+from .operators import npu
+from .products import TYPE_NUMBERS
+
+DYNAMIC = 1  # quant_mode of npu_dequant_swiglu_quant: a scale for each row, found on the way
+INT32 = 3  # torch's own number of the dtype
+
+Rows = tuple[Tensor, Tensor]  # activations [M, C] int8, and the scale of each row [M] float32
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """AddRmsNorm: rms_norm(x + y), and x + y."""
+    normed, _, total = npu.npu_add_rms_norm.default(x, y, weight, eps)
+    return normed, total
+
+
+def quantised_rows(x: Tensor) -> Rows:
+    """DynamicQuant of the rows of x [..., C]."""
+    rows, scales = npu.npu_dynamic_quant.default(x.reshape(-1, x.shape[-1]))
+    return rows, scales
+
+
+def rms_norm_quantised(x: Tensor, weight: Tensor, eps: float) -> Rows:
+    """RmsNorm and DynamicQuant with nothing between them."""
+    rows, scales = npu.npu_dynamic_quant.default(npu.npu_rms_norm.default(x.reshape(-1, x.shape[-1]), weight, eps)[0])
+    return rows, scales
+
+
+def add_rms_norm_quantised(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """AddRmsNormDynamicQuant: the rows of rms_norm(x + y) quantised, their scales, and x + y."""
+    rows, _, total, scales, _ = npu.npu_add_rms_norm_dynamic_quant.default(x, y, weight, epsilon=eps, output_mask=[True, False])
+    return rows.reshape(-1, x.shape[-1]), scales.reshape(-1), total
+
+
+def product_of_rows(
+    rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """QuantBatchMatmul of rows that are quantised already, in the type of `like` and in `shape`."""
+    number = TYPE_NUMBERS[like.dtype]
+    y = npu.npu_quant_matmul.default(rows, qweight, scales, pertoken_scale=row_scales, bias=bias, output_dtype=number)
+    return y.reshape(shape)
+
+
+def swiglu_quantised(rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor) -> Rows:
+    """The product of gate and up left in whole numbers, and DequantSwigluQuant: the rows of silu(gate) * up quantised."""
+    total = npu.npu_quant_matmul.default(rows, qweight, scales, output_dtype=INT32)
+    y, y_scales = npu.npu_dequant_swiglu_quant.default(
+        total, weight_scale=scales, activation_scale=row_scales[:, None], activate_left=True, quant_mode=DYNAMIC
+    )
+    return y, y_scales
+
+
+def rope_of_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """ApplyRotaryPosEmb of queries [B, T, H*D] and keys [B, T, K*D] in its layout BSND; cos and sin [B, T, D]."""
+    b, t, d = cos.shape
+    cos, sin = (each.to(q.dtype)[:, :, None] for each in (cos, sin))
+    turned = npu.npu_apply_rotary_pos_emb.default(q.view(b, t, -1, d), k.view(b, t, -1, d), cos, sin, "BSND", "half")
+    return turned[0].view(q.shape), turned[1].view(k.shape)
+
+
+def int8_cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    heads: int,
+    k_steps: Tensor,
+    v_steps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op of this name, with the scales in float32 as tensors of their own ([K*D]): none is computed in the graph."""
+    return attention.over_int8_caches(q, (k, v), (k_cache, v_cache), (k_scale, v_scale), (k_steps, v_steps), lengths, heads)
