@@ -1,13 +1,17 @@
-"""Lowerings of what fusions.py puts in place of several ops: one operator of Ascend for each.
+"""The ops that fusions.py puts in place of several of the vocabulary, and their lowerings: one operator of Ascend for each.
 
-They are plain functions, which torch inlines when a graph is traced. M rows, C features, N out features.
+They are registered with torch under `staticvl_ascend::`, so that a trace holds them whole and a graph file names nothing of
+ours. Their shapes are those of their lowerings. M rows, C features, N out features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from . import attention
 from .operators import npu
@@ -16,33 +20,53 @@ from .products import TYPE_NUMBERS
 DYNAMIC = 1  # quant_mode of npu_dequant_swiglu_quant: a scale for each row, found on the way
 INT32 = 3  # torch's own number of the dtype
 
-Rows = tuple[Tensor, Tensor]  # activations [M, C] int8, and the scale of each row [M] float32
+NAMESPACE = "staticvl_ascend"
+_LOWERINGS: dict[OpOverload, Callable[..., Any]] = {}
 
 
+def lowerings() -> dict[OpOverload, Callable[..., Any]]:
+    """Every op with its lowering, for torchair's `custom_decompositions`."""
+    return dict(_LOWERINGS)
+
+
+def _op(lowering: Callable[..., Any]) -> OpOverload:
+    """Register an op of the lowering's name and shapes."""
+    op = torch.library.custom_op(f"{NAMESPACE}::{lowering.__name__}", mutates_args=())(lowering)
+    op.register_fake(lowering)
+    overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), lowering.__name__).default
+    _LOWERINGS[overload] = lowering
+    return overload
+
+
+@_op
 def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """AddRmsNorm: rms_norm(x + y), and x + y."""
     normed, _, total = npu.npu_add_rms_norm.default(x, y, weight, eps)
     return normed, total
 
 
-def quantised_rows(x: Tensor) -> Rows:
-    """DynamicQuant of the rows of x [..., C]."""
+@_op
+def quantised_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """DynamicQuant of the rows of x [..., C]: [M, C] int8, and the scale of each row [M] float32."""
     rows, scales = npu.npu_dynamic_quant.default(x.reshape(-1, x.shape[-1]))
     return rows, scales
 
 
-def rms_norm_quantised(x: Tensor, weight: Tensor, eps: float) -> Rows:
+@_op
+def rms_norm_quantised(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """RmsNorm and DynamicQuant with nothing between them."""
     rows, scales = npu.npu_dynamic_quant.default(npu.npu_rms_norm.default(x.reshape(-1, x.shape[-1]), weight, eps)[0])
     return rows, scales
 
 
+@_op
 def add_rms_norm_quantised(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """AddRmsNormDynamicQuant: the rows of rms_norm(x + y) quantised, their scales, and x + y."""
     rows, _, total, scales, _ = npu.npu_add_rms_norm_dynamic_quant.default(x, y, weight, epsilon=eps, output_mask=[True, False])
     return rows.reshape(-1, x.shape[-1]), scales.reshape(-1), total
 
 
+@_op
 def product_of_rows(
     rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
 ) -> Tensor:
@@ -52,7 +76,8 @@ def product_of_rows(
     return y.reshape(shape)
 
 
-def swiglu_quantised(rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor) -> Rows:
+@_op
+def swiglu_quantised(rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
     """The product of gate and up left in whole numbers, and DequantSwigluQuant: the rows of silu(gate) * up quantised."""
     total = npu.npu_quant_matmul.default(rows, qweight, scales, output_dtype=INT32)
     y, y_scales = npu.npu_dequant_swiglu_quant.default(
@@ -61,6 +86,7 @@ def swiglu_quantised(rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: 
     return y, y_scales
 
 
+@_op
 def rope_of_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """ApplyRotaryPosEmb of queries [B, T, H*D] and keys [B, T, K*D] in its layout BSND; cos and sin [B, T, D]."""
     b, t, d = cos.shape
@@ -69,6 +95,7 @@ def rope_of_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     return turned[0].view(q.shape), turned[1].view(k.shape)
 
 
+@_op
 def int8_cached_attention(
     q: Tensor,
     k: Tensor,

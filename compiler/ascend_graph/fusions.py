@@ -165,8 +165,8 @@ def _in_float32(traced: TracedGraph, parameter: fx.Node) -> fx.Node:
     return _like(parameter, node)
 
 
-# In this order: rows are quantised once norms are fused.
-REWRITES: tuple[Rewrite, ...] = (
+# In this order: norms are fused before rows are quantised in them.
+FUSIONS: tuple[Rewrite, ...] = (
     fuse_rotary,
     fuse_add_norms,
     quantise_once,
