@@ -36,9 +36,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import OpOverload
 
-from ..runtime.artifact import TensorSpec, is_cached
+from ..runtime.artifact import IN_FLOAT32, TensorSpec, is_cached
 from ..runtime.backends.ascend import torchair_host
-from ..runtime.backends.ascend.weights import IN_FLOAT32, to_offsets, to_signed
+from ..runtime.backends.ascend.weights import to_offsets, to_signed
 from ..runtime.shown import quoted
 from . import ascend_graph, lower_ascend
 from .ascend_graph import attention, fused

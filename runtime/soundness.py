@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
-from .backends.ascend.weights import IN_FLOAT32
+from .manifest.graphs import IN_FLOAT32
 from .shown import shown
 
 if TYPE_CHECKING:

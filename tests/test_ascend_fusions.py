@@ -21,9 +21,8 @@ from staticvl.compiler.plan import Buckets, Options, make_plan
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import read_config
 from staticvl.model_defs.layers import Linear
-from staticvl.runtime.artifact import GraphKey, ImageProcessorConfig, TensorSpec
+from staticvl.runtime.artifact import IN_FLOAT32, GraphKey, ImageProcessorConfig, TensorSpec
 from staticvl.runtime.backends.ascend import torchair_host
-from staticvl.runtime.backends.ascend.weights import IN_FLOAT32
 from staticvl.runtime.backends.ge_simulator import ge_graph
 from staticvl.weights.quantize import quantize_w8a8
 
@@ -337,7 +336,7 @@ def kernels(graph: GraphDef, dtype: str) -> tuple[dict[str, int], tuple[str, ...
 
 # Of a decoder layer of the tiny models, whose heads are too narrow for ApplyRotaryPosEmb (which is one in place of two).
 ATTENTION = {"RotaryMul": 2, "Scatter": 2, "FusedInferAttentionScore": 1}
-MERGED, SINGLE = {"SplitVD": 1}, {"ConcatV2": 1}
+MERGED, SINGLE = {"SplitV": 1}, {"ConcatV2": 1}
 NORMS = {"AddRmsNorm": 2, "SwiGlu": 1}
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ...model_defs.ops import NAMESPACE
-from ...runtime.backends.ascend.weights import IN_FLOAT32
+from ...runtime.artifact import IN_FLOAT32
 from . import fused
 from .operators import aten, npu
 from .rewriting import Rewrite, TracedGraph

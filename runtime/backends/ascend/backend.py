@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from ...artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, Segment, Transfer, WeightSpec, rank_weights
+from ...artifact import (
+    IN_FLOAT32,
+    ArtifactError,
+    CacheSpec,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    Segment,
+    Transfer,
+    WeightSpec,
+    rank_weights,
+)
 from ...files import sha256_file
 from ...locks import Hold, hold
 from ...opening import reading
@@ -29,7 +40,7 @@ from ..base import Group, Result, cache_name, check_group, checked, rows_to_copy
 from . import torchair_host
 from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
 from .readiness import card_index, missing
-from .weights import IN_FLOAT32, map_weight, to_offsets, to_signed
+from .weights import map_weight, to_offsets, to_signed
 
 if TYPE_CHECKING:
     from torch import Tensor

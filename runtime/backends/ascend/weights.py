@@ -23,7 +23,6 @@ def map_weight(folder: Path, spec: WeightSpec) -> Tensor:
     return tensor.view(torch.bfloat16) if spec.dtype == "bfloat16" else tensor
 
 
-IN_FLOAT32 = ".float32"  # ends the name of a weight that a graph takes in float32, beside the one in its own type
 PACKED_BLOCKS = (16, 64)  # bytes of a block of 32 or 128 numbers of 4 bits; blocks of 8 bits have 32 or 128
 
 
