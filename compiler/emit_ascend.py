@@ -42,7 +42,7 @@ from ..runtime.backends.ascend.weights import to_offsets, to_signed
 from ..runtime.shown import quoted
 from . import ascend_graph, lower_ascend
 from .ascend_graph import attention, fused
-from .ascend_graph.fusions import FUSIONS
+from .ascend_graph.fusions import FUSIONS, fuse_all_reduce
 from .ascend_graph.rewriting import Rewrite, traced
 from .graphs import GraphDef
 
@@ -70,8 +70,11 @@ class Emitted:
     outputs_in_place: tuple[str, ...]
 
 
-def emit(definition: GraphDef, dtype: str) -> Emitted:
+def emit(definition: GraphDef, dtype: str, *, fused_all_reduce: bool = False) -> Emitted:
     """Trace, lower and convert one graph, computing in float16 or bfloat16.
+
+    `fused_all_reduce`: products are summed over ranks by the operator that makes them, except for one token of each row, for
+    which its documents advise against it (op-plugin, npu_mm_all_reduce_base).
 
     Raises EmitError for another dtype or heads that Ascend cannot attend with, and ArtifactError where torchair is missing.
     """
@@ -79,7 +82,8 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
         raise EmitError(f"dtype {quoted(dtype)} cannot be compiled for Ascend; use one of {', '.join(DTYPES)}")
     _check_heads(definition)
     host = torchair_host.load()
-    kernel = make_kernel(definition, getattr(torch, dtype), REWRITES)
+    last = (fuse_all_reduce,) if fused_all_reduce and definition.kind != "decode" else ()
+    kernel = make_kernel(definition, getattr(torch, dtype), (*REWRITES, *last))
     recorder = _Recorder([spec for spec in definition.outputs if not is_cached(spec.name)])
     # Traces of an earlier graph must not become a part of this one.
     torch._dynamo.reset()

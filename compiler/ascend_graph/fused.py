@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
-from . import attention
+from ...runtime.backends.ascend.process_groups import name_of_all
+from . import attention, collectives
 from .operators import npu
 from .products import TYPE_NUMBERS
 
@@ -71,6 +72,12 @@ def product_of_rows(
     rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
 ) -> Tensor:
     """QuantBatchMatmul of rows that are quantised already, in the type of `like` and in `shape`."""
+    return product_of_rows_in(rows, row_scales, qweight, scales, bias, like, shape)
+
+
+def product_of_rows_in(
+    rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
+) -> Tensor:
     number = TYPE_NUMBERS[like.dtype]
     y = npu.npu_quant_matmul.default(rows, qweight, scales, pertoken_scale=row_scales, bias=bias, output_dtype=number)
     return y.reshape(shape)
@@ -84,6 +91,41 @@ def swiglu_quantised(rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: 
         total, weight_scale=scales, activation_scale=row_scales[:, None], activate_left=True, quant_mode=DYNAMIC
     )
     return y, y_scales
+
+
+@_op
+def product_reduced(x: Tensor, weight: Tensor, ranks: int) -> Tensor:
+    """MatmulAllReduce: the sum over the ranks of each one's x [..., C] times its weight [N, C] transposed."""
+    rows = x.to(weight.dtype).reshape(-1, x.shape[-1])
+    y = npu.npu_mm_all_reduce_base.default(rows, weight.t(), name_of_all(ranks))
+    return y.reshape(*x.shape[:-1], weight.shape[0])
+
+
+@_op
+def grouped_product_reduced(x: Tensor, qweight: Tensor, scales: Tensor, offsets: Tensor | None, ranks: int) -> Tensor:
+    """The same of a weight in 8 bits [N, blocks, block] with scales and offsets [N, blocks] (see products.linear_w8)."""
+    _, blocks, block = qweight.shape
+    y = npu.npu_mm_all_reduce_base.default(
+        x.reshape(-1, x.shape[-1]),
+        qweight.flatten(1).t(),
+        name_of_all(ranks),
+        antiquant_scale=scales.t(),
+        antiquant_offset=None if offsets is None else offsets.t(),
+        antiquant_group_size=block if blocks > 1 else 0,
+    )
+    return y.reshape(*x.shape[:-1], -1)
+
+
+@_op
+def product_of_rows_reduced(
+    rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, like: Tensor, shape: Sequence[int], ranks: int
+) -> Tensor:
+    """The same of quantised rows, in float16. In bfloat16 the operator wants scales that are rounded to it: there product and
+    sum stay apart."""
+    if like.dtype != torch.float16:
+        return collectives.all_reduce(product_of_rows_in(rows, row_scales, qweight, scales, None, like, shape), ranks)
+    y = npu.npu_mm_all_reduce_base.default(rows, qweight, name_of_all(ranks), dequant_scale=scales, pertoken_scale=row_scales)
+    return y.reshape(shape)
 
 
 @_op

@@ -17,6 +17,7 @@ from ...model_defs.ops import NAMESPACE
 from ...runtime.artifact import IN_FLOAT32
 from . import fused
 from .operators import aten, npu
+from .products import MOST_W8_FEATURES
 from .rewriting import Rewrite, TracedGraph
 
 VOCABULARY: Any = getattr(torch.ops, NAMESPACE)
@@ -163,6 +164,32 @@ def _in_float32(traced: TracedGraph, parameter: fx.Node) -> fx.Node:
     traced.parameters[node] = name + IN_FLOAT32
     traced.tensors[name + IN_FLOAT32] = traced.tensors[name]
     return _like(parameter, node)
+
+
+def fuse_all_reduce(traced: TracedGraph) -> None:
+    """A product and the sum of it over the ranks -> one operator, which sends parts while it computes others.
+
+    Products that have no such form stay as they are: those in 4 bits, of blocks that are filled up, and of too many features.
+    """
+    for reduced in _calls(traced, VOCABULARY.all_reduce.default):
+        product, ranks = reduced.args
+        if len(product.users) == 1 and (operands := _reducible(product)):
+            _replace({reduced: _like(reduced, _insert(traced, reduced, *operands, ranks))})
+
+
+def _reducible(product: fx.Node) -> tuple[Any, ...]:
+    """The fused op of a product without a bias, and its operands but for the ranks; () where there is none."""
+    if product.target is VOCABULARY.linear.default and product.args[2] is None:
+        return fused.product_reduced, *product.args[:2]
+    if product.target is fused.product_of_rows and product.args[4] is None:
+        rows, row_scales, qweight, scales, _, like, shape = product.args
+        return fused.product_of_rows_reduced, rows, row_scales, qweight, scales, like, shape
+    if product.target is VOCABULARY.linear_w8.default and product.args[3] is None:
+        x, qweight, scales, _, *zeros = product.args
+        features, blocks, block = _shape(qweight)
+        if blocks * block == _shape(x)[-1] and features <= MOST_W8_FEATURES:
+            return fused.grouped_product_reduced, x, qweight, scales, zeros[0] if zeros else None
+    return ()
 
 
 # In this order: norms are fused before rows are quantised in them.
