@@ -28,7 +28,7 @@ DEVICE, HALF, GROUP = "device", "half", "group"
 
 def emit(definition: GraphDef, dtype: str) -> Emitted:
     """The program of one graph, computing in float16 or bfloat16."""
-    kernel = make_kernel(definition, getattr(torch, dtype))
+    kernel = make_kernel(definition, getattr(torch, dtype), ())
     method = getattr(kernel.module, kernel.name)
     program = make_fx(method, decomposition_table=_definitions(), tracing_mode="fake")(*kernel.arguments)
     source = program.code.replace("device(type='meta')", DEVICE).replace(f"torch.{dtype}", HALF)
