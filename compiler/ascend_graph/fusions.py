@@ -62,7 +62,7 @@ def fuse_add_norms(traced: TracedGraph) -> None:
         _replace({norm: view or normed})
 
 
-def _is_sum(node: fx.Node) -> bool:
+def _is_sum(node: Any) -> bool:
     """Whether node adds two tensors of its own shape."""
     if node.target is not aten.add.Tensor or node.kwargs:
         return False
@@ -125,18 +125,18 @@ def swiglu_fits(shape: Any) -> bool:
     return 4 * columns + 2 * 4 * count / 40 + 10 * 4 * columns < SWIGLU_MEMORY
 
 
-def _only_quantised(quantised: fx.Node) -> bool:
+def _only_quantised(quantised: Any) -> bool:
     """Whether nobody reads what is quantised but `quantised`, and the products of its rows for its type."""
     products = {user for item in quantised.users for user in item.users}
-    return all(user is quantised or user in products for user in quantised.args[0].users)  # pyright: ignore[reportAttributeAccessIssue, reportOptionalMemberAccess]
+    return all(user is quantised or user in products for user in quantised.args[0].users)
 
 
-def _take_rows(quantised: fx.Node, rows: tuple[fx.Node, fx.Node], like: fx.Node) -> None:
+def _take_rows(quantised: Any, rows: tuple[fx.Node, fx.Node], like: fx.Node) -> None:
     """Let the products of `quantised` take other rows, and the type of `like`."""
     for item in quantised.users:
         for product in list(item.users):
-            product.replace_input_with(quantised.args[0], like)  # pyright: ignore[reportArgumentType]
-    _replace({item: rows[item.args[1]] for item in quantised.users})  # pyright: ignore[reportArgumentType]
+            product.replace_input_with(quantised.args[0], like)
+    _replace({item: rows[item.args[1]] for item in quantised.users})
 
 
 def take_scales_in_float32(traced: TracedGraph) -> None:
@@ -177,7 +177,7 @@ def fuse_all_reduce(traced: TracedGraph) -> None:
             _replace({reduced: _like(reduced, _insert(traced, reduced, *operands, ranks))})
 
 
-def _reducible(product: fx.Node) -> tuple[Any, ...]:
+def _reducible(product: Any) -> tuple[Any, ...]:
     """The fused op of a product without a bias, and its operands but for the ranks; () where there is none."""
     if product.target is VOCABULARY.linear.default and product.args[2] is None:
         return fused.product_reduced, *product.args[:2]
@@ -206,8 +206,8 @@ FUSIONS: tuple[Rewrite, ...] = (
 # ---- nodes
 
 
-def _calls(traced: TracedGraph, *targets: Callable[..., Any]) -> list[fx.Node]:
-    """The calls of functions, in the order of the graph."""
+def _calls(traced: TracedGraph, *targets: Callable[..., Any]) -> list[Any]:
+    """The calls of functions (nodes), in the order of the graph. fx lets arguments be more than the nodes that ours are."""
     return [node for node in traced.graph.nodes if node.op == "call_function" and node.target in targets]
 
 
