@@ -27,20 +27,22 @@ import sys
 import tempfile
 import types
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 
-from ..runtime.artifact import TensorSpec, is_cached
+from ..runtime.artifact import IN_FLOAT32, TensorSpec, is_cached
 from ..runtime.backends.ascend import torchair_host
 from ..runtime.backends.ascend.weights import to_offsets, to_signed
 from ..runtime.shown import quoted
 from . import ascend_graph, lower_ascend
-from .ascend_graph import attention
+from .ascend_graph import attention, fused
+from .ascend_graph.fusions import FUSIONS, fuse_all_reduce
 from .ascend_graph.merging import join_swiglu, merge_products
 from .ascend_graph.rewriting import Rewrite, traced
 from .graphs import GraphDef
@@ -48,7 +50,7 @@ from .graphs import GraphDef
 DTYPES = ("float16", "bfloat16")
 WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
 # What is done to the trace of a definition before its ops are lowered, in order.
-REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu)
+REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu, *FUSIONS)
 NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 
@@ -69,8 +71,11 @@ class Emitted:
     outputs_in_place: tuple[str, ...]
 
 
-def emit(definition: GraphDef, dtype: str) -> Emitted:
+def emit(definition: GraphDef, dtype: str, *, fused_all_reduce: bool = False) -> Emitted:
     """Trace, lower and convert one graph, computing in float16 or bfloat16.
+
+    `fused_all_reduce`: products are summed over ranks by the operator that makes them, except for one token of each row, for
+    which its documents advise against it (op-plugin, npu_mm_all_reduce_base).
 
     Raises EmitError for another dtype or heads that Ascend cannot attend with, and ArtifactError where torchair is missing.
     """
@@ -78,7 +83,8 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
         raise EmitError(f"dtype {quoted(dtype)} cannot be compiled for Ascend; use one of {', '.join(DTYPES)}")
     _check_heads(definition)
     host = torchair_host.load()
-    kernel = make_kernel(definition, getattr(torch, dtype), REWRITES)
+    last = (fuse_all_reduce,) if fused_all_reduce and definition.kind != "decode" else ()
+    kernel = make_kernel(definition, getattr(torch, dtype), (*REWRITES, *last))
     recorder = _Recorder([spec for spec in definition.outputs if not is_cached(spec.name)])
     # Traces of an earlier graph must not become a part of this one.
     torch._dynamo.reset()
@@ -93,7 +99,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
             config=_config(host, kernel),
             dynamic=False,
             cache_dir=folder,
-            custom_decompositions={**lower_ascend.lowerings(), torch.ops.aten._assert_tensor_metadata.default: _nothing},
+            custom_decompositions=decompositions(),
             ge_cache=True,  # what the device compiles can be kept, where the runtime says
         )
         compiled(*kernel.arguments)
@@ -119,6 +125,11 @@ def _check_heads(definition: GraphDef) -> None:
                 f"{definition.name}: a head of {width} elements cannot be compiled for Ascend, whose attention takes multiples "
                 f"of {multiple}" + (" from a cache in 8 bits; leave out --kv-cache int8" if dtype == "int8" else "")
             )
+
+
+def decompositions() -> dict[OpOverload, Callable[..., Any]]:
+    ours = {**lower_ascend.lowerings(), **fused.lowerings()}
+    return {**ours, torch.ops.aten._assert_tensor_metadata.default: _nothing}
 
 
 def _nothing(*_: Any, **__: Any) -> None:
@@ -267,6 +278,8 @@ def _frozen(name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> 
     if part == "zeros":
         assert qweight is not None, name
         stored = to_offsets(parameter, qweight, parameters[f"{stem}.scales"].to(dtype))
+    elif name.endswith(IN_FLOAT32):
+        stored = parameter.float()
     elif part == "scales" and qweight is not None and qweight.dtype == torch.int8:
         stored = parameter  # of whole-number products: float32
     else:

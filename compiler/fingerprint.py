@@ -90,6 +90,7 @@ class GraphDigests:
         backend = options.backend
         versions = [importlib.metadata.version(name) for name in _PACKAGES[backend]]
         if backend == "ascend":
+            versions += ["fused all-reduce"] * options.fuse_all_reduce
             versions += [torchair_host.VERSION, options.soc, *platform.python_version_tuple()[:2]]
         code = code_digests("compiler.make", without=OTHER_BACKENDS[backend])
         self.eager = options.eager

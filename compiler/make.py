@@ -168,7 +168,10 @@ class GraphMaker:
             return self._emit_onnx(definition, spec if self._whole else msgspec.structs.replace(spec, file=stem))
         from . import emit_ascend, emit_eager
 
-        emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, dtype)
+        if spec.eager:
+            emitted = emit_eager.emit(definition, dtype)
+        else:
+            emitted = emit_ascend.emit(definition, dtype, fused_all_reduce=self.options.fuse_all_reduce)
         constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
         return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), {spec.file: emitted.data}
 

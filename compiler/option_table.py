@@ -248,6 +248,15 @@ COMPILE_OPTIONS = (
         recorded="changed",
     ),
     CompileOption(
+        name="fuse_all_reduce",
+        type="flag",
+        help="ascend: with --tp, sum products over ranks in the operator that makes them, but for single tokens",
+        default=False,
+        group="graphs",
+        enters="graphs",
+        recorded="changed",
+    ),
+    CompileOption(
         name="eager",
         type="names",
         metavar="KINDS",

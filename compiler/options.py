@@ -16,6 +16,8 @@ from .buckets import Buckets
 from .calibration import METHODS, Calibration
 from .choices import BACKENDS, DTYPES, INT8_CACHE_LACKS, MOST_CANDIDATES, READY_QUANTS, TEXT_BEFORE_IMAGE, PlanError
 
+FUSED_RANKS = (2, 4, 8)  # of one domain, that MatmulAllReduce takes (op-plugin, npu_mm_all_reduce_base)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
@@ -37,6 +39,7 @@ class Options:
     dtype: str = ""
     eager: tuple[Kind, ...] = ()  # Ascend: graph kinds that run op by op
     soc: str = SOCS[0]  # Ascend: family of chips
+    fuse_all_reduce: bool = False  # Ascend: whether one operator makes products and sums them over the ranks
     candidates: int | None = None  # top-k tokens that text graphs output, 0: none; None: the backend's default
     calibration: Calibration | None = None  # the prompts that calibrate quantised weights and a cache in 8 bits
     kv_cache: str = KV_CACHES[0]
@@ -73,6 +76,11 @@ class Options:
                 "one of the two"
             )
         self._check_calibration()
+        if self.fuse_all_reduce and (self.backend != "ascend" or self.soc != SOCS[0] or self.tp not in FUSED_RANKS):
+            raise PlanError(
+                f"fuse_all_reduce is given with backend {self.backend}, soc {self.soc} and {self.tp} ranks, but it is "
+                f"for ascend, {SOCS[0]} and {', '.join(map(str, FUSED_RANKS))} ranks; leave --fuse-all-reduce out"
+            )
         if self.tune and (self.backend != "onnx" or self.tp * self.pp > 1):
             what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
             raise PlanError(f"tune is given with {what}, but it measures ONNX graphs of one process; leave --tune out")

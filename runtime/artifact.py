@@ -21,6 +21,7 @@ from .manifest.files import WEIGHTS, FileSpec, SourceFile, WeightSpec, rank_fold
 from .manifest.graphs import (
     CANDIDATES,
     CROSS_HIDDEN,
+    IN_FLOAT32,
     KINDS,
     Certificate,
     CertificateCase,
@@ -52,6 +53,7 @@ __all__ = [
     "CANDIDATES",
     "CROSS_HIDDEN",
     "DEFINITION",
+    "IN_FLOAT32",
     "KINDS",
     "MANIFEST",
     "SCHEMA_VERSION",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import PurePath
 from typing import TYPE_CHECKING
 
+from .manifest.graphs import IN_FLOAT32
 from .shown import shown
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def _graph(part: Manifest, graph: GraphSpec) -> Iterator[str]:
         yield "it has no inputs or no outputs"
     used = {name for step in graph.plan for name in step.names}
     yield from (f"a step uses {name[:200]!r}, which is no tensor of the graph" for name in sorted(used - set(specs)))
-    yield from (f"weight {name[:200]!r} is unknown" for name in graph.weights if name not in part.weights)
+    weights = (name.removesuffix(IN_FLOAT32) for name in graph.weights)
+    yield from (f"weight {name[:200]!r} is unknown" for name in weights if name not in part.weights)
     for name, (dtype, shape) in _expected(part, graph).items():
         if name in specs and (specs[name].dtype, specs[name].shape) != (dtype, shape):
             yield f"{name} is {specs[name].dtype} {shown(list(specs[name].shape))}, expected {dtype} {list(shape)}"

@@ -29,8 +29,10 @@ class Lowered:
         return Simulator(self.data, wide=wide)(inputs, assigned)
 
 
-def lower(function: Callable[..., Any], *inputs: Tensor, group: Group | None = None) -> Lowered:
-    """A torch function through torch.compile and torchair, run on the simulator."""
+def lower(
+    function: Callable[..., Any], *inputs: Tensor, group: Group | None = None, decompositions: dict[Any, Any] | None = None
+) -> Lowered:
+    """A torch function through torch.compile and torchair, run on the simulator. `decompositions`: torchair's."""
     host = torchair_host.load()
     seen: dict[str, Any] = {}
 
@@ -45,7 +47,9 @@ def lower(function: Callable[..., Any], *inputs: Tensor, group: Group | None = N
         return execute
 
     torch._dynamo.reset()
-    backend = host.torchair.get_npu_backend(compiler_config=host.torchair.CompilerConfig())
+    backend = host.torchair.get_npu_backend(
+        compiler_config=host.torchair.CompilerConfig(), custom_decompositions=decompositions or {}
+    )
     compiled = torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
     with host.running_on(executor), torch.no_grad():
         result = compiled(*inputs)

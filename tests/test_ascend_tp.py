@@ -52,13 +52,13 @@ def written(family: str, kv_heads: int, folder: Path) -> Model:
 Graphs = tuple[dict[Kind, GraphSpec], dict[str, FileSpec]]
 
 
-def compiled(model: Model, tp: int, *, eager: bool = False) -> Graphs:
-    """One file of each graph, whatever the rank."""
+def compiled(model: Model, tp: int, *, eager: bool = False, fused: bool = False) -> Graphs:
+    """One file of each graph, whatever the rank. `fused`: with the option that makes products and their sums one."""
     specs: dict[Kind, GraphSpec] = {}
     files: dict[str, FileSpec] = {}
     for kind, graph in model.define(tp).items():
-        made = (emit_eager if eager else emit_ascend).emit(graph, "float16")
-        file = f"{graph.name}-tp{tp}-{eager}"
+        made = emit_eager.emit(graph, "float16") if eager else emit_ascend.emit(graph, "float16", fused_all_reduce=fused)
+        file = f"{graph.name}-tp{tp}-{eager}-{fused}"
         (model.out / file).write_bytes(made.data)
         files[file] = FileSpec(nbytes=len(made.data), sha256=hashlib.sha256(made.data).hexdigest())
         constants = {name: tuple(graph.constants[name].tolist()) for name in made.constants}
@@ -142,6 +142,16 @@ def test_ranks_compute_what_the_whole_model_computes(model: Model, whole: list[n
 
 
 def test_in_16_bits(model: Model, whole: list[np.ndarray], graphs: Graphs) -> None:
+    ranks = results(model, 2, graphs, wide=False)
+    assert 1e-6 < distance(model, ranks, whole) <= ROUNDED
+    check_same_logits(model, 2, ranks)
+
+
+@pytest.mark.parametrize("model", [("mllama", 2)], indirect=True, ids=["mllama"])
+def test_products_that_are_summed_by_their_operator(model: Model, whole: list[np.ndarray]) -> None:
+    graphs = compiled(model, 2, fused=True)
+    errors = worst_errors(model, results(model, 2, graphs), whole)
+    assert len(errors) == len(whole) and max(errors) <= WIDE, errors
     ranks = results(model, 2, graphs, wide=False)
     assert 1e-6 < distance(model, ranks, whole) <= ROUNDED
     check_same_logits(model, 2, ranks)

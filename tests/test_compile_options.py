@@ -63,6 +63,7 @@ EXAMPLES = {
     "kv_cache": Example("int8", "int8", CALIBRATED),
     "backend": Example("ascend", "ascend"),
     "soc": Example("Ascend310P", "Ascend310P", ASCEND),
+    "fuse_all_reduce": Example(True, "", {**ASCEND, "tp": 2}),
     "eager": Example("vision,prefill", "vision,prefill", ASCEND),
     "candidates": Example(8, "8"),
     "tune": Example(True, ""),

@@ -57,7 +57,7 @@ FLOAT_CASES: dict[str, Case] = {
     "ApplyRotaryPosEmb": (
         lambda ge, q, k, c, s: ge.ApplyRotaryPosEmb(q, k, c, s, layout=1, rotary_mode="half"),
         lambda q, k, c, s: (turned(q, c, s), turned(k, c, s)),
-        (rand(2, 3, 4, 8), rand(2, 3, 2, 8), rand(2, 3, 1, 8), rand(2, 4, 1, 8)[:, :3].contiguous()),
+        (rand(2, 3, 4, 64), rand(2, 3, 2, 64), rand(2, 3, 1, 64), rand(2, 4, 1, 64)[:, :3].contiguous()),
     ),
     "AxpyV2": (lambda ge, a, b: ge.AxpyV2(a, b, 2.5), lambda a, b: a + 2.5 * b, (rand(3, 5), rand(3, 5) * 2)),
     "BatchMatMul": (
@@ -412,14 +412,6 @@ def test_a_half_is_rounded_after_every_operator_unless_wide() -> None:
 
 def test_shapes_of_the_definitions_variants() -> None:
     x = rand(2, 3, 4, 8)
-    cos, sin = rand(2, 1, 1, 8), rand(2, 1, 1, 8) * 2
-    q, k = compute(lambda ge, q, c, s: ge.ApplyRotaryPosEmb(q, q, c, s, layout=3, rotary_mode="interleave"), x, cos, sin)
-    even, odd = (
-        x[..., ::2] * cos[..., ::2] - x[..., 1::2] * sin[..., ::2],
-        x[..., 1::2] * cos[..., 1::2] + x[..., ::2] * sin[..., 1::2],
-    )
-    close(q, torch.stack((even, odd), -1).flatten(-2))
-    assert torch.equal(q, k)
     rows = compute(lambda ge, c, a, b: ge.Select(c, a, b), torch.tensor([True, False]), torch.ones(2, 3), torch.zeros(2, 3))
     assert rows[0].tolist() == [[1, 1, 1], [0, 0, 0]]
     gelu = compute(lambda ge, x: ge.GeluV2(x, approximate="tanh"), x)[0]
@@ -558,7 +550,7 @@ def test_operators_refuse(name: str) -> None:
 
 def test_every_operator_has_a_test() -> None:
     elsewhere = {
-        "Assign", "FusedInferAttentionScore", "HcomAllGather", "HcomAllReduce", "QuantBatchMatmulV3", "Scatter",
-        "ScatterUpdate", "WeightQuantBatchMatmulV2",
+        "AddRmsNormDynamicQuant", "Assign", "DequantSwigluQuant", "FusedInferAttentionScore", "HcomAllGather", "HcomAllReduce",
+        "MatmulAllReduce", "QuantBatchMatmulV3", "Quantize", "Scatter", "ScatterUpdate", "WeightQuantBatchMatmulV2",
     }  # fmt: skip
     assert set(OPS) == {*FLOAT_CASES, *EXACT_CASES, *BY_NUMPY, *elsewhere}

@@ -16,10 +16,12 @@ from .operators import air, aten, npu
 # The fused attention takes heads whose width is a multiple of this, in 16-bit types (CANN, FusedInferAttentionScore).
 HEAD_ALIGNMENT = 16
 INT8_HEAD_ALIGNMENT = 32  # where keys or values are int8
+INT8 = 1  # torch's own number of the dtype
 MOST_INT8_QUERIES = 16  # of a row, with keys and values of int8 and scales of channels; more than one only in bfloat16
 # The side of the triangle that stands for a causal mask of any size (CANN, FusedInferAttentionScore, sparse_mode 2 to 4).
 CAUSAL_SIDE = 2048
 RIGHT_DOWN_CAUSAL = 3  # sparse_mode: the last query sees the last key, at the true lengths
+ROWS = -2  # the axis of a cache [B, K, S, D] into which new rows are written, as Scatter's documents name it
 # What is added to a score is 0 or far below this; see CROSS_HIDDEN in runtime/artifact.py.
 HIDDEN_BELOW = -1e4
 
@@ -61,22 +63,32 @@ def int8_cached_attention(
     bfloat16 (constraints of torch_npu.npu_fused_infer_attention_score: query bfloat16, scales [K, D], [K, 1, D] or [K * D]).
     Elsewhere what this layer reads of its caches is dequantised first, a copy that lives as long as the layer.
     """
-    k_cache = _append(k_cache, _rounded(k, k_scale), lengths)
-    v_cache = _append(v_cache, _rounded(v, v_scale), lengths)
+    steps = (k_scale.float().flatten(), v_scale.float().flatten())
+    return over_int8_caches(q, (k, v), (k_cache, v_cache), (k_scale, v_scale), steps, lengths, heads)
+
+
+Pair = tuple[Tensor, Tensor]  # one of keys and one of values
+
+
+def over_int8_caches(
+    q: Tensor, new: Pair, caches: Pair, scales: Pair, steps: Pair, lengths: Tensor, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the scales twice: `steps` [K*D] in float32, in which Quantize divides by them."""
+    k_cache, v_cache = (_append(cache, _rounded(x, step), lengths) for cache, x, step in zip(caches, new, steps, strict=True))
+    k_scale, v_scale = scales
     if q.shape[1] == 1:
-        scales = {"key_antiquant_scale": k_scale[None], "value_antiquant_scale": v_scale[None]}  # [1, K, 1, D]
-        return _over_caches(q, k_cache, v_cache, lengths, heads, **scales), k_cache, v_cache
+        taken = {"key_antiquant_scale": k_scale[None], "value_antiquant_scale": v_scale[None]}  # [1, K, 1, D]
+        return _over_caches(q, k_cache, v_cache, lengths, heads, **taken), k_cache, v_cache
     if q.dtype == torch.bfloat16 and q.shape[1] <= MOST_INT8_QUERIES:
-        scales = {"key_antiquant_scale": k_scale, "value_antiquant_scale": v_scale}
-        return _over_caches(q, k_cache, v_cache, lengths, heads, **scales), k_cache, v_cache
+        taken = {"key_antiquant_scale": k_scale, "value_antiquant_scale": v_scale}
+        return _over_caches(q, k_cache, v_cache, lengths, heads, **taken), k_cache, v_cache
     keys, values = k_cache.to(q.dtype) * k_scale, v_cache.to(q.dtype) * v_scale
     return _over_caches(q, keys, values, lengths, heads), k_cache, v_cache
 
 
-def _rounded(x: Tensor, scale: Tensor) -> Tensor:
-    """x [B, T, K*D] in whole steps of its channels' scales [K, 1, D], int8; computed in float32."""
-    steps = x.float() * aten.reciprocal.default(scale.float()).flatten()
-    return aten.round.default(steps.clamp(-128, 127)).to(torch.int8)
+def _rounded(x: Tensor, steps: Tensor) -> Tensor:
+    """Quantize: x [B, T, K*D] in whole steps of its channels, int8."""
+    return npu.npu_quantize.default(x, steps, None, INT8, axis=-1, div_mode=True)
 
 
 def _over_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, heads: int, **scales: Tensor) -> Tensor:
@@ -92,18 +104,18 @@ def _over_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, h
         v_cache,
         heads,
         d,
-        input_layout="BNSD",
+        input_layout=_layout(t),
         actual_seq_lengths_kv=(lengths + t).long(),
         num_key_value_heads=kv_heads,
         **mask,
         **scales,
     )
-    return _heads_last(out)
+    return _heads_joined(out, t)
 
 
 def _append(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
     """new [B, T, K*D] as rows `lengths` and on of cache [B, K, S, D]."""
-    return npu.scatter_update.default(cache, lengths, _heads_first(new, cache.shape[1]), 2)
+    return npu.scatter_update.default(cache, lengths, _heads_first(new, cache.shape[1]), ROWS)
 
 
 def _causal_triangle(device: torch.device) -> Tensor:
@@ -154,11 +166,11 @@ def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
         values[0] if len(values) == 1 else torch.cat(list(values), dim=2),
         heads,
         d,
-        input_layout="BNSD",
+        input_layout=_layout(q.shape[1]),
         num_key_value_heads=kv_heads,
         atten_mask=_by_key(hidden & sees, x * len(keys)),
     )
-    return _heads_last(out)
+    return _heads_joined(out, q.shape[1])
 
 
 def _by_key(hidden: Tensor, keys: int) -> Tensor:
@@ -172,11 +184,17 @@ def _fused(q: Tensor, k: Tensor, v: Tensor, heads: int, d: int, **arguments: Any
     return air.npu_fused_infer_attention_score.default(q, k, v, num_heads=heads, scale=d**-0.5, **arguments)[0]
 
 
+def _layout(tokens: int) -> str:
+    """Of queries and keys, and of the result where it is another: the operator takes a second one for several queries only."""
+    return "BNSD" if tokens == 1 else "BNSD_BSND"
+
+
 def _heads_first(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H*D] -> [B, H, T, D]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """[B, T, H*D] -> [B, H, T, D]; of one token a view."""
+    b, t, _ = x.shape
+    return x.view(b, heads, 1, -1) if t == 1 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _heads_last(x: Tensor) -> Tensor:
-    """[B, H, T, D] -> [B, T, H*D]."""
-    return x.transpose(1, 2).flatten(2)
+def _heads_joined(x: Tensor, tokens: int) -> Tensor:
+    """What the operator gives of so many tokens in _layout -> [B, T, H*D]."""
+    return x.view(x.shape[0], 1, -1) if tokens == 1 else x.flatten(2)

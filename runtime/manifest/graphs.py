@@ -12,6 +12,7 @@ from .record import DTYPE_BYTES, Count, Dtype, Number, Record, Shape, Size, Time
 Kind = Literal["vision", "prefill", "decode", "verify"]
 KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode", "verify")
 CANDIDATES = ("top_logits", "top_ids", "mass")  # outputs of text graphs after the logits
+IN_FLOAT32 = ".float32"  # ends the name of a weight that a graph takes in float32, beside the one in its own type
 CROSS_HIDDEN = -1e30  # added to the scores of keys that a token does not see; finite, so that a token may see none
 
 

@@ -19,7 +19,18 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 
-from ...artifact import ArtifactError, CacheSpec, FileSpec, GraphSpec, Manifest, Segment, Transfer, WeightSpec, rank_weights
+from ...artifact import (
+    IN_FLOAT32,
+    ArtifactError,
+    CacheSpec,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    Segment,
+    Transfer,
+    WeightSpec,
+    rank_weights,
+)
 from ...files import sha256_file
 from ...locks import Hold, hold
 from ...opening import reading
@@ -184,9 +195,11 @@ class AscendBackend:
 
     def _weight(self, name: str) -> Tensor:
         if name not in self.weights:
-            stem, _, part = name.rpartition(".")
-            weight = self._stored(name)
-            if part == "qweight":
+            stem, _, part = name.removesuffix(IN_FLOAT32).rpartition(".")
+            weight = self._stored(name.removesuffix(IN_FLOAT32))
+            if name.endswith(IN_FLOAT32):
+                weight = weight.float()
+            elif part == "qweight":
                 weight = to_signed(weight)
             elif part == "zeros":
                 weight = to_offsets(weight, *(self._stored(f"{stem}.{each}") for each in ("qweight", "scales")))

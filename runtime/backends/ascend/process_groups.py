@@ -25,6 +25,11 @@ def group_of_all(ranks: int) -> str:
     return f"{ranks} ranks"
 
 
+def name_of_all(ranks: int) -> str:
+    """The name in a graph of the group of all of `ranks`, for an operator whose converter takes a name as it is."""
+    return f"tag=;rank_list={','.join(map(str, range(ranks)))}"
+
+
 def ranks_of(group: str) -> list[int] | None:
     """The ranks of a group by its name in a graph; None where it names none."""
     match = re.search(r"(?:^|;)rank_list=(\d+(?:,\d+)*)$", group)

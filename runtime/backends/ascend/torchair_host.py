@@ -179,6 +179,20 @@ def _with_torch_npu(converter: Callable[..., Any]) -> Callable[..., Any]:
     return convert
 
 
+def _recording_group(converter: Callable[..., Any]) -> Callable[..., Any]:
+    """A converter of an operator that names a group, and notes the group for the graph's generated code, as converters of
+    collectives do: that code writes the communicator's name into every node of a noted group."""
+
+    @functools.wraps(converter)
+    def convert(x1: Any, x2: Any, hcom: str, **settings: Any) -> Any:
+        from torchair.ge._ge_graph import get_default_ge_graph  # pyright: ignore[reportMissingImports]
+
+        get_default_ge_graph().record_process_group(hcom, process_groups.ranks_of(hcom), "")
+        return converter(x1, x2, hcom, **settings)
+
+    return convert
+
+
 def _module(name: str, **members: Any) -> types.ModuleType:
     module = types.ModuleType(name)
     module.__dict__.update(members, __path__=[])
@@ -213,8 +227,10 @@ def _import_torchair(folder: Path) -> types.ModuleType:
             for each, handler in handlers.items():
                 signal.signal(each, handler)
     process_groups.install(sys.modules)
-    operator: Any = torch.ops.npu.npu_quant_matmul.default
-    operator._ge_converter = _with_torch_npu(operator._ge_converter)
+    product: Any = torch.ops.npu.npu_quant_matmul.default
+    product._ge_converter = _with_torch_npu(product._ge_converter)
+    reduced: Any = torch.ops.npu.npu_mm_all_reduce_base.default
+    reduced._ge_converter = _recording_group(_with_torch_npu(reduced._ge_converter))
     return torchair
 
 

@@ -137,7 +137,7 @@ class Simulator:
                 )
             if descriptor.dtype is None:
                 continue
-            unrounded = self.wide and descriptor.dtype == "int8" and output.is_floating_point()
+            unrounded = self.wide and descriptor.dtype in ("int8", "int32") and output.is_floating_point()
             if not unrounded and output.dtype != (expected := self._dtype(descriptor.dtype)):
                 raise GeGraphError(f"output {descriptor.name} is {output.dtype}; torchair traced {expected}")
 

@@ -56,9 +56,10 @@ def fused_infer_attention_score(
 ) -> tuple[Tensor, Tensor]:
     """softmax(query key^T scale, hidden keys left out) value, and with softmax_lse_flag the logarithm of each softmax's sum.
 
-    The input layout is BNSD, BSND or BSH (heads and head dim in one axis); `X_Y` gives the result in layout Y. Query head n
-    attends with kv head n // (N / K). Row b has actual_seq_lengths[b] queries and actual_seq_lengths_kv[b] keys (one number
-    stands for all rows; none, for as many as there are): queries after that give zeros, keys after it are never read.
+    The input layout is BNSD, BSND or BSH (heads and head dim in one axis); `X_Y` gives the result of several queries in
+    layout Y. Query head n attends with kv head n // (N / K). Row b has actual_seq_lengths[b] queries and
+    actual_seq_lengths_kv[b] keys (one number stands for all rows; none, for as many as there are): queries after that give
+    zeros, keys after it are never read.
 
     sparse_mode says which keys query t of q sees among s, besides atten_mask, where 1 hides:
         0  those that the mask leaves, or all without a mask
@@ -85,6 +86,10 @@ def fused_infer_attention_score(
         key = [_dequantised(query, key, key_antiquant_scale, "key")]
         value = [_dequantised(query, value, value_antiquant_scale, "value")]
     q, k, v = _operands(query, key, value, layout, num_heads, num_key_value_heads or num_heads, context)
+    if out_layout and q.shape[2] == 1:
+        raise UnsupportedError(
+            f"attribute input_layout = {input_layout!r} with one query is not supported; expected {layout!r}"
+        )
     queries = _lengths(actual_seq_lengths, "actual_seq_lengths", q.shape[0], q.shape[2])
     keys = _lengths(actual_seq_lengths_kv, "actual_seq_lengths_kv", q.shape[0], k.shape[2])
     _check_tokens(sparse_mode, pre_tokens, next_tokens)

@@ -100,7 +100,8 @@ def quant_batch_matmul_v3(
     """x1 [..., M, K] times x2 [..., K, N], both int8, times scale ([1] or [N]) and pertoken_scale [M], plus bias [N].
 
     An int32 bias joins the integers, which add up exactly; any other is added after the scales. Scales are float32 or bfloat16:
-    those in 64 bits, which the device's float16 path packs, are refused.
+    those in 64 bits, which the device's float16 path packs, are refused. An output in int32 is the whole numbers themselves,
+    without any scale.
     """
     if x1.dtype != (torch.float32 if context.wide and x1.is_floating_point() else torch.int8) or x2.dtype != torch.int8:
         raise UnsupportedError(f"operands are {x1.dtype} and {x2.dtype}; only int8 is supported")
@@ -112,7 +113,9 @@ def quant_batch_matmul_v3(
     if bias is not None and bias.dtype == torch.int32:
         total, bias = total + bias, None
     if context.dtype(dtype) == torch.int32:
-        return total.int()
+        if pertoken_scale is not None:
+            raise UnsupportedError("input pertoken_scale: an output in int32 takes none")
+        return total.int() if total.dtype == torch.int64 else total  # wide, the sum of what is not rounded is no whole number
     y = total.float() * upcast(scale)
     y = y if pertoken_scale is None else y * pertoken_scale[..., None]
     return (y if bias is None else y + upcast(bias)).to(context.dtype(dtype))
@@ -138,7 +141,29 @@ def dynamic_quant(
     """
     if context.dtype(dst_type) != torch.int8:
         raise UnsupportedError(f"attribute dst_type = {context.dtype(dst_type)} is not supported; only int8 is")
-    y = upcast(x) if smooth_scales is None else upcast(x) * upcast(smooth_scales)
+    return quantised_rows(upcast(x) if smooth_scales is None else upcast(x) * upcast(smooth_scales), wide=context.wide)
+
+
+def quantised_rows(y: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
+    """The rows of y in int8, and their scales; rounded unless `wide`."""
     scale = y.abs().amax(-1) / 127
     steps = y / scale.where(scale > 0, 1)[..., None]
-    return steps if context.wide else steps.round().clamp(-128, 127).to(torch.int8), scale
+    return steps if wide else steps.round().clamp(-128, 127).to(torch.int8), scale
+
+
+@ge_op("Quantize")
+def quantize(x: Tensor, scales: Tensor, zero_points: Tensor | None = None, *, dtype: str, axis: int = 1) -> Tensor:
+    """x / scales + zero_points in int8, rounded to the nearest, halves to even; what is beyond -128 or 127 is cut off there.
+
+    Scales are of the places along `axis`: as many as there are, or one, with as many axes as x, the others of size 1. They come
+    in float32, or in bfloat16 with x. Rounds with `wide`, too: caches are whole numbers in any case.
+    """
+    if dtype != "torch.qint8":
+        raise UnsupportedError(f"attribute dtype = {dtype!r} is not supported; expected 'torch.qint8'")
+    if scales.dtype != torch.float32 and not (scales.dtype == x.dtype == torch.bfloat16):
+        raise UnsupportedError(f"input scales is {scales.dtype} for x in {x.dtype}; expected float32, or bfloat16 for bfloat16")
+    expected = [x.shape[i] if i == axis % x.dim() else 1 for i in range(x.dim())]
+    if list(scales.shape) not in (expected, [1] * x.dim()) or (zero_points is not None and zero_points.shape != scales.shape):
+        raise UnsupportedError(f"input scales has the shape {list(scales.shape)} for x {list(x.shape)}; expected {expected}")
+    steps = upcast(x) / upcast(scales) + (0 if zero_points is None else upcast(zero_points))
+    return steps.round().clamp(-128, 127).to(torch.int8)
