@@ -8,12 +8,12 @@ exist only when a graph runs, are not looked at.
 
 from __future__ import annotations
 
-from ..ge_graph import GeGraph
+from ..ge_graph import GeGraph, GeGraphError
 from . import attention, cache, collectives, dtypes, faults, norms, products, speed
 from .rules import ANY, CARDS, RULES, Finding, Rule, by_type, findings
 from .tensors import GraphView
 
-__all__ = ["CARDS", "RULES", "Finding", "Rule", "lint"]
+__all__ = ["CARDS", "RULES", "Finding", "Rule", "lint", "refuse"]
 
 # Imported for the rules that they register.
 _SUBJECTS = (attention, cache, collectives, dtypes, faults, norms, products, speed)
@@ -28,3 +28,14 @@ def lint(graph: GeGraph, card: str = CARDS[0]) -> tuple[Finding, ...]:
         for finding in findings(view, [*table.get(ANY, ()), *table.get(view.node.type, ())])
     ]
     return tuple(sorted(found, key=lambda finding: finding.rule.severity != "error"))
+
+
+def refuse(graph: GeGraph, card: str = CARDS[0]) -> None:
+    """Raise GeGraphError, with the first reason, for a graph that the card would not run as it is meant.
+
+    What rules read is all in the graph, so one look is as good as one at every run.
+    """
+    errors = [finding for finding in lint(graph, card) if finding.rule.severity == "error"]
+    if errors:
+        others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise GeGraphError(f"{errors[0]}{others}")
