@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from pathlib import Path
 
 import msgspec
@@ -135,8 +136,19 @@ def _ascend(manifest: Manifest) -> dict[str, str]:
         return {}
     return {
         "made for": f"{info.soc}, torch_npu {info.torch_npu}, Python {info.python}, torchair cache {info.cache_format}",
+        **_card_warnings(manifest),
         "holds code": CODE,
     }
+
+
+def _card_warnings(manifest: Manifest) -> dict[str, str]:
+    """Forms that are slow on a card or known faults touch; `staticvl lint` names the nodes."""
+    graphs = [graph for stage in range(manifest.pp) for graph in manifest.of_stage(stage).graphs]
+    counts = Counter[str]()
+    for graph in graphs:
+        counts.update(graph.card_warnings or {})
+    rules = ", ".join(f"{rule} {count}" for rule, count in counts.most_common())
+    return {"card warnings": f"{rules} (staticvl lint)"} if rules else {}
 
 
 def _signature(folder: Path, manifest: Manifest) -> dict[str, str]:
