@@ -113,9 +113,19 @@ def _rule_lines(group: Sequence[Found]) -> Iterator[str]:
     yield f"{rule.severity}  {rule.id}  {len(group)} nodes in {len(graphs)} graphs"
     rows = {"what": rule.what, "remedy": rule.remedy, "source": rule.source, "CANN": rule.cann}
     for name, text in rows.items():
-        yield from textwrap.wrap(text, WIDTH, initial_indent=f"  {name:7}", subsequent_indent=" " * 9, break_long_words=False)
+        yield from _wrapped(text, f"  {name:7}", " " * 9)
     for graph, count in graphs.items():
         own = [each.finding for each in group if each.graph == graph][:NAMED]
         more = f"; and {count - NAMED} more (--json names them)" if count > NAMED else ""
-        text = "; ".join(f"{finding.type} {finding.node}: {finding.found}" for finding in own) + more
-        yield from textwrap.wrap(f"{graph}: {text}", WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+        text = "; ".join(f"{_named(finding)}: {finding.found}" for finding in own) + more
+        yield from _wrapped(f"{graph}: {text}", "  ", "    ")
+
+
+def _named(finding: card_rules.Finding) -> str:
+    """torchair names a node after its type."""
+    return finding.node if finding.node.startswith(finding.type) else f"{finding.type} {finding.node}"
+
+
+def _wrapped(text: str, first: str, later: str) -> list[str]:
+    options = {"break_long_words": False, "break_on_hyphens": False}
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=later, **options)
