@@ -1,7 +1,7 @@
 """Products of eager programs with quantised weights: the weight is dequantised, then multiplied as any other.
 
-For cards whose compiler takes no quantised product. Weights come in the signed form of Ascend graphs (to_signed and to_offsets
-in runtime/backends/ascend/weights.py). Activations are never rounded. A weight is as wide as x for as long as its product takes.
+For cards whose compiler takes no quantised product. Weights come in the signed form of Ascend graphs (to_signed, to_offsets in
+runtime/backends/ascend/weights.py). Activations are never rounded. A weight is as wide as x for as long as its product takes.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 compiler cannot take.
 
 The program is the definition itself, op by op as model_defs/ops.py writes it, so it needs no fused operator and no torchair;
-it is slower, it dequantises quantised weights in every product, and it copies the cache at every step. It is stored as Python source that names nothing but torch operators,
-and takes and returns the same tensors as a compiled kernel (see emit_ascend.py). Where ranks meet it calls the group that it
-finds in its scope.
+it is slower, it dequantises quantised weights in every product (eager_products.py), and it copies the cache at every step. It
+is stored as Python source that names nothing but torch operators, and takes and returns the same tensors as a compiled kernel
+(see emit_ascend.py). Where ranks meet it calls the group that it finds in its scope.
 """
 
 from __future__ import annotations

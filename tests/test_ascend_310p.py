@@ -45,9 +45,7 @@ def answer(artifact: Path, device: str) -> str:
 def test_every_kind_op_by_op(expected: str, tmp_path: Path, quant: str) -> None:
     out = tmp_path / "artifact"
     build(
-        Options(
-            checkpoint=CHECKPOINTS["llava"], out=out, buckets=BUCKETS, backend="ascend", quant=quant, eager=EAGER, soc=SOC
-        )
+        Options(checkpoint=CHECKPOINTS["llava"], out=out, buckets=BUCKETS, backend="ascend", quant=quant, eager=EAGER, soc=SOC)
     )
     manifest = read_manifest(out)
     assert manifest.ascend is not None and manifest.ascend.soc == SOC

@@ -113,11 +113,12 @@ def _parser() -> argparse.ArgumentParser:
 def shallow(config: ModelConfig) -> ModelConfig:
     """The model with few layers, one of them attending to images where any does."""
     text = replace(config.text, layers=LAYERS, cross_layers=(1,) if config.text.cross_layers else ())
-    vision = replace(config.vision, layers=LAYERS)
     if isinstance(config.vision, ClipConfig):
         vision = replace(config.vision, layers=LAYERS, used_layers=LAYERS)
     elif isinstance(config.vision, TiledConfig):
         vision = replace(config.vision, layers=LAYERS, global_layers=1, taps=(0,))
+    else:
+        vision = replace(config.vision, layers=LAYERS)
     return replace(config, text=text, vision=vision)
 
 

@@ -2,10 +2,11 @@
 
     python -m staticvl.tools.development.ascend_registry DUMP_FOLDER
 
-DUMP_FOLDER holds the files aic-ascend910b-ops-info-*.json: the registry of the chip's AI-Core operators, as CANN installs it (in
-opp/built-in/op_impl/ai_core/tbe/config/ascend910b), or as the public repository hicann/ge keeps it for its tests
-(tests/engines/nn_engine/depends/CANN_910b_stub). The table has the operators that our graphs can hold, no others: all that the
-simulator runs, and those that fusions may bring. It is written to runtime/backends/ge_simulator/card_rules/registry_910b.json.
+DUMP_FOLDER holds the files aic-ascend910b-ops-info-*.json: the registry of the chip's AI-Core operators, as CANN installs it
+(in opp/built-in/op_impl/ai_core/tbe/config/ascend910b), or as the public repository hicann/ge keeps it for its tests
+(tests/engines/nn_engine/depends/CANN_910b_stub). The table has the operators that our graphs can hold, no others: all that
+the simulator runs, and those that fusions may bring. It is written to
+runtime/backends/ge_simulator/card_rules/registry_910b.json.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from ...runtime.files import write_atomically
 # Operators that the simulator does not run (yet), and that graphs may get.
 OTHERS = (
     "AddRmsNormDynamicQuant", "AddRmsNormQuant", "ApplyRotaryPosEmb", "AscendQuant", "AscendQuantV2", "ConcatV2D",
-    "DequantSwigluQuant", "IncreFlashAttention", "KvRmsNormRopeCache", "MatMulV3", "MatmulAllReduce", "PromptFlashAttention", "QuantUpdateScatter",
-    "TransQuantParamV2",
+    "DequantSwigluQuant", "IncreFlashAttention", "KvRmsNormRopeCache", "MatMulV3", "MatmulAllReduce", "PromptFlashAttention",
+    "QuantUpdateScatter", "TransQuantParamV2",
 )  # fmt: skip
 # The files of a dump, the newer ones last: an operator in several is that of the last.
 PARTS = ("legacy", "cv", "math", "nn", "transformer")

@@ -81,7 +81,10 @@ def card(node: NodeView) -> Found:
 def heads(node: NodeView) -> Found:
     found = sizes(node)
     if found is None or (
-        found.heads % found.kv_heads == 0 and found.heads // found.kv_heads <= 64 and found.kv_heads <= 256 and found.heads <= 256
+        found.heads % found.kv_heads == 0
+        and found.heads // found.kv_heads <= 64
+        and found.kv_heads <= 256
+        and found.heads <= 256
     ):
         return None
     return f"{found.heads} query heads and {found.kv_heads} kv heads"

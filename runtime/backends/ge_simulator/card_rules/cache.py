@@ -96,7 +96,7 @@ def updates(node: NodeView) -> Found:
 @card_rule(
     "scatter.alignment",
     "QuantUpdateScatter",
-    what="the last axis is of a multiple of 32 elements, and scales are as many, in float32 with float16 and bfloat16 with its own",
+    what="the last axis has a multiple of 32 elements, and scales as many: float32 with float16, bfloat16 with bfloat16",
     cards=("910B",),
     source=_QUANT,
     remedy="fill heads up, and cast scales when weights are written",

@@ -8,6 +8,7 @@ from .rules import ANY, Found, card_rule
 from .tensors import NodeView
 
 _GE = "hicann/ge: tests/engines/nn_engine/depends/CANN_910b_stub/cann/opp/built-in"
+_TORCHAIR = "Ascend/torchair: torchair/_ge_concrete_graph/auto_generated_ge_raw_ops.py"
 # torchair writes axes, sizes and counts as int64; the graph engine narrows them (RefreshInt64ToInt32FusionPass).
 _NARROWED = ("int64", "int32")
 
@@ -81,7 +82,7 @@ _ARITHMETIC = {
     *_ARITHMETIC,
     what="the kernels of the operator, which chooses its types by code, do not take this dtype",
     cards=("910B",),
-    source=f"{_GE}/op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info-legacy.json, and the constructors in torchair",
+    source=f"{_GE}/op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info-legacy.json; {_TORCHAIR}",
     remedy="cast the operand before the operator",
 )
 def arithmetic(node: NodeView) -> Found:
@@ -123,7 +124,7 @@ def concat_axis(node: NodeView) -> Found:
     "topk.count",
     "TopKV2",
     what="k may not exceed the values of a row",
-    source="torchair's definition of the operator (auto_generated_ge_raw_ops.py)",
+    source=_TORCHAIR,
     remedy="ask for fewer values",
 )
 def top_k_count(node: NodeView) -> Found:

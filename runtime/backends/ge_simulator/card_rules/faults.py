@@ -21,7 +21,7 @@ def _mask(node: NodeView) -> bool:
     severity="warning",
     cann="seen with torch_npu 2.10 in bfloat16, paged; open in 2026-09",
     source=f"{_ISSUES} 15503",
-    remedy="test it on the card first (ascend_acceptance --operators-only); around it: lengths in place of a mask, or two queries",
+    remedy="test it on the card first; around it: lengths in place of a mask, or two rows of queries",
     known_fault=True,
     cards=("910B",),
 )
@@ -80,7 +80,9 @@ def padded_batch(node: NodeView) -> Found:
 )
 def shift_of_all_heads(node: NodeView) -> Found:
     shift, heads = node.shape("pse_shift"), node.attribute("num_heads", 0)
-    return f"pse_shift {list(shift)} for {heads} heads" if shift and heads > 1 and (len(shift) < 4 or shift[1] != heads) else None
+    return (
+        f"pse_shift {list(shift)} for {heads} heads" if shift and heads > 1 and (len(shift) < 4 or shift[1] != heads) else None
+    )
 
 
 @card_rule(

@@ -41,7 +41,7 @@ def matmul_sizes(node: NodeView) -> Found:
 @card_rule(
     "matmul.operands",
     "MatMul", "MatMulV2",
-    what="both operands are of one dtype, and a bias is of that dtype or float32 (of bfloat16: float32, which GE's Cast makes it)",
+    what="both operands are of one dtype, and a bias is of that dtype or float32",
     source=_MATMUL,
     remedy="cast weights and biases when they are written",
 )  # fmt: skip

@@ -33,7 +33,7 @@ Formula = Callable[[Node, Inputs], Sequence[Shape | None]]
 _FORMULAS: dict[str, Formula] = {}
 
 
-class _Open(Exception):
+class _OpenShapeError(Exception):
     """A shape that is not known."""
 
 
@@ -44,7 +44,7 @@ def of(node: Node, inputs: Inputs) -> Sequence[Shape | None] | None:
         return None
     try:
         return formula(node, inputs)
-    except (_Open, KeyError, IndexError, ValueError, ZeroDivisionError):  # what does not fit is for the rules to say
+    except (_OpenShapeError, KeyError, IndexError, ValueError, ZeroDivisionError):  # what does not fit is for the rules to say
         return None
 
 
@@ -59,14 +59,14 @@ def _formula(*types: str) -> Callable[[Formula], Formula]:
 def _shape(inputs: Inputs, name: str) -> Shape:
     shape = inputs[name].shape
     if shape is None or min(shape, default=0) < 0:
-        raise _Open
+        raise _OpenShapeError
     return shape
 
 
 def _numbers(inputs: Inputs, name: str) -> list[int]:
     values = inputs[name].values
     if values is None:
-        raise _Open
+        raise _OpenShapeError
     return [int(value) for value in values]
 
 
@@ -182,7 +182,9 @@ def _slice(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
     shape, begins, ends = list(_shape(inputs, "x")), _numbers(inputs, "begin"), _numbers(inputs, "end")
     axes = _numbers(inputs, "axes") if "axes" in inputs else list(range(len(begins)))
     steps = _numbers(inputs, "strides") if "strides" in inputs else [1] * len(begins)
-    if any(node.attributes.get(name) for name in ("begin_mask", "end_mask", "shrink_axis_mask", "ellipsis_mask", "new_axis_mask")):
+    if any(
+        node.attributes.get(name) for name in ("begin_mask", "end_mask", "shrink_axis_mask", "ellipsis_mask", "new_axis_mask")
+    ):
         return [None]
     for axis, begin, end, step in zip(axes, begins, ends, steps, strict=True):
         shape[axis] = len(range(*slice(begin, end, step).indices(shape[axis])))

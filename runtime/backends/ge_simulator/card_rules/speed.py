@@ -201,4 +201,6 @@ def padded_at_run_time(node: NodeView) -> Found:
         return None
     source = node.source("x")
     product = node.graph.behind(source, *VIEWS).node if source else None
-    return f"{made} after {product.type}" if product is not None and product.type in ("MatMul", W8, "QuantBatchMatmulV3") else None
+    return (
+        f"{made} after {product.type}" if product is not None and product.type in ("MatMul", W8, "QuantBatchMatmulV3") else None
+    )

@@ -22,8 +22,8 @@ _OWN_DTYPES = {"ArgMaxWithValue": ("int32", ""), "TopKV2": ("", "int32"), "Shape
 VIEWS = ("Reshape", "Unsqueeze", "Squeeze", "ExpandDims", "FlattenV2", "Identity")
 # What may lie between a weight as it is stored and as a product reads it.
 PREPARING = (
-    "Transpose", "Cast", "StridedSliceV2", "StridedSlice", "Slice", "PadV3", "Pad", "ConcatV2", "TransQuantParamV2", "Reciprocal",
-    "TensorMove",
+    "Transpose", "Cast", "StridedSliceV2", "StridedSlice", "Slice", "PadV3", "Pad", "ConcatV2", "TransQuantParamV2",
+    "Reciprocal", "TensorMove",
 )  # fmt: skip
 WEIGHT_INPUTS = {
     "MatMul": ("x2", "bias"),
