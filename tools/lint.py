@@ -127,5 +127,7 @@ def _named(finding: card_rules.Finding) -> str:
 
 
 def _wrapped(text: str, first: str, later: str) -> list[str]:
-    options = {"break_long_words": False, "break_on_hyphens": False}
-    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=later, **options)
+    wrapper = textwrap.TextWrapper(
+        WIDTH, initial_indent=first, subsequent_indent=later, break_long_words=False, break_on_hyphens=False
+    )
+    return wrapper.wrap(text)

@@ -96,8 +96,8 @@ def _broadcast(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
 @_formula(
     "Abs", "Adds", "Assign", "Cast", "Ceil", "ClipByValue", "ClipByValueV2", "Cos", "Erf", "Exp", "FastGelu", "Floor", "Gelu",
     "GeluV2", "HcomAllReduce", "Identity", "Log", "LogicalNot", "LogSoftmaxV2", "Muls", "Neg", "QuantUpdateScatter",
-    "Reciprocal", "Relu", "RotaryMul", "Round", "Rsqrt", "Scatter", "ScatterElements", "ScatterUpdate", "Sigmoid", "Sign", "Sin",
-    "SoftmaxV2", "Sqrt", "Square", "Swish", "Tanh", "TensorMove", "AscendQuantV2", "AscendQuant",
+    "Reciprocal", "Relu", "RotaryMul", "Round", "Rsqrt", "Scatter", "ScatterElements", "ScatterUpdate", "Sigmoid", "Sign",
+    "Sin", "SoftmaxV2", "Sqrt", "Square", "Swish", "Tanh", "TensorMove", "AscendQuantV2", "AscendQuant",
 )  # fmt: skip
 def _same(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
     return [_first(inputs)]
