@@ -480,6 +480,12 @@ def test_shapes_are_worked_out_where_torchair_noted_a_view() -> None:
     assert (view.tensor(halves).shape, view.tensor(halves).dtype) == ((4, 16), H)
 
 
+def test_attention_may_turn_its_output() -> None:
+    for layout, expected in (("BNSD", (2, 8, 3, 128)), ("BNSD_BSND", (2, 3, 8, 128))):
+        graph = fia((2, 8, 3, 128), input_layout=layout)
+        assert GraphView(graph).tensor(graph.outputs[0]).shape == expected
+
+
 @pytest.mark.parametrize(
     ("parts", "expected"), [(((4, 1), (3,)), (4, 3)), (((), (2, 5)), (2, 5)), (((1, 1), (1,)), (1, 1)), (((0,), (1,)), (0,))]
 )

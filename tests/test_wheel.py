@@ -119,8 +119,8 @@ def test_everything_but_what_a_checkout_needs(installed: Path) -> None:
 
 
 def test_what_is_no_module(installed: Path) -> None:
-    """Models and drawings of the demo, the server's page, the dtypes of a card's operators, and the mark that tells type checkers
-    to read our annotations."""
+    """Models and drawings of the demo, the server's page, the dtypes of a card's operators, and the mark that tells type
+    checkers to read our annotations."""
     kept = {path.relative_to(REPO / "tools") for path in (REPO / "tools" / "assets").rglob("*") if path.is_file()}
     assert any(path.name == "model.safetensors" for path in kept)
     others = (path for path in installed.rglob("*") if path.is_file() and path.suffix != ".py")

@@ -25,7 +25,7 @@ from ...runtime.files import write_atomically
 OTHERS = (
     "AddRmsNormDynamicQuant", "AddRmsNormQuant", "ApplyRotaryPosEmb", "AscendQuant", "AscendQuantV2", "ConcatV2D",
     "DequantSwigluQuant", "IncreFlashAttention", "KvRmsNormRopeCache", "MatMulV3", "MatmulAllReduce", "PromptFlashAttention",
-    "QuantUpdateScatter", "TransQuantParamV2",
+    "QuantUpdateScatter", "Quantize", "TransQuantParamV2",
 )  # fmt: skip
 # The files of a dump, the newer ones last: an operator in several is that of the last.
 PARTS = ("legacy", "cv", "math", "nn", "transformer")

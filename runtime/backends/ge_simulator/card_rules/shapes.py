@@ -97,7 +97,7 @@ def _broadcast(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
     "Abs", "Adds", "Assign", "Cast", "Ceil", "ClipByValue", "ClipByValueV2", "Cos", "Erf", "Exp", "FastGelu", "Floor", "Gelu",
     "GeluV2", "HcomAllReduce", "Identity", "Log", "LogicalNot", "LogSoftmaxV2", "Muls", "Neg", "QuantUpdateScatter",
     "Reciprocal", "Relu", "RotaryMul", "Round", "Rsqrt", "Scatter", "ScatterElements", "ScatterUpdate", "Sigmoid", "Sign",
-    "Sin", "SoftmaxV2", "Sqrt", "Square", "Swish", "Tanh", "TensorMove", "AscendQuantV2", "AscendQuant",
+    "Sin", "SoftmaxV2", "Sqrt", "Square", "Swish", "Tanh", "TensorMove", "AscendQuantV2", "AscendQuant", "Quantize",
 )  # fmt: skip
 def _same(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
     return [_first(inputs)]
@@ -310,6 +310,9 @@ def _all_gather(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
 def _attention(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
     layout, _, out_layout = node.attributes.get("input_layout", "BSH").partition("_")
     query, value = _shape(inputs, "query"), _shape(inputs, "value0")
-    if out_layout or layout not in ("BNSD", "BSND", "BSH") or len(value) != len(query):
+    if layout not in ("BNSD", "BSND", "BSH") or len(value) != len(query):
         return [None, None]
-    return [(*query[:-1], query[-1] if layout == "BSH" else value[-1]), None]
+    shape = (*query[:-1], query[-1] if layout == "BSH" else value[-1])
+    if (layout, out_layout) == ("BNSD", "BSND"):
+        shape = (shape[0], shape[2], shape[1], shape[3])
+    return [None if out_layout not in ("", layout, "BSND") else shape, None]

@@ -39,6 +39,7 @@ WEIGHT_INPUTS = {
     "FusedInferAttentionScore": ("key_antiquant_scale", "value_antiquant_scale"),
     "QuantUpdateScatter": ("quant_scales",),
     "AscendQuantV2": ("scale",),
+    "Quantize": ("scales",),
 }
 
 
