@@ -97,7 +97,12 @@ setup(
     python_requires=">=3.11",
     packages=sorted(packages()),
     package_dir=packages(),
-    package_data={"staticvl": ["py.typed"], "staticvl.tools": ["assets/**/*"], "staticvl.tools.serving": ["page.html"]},
+    package_data={
+        "staticvl": ["py.typed"],
+        "staticvl.runtime.backends.ge_simulator.card_rules": ["*.json"],
+        "staticvl.tools": ["assets/**/*"],
+        "staticvl.tools.serving": ["page.html"],
+    },
     install_requires=RUNTIME,
     extras_require={
         "compile": COMPILE,

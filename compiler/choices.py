@@ -19,6 +19,8 @@ DEFAULT_CANDIDATES = {"onnx": 0, "ascend": 64}
 MOST_CANDIDATES = 1024
 MAX_BUCKET = 1 << 16
 INT8_CACHE_LACKS = "Ascend310P"  # whose fused attention takes no int8 keys (torch_npu's documentation of the operator)
+EAGER_ONLY = "Ascend310P"  # whose compiler has no fused attention
+FIA_DEFINITION = "attention/fused_infer_attention_score/op_host/fused_infer_attention_score_def.cpp"
 TEXT_BEFORE_IMAGE = ("transformers", "meta")  # the first is the default
 
 

@@ -2,9 +2,9 @@
 compiler cannot take.
 
 The program is the definition itself, op by op as model_defs/ops.py writes it, so it needs no fused operator and no torchair;
-it is slower, and it copies the cache at every step. It is stored as Python source that names nothing but torch operators,
-and takes and returns the same tensors as a compiled kernel (see emit_ascend.py). Collectives call the group in its
-scope.
+it is slower, it dequantises quantised weights in every product (eager_products.py), and it copies the cache at every step. It
+is stored as Python source that names nothing but torch operators, and takes and returns the same tensors as a compiled kernel
+(see emit_ascend.py). Collectives call the group in its scope.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..model_defs import ops
+from . import eager_products
 from .ascend_graph.attention import HIDDEN_BELOW
 from .ascend_graph.merging import merge_products
 from .emit_ascend import Emitted, make_kernel
@@ -50,7 +51,7 @@ def _definitions() -> dict[Any, Callable[..., Any]]:
     a run."""
     namespace = getattr(torch.ops, ops.NAMESPACE)
     functions = {name: function for name, function in ops.DEFINITIONS.items() if name not in ops.COLLECTIVES}
-    functions |= {"linear": _linear, "cross_attention": _cross_attention}
+    functions |= {"linear": _linear, "cross_attention": _cross_attention, **eager_products.FUNCTIONS}
     return {getattr(namespace, name).default: function for name, function in functions.items()}
 
 

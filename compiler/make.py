@@ -68,7 +68,7 @@ class GraphMaker:
         self.certifier = Certifier(reference, candidate, info, vocab=config.text.all_embed_rows, exact=exact)
 
     def make(self, key: GraphKey, made_of: str) -> tuple[GraphSpec, dict[str, FileSpec]]:
-        """A certified graph, and the files that it was written into; raises CertificateError and UnsupportedOpError.
+        """A certified graph, and the files that it was written into; raises CertificateError, UnsupportedOpError and CardError.
 
         `made_of`: digest of everything that the graph is made from (fingerprint.py).
         """
@@ -166,14 +166,18 @@ class GraphMaker:
         )
         if backend == "onnx":
             return self._emit_onnx(definition, spec if self._whole else msgspec.structs.replace(spec, file=stem))
-        from . import emit_ascend, emit_eager
+        from . import card_check, emit_ascend, emit_eager
 
         if spec.eager:
             emitted = emit_eager.emit(definition, dtype)
         else:
             emitted = emit_ascend.emit(definition, dtype, fused_all_reduce=self.options.fuse_all_reduce)
+        warnings = {} if spec.eager else card_check.check_card(definition.name, emitted.graph, self.options.soc)
         constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
-        return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), {spec.file: emitted.data}
+        spec = msgspec.structs.replace(
+            spec, weights=emitted.weights, constants=constants, card_warnings=warnings or msgspec.UNSET
+        )
+        return spec, {spec.file: emitted.data}
 
     @staticmethod
     def _stem(definition: GraphDef, made_of: str) -> str:

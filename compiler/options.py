@@ -14,7 +14,17 @@ from ..runtime.shown import quoted, shown
 from ..weights.storage import FLOAT32, TABLE, Floats, uniform
 from .buckets import Buckets
 from .calibration import METHODS, Calibration
-from .choices import BACKENDS, DTYPES, INT8_CACHE_LACKS, MOST_CANDIDATES, READY_QUANTS, TEXT_BEFORE_IMAGE, PlanError
+from .choices import (
+    BACKENDS,
+    DTYPES,
+    EAGER_ONLY,
+    FIA_DEFINITION,
+    INT8_CACHE_LACKS,
+    MOST_CANDIDATES,
+    READY_QUANTS,
+    TEXT_BEFORE_IMAGE,
+    PlanError,
+)
 
 FUSED_RANKS = (2, 4, 8)  # of one domain, that MatmulAllReduce takes (op-plugin, npu_mm_all_reduce_base)
 
@@ -61,8 +71,6 @@ class Options:
             raise PlanError(f"soc {quoted(self.soc)} is unknown; expected one of {', '.join(SOCS)}")
         if unknown := set(self.eager) - set(KINDS):
             raise PlanError(f"eager names {shown(', '.join(sorted(unknown)))}; expected some of {', '.join(KINDS)}")
-        if self.eager and self.stored_quant != "none":
-            raise PlanError(f"eager graphs have no quantisation, and quant is {self.quant}; leave out one of the two")
         if self.eager and self.backend != "ascend":
             raise PlanError(f"eager is given, but {self.backend} has only compiled graphs; leave --eager out")
         if self.candidates is not None and not _whole_number(self.candidates, MOST_CANDIDATES):
@@ -81,6 +89,8 @@ class Options:
                 f"fuse_all_reduce is given with backend {self.backend}, soc {self.soc} and {self.tp} ranks, but it is "
                 f"for ascend, {SOCS[0]} and {', '.join(map(str, FUSED_RANKS))} ranks; leave --fuse-all-reduce out"
             )
+        if self.backend == "ascend" and self.soc == EAGER_ONLY:
+            self._check_eager_only()
         if self.tune and (self.backend != "onnx" or self.tp * self.pp > 1):
             what = f"backend {self.backend}" if self.backend != "onnx" else f"{self.tp * self.pp} ranks"
             raise PlanError(f"tune is given with {what}, but it measures ONNX graphs of one process; leave --tune out")
@@ -88,6 +98,18 @@ class Options:
             raise PlanError(
                 f"text before image is {quoted(self.text_before_image)}; expected one of {', '.join(TEXT_BEFORE_IMAGE)}"
             )
+
+    def _check_eager_only(self) -> None:
+        """Raise PlanError for a family of chips that takes no compiled graph of ours, unless all run op by op."""
+        kinds = [kind for kind in KINDS if kind != "verify" or self.buckets.verify]
+        if missing := [kind for kind in kinds if kind not in self.eager]:
+            raise PlanError(
+                f"{self.soc} takes no compiled {', '.join(missing)} graphs: their attention, FusedInferAttentionScore, is "
+                f"registered for the chips 910B and 910_93 alone (hicann/ops-transformer: {FIA_DEFINITION}); "
+                f"run them op by op with --eager {','.join(kinds)}"
+            )
+        if self.dtype == "bfloat16":
+            raise PlanError(f"{self.soc} computes in float16 alone, and bfloat16 was asked for; leave --dtype out")
 
     def _check_calibration(self) -> None:
         """Raise PlanError for a calibration that is missing, or that has nothing to calibrate."""

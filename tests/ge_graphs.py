@@ -1,4 +1,8 @@
-"""GE graphs for tests: made by the real torchair, from torch functions or from its operator constructors."""
+"""GE graphs for tests: made by the real torchair, from torch functions or from its operator constructors.
+
+They run on a simulator of no card: what an operator computes is tested at sizes so small that a card would refuse them.
+tests/test_card_rules.py tests what cards refuse.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +30,7 @@ class Lowered:
     def run(self, *, wide: bool = False) -> list[Tensor]:
         inputs = [each.clone() for each in self.inputs]
         assigned = [None if i is None else inputs[i] for i in self.assigned]
-        return Simulator(self.data, wide=wide)(inputs, assigned)
+        return Simulator(self.data, wide=wide, card=None)(inputs, assigned)
 
 
 def lower(
@@ -37,7 +41,7 @@ def lower(
     seen: dict[str, Any] = {}
 
     def executor(data: bytes) -> Callable[..., list[Tensor]]:
-        simulator = Simulator(data, group=group)
+        simulator = Simulator(data, group=group, card=None)
 
         def execute(given: Sequence[Tensor], assigned: Sequence[Tensor | None] = ()) -> list[Tensor]:
             places = [next((i for i, each in enumerate(given) if each is target), None) for target in assigned]
@@ -76,7 +80,7 @@ def build(make: Callable[..., Any], *inputs: Tensor) -> bytes:
 
 def compute(make: Callable[..., Any], *inputs: Tensor, wide: bool = False) -> list[Tensor]:
     """The outputs of such a graph."""
-    return Simulator(build(make, *inputs), wide=wide)(list(inputs))
+    return Simulator(build(make, *inputs), wide=wide, card=None)(list(inputs))
 
 
 def edited(data: bytes, edit: Callable[[Any], None]) -> bytes:

@@ -62,7 +62,7 @@ EXAMPLES = {
     "buckets": Example("buckets.yaml", None),
     "kv_cache": Example("int8", "int8", CALIBRATED),
     "backend": Example("ascend", "ascend"),
-    "soc": Example("Ascend310P", "Ascend310P", ASCEND),
+    "soc": Example("Ascend310P", "Ascend310P", {**ASCEND, "eager": "vision,prefill,decode"}),
     "fuse_all_reduce": Example(True, "", {**ASCEND, "tp": 2}),
     "eager": Example("vision,prefill", "vision,prefill", ASCEND),
     "candidates": Example(8, "8"),

@@ -24,6 +24,7 @@ from staticvl.tools.cli import EXTRAS
 from .conftest import REPO
 
 FOLDERS = {"compiler", "model_defs", "runtime", "tools", "weights"}
+DTYPES = Path("runtime/backends/ge_simulator/card_rules/registry_910b.json")
 CHECKOUT_ONLY = "tools/development"
 PACKAGE = "tools/package"  # what is installed as staticvl/ itself
 BUILT_FROM = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", *sorted(FOLDERS))
@@ -130,12 +131,13 @@ def test_everything_but_what_a_checkout_needs(installed: Path) -> None:
 
 
 def test_what_is_no_module(installed: Path) -> None:
-    """Models and drawings of the demo, the server's page, and the mark that tells type checkers to read our annotations."""
+    """Models and drawings of the demo, the server's page, the dtypes of a card's operators, and the mark that tells type
+    checkers to read our annotations."""
     kept = {path.relative_to(REPO / "tools") for path in (REPO / "tools" / "assets").rglob("*") if path.is_file()}
     assert any(path.name == "model.safetensors" for path in kept)
     others = (path for path in installed.rglob("*") if path.is_file() and path.suffix != ".py")
     tools = {Path("tools") / path for path in (*kept, Path("serving/page.html"))}
-    assert {path.relative_to(installed / "staticvl") for path in others} == {*tools, Path("py.typed")}
+    assert {path.relative_to(installed / "staticvl") for path in others} == {*tools, DTYPES, Path("py.typed")}
 
 
 def test_imports_stay_inside(installed: Path) -> None:

@@ -5,6 +5,7 @@ docs/usage.md describes the JSON. Records of the manifest are parts of it; docs/
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -110,6 +111,7 @@ class ArtifactFacts:
     cross_nbytes: int  # of it, for images that enter by cross-attention
     build: BuildInfo
     ascend: AscendInfo | None
+    card_warnings: dict[str, int]  # rules of the card lint -> findings in the graphs of all stages, most frequent first
     card: str
     graphs: tuple[GraphFacts, ...]
     communication: tuple[RankTraffic, ...]
@@ -152,6 +154,7 @@ def _artifact(folder: Path, manifest: Manifest, card: Card) -> ArtifactFacts:
         cross_nbytes=cache.nbytes - msgspec.structs.replace(cache, cross=None).nbytes,
         build=manifest.build,
         ascend=manifest.ascend,
+        card_warnings=_card_warnings(manifest),
         card=card.name,
         graphs=tuple(_graph(graph, card) for graph in _in_order(manifest)),
         communication=_communication(manifest),
@@ -179,6 +182,13 @@ def _signature(folder: Path, manifest: Manifest) -> Literal["none", "stale", "pr
     if not (folder / SIGNATURE).exists():
         return "none"
     return "stale" if is_stale(folder, manifest) else "present"
+
+
+def _card_warnings(manifest: Manifest) -> dict[str, int]:
+    counts = Counter[str]()
+    for graph in (graph for stage in range(manifest.pp) for graph in manifest.of_stage(stage).graphs):
+        counts.update(graph.card_warnings or {})
+    return dict(counts.most_common())
 
 
 def _in_order(manifest: Manifest) -> list[GraphSpec]:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import bench_arguments, compile_arguments
+from . import bench_arguments, compile_arguments, lint_arguments
 from .cards import CARDS
 from .command_errors import Parser, sentence_of
 from .command_help import help_of
@@ -183,6 +183,13 @@ COMMANDS = (
         "staticvl verify llava-7b\nstaticvl verify llava-7b --key release.key.pub",
         _add_verify,
         "verify",
+    ),
+    Command(
+        "lint",
+        "check the graphs of an Ascend artifact by rules of a card; exit status 1 on errors",
+        lint_arguments.EXAMPLES,
+        lint_arguments.add_arguments,
+        "lint",
     ),
     Command(
         "sign",

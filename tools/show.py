@@ -151,8 +151,15 @@ def _ascend(artifact: ArtifactFacts) -> dict[str, str]:
         return {}
     return {
         "made for": f"{info.soc}, torch_npu {info.torch_npu}, Python {info.python}, torchair cache {info.cache_format}",
+        **_card_warnings(artifact),
         "holds code": CODE,
     }
+
+
+def _card_warnings(artifact: ArtifactFacts) -> dict[str, str]:
+    """Forms that are slow on a card or that known faults touch; `staticvl lint` names the nodes."""
+    rules = ", ".join(f"{rule} {count}" for rule, count in artifact.card_warnings.items())
+    return {"card warnings": f"{rules} (staticvl lint)"} if rules else {}
 
 
 def _graphs(artifact: ArtifactFacts) -> Table:

@@ -157,6 +157,8 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     weights: tuple[str, ...] = ()
     constants: dict[str, tuple[float, ...]] = field(default_factory=dict)
     eager: bool = False  # Ascend: run op by op, not as a compiled graph
+    # Ascend: rules of cards (ge_simulator/card_rules) whose warnings the graph meets, with how many nodes; left out where none.
+    card_warnings: dict[str, Number] | UnsetType = UNSET
     # Of a graph in steps. Left out of the manifest where unset, so that a graph of one file keeps its digest.
     steps: tuple[Step, ...] | UnsetType = UNSET
     buffers: tuple[TensorSpec, ...] | UnsetType = UNSET  # tensors between steps; one may hold several, one after another

@@ -8,6 +8,7 @@ artifact seldom is: the checked bytes are put into such a file for the moment of
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import os
 import platform
@@ -22,6 +23,7 @@ from ..base import Group
 
 Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> the first output, None where it is in place
 _FILE = "compiled_module"
+_GRAPH = "serialized_graph"  # the name that torchair's generated code gives it
 
 
 def load_kernel(path: Path, spec: FileSpec, compile_cache: Path | None = None) -> Kernel:
@@ -30,16 +32,31 @@ def load_kernel(path: Path, spec: FileSpec, compile_cache: Path | None = None) -
 
     Raises ArtifactError for a file that is not what the manifest says, before anything of it is interpreted.
     """
+    model = _load_model(_read_checked(path, spec))
+    method = model.rebase(None, {}, cache_dir=str(compile_cache) if compile_cache else None)
+    return lambda tensors: method(None, *tensors)  # compiled from a method, whose object it does not use
+
+
+def load_graph(path: Path, spec: FileSpec) -> bytes:
+    """The GE graph in a cache file, a serialised ModelDef; of the file's code nothing is run.
+
+    Raises ArtifactError for a file that is not what the manifest says, or that holds no graph.
+    """
+    tree = ast.parse(_load_model(_read_checked(path, spec)).compiled_fx.py_code)
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and [ast.unparse(target) for target in statement.targets] == [_GRAPH]:
+            return ast.literal_eval(statement.value)
+    raise ArtifactError(f"{path} holds no graph of torchair; compile the artifact again")
+
+
+def _load_model(data: bytes) -> Any:
     from torchair.inference._cache_compiler import CompiledModel  # pyright: ignore[reportMissingImports]
 
-    data = _read_checked(path, spec)
     with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
         private = Path(folder) / _FILE
         with os.fdopen(os.open(private, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(data)
-        model = CompiledModel.load(str(private))
-    method = model.rebase(None, {}, cache_dir=str(compile_cache) if compile_cache else None)
-    return lambda tensors: method(None, *tensors)  # compiled from a method, whose object it does not use
+        return CompiledModel.load(str(private))
 
 
 def load_program(path: Path, spec: FileSpec, device: str, dtype: Any, group: Group | None = None) -> Kernel:

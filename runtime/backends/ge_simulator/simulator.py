@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..base import Group
-from . import ge_ops
+from . import card_rules, ge_ops
 from .ge_graph import INPUT_TYPES, OUTPUT_TYPE, Constant, GeGraph, GeGraphError, Node, Source, parse
 from .ge_ops.registry import HALVES, BoundOp
 
@@ -38,20 +38,28 @@ class BoundNode:
 class Simulator:
     """One graph, ready to run; an executor for `torchair_host.TorchairHost.running_on`.
 
-    Raises GeGraphError for a graph with an operator, an input or an attribute that is not simulated, and for a graph in which
-    another node reads an input that is written in place, since their order is open. A graph of one rank of several needs their
-    `group`, and raises ArtifactError when it runs without one. `on_outputs` is called with every node that has run, and its
-    outputs, which later nodes may write over.
+    Raises GeGraphError for a graph with an operator, an input or an attribute that is not simulated, or that `card` refuses
+    (card_rules/; None: none does), and for a graph in which another node reads an input that is written in place, since their
+    order is open. A graph of one rank of several needs their `group`, and raises ArtifactError when it runs without one.
+    `on_outputs` is called with every node that has run, and its outputs, which later nodes may write over.
     """
 
     def __init__(
-        self, serialized: bytes, *, wide: bool = False, group: Group | None = None, on_outputs: OnOutputs | None = None
+        self,
+        serialized: bytes,
+        *,
+        wide: bool = False,
+        group: Group | None = None,
+        on_outputs: OnOutputs | None = None,
+        card: str | None = card_rules.CARDS[0],
     ) -> None:
         self.graph = parse(serialized)
         self.wide, self.group, self.on_outputs = wide, group, on_outputs
         self._constants = {node.name: self._constant(node.attributes["value"]) for node in self.graph.nodes if _is_const(node)}
         self._written = _written_inputs(self.graph)
         self._bound_nodes = self._bind_nodes()
+        if card is not None:
+            card_rules.refuse(self.graph, card)
 
     def __call__(self, inputs: Sequence[Tensor], assigned: Sequence[Tensor | None] = ()) -> list[Tensor]:
         """Outputs, in order; the one at i is written into assigned[i], if that is a tensor, which is returned.
