@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..model_defs.ops import COLLECTIVES, NAMESPACE
 from ..runtime.artifact import TensorSpec, WeightSpec, is_cached
 from .graphs import GraphDef, example_inputs
+from .weight_views import stored_bytes
 
 _COLLECTIVES = {f"{NAMESPACE}.{name}" for name in COLLECTIVES}
 _WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1, "int8": 1}
@@ -44,9 +45,7 @@ def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | N
     flops = sum(_FLOPS[name](args) for name, args in calls if name in _FLOPS)
     width = _WIDTHS[dtype]
     nbytes = {
-        name: stored[name].nbytes
-        if stored and name in stored
-        else p.numel() * (width if p.is_floating_point() else p.element_size())
+        name: stored_bytes(stored or {}, name, p.shape) or p.numel() * (width if p.is_floating_point() else p.element_size())
         for name, p in graph.module.named_parameters()
     }
     inputs = sum(math.prod(spec.shape) * (width if _in_floats(spec) else _WIDTHS[spec.dtype]) for spec in graph.inputs)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, WeightSpec
-from ..runtime.backends.ascend.weights import map_weight
 from ..runtime.backends.base import Result, cache_name, rows_to_copy
 from ..runtime.sampling.candidates import candidates_of
 from .graphs import GraphDef
+from .weight_views import map_parameter
 
 
 @contextlib.contextmanager
@@ -59,8 +59,8 @@ class EagerBackend:
             definition = self.define(graph.graph_key)
             narrow = {f"{name}.weight" for name, module in definition.module.named_modules() if isinstance(module, Linear)}
             state = {
-                name: self._weight(name, keep=name in narrow)
-                for name, _ in definition.module.named_parameters()
+                name: self._weight(name, parameter, keep=name in narrow)
+                for name, parameter in definition.module.named_parameters()
                 if name not in definition.constants
             }
             state |= {name: torch.from_numpy(value) for name, value in definition.constants.items()}
@@ -70,9 +70,9 @@ class EagerBackend:
     def unload(self, graph: GraphSpec) -> None:
         self.modules.pop(graph.name, None)
 
-    def _weight(self, name: str, *, keep: bool) -> Tensor:
+    def _weight(self, name: str, parameter: Tensor, *, keep: bool) -> Tensor:
         """A weight, upcast unless its layer does so by itself."""
-        weight = map_weight(self.folder, self.weights[name])
+        weight = map_parameter(self.folder, self.weights, name, parameter.shape)
         return weight if keep or not weight.is_floating_point() else weight.float()
 
     @torch.inference_mode()

@@ -41,10 +41,14 @@ from ..runtime.backends.ascend.weights import to_offsets, to_signed
 from ..runtime.shown import quoted
 from . import ascend_graph, lower_ascend
 from .ascend_graph import attention
-from .graphs import GraphDef, trace
+from .ascend_graph.merging import join_swiglu, merge_products
+from .ascend_graph.rewriting import Rewrite, traced
+from .graphs import GraphDef
 
 DTYPES = ("float16", "bfloat16")
 WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
+# What is done to the trace of a definition before its ops are lowered, in order.
+REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu)
 NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 
@@ -74,7 +78,7 @@ def emit(definition: GraphDef, dtype: str) -> Emitted:
         raise EmitError(f"dtype {quoted(dtype)} cannot be compiled for Ascend; use one of {', '.join(DTYPES)}")
     _check_heads(definition)
     host = torchair_host.load()
-    kernel = make_kernel(definition, getattr(torch, dtype))
+    kernel = make_kernel(definition, getattr(torch, dtype), REWRITES)
     recorder = _Recorder([spec for spec in definition.outputs if not is_cached(spec.name)])
     # Traces of an earlier graph must not become a part of this one.
     torch._dynamo.reset()
@@ -225,11 +229,10 @@ def _lowering() -> str:
     return hashlib.sha256(sources).hexdigest() + torchair_host.VERSION
 
 
-def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
-    """What is traced for one graph: its definition between the tensors of a kernel, in their order."""
-    program = trace(definition)
-    signature = program.graph_signature
-    parameters = [str(spec.target) for spec in signature.input_specs if spec.target is not None]
+def make_kernel(definition: GraphDef, dtype: torch.dtype, rewrites: tuple[Rewrite, ...]) -> Kernel:
+    """What is traced for one graph: its definition after `rewrites`, between the tensors of a kernel, in their order."""
+    graph = traced(definition, rewrites)
+    parameters = graph.names
     weights = tuple(name for name in parameters if name not in definition.constants)
     constants = tuple(name for name in parameters if name in definition.constants)
     declared = {spec.name for spec in definition.inputs}
@@ -241,7 +244,7 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
     name = kernel_name(definition)
     module = _with_method(
         name,
-        program.graph_module,
+        graph.module,
         operands=[place[each] for each in (*parameters, *(spec.name for spec in definition.inputs))],
         written=[(i, place[s.name.removesuffix(".out")]) for i, s in enumerate(definition.outputs) if is_cached(s.name)],
         fixed=len(parameters),
@@ -249,11 +252,9 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
         returns=sum(not is_cached(spec.name) for spec in definition.outputs),
         wide={place[name] for name in WIDE_INPUTS if name in place},
     )
-    shapes = dict(definition.module.named_parameters())
-    wide = {f"{each}.scales" for each, layer in definition.module.named_modules() if getattr(layer, "quant", "") == "w8a8"}
     arguments = (
-        *(_frozen(each, shapes, torch.float32 if each in wide else dtype) for each in weights),
-        *(torch.empty(shapes[each].shape, device="meta") for each in constants),
+        *(_frozen(each, graph.tensors, dtype) for each in weights),
+        *(torch.empty(graph.tensors[each].shape, device="meta") for each in constants),
         *(_like(spec, dtype) for spec in (*definition.inputs, *in_place)),
     )
     return Kernel(name, module, arguments, weights, constants, tuple(spec.name for spec in in_place))
@@ -262,8 +263,12 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype) -> Kernel:
 def _frozen(name: str, parameters: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Parameter:
     """A parameter as the device takes it, one whose address never changes in torchair's eyes."""
     parameter, (stem, _, part) = parameters[name], name.rpartition(".")
+    qweight = parameters.get(f"{stem}.qweight")
     if part == "zeros":
-        stored = to_offsets(parameter, parameters[f"{stem}.qweight"], parameters[f"{stem}.scales"].to(dtype))
+        assert qweight is not None, name
+        stored = to_offsets(parameter, qweight, parameters[f"{stem}.scales"].to(dtype))
+    elif part == "scales" and qweight is not None and qweight.dtype == torch.int8:
+        stored = parameter  # of whole-number products: float32
     else:
         stored = parameter.to(dtype) if parameter.is_floating_point() else to_signed(parameter)
     return nn.Parameter(torch.empty_like(stored), requires_grad=False)

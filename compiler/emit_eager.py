@@ -18,6 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..model_defs import ops
 from .ascend_graph.attention import HIDDEN_BELOW
+from .ascend_graph.merging import merge_products
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
 
@@ -28,7 +29,7 @@ DEVICE, HALF, GROUP = "device", "half", "group"
 
 def emit(definition: GraphDef, dtype: str) -> Emitted:
     """The program of one graph, computing in float16 or bfloat16."""
-    kernel = make_kernel(definition, getattr(torch, dtype))
+    kernel = make_kernel(definition, getattr(torch, dtype), (merge_products,))
     method = getattr(kernel.module, kernel.name)
     program = make_fx(method, decomposition_table=_definitions(), tracing_mode="fake")(*kernel.arguments)
     source = program.code.replace("device(type='meta')", DEVICE).replace(f"torch.{dtype}", HALF)

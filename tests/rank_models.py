@@ -61,7 +61,8 @@ class Model:
 
     def converted(self, tp: int, rank: int) -> Converted:
         source, floats = open_source(self.folder), self.options(tp).floats({})
-        conversion = Conversion(quant=self.quant, prefix=f"tp{tp}", floats=floats, tp=tp, rank=rank)
+        merged = self.backend == "ascend"
+        conversion = Conversion(quant=self.quant, prefix=f"tp{tp}", merged=merged, floats=floats, tp=tp, rank=rank)
         return convert(source, self.config, self.out, conversion)
 
 

@@ -47,14 +47,14 @@ def test_graphs_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert main([str(MLLAMA), "--tp", "2", "--graphs", "decode-4", "--markdown", str(table)]) == 0
     (row,) = table.read_text().splitlines()[4:]
     assert row.startswith("| tiny_mllama, one of 2 | decode-4 |")
-    layers = ascend_coverage._config(str(MLLAMA)).text.self_layers
+    layers = ascend_coverage.named_config(str(MLLAMA)).text.self_layers
     assert f"HcomAllReduce {2 * layers}," in row and "HcomAllGather 2," in row
     assert main([str(MLLAMA), "--tp", "64"]) == 1
     assert "error: " in capsys.readouterr().err
 
 
 def test_the_graphs_of_a_model_with_cross_attention() -> None:
-    config = ascend_coverage._config(str(MLLAMA))
+    config = ascend_coverage.named_config(str(MLLAMA))
     names = {graph.name for graph in definitions(config, "float16")}
     text = {
         f"{kind}{images}"
@@ -65,7 +65,7 @@ def test_the_graphs_of_a_model_with_cross_attention() -> None:
 
 
 def test_a_known_model_needs_no_folder() -> None:
-    assert ascend_coverage._config("llava-1.5-13b-hf").text.hidden_size == 5120
+    assert ascend_coverage.named_config("llava-1.5-13b-hf").text.hidden_size == 5120
 
 
 def test_what_cannot_be_read_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -30,6 +30,7 @@ from staticvl.model_defs.config import read_config
 from staticvl.runtime.artifact import CROSS_HIDDEN, ImageProcessorConfig
 from staticvl.runtime.backends.ascend.weights import to_offsets, to_signed
 from staticvl.runtime.backends.ge_simulator import ge_graph
+from staticvl.weights.merging import complete_groups, merged_shapes
 from staticvl.weights.quantize import joined_halves, quantize_w4, quantize_w8, quantize_w8a8
 
 from .conftest import EMBEDDED, REPO
@@ -323,6 +324,11 @@ def weights_of(graph: GraphDef) -> dict[str, Tensor]:
     return {name: (value + 1 if "norm.weight" in name else value).half() for name, value in made.items()}
 
 
+def with_merged(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights with those that graphs take in place of several."""
+    return {**weights, **{n: torch.cat([weights[each] for each in of]) for n, of in complete_groups(weights).items()}}
+
+
 NUMBERS = {"token_ids": 7, "row_index": 0, "lengths": 5, "last_index": 0, "tile_count": 2, "aspect_id": 3}
 
 
@@ -380,7 +386,7 @@ def test_graphs_run_without_the_definitions(tmp_path: Path) -> None:
         folders.append(tmp_path / str(number))
         folders[-1].mkdir()
         opened(compiled.data, folders[-1])
-        weights, feed = weights_of(graph), feed_of(graph)
+        weights, feed = with_merged(weights_of(graph)), feed_of(graph)
         constants = [torch.from_numpy(graph.constants[each]) for each in compiled.constants]
         places = [torch.zeros(spec.shape) for spec in graph.outputs if spec.name in compiled.outputs_in_place]
         torch.save(
@@ -402,7 +408,7 @@ def test_graphs_run_without_the_definitions(tmp_path: Path) -> None:
 @each_graph
 def test_kernels_take_weights_constants_and_inputs(checkpoint: Path, name: str, tmp_path: Path) -> None:
     graph, compiled = definition(checkpoint, name), emitted(checkpoint, name)
-    parameters = [each for each, _ in graph.module.named_parameters()]
+    parameters = merged_shapes({each: tuple(tensor.shape) for each, tensor in graph.module.named_parameters()})
     assert sorted([*compiled.weights, *compiled.constants]) == sorted(parameters)
     assert set(compiled.constants) == graph.constants.keys()
     model = opened(compiled.data, tmp_path)
@@ -493,16 +499,16 @@ def test_weights_in_4_bits_are_taken_as_they_lie() -> None:
             assert seen.type == expected
 
 
-def test_whole_number_products_share_their_input() -> None:
+def test_each_input_of_whole_number_products_is_rounded_once() -> None:
     graph = next(each for each in definitions(GOLDEN_QWEN, quant="w8a8") if each.name == "decode-2")
     layers, parsed = len(graph.outputs) // 2, ge_graph.parse(emit(graph, "bfloat16").graph)
-    assert (parsed.types()["DynamicQuant"], parsed.types()["QuantBatchMatmulV3"]) == (4 * layers, 7 * layers)
+    assert (parsed.types()["DynamicQuant"], parsed.types()["QuantBatchMatmulV3"]) == (4 * layers, 4 * layers)
     taken = [node for node in parsed.inputs if node.outputs[0].dtype == "int8" and len(node.outputs[0].shape or ()) == 2]
-    assert len(taken) == 7 * layers
+    assert len(taken) == 4 * layers
     for node in taken:
         assert [each.type for each in parsed.readers(ge_graph.Source(node.name, 0))] == ["QuantBatchMatmulV3"]
     scales = [node for node in parsed.inputs if node.outputs[0].dtype == "float32" and len(node.outputs[0].shape or ()) == 1]
-    assert len(scales) == 7 * layers
+    assert len(scales) == 4 * layers
 
 
 def test_another_dtype_is_refused() -> None:

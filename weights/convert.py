@@ -24,13 +24,15 @@ from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
 from .calibrated_layers import CalibratedLayers
+from .merged_tensors import concatenated
+from .merging import members_of
 from .names.rule import Shape
 from .packing.source import PackedSource
 from .quantize import quantize
 from .shard import rank_span, rank_targets, shard_axis
 from .shard_span import Span, read_span
 from .source import Source
-from .storage import FLOAT32, Floats, quant_of, stored_parts, stored_targets
+from .storage import FLOAT32, Floats, quant_of, stored_parts, stored_shapes, stored_targets
 from .tensors import SourceTensor, StoredTensor, WeightsError
 from .weight_map import Recipe, WeightMap, match, targets
 from .writer import WeightFile, check_space, lay_out, one_thread, write_weight_file
@@ -61,13 +63,15 @@ class Conversion:
 
     `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
     that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
-    `prefix` begins the names of files. It has to name source, config, quant, floats and tp: files of the same prefix that a
-    interrupted run has finished are kept. `shard_bytes`: a file holds up to so many bytes of tensors; a larger tensor has a
-    file to itself.
+    `merged`: linear layers with the same input are stored as one (merging.py).
+    `prefix` begins the names of files. It has to name source, config, quant, merged, floats and tp: files of the same prefix
+    that an interrupted run has finished are kept. `shard_bytes`: a file holds up to so many bytes of tensors; a larger tensor
+    has a file to itself.
     """
 
     quant: str = "none"
     prefix: str
+    merged: bool = False
     floats: Floats = FLOAT32
     shard_bytes: int = 2 << 30
     tp: int = 1
@@ -99,7 +103,8 @@ def convert(
     calibrated: CalibratedLayers | None = None,
     progress: Callable[[int], object] | None = None,
 ) -> Converted:
-    """Write what a rank holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time.
+    """Write what a rank holds of every parameter of `config` from `source` into `out`, one tensor in memory at a time; beside
+    it, of merged layers, the merged tensor.
 
     Of a pipeline, `config` is that of one stage, and the rank one of those that hold this stage.
 
@@ -140,7 +145,8 @@ def convert(
     for layout in layouts:
         assert not weights.keys() & layout.tensors.keys()
         weights |= layout.tensors
-    assert weights.keys() == stored_targets(config, conversion.quant, conversion.floats, conversion.tp).keys()
+    stored = stored_targets(config, conversion.quant, conversion.floats, conversion.tp, merged=conversion.merged)
+    assert weights.keys() == stored.keys()
     files = {layout.file: FileSpec(nbytes=layout.nbytes, sha256=finished[layout.file].sha256) for layout in layouts}
     return Converted(weights, files)
 
@@ -158,7 +164,7 @@ def forget_journal(out: Path, prefix: str, *, tp: int = 1, rank: int = 0) -> Non
 
 
 class _TensorProducer:
-    """Produces the stored tensors of one rank: reads, makes, shards and quantises each parameter once."""
+    """Produces the stored tensors of one rank: reads, makes, shards, quantises and perhaps merges each parameter once."""
 
     def __init__(
         self,
@@ -169,9 +175,8 @@ class _TensorProducer:
         calibrated: CalibratedLayers | None = None,
     ) -> None:
         self.source, self.weight_map, self.conversion, self.calibrated = source, weight_map, conversion, calibrated
-        self.owner = {
-            part: name for name, shape in targets(config).items() for part in stored_parts(name, shape, conversion.quant)
-        }
+        self.stored_shapes = stored_shapes(config, conversion.tp, merged=conversion.merged)
+        self.owner = {part: name for name in self.stored_shapes for part in self._parts(name)}
         self.spans = {name: _span(config, name, shape, conversion) for name, shape in targets(config).items()}
         self.shapes = rank_targets(config, conversion.tp)
         self.waiting: dict[str, Tensor] = {}  # stored tensors of a parameter already read that come later in the file
@@ -179,8 +184,17 @@ class _TensorProducer:
 
     def take(self, part: str) -> Tensor:
         if part not in self.waiting:
-            self.waiting |= self._make(self.owner[part])
+            self.waiting |= self._stored(self.owner[part])
         return self.waiting.pop(part)
+
+    def _parts(self, name: str) -> dict[str, StoredTensor]:
+        return stored_parts(name, self.stored_shapes[name], self.conversion.quant, self.conversion.floats)
+
+    def _stored(self, name: str) -> dict[str, Tensor]:
+        """The stored parts of a parameter; of a merged one, members are made one after another."""
+        if not (members := members_of(name)):
+            return self._make(name)
+        return concatenated(self._parts(name), members, self._make)
 
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
@@ -257,10 +271,10 @@ def _range(tensor: Tensor) -> tuple[float, float]:
 
 
 def _tensors_of_files(config: ModelConfig, conversion: Conversion) -> Iterator[dict[str, StoredTensor]]:
-    """The stored tensors of each file, in the order of `targets`; the parts of one parameter stay together."""
+    """The stored tensors of each file, in the order of `stored_shapes`; the parts of one parameter stay together."""
     tensors: dict[str, StoredTensor] = {}
     size = 0
-    for name, shape in rank_targets(config, conversion.tp).items():
+    for name, shape in stored_shapes(config, conversion.tp, merged=conversion.merged).items():
         parts = stored_parts(name, shape, conversion.quant, conversion.floats)
         nbytes = sum(part.nbytes for part in parts.values())
         if tensors and size + nbytes > conversion.shard_bytes:

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
+from .merging import merged_shapes
+from .names.rule import Shape
 from .shard import rank_targets
 from .tensors import StoredTensor
 
-_QUANTISED = re.compile(r"text\.layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:gate|up|down))\.weight")
-_TOWER = re.compile(r"vision\.(?:global_)?layers\.\d+\.(?:attn\.[qkvo]|mlp\.(?:up|down))\.weight")
+_QUANTISED = re.compile(r"text\.layers\.\d+\.(?:attn\.(?:[qkvo]|qkv)|mlp\.(?:gate|up|down|gate_up))\.weight")
+_TOWER = re.compile(r"vision\.(?:global_)?layers\.\d+\.(?:attn\.(?:[qkvo]|qkv)|mlp\.(?:up|down))\.weight")
 _HEAD = "text.lm_head.weight"
 TABLE = "text.embed.weight"
 
@@ -61,11 +63,19 @@ def stored_parts(name: str, shape: tuple[int, ...], quant: str, floats: Floats =
     return {f"{stem}.{key}": StoredTensor(part.dtype or floats.scales, part.shape) for key, part in parts}
 
 
-def stored_targets(config: ModelConfig, quant: str, floats: Floats = FLOAT32, tp: int = 1) -> dict[str, StoredTensor]:
-    """All tensors in the weight files of each rank of `tp`, by name, in the order of `targets`.
+def stored_shapes(config: ModelConfig, tp: int = 1, *, merged: bool = False) -> dict[str, Shape]:
+    """The parameters of each rank of `tp` as they are stored, perhaps merged (merging.py), and their shapes.
 
     Raises WeightsError as `check_tp`.
     """
-    assert quant in QUANTS + READY_MADE, quant
     shapes = rank_targets(config, tp)
+    return merged_shapes(shapes) if merged else shapes
+
+
+def stored_targets(
+    config: ModelConfig, quant: str, floats: Floats = FLOAT32, tp: int = 1, *, merged: bool = False
+) -> dict[str, StoredTensor]:
+    """All tensors in the weight files of each rank of `tp`, by name, in the order of `stored_shapes`, raising as it does."""
+    assert quant in QUANTS + READY_MADE, quant
+    shapes = stored_shapes(config, tp, merged=merged)
     return {k: v for name, shape in shapes.items() for k, v in stored_parts(name, shape, quant, floats).items()}

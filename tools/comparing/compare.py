@@ -15,6 +15,7 @@ from ...runtime.engine.fit import ContextError
 from ...runtime.processor.images import ImageError
 from ...runtime.processor.prompt import PromptError
 from ...weights.calibrated_layers import layer_of
+from ...weights.storage import stored_targets
 from .checkpoint import Checkpoint
 from .edges import Edge, EdgeRequest, edges
 from .fault_scope import fault_scope
@@ -120,7 +121,10 @@ class Comparison:
     @staticmethod
     def _rank_weights(side: Side) -> list[RankWeights]:
         if isinstance(side, StaticSide):
-            return [RankWeights(side.artifact.folder, weights, side.artifact.manifest.quant) for weights in side.rank_weights]
+            folder, manifest, config = side.artifact.folder, side.artifact.manifest, side.config
+            stored = stored_targets(config, manifest.quant, tp=manifest.tp) if config else {}
+            shapes = {name: tensor.shape for name, tensor in stored.items()}
+            return [RankWeights(folder, weights, manifest.quant, shapes) for weights in side.rank_weights]
         assert isinstance(side, HfSide)
         checkpoint: Checkpoint = side.checkpoint
         return [RankWeights(checkpoint.out, checkpoint.weights)]

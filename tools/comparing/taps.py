@@ -17,9 +17,9 @@ from torch.fx import Node
 from ...compiler.graphs import GraphContext, GraphDef, define_graph, trace
 from ...compiler.lockstep import ArrayGroup, Lockstep
 from ...compiler.tap_onnx import Tapped, tap
+from ...compiler.weight_views import map_parameter
 from ...model_defs.layers import without_rounding
 from ...runtime.artifact import CacheSpec, GraphKey, GraphSpec, Segment, Step, WeightSpec
-from ...runtime.backends.ascend.weights import map_weight
 from ...runtime.backends.base import Backend, cache_name
 from ...runtime.backends.ort import OrtBackend
 from .capture import CapturedRun
@@ -104,9 +104,9 @@ def traced(context: GraphContext, key: GraphKey, *, rounded: bool) -> tuple[Grap
 
 def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: GraphDef) -> dict[str, Tensor]:
     parameters = {name: torch.from_numpy(value) for name, value in graph.constants.items()}
-    for name, _ in graph.module.named_parameters():
+    for name, parameter in graph.module.named_parameters():
         if name not in parameters:
-            weight = map_weight(side.artifact.folder, weights[name])
+            weight = map_parameter(side.artifact.folder, weights, name, parameter.shape)
             parameters[name] = weight.float() if weight.is_floating_point() else weight
     return parameters
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from ...compiler.weight_views import map_parameter
 from ...model_defs.config import ModelConfig, quant_bits
 from ...runtime.artifact import WeightSpec
-from ...runtime.backends.ascend.weights import map_weight
+from ...weights.merging import members_of
 from ...weights.names import is_cache_scale
 from ...weights.quantize import dequantize
 from ...weights.shard import rank_span, shard_axis
@@ -24,33 +25,46 @@ MATCH = 1e-5  # tensors this near are equal, not alike by chance
 
 @dataclass(frozen=True, slots=True)
 class RankWeights:
-    """One rank's weights in a folder; `quant` as in its manifest."""
+    """One rank's weights in a folder; `quant` as in its manifest. `shapes` has those of the members of merged layers."""
 
     folder: Path
     weights: Mapping[str, WeightSpec]
     quant: str = "none"
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+    @property
+    def stored(self) -> dict[str, None]:
+        """Names of stored tensors, of merged ones those of their members."""
+        return dict.fromkeys(each for name in self.weights for each in members_of(name) or (name,))
 
     def names(self) -> list[str]:
         """Parameters of the checkpoint, quantised ones by the names that they have in float."""
-        parts = (".qweight", ".scales", ".zeros")
-        floats = dict.fromkeys(name for name in self.weights if not name.endswith(parts) and not is_cache_scale(name))
-        return [*floats, *(f"{n.removesuffix('.qweight')}.weight" for n in self.weights if n.endswith(".qweight"))]
+        parts, stored = (".qweight", ".scales", ".zeros"), self.stored
+        floats = [name for name in stored if not name.endswith(parts) and not is_cache_scale(name)]
+        return [*floats, *(f"{n.removesuffix('.qweight')}.weight" for n in stored if n.endswith(".qweight"))]
 
     def quantised(self, name: str) -> bool:
-        return name not in self.weights
+        return name not in self.stored
 
     def read(self, name: str, columns: int) -> Tensor:
         """A parameter in float32, dequantised; `columns`: without the padding of a last block of quantised weights."""
         if not self.quantised(name):
-            return map_weight(self.folder, self.weights[name]).float()
-        stem = name.removesuffix(".weight")
-        names = [part for part in ("qweight", "scales", "zeros") if f"{stem}.{part}" in self.weights]
-        parts = {part: map_weight(self.folder, self.weights[f"{stem}.{part}"]) for part in names}
-        return dequantize(quant_of(name, self.quant), parts, columns)
+            return self._map(name).float()
+        stem, stored = name.removesuffix(".weight"), self.stored
+        names = [part for part in ("qweight", "scales", "zeros") if f"{stem}.{part}" in stored]
+        return dequantize(quant_of(name, self.quant), {part: self._map(f"{stem}.{part}") for part in names}, columns)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a parameter as it is stored; of a quantised one, of its numbers."""
+        key = f"{name.removesuffix('.weight')}.qweight" if self.quantised(name) else name
+        return tuple(self.weights[key].shape if key in self.weights else self.shapes[key])
 
     def bits(self, name: str) -> int:
         """The bits of a quantised parameter."""
         return quant_bits(quant_of(name, self.quant))
+
+    def _map(self, name: str) -> Tensor:
+        return map_parameter(self.folder, self.weights, name, self.shapes.get(name, ()))
 
 
 class WeightComparison:
@@ -145,9 +159,7 @@ class WeightComparison:
 
     def _part_shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter as the first rank of the reference stores it."""
-        weights = self.reference[0]
-        key = name if not weights.quantised(name) else f"{name.removesuffix('.weight')}.qweight"
-        return tuple(weights.weights[key].shape)
+        return self.reference[0].shape(name)
 
     def _moved(self, name: str, rank: int, a: Tensor, b: Tensor, near: float) -> Iterator[str]:
         """Clauses for rows, or columns, that are others of the same tensor."""

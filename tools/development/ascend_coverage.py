@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
         torchair_host.load()
-        models = {Path(name).name: _config(name) for name in arguments.configs}
+        models = {Path(name).name: named_config(name) for name in arguments.configs}
         graphs = [
             (name if arguments.tp == 1 else f"{name}, one of {arguments.tp}", graph)
             for name, config in models.items()
@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _config(name: str) -> ModelConfig:
+def named_config(name: str) -> ModelConfig:
+    """The config in a folder, or of a known model. Raises ConfigError."""
     if name not in MODELS or Path(name).exists():
         return read_config(Path(name))
     with tempfile.TemporaryDirectory() as folder:
@@ -109,12 +110,12 @@ def definitions(config: ModelConfig, dtype: str, tp: int = 1) -> Iterator[GraphD
     )
     options = Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=dtype, tp=tp, buckets=buckets)
     plan = make_plan(config, options)
-    context = GraphContext(config=config, image=_any_image(config), cache=plan.cache, ranks=tp, candidates=plan.candidates)
+    context = GraphContext(config=config, image=any_image(config), cache=plan.cache, ranks=tp, candidates=plan.candidates)
     for key in plan.graphs:
         yield define_graph(context, key)
 
 
-def _any_image(config: ModelConfig) -> ImageProcessorConfig:
+def any_image(config: ModelConfig) -> ImageProcessorConfig:
     """Sizes of the model's images; colours and cuts are the host's affair or values of tensors."""
     half = (0.5, 0.5, 0.5)
     return ImageProcessorConfig(

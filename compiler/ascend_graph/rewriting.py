@@ -1,0 +1,51 @@
+"""A traced definition that passes over its graph may change before it is lowered."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor, fx
+
+from ..graphs import GraphDef, trace
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TracedGraph:
+    """A copy of a definition's trace: calls of the op vocabulary and a few of aten's.
+
+    `parameters` names the placeholders that are parameters; the rest are the definition's inputs, in their order. `tensors` are
+    the named parameters, without data. A pass that changes placeholders changes both.
+    """
+
+    module: fx.GraphModule
+    parameters: dict[fx.Node, str]
+    tensors: dict[str, Tensor]
+
+    @property
+    def graph(self) -> fx.Graph:
+        return self.module.graph
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the parameters, in the order in which the graph takes them."""
+        return [self.parameters[node] for node in self.graph.nodes if node in self.parameters]
+
+
+Rewrite = Callable[[TracedGraph], None]
+
+
+def traced(definition: GraphDef, rewrites: tuple[Rewrite, ...]) -> TracedGraph:
+    """The trace of a definition after `rewrites`, each of which changes the graph in place."""
+    program = trace(definition)
+    graph = copy.deepcopy(program.graph_module.graph)  # the trace has other users
+    targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None}
+    parameters = {node: targets[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in targets}
+    traced = TracedGraph(fx.GraphModule(program.graph_module, graph), parameters, dict(definition.module.named_parameters()))
+    for rewrite in rewrites:
+        rewrite(traced)
+        traced.graph.eliminate_dead_code()  # what a pass has replaced, and all that only this read
+    traced.graph.lint()
+    traced.module.recompile()
+    return traced

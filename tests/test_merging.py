@@ -1,0 +1,343 @@
+"""Linear layers with the same input are stored as one, and multiplied as one, on Ascend."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from staticvl import runtime
+from staticvl.compiler import fingerprint
+from staticvl.compiler.ascend_graph import merging as ascend_merging
+from staticvl.compiler.ascend_graph.merging import PRODUCTS, merge_products
+from staticvl.compiler.ascend_graph.rewriting import TracedGraph, traced
+from staticvl.compiler.buckets import Buckets
+from staticvl.compiler.build import build
+from staticvl.compiler.emit_ascend import REWRITES, emit
+from staticvl.compiler.fingerprint import OTHER_BACKENDS
+from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph, trace
+from staticvl.compiler.options import Options
+from staticvl.compiler.plan import make_plan
+from staticvl.compiler.source_files import code_digests
+from staticvl.compiler.weight_views import map_parameter, stored_bytes
+from staticvl.model_defs.config import ModelConfig, read_config
+from staticvl.runtime.artifact import ImageProcessorConfig
+from staticvl.runtime.backends.ascend import torchair_host
+from staticvl.runtime.backends.ge_simulator import ge_graph
+from staticvl.weights import merged_tensors, merging, writer
+from staticvl.weights.calibrated_layers import CalibratedLayers
+from staticvl.weights.convert import Conversion, Converted, convert
+from staticvl.weights.merging import members_of, merged_name
+from staticvl.weights.packing.settings import read_packing
+from staticvl.weights.packing.source import open_packed
+from staticvl.weights.quantize import quantize
+from staticvl.weights.source import Source, open_source
+from staticvl.weights.storage import QUANTS, quant_of, stored_targets, uniform
+from staticvl.weights.weight_map import targets
+
+from .checkpoints import tiny_llava
+from .conftest import EMBEDDED
+from .need_torchair import skip_without_torchair
+from .packings import FORMS, pack_checkpoint
+from .wide_models import wide_config, write_random
+
+skip_without_torchair()
+
+FAMILIES = ("llava", "llava_next", "mllama", "qwen_vl")
+GROUPS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up")}
+
+
+def model_config(family: str) -> ModelConfig:
+    """A tiny model with fewer key-value heads than heads, where the family has such."""
+    return wide_config(family, 8 if family == "qwen_vl" else 2)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folders = {family: tmp_path_factory.mktemp(family) for family in FAMILIES}
+    return {family: write_random(model_config(family), folder) for family, folder in folders.items()}
+
+
+def contents(out: Path, converted: Converted) -> dict[str, Tensor]:
+    """The stored tensors, read by another reader."""
+    return {name: tensor for file in converted.files for name, tensor in load_file(out / file).items()}
+
+
+def stored(source: Source, config: ModelConfig, out: Path, **options: Any) -> tuple[dict[str, Tensor], int]:
+    """What a conversion stores, and the bytes of its files."""
+    conversion = Conversion(**{"prefix": "k", "shard_bytes": 100_000, "floats": uniform("float16")} | options)
+    converted = convert(source, config, out, conversion)
+    return contents(out, converted), sum(file.nbytes for file in converted.files.values())
+
+
+def joined(apart: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors as they are to be merged, written out: by rows, those of whole-number products [K, N] by columns."""
+    merged = dict(apart)
+    for name in apart:
+        layer, dot, part = name.rpartition(".")
+        for group, members in GROUPS.items():
+            names = [f"{layer.removesuffix(members[0])}{each}.{part}" for each in members]
+            if name == names[0] and not name.startswith("pool.") and all(each in apart for each in names):
+                values = [merged.pop(each) for each in names]
+                whole_numbers = part == "qweight" and values[0].dtype == torch.int8
+                merged[f"{layer.removesuffix(members[0])}{group}.{part}"] = torch.cat(values, 1 if whole_numbers else 0)
+    return merged
+
+
+def check_merged(source: Source, config: ModelConfig, out: Path, **options: Any) -> None:
+    apart, bytes_apart = stored(source, config, out / "apart", **options)
+    merged, bytes_merged = stored(source, config, out / "merged", merged=True, **options)
+    expected = joined(apart)
+    assert len(expected) < len(apart) and merged.keys() == expected.keys()
+    assert all(merged[name].dtype == value.dtype and torch.equal(merged[name], value) for name, value in expected.items())
+    assert bytes_merged <= bytes_apart * 1.01
+
+
+# --- Weights ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_tensor_is_its_members_one_after_another(
+    checkpoints: dict[str, Path], family: str, quant: str, tmp_path: Path
+) -> None:
+    """Of the whole model and of every rank; heads of a rank stay together since members are sharded first."""
+    source, config = open_source(checkpoints[family]), model_config(family)
+    check_merged(source, config, tmp_path / "whole", quant=quant)
+    for rank in range(4):
+        check_merged(source, config, tmp_path / str(rank), quant=quant, tp=4, rank=rank)
+
+
+def test_what_is_merged(checkpoints: dict[str, Path]) -> None:
+    """q, k, v and gate, up of all layers that have them; a layer that attends to images has q alone."""
+    names = stored_targets(model_config("mllama"), "none", merged=True)
+    text = [sorted(name for name in names if name.startswith(f"text.layers.{i}.attn.")) for i in (0, 1)]
+    assert text[0] == ["text.layers.0.attn.o.weight", "text.layers.0.attn.qkv.weight"]
+    assert text[1] == [f"text.layers.1.attn.{each}.weight" for each in ("o", "q", "q_norm")]
+    for name in ("text.layers.1.mlp.gate_up", "vision.layers.0.attn.qkv", "vision.global_layers.0.attn.qkv"):
+        assert f"{name}.weight" in names
+    assert "vision.layers.0.mlp.up.weight" in names and "cross.0.k.weight" in names
+    qwen = stored_targets(model_config("qwen_vl"), "none", merged=True)
+    assert qwen["text.layers.0.attn.qkv.bias"].shape == (3 * 64,) and "pool.attn.q.weight" in qwen
+
+
+def test_layers_of_a_stage(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    source, config = open_source(checkpoints["llava"]), model_config("llava")
+    for stage in range(2):
+        check_merged(source, config.of_stage(stage, 2), tmp_path / str(stage), quant="w8a16")
+
+
+@pytest.mark.parametrize("form", ["awq", "gptq-8-asym", "gptq-row", "w4a16-asym", "w8a8"])
+def test_packed_checkpoints(form: str, tmp_path: Path) -> None:
+    """Zero points are merged too."""
+    sizes = {"hidden": 128, "heads": 8, "kv_heads": 2, "intermediate": 128, "layers": 1, "vision_layers": 2}
+    folder = tiny_llava(tmp_path / "checkpoint", names="new", **sizes).folder
+    pack_checkpoint(folder, FORMS[form])
+    packing = read_packing(folder)
+    assert packing is not None
+    config = read_config(folder)
+    source = open_packed(open_source(folder), packing, config)
+    for rank in range(2):
+        check_merged(source, config, tmp_path / f"{rank}", quant=f"{packing.quant}", tp=2, rank=rank)
+
+
+def test_calibrated_layers_are_merged_as_they_were_calibrated(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    config, quant = model_config("llava"), "w4a16"
+    torch.manual_seed(0)
+    layer = {}
+    for name, shape in targets(config).items():
+        if name.startswith("text.layers.0."):
+            parts = quantize(kind, torch.randn(shape)) if (kind := quant_of(name, quant)) != "none" else {"": torch.randn(shape)}
+            stem = name.removeprefix("text.layers.0.")
+            layer |= {stem if not part else stem.replace("weight", part): value for part, value in parts.items()}
+    source, found = open_source(checkpoints["llava"]), {}
+    for merged in (False, True):
+        out = tmp_path / str(merged)
+        store = CalibratedLayers(out, "k")
+        store.write("text.layers.0", [layer])
+        conversion = Conversion(quant=quant, prefix="k", merged=merged)
+        found[merged] = contents(out, convert(source, config, out, conversion, calibrated=store))
+    expected = joined(found[False])
+    assert torch.equal(expected["text.layers.0.attn.qkv.qweight"][:64], layer["attn.q.qweight"])
+    assert all(torch.equal(found[True][name], value) for name, value in expected.items())
+
+
+def test_a_resumed_conversion_ends_like_an_uninterrupted_one(
+    checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, config = open_source(checkpoints["qwen_vl"]), model_config("qwen_vl")
+    expected, _ = stored(source, config, tmp_path / "whole", merged=True, quant="w8a8")
+    write, written = writer.write_weight_file, []
+
+    def breaking(*args: Any) -> Any:
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        written.append(write(*args))
+        return written[-1]
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("staticvl.weights.convert.write_weight_file", breaking)
+        stored(source, config, tmp_path / "broken", merged=True, quant="w8a8")
+    found, _ = stored(source, config, tmp_path / "broken", merged=True, quant="w8a8")
+    assert len(written) == 2 and found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_members_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside the merged tensor no more than one of them is in memory."""
+    alive: list[str] = []
+
+    class Member(dict):
+        def __init__(self, name: str) -> None:
+            super().__init__({name: torch.full((2, 3), float(len(alive)))})
+            alive.append(name)
+            assert len(alive) == 1
+
+        def __del__(self) -> None:
+            alive.pop()
+
+    name = "text.layers.0.attn.qkv.weight"
+    parts = {name: stored_targets(model_config("llava"), "none", merged=True)[name]}
+    parts[name] = replace(parts[name], shape=(6, 3))
+    assert merged_tensors.concatenated(parts, members_of(name), Member)[name].shape == (6, 3)
+
+
+# --- Members by their own names -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_definitions_find_their_parameters_as_views(
+    checkpoints: dict[str, Path], family: str, quant: str, tmp_path: Path
+) -> None:
+    source, config = open_source(checkpoints[family]), model_config(family)
+    conversions = [Conversion(quant=quant, prefix="k", merged=merged, tp=2, rank=1) for merged in (False, True)]
+    outs = [tmp_path / name for name in ("apart", "merged")]
+    apart, merged = (convert(source, config, out, each).weights for out, each in zip(outs, conversions, strict=True))
+    seen = 0
+    for graph in graphs(family, quant, ranks=2):
+        for name, parameter in graph.module.named_parameters():
+            if name not in graph.constants:
+                expected = map_parameter(outs[0], apart, name, parameter.shape)
+                found = map_parameter(outs[1], merged, name, parameter.shape)
+                assert torch.equal(found, expected), name
+                assert stored_bytes(merged, name, parameter.shape) == apart[name].nbytes
+                seen += name not in merged
+                whole = merged[name if name in merged else merged_name(name)]
+                assert found.untyped_storage().nbytes() == whole.nbytes, "a view, not a copy"
+    assert seen > 8
+
+
+# --- Graphs -------------------------------------------------------------------------------------------------------------------
+
+
+def graphs(family: str, quant: str = "none", ranks: int = 1, heads: int = 0) -> Iterator[GraphDef]:
+    """One graph of each kind; `heads`: of so many features each, as Ascend's attention takes them."""
+    config = model_config(family)
+    config = replace(config, text=replace(config.text, head_dim=heads or config.text.head_dim))
+    images = (1,) if config.text.cross_layers else None
+    buckets = Buckets(prefill=(8,), decode=(2,), verify=(4,), images=images, context=32, slots=2)
+    plan = make_plan(config, Options(checkpoint=Path(), out=Path(), tp=ranks, buckets=buckets))
+    size, third = config.vision.image_size, (0.3, 0.4, 0.5)
+    image = ImageProcessorConfig(mode="stretch", size=size, rows=config.vision.rows_per_tile, mean=third, std=third)
+    context = GraphContext(config=config, image=image, cache=plan.cache, quant=quant, ranks=ranks)
+    yield from (define_graph(context, key) for key in plan.graphs if key.images or key.kind == "vision" or not images)
+
+
+LAYER = re.compile(r"((?:text|vision)\.(?:global_)?layers\.\d+)\.(\w+\.\w+)\.(?:weight|qweight)")
+
+
+def products(rewritten: TracedGraph) -> dict[str, list[str]]:
+    """The products of each layer, by the layers whose weights they read."""
+    found: dict[str, list[str]] = {}
+    for node in rewritten.graph.nodes:
+        weight = node.args[1] if node.op == "call_function" and node.target.__name__.partition(".")[0] in PRODUCTS else None
+        if match := LAYER.fullmatch(rewritten.parameters.get(weight, "")):
+            found.setdefault(match[1], []).append(match[2])
+    return found
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_has_four_products(family: str, quant: str) -> None:
+    """In every kind of graph; and SwiGlu takes a product as it is."""
+    torchair_host.load()
+    config, kinds = model_config(family), set()
+    for graph in graphs(family, quant):
+        rewritten = traced(graph, REWRITES)
+        count = Counter(node.target.__name__.partition(".")[0] for node in rewritten.graph.nodes if node.op == "call_function")
+        layers = products(rewritten)
+        crossing = {f"text.layers.{i}" for i in config.text.cross_layers} & layers.keys()
+        for name, found in layers.items():
+            attention = ["attn.q" if name in crossing else "attn.qkv", "attn.o"]
+            assert found == [*attention, "mlp.gate_up" if graph.kind != "vision" else "mlp.up", "mlp.down"], name
+        assert count["split_with_sizes"] == len(layers) - len(crossing)
+        if graph.kind == "vision":
+            assert len(layers) > 1
+        else:
+            assert len(layers) == count["npu_swiglu"] == config.text.layers and not count["silu_mul"]
+        kinds.add(graph.kind)
+    assert kinds == {"vision", "prefill", "decode", "verify"}
+
+
+@pytest.mark.parametrize("quant", ["none", "w8a8", "w4a16-g32"])
+def test_what_torchair_makes_of_it(quant: str) -> None:
+    graph = next(each for each in graphs("llava", quant, heads=16) if each.kind == "decode")
+    types = ge_graph.parse(emit(graph, "float16").graph).types()
+    layers = model_config("llava").text.layers
+    kernel = {"none": "MatMul", "w8a8": "QuantBatchMatmulV3", "w4a16-g32": "WeightQuantBatchMatmulV2"}[quant]
+    assert types[kernel] == 4 * layers + (quant != "w8a8")  # and lm_head
+    assert types["SplitV"] == types["SwiGlu"] == layers and "ConcatV2" not in types
+
+
+def test_a_trace_is_left_as_it_was() -> None:
+    """It has other users, ONNX graphs among them."""
+    graph = next(graphs("llava"))
+    before = trace(graph).graph_module.code
+    traced(graph, (merge_products,))
+    assert trace(graph).graph_module.code == before
+
+
+def test_weights_and_graphs_are_made_anew_where_merging_changes() -> None:
+    assert {"weights/merging.py", "weights/merged_tensors.py"} <= code_digests("weights.convert").keys()
+    assert "compiler/ascend_graph/merging.py" in code_digests("compiler.make", without=OTHER_BACKENDS["ascend"])
+
+
+# --- Artifacts ----------------------------------------------------------------------------------------------------------------
+
+
+def test_artifacts_from_before_still_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their graphs name weights that lie apart. Made again, they are merged, and say the same."""
+    options = Options(
+        checkpoint=EMBEDDED,
+        out=tmp_path,
+        buckets=Buckets(prefill=(16,), decode=(1,), context=64, slots=1),
+        backend="ascend",
+        candidates=0,
+    )
+    answer = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
+    with monkeypatch.context() as patch:
+        for module in (merging, ascend_merging):
+            patch.setattr(module, "complete_groups", lambda _names: {})
+        patch.setattr(fingerprint, "code_digests", lambda *_, **__: {"code": "of an earlier version"})
+        old = build(options).manifest
+    assert "text.layers.0.attn.k.weight" in old.weights and not any(map(members_of, old.weights))
+    assert "text.layers.0.attn.k.weight" in old.graphs[-1].weights
+    expected = runtime.load(tmp_path, device="sim").generate("Say one word.", **answer)
+    made = build(options)
+    assert made.converted and len(made.traced) == len(old.graphs)
+    assert "text.layers.0.attn.qkv.weight" in made.manifest.weights
+    assert all(graph.certificate and graph.certificate.worst <= 1e-4 for graph in made.manifest.graphs)
+    assert runtime.load(tmp_path, device="sim").generate("Say one word.", **answer).token_ids == expected.token_ids
+    files = {spec.file for spec in made.manifest.weights.values()}
+    assert {str(each.relative_to(tmp_path)) for each in (tmp_path / "weights").rglob("*.safetensors")} == files
+
+
