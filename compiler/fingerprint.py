@@ -29,7 +29,13 @@ from .source_files import code_digests
 
 # Modules that only the graphs of the other backend need.
 OTHER_BACKENDS = {
-    "onnx": ("compiler.emit_ascend", "compiler.emit_eager", "runtime.backends.ascend.backend", "runtime.backends.ge_simulator"),
+    "onnx": (
+        "compiler.emit_ascend",
+        "compiler.emit_eager",
+        "compiler.ge_cost",
+        "runtime.backends.ascend.backend",
+        "runtime.backends.ge_simulator",
+    ),
     "ascend": ("compiler.emit_onnx", "compiler.kernels", "runtime.backends.ort"),
 }
 _PACKAGES = {"onnx": ("torch", "onnx", "onnxruntime"), "ascend": ("torch",)}

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import msgspec
+from msgspec import UNSET
 
 from ..model_defs.config import ModelConfig, text_quant, tower_quant
 from ..model_defs.decoder import over_stored_caches
@@ -166,11 +167,17 @@ class GraphMaker:
         )
         if backend == "onnx":
             return self._emit_onnx(definition, spec if self._whole else msgspec.structs.replace(spec, file=stem))
-        from . import emit_ascend, emit_eager
+        return self._emit_ascend(definition, spec)
 
-        emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, dtype)
+    def _emit_ascend(self, definition: GraphDef, spec: GraphSpec) -> tuple[GraphSpec, dict[str, bytes]]:
+        from . import emit_ascend, emit_eager
+        from .ge_cost import serialised_cost
+
+        emitted = (emit_eager if spec.eager else emit_ascend).emit(definition, self.plan.cache.dtype)
         constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
-        return msgspec.structs.replace(spec, weights=emitted.weights, constants=constants), {spec.file: emitted.data}
+        lowered = UNSET if spec.eager else serialised_cost(emitted.graph)
+        spec = msgspec.structs.replace(spec, weights=emitted.weights, constants=constants, lowered=lowered)
+        return spec, {spec.file: emitted.data}
 
     @staticmethod
     def _stem(definition: GraphDef, made_of: str) -> str:

@@ -13,7 +13,8 @@ from rich.table import Table
 
 from ..runtime.artifact import SIGNATURE, Certificate, Manifest, ModelInfo, SamplingDefaults, open_artifact
 from ..runtime.signature import is_stale
-from .cards import CARDS, Card
+from .cards import CARDS
+from .forecast import forecast_table, forecasts, launch_table
 from .machine import described
 
 CODE = "Python byte code and source, which run as the user who loads it: use only what you trust (staticvl verify --key)"
@@ -24,7 +25,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console(highlight=False)
     console.print(_summary(args.artifact, manifest))
     console.print(_graphs(manifest))
-    console.print(_forecast(manifest, CARDS[args.card]))
+    card = CARDS[args.card]
+    rows = forecasts(manifest, card)
+    console.print(forecast_table(rows, card))
+    if launches := launch_table(rows):
+        console.print(launches)
     if manifest.ranks > 1:
         console.print(_communication(manifest))
     return 0
@@ -173,19 +178,6 @@ def _graphs(manifest: Manifest) -> Table:
             *_checks(graph.certificate),
             *((graph.kernels.described if graph.kernels else "-",) if has_kernels else ()),
         )
-    return table
-
-
-def _forecast(manifest: Manifest, card: Card) -> Table:
-    """Operations and bytes of each graph, and the least time that a card needs for it."""
-    table = Table(title=f"at best on {card.name}")
-    for column in ("graph", "GFLOP", "MB", "ms", "bound by", "tokens/s"):
-        table.add_column(column, justify="left" if column in ("graph", "bound by") else "right")
-    for graph in sorted(manifest.graphs, key=lambda g: (g.kind, g.images, g.bucket)):
-        ms = card.bound_ms(graph.flops, graph.nbytes)
-        rate = "-" if graph.kind == "vision" else f"{1e3 * graph.bucket / ms:.0f}"
-        sizes = f"{graph.flops / 1e9:.3g}", f"{graph.nbytes / 1e6:.4g}"
-        table.add_row(graph.name, *sizes, f"{ms:.3g}", card.limit(graph.flops, graph.nbytes), rate)
     return table
 
 
