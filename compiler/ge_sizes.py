@@ -137,10 +137,14 @@ def _unknown(_node: Node, _sizes: Sizes) -> None:
     return None
 
 
-def _indices(node: Node, sizes: Sizes) -> Size | None:
-    """Of the top-k values, which are the first output."""
-    size = sizes.of(Source(node.name, 0))
-    return Size("int32", size.shape) if size else None
+def _indices(values: int) -> Callable[[Node, Sizes], Size | None]:
+    """Of the largest values, which are the output at `values`."""
+
+    def infer(node: Node, sizes: Sizes) -> Size | None:
+        size = sizes.of(Source(node.name, values))
+        return Size("int32", size.shape) if size else None
+
+    return infer
 
 
 # How outputs are inferred, in order.
@@ -152,5 +156,6 @@ _INFERRED: dict[str, tuple[Callable[[Node, Sizes], Size | None], ...]] = {
     "Transpose": (_transpose,),
     "Unsqueeze": (_unsqueeze,),
     "Range": (_range,),
-    "TopKV2": (_unknown, _indices),
+    "ArgMaxWithValue": (_indices(1),),
+    "TopKV2": (_unknown, _indices(0)),
 }

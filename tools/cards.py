@@ -1,12 +1,12 @@
-"""Published figures of Ascend cards, to say what a graph could cost there at best."""
+"""Published figures of Ascend cards, to say what a graph could cost there."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# Microseconds that a kernel takes however little it computes. An assumption: nothing was measured here. The public figure
-# behind it is of a 910B: an RMS norm of one row of 5,376 elements took 3.2 to 3.5 microseconds on the device, whose memory
-# moves that row in 0.02 (github.com/flagos-ai/FlagGems-vllm, pull request 762).
+# Microseconds that a kernel takes however little it computes. An assumption: nothing was measured here. It follows a public
+# figure of a 910B: an RMS norm of one row of 5,376 elements took 3.2 to 3.5 microseconds on the device, whose memory moves
+# that row in 0.02 (github.com/flagos-ai/FlagGems-vllm, pull request 762).
 KERNEL_US = 3.0
 
 

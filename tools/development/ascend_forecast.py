@@ -136,17 +136,18 @@ def _depth(config: ModelConfig, crossing: bool) -> int:
 
 def _costs(config: ModelConfig, form: Form, graphs: Graphs) -> dict[GraphKey, LoweredCost]:
     found = definitions(config, form, buckets(config, graphs))
-    return {key: serialised_cost(emit(graph, form.dtype).graph) for key, graph in found if key.kind in ("prefill", "decode")}
+    wanted = {("prefill", bucket) for bucket in graphs.prefill} | {("decode", bucket) for bucket in graphs.decode}
+    return {key: serialised_cost(emit(graph, form.dtype).graph) for key, graph in found if key[:2] in wanted}
 
 
 def buckets(config: ModelConfig, graphs: Graphs) -> Buckets:
     """One image in a sequence where images enter by cross-attention; a slot for each row of the largest decode bucket."""
     return Buckets(
-        prefill=tuple(graphs.prefill),
-        decode=tuple(graphs.decode),
+        prefill=tuple(graphs.prefill or PREFILL),
+        decode=tuple(graphs.decode or DECODE),
         images=(1,) if config.text.cross_layers else None,
         context=min(CONTEXT, config.text.max_positions),
-        slots=max(graphs.decode),
+        slots=max(graphs.decode or DECODE),
     )
 
 
@@ -170,8 +171,9 @@ def markdown(rows: Sequence[Row], card: Card, before: Mapping[tuple[str, str, st
 
 def _caption(card: Card, compared: bool) -> str:
     rows = CONTEXT + max(PREFILL)  # a chunk may be written beyond the context
-    lines = f"On {card.name}; {KERNEL_US:g} us a kernel; a cache of {rows:,} tokens a row, all read."
-    return lines + (" Before, then now." if compared else "")
+    return f"{card.name}; {KERNEL_US:g} us a kernel; a cache of {rows:,} tokens a row, all read." + (
+        "\nAn arrow: before, then now." if compared else ""
+    )
 
 
 def _line(cells: Sequence[str]) -> str:
