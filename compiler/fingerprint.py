@@ -33,6 +33,8 @@ OTHER_BACKENDS = {
         "compiler.card_check",
         "compiler.emit_ascend",
         "compiler.emit_eager",
+        "compiler.ge_cost",
+        "compiler.ge_sizes",
         "runtime.backends.ascend.backend",
         "runtime.backends.ge_simulator",
     ),

@@ -27,19 +27,11 @@ from ..runtime.artifact import (
 )
 from ..runtime.signature import is_stale
 from .cards import CARDS, Card
+from .forecast import CardBound, Forecast, Launches, decoder_layers, forecast
 from .machine import machine, versions
 
 FORMAT = 1  # raised where a key goes or changes its meaning
 FORBIDDEN = ("bad_words_ids", "suppress_tokens", "begin_suppress_tokens")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CardBound:
-    """The least that a run takes on a card."""
-
-    ms: float
-    bound_by: str  # arithmetic or memory
-    tokens_per_s: float | None  # None: of a vision graph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +52,7 @@ class GraphFacts:
     flops: int
     nbytes: int
     at_best: CardBound
+    launches: Launches | None  # None: no graph of Ascend's, or of an artifact that does not count them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +149,7 @@ def _artifact(folder: Path, manifest: Manifest, card: Card) -> ArtifactFacts:
         ascend=manifest.ascend,
         card_warnings=_card_warnings(manifest),
         card=card.name,
-        graphs=tuple(_graph(graph, card) for graph in _in_order(manifest)),
+        graphs=tuple(_graph(graph, forecast(graph, card, decoder_layers(manifest))) for graph in _in_order(manifest)),
         communication=_communication(manifest),
     )
 
@@ -195,8 +188,7 @@ def _in_order(manifest: Manifest) -> list[GraphSpec]:
     return sorted(manifest.graphs, key=lambda graph: (graph.kind, graph.images, graph.bucket))
 
 
-def _graph(graph: GraphSpec, card: Card) -> GraphFacts:
-    ms = card.bound_ms(graph.flops, graph.nbytes)
+def _graph(graph: GraphSpec, cost: Forecast) -> GraphFacts:
     certificate = graph.certificate
     return GraphFacts(
         name=graph.name,
@@ -210,13 +202,10 @@ def _graph(graph: GraphSpec, card: Card) -> GraphFacts:
         tolerance=_of(certificate, lambda made: made.tolerance),
         rounding=_of(certificate, lambda made: made.rounding),
         kernels=graph.kernels.described if graph.kernels else None,
-        flops=graph.flops,
-        nbytes=graph.nbytes,
-        at_best=CardBound(
-            ms=ms,
-            bound_by=card.limit(graph.flops, graph.nbytes),
-            tokens_per_s=None if graph.kind == "vision" or not ms else 1e3 * graph.bucket / ms,
-        ),
+        flops=cost.flops,
+        nbytes=cost.nbytes,
+        at_best=cost.bound,
+        launches=cost.launches,
     )
 
 

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from ..runtime.artifact import ImageProcessorConfig, SamplingDefaults
 from .artifact_facts import ArtifactFacts, Facts, GraphFacts, facts
+from .cards import KERNEL_US
 from .machine import described
 
 CODE = "Python byte code and source, which run as the user who loads it: use only what you trust (staticvl verify --key)"
@@ -42,6 +43,8 @@ def _tables(shown: Facts) -> Iterator[Table]:
     yield _rows({**_summary(artifact), **here}, notes=artifact.build.notes or ())
     yield _graphs(artifact)
     yield _forecast(artifact)
+    if any(graph.launches for graph in artifact.graphs):
+        yield _launches(artifact)
     if artifact.communication:
         yield _communication(artifact)
 
@@ -209,6 +212,21 @@ def _forecast(artifact: ArtifactFacts) -> Table:
         rate = "-" if best.tokens_per_s is None else f"{best.tokens_per_s:.0f}"
         sizes = f"{graph.flops / 1e9:.3g}", f"{graph.nbytes / 1e6:.4g}"
         table.add_row(graph.name, *sizes, f"{best.ms:.3g}", best.bound_by, rate)
+    return table
+
+
+def _launches(artifact: ArtifactFacts) -> Table:
+    """Kernels of lowered graphs, and the time of a run with the cost of each."""
+    table = Table(title=f"with {KERNEL_US:g} us for each kernel, an assumption")
+    lowered = [(graph, graph.launches) for graph in artifact.graphs if graph.launches]
+    if unsized := sum(launches.unsized for _, launches in lowered):
+        table.caption = f"{unsized} tensors of unknown size are counted as no bytes"
+    for column in ("graph", "kernels", "a layer", "ms without", "ms", "tokens/s"):
+        table.add_column(column, justify="left" if column == "graph" else "right")
+    for graph, launches in lowered:
+        layer = "-" if launches.layer_kernels is None else f"{launches.layer_kernels:.1f}"
+        rate = "-" if launches.tokens_per_s is None else f"{launches.tokens_per_s:.0f}"
+        table.add_row(graph.name, str(launches.kernels), layer, f"{graph.at_best.ms:.3g}", f"{launches.ms:.3g}", rate)
     return table
 
 

@@ -122,6 +122,21 @@ class Kernels(Record, frozen=True, kw_only=True, omit_defaults=True):
         return ", ".join(word for word, holds in words.items() if holds) or "as by default"
 
 
+class LoweredCost(Record, frozen=True, kw_only=True):
+    """What a card does in one run, counted on the lowered graph (compiler/ge_cost.py)."""
+
+    kernels: Number  # launches, folded nodes not among them
+    folded: Number  # transposes and copies that CANN's passes remove
+    flops: Work  # of products and attention
+    read: Work  # bytes that kernels read
+    written: Work  # bytes that they write
+    unsized: Number = 0  # tensors of unknown size, counted as no bytes
+
+    @property
+    def nbytes(self) -> int:
+        return self.read + self.written
+
+
 class GraphKey(NamedTuple):
     """The key of a graph of an artifact: its kind, its bucket, and the images that a text graph sees by cross-attention.
 
@@ -165,6 +180,8 @@ class GraphSpec(Record, frozen=True, kw_only=True):
     # Of one of several ranks: the number of collectives in a run, and the bytes that it sends in them.
     collectives: Number = 0
     collective_bytes: Work = 0
+    # Ascend, of a compiled graph; left out of the manifest where unset, as by versions that did not count.
+    lowered: LoweredCost | UnsetType = UNSET
 
     @property
     def graph_key(self) -> GraphKey:

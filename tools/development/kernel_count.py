@@ -21,6 +21,7 @@ import msgspec
 from ...compiler.buckets import Buckets
 from ...compiler.choices import PlanError
 from ...compiler.emit_ascend import DTYPES, emit
+from ...compiler.ge_cost import FREE
 from ...compiler.graphs import GraphContext, GraphDef, define_graph
 from ...compiler.options import Options
 from ...compiler.plan import make_plan
@@ -30,10 +31,8 @@ from ...runtime.backends.ascend import torchair_host
 from ...runtime.backends.ge_simulator import ge_graph
 from ...weights.tensors import WeightsError
 from ..known_models import MODELS
-from .ascend_coverage import CONTEXT, NO_OPERATORS, any_image, named_config
+from .ascend_coverage import CONTEXT, any_image, named_config
 
-# Operators that give a tensor another shape, or its own.
-FREE = (*NO_OPERATORS, "Reshape", "Identity", "Squeeze", "Unsqueeze")
 PREFILL, DECODE, VERIFY = 64, 4, 4
 
 
@@ -153,6 +152,12 @@ def _definitions(config: ModelConfig, form: Form) -> Iterator[tuple[GraphKey, Gr
         context=min(CONTEXT, config.text.max_positions),
         slots=DECODE,
     )
+    return definitions(config, form, buckets)
+
+
+def definitions(config: ModelConfig, form: Form, buckets: Buckets) -> Iterator[tuple[GraphKey, GraphDef]]:
+    """The graphs of these buckets; of a model with cross-attention, text graphs that see images. Raises PlanError, and
+    WeightsError for a model that cannot be cut so."""
     options = Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=form.dtype, tp=form.tp, buckets=buckets)
     plan = make_plan(config, options)
     int8 = form.kv_cache == "int8"
@@ -163,6 +168,7 @@ def _definitions(config: ModelConfig, form: Form) -> Iterator[tuple[GraphKey, Gr
         cache=cache,
         quant=form.quant,
         ranks=form.tp,
+        candidates=plan.candidates,
     )
     for key in plan.graphs:
         if key.images or key.kind == "vision" or not config.text.cross_layers:
