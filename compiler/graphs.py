@@ -8,13 +8,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
 from torch import Tensor, nn
+from torch.fx import config as fx_config
 
 from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
@@ -225,13 +225,12 @@ def trace(graph: GraphDef) -> torch.export.ExportedProgram:
 @contextlib.contextmanager
 def without_stack_traces() -> Iterator[None]:
     """Leave the Python stack of each traced op out: a fifth of the time of a trace, and no compiled file contains it."""
-    settings: Any = torch.fx.config
-    before = settings.do_not_emit_stack_traces
-    settings.do_not_emit_stack_traces = True
+    before = fx_config.do_not_emit_stack_traces
+    fx_config.do_not_emit_stack_traces = True
     try:
         yield
     finally:
-        settings.do_not_emit_stack_traces = before
+        fx_config.do_not_emit_stack_traces = before
 
 
 def example_inputs(graph: GraphDef) -> tuple[Tensor, ...]:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx import config as fx_config
 
 from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.model_defs import ops
@@ -63,8 +64,8 @@ def test_a_trace_goes_with_its_module() -> None:
 
 
 def test_ops_have_the_modules_that_they_are_of_and_no_python_stack(graph: GraphDef) -> None:
-    before = torch.fx.config.do_not_emit_stack_traces
+    before = fx_config.do_not_emit_stack_traces
     calls = [node for node in trace(graph).graph.nodes if node.op == "call_function"]
     assert calls and all("nn_module_stack" in node.meta for node in calls)
     assert not [node for node in calls if node.stack_trace]
-    assert torch.fx.config.do_not_emit_stack_traces == before
+    assert fx_config.do_not_emit_stack_traces == before
