@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import msgspec
@@ -53,10 +54,17 @@ class Model:
         return Options(checkpoint=self.folder, out=self.out, tp=tp, buckets=buckets, backend=self.backend)
 
     def define(self, tp: int) -> dict[Kind, GraphDef]:
+        return self._define(tp, self.cache(tp))
+
+    def traced_once(self, tp: int) -> dict[Kind, GraphDef]:
+        """The same for all models of these settings: to be emitted, not run."""
+        return _definitions(replace(self, folder=Path(), out=Path()), tp, self.cache(tp))
+
+    def _define(self, tp: int, cache: CacheSpec) -> dict[Kind, GraphDef]:
         vision = self.config.vision
         third = (0.3, 0.4, 0.5)
         image = ImageProcessorConfig(mode="stretch", size=vision.image_size, rows=vision.rows_per_tile, mean=third, std=third)
-        context = GraphContext(config=self.config, image=image, cache=self.cache(tp), quant=self.quant, ranks=tp)
+        context = GraphContext(config=self.config, image=image, cache=cache, quant=self.quant, ranks=tp)
         return {key.kind: define_graph(context, key) for key in self.keys}
 
     def converted(self, tp: int, rank: int) -> Converted:
@@ -64,6 +72,11 @@ class Model:
         merged = self.backend == "ascend"
         conversion = Conversion(quant=self.quant, prefix=f"tp{tp}", merged=merged, floats=floats, tp=tp, rank=rank)
         return convert(source, self.config, self.out, conversion)
+
+
+@functools.cache
+def _definitions(model: Model, tp: int, cache: CacheSpec) -> dict[Kind, GraphDef]:
+    return model._define(tp, cache)
 
 
 def model_of(family: str, kv_heads: int, folder: Path = Path()) -> Model:
@@ -92,7 +105,7 @@ def steps(backend: Backend, specs: dict[Kind, GraphSpec], caches: Sequence[str])
 def write_steps(model: Model, tp: int, weights: dict[str, WeightSpec], *, exact: bool = False) -> dict[Kind, GraphSpec]:
     """One rank's graphs into the folder of what is converted; `weights` may be those of any rank."""
     specs = {}
-    for kind, graph in model.define(tp).items():
+    for kind, graph in model.traced_once(tp).items():
         file = f"{graph.name}-tp{tp}"
         emitted = emit_steps(graph, weights, file, exact=exact)
         for name, data in emitted.files.items():

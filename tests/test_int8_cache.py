@@ -25,7 +25,7 @@ from staticvl.compiler.calibration import Calibration, Conversation
 from staticvl.compiler.check import CertificateError, rounding_error
 from staticvl.compiler.cost import graph_cost
 from staticvl.compiler.emit_onnx import emit
-from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph
+from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph, trace
 from staticvl.compiler.inputs import plan_only, prepare
 from staticvl.compiler.make import GraphMaker
 from staticvl.compiler.onnx_graph import LOWERINGS, Emitter
@@ -428,11 +428,29 @@ def maker(tmp_path_factory: pytest.TempPathFactory) -> GraphMaker:
     return GraphMaker(options, job.config, job.info, job.plan, read_manifest(options.out).weights)
 
 
+@pytest.fixture(scope="module")
+def traced() -> Callable[[GraphDef], torch.export.ExportedProgram]:
+    """A trace of a graph, made once: faults of lowerings come after it."""
+    traces: dict[str, torch.export.ExportedProgram] = {}
+
+    def traced_once(graph: GraphDef) -> torch.export.ExportedProgram:
+        if graph.name not in traces:
+            traces[graph.name] = trace(graph)
+        return traces[graph.name]
+
+    return traced_once
+
+
 @pytest.mark.parametrize("broken", [swapped, of_the_next_channel, a_little_large, a_row_late])
 @pytest.mark.parametrize("graph", [GraphKey("prefill", 8), GraphKey("decode", 2, 1)])
 def test_a_graph_that_misuses_scales_is_refused(
-    maker: GraphMaker, monkeypatch: pytest.MonkeyPatch, broken: Break, graph: GraphKey
+    maker: GraphMaker,
+    traced: Callable[[GraphDef], torch.export.ExportedProgram],
+    monkeypatch: pytest.MonkeyPatch,
+    broken: Break,
+    graph: GraphKey,
 ) -> None:
+    monkeypatch.setattr("staticvl.compiler.emit_onnx.trace", traced)
     op = "staticvl.int8_cached_attention"
     lowering = LOWERINGS[op]
     names = ("q", "k", "v", "k_cache", "v_cache", "k_scale", "v_scale", "lengths", "heads")

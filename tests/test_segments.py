@@ -217,7 +217,7 @@ def whole(model: Model) -> list[np.ndarray]:
 def alone(model: Model, *, exact: bool = False) -> list[np.ndarray]:
     """What the whole model's graphs find."""
     weights, specs = model.converted(1, 0).weights, {}
-    for kind, graph in model.define(1).items():
+    for kind, graph in model.traced_once(1).items():
         specs[kind] = msgspec.structs.replace(graph.spec(), file=f"{graph.name}.onnx")
         (model.out / specs[kind].file).write_bytes(emit(graph, weights, exact=exact))
     backend = OrtBackend(model.out, model.cache(1), threads=1)
@@ -284,7 +284,7 @@ def test_depth_costs_no_buffers(model: Model) -> None:
     text = model.config.text
     if text.layers - 1 in text.cross_layers:  # the last of each is of one kind: it alone works on one token
         model = deeper(model, 1)
-    for shallow, deep in zip(model.define(2).values(), deeper(model, 4).define(2).values(), strict=True):
+    for shallow, deep in zip(model.traced_once(2).values(), deeper(model, 4).define(2).values(), strict=True):
         few, many = cut_of(shallow), cut_of(deep)
         assert len(many.steps) >= len(few.steps) + 4 * 2 * 2
         meets = [step for step in many.steps if isinstance(step, Collective)]
@@ -293,7 +293,7 @@ def test_depth_costs_no_buffers(model: Model) -> None:
 
 
 def test_caches_go_only_to_the_segments_that_use_them(model: Model) -> None:
-    for part in cut_of(model.define(2)["decode"]).parts:
+    for part in cut_of(model.traced_once(2)["decode"]).parts:
         assert len([spec for spec in part.inputs if "_cache." in spec.name]) in (0, 2)
 
 
@@ -318,7 +318,7 @@ def test_a_fault_is_seen(
 
 
 def test_segments_are_the_same_for_all_ranks(model: Model) -> None:
-    graph = model.define(2)["decode"]
+    graph = model.traced_once(2)["decode"]
     first, second = (emit_steps(graph, model.converted(2, rank).weights, "decode") for rank in range(2))
     assert first == second
     assert not any(b"rank-" in data for data in first.files.values())
@@ -327,7 +327,7 @@ def test_segments_are_the_same_for_all_ranks(model: Model) -> None:
 def test_a_whole_graph_is_emitted_node_by_node_in_one_piece(model: Model) -> None:
     """Emitting knows no cuts here: every traced node in its order, every input and output."""
     weights = model.converted(1, 0).weights
-    for graph in model.define(1).values():
+    for graph in model.traced_once(1).values():
         program = trace(graph)
         e = Emitter(weights, graph.constants)
         given = dict(zip(program.graph_signature.user_inputs, graph.inputs, strict=True))

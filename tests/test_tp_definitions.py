@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 import torch
 
+from staticvl.compiler.cost import _calls
 from staticvl.compiler.eager import EagerBackend
-from staticvl.compiler.graphs import GraphDef, trace
+from staticvl.compiler.graphs import GraphDef
 from staticvl.model_defs import ops
 from staticvl.model_defs.config import ModelConfig
 from staticvl.model_defs.group import in_group
@@ -150,7 +151,7 @@ def sizes(request: pytest.FixtureRequest) -> Model:
 
 
 def collectives(graph: GraphDef) -> Counter[str]:
-    names = (str(node.target).removesuffix(".default") for node in trace(graph).graph.nodes if node.op == "call_function")
+    names = (name for name, _ in _calls(graph))
     return Counter(name.removeprefix(f"{ops.NAMESPACE}.") for name in names if name.endswith(ops.COLLECTIVES))
 
 
