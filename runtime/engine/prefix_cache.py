@@ -15,6 +15,7 @@ import numpy as np
 
 from ..artifact import Manifest
 from ..backends.base import Backend
+from .blocks import blocks_for
 from .cache import SlotCache
 from .chunks import ChunkPlanner
 from .metrics import Metrics
@@ -67,12 +68,19 @@ class SlotPrefixCache:
 
         What else it contains is moved to a slot that was used still earlier, if there is one.
         """
-        cache, keys = self.cache, sequence.cache_keys.keys
+        cache, keys = self.cache, sequence.context_keys.keys
         shared, _, slot = max((cache.common(slot, keys), -cache.touched[slot], slot) for slot in free)
         if (oldest := self._place_for(slot, shared, keys)) is not None:
-            cache.clear(oldest)
-            self._copy(slot, oldest, int(cache.lengths[slot]), len(cache.images[slot]))
+            self._move(slot, oldest)
         return slot
+
+    def _move(self, slot: int, oldest: int) -> None:
+        """Let another slot contain what a slot contains, if no third one has to lose blocks for that."""
+        cache, length = self.cache, int(self.cache.lengths[slot])
+        cache.clear(oldest)
+        if blocks_for(length) <= cache.blocks.free:
+            cache.reserve(oldest, length)
+            self._copy(slot, oldest, length, len(cache.images[slot]))
 
     def _place_for(self, slot: int, shared: int, keys: np.ndarray) -> int | None:
         """The slot to move a slot's contents to, of which a prompt with `keys` keeps `shared` rows; None: let them go.
@@ -94,7 +102,7 @@ class SlotPrefixCache:
     def prepare(self, sequence: Sequence) -> None:
         """Give a sequence the features of its images, and the longest prefix in any slot if its own slot has less."""
         self._take_features(sequence)
-        cache, cache_keys, own = self.cache, sequence.cache_keys, sequence.held_slot
+        cache, cache_keys, own = self.cache, sequence.context_keys, sequence.held_slot
         tiles = sequence.cross_tiles
         matches = [
             (cache.common(slot, cache_keys.keys), cache.common_images(slot, cache_keys.images) if tiles else 0, slot)
