@@ -17,7 +17,7 @@ from .cache_keys import CacheKeys
 from .request import Sequence
 
 
-def preempt(sequence: Sequence) -> None:
+def begin_again(sequence: Sequence) -> None:
     """Let a sequence that has lost its slot begin again, with the tokens of its answer so far."""
     sequence.slot, sequence.room, sequence.computed, sequence.prepared = None, 0, 0, False
     if sequence.cross_tiles:

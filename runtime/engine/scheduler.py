@@ -18,7 +18,7 @@ from typing import Protocol
 from ..artifact import GraphKey, Kind
 from .cache import SlotCache
 from .chunks import ChunkPlanner
-from .preemption import preempt
+from .preemption import begin_again
 from .request import Sequence
 
 AGING = 16  # admissions after which a waiting request is worth one priority more
@@ -167,6 +167,15 @@ class Scheduler:
             self.cache.park(sequence.conversation, sequence.slot)
         sequence.slot = None
 
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's slot away, and let it wait again, before all that came later."""
+        self.running.remove(sequence)
+        self.may_draft.discard(sequence.id)
+        self.cache.release(sequence.held_slot)
+        begin_again(sequence)
+        self.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=_order)
+
     def _admit(self) -> None:
         while self.waiting:
             sequence = self.waiting[0]
@@ -206,18 +215,9 @@ class Scheduler:
         full = [sequence for sequence in self.running if sequence.tokens > sequence.room]
         for sequence in sorted(full, key=_order) if len(full) > 1 else full:
             while sequence.slot is not None and not self.cache.can_reserve(sequence.slot, sequence.tokens):
-                self._preempt(max(self.running, key=_order))
+                self.preempt(max(self.running, key=_order))
             if sequence.slot is not None:
                 sequence.room = self.cache.reserve(sequence.slot, sequence.tokens)
-
-    def _preempt(self, sequence: Sequence) -> None:
-        """Take a sequence's slot away, and let it wait again, before all that came later."""
-        self.running.remove(sequence)
-        self.may_draft.discard(sequence.id)
-        self.cache.release(sequence.held_slot)
-        preempt(sequence)
-        self.preemptions += 1
-        bisect.insort(self.waiting, sequence, key=_order)
 
     def _near(self) -> SequenceOf[int]:
         """The free slots that a batch reaches whichever of them is taken."""
