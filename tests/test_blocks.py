@@ -12,7 +12,9 @@ from staticvl.runtime.engine.blocks import BlockPool, blocks_for, tokens_in
 
 HOLDERS = range(4)
 Event = tuple[str, int, int]
-EVENTS = st.tuples(st.sampled_from(("claim", "retire", "touch", "resize", "reset")), st.sampled_from(HOLDERS), st.integers(0, 9))
+EVENTS = st.tuples(
+    st.sampled_from(("claim", "retire", "touch", "resize", "reset")), st.sampled_from(HOLDERS), st.integers(0, 9)
+)
 
 
 class PlainPool:

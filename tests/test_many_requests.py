@@ -118,9 +118,7 @@ class BenchRequest:
 class Traffic:
     """Random requests and turns, any number of them at once."""
 
-    def __init__(
-        self, watched: Watched, alone: runtime.Model, rng: np.random.Generator, *, most: int = 13
-    ) -> None:
+    def __init__(self, watched: Watched, alone: runtime.Model, rng: np.random.Generator, *, most: int = 13) -> None:
         """`most`: tokens of an answer."""
         self.watched, self.model, self.alone, self.rng = watched, watched.model, alone, rng
         self.most = most
@@ -322,7 +320,9 @@ def test_a_thousand_requests_in_few_blocks(
         model = fake_model(
             EMBEDDED, folder, buckets, reuse=reuse, speculate=speculate, prefill_budget=prefill_budget, blocks=BUDGET
         )
-        traffic = Traffic(Watched(model, np.random.default_rng(seed)), one_at_a_time(tmp_path_factory), np.random.default_rng(seed), most=60)
+        traffic = Traffic(
+            Watched(model, np.random.default_rng(seed)), one_at_a_time(tmp_path_factory), np.random.default_rng(seed), most=60
+        )
         traffic.run(100)
         assert traffic.ended["whole"] > 30 and traffic.ended["turns"] > 3
         assert model.engine.metrics.preemptions > 10

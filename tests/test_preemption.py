@@ -17,7 +17,6 @@ from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.fit import ContextError
 from staticvl.runtime.engine.request import SamplingParams, Sequence
 
-
 from .fakes import (
     FACTS,
     Guess,
@@ -151,6 +150,18 @@ def test_parked_rows_and_rows_of_the_prefix_cache_are_evicted_from_their_ends() 
     engine.add(turn)
     run(engine)
     assert turn.reused == 8 and turn.generated == oracle(turn.prompt, params(2))
+
+
+def test_an_unrelated_prompt_does_not_take_rows_that_cannot_be_moved() -> None:
+    """Both begin with the same token; there are no blocks for a copy, but a slot that is empty."""
+    engine = fake_engine(slots=2, decode={2: 1.0}, blocks=7, reuse=True, prefill={4: 1.0, 16: 2.0})
+    first, second = text_prompt(1, *range(10, 25)), text_prompt(1, 50, 51)
+    for prompt in (first, second):
+        engine.add_request(prompt, params(1))
+        run(engine)
+    again = engine.add_request(first, params(1))
+    run(engine)
+    assert again.reused == 15
 
 
 def test_a_turn_waits_while_others_wait_for_blocks() -> None:
@@ -306,12 +317,12 @@ QUESTIONS = ["What is in the picture?", "Where is the circle? Tell me more about
 def test_the_same_tokens_on_onnxruntime(model: runtime.Model, settings: str) -> None:
     chosen = params(40, **SETTINGS[settings])
     expected = model.generate(QUESTIONS, sampling=chosen)
-    engine, preempt = model.engine, every(model.engine, 5)
+    engine, preempt = model.engine, every(model.engine, 16)
     sequences = [model.new_sequence(model.processor.prompt(text), chosen) for text in QUESTIONS]
     for sequence in sequences:
         engine.add(sequence)
     run(engine, preempt)
-    assert all(sequence.preemptions > 3 for sequence in sequences)
+    assert all(sequence.preemptions > 1 for sequence in sequences)
     assert [sequence.generated for sequence in sequences] == [out.token_ids for out in expected]
 
 
@@ -322,7 +333,7 @@ def test_streams_and_constraints_go_on(model: runtime.Model) -> None:
 
     def stepped() -> Any:
         count[0] += 1
-        if count[0] % 3 == 0 and model.engine.scheduler.running:
+        if count[0] % 9 == 0 and model.engine.scheduler.running:
             model.engine.scheduler.preempt(model.engine.scheduler.running[-1])
         return step()
 
@@ -335,4 +346,4 @@ def test_streams_and_constraints_go_on(model: runtime.Model) -> None:
     assert stopped.text == whole[: whole.index(whole[10:14])].rstrip()
     assert formed.text == model.generate(QUESTIONS[0], temperature=0.0, regex="[a-c]{12}").text
     assert len(formed.text) == 12
-    assert model.engine.scheduler.preemptions > 6
+    assert model.engine.scheduler.preemptions > 3

@@ -66,21 +66,25 @@ class SlotPrefixCache:
     def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
         """The free slot with the longest prefix of the prompt, else the one that was used the longest ago.
 
-        What else it contains is moved to a slot that was used still earlier, if there is one.
+        What else it contains is moved to a slot that was used still earlier, if there is one. Where blocks for that are short,
+        the sequence gets that slot.
         """
         cache, keys = self.cache, sequence.context_keys.keys
         shared, _, slot = max((cache.common(slot, keys), -cache.touched[slot], slot) for slot in free)
         if (oldest := self._place_for(slot, shared, keys)) is not None:
-            self._move(slot, oldest)
+            cache.clear(oldest)
+            if not self._move(slot, oldest) and oldest in free:
+                return oldest
         return slot
 
-    def _move(self, slot: int, oldest: int) -> None:
-        """Let another slot contain what a slot contains, if no third one has to lose blocks for that."""
+    def _move(self, slot: int, empty: int) -> bool:
+        """Let an empty slot contain what a slot contains; whether there were blocks for that which nobody holds."""
         cache, length = self.cache, int(self.cache.lengths[slot])
-        cache.clear(oldest)
-        if blocks_for(length) <= cache.blocks.free:
-            cache.reserve(oldest, length)
-            self._copy(slot, oldest, length, len(cache.images[slot]))
+        if blocks_for(length) > cache.blocks.free:
+            return False
+        cache.reserve(empty, length)
+        self._copy(slot, empty, length, len(cache.images[slot]))
+        return True
 
     def _place_for(self, slot: int, shared: int, keys: np.ndarray) -> int | None:
         """The slot to move a slot's contents to, of which a prompt with `keys` keeps `shared` rows; None: let them go.
