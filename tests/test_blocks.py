@@ -45,7 +45,7 @@ class PlainPool:
             self.owners[self.blocks(holder)[-1]] = None
         while len(self.blocks(holder)) < count:
             if None not in self.owners:
-                victim = [each for each in self.idle if each != holder and self.blocks(each)][0]
+                victim = next(each for each in self.idle if each != holder and self.blocks(each))
                 self.owners[self.blocks(victim)[-1]] = None
                 self.losses.append((victim, len(self.blocks(victim))))
             self.owners[self.owners.index(None)] = holder

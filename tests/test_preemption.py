@@ -317,12 +317,12 @@ QUESTIONS = ["What is in the picture?", "Where is the circle? Tell me more about
 def test_the_same_tokens_on_onnxruntime(model: runtime.Model, settings: str) -> None:
     chosen = params(40, **SETTINGS[settings])
     expected = model.generate(QUESTIONS, sampling=chosen)
-    engine, preempt = model.engine, every(model.engine, 16)
+    engine, preempt = model.engine, every(model.engine, 11)
     sequences = [model.new_sequence(model.processor.prompt(text), chosen) for text in QUESTIONS]
     for sequence in sequences:
         engine.add(sequence)
     run(engine, preempt)
-    assert all(sequence.preemptions > 1 for sequence in sequences)
+    assert sum(sequence.preemptions for sequence in sequences) > 4
     assert [sequence.generated for sequence in sequences] == [out.token_ids for out in expected]
 
 

@@ -49,8 +49,8 @@ def block_budget(manifest: Manifest, cache_gb: float | None) -> BlockBudget:
     blocks = int((cache_gb * GB - images) // block) if 0 < cache_gb < math.inf else 0
     if blocks < 1:
         raise ArtifactError(
-            f"cache_gb is {shown(cache_gb)}; expected at least {(images + block) / GB:.3g}: a block of {tokens_in(1)} tokens takes "
-            f"{block / 1e6:.3g} MB" + (f", and the keys of images {images / 1e6:.3g} MB" if images else "")
+            f"cache_gb is {shown(cache_gb)}; expected at least {(images + block) / GB:.3g}: a block of {tokens_in(1)} tokens "
+            f"takes {block / 1e6:.3g} MB" + (f", and the keys of images {images / 1e6:.3g} MB" if images else "")
         )
     return BlockBudget(blocks, block, bounded=True)
 

@@ -37,9 +37,9 @@ def check_blocks(budget: BlockBudget, prompt: Prompt, max_new_tokens: int) -> No
     most = budget.tokens + 1 - prompt.length
     less = f"give at most {most} new tokens" if most > 0 else "give a shorter prompt"
     raise ContextError(
-        f"the prompt has {prompt.length} tokens and max_new_tokens is {max_new_tokens}, which takes {needed} blocks of {tokens_in(1)} "
-        f"tokens ({needed * budget.block_bytes / GB:.3g} GB), but cache_gb allows {budget.blocks} ({budget.gigabytes:.3g} GB); "
-        f"{less}, or load with a larger cache_gb"
+        f"the prompt has {prompt.length} tokens and max_new_tokens is {max_new_tokens}, which takes {needed} blocks of "
+        f"{tokens_in(1)} tokens ({needed * budget.block_bytes / GB:.3g} GB), but cache_gb allows {budget.blocks} "
+        f"({budget.gigabytes:.3g} GB); {less}, or load with a larger cache_gb"
     )
 
 

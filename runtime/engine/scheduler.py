@@ -2,8 +2,10 @@
 
 Requests join and leave between steps. One that waits is admitted as soon as a slot is free or parked for a chat between its
 turns, and the blocks of its prompt can be had. Answers grow by a block at a time. Where there is none left, the youngest
-sequence is preempted: it gives up its slot, and waits again (preemption.py). Prompts are encoded and prefilled in the order of admission, chunk by chunk. Between chunks the sequences that answer go
-on: what runs between two of their tokens costs no more than one chunk.
+sequence is preempted: it gives up its slot, and waits again (preemption.py).
+
+Prompts are encoded and prefilled in the order of admission, chunk by chunk. Between chunks the sequences that answer go on:
+what runs between two of their tokens costs no more than one chunk.
 """
 
 from __future__ import annotations
