@@ -33,7 +33,7 @@ def test_keys_of_images_are_taken_off_first() -> None:
     manifest = fake_artifact(slots=2, context=60, images=(1,)).manifest
     images = 2 * 2 * 12 * TOKEN
     assert block_budget(manifest, (images + 3.5 * 128 * TOKEN) / 1e9).blocks == 3
-    with pytest.raises(ArtifactError, match="and the keys of images 0.00154 MB"):
+    with pytest.raises(ArtifactError, match=r"and the keys of images 0\.00154 MB"):
         block_budget(manifest, (images + 100) / 1e9)
 
 

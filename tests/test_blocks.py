@@ -80,7 +80,7 @@ def test_as_a_plain_model(budget: int, events: list[Event]) -> None:
 
 def by_victim(losses: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Victims in order, each with what it has left after losses without another's between: the pool takes several at once."""
-    pairs = itertools.zip_longest(losses, losses[1:], fillvalue=(None, 0))
+    pairs = itertools.zip_longest(losses, losses[1:], fillvalue=(-1, 0))
     return [loss for loss, after in pairs if loss[0] != after[0]]
 
 

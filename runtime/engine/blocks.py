@@ -37,7 +37,7 @@ class BlockPool:
         self.reset()
 
     def reset(self) -> None:
-        """Nobody holds anything."""
+        """No holder has anything."""
         self.counts: dict[Hashable, int] = {}
         self.idle: OrderedDict[Hashable, None] = OrderedDict()  # the holder used the longest ago first
         self.used = self.cached = 0  # blocks of holders in use, and of idle ones
@@ -45,7 +45,7 @@ class BlockPool:
 
     @property
     def free(self) -> int:
-        """Blocks that nobody holds."""
+        """Blocks that no holder has."""
         return self.budget - self.used - self.cached
 
     def held(self, holder: Hashable) -> int:

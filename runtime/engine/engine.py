@@ -286,7 +286,7 @@ class Engine:
         return min(self.manifest.cache.context, self.budget.tokens)
 
     def _release_rows(self) -> None:
-        """Between two steps: give back the memory of rows that nobody holds any more."""
+        """Between two steps: give back the memory of rows that no slot holds any more."""
         if self.cache.blocks.shrunk:
             self.unused.release(self.backend.give_back, idle=self.scheduler.idle)
 

@@ -78,7 +78,7 @@ class SlotPrefixCache:
         return slot
 
     def _move(self, slot: int, empty: int) -> bool:
-        """Let an empty slot contain what a slot contains; whether there were blocks for that which nobody holds."""
+        """Let an empty slot contain what a slot contains; whether there were free blocks for that."""
         cache, length = self.cache, int(self.cache.lengths[slot])
         if blocks_for(length) > cache.blocks.free:
             return False

@@ -306,7 +306,7 @@ class Scheduler:
         return Step(key, (sequence,), count, draft)
 
     def _holds(self, sequence: Sequence, tokens: int) -> bool:
-        """Whether a sequence has, or now gets, the blocks for so many tokens; nobody is preempted for a draft."""
+        """Whether a sequence has, or now gets, the blocks for so many tokens; none is preempted for a draft."""
         if tokens > sequence.room and self.cache.can_reserve(sequence.held_slot, tokens):
             sequence.room = self.cache.reserve(sequence.held_slot, tokens)
         return tokens <= sequence.room
