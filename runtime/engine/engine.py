@@ -286,8 +286,8 @@ class Engine:
         return min(self.manifest.cache.context, self.budget.tokens)
 
     def _release_rows(self) -> None:
-        """Between two steps: give back the memory of rows that no slot holds any more."""
-        if self.cache.blocks.shrunk:
+        """Between two steps, with a budget: give back the memory of rows that no slot holds any more."""
+        if self.budget.bounded and self.cache.blocks.shrunk:
             self.unused.release(self.backend.give_back, idle=self.scheduler.idle)
 
     def _commit_vision(self, step: Step, result: Result) -> None:
