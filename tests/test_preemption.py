@@ -322,7 +322,7 @@ def test_the_same_tokens_on_onnxruntime(model: runtime.Model, settings: str) -> 
     for sequence in sequences:
         engine.add(sequence)
     run(engine, preempt)
-    assert sum(sequence.preemptions for sequence in sequences) > 4
+    assert sum(sequence.preemptions for sequence in sequences) > 1
     assert [sequence.generated for sequence in sequences] == [out.token_ids for out in expected]
 
 
@@ -346,4 +346,4 @@ def test_streams_and_constraints_go_on(model: runtime.Model) -> None:
     assert stopped.text == whole[: whole.index(whole[10:14])].rstrip()
     assert formed.text == model.generate(QUESTIONS[0], temperature=0.0, regex="[a-c]{12}").text
     assert len(formed.text) == 12
-    assert model.engine.scheduler.preemptions > 3
+    assert model.engine.scheduler.preemptions > 1
