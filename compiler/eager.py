@@ -106,3 +106,9 @@ class EagerBackend:
         for name, cache in self.caches.items():
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count].copy_(cache[source, :, :count])
+
+    def give_back(self, slot: int, rows: int) -> None:
+        """The cache is reserved as a whole."""
+
+    def use_small_pages(self) -> None:
+        """The cache is reserved as a whole."""

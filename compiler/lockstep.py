@@ -176,6 +176,14 @@ class LockstepBackend:
         for rank in self.ranks:
             rank.copy_slot(source, target, rows, images)
 
+    def give_back(self, slot: int, rows: int) -> None:
+        for rank in self.ranks:
+            rank.give_back(slot, rows)
+
+    def use_small_pages(self) -> None:
+        for rank in self.ranks:
+            rank.use_small_pages()
+
     def _of_rank(self, graph: GraphSpec) -> GraphSpec:
         if graph.file not in self.rank_graphs:
             self.rank_graphs[graph.file] = _with_heads(graph, lambda heads: heads // len(self.ranks))

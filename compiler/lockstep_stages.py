@@ -94,6 +94,14 @@ class PipelineBackend:
         for stage in self.stages:
             stage.copy_slot(source, target, rows, images)
 
+    def give_back(self, slot: int, rows: int) -> None:
+        for stage in self.stages:
+            stage.give_back(slot, rows)
+
+    def use_small_pages(self) -> None:
+        for stage in self.stages:
+            stage.use_small_pages()
+
 
 def whole_pipeline(manifest: Manifest) -> Manifest:
     """The manifest with the layers of all stages in its cache, and the heads of all ranks in that and in its graphs."""

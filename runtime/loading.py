@@ -11,6 +11,7 @@ from .backends.base import Backend
 from .backends.distributed.start import launcher_store, lead, read_timeout, run_worker, spawn
 from .backends.distributed.world import World, started_world
 from .backends.open import check_device, open_backend
+from .engine.block_budget import block_budget
 from .engine.engine import Engine
 from .engine.options import NGRAMS, EngineOptions
 from .engine.request_log import RequestLog
@@ -28,6 +29,7 @@ def load(
     prefill_budget: int | None = None,
     reuse: bool = True,
     image_cache_mb: int = 256,
+    cache_gb: float | None = None,
     speculate: int = 0,
     ngrams: tuple[int, int] = NGRAMS,
     request_log: str | Path | None = None,
@@ -46,6 +48,9 @@ def load(
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
     reuse: use results of earlier requests: cache rows of a common prefix of the prompt, and image features, of which
     image_cache_mb megabytes are kept.
+    cache_gb: gigabytes of keys and values that slots may hold at once, in each process; default: every slot may be full. More
+    requests then run at once than full slots would fit, in blocks of 128 tokens; where blocks run out, the youngest request
+    waits and is computed again (docs/serving.md). For artifacts on a CPU.
     speculate: draft up to so many tokens of every answer by prompt lookup, where the artifact has graphs that verify them
     (compile with --speculate); ngrams: the fewest and the most tokens of an n-gram that it matches.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
@@ -65,7 +70,12 @@ def load(
     Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
     options = EngineOptions(
-        prefill_budget=prefill_budget, reuse=reuse, image_cache_mb=image_cache_mb, speculate=speculate, ngrams=ngrams
+        prefill_budget=prefill_budget,
+        reuse=reuse,
+        image_cache_mb=image_cache_mb,
+        cache_gb=cache_gb,
+        speculate=speculate,
+        ngrams=ngrams,
     )
     checks = Checks(verify, Path(verify_key) if verify_key is not None else None)
     world = started_world() if tp != 1 else None
@@ -74,6 +84,7 @@ def load(
     opened = open_checked(Path(artifact), checks, rank=0)
     try:
         _check(opened, artifact, tp, world, device)
+        block_budget(opened.manifest, cache_gb)  # refused before a rank is started
         log = RequestLog(Path(request_log)) if request_log is not None else None
         if opened.manifest.ranks == 1:
             backend = _open_alone(opened, device, threads, checks)

@@ -46,6 +46,7 @@ class FakeBackend:
         self.kept = np.zeros((slots, self.spec.rows), np.int64)  # [slots, S]
         self.tiles = np.zeros((slots, cross.images, cross.tiles) if cross else (slots, 0, 0), np.int64)  # [slots, n, t]
         self.outputs: dict[str, np.ndarray] = {}
+        self.given_back: list[tuple[int, int]] = []  # slots, and the rows that each kept
         self.fetched = 0  # rows of first outputs that somebody has asked for
         # The slowest of the rope frequencies: its angle stays below half a turn, so it says the position.
         cos, sin = rope_tables(self.rope, self.spec.head_dim, 2)
@@ -167,6 +168,14 @@ class FakeBackend:
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         self.kept[target, :rows] = self.kept[source, :rows]
         self.tiles[target, :images] = self.tiles[source, :images]
+
+    def give_back(self, slot: int, rows: int) -> None:
+        """What is given back reads as something else."""
+        self.kept[slot, rows:] = 10**6
+        self.given_back.append((slot, rows))
+
+    def use_small_pages(self) -> None:
+        assert not self.kept.any(), "something was written before"
 
 
 def _candidates(rows: np.ndarray, count: int, feed: Mapping[str, np.ndarray]) -> Candidates:

@@ -32,6 +32,8 @@ from staticvl.runtime.artifact import (
     TokenizerConfig,
     open_artifact,
 )
+from staticvl.runtime.engine.block_budget import block_budget
+from staticvl.runtime.engine.blocks import tokens_in
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.options import EngineOptions
 from staticvl.runtime.engine.scheduler import Step
@@ -186,10 +188,13 @@ def _text_graph(
     )
 
 
-def fake_engine(*, reuse: bool = False, prefill_budget: int | None = None, speculate: int = 0, **sizes: Any) -> Engine:
+def fake_engine(
+    *, reuse: bool = False, prefill_budget: int | None = None, speculate: int = 0, blocks: int | None = None, **sizes: Any
+) -> Engine:
     """An engine over `fake_artifact`; without reuse, every step of every request is there to be counted."""
     artifact = fake_artifact(**sizes)
-    options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate)
+    cache_gb = gigabytes(artifact.manifest, blocks) if blocks else None
+    options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate, cache_gb=cache_gb)
     return Engine(artifact.manifest, FakeBackend(artifact.manifest), options)
 
 
@@ -343,6 +348,23 @@ def check_slots(engine: Engine) -> None:
     assert sorted(held) == list(range(cache.spec.slots))  # type: ignore[type-var]
 
 
+def check_blocks(engine: Engine) -> None:
+    """Blocks are within the budget, none is lost, and every token that a slot contains is in one of its slot's."""
+    cache, pool = engine.cache, engine.cache.blocks
+    running = [sequence.held_slot for sequence in engine.scheduler.running]
+    assert pool.used == sum(map(pool.held, running))
+    assert pool.used + pool.cached == sum(map(pool.held, range(cache.spec.slots))) <= pool.budget
+    for slot in range(cache.spec.slots):
+        assert cache.lengths[slot] <= tokens_in(pool.held(slot)) <= tokens_in(pool.peaks.get(slot, 0))
+    for sequence in engine.scheduler.running:
+        assert sequence.room == tokens_in(pool.held(sequence.held_slot))
+
+
+def gigabytes(manifest: Manifest, blocks: int) -> float:
+    """A cache_gb that allows so many blocks."""
+    return (blocks + 0.5) * block_budget(manifest, None).block_bytes / 1e9
+
+
 def noise(seed: int, size: tuple[int, int] = (70, 50)) -> Image.Image:
     """An image of random pixels, `size` wide and high."""
     width, height = size
@@ -377,6 +399,7 @@ def fake_model(
     reuse: bool = False,
     prefill_budget: int | None = None,
     speculate: int = 0,
+    blocks: int | None = None,
     **changes: Any,
 ) -> runtime.Model:
     """A checkpoint's tokenizer, template, settings and plan over a fake backend; nothing is compiled, no weights are read.
@@ -393,5 +416,6 @@ def fake_model(
     definitions = [define_graph(context, key) for key in plan.graphs]
     graphs = tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in definitions)
     artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(info, **changes), plan.cache, graphs))
-    options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate)
+    cache_gb = gigabytes(artifact.manifest, blocks) if blocks else None
+    options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate, cache_gb=cache_gb)
     return runtime.Model(artifact, Engine(artifact.manifest, FakeBackend(artifact.manifest), options))

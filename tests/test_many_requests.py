@@ -9,22 +9,24 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from staticvl import runtime
 from staticvl.compiler.plan import Buckets
 from staticvl.runtime.chat import Chat
+from staticvl.runtime.engine import blocks, give_back
 from staticvl.runtime.engine.request import Sequence
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.prompt import Message, Prompt
 
 from .conftest import EMBEDDED
 from .fake_backend import IMAGE_NUMBERS, FakeBackend
-from .fakes import Guess, check_slots, fake_model, noise, oracle
+from .fakes import Guess, check_blocks, check_slots, fake_model, noise, oracle
 
 CONTEXT = 512
+BUDGET = CONTEXT // 4  # blocks of 4 tokens: one of the largest requests, or a few others
 TEXTS = ("Hello!", "What is in the picture?", "日本 🙂", "a b c d e f g h i j k l m n", "Where is the circle? " * 3, "...")
 IMAGES = [noise(seed, (20, 20)) for seed in range(3)]
 
@@ -32,8 +34,9 @@ IMAGES = [noise(seed, (20, 20)) for seed in range(3)]
 class Watched:
     """A model over the fake backend whose every step is checked against what must always hold."""
 
-    def __init__(self, model: runtime.Model) -> None:
-        self.model, self.engine = model, model.engine
+    def __init__(self, model: runtime.Model, rng: np.random.Generator | None = None) -> None:
+        """With `rng`, sequences are preempted at random too, in about one of thirty steps."""
+        self.model, self.engine, self.rng = model, model.engine, rng
         self.sums: dict[bytes, int] = {}  # digest of a tile -> the sum of its pixels
         self.chats: list[Chat] = []
         self.steps = 0
@@ -49,10 +52,13 @@ class Watched:
         return sequence
 
     def checked_step(self) -> Step:
+        if self.rng and self.rng.random() < 0.03 and (running := self.engine.scheduler.running):
+            self.engine.scheduler.preempt(running[self.rng.integers(len(running))])
         answering = [s for s in self.engine.scheduler.running if not s.encoding and not s.prefilling]
         step = self.step()
-        self.check_stall(step, len(answering))
+        self.check_stall(step, sum(s.slot is not None or s.finish_reason is not None for s in answering))
         check_slots(self.engine)
+        check_blocks(self.engine)
         self.check_lengths()
         self.steps += 1
         turn = self.steps % self.engine.cache.spec.slots
@@ -79,7 +85,8 @@ class Watched:
 
     def check_lengths(self) -> None:
         for sequence in self.engine.scheduler.running:
-            ran = sequence.computed + max(len(sequence.generated) - 1, 0)
+            answered = 0 if sequence.prefilling else max(len(sequence.generated) - 1, 0)
+            ran = sequence.computed + answered
             assert self.engine.cache.lengths[sequence.slot] == ran or not sequence.prepared
         assert self.engine.cache.lengths.max() < CONTEXT
 
@@ -111,8 +118,10 @@ class BenchRequest:
 class Traffic:
     """Random requests and turns, any number of them at once."""
 
-    def __init__(self, watched: Watched, alone: runtime.Model, rng: np.random.Generator) -> None:
+    def __init__(self, watched: Watched, alone: runtime.Model, rng: np.random.Generator, *, most: int = 13) -> None:
+        """`most`: tokens of an answer."""
         self.watched, self.model, self.alone, self.rng = watched, watched.model, alone, rng
+        self.most = most
         self.open: list[BenchRequest] = []
         self.ended = dict.fromkeys(("whole", "dropped", "turns", "forks"), 0)
 
@@ -135,7 +144,7 @@ class Traffic:
 
     def settings(self) -> dict[str, Any]:
         rng = self.rng
-        chosen: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, 14)), "ignore_eos": bool(rng.random() < 0.5)}
+        chosen: dict[str, Any] = {"max_new_tokens": int(rng.integers(1, self.most + 1)), "ignore_eos": bool(rng.random() < 0.5)}
         chosen |= (
             {"temperature": 0.0} if rng.random() < 0.5 else {"temperature": 0.3, "seed": int(rng.integers(9)), "top_k": 50}
         )
@@ -249,6 +258,10 @@ class Traffic:
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
+    return one_at_a_time(tmp_path_factory)
+
+
+def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
     """One slot, one request at a time, nothing reused."""
     buckets = Buckets(prefill=(8, 32), decode=(1,), vision=(1,), context=CONTEXT, slots=1)
     return fake_model(EMBEDDED, tmp_path_factory.mktemp("alone"), buckets)
@@ -279,3 +292,39 @@ def test_a_thousand_requests(
     assert traffic.ended["whole"] > 30 and traffic.ended["turns"] > 3
     assert (model.engine.metrics.copies > 0) <= reuse
     assert (model.engine.metrics.accepted > 50) == (speculate > 0)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given(
+    seed=st.integers(0, 2**32),
+    slots=st.sampled_from((5, 7)),
+    reuse=st.booleans(),
+    speculate=st.sampled_from((0, 5)),
+    prefill_budget=st.sampled_from((None, 8)),
+)
+def test_a_thousand_requests_in_few_blocks(
+    tmp_path_factory: pytest.TempPathFactory,
+    seed: int,
+    slots: int,
+    reuse: bool,
+    speculate: int,
+    prefill_budget: int | None,
+) -> None:
+    """Blocks of 4 tokens, so few of them that answers are preempted; rows whose blocks are gone read as something else."""
+    buckets = Buckets(prefill=(4, 16, 64), decode=(1, 2, slots), vision=(1, 2), verify=(3, 6), context=CONTEXT, slots=slots)
+    folder = tmp_path_factory.mktemp("few")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blocks, "BLOCK", 4)
+        patch.setattr(give_back, "WORTH_BYTES", 0)
+        patch.setattr(give_back, "STEP_BYTES", 0)  # one block a step, while requests run
+        model = fake_model(
+            EMBEDDED, folder, buckets, reuse=reuse, speculate=speculate, prefill_budget=prefill_budget, blocks=BUDGET
+        )
+        traffic = Traffic(
+            Watched(model, np.random.default_rng(seed)), one_at_a_time(tmp_path_factory), np.random.default_rng(seed), most=60
+        )
+        traffic.run(100)
+        assert traffic.ended["whole"] > 30 and traffic.ended["turns"] > 3
+        assert model.engine.metrics.preemptions > 10
+        assert (model.engine.metrics.evicted_blocks > 0) >= reuse
+        assert model.engine.cache.blocks.used == 0

@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
 
         return replay(args)
     console = Console(stderr=args.json, highlight=False)
-    with runtime.load(args.artifact, device=args.device, threads=args.threads, reuse=False) as model:
+    settings = {"device": args.device, "threads": args.threads, "cache_gb": args.cache_gb}
+    with runtime.load(args.artifact, reuse=False, **settings) as model:
         bench = Bench(model, args.new_tokens, args.repeats)
         points = bench.points()
         result = bench.summary(args.artifact, points)
@@ -77,7 +78,7 @@ class Bench:
     def points(self) -> list[Point]:
         """Prompt lengths at batch 1, batches at a short prompt, and a prompt with an image."""
         manifest = self.model.artifact.manifest
-        longest = manifest.cache.context - self.new_tokens
+        longest = self.model.engine.capacity - self.new_tokens
         lengths = [n for n in (16, 64, 128, 256, 512, 1024, 2048) if n <= longest] or [longest]
         grid = [(1, n, 0) for n in lengths] + [(b, lengths[0], 0) for b in manifest.buckets("decode") if b > 1]
         image = self._image_prompt()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .run_options import add_artifact, add_device_options
+from .run_options import add_artifact, add_cache_option, add_device_options
 
 EXAMPLES = (
     "staticvl bench llava-7b\nstaticvl bench llava-7b --json | tail -1\n"
@@ -19,6 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--new-tokens", type=int, default=32, metavar="N", help="tokens generated in each measurement")
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="measurements of each point")
     add_device_options(parser)
+    add_cache_option(parser)
     group = parser.add_argument_group("requests")
     group.add_argument(
         "--requests",

@@ -49,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
         threads=args.threads,
         prefill_budget=args.prefill_budget,
         reuse=not args.no_reuse,
+        cache_gb=args.cache_gb,
         request_log=args.request_log,
     )
     replay = Replay(model, prepare_all(model, requests, args.requests.parent), times)

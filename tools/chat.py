@@ -18,8 +18,9 @@ def run(args: argparse.Namespace) -> int:
         require("llguidance")
     images = list(args.image)
     print(HELP)
-    settings = {"device": args.device, "threads": args.threads, "verify": args.verify, "verify_key": args.verify_key}
-    with runtime.load(args.artifact, **settings) as model, model.chat() as chat:
+    settings = {"device": args.device, "threads": args.threads, "cache_gb": args.cache_gb}
+    checks = {"verify": args.verify, "verify_key": args.verify_key}
+    with runtime.load(args.artifact, **settings, **checks) as model, model.chat() as chat:
         while (line := _read()) is not None:
             if line.startswith("/image "):
                 images.append(line.removeprefix("/image ").strip())

@@ -15,7 +15,7 @@ from .command_errors import Parser, sentence_of
 from .command_help import help_of
 from .comparing.arguments import add_arguments as add_compare_arguments
 from .root_options import add_root_options
-from .run_options import add_artifact, add_device_options
+from .run_options import add_artifact, add_cache_option, add_device_options
 from .sampling_options import EXAMPLES as SAMPLING_EXAMPLES
 from .sampling_options import add_sampling_options
 from .serving.arguments import add_arguments as add_serve_arguments
@@ -96,6 +96,7 @@ def _add_generate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--draw", type=Path, metavar="OUT.png", help="write the images with the answer's boxes on them")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     add_device_options(parser)
+    add_cache_option(parser)
     add_verify_options(parser)
     add_sampling_options(parser, several=True)
 
@@ -104,6 +105,7 @@ def _add_chat(parser: argparse.ArgumentParser) -> None:
     add_artifact(parser)
     _add_image(parser)
     add_device_options(parser)
+    add_cache_option(parser)
     add_verify_options(parser)
     add_sampling_options(parser, several=False)
 

@@ -20,8 +20,9 @@ from .sampling_options import read_sampling
 def run(args: argparse.Namespace) -> int:
     sampling = read_sampling(args)
     _check(args, sampling)
+    settings = {"device": args.device, "threads": args.threads, "cache_gb": args.cache_gb, "request_log": args.request_log}
     checks = {"verify": args.verify, "verify_key": args.verify_key}
-    with runtime.load(args.artifact, device=args.device, threads=args.threads, request_log=args.request_log, **checks) as model:
+    with runtime.load(args.artifact, **settings, **checks) as model:
         out = model.generate(args.prompt, args.image, sampling=sampling, raw=args.raw)
         text = json.dumps(as_json(out), ensure_ascii=False) if args.json else answer_lines(out, model.processor.tokenizer)
     print(text)

@@ -73,6 +73,15 @@ class Backend(Protocol):
         """Copy the first `rows` rows of one slot to another, and the keys of its first `images` images."""
         ...
 
+    def give_back(self, slot: int, rows: int) -> None:
+        """Give back what memory can be of a slot's keys and values of text after the first `rows` rows, whose contents are
+        lost. Without effect where a cache is reserved as a whole."""
+        ...
+
+    def use_small_pages(self) -> None:
+        """Let the cache get its memory page by page; called before anything is in it."""
+        ...
+
 
 class Group(Protocol):
     """Collectives of one rank with the others. All ranks make the same calls in the same order with arrays of one shape and
@@ -140,6 +149,11 @@ def cache_name(output: str, image: int) -> str | None:
     if output.startswith(("cross_k.", "cross_v.")):
         return f"{output}.{image}"
     return output.removesuffix(".out") if output.endswith(".out") else None
+
+
+def is_text(name: str) -> bool:
+    """Whether a cache buffer has rows for the tokens of the text; others have the keys of images."""
+    return not name.startswith("cross_")
 
 
 def rows_to_copy(name: str, rows: int, images: int) -> int | None:

@@ -26,10 +26,11 @@ from ..opening import RunError, reading, remedy
 from ..sampling.candidates import candidates_of
 from ..shown import quoted
 from . import unsigned_weights
-from .base import Group, Result, cache_name, check_group, checked, rows_to_copy, weights_folder, world_rank
+from .base import Group, Result, cache_name, check_group, checked, is_text, rows_to_copy, weights_folder, world_rank
 from .cores import usable_cores
 from .host_cache import HostCache
 from .mapped_pages import release_pages
+from .unused_pages import give_back, use_small_pages
 
 log = logging.getLogger(__name__)
 SPIN_US = "STATICVL_SPIN_US"
@@ -313,6 +314,15 @@ class OrtBackend:
         for name, cache in self.caches.items():
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count] = cache[source, :, :count]
+
+    def give_back(self, slot: int, rows: int) -> None:
+        for name, cache in self.caches.items():
+            if is_text(name):
+                give_back(cache[slot, :, rows:])
+
+    def use_small_pages(self) -> None:
+        for cache in self.caches.values():
+            use_small_pages(cache)
 
 
 def open_ort(

@@ -1,13 +1,14 @@
-"""The slots of the preallocated KV cache: the holder of each, and the keys of its contents."""
+"""The slots of the preallocated KV cache: the holder of each, its blocks, and the keys of its contents."""
 
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import numpy as np
 
 from ..artifact import CacheSpec
+from .blocks import BlockPool, blocks_for, tokens_in
 from .cache_keys import KEY
 
 
@@ -19,10 +20,14 @@ class SlotCache:
 
     A slot can also be parked for a holder that takes it back later: it is not free, but `reclaim` frees the one parked longest
     ago.
+
+    Tokens of a slot are in its blocks (blocks.py). A slot that is free or parked may lose blocks, and its tokens in them.
     """
 
-    def __init__(self, spec: CacheSpec, *, keep: bool = False) -> None:
+    def __init__(self, spec: CacheSpec, *, keep: bool = False, budget: int | None = None) -> None:
+        """`budget`: blocks of all slots together; None: as many as all slots can fill."""
         self.spec, self.keep = spec, keep
+        self.blocks = BlockPool(spec.slots * blocks_for(spec.context) if budget is None else budget, self._evicted)
         self.lengths = np.zeros(spec.slots, np.int32)
         self.keys = np.zeros((spec.slots, spec.rows, KEY), np.int64)
         self.reset()
@@ -36,6 +41,9 @@ class SlotCache:
         self.parked: dict[object, int] = {}  # slots by holder, the one parked longest ago first
         self._free = list(range(slots))  # ascending
         self._events = 0
+        self.blocks.reset()
+        for slot in range(slots):
+            self.blocks.retire(slot)
 
     @property
     def free(self) -> int:
@@ -49,8 +57,9 @@ class SlotCache:
     def acquire(self, slot: int | None = None) -> int:
         """A free slot, by default the lowest: low slots keep decode batches small."""
         if slot is None:
-            return self._free.pop(0)
+            slot = self._free[0]
         self._free.remove(slot)
+        self.blocks.claim(slot)
         return slot
 
     def release(self, slot: int) -> None:
@@ -58,17 +67,22 @@ class SlotCache:
         if not self.keep:
             self.clear(slot)
         self.touch(slot)
+        self.blocks.retire(slot)
         bisect.insort(self._free, slot)
 
     def park(self, holder: object, slot: int) -> None:
         """Keep a slot and its rows for `holder`, until it is taken back or reclaimed."""
         assert holder not in self.parked, f"slots {self.parked[holder]} and {slot} were parked for one holder"
         self.touch(slot)
+        self.blocks.retire(slot)
         self.parked[holder] = slot
 
     def take_back(self, holder: object) -> int | None:
         """The slot that was parked for `holder`; None where there is none, perhaps because it was reclaimed."""
-        return self.parked.pop(holder, None)
+        slot = self.parked.pop(holder, None)
+        if slot is not None:
+            self.blocks.claim(slot)
+        return slot
 
     def reclaim(self) -> bool:
         """Release the slot that was parked the longest ago; whether there was one."""
@@ -80,10 +94,26 @@ class SlotCache:
     def clear(self, slot: int) -> None:
         """Forget the contents of a slot."""
         self.lengths[slot], self.images[slot] = 0, ()
+        self.blocks.resize(slot, 0)
+
+    def reserve(self, slot: int, tokens: int) -> int:
+        """Let a slot have the blocks for so many tokens, no more and no less; the tokens that fit them."""
+        count = blocks_for(tokens)
+        self.blocks.resize(slot, count)
+        return tokens_in(count)
+
+    def can_reserve(self, slot: int | None, tokens: int, spare: int = 0) -> bool:
+        """Whether a slot, or None for a free one, can have the blocks for so many tokens and leave `spare` blocks."""
+        return self.blocks.can_hold(slot, blocks_for(tokens), spare)
+
+    def _evicted(self, slot: Hashable, blocks: int) -> None:
+        assert isinstance(slot, int), "slots are what holds blocks here"
+        self.lengths[slot] = min(int(self.lengths[slot]), tokens_in(blocks))
 
     def touch(self, slot: int) -> None:
         self._events += 1
         self.touched[slot] = self._events
+        self.blocks.touch(slot)
 
     # ---- contents of the slots
 

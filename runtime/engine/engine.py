@@ -20,14 +20,17 @@ from ..processor.prompt import Prompt
 from ..sampling.logits_processors import Constraint, LogitsProcessors, logits_processors_for
 from ..sampling.prompt_lookup import PromptLookup
 from .access import InterruptedStepError
+from .block_budget import block_budget
 from .cache import SlotCache
 from .cache_keys import cache_keys_of
 from .conversation import Conversation
 from .feeds import Feed, Feeds
-from .fit import check_draft, check_fit
+from .fit import check_blocks, check_draft, check_fit
+from .give_back import UnusedRows
 from .metrics import Metrics
 from .next_token import NextToken
 from .options import EngineOptions
+from .preemption import restored
 from .prefix_cache import EncoderCache, SlotPrefixCache
 from .request import SamplingParams, Sequence, Times, TokenSource
 from .scheduler import Costs, Scheduler, Step
@@ -60,13 +63,17 @@ class Engine:
     ) -> None:
         """`backend` runs the graphs of the manifest; `clock` gives seconds.
 
-        Raises ValueError for drafts that no graph can verify.
+        Raises ValueError for drafts that no graph can verify, ArtifactError for a cache_gb that holds nothing.
         """
         options = options or EngineOptions()
         self.manifest, self.backend, self.options, self.clock = manifest, backend, options, clock
         check_draft(manifest, options.speculate)
         self.metrics = Metrics()
-        self.cache = SlotCache(manifest.cache, keep=options.reuse)
+        self.budget = block_budget(manifest, options.cache_gb)
+        self.cache = SlotCache(manifest.cache, keep=options.reuse, budget=self.budget.blocks)
+        self.unused = UnusedRows(self.cache.blocks, self.budget.block_bytes)
+        if self.budget.bounded:
+            backend.use_small_pages()
         self.feeds = Feeds(manifest)
         self.graphs = self.feeds.graphs
         self.features = EncoderCache(options.feature_bytes)
@@ -105,6 +112,7 @@ class Engine:
         """A checked sequence that is not queued yet: answer `index` of params.n. A `token_source` chooses its tokens, in
         place of the sampler; the answer ends as others do."""
         check_fit(self.manifest, prompt, params.max_new_tokens)
+        check_blocks(self.budget, prompt, params.max_new_tokens)
         model, cross = self.manifest.model, self.manifest.cache.cross
         return Sequence(
             id=next(self._ids),
@@ -141,6 +149,7 @@ class Engine:
                 self._finish(sequence, "deadline")
                 late.append(sequence)
         self.timed = [sequence for sequence in self.timed if sequence.finish_reason is None]
+        self._release_rows()
         return late
 
     def step(self) -> Step:
@@ -155,6 +164,7 @@ class Engine:
         except Exception as error:
             self.reset(error)
             raise
+        self._release_rows()
         if self.failed and (error := self.failed[0].error):
             raise error
         assert step is not None, "an attempt gives a step or ends a sequence"
@@ -164,6 +174,7 @@ class Engine:
         """One step; sequences that fail are in `failed`. An exception raised here leaves the engine in an undefined state."""
         try:
             step = self.scheduler.next_step()
+            self.metrics.preemptions, self.metrics.evicted_blocks = self.scheduler.preemptions, self.cache.blocks.evicted
         except Exception as error:
             sequence, self.scheduler.preparing = self.scheduler.preparing, None
             if sequence is None:
@@ -241,6 +252,7 @@ class Engine:
         """End a sequence that has not finished."""
         if sequence.finish_reason is None:
             self._finish(sequence, "cancelled")
+            self._release_rows()
 
     def forget(self, sequence: Sequence) -> None:
         """Drop the text of a sequence that has finished."""
@@ -266,6 +278,17 @@ class Engine:
         """Free the slot that is parked for a conversation, if there is one."""
         if (slot := self.cache.take_back(conversation)) is not None:
             self.cache.release(slot)
+            self._release_rows()
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that one sequence may have: the context, or what the blocks hold."""
+        return min(self.manifest.cache.context, self.budget.tokens)
+
+    def _release_rows(self) -> None:
+        """Between two steps, with a budget: give back the memory of rows that no slot holds any more."""
+        if self.budget.bounded and self.cache.blocks.shrunk:
+            self.unused.release(self.backend.give_back, idle=self.scheduler.idle)
 
     def _commit_vision(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
@@ -280,14 +303,19 @@ class Engine:
             for tile, digest in enumerate(images[start:end]):
                 self.features.put(digest, rows[tile])
         sequence.tiles_done = end
-        sequence.times.vision_s = self.clock() - sequence.times.started
+        if not sequence.generated:
+            sequence.times.vision_s = self.clock() - sequence.times.started
 
     def _commit_prefill(self, step: Step, result: Result) -> None:
         sequence = step.sequences[0]
         end = sequence.computed + step.count
-        self.cache.extend(sequence.held_slot, sequence.cache_keys.keys[sequence.computed : end])
+        self.cache.extend(sequence.held_slot, sequence.context_keys.keys[sequence.computed : end])
         sequence.computed = end
-        if not sequence.prefilling:
+        if sequence.prefilling:
+            return
+        if sequence.generated:  # it was preempted: the token that follows is known
+            restored(sequence)
+        else:
             times = sequence.times
             times.first_token = self.clock()
             times.prefill_s = times.first_token - times.started - times.vision_s

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..artifact import CROSS_HIDDEN, GraphKey, Manifest
 from ..backends.base import Feed, new_feed
+from ..processor.prompt import Prompt
 from ..rope import query_scales, rope_tables
 from ..sampling.top_logits import LARGEST
 from .cache import SlotCache
@@ -50,7 +51,7 @@ class Feeds:
 
     def _prefill(self, feed: Feed, step: Step, cache: SlotCache) -> None:
         sequence, count = step.sequences[0], step.count
-        prompt, start = sequence.prompt, sequence.computed
+        prompt, start = sequence.context, sequence.computed
         end, padded = start + count, start + step.bucket
         feed["token_ids"][0, :count] = prompt.token_ids[start:end]
         feed["token_ids"][0, count:] = 0
@@ -69,7 +70,7 @@ class Feeds:
         if "cross_mask" in feed:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
-            self._set_cross_attention(feed, sequence, np.s_[0, :count], np.s_[start:end])
+            self._set_cross_attention(feed, prompt, np.s_[0, :count], np.s_[start:end])
 
     def _decode(self, feed: Feed, step: Step, cache: SlotCache) -> None:
         lengths = cache.lengths[: step.bucket]
@@ -91,7 +92,7 @@ class Feeds:
                 feed["rope_cos"][slot, 0], feed["rope_sin"][slot, 0] = (table[lengths[slot]] for table in tables)
             if "cross_mask" in feed:
                 # What the last token of the prompt sees, every token of the answer sees.
-                self._set_cross_attention(feed, sequence, np.s_[slot], np.s_[-1:])
+                self._set_cross_attention(feed, prompt, np.s_[slot], np.s_[-1:])
 
     def _verify(self, feed: Feed, step: Step, cache: SlotCache) -> None:
         """The last token of an answer and its draft; padding after them as in a chunk of a prompt."""
@@ -109,7 +110,7 @@ class Feeds:
         if "cross_mask" in feed:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
-            self._set_cross_attention(feed, sequence, np.s_[0, :], np.s_[-1:])
+            self._set_cross_attention(feed, prompt, np.s_[0, :], np.s_[-1:])
 
     @staticmethod
     def _set_temperature(feed: Feed, sequence: Sequence, row: int) -> None:
@@ -118,9 +119,9 @@ class Feeds:
             feed["inverse_temperature"][row] = min(1 / (sequence.sampling.temperature or 1.0), LARGEST)
 
     @staticmethod
-    def _set_cross_attention(feed: Feed, sequence: Sequence, into: tuple | int, positions: slice) -> None:
-        """The images that tokens of a sequence see; unchanged where it has none."""
-        if cross_attention := sequence.prompt.cross_attention:
+    def _set_cross_attention(feed: Feed, prompt: Prompt, into: tuple | int, positions: slice) -> None:
+        """The images that tokens of a prompt see; unchanged where it has none."""
+        if cross_attention := prompt.cross_attention:
             visible = cross_attention.visible[positions]  # [T, n * t]
             feed["cross_mask"][into][..., : visible.shape[-1]] = np.where(visible, 0, CROSS_HIDDEN)
             feed["cross_gate"][into] = cross_attention.gates[positions]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ..artifact import Manifest
 from ..processor.prompt import Prompt
+from .block_budget import GB, BlockBudget
+from .blocks import blocks_for, tokens_in
 
 
 class ContextError(ValueError):
@@ -25,6 +27,20 @@ def check_fit(manifest: Manifest, prompt: Prompt, max_new_tokens: int) -> None:
             f"the prompt has {prompt.text_tokens} text tokens and {prompt.image_tokens} image tokens, and max_new_tokens "
             f"is {max_new_tokens}: {total} in all, but the artifact holds {context}; " + _advice(manifest, prompt.length, total)
         )
+
+
+def check_blocks(budget: BlockBudget, prompt: Prompt, max_new_tokens: int) -> None:
+    """Raises ContextError for a prompt that needs more blocks, together with so many new tokens, than there are in all."""
+    needed = blocks_for(prompt.length + max_new_tokens - 1)  # the last token has no row
+    if needed <= budget.blocks:
+        return
+    most = budget.tokens + 1 - prompt.length
+    less = f"give at most {most} new tokens" if most > 0 else "give a shorter prompt"
+    raise ContextError(
+        f"the prompt has {prompt.length} tokens and max_new_tokens is {max_new_tokens}, which takes {needed} blocks of "
+        f"{tokens_in(1)} tokens ({needed * budget.block_bytes / GB:.3g} GB), but cache_gb allows {budget.blocks} "
+        f"({budget.gigabytes:.3g} GB); {less}, or load with a larger cache_gb"
+    )
 
 
 def check_draft(manifest: Manifest, speculate: int) -> int:

@@ -30,6 +30,8 @@ class Metrics:
     accepted: int = 0  # of them
     copies: int = 0  # of cache rows from slot to slot
     copied_tokens: int = 0
+    preemptions: int = 0  # of sequences whose blocks others needed
+    evicted_blocks: int = 0  # of rows that were kept for later prompts
     finished: Counter[str] = field(default_factory=Counter)  # requests by finish_reason
 
     def count(self, step: Step, seconds: float) -> None:
@@ -44,7 +46,7 @@ class Metrics:
     def count_end(self, sequence: Sequence, reason: str) -> None:
         """A request ended, at whatever point of its way."""
         self.finished[reason] += 1
-        self.prompt_tokens += sequence.computed
+        self.prompt_tokens += min(sequence.computed, sequence.prompt_length)
         self.reused_tokens += sequence.reused
         self.tiles += sequence.tiles_done
         self.reused_tiles += sequence.reused_tiles
@@ -61,5 +63,7 @@ class Metrics:
             "acceptance_rate": round(self.accepted / max(self.drafted, 1), 4),
             "copies": self.copies,
             "copied_tokens": self.copied_tokens,
+            "preemptions": self.preemptions,
+            "evicted_blocks": self.evicted_blocks,
             "finished": dict(self.finished),
         }

@@ -16,6 +16,7 @@ class EngineOptions:
     image_cache_mb: int = 256  # megabytes of image features that are kept for that
     speculate: int = 0  # tokens of a draft, for requests that do not say
     ngrams: tuple[int, int] = NGRAMS  # the fewest and the most tokens of an n-gram that prompt lookup matches
+    cache_gb: float | None = None  # gigabytes of keys and values in each process; None: every slot may be full
 
     def __post_init__(self) -> None:
         fewest, most = self.ngrams

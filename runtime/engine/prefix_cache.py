@@ -15,6 +15,7 @@ import numpy as np
 
 from ..artifact import Manifest
 from ..backends.base import Backend
+from .blocks import blocks_for
 from .cache import SlotCache
 from .chunks import ChunkPlanner
 from .metrics import Metrics
@@ -65,14 +66,25 @@ class SlotPrefixCache:
     def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
         """The free slot with the longest prefix of the prompt, else the one that was used the longest ago.
 
-        What else it contains is moved to a slot that was used still earlier, if there is one.
+        What else it contains is moved to a slot that was used still earlier, if there is one. Where blocks for that are short,
+        the sequence gets that slot.
         """
-        cache, keys = self.cache, sequence.cache_keys.keys
+        cache, keys = self.cache, sequence.context_keys.keys
         shared, _, slot = max((cache.common(slot, keys), -cache.touched[slot], slot) for slot in free)
         if (oldest := self._place_for(slot, shared, keys)) is not None:
             cache.clear(oldest)
-            self._copy(slot, oldest, int(cache.lengths[slot]), len(cache.images[slot]))
+            if not self._move(slot, oldest) and oldest in free:
+                return oldest
         return slot
+
+    def _move(self, slot: int, empty: int) -> bool:
+        """Let an empty slot contain what a slot contains; whether there were free blocks for that."""
+        cache, length = self.cache, int(self.cache.lengths[slot])
+        if blocks_for(length) > cache.blocks.free:
+            return False
+        cache.reserve(empty, length)
+        self._copy(slot, empty, length, len(cache.images[slot]))
+        return True
 
     def _place_for(self, slot: int, shared: int, keys: np.ndarray) -> int | None:
         """The slot to move a slot's contents to, of which a prompt with `keys` keeps `shared` rows; None: let them go.
@@ -94,7 +106,7 @@ class SlotPrefixCache:
     def prepare(self, sequence: Sequence) -> None:
         """Give a sequence the features of its images, and the longest prefix in any slot if its own slot has less."""
         self._take_features(sequence)
-        cache, cache_keys, own = self.cache, sequence.cache_keys, sequence.held_slot
+        cache, cache_keys, own = self.cache, sequence.context_keys, sequence.held_slot
         tiles = sequence.cross_tiles
         matches = [
             (cache.common(slot, cache_keys.keys), cache.common_images(slot, cache_keys.images) if tiles else 0, slot)

@@ -101,7 +101,14 @@ class Sequence:
 
     # how far its prompt is
     due: int = 0  # its place among those that wait
+    arrival: int = 0  # and among those of one place, as a count of arrivals
     slot: int | None = None
+    room: int = 0  # tokens that the blocks of its slot hold
+    preemptions: int = 0  # how often it has lost its slot
+    prompt_length: int = field(init=False)
+    context: Prompt = field(init=False)  # what runs before it answers: the prompt, or the answer so far as well
+    context_keys: CacheKeys = field(init=False)
+    context_length: int = field(init=False)
     prepared: bool = False  # the prefix cache and the encoder cache were used
     reused: int = 0  # tokens of the prompt that were in the cache already
     reused_tiles: int = 0
@@ -116,6 +123,14 @@ class Sequence:
     error: Exception | None = None  # what ended it, where it failed
     finish_reason: str | None = None  # as in Output, or "failed"; the last of its fields to change
 
+    def __post_init__(self) -> None:
+        self.prompt_length = self.prompt.length
+        self.set_context(self.prompt, self.cache_keys)
+
+    def set_context(self, context: Prompt, keys: CacheKeys) -> None:
+        """Let this run before it answers: a prompt and its keys."""
+        self.context, self.context_keys, self.context_length = context, keys, context.length
+
     @property
     def held_slot(self) -> int:
         """Its slot; raises RuntimeError where it holds none, which no step may meet."""
@@ -125,7 +140,17 @@ class Sequence:
 
     @property
     def prefilling(self) -> bool:
-        return self.computed < self.prompt.length
+        return self.computed < self.context_length
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of its prompt and of its answer so far; all but the last one of the answer are to be in the cache."""
+        return self.prompt_length + len(self.generated)
+
+    @property
+    def most_rows(self) -> int:
+        """Rows of the cache that its longest possible answer takes: its last token needs none."""
+        return self.prompt_length + self.params.max_new_tokens - 1
 
     @property
     def images(self) -> int:

@@ -1,8 +1,11 @@
 """The scheduler decides which graph runs next, by kind and bucket. Pure Python: it sees sequences and slots, no arrays.
 
 Requests join and leave between steps. One that waits is admitted as soon as a slot is free or parked for a chat between its
-turns. Prompts are encoded and prefilled in the order of admission, chunk by chunk. Between chunks the sequences that answer go
-on: what runs between two of their tokens costs no more than one chunk.
+turns, and the blocks of its prompt can be had. Answers grow by a block at a time. Where there is none left, the youngest
+sequence is preempted: it gives up its slot, and waits again (preemption.py).
+
+Prompts are encoded and prefilled in the order of admission, chunk by chunk. Between chunks the sequences that answer go on:
+what runs between two of their tokens costs no more than one chunk.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Protocol
 from ..artifact import GraphKey, Kind
 from .cache import SlotCache
 from .chunks import ChunkPlanner
+from .preemption import begin_again
 from .request import Sequence
 
 AGING = 16  # admissions after which a waiting request is worth one priority more
@@ -69,6 +73,8 @@ class Scheduler:
         self.cache, self.prefix_cache = cache, prefix_cache
         self.waiting: list[Sequence] = []  # in the order of admission
         self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.short = False  # the one that is to be admitted next waits for blocks
         self.vision = ChunkPlanner(_by_images(costs, "vision").get(0, {}))
         self.prefill = {images: ChunkPlanner(table) for images, table in _by_images(costs, "prefill").items()}
         self.bounded: dict[int, ChunkPlanner] = {}  # what runs while sequences answer, if that is less
@@ -84,7 +90,7 @@ class Scheduler:
         self.spent = 0.0  # cost of what ran since the sequences that answer gained a token
         self.may_draft: set[int] = set()  # ids of sequences in the last decode step that have not drafted since
         self.preparing: Sequence | None = None  # the device copies cache rows for it
-        self._admitted = 0
+        self._admitted = self._arrived = 0
 
     def sequences(self) -> list[Sequence]:
         """All that run or wait."""
@@ -93,7 +99,7 @@ class Scheduler:
     def clear(self) -> None:
         """Forget all sequences; the cache is reset by itself."""
         self.running, self.waiting, self.preparing = [], [], None
-        self.spent, self.may_draft = 0.0, set()
+        self.spent, self.may_draft, self.short = 0.0, set(), False
 
     @contextlib.contextmanager
     def only(self, buckets: Mapping[str, int]) -> Iterator[None]:
@@ -114,20 +120,22 @@ class Scheduler:
         return not self.waiting and not self.running
 
     def add(self, sequence: Sequence) -> None:
-        """Queue a sequence; one for whose conversation a slot is parked does not wait.
+        """Queue a sequence; one for whose conversation a slot is parked does not wait, unless others wait for blocks.
 
         A priority of p is worth as much as having come p * AGING admissions earlier, so no request waits for ever.
         """
-        if sequence.conversation is not None:
+        self._arrived += 1
+        sequence.arrival, sequence.due = self._arrived, self._admitted - AGING * sequence.params.priority
+        parked = self.cache.parked.get(sequence.conversation)
+        if parked is not None and not self.short and self._affordable(sequence, parked):
             sequence.slot = self.cache.take_back(sequence.conversation)
-        if sequence.slot is not None:
             self._enter(sequence)
-            return
-        sequence.due = self._admitted - AGING * sequence.params.priority
-        bisect.insort(self.waiting, sequence, key=lambda each: each.due)
+        else:
+            bisect.insort(self.waiting, sequence, key=_order)
 
     def next_step(self) -> Step:
         """The next step; call only when not idle."""
+        self._grow()
         self._admit()
         assert self.running, "those that wait have been admitted: each slot runs, is free or can be reclaimed"
         new, answering = None, []
@@ -161,15 +169,57 @@ class Scheduler:
             self.cache.park(sequence.conversation, sequence.slot)
         sequence.slot = None
 
+    def preempt(self, sequence: Sequence) -> None:
+        """Take a sequence's slot away, and let it wait again, before all that came later."""
+        self.running.remove(sequence)
+        self.may_draft.discard(sequence.id)
+        self.cache.release(sequence.held_slot)
+        begin_again(sequence)
+        self.preemptions += 1
+        bisect.insort(self.waiting, sequence, key=_order)
+
     def _admit(self) -> None:
-        while self.waiting and (self.cache.free or self.cache.reclaim()):
-            sequence = self.preparing = self.waiting[0]
-            slot = self.prefix_cache.slot_for(sequence, self._near()) if self.prefix_cache else None
+        while self.waiting:
+            sequence = self.waiting[0]
+            parked = self.cache.parked.get(sequence.conversation)
+            if parked is None and not self.cache.free and not self.cache.parked:
+                return
+            self.short = not self._affordable(sequence, parked)
+            if self.short:
+                return
+            self.preparing = sequence
+            sequence.slot = self._take_slot(sequence, parked)
             self.preparing = None
-            sequence.slot = self.cache.acquire(slot)
             self._admitted += 1
             self._enter(sequence)
             del self.waiting[0]
+        self.short = False
+
+    def _take_slot(self, sequence: Sequence, parked: int | None) -> int:
+        """The slot that is parked for a sequence's conversation, or a free one."""
+        if parked is not None:
+            self.cache.take_back(sequence.conversation)
+            return parked
+        if not self.cache.free:
+            self.cache.reclaim()
+        return self.cache.acquire(self.prefix_cache.slot_for(sequence, self._near()) if self.prefix_cache else None)
+
+    def _affordable(self, sequence: Sequence, slot: int | None) -> bool:
+        """Whether a sequence can have the blocks of its prompt, and each answer that runs one more if it may need one.
+
+        Without the latter, the sequence would be preempted as soon as one of them grows.
+        """
+        growing = sum(each.most_rows > each.room for each in self.running)
+        return self.cache.can_reserve(slot, sequence.tokens, growing)
+
+    def _grow(self) -> None:
+        """Give the answers that fill their blocks another one each; the youngest sequences give theirs up for that."""
+        full = [sequence for sequence in self.running if sequence.tokens > sequence.room]
+        for sequence in sorted(full, key=_order) if len(full) > 1 else full:
+            while sequence.slot is not None and not self.cache.can_reserve(sequence.slot, sequence.tokens):
+                self.preempt(max(self.running, key=_order))
+            if sequence.slot is not None:
+                sequence.room = self.cache.reserve(sequence.slot, sequence.tokens)
 
     def _near(self) -> SequenceOf[int]:
         """The free slots that a batch reaches whichever of them is taken."""
@@ -180,8 +230,9 @@ class Scheduler:
 
     def _enter(self, sequence: Sequence) -> None:
         """The sequence has its slot: the part of its prompt that is there already is not run."""
-        cache_keys, tiles = sequence.cache_keys, sequence.cross_tiles
-        sequence.computed, images = self.cache.settle(sequence.held_slot, cache_keys.keys, cache_keys.images if tiles else ())
+        slot, cache_keys, tiles = sequence.held_slot, sequence.context_keys, sequence.cross_tiles
+        sequence.computed, images = self.cache.settle(slot, cache_keys.keys, cache_keys.images if tiles else ())
+        sequence.room = self.cache.reserve(slot, sequence.tokens)
         sequence.tiles_done = max(sequence.tiles_done, images * tiles)
         self.running.append(sequence)
 
@@ -191,7 +242,9 @@ class Scheduler:
             self.preparing = sequence
             self.prefix_cache.prepare(sequence)
             self.preparing = None
-        sequence.prepared, sequence.reused, sequence.reused_tiles = True, sequence.computed, sequence.tiles_done
+        sequence.prepared = True
+        if not sequence.preemptions:
+            sequence.reused, sequence.reused_tiles = sequence.computed, sequence.tiles_done
 
     def _vision(self, sequence: Sequence) -> tuple[Step, float, float]:
         """The step, its cost, and what may run together."""
@@ -202,7 +255,7 @@ class Scheduler:
 
     def _prefill(self, sequence: Sequence, answering: bool) -> tuple[Step, float, float]:
         """The step, its cost, and what may run together."""
-        left = sequence.prompt.length - sequence.computed
+        left = sequence.context_length - sequence.computed
         images = _enough(self.prefill, sequence.images)
         planner = self._planner(images, answering)
         bucket = planner.next_bucket(left, self.cache.spec.rows - sequence.computed)
@@ -248,7 +301,15 @@ class Scheduler:
         ) * self.costs[key]:
             sequence.prompt_lookup.skipped()
             return None
+        if not self._holds(sequence, sequence.tokens + len(draft)):
+            return None
         return Step(key, (sequence,), count, draft)
+
+    def _holds(self, sequence: Sequence, tokens: int) -> bool:
+        """Whether a sequence has, or now gets, the blocks for so many tokens; none is preempted for a draft."""
+        if tokens > sequence.room and self.cache.can_reserve(sequence.held_slot, tokens):
+            sequence.room = self.cache.reserve(sequence.held_slot, tokens)
+        return tokens <= sequence.room
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> Step:
         # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
@@ -258,6 +319,11 @@ class Scheduler:
 
     def _decode_graph(self, rows: int, images: int) -> GraphKey:
         return next(key for key in self.decode[images] if key.bucket >= rows)
+
+
+def _order(sequence: Sequence) -> tuple[int, int]:
+    """The order of admission; the last one in it is the youngest."""
+    return sequence.due, sequence.arrival
 
 
 def _by_images(costs: Costs, kind: Kind) -> dict[int, dict[int, float]]:

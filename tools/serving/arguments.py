@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..run_options import add_cache_option
 from ..verify_options import add_verify_options
 from .settings import MIB, Settings
 
@@ -45,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="draft up to K tokens of every answer; the artifact needs such graphs",
     )
     add_verify_options(group)
+    add_cache_option(group)
     group.add_argument("--image-cache-mb", type=int, default=256, metavar="MB", help="size of the encoder cache; default: 256")
     group.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of every request")
     group = parser.add_argument_group("limits")

@@ -17,6 +17,8 @@ import uvicorn
 
 from ... import runtime
 from ...runtime.artifact import ArtifactError, read_manifest
+from ...runtime.engine.blocks import tokens_in
+from ...runtime.engine.engine import Engine
 from ..show import CODE
 from .api_keys import collect_keys
 from .app import create_app
@@ -47,6 +49,7 @@ def run(args: argparse.Namespace) -> int:
             reuse=not args.no_reuse,
             speculate=args.speculate,
             image_cache_mb=args.image_cache_mb,
+            cache_gb=args.cache_gb,
             request_log=args.request_log,
             system_in_user=args.system_in_user,
             verify=args.verify,
@@ -82,9 +85,17 @@ def serve(model: runtime.Model, settings: Settings, sock: socket.socket) -> int:
     """Serve until a signal or a failed rank ends it; the exit status."""
     server = Server(model, settings)
     host, port = sock.getsockname()[:2]
+    if model.engine.budget.bounded:
+        print(f"staticvl: {cache_line(model.engine)}", file=sys.stderr)
     print(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     server.run([sock])
     return server.status
+
+
+def cache_line(engine: Engine) -> str:
+    """What the cache may hold, for people."""
+    budget, slots = engine.budget, engine.cache.spec.slots
+    return f"{slots} slots share {budget.blocks} blocks of {tokens_in(1)} tokens, {budget.gigabytes:.3g} GB of keys and values"
 
 
 class Server(uvicorn.Server):

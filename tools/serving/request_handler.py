@@ -53,7 +53,7 @@ class RequestHandler:
             limit = self.started + service.settings.request_s
             async with asyncio.timeout(limit - time.monotonic()):
                 prompt = await self._prepare(request)
-                params = sampling_of(request, service.spec.context - prompt.length, limit - time.monotonic())
+                params = sampling_of(request, service.model.engine.capacity - prompt.length, limit - time.monotonic())
                 self.answers = await service.engine.submit(prompt, params)
                 tokens = await asyncio.to_thread(lambda: service.model.processor.token_bytes) if request.logprobs else None
         except TimeoutError:

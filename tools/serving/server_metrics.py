@@ -36,13 +36,16 @@ class ServerMetrics:
         return generate_latest(self.registry)
 
     def collect(self) -> Iterator[Metric]:
-        engine, metrics = self.engine, self.engine.metrics
+        engine, metrics, blocks = self.engine, self.engine.metrics, self.engine.cache.blocks
         gauges = {
             "staticvl_requests_active": ("Requests that have not ended", self.active),
             "staticvl_sequences_running": ("Answers that hold a slot", len(engine.scheduler.running)),
             "staticvl_sequences_waiting": ("Answers that wait for a slot", len(engine.scheduler.waiting)),
             "staticvl_slots": ("Slots of the cache", engine.cache.spec.slots),
             "staticvl_slots_free": ("Free slots", engine.cache.free),
+            "staticvl_blocks": ("Blocks of the cache that slots may hold at once", blocks.budget),
+            "staticvl_blocks_used": ("Blocks of answers that run", blocks.used),
+            "staticvl_blocks_cached": ("Blocks of rows that are kept for later prompts", blocks.cached),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
@@ -52,6 +55,8 @@ class ServerMetrics:
             "staticvl_tiles": ("Tiles of images whose features were needed", metrics.tiles),
             "staticvl_reused_tiles": ("Tiles whose features were known already", metrics.reused_tiles),
             "staticvl_slot_copies": ("Copies of cache rows from slot to slot", metrics.copies),
+            "staticvl_blocks_evicted": ("Blocks of rows that were kept and that others needed", blocks.evicted),
+            "staticvl_preemptions": ("Answers that gave up their slot and were computed again", engine.scheduler.preemptions),
         }
         for name, (text, value) in counters.items():
             yield CounterMetricFamily(name, text, value=value)

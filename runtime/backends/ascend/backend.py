@@ -234,6 +234,12 @@ class AscendBackend:
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count].copy_(cache[source, :, :count])
 
+    def give_back(self, slot: int, rows: int) -> None:
+        """The cache is reserved as a whole."""
+
+    def use_small_pages(self) -> None:
+        """The cache is reserved as a whole."""
+
 
 def _on_device(outputs: Mapping[str, Tensor]) -> Result:
     """A result whose candidates are copied to the host, which waits for the device; the first output stays until it is

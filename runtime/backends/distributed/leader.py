@@ -12,7 +12,7 @@ import numpy as np
 from ...artifact import GraphSpec, Manifest, is_cached
 from ..base import Backend, Result, checked
 from .monitor import RankMonitor
-from .protocol import Copy, FrameKind, Header
+from .protocol import Copy, FrameKind, FramePayload, GiveBack, Header
 
 
 class _FeedMessage:
@@ -69,10 +69,19 @@ class LeaderBackend:
         return Result(lambda rows: self.monitor.run_watched(partial(result.fetch, rows)), result.candidates, on_host=False)
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
-        data = msgspec.json.encode(Copy(source, target, rows, images))
-        header = Header(FrameKind.COPY, nbytes=len(data))
         copy = partial(self.local.copy_slot, source, target, rows, images)
-        self._run_on_all(header, copy, [memoryview(data)], sorted(self.monitor.links))
+        self._call_on_all(FrameKind.COPY, copy, Copy(source, target, rows, images))
+
+    def give_back(self, slot: int, rows: int) -> None:
+        self._call_on_all(FrameKind.GIVE_BACK, partial(self.local.give_back, slot, rows), GiveBack(slot, rows))
+
+    def use_small_pages(self) -> None:
+        self._call_on_all(FrameKind.SMALL_PAGES, partial(self.local.use_small_pages))
+
+    def _call_on_all(self, kind: FrameKind, call: partial, payload: FramePayload | None = None) -> None:
+        """Let every rank do to its cache what this one does."""
+        data = msgspec.json.encode(payload) if payload else b""
+        self._run_on_all(Header(kind, nbytes=len(data)), call, [memoryview(data)] if data else (), sorted(self.monitor.links))
 
     def _run_on_all(
         self, header: Header, call: partial, views: Sequence[memoryview] = (), workers: Sequence[int] | None = None

@@ -40,6 +40,8 @@ class FrameKind(enum.IntEnum):
     FAILURE_REPORT = 11  # 0 -> rank: FailureReport; stop
     STOP = 12  # 0 -> rank: stop, all is well
     COPY = 13  # 0 -> rank: Copy
+    GIVE_BACK = 14  # 0 -> rank: GiveBack
+    SMALL_PAGES = 15  # 0 -> rank: Backend.use_small_pages
 
 
 class FramePayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -89,6 +91,13 @@ class Copy(FramePayload, frozen=True):
     target: int
     rows: int
     images: int
+
+
+class GiveBack(FramePayload, frozen=True):
+    """Arguments of Backend.give_back."""
+
+    slot: int
+    rows: int
 
 
 class FailureReport(FramePayload, frozen=True):

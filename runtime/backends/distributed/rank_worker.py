@@ -19,10 +19,12 @@ from ..base import Backend, Feed, Group, new_feed
 from .compute_thread import ComputeThread
 from .failures import CollectiveError, Peer
 from .monitor import GRACE_S, describe
-from .protocol import Copy, Failed, FailureReport, FrameError, FrameKind, Go, Header, Link, State, encode
+from .protocol import Copy, Failed, FailureReport, FrameError, FrameKind, GiveBack, Go, Header, Link, State, encode
 
 log = logging.getLogger(__name__)
 DISCONNECTED = (EOFError, OSError)
+# Frames that are calls of the backend.
+CALLS = {FrameKind.RUN, FrameKind.LOAD, FrameKind.UNLOAD, FrameKind.COPY, FrameKind.GIVE_BACK, FrameKind.SMALL_PAGES}
 
 
 class WatchedGroup(Group, Protocol):
@@ -102,7 +104,7 @@ class RankWorker:
             case FrameKind.GO:
                 go = self.link.receive_payload(header, Go)
                 self.compute_thread.start(partial(self._open, partial(open_backend, go)))
-            case FrameKind.RUN | FrameKind.LOAD | FrameKind.UNLOAD | FrameKind.COPY:
+            case kind if kind in CALLS:
                 if not self._wait_for_call():
                     return self._stop(f"rank {self.rank}, this one, has not ended its last step for {self.timeout:g} s")
                 self._start_call(header)
@@ -124,6 +126,11 @@ class RankWorker:
         if header.kind is FrameKind.COPY:
             copy = self.link.receive_payload(header, Copy)
             call = partial(backend.copy_slot, copy.source, copy.target, copy.rows, copy.images)
+        elif header.kind is FrameKind.GIVE_BACK:
+            given = self.link.receive_payload(header, GiveBack)
+            call = partial(backend.give_back, given.slot, given.rows)
+        elif header.kind is FrameKind.SMALL_PAGES:
+            call = backend.use_small_pages
         elif graph is None:
             raise FrameError(f"graph {header.graph} does not belong to this rank")
         elif header.kind is FrameKind.RUN:
