@@ -109,7 +109,7 @@ def _scatter(node: Node, sizes: Sizes) -> Moved:
 
 def _attention(node: Node, sizes: Sizes) -> Moved:
     """All inputs, and where keys and values lie in pages, those that the table names. Its second output, the logarithm of the
-    softmax's denominator, is there only if it is asked for."""
+    softmax's denominator, is there only on request."""
     read = sizes.inputs(node)
     if table := sizes.input(node, "block_table"):
         named = [name for name, source in zip(node.input_names, node.inputs, strict=True) if source]

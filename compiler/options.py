@@ -109,7 +109,7 @@ class Options:
                 f"run them op by op with --eager {','.join(kinds)}"
             )
         if self.dtype == "bfloat16":
-            raise PlanError(f"{self.soc} computes in float16 alone, and bfloat16 was asked for; leave --dtype out")
+            raise PlanError(f"{self.soc} computes in float16 alone, and dtype is bfloat16; leave --dtype out")
 
     def _check_calibration(self) -> None:
         """Raise PlanError for a calibration that is missing, or that has nothing to calibrate."""

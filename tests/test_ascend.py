@@ -242,7 +242,7 @@ def test_what_is_missing_is_named(pairs: dict[str, Pair], monkeypatch: pytest.Mo
     with pytest.raises(ArtifactError, match="use device npu or sim, or compile it with --backend onnx"):
         runtime.load(artifact, device="cpu")
     monkeypatch.setenv(torchair_host.VARIABLE, str(tmp_path))
-    with pytest.raises(ArtifactError, match=r"torchair was not found in .*; run `make ascend-sim`"):
+    with pytest.raises(ArtifactError, match=r"torchair is not in .*; run `make ascend-sim`"):
         torchair_host.wheel_folder()
 
 
@@ -251,11 +251,11 @@ def test_which_part_of_a_card_is_missing(pairs: dict[str, Pair], monkeypatch: py
     artifact = pairs["llava"].ascend
     (tmp_path / "torch_npu.py").write_text("raise ImportError('libhccl.so: cannot open shared object file')")
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ArtifactError, match=r"libhccl.so.*CANN was not found; install the CANN toolkit"):
+    with pytest.raises(ArtifactError, match=r"libhccl.so.*CANN is missing; install the CANN toolkit"):
         runtime.load(artifact, device="npu")
     npu = SimpleNamespace(device_count=lambda: 1, set_device=lambda _: None, get_device_name=lambda _: "Ascend310P3")
     monkeypatch.setitem(sys.modules, "torch_npu", SimpleNamespace(npu=npu))
-    with pytest.raises(ArtifactError, match=r"device npu:1 was asked for, but 1 Ascend cards are visible"):
+    with pytest.raises(ArtifactError, match=r"device is npu:1, but 1 Ascend cards are visible"):
         runtime.load(artifact, device="npu:1")
     with pytest.raises(ArtifactError, match=r"compiled for soc Ascend910B \(here Ascend310P\)"):
         runtime.load(artifact, device="npu")

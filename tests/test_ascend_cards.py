@@ -62,7 +62,7 @@ def test_a_rank_takes_the_card_of_its_place_on_the_machine(card: SimpleNamespace
     assert ascend._ranks_card("npu:0", rank_3) == "npu:0"
     assert ascend._ranks_card("npu", None) == ascend._ranks_card("npu", ArrayGroup(Lockstep(1), 0)) == "npu"
     monkeypatch.delenv("LOCAL_RANK")
-    with pytest.raises(ArtifactError, match="device npu:3 was asked for, but 2 Ascend cards are visible"):
+    with pytest.raises(ArtifactError, match="device is npu:3, but 2 Ascend cards are visible"):
         ascend._card(ascend._ranks_card("npu", rank_3))
 
 

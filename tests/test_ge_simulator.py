@@ -113,7 +113,7 @@ def end(graph: Any) -> None:
 @pytest.mark.parametrize(
     ("edit", "message"),
     [
-        (cycle, "waits for itself"),
+        (cycle, "depends on its own output"),
         (renumber, r"indices \[0, 5\]; expected 0 to 1"),
         (rename, "two nodes of the graph have one name"),
         (cut, "takes an output of nobody, which is not in the graph"),

@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.child:
         _child(args)
         return 0
-    open_artifact(args.artifact)  # what is wrong with it is said before anything is started
+    open_artifact(args.artifact)  # a damaged one is an error before anything is started
     for device in (REFERENCE, args.device):
         check_ready(device)
     with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
@@ -167,8 +167,8 @@ def _print(args: argparse.Namespace, compared: list[Compared], expected: dict[st
     for column in ("graph", "cases", "distance", "same token", ""):
         table.add_column(column, justify="left" if column in ("graph", "") else "right")
     for each in compared:
-        verdict = "ok" if each.distance <= args.tolerance else f"more than {args.tolerance:g}"
-        table.add_row(each.graph, str(each.cases), f"{each.distance:.1e}", f"{100 * each.same_choice:.0f} %", verdict)
+        state = "ok" if each.distance <= args.tolerance else f"more than {args.tolerance:g}"
+        table.add_row(each.graph, str(each.cases), f"{each.distance:.1e}", f"{100 * each.same_choice:.0f} %", state)
     console = Console(highlight=False)
     console.print(table)
     pairs = zip(expected["token_ids"], answered["token_ids"], strict=True)

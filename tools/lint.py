@@ -22,7 +22,7 @@ WIDTH = 100
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class GraphFinding:
     """A finding in one graph of the artifact."""
 
     graph: str
@@ -38,18 +38,18 @@ def run(args: argparse.Namespace) -> int:
     torchair_host.load()
     check_ascend_info(args.artifact, manifest, ascend_info(torchair_host.VERSION, manifest.ascend.soc))
     card = args.card or CARDS[manifest.ascend.soc]
-    found = list(_findings(args.artifact, manifest, card))
-    report = Report(args.artifact, manifest, card, found)
+    findings = list(_findings(args.artifact, manifest, card))
+    report = Report(args.artifact, manifest, card, findings)
     print(json.dumps(report.data()) if args.json else "\n".join(report.lines()))
     return 1 if report.count("error") else 0
 
 
-def _findings(folder: Path, manifest: Manifest, card: str) -> Iterator[Found]:
+def _findings(folder: Path, manifest: Manifest, card: str) -> Iterator[GraphFinding]:
     for name, graph in _graphs(manifest):
         if not graph.eager:
             file = next(step.file for step in graph.plan if isinstance(step, Segment))
             parsed = ge_graph.parse(load_graph(folder / file, manifest.files[file]))
-            yield from (Found(name, finding) for finding in card_rules.lint(parsed, card))
+            yield from (GraphFinding(name, finding) for finding in card_rules.lint(parsed, card))
 
 
 def _graphs(manifest: Manifest) -> Iterator[tuple[str, GraphSpec]]:
@@ -66,15 +66,15 @@ class Report:
     folder: Path
     manifest: Manifest
     card: str
-    found: Sequence[Found]
+    findings: Sequence[GraphFinding]
 
     def count(self, severity: str) -> int:
-        return sum(each.finding.rule.severity == severity for each in self.found)
+        return sum(each.finding.rule.severity == severity for each in self.findings)
 
-    def by_rule(self) -> dict[str, list[Found]]:
+    def by_rule(self) -> dict[str, list[GraphFinding]]:
         """Errors first, then by the number of nodes."""
-        groups: dict[str, list[Found]] = {}
-        for each in self.found:
+        groups: dict[str, list[GraphFinding]] = {}
+        for each in self.findings:
             groups.setdefault(each.finding.rule.id, []).append(each)
         return dict(sorted(groups.items(), key=lambda item: (item[1][0].finding.rule.severity, -len(item[1]))))
 
@@ -101,14 +101,14 @@ class Report:
             yield from _rule_lines(group)
 
 
-def _rule_data(group: Sequence[Found]) -> dict[str, Any]:
+def _rule_data(group: Sequence[GraphFinding]) -> dict[str, Any]:
     rule = group[0].finding.rule
     names = ("id", "severity", "what", "source", "remedy", "cann", "known_fault")
-    nodes = [{"graph": f.graph, "type": f.finding.type, "node": f.finding.node, "found": f.finding.found} for f in group]
+    nodes = [{"graph": f.graph, "type": f.finding.type, "node": f.finding.node, "observed": f.finding.observed} for f in group]
     return {**{name: getattr(rule, name) for name in names}, "nodes": nodes}
 
 
-def _rule_lines(group: Sequence[Found]) -> Iterator[str]:
+def _rule_lines(group: Sequence[GraphFinding]) -> Iterator[str]:
     rule, graphs = group[0].finding.rule, Counter(each.graph for each in group)
     yield f"{rule.severity}  {rule.id}  {len(group)} nodes in {len(graphs)} graphs"
     rows = {"what": rule.what, "remedy": rule.remedy, "source": rule.source, "CANN": rule.cann}
@@ -117,7 +117,7 @@ def _rule_lines(group: Sequence[Found]) -> Iterator[str]:
     for graph, count in graphs.items():
         own = [each.finding for each in group if each.graph == graph][:NAMED]
         more = f"; and {count - NAMED} more (--json names them)" if count > NAMED else ""
-        text = "; ".join(f"{_named(finding)}: {finding.found}" for finding in own) + more
+        text = "; ".join(f"{_named(finding)}: {finding.observed}" for finding in own) + more
         yield from _wrapped(f"{graph}: {text}", "  ", "    ")
 
 

@@ -1,4 +1,4 @@
-"""The most likely next tokens, found on the card."""
+"""The most likely next tokens, selected on the card."""
 
 from __future__ import annotations
 

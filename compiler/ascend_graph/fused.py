@@ -18,7 +18,7 @@ from . import attention, collectives
 from .operators import npu
 from .products import TYPE_NUMBERS
 
-DYNAMIC = 1  # quant_mode of npu_dequant_swiglu_quant: a scale for each row, found on the way
+DYNAMIC = 1  # quant_mode of npu_dequant_swiglu_quant: a scale for each row, computed by the operator
 INT32 = 3  # torch's own number of the dtype
 
 NAMESPACE = "staticvl_ascend"

@@ -126,7 +126,7 @@ def swiglu_fits(shape: Any) -> bool:
 
 
 def _only_quantised(quantised: Any) -> bool:
-    """Whether nobody reads what is quantised but `quantised`, and the products of its rows for its type."""
+    """Whether `quantised` is the only reader of what is quantised, and the products of its rows for its type."""
     products = {user for item in quantised.users for user in item.users}
     return all(user is quantised or user in products for user in quantised.args[0].users)
 

@@ -135,9 +135,9 @@ def _depth(config: ModelConfig, crossing: bool) -> int:
 
 
 def _costs(config: ModelConfig, form: Form, graphs: Graphs) -> dict[GraphKey, LoweredCost]:
-    found = definitions(config, form, buckets(config, graphs))
-    wanted = {("prefill", bucket) for bucket in graphs.prefill} | {("decode", bucket) for bucket in graphs.decode}
-    return {key: serialised_cost(emit(graph, form.dtype).graph) for key, graph in found if key[:2] in wanted}
+    graphs_of_form = definitions(config, form, buckets(config, graphs))
+    keys = {("prefill", bucket) for bucket in graphs.prefill} | {("decode", bucket) for bucket in graphs.decode}
+    return {key: serialised_cost(emit(graph, form.dtype).graph) for key, graph in graphs_of_form if key[:2] in keys}
 
 
 def buckets(config: ModelConfig, graphs: Graphs) -> Buckets:

@@ -60,7 +60,7 @@ class Variant:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class GraphFinding:
     """A finding, and where it was."""
 
     model: str
@@ -86,16 +86,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ArtifactError, ConfigError, PlanError, WeightsError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    found: list[Found] = []
+    findings: list[GraphFinding] = []
     with tqdm(graphs, desc="compiling graphs", unit="graph", disable=None, file=sys.stderr) as bar:
         for name, variant, graph in bar:
             parsed = ge_graph.parse(emit(graph, variant.dtype).graph)
-            found += [Found(name, variant, graph.name, each) for each in card_rules.lint(parsed, arguments.card)]
-    text = markdown(found, len(graphs))
+            findings += [GraphFinding(name, variant, graph.name, each) for each in card_rules.lint(parsed, arguments.card)]
+    text = markdown(findings, len(graphs))
     print(text)
     if arguments.markdown:
         arguments.markdown.write_text(text, encoding="utf-8")
-    return int(any(each.finding.rule.severity == "error" for each in found))
+    return int(any(each.finding.rule.severity == "error" for each in findings))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -158,19 +158,19 @@ def definitions(config: ModelConfig, variant: Variant) -> Iterator[GraphDef]:
         yield define_graph(context, key)
 
 
-def markdown(found: Sequence[Found], graphs: int) -> str:
+def markdown(findings: Sequence[GraphFinding], graphs: int) -> str:
     """A row for each rule: how many nodes, in which models, and how it comes about."""
-    errors = sum(each.finding.rule.severity == "error" for each in found)
+    errors = sum(each.finding.rule.severity == "error" for each in findings)
     head = f"{graphs} graphs, {errors} errors. Made with torch_npu {torchair_host.VERSION}.\n"
-    groups: dict[str, list[Found]] = {}
-    for each in found:
+    groups: dict[str, list[GraphFinding]] = {}
+    for each in findings:
         groups.setdefault(each.finding.rule.id, []).append(each)
     lines = ["| rule | graphs | nodes | models | for example |", "|---|---|---|---|---|"]
     for rule, group in sorted(groups.items()):
         places = {(each.model, each.variant, each.graph) for each in group}
         first = group[0]
         models = ", ".join(dict.fromkeys(each.model for each in group))
-        example = f"{first.graph} ({first.variant}): {first.finding.found}"
+        example = f"{first.graph} ({first.variant}): {first.finding.observed}"
         lines.append(f"| `{rule}` | {len(places)} | {len(group)} | {models} | {example} |")
     return "\n".join([head, *lines]) + "\n"
 

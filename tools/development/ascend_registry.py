@@ -55,10 +55,10 @@ def _operators(folder: Path) -> dict[str, Mapping[str, Any]]:
     """Entries of the dump for operators of ours, sorted by name."""
     from ...runtime.backends.ge_simulator.ge_ops import OPS
 
-    found: dict[str, Mapping[str, Any]] = {}
+    operators: dict[str, Mapping[str, Any]] = {}
     for part in PARTS:
-        found |= json.loads((folder / f"aic-ascend910b-ops-info-{part}.json").read_text(encoding="utf-8"))
-    return {name: found[name] for name in sorted({*OPS, *OTHERS} & set(found))}
+        operators |= json.loads((folder / f"aic-ascend910b-ops-info-{part}.json").read_text(encoding="utf-8"))
+    return {name: operators[name] for name in sorted({*OPS, *OTHERS} & set(operators))}
 
 
 def _shortened(operator: Mapping[str, Any]) -> dict[str, dict[str, str]]:

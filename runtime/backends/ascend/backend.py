@@ -352,7 +352,7 @@ def _card(device: str) -> tuple[Device, str]:
         if "torch_npu" in str(error):
             raise ArtifactError(missing(device)) from error
         raise ArtifactError(
-            f"torch_npu cannot be imported ({error}): CANN was not found; install the CANN toolkit and "
+            f"torch_npu cannot be imported ({error}): CANN is missing; install the CANN toolkit and "
             "`source /usr/local/Ascend/ascend-toolkit/set_env.sh`"
         ) from error
     npu: Any = torch_npu.npu
@@ -360,7 +360,7 @@ def _card(device: str) -> tuple[Device, str]:
     if index >= count:
         visible = os.environ.get("ASCEND_RT_VISIBLE_DEVICES", "not set")
         raise ArtifactError(
-            f"device {device} was asked for, but {count} Ascend cards are visible (ASCEND_RT_VISIBLE_DEVICES is {visible}); "
+            f"device is {device}, but {count} Ascend cards are visible (ASCEND_RT_VISIBLE_DEVICES is {visible}); "
             "see `npu-smi info`"
         )
     npu.set_device(index)

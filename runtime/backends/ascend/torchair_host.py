@@ -57,7 +57,7 @@ def wheel_folder() -> Path:
         if (folder / "torch_npu" / "dynamo" / "torchair").is_dir():
             return folder
     raise ArtifactError(
-        f"torchair was not found in {folders[0]}; run `make ascend-sim`, or unpack the wheel yourself: "
+        f"torchair is not in {folders[0]}; run `make ascend-sim`, or unpack the wheel yourself: "
         f"pip install --no-deps --target {folders[0]} torch_npu=={VERSION}"
     )
 

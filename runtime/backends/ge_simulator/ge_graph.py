@@ -129,7 +129,7 @@ def parse(serialized: bytes) -> GeGraph:
     """A serialised ModelDef -> its graph.
 
     Raises GeGraphError for bytes that are no ModelDef, for another number of graphs than one, inputs whose indices do not
-    count up from 0, inputs that nobody makes, and cycles.
+    count up from 0, inputs without a producer, and cycles.
     """
     graph = _graph_def(serialized)
     nodes = _sorted_nodes([_node(op) for op in graph.op])
@@ -258,7 +258,7 @@ def _sorted_nodes(nodes: list[Node]) -> tuple[Node, ...]:
                 heapq.heappush(ready, reader)
     if len(ordered) != len(nodes):
         blocked = next(node for node, count in zip(nodes, waiting, strict=True) if count)
-        raise GeGraphError(f"{blocked.type} {blocked.name} waits for itself: the graph has a cycle")
+        raise GeGraphError(f"{blocked.type} {blocked.name} depends on its own output: the graph has a cycle")
     return tuple(ordered)
 
 

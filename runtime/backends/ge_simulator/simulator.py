@@ -2,8 +2,8 @@
 
 The default mode keeps the graph's dtypes: a value is stored in its dtype after every operator, and an operator that adds up
 many products (matrix products, convolution, norms, softmax, attention, reductions) computes in float32 and rounds once at its
-end, as the cube and vector units do. With `wide` every float16 or bfloat16 is upcast to float32, so that what a graph computes
-can be told from how it rounds.
+end, as the cube and vector units do. With `wide` every float16 or bfloat16 is upcast to float32, which separates what a
+graph computes from how it rounds.
 """
 
 from __future__ import annotations

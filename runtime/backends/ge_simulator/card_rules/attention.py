@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .rules import TRANSFORMER, Found, card_rule
+from .rules import TRANSFORMER, Fault, card_rule
 from .tensors import NodeView
 
 FIA = "FusedInferAttentionScore"
@@ -53,9 +53,9 @@ def sizes(node: NodeView) -> Sizes | None:
 
 def _both(node: NodeView) -> tuple[Sizes, tuple[int, ...]] | None:
     """Sizes and the mask's shape, for a call with an uncompressed mask."""
-    found, mask = sizes(node), node.shape("atten_mask")
+    call, mask = sizes(node), node.shape("atten_mask")
     plain = node.attribute("sparse_mode", 0) in (0, 1)
-    return (found, mask) if found and mask is not None and plain else None
+    return (call, mask) if call and mask is not None and plain else None
 
 
 @card_rule(
@@ -66,7 +66,7 @@ def _both(node: NodeView) -> tuple[Sizes, tuple[int, ...]] | None:
     source=_DEFINITION,
     remedy="run graphs with attention op by op (--eager) on this card",
 )
-def card(node: NodeView) -> Found:
+def card(node: NodeView) -> Fault:
     return "fused attention"
 
 
@@ -78,16 +78,13 @@ def card(node: NodeView) -> Found:
     source=_ONE,
     remedy="share heads among ranks (--tp)",
 )
-def heads(node: NodeView) -> Found:
-    found = sizes(node)
-    if found is None or (
-        found.heads % found.kv_heads == 0
-        and found.heads // found.kv_heads <= 64
-        and found.kv_heads <= 256
-        and found.heads <= 256
+def heads(node: NodeView) -> Fault:
+    call = sizes(node)
+    if call is None or (
+        call.heads % call.kv_heads == 0 and call.heads // call.kv_heads <= 64 and call.kv_heads <= 256 and call.heads <= 256
     ):
         return None
-    return f"{found.heads} query heads and {found.kv_heads} kv heads"
+    return f"{call.heads} query heads and {call.kv_heads} kv heads"
 
 
 @card_rule(
@@ -98,10 +95,10 @@ def heads(node: NodeView) -> Found:
     source=_TILING,
     remedy="fill heads up with zeros, in the projections' weights where possible",
 )
-def width(node: NodeView) -> Found:
-    found = sizes(node)
+def width(node: NodeView) -> Fault:
+    call = sizes(node)
     multiple = 32 if node.dtype("key0") == "int8" else 16
-    return f"heads of {found.width} elements" if found and (found.width % multiple or found.width > 512) else None
+    return f"heads of {call.width} elements" if call and (call.width % multiple or call.width > 512) else None
 
 
 @card_rule(
@@ -112,9 +109,9 @@ def width(node: NodeView) -> Found:
     source=_ONE,
     remedy="use a smaller batch",
 )
-def rows(node: NodeView) -> Found:
-    found = sizes(node)
-    return f"{found.rows} rows" if found and found.rows > 65536 else None
+def rows(node: NodeView) -> Fault:
+    call = sizes(node)
+    return f"{call.rows} rows" if call and call.rows > 65536 else None
 
 
 @card_rule(
@@ -125,12 +122,12 @@ def rows(node: NodeView) -> Found:
     source=_MANY,
     remedy="use the layout BNSD",
 )
-def features(node: NodeView) -> Found:
-    found = sizes(node)
+def features(node: NodeView) -> Fault:
+    call = sizes(node)
     layout = str(node.attribute("input_layout", "BSH"))
-    if found is None or not layout.startswith(("BSH", "BSND")) or found.heads * found.width < 65535:
+    if call is None or not layout.startswith(("BSH", "BSND")) or call.heads * call.width < 65535:
         return None
-    return f"{found.heads} heads of {found.width} in the layout {layout}"
+    return f"{call.heads} heads of {call.width} in the layout {layout}"
 
 
 @card_rule(
@@ -141,7 +138,7 @@ def features(node: NodeView) -> Found:
     source=_ONE,
     remedy="compare in the graph, so that the mask is bool",
 )
-def mask_dtype(node: NodeView) -> Found:
+def mask_dtype(node: NodeView) -> Fault:
     dtype = node.dtype("atten_mask")
     return f"atten_mask is {dtype}" if dtype not in (None, "bool", "int8", "uint8") else None
 
@@ -154,15 +151,15 @@ def mask_dtype(node: NodeView) -> Found:
     source=_MANY,
     remedy="broadcast the mask to [B, 1, Q, S]",
 )
-def mask_rows(node: NodeView) -> Found:
+def mask_rows(node: NodeView) -> Fault:
     both = _both(node)
     if both is None or both[0].queries == 1:
         return None
-    found, mask = both
-    whole = len(mask) in (2, 3, 4) and mask[-2] >= found.queries and mask[-1] >= found.keys
-    if whole and (len(mask) == 2 or mask[0] in (1, found.rows)):
+    call, mask = both
+    whole = len(mask) in (2, 3, 4) and mask[-2] >= call.queries and mask[-1] >= call.keys
+    if whole and (len(mask) == 2 or mask[0] in (1, call.rows)):
         return None
-    return f"atten_mask {list(mask)} for {found.rows} rows of {found.queries} queries and {found.keys} keys"
+    return f"atten_mask {list(mask)} for {call.rows} rows of {call.queries} queries and {call.keys} keys"
 
 
 @card_rule(
@@ -173,13 +170,13 @@ def mask_rows(node: NodeView) -> Found:
     source=_ONE,
     remedy="broadcast the mask to [B, 1, 1, S]",
 )
-def mask_one_query(node: NodeView) -> Found:
+def mask_one_query(node: NodeView) -> Fault:
     both = _both(node)
     if both is None or both[0].queries != 1:
         return None
-    found, mask = both
-    fits = bool(mask) and mask[0] == found.rows and mask[-1] >= found.keys
-    return None if fits else f"atten_mask {list(mask)} for {found.rows} rows of {found.keys} keys"
+    call, mask = both
+    fits = bool(mask) and mask[0] == call.rows and mask[-1] >= call.keys
+    return None if fits else f"atten_mask {list(mask)} for {call.rows} rows of {call.keys} keys"
 
 
 @card_rule(
@@ -190,7 +187,7 @@ def mask_one_query(node: NodeView) -> Found:
     source=_MANY,
     remedy="give the upper triangle of 2048 x 2048",
 )
-def compressed_mask(node: NodeView) -> Found:
+def compressed_mask(node: NodeView) -> Fault:
     mode, mask = node.attribute("sparse_mode", 0), node.shape("atten_mask")
     if mode not in (2, 3, 4):
         return None
@@ -208,15 +205,15 @@ def compressed_mask(node: NodeView) -> Found:
     source=_ONE,
     remedy="shape and cast the scales when weights are written",
 )
-def int8_one_query(node: NodeView) -> Found:
-    found = sizes(node)
-    if found is None or found.queries != 1 or node.dtype("key0") != "int8":
+def int8_one_query(node: NodeView) -> Fault:
+    call = sizes(node)
+    if call is None or call.queries != 1 or node.dtype("key0") != "int8":
         return None
-    heads, width = found.kv_heads, found.width
+    heads, width = call.kv_heads, call.width
     return _wrong_scales(node, [(1, heads, 1, width), (1, heads, width), (1, heads * width)])
 
 
-def _wrong_scales(node: NodeView, allowed: Sequence[tuple[int, ...]]) -> Found:
+def _wrong_scales(node: NodeView, allowed: Sequence[tuple[int, ...]]) -> Fault:
     for name in ("key_antiquant_scale", "value_antiquant_scale"):
         scale = node.input(name)
         if scale is None:
@@ -236,14 +233,14 @@ def _wrong_scales(node: NodeView, allowed: Sequence[tuple[int, ...]]) -> Found:
     source=_PAGE,
     remedy="dequantise keys and values before the operator",
 )
-def int8_queries(node: NodeView) -> Found:
-    found = sizes(node)
-    if found is None or found.queries == 1 or node.dtype("key0") != "int8" or node.dtype("query") == "int8":
+def int8_queries(node: NodeView) -> Fault:
+    call = sizes(node)
+    if call is None or call.queries == 1 or node.dtype("key0") != "int8" or node.dtype("query") == "int8":
         return None
-    if found.queries <= _MOST_INT8_QUERIES and node.dtype("query") == "bfloat16":
-        heads, width = found.kv_heads, found.width
+    if call.queries <= _MOST_INT8_QUERIES and node.dtype("query") == "bfloat16":
+        heads, width = call.kv_heads, call.width
         return _wrong_scales(node, [(heads, 1, width), (heads, width), (heads * width,)])
-    return f"{found.queries} queries in {node.dtype('query')}"
+    return f"{call.queries} queries in {node.dtype('query')}"
 
 
 @card_rule(
@@ -254,16 +251,16 @@ def int8_queries(node: NodeView) -> Found:
     source=_DEFINITION,
     remedy="cast lengths to int64, one for each row of the batch",
 )
-def lengths(node: NodeView) -> Found:
-    found = sizes(node)
+def lengths(node: NodeView) -> Fault:
+    call = sizes(node)
     for name in ("actual_seq_lengths", "actual_seq_lengths_kv"):
         given = node.input(name)
         if given is None:
             continue
         if given.dtype not in (None, "int64"):
             return f"{name} in {given.dtype}"
-        if found and given.shape is not None and given.shape not in ((), (1,), (found.rows,)):
-            return f"{name} {list(given.shape)} for {found.rows} rows"
+        if call and given.shape is not None and given.shape not in ((), (1,), (call.rows,)):
+            return f"{name} {list(given.shape)} for {call.rows} rows"
     return None
 
 
@@ -275,7 +272,7 @@ def lengths(node: NodeView) -> Found:
     source=_ONE,
     remedy="use pages of 128 keys, and a table of the padded batch",
 )
-def pages(node: NodeView) -> Found:
+def pages(node: NodeView) -> Fault:
     table, query = node.shape("block_table"), node.shape("query")
     if node.source("block_table") is None:
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rules import NN, Found, card_rule
+from .rules import NN, Fault, card_rule
 from .tensors import NodeView
 
 _SCATTER = f"{NN}: index/scatter/docs/aclnnInplaceScatterUpdate.md"
@@ -18,7 +18,7 @@ _BOTH = ("Scatter", "QuantUpdateScatter")
     source=_SCATTER,
     remedy="run graphs with a cache op by op (--eager) on this card",
 )
-def card(node: NodeView) -> Found:
+def card(node: NodeView) -> Fault:
     return "a write into the cache"
 
 
@@ -30,7 +30,7 @@ def card(node: NodeView) -> Found:
     source=_SCATTER,
     remedy="put the batch first and the head's elements last",
 )
-def axis(node: NodeView) -> Found:
+def axis(node: NodeView) -> Fault:
     shape, given = node.shape("var"), node.attribute("axis", 0)
     if shape is None:
         return None
@@ -50,7 +50,7 @@ def _quantised(node: NodeView) -> bool:
     source=_SCATTER,
     remedy="reshape the cache to [B, K, S, D]",
 )
-def rank(node: NodeView) -> Found:
+def rank(node: NodeView) -> Fault:
     var, updates = node.shape("var"), node.shape("updates")
     if var is None or updates is None:
         return None
@@ -66,7 +66,7 @@ def rank(node: NodeView) -> Found:
     source=_SCATTER,
     remedy="give a row's start for each row of the batch",
 )
-def indices(node: NodeView) -> Found:
+def indices(node: NodeView) -> Fault:
     given, updates = node.input("indices"), node.shape("updates")
     if given is None or given.dtype not in (None, "int32", "int64"):
         return f"indices {given}"
@@ -84,7 +84,7 @@ def indices(node: NodeView) -> Found:
     source=_SCATTER,
     remedy="reshape updates to the cache's layout",
 )
-def updates(node: NodeView) -> Found:
+def updates(node: NodeView) -> Fault:
     var, new, given = node.shape("var"), node.shape("updates"), node.attribute("axis", 0)
     if var is None or new is None or len(var) != len(new):
         return None
@@ -101,7 +101,7 @@ def updates(node: NodeView) -> Found:
     source=_QUANT,
     remedy="fill heads up, and cast scales when weights are written",
 )
-def alignment(node: NodeView) -> Found:
+def alignment(node: NodeView) -> Fault:
     var, scales, dtype = node.shape("var"), node.input("quant_scales"), node.dtype("updates")
     if var is not None and var[-1] % 32:
         return f"a last axis of {var[-1]}"
@@ -110,6 +110,6 @@ def alignment(node: NodeView) -> Found:
     count = 1
     for size in scales.shape:
         count *= size
-    wanted = {"float16": "float32", "bfloat16": "bfloat16"}.get(dtype or "")
-    wrong = count != var[-1] or (wanted and scales.dtype not in (None, wanted))
+    expected = {"float16": "float32", "bfloat16": "bfloat16"}.get(dtype or "")
+    wrong = count != var[-1] or (expected and scales.dtype not in (None, expected))
     return f"quant_scales {scales} with updates in {dtype}" if wrong else None

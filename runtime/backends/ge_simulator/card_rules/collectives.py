@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rules import TRANSFORMER, Found, card_rule
+from .rules import TRANSFORMER, Fault, card_rule
 from .tensors import NodeView
 
 _HCOM = ("HcomAllReduce", "HcomAllGather")
@@ -17,10 +17,10 @@ _REDUCED = f"{TRANSFORMER}: mc2/matmul_all_reduce/op_host/op_tiling/matmul_all_r
     source=_DOCS,
     remedy="cast before ranks meet",
 )
-def dtype(node: NodeView) -> Found:
-    found = node.dtype("x")
+def dtype(node: NodeView) -> Fault:
+    dtype = node.dtype("x")
     allowed = ("float32", "float16", "bfloat16", "int8", "int16", "int32", "int64")
-    return f"x in {found}" if found not in (None, *allowed) else None
+    return f"x in {dtype}" if dtype not in (None, *allowed) else None
 
 
 @card_rule(
@@ -31,9 +31,9 @@ def dtype(node: NodeView) -> Found:
     source=_DOCS,
     remedy="compile with --dtype float16",
 )  # fmt: skip
-def bfloat16(node: NodeView) -> Found:
-    found = node.dtype("x") or node.dtype("x1")
-    return "x in bfloat16" if found == "bfloat16" else None
+def bfloat16(node: NodeView) -> Fault:
+    dtype = node.dtype("x") or node.dtype("x1")
+    return "x in bfloat16" if dtype == "bfloat16" else None
 
 
 @card_rule(
@@ -44,7 +44,7 @@ def bfloat16(node: NodeView) -> Found:
     source=_REDUCED,
     remedy="use MatMul and HcomAllReduce for other numbers of ranks",
 )
-def ranks(node: NodeView) -> Found:
+def ranks(node: NodeView) -> Fault:
     _, marker, given = str(node.attribute("group", "")).partition("rank_list=")
     count = len(given.split(","))
     return f"{count} ranks" if marker and count not in (1, 2, 4, 8) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..ge_graph import INPUT_TYPES
 from . import registry
-from .rules import ANY, Found, card_rule
+from .rules import ANY, Fault, card_rule
 from .tensors import NodeView
 
 _GE = "hicann/ge: tests/engines/nn_engine/depends/CANN_910b_stub/cann/opp/built-in"
@@ -21,7 +21,7 @@ _NARROWED = ("int64", "int32")
     source=registry.SOURCE,
     remedy="lower it to operators that the registry has",
 )
-def operator(node: NodeView) -> Found:
+def operator(node: NodeView) -> Fault:
     kind = node.node.type
     return None if kind in registry.ELSEWHERE or kind in registry.operators() else f"{kind} is not registered"
 
@@ -34,7 +34,7 @@ def operator(node: NodeView) -> Found:
     source=registry.SOURCE,
     remedy="cast the operand that differs before the operator",
 )
-def dtypes(node: NodeView) -> Found:
+def dtypes(node: NodeView) -> Fault:
     kind = node.node.type
     entry = registry.operators().get(registry.BECOMES.get(kind, kind))
     if entry is None or entry.by_code:
@@ -85,7 +85,7 @@ _ARITHMETIC = {
     source=f"{_GE}/op_impl/ai_core/tbe/config/ascend910b/aic-ascend910b-ops-info-legacy.json; {_TORCHAIR}",
     remedy="cast the operand before the operator",
 )
-def arithmetic(node: NodeView) -> Found:
+def arithmetic(node: NodeView) -> Fault:
     source = next((source for _, source in node.fed), None)
     dtype = None if source is None else node.graph.tensor(source).dtype
     return f"{dtype}" if dtype and dtype not in _ARITHMETIC[node.node.type] else None
@@ -99,7 +99,7 @@ def arithmetic(node: NodeView) -> Found:
     source=f"{_GE}/fusion_pass/config/fusion_config.json (ConstToAttrStridedSliceV2Fusion)",
     remedy="slice by fixed bounds, or gather",
 )
-def slice_constants(node: NodeView) -> Found:
+def slice_constants(node: NodeView) -> Fault:
     for name in ("begin", "end", "axes", "strides"):
         producer = node.producer(name)
         if producer is not None and producer.node.type != "Const":
@@ -115,7 +115,7 @@ def slice_constants(node: NodeView) -> Found:
     source=registry.SOURCE,
     remedy="concatenate along a fixed axis",
 )
-def concat_axis(node: NodeView) -> Found:
+def concat_axis(node: NodeView) -> Fault:
     producer = node.producer("concat_dim")
     return f"made by {producer.node.type}" if producer is not None and producer.node.type != "Const" else None
 
@@ -127,7 +127,7 @@ def concat_axis(node: NodeView) -> Found:
     source=_TORCHAIR,
     remedy="ask for fewer values",
 )
-def top_k_count(node: NodeView) -> Found:
+def top_k_count(node: NodeView) -> Fault:
     shape, count = node.shape("x"), node.input("k")
     if shape is None or count is None or not count.values or not shape:
         return None

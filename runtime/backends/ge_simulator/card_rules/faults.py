@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .attention import FIA, sizes
-from .rules import Found, card_rule
+from .rules import Fault, card_rule
 from .tensors import NodeView
 
 _ISSUES = "vllm-project/vllm-ascend: issue"
@@ -25,11 +25,11 @@ def _mask(node: NodeView) -> bool:
     known_fault=True,
     cards=("910B",),
 )
-def mask_beyond_512_keys(node: NodeView) -> Found:
-    found = sizes(node)
-    if found is None or not _mask(node) or found.queries != 1 or found.keys <= _MASK_KEYS:
+def mask_beyond_512_keys(node: NodeView) -> Fault:
+    call = sizes(node)
+    if call is None or not _mask(node) or call.queries != 1 or call.keys <= _MASK_KEYS:
         return None
-    return f"a mask over {found.keys} keys"
+    return f"a mask over {call.keys} keys"
 
 
 @card_rule(
@@ -43,7 +43,7 @@ def mask_beyond_512_keys(node: NodeView) -> Found:
     known_fault=True,
     cards=("910B",),
 )
-def query_without_keys(node: NodeView) -> Found:
+def query_without_keys(node: NodeView) -> Fault:
     return "a mask that values decide" if _mask(node) and node.attribute("inner_precise", 0) in (0, 1) else None
 
 
@@ -58,7 +58,7 @@ def query_without_keys(node: NodeView) -> Found:
     known_fault=True,
     cards=("910B",),
 )
-def padded_batch(node: NodeView) -> Found:
+def padded_batch(node: NodeView) -> Fault:
     query, given = node.shape("query"), node.shape("actual_seq_lengths_kv")
     if query is None or given is None or query[0] == 1 or not given:
         return None
@@ -78,7 +78,7 @@ def padded_batch(node: NodeView) -> Found:
     known_fault=True,
     cards=("910B",),
 )
-def shift_of_all_heads(node: NodeView) -> Found:
+def shift_of_all_heads(node: NodeView) -> Fault:
     shift, heads = node.shape("pse_shift"), node.attribute("num_heads", 0)
     return (
         f"pse_shift {list(shift)} for {heads} heads" if shift and heads > 1 and (len(shift) < 4 or shift[1] != heads) else None
@@ -96,7 +96,7 @@ def shift_of_all_heads(node: NodeView) -> Found:
     known_fault=True,
     cards=("910B",),
 )
-def packed_without_mask(node: NodeView) -> Found:
+def packed_without_mask(node: NodeView) -> Fault:
     layout = str(node.attribute("input_layout", "BSH"))
     plain = node.attribute("sparse_mode", 0) == 0 and node.source("atten_mask") is None
     return f"the layout {layout} without a mask" if layout.startswith("TND") and plain else None
@@ -113,5 +113,5 @@ def packed_without_mask(node: NodeView) -> Found:
     known_fault=True,
     cards=("310P",),
 )
-def int8_products_310p(node: NodeView) -> Found:
+def int8_products_310p(node: NodeView) -> Fault:
     return "a product of whole numbers"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .rules import NN, TRANSFORMER, Found, card_rule
+from .rules import NN, TRANSFORMER, Fault, card_rule
 from .tensors import NodeView
 
 _RMS = f"{NN}: norm/rms_norm/docs/aclnnRmsNorm.md"
@@ -22,7 +22,7 @@ _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
     source=_RMS,
     remedy="cast and shape gamma when weights are written",
 )
-def gamma(node: NodeView) -> Found:
+def gamma(node: NodeView) -> Fault:
     x, weight = node.input("x"), node.input("gamma")
     if x is None or weight is None:
         return "gamma is missing"
@@ -40,7 +40,7 @@ def gamma(node: NodeView) -> Found:
     source=_ADD_RMS,
     remedy="use Add and RmsNorm",
 )
-def norm_sum(node: NodeView) -> Found:
+def norm_sum(node: NodeView) -> Fault:
     first, second, weight = node.input("x1"), node.input("x2"), node.input("gamma")
     if first is None or second is None or weight is None:
         return "an input is missing"
@@ -61,7 +61,7 @@ def norm_sum(node: NodeView) -> Found:
     source=_RMS,
     remedy="run the graph op by op (--eager)",
 )  # fmt: skip
-def norm_row(node: NodeView) -> Found:
+def norm_row(node: NodeView) -> Fault:
     x = node.input("x") or node.input("x1")
     if x is None or x.dtype is None or x.shape is None:
         return None
@@ -75,7 +75,7 @@ def norm_row(node: NodeView) -> Found:
     source=f"{NN}: norm/layer_norm_v4/op_host/layer_norm_v4_def.cpp",
     remedy="cast and shape both when weights are written",
 )
-def layer_norm_affine(node: NodeView) -> Found:
+def layer_norm_affine(node: NodeView) -> Fault:
     x, given = node.dtype("x"), node.input("normalized_shape")
     pair = [each for each in (node.input("gamma"), node.input("beta")) if each]
     wrong = next((each for each in pair if each.dtype not in (None, x, "float32")), None)
@@ -93,7 +93,7 @@ def layer_norm_affine(node: NodeView) -> Found:
     source=_ROTARY,
     remedy="unsqueeze the tables to [B, T, 1, D]",
 )
-def rope_tables(node: NodeView) -> Found:
+def rope_tables(node: NodeView) -> Fault:
     x, cos, sin = (node.shape(name) for name in ("x", "r1", "r2"))
     if x is None or cos is None or sin is None:
         return None
@@ -110,7 +110,7 @@ def rope_tables(node: NodeView) -> Found:
     source=_ROTARY,
     remedy="rotate halves by elementwise operators",
 )
-def rope_width(node: NodeView) -> Found:
+def rope_width(node: NodeView) -> Fault:
     x = node.shape("x")
     return f"a last axis of {x[-1]}" if x and (x[-1] % 2 or x[-1] > _WIDEST) else None
 
@@ -123,7 +123,7 @@ def rope_width(node: NodeView) -> Found:
     source=_ROTARY,
     remedy="run the graph op by op (--eager)",
 )
-def rope_width_310p(node: NodeView) -> Found:
+def rope_width_310p(node: NodeView) -> Fault:
     x = node.shape("x")
     return f"a last axis of {x[-1]}" if x and x[-1] != 128 else None
 
@@ -135,7 +135,7 @@ def rope_width_310p(node: NodeView) -> Found:
     source=_APPLIED,
     remedy="use RotaryMul for other widths and layouts",
 )
-def rope_applied(node: NodeView) -> Found:
+def rope_applied(node: NodeView) -> Fault:
     given = [node.shape(name) for name in ("query", "key", "cos", "sin")]
     known = [shape for shape in given if shape is not None]
     layout = node.attribute("layout", 1)

@@ -6,7 +6,7 @@ M rows, K in features, N out features.
 from __future__ import annotations
 
 from . import shapes
-from .rules import NN, TRANSFORMER, Found, card_rule
+from .rules import NN, TRANSFORMER, Fault, card_rule
 from .tensors import NodeView
 
 _MATMUL = f"{NN}: matmul/mat_mul_v3/op_host/mat_mul_v3_def.cpp"
@@ -27,7 +27,7 @@ W8, INT8 = "WeightQuantBatchMatmulV2", "QuantBatchMatmulV3"
     source=_MATMUL,
     remedy="flatten rows before the product",
 )  # fmt: skip
-def matmul_sizes(node: NodeView) -> Found:
+def matmul_sizes(node: NodeView) -> Fault:
     left, right = node.shape("x1"), node.shape("x2")
     if left is None or right is None:
         return None
@@ -45,7 +45,7 @@ def matmul_sizes(node: NodeView) -> Found:
     source=_MATMUL,
     remedy="cast weights and biases when they are written",
 )  # fmt: skip
-def matmul_operands(node: NodeView) -> Found:
+def matmul_operands(node: NodeView) -> Fault:
     x, weight, bias = node.dtype("x1"), node.dtype("x2"), node.dtype("bias")
     if x and weight and x != weight:
         return f"x1 in {x} and x2 in {weight}"
@@ -61,7 +61,7 @@ def matmul_operands(node: NodeView) -> Found:
     source=_MATMUL,
     remedy="run the graph op by op (--eager) on this card",
 )  # fmt: skip
-def matmul_layout(node: NodeView) -> Found:
+def matmul_layout(node: NodeView) -> Fault:
     dtype = node.dtype("x2")
     return f"x2 in {dtype}, ND" if dtype in _HALVES else None
 
@@ -77,7 +77,7 @@ def matmul_layout(node: NodeView) -> Found:
     source=_W8_DEFINITION,
     remedy="run the graph op by op (--eager), which dequantises weights",
 )
-def w8_card(node: NodeView) -> Found:
+def w8_card(node: NodeView) -> Fault:
     return f"weight in {node.dtype('weight')}, ND"
 
 
@@ -88,7 +88,7 @@ def w8_card(node: NodeView) -> Found:
     source=_W8,
     remedy="flatten rows before the product",
 )
-def w8_rows(node: NodeView) -> Found:
+def w8_rows(node: NodeView) -> Fault:
     shapes_ = [(name, node.shape(name)) for name in ("x", "weight")]
     return next((f"{name} {list(shape)}" for name, shape in shapes_ if shape is not None and len(shape) != 2), None)
 
@@ -109,7 +109,7 @@ def _depth(node: NodeView) -> tuple[int, int] | None:
     source=_W8,
     remedy="cut the weight into pieces when it is written",
 )
-def w8_features(node: NodeView) -> Found:
+def w8_features(node: NodeView) -> Fault:
     sizes = _depth(node)
     return f"{sizes[0]} in features, {sizes[1]} out features" if sizes and max(sizes) > _MOST else None
 
@@ -121,7 +121,7 @@ def w8_features(node: NodeView) -> Found:
     source=_W8,
     remedy="quantise in groups of 32, 64 or 128, or per column",
 )
-def w8_group(node: NodeView) -> Found:
+def w8_group(node: NodeView) -> Fault:
     group, sizes = node.attribute("antiquant_group_size", 0), _depth(node)
     if sizes is None or not group or (group % 32 == 0 and 0 < group < sizes[0]):
         return None
@@ -135,7 +135,7 @@ def w8_group(node: NodeView) -> Found:
     source=_W8,
     remedy="shape scales when weights are written",
 )
-def w8_scales(node: NodeView) -> Found:
+def w8_scales(node: NodeView) -> Fault:
     sizes, scale, offset = _depth(node), node.shape("antiquant_scale"), node.shape("antiquant_offset")
     group = node.attribute("antiquant_group_size", 0)
     if sizes is None or scale is None:
@@ -155,7 +155,7 @@ def w8_scales(node: NodeView) -> Found:
     source=_W8,
     remedy="cast the bias when weights are written",
 )
-def w8_bias(node: NodeView) -> Found:
+def w8_bias(node: NodeView) -> Fault:
     bias, x = node.dtype("bias"), node.dtype("x")
     return f"bias in {bias} with x in {x}" if bias and x and bias != {"bfloat16": "float32"}.get(x, x) else None
 
@@ -167,7 +167,7 @@ def w8_bias(node: NodeView) -> Found:
     source=_W8,
     remedy="fill the weight up when it is written",
 )
-def w8_even(node: NodeView) -> Found:
+def w8_even(node: NodeView) -> Fault:
     sizes, weight = _depth(node), node.shape("weight")
     if sizes is None or node.dtype("weight") != "int32" or not weight:
         return None
@@ -189,7 +189,7 @@ def w8_even(node: NodeView) -> Found:
     source=_INT8_DEFINITION,
     remedy="run the graph op by op (--eager), which dequantises weights",
 )
-def int8_card(node: NodeView) -> Found:
+def int8_card(node: NodeView) -> Fault:
     return f"x2 in {node.dtype('x2')}, ND"
 
 
@@ -201,7 +201,7 @@ def int8_card(node: NodeView) -> Found:
     source=_INT8,
     remedy="keep scales in float32",
 )
-def int8_scale(node: NodeView) -> Found:
+def int8_scale(node: NodeView) -> Fault:
     out, scale = node.output().dtype, node.dtype("scale")
     packed = ("uint64", "int64")
     allowed = {"float16": ("float32", *packed), "bfloat16": ("bfloat16", "float32", *packed)}.get(out or "")
@@ -216,7 +216,7 @@ def int8_scale(node: NodeView) -> Found:
     source=_INT8,
     remedy="cast the bias when weights are written",
 )
-def int8_bias(node: NodeView) -> Found:
+def int8_bias(node: NodeView) -> Fault:
     out, bias = node.output().dtype, node.dtype("bias")
     if bias is None or out not in _HALVES or bias in ("int32", "float32", out):
         return None
@@ -231,7 +231,7 @@ def int8_bias(node: NodeView) -> Found:
     source=_INT8,
     remedy="shape scales when weights are written",
 )
-def int8_sizes(node: NodeView) -> Found:
+def int8_sizes(node: NodeView) -> Fault:
     left, right, scale, rows = (node.shape(name) for name in ("x1", "x2", "scale", "pertoken_scale"))
     if left is None or right is None:
         return None
@@ -252,7 +252,7 @@ def int8_sizes(node: NodeView) -> Found:
     source=f"{NN}: quant/dynamic_quant/op_host/dynamic_quant_def.cpp",
     remedy="run the graph op by op (--eager)",
 )
-def quant_rows(node: NodeView) -> Found:
+def quant_rows(node: NodeView) -> Fault:
     x = node.input("x")
     if x is None or (x.dtype == "float16" and x.shape is not None and x.shape[-1] % 32 == 0):
         return None
@@ -266,7 +266,7 @@ def quant_rows(node: NodeView) -> Found:
     source=f"{NN}: activation/swi_glu/op_host/swi_glu_tiling.cpp",
     remedy="fill features up when weights are written",
 )  # fmt: skip
-def swiglu_halves(node: NodeView) -> Found:
+def swiglu_halves(node: NodeView) -> Fault:
     shape = node.shape("x")
     axis = node.attribute("dim", -1)
     return f"axis {axis} of {list(shape)}" if shape and shape[axis] % 2 else None
@@ -280,7 +280,7 @@ def swiglu_halves(node: NodeView) -> Found:
     source=_REDUCED,
     remedy="use MatMul and HcomAllReduce",
 )
-def matmul_reduce_sizes(node: NodeView) -> Found:
+def matmul_reduce_sizes(node: NodeView) -> Fault:
     left, right = node.shape("x1"), node.shape("x2")
     if left is None or right is None:
         return None

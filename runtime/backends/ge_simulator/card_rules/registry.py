@@ -53,10 +53,10 @@ class Operator:
 
     def combinations(self, fed: Mapping[str, str | tuple[str, ...]], made: Mapping[str, str]) -> Iterator[int]:
         """The places of all combinations with these dtypes; an input may come with several, any of which will do."""
-        wanted = [(self.inputs[name], _letters(dtypes)) for name, dtypes in fed.items()]
-        wanted += [(self.outputs[name], _letters(dtype)) for name, dtype in made.items()]
+        expected = [(self.inputs[name], _letters(dtypes)) for name, dtypes in fed.items()]
+        expected += [(self.outputs[name], _letters(dtype)) for name, dtype in made.items()]
         count = len(next(iter((*self.inputs.values(), *self.outputs.values()))))
-        return (i for i in range(count) if all(column[i] in letters for column, letters in wanted))
+        return (i for i in range(count) if all(column[i] in letters for column, letters in expected))
 
     def dtypes(self, name: str) -> tuple[str, ...]:
         """All dtypes that an input may have."""

@@ -1,7 +1,7 @@
 """The table of rules: what a card takes of each operator, one row and one small function each.
 
     @card_rule("rope.width", "RotaryMul", what="...", source="...", remedy="...")
-    def _(node: NodeView) -> Found: ...
+    def _(node: NodeView) -> Fault: ...
 
 A function gets a node of one of the rule's types and says what is wrong with it, in a few words, or None. What it cannot see, a
 shape or dtype that is open, it leaves alone.
@@ -17,7 +17,7 @@ from .tensors import NodeView
 
 CARDS = ("910B", "310P")
 Severity = Literal["error", "warning"]
-Found = str | None
+Fault = str | None
 ANY = "any"  # in place of operator types: every node
 TRANSFORMER, NN, GE = "hicann/ops-transformer", "hicann/ops-nn", "hicann/ge"
 
@@ -35,7 +35,7 @@ class Rule:
     what: str
     source: str
     remedy: str
-    check: Callable[[NodeView], Found]
+    check: Callable[[NodeView], Fault]
     cards: tuple[str, ...] = CARDS
     severity: Severity = "error"
     cann: str = "9.0"
@@ -49,21 +49,20 @@ class Finding:
     rule: Rule
     type: str
     node: str
-    found: str
+    observed: str
 
     def __str__(self) -> str:
-        return (
-            f"{self.type} {self.node}: {self.found}; {self.rule.what} ({self.rule.id}, {self.rule.source}): {self.rule.remedy}"
-        )
+        rule = self.rule
+        return f"{self.type} {self.node}: {self.observed}; {rule.what} ({rule.id}, {rule.source}): {rule.remedy}"
 
 
 RULES: dict[str, Rule] = {}
 
 
-def card_rule(name: str, *types: str, **columns: object) -> Callable[[Callable[[NodeView], Found]], Rule]:
+def card_rule(name: str, *types: str, **columns: object) -> Callable[[Callable[[NodeView], Fault]], Rule]:
     """Register a function as a rule for nodes of these types; `columns` are those of Rule."""
 
-    def register(check: Callable[[NodeView], Found]) -> Rule:
+    def register(check: Callable[[NodeView], Fault]) -> Rule:
         assert name not in RULES, name
         RULES[name] = Rule(name, types, check=check, **columns)  # type: ignore[arg-type]
         return RULES[name]
@@ -83,6 +82,6 @@ def by_type(card: str) -> dict[str, list[Rule]]:
 def findings(view: NodeView, rules: list[Rule]) -> Iterator[Finding]:
     """What these rules find at one node."""
     for rule in rules:
-        found = rule.check(view)
-        if found:
-            yield Finding(rule, view.node.type, view.node.name, found)
+        fault = rule.check(view)
+        if fault:
+            yield Finding(rule, view.node.type, view.node.name, fault)

@@ -8,7 +8,7 @@ from ..ge_graph import INPUT_TYPES
 from . import shapes
 from .attention import FIA, sizes
 from .products import W8
-from .rules import GE, NN, TRANSFORMER, Found, card_rule
+from .rules import GE, NN, TRANSFORMER, Fault, card_rule
 from .tensors import PREPARING, VIEWS, WEIGHT_INPUTS, NodeView
 
 _SQUEEZED = f"{GE}: compiler/graph/passes/format_optimize/dim1_transpose_to_squeeze_pass.cc"
@@ -30,7 +30,7 @@ _SMALL = 1 << 12  # elements: below it an operator costs its start alone
     remedy="choose a layout that needs no transposition: BSH or BSND for attention, rows in two axes for products",
     cards=("910B",),
 )
-def transpose(node: NodeView) -> Found:
+def transpose(node: NodeView) -> Fault:
     shape, order = node.shape("x"), node.input("perm")
     if shape is None or order is None or order.values is None or node.node.name in node.graph.fixed or _taken_in(node):
         return None
@@ -52,17 +52,17 @@ def _taken_in(node: NodeView) -> bool:
     remedy="write the weight as the operator reads it",
     cards=("910B",),
 )
-def weight_prepared(node: NodeView) -> Found:
+def weight_prepared(node: NodeView) -> Fault:
     for name in WEIGHT_INPUTS[node.node.type]:
         made = node.producer(name)
         if made is not None and made.node.name in node.graph.fixed:
-            found = _prepared(made, node.node.type == W8)
-            if found:
-                return f"{name} by {found}"
+            reason = _prepared(made, node.node.type == W8)
+            if reason:
+                return f"{name} by {reason}"
     return None
 
 
-def _prepared(made: NodeView, transposed: bool) -> Found:
+def _prepared(made: NodeView, transposed: bool) -> Fault:
     """The operator that copies a weight; `transposed`: the reader takes in a transposition right before it."""
     if transposed and made.node.type == "Transpose":
         made = made.graph.view(made.node.inputs[0].producer) if made.node.inputs[0] else made
@@ -86,7 +86,7 @@ def _prepared(made: NodeView, transposed: bool) -> Found:
     remedy="compute it when weights are written",
     cards=("910B",),
 )
-def constant_arithmetic(node: NodeView) -> Found:
+def constant_arithmetic(node: NodeView) -> Fault:
     graph, name = node.graph, node.node.name
     return f"{node.output()}" if name in graph.fixed and name not in graph.constant else None
 
@@ -100,9 +100,9 @@ def constant_arithmetic(node: NodeView) -> Found:
     remedy="keep the images of a request in one piece, or read pages (block_table)",
     cards=("910B",),
 )
-def cache_joined(node: NodeView) -> Found:
+def cache_joined(node: NodeView) -> Fault:
     source = node.source("key0")
-    joined = node.graph.behind(source, *VIEWS) if source else None
+    joined = node.graph.origin_of(source, *VIEWS) if source else None
     if joined is None or joined.node.type not in ("ConcatV2", "ConcatD"):
         return None
     parts = [each for name, each in joined.fed if name != "concat_dim"]
@@ -120,11 +120,11 @@ def cache_joined(node: NodeView) -> Found:
     remedy="give the lengths of keys as a tensor",
     cards=("910B",),
 )
-def attention_without_lengths(node: NodeView) -> Found:
-    found = sizes(node)
-    if found is None or found.queries != 1 or node.source("actual_seq_lengths_kv") is not None:
+def attention_without_lengths(node: NodeView) -> Fault:
+    call = sizes(node)
+    if call is None or call.queries != 1 or node.source("actual_seq_lengths_kv") is not None:
         return None
-    return f"{found.keys} keys in each of {found.rows} rows"
+    return f"{call.keys} keys in each of {call.rows} rows"
 
 
 @card_rule(
@@ -137,7 +137,7 @@ def attention_without_lengths(node: NodeView) -> Found:
     remedy="quantise 8 bits with one scale a column, and pack 4 bits along the out features",
     cards=("910B",),
 )
-def w8_template(node: NodeView) -> Found:
+def w8_template(node: NodeView) -> Fault:
     x, weight = node.shape("x"), node.shape("weight")
     if x is None or weight is None or len(x) != 2 or len(weight) != 2 or x[0] > _FEW_ROWS:
         return None
@@ -163,11 +163,11 @@ def w8_template(node: NodeView) -> Found:
     remedy="keep rows in two axes through a layer, or use AddRmsNormDynamicQuant",
     cards=("910B",),
 )
-def norm_reshaped(node: NodeView) -> Found:
+def norm_reshaped(node: NodeView) -> Fault:
     made, source = node.producer("x"), node.source("x")
     if made is None or source is None or made.node.type != "Reshape":
         return None
-    norm = node.graph.behind(source, *VIEWS)
+    norm = node.graph.origin_of(source, *VIEWS)
     return f"{norm.node.type} {norm.node.name}" if norm.node.type in ("RmsNorm", "AddRmsNorm") else None
 
 
@@ -180,9 +180,9 @@ def norm_reshaped(node: NodeView) -> Found:
     remedy="use MatmulAllReduce, which sends a part while it computes the next, for 2, 4 or 8 ranks",
     cards=("910B",),
 )
-def separate_collective(node: NodeView) -> Found:
+def separate_collective(node: NodeView) -> Fault:
     source = node.source("x")
-    product = node.graph.behind(source, *VIEWS) if source else None
+    product = node.graph.origin_of(source, *VIEWS) if source else None
     return f"after {product.node.type}" if product is not None and product.node.type in ("MatMul", "MatMulV2") else None
 
 
@@ -195,12 +195,12 @@ def separate_collective(node: NodeView) -> Found:
     remedy="fill up the weights that make them when they are written",
     cards=("910B",),
 )  # fmt: skip
-def padded_at_run_time(node: NodeView) -> Found:
+def padded_at_run_time(node: NodeView) -> Fault:
     made = node.output()
     if node.node.name in node.graph.fixed or math.prod(made.shape or ()) < _SMALL:
         return None
     source = node.source("x")
-    product = node.graph.behind(source, *VIEWS).node if source else None
+    product = node.graph.origin_of(source, *VIEWS).node if source else None
     return (
         f"{made} after {product.type}" if product is not None and product.type in ("MatMul", W8, "QuantBatchMatmulV3") else None
     )

@@ -80,12 +80,12 @@ class NodeView:
 
     def shape(self, name: str) -> tuple[int, ...] | None:
         """None where the input is not fed or its shape is open."""
-        found = self.input(name)
-        return None if found is None else found.shape
+        tensor = self.input(name)
+        return None if tensor is None else tensor.shape
 
     def dtype(self, name: str) -> str | None:
-        found = self.input(name)
-        return None if found is None else found.dtype
+        tensor = self.input(name)
+        return None if tensor is None else tensor.dtype
 
     def output(self, index: int = 0) -> TensorInfo:
         return self.graph.tensor(Source(self.node.name, index))
@@ -145,7 +145,7 @@ class GraphView:
     def readers(self, name: str) -> list[Node]:
         return self._readers.get(name, [])
 
-    def behind(self, source: Source, *types: str) -> NodeView:
+    def origin_of(self, source: Source, *types: str) -> NodeView:
         """The node that made a tensor, or the one before it that is none of these types; the first input is followed."""
         node = self._nodes[source.producer]
         while node.type in types and node.inputs and node.inputs[0] is not None:
@@ -156,18 +156,18 @@ class GraphView:
         for node in self.graph.nodes:
             for name, source in zip(node.input_names, node.inputs, strict=True):
                 if source and name in WEIGHT_INPUTS.get(node.type, ()):
-                    found = self.behind(source, *VIEWS, *PREPARING).node
-                    if found.type in INPUT_TYPES:
-                        yield found.name
+                    origin = self.origin_of(source, *VIEWS, *PREPARING).node
+                    if origin.type in INPUT_TYPES:
+                        yield origin.name
 
     def _made_of(self, inputs: frozenset[str]) -> frozenset[str]:
         """Nodes that depend on these graph inputs and on constants alone."""
-        found: set[str] = set(inputs)
+        constant: set[str] = set(inputs)
         for node in self.graph.nodes:  # each after those that it reads
-            made = bool(node.inputs) and all(source is None or source.producer in found for source in node.inputs)
+            made = bool(node.inputs) and all(source is None or source.producer in constant for source in node.inputs)
             if node.type == "Const" or (made and node.type not in INPUT_TYPES):
-                found.add(node.name)
-        return frozenset(found)
+                constant.add(node.name)
+        return frozenset(constant)
 
     def _outputs(self, node: Node) -> Iterator[TensorInfo]:
         if node.type == "Const":

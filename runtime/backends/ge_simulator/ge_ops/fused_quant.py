@@ -117,7 +117,7 @@ def dequant_swiglu_quant(
 
 
 def _dequantised(x: Tensor, columns: Tensor | None, rows: Tensor | None, bias: Tensor | None) -> Tensor:
-    """x in float32. A wide x, unrounded, is told from one that takes no scales by their presence."""
+    """x in float32. A wide x, unrounded, differs from one without scales by their presence."""
     if x.dim() < 2 or x.shape[-1] % 2:
         raise UnsupportedError(f"input x has the shape {list(x.shape)}; expected at least two axes, the last of an even size")
     if x.dtype in HALVES or columns is None:

@@ -8,7 +8,7 @@ torchair's auto_generated_ge_raw_ops.py), so that a graph's node is bound by nam
     def rms_norm(x: Tensor, gamma: Tensor, *, epsilon: float) -> tuple[Tensor, Tensor]: ...
 
 A parameter annotated `list[Tensor]` takes a dynamic input: x0, x1, ... of the definition's x. A default makes an input
-optional. An input whose name Python keeps for itself has a trailing underscore (`else_`). A keyword-only parameter `context`
+optional. An input whose name is reserved in Python has a trailing underscore (`else_`). A keyword-only parameter `context`
 receives a NodeContext, for operators that need to know more than their operands.
 """
 
