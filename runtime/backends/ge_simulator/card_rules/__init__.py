@@ -22,12 +22,12 @@ _SUBJECTS = (attention, cache, collectives, dtypes, faults, norms, products, spe
 def lint(graph: GeGraph, card: str = CARDS[0]) -> tuple[Finding, ...]:
     """Everything that breaks a rule for one of CARDS, errors first, otherwise in the order of the graph."""
     table = by_type(card)
-    findings = [
+    broken = [
         finding
         for view in GraphView(graph)
         for finding in findings(view, [*table.get(ANY, ()), *table.get(view.node.type, ())])
     ]
-    return tuple(sorted(findings, key=lambda finding: finding.rule.severity != "error"))
+    return tuple(sorted(broken, key=lambda finding: finding.rule.severity != "error"))
 
 
 def refuse(graph: GeGraph, card: str = CARDS[0]) -> None:
