@@ -41,6 +41,7 @@ from ..runtime.backends.ascend.weights import to_offsets, to_signed
 from ..runtime.shown import quoted
 from . import ascend_graph, lower_ascend
 from .ascend_graph import attention
+from .ascend_graph.head import cut_head
 from .ascend_graph.merging import join_swiglu, merge_products
 from .ascend_graph.rewriting import Rewrite, traced
 from .graphs import GraphDef
@@ -48,7 +49,7 @@ from .graphs import GraphDef
 DTYPES = ("float16", "bfloat16")
 WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
 # What is done to the trace of a definition before its ops are lowered, in order.
-REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu)
+REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu, cut_head)
 NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 

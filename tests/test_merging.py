@@ -67,7 +67,7 @@ def joined(apart: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def check_merged(source: Source, config: ModelConfig, out: Path, **options: Any) -> None:
     apart, bytes_apart = stored(source, config, out / "apart", **options)
-    merged, bytes_merged = stored(source, config, out / "merged", merged=True, **options)
+    merged, bytes_merged = stored(source, config, out / "merged", ascend=True, **options)
     expected = joined(apart)
     assert len(expected) < len(apart) and merged.keys() == expected.keys()
     assert all(merged[name].dtype == value.dtype and torch.equal(merged[name], value) for name, value in expected.items())
@@ -91,14 +91,14 @@ def test_a_merged_tensor_is_its_members_one_after_another(
 
 def test_what_is_merged(checkpoints: dict[str, Path]) -> None:
     """q, k, v and gate, up of all layers that have them; a layer that attends to images has q alone."""
-    names = stored_targets(model_config("mllama"), "none", merged=True)
+    names = stored_targets(model_config("mllama"), "none", ascend=True)
     text = [sorted(name for name in names if name.startswith(f"text.layers.{i}.attn.")) for i in (0, 1)]
     assert text[0] == ["text.layers.0.attn.o.weight", "text.layers.0.attn.qkv.weight"]
     assert text[1] == [f"text.layers.1.attn.{each}.weight" for each in ("o", "q", "q_norm")]
     for name in ("text.layers.1.mlp.gate_up", "vision.layers.0.attn.qkv", "vision.global_layers.0.attn.qkv"):
         assert f"{name}.weight" in names
     assert "vision.layers.0.mlp.up.weight" in names and "cross.0.k.weight" in names
-    qwen = stored_targets(model_config("qwen_vl"), "none", merged=True)
+    qwen = stored_targets(model_config("qwen_vl"), "none", ascend=True)
     assert qwen["text.layers.0.attn.qkv.bias"].shape == (3 * 64,) and "pool.attn.q.weight" in qwen
 
 
@@ -138,7 +138,7 @@ def test_calibrated_layers_are_merged_as_they_were_calibrated(checkpoints: dict[
         out = tmp_path / str(merged)
         store = CalibratedLayers(out, "k")
         store.write("text.layers.0", [layer])
-        conversion = Conversion(quant=quant, prefix="k", merged=merged)
+        conversion = Conversion(quant=quant, prefix="k", ascend=merged)
         found[merged] = contents(out, convert(source, config, out, conversion, calibrated=store))
     expected = joined(found[False])
     assert torch.equal(expected["text.layers.0.attn.qkv.qweight"][:64], layer["attn.q.qweight"])
@@ -149,7 +149,7 @@ def test_a_resumed_conversion_ends_like_an_uninterrupted_one(
     checkpoints: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, config = open_source(checkpoints["qwen_vl"]), model_config("qwen_vl")
-    expected, _ = stored(source, config, tmp_path / "whole", merged=True, quant="w8a8")
+    expected, _ = stored(source, config, tmp_path / "whole", ascend=True, quant="w8a8")
     write, written = writer.write_weight_file, []
 
     def breaking(*args: Any) -> Any:
@@ -160,8 +160,8 @@ def test_a_resumed_conversion_ends_like_an_uninterrupted_one(
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("staticvl.weights.convert.write_weight_file", breaking)
-        stored(source, config, tmp_path / "broken", merged=True, quant="w8a8")
-    found, _ = stored(source, config, tmp_path / "broken", merged=True, quant="w8a8")
+        stored(source, config, tmp_path / "broken", ascend=True, quant="w8a8")
+    found, _ = stored(source, config, tmp_path / "broken", ascend=True, quant="w8a8")
     assert len(written) == 2 and found.keys() == expected.keys()
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
@@ -180,7 +180,7 @@ def test_members_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
             alive.pop()
 
     name = "text.layers.0.attn.qkv.weight"
-    parts = {name: stored_targets(model_config("llava"), "none", merged=True)[name]}
+    parts = {name: stored_targets(model_config("llava"), "none", ascend=True)[name]}
     parts[name] = replace(parts[name], shape=(6, 3))
     assert merged_tensors.concatenated(parts, members_of(name), Member)[name].shape == (6, 3)
 
@@ -194,7 +194,7 @@ def test_definitions_find_their_parameters_as_views(
     checkpoints: dict[str, Path], family: str, quant: str, tmp_path: Path
 ) -> None:
     source, config = open_source(checkpoints[family]), model_config(family)
-    conversions = [Conversion(quant=quant, prefix="k", merged=merged, tp=2, rank=1) for merged in (False, True)]
+    conversions = [Conversion(quant=quant, prefix="k", ascend=merged, tp=2, rank=1) for merged in (False, True)]
     outs = [tmp_path / name for name in ("apart", "merged")]
     apart, merged = (convert(source, config, out, each).weights for out, each in zip(outs, conversions, strict=True))
     seen = 0
@@ -219,7 +219,7 @@ def test_compare_reads_the_same_from_both(checkpoints: dict[str, Path], quant: s
     sides = []
     for merged in (False, True):
         out = tmp_path / str(merged)
-        weights = convert(source, config, out, Conversion(quant=quant, prefix="k", merged=merged)).weights
+        weights = convert(source, config, out, Conversion(quant=quant, prefix="k", ascend=merged)).weights
         sides.append(RankWeights(out, weights, quant, shapes if merged else {}))
     apart, merged_side = sides
     assert sorted(merged_side.names()) == sorted(apart.names()) == sorted(targets(config))
