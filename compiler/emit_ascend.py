@@ -44,12 +44,13 @@ from .ascend_graph import attention
 from .ascend_graph.head import cut_head
 from .ascend_graph.merging import join_swiglu, merge_products
 from .ascend_graph.rewriting import Rewrite, traced
+from .ascend_graph.stored_forms import take_stored_forms
 from .graphs import GraphDef
 
 DTYPES = ("float16", "bfloat16")
 WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
 # What is done to the trace of a definition before its ops are lowered, in order.
-REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu, cut_head)
+REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu, cut_head, take_stored_forms)
 NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 

@@ -1,10 +1,9 @@
-"""The parameters of a definition in an artifact, whose weights may be merged (weights/merging.py) or cut
-(weights/head_pieces.py)."""
+"""The parameters of a definition in an artifact, whose weights may be merged (weights/merging.py), cut
+(weights/head_pieces.py) or of another form (weights/ascend_forms.py)."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from ..runtime.artifact import WeightSpec
 from ..runtime.backends.ascend.weights import map_weight
+from ..weights.ascend_forms import as_defined
 from ..weights.head_pieces import HEAD, piece_name
-from ..weights.merged_tensors import member_slice
+from ..weights.merged_tensors import member_slice, rows_axis
 from ..weights.merging import merged_name
 
 
@@ -22,18 +22,22 @@ def map_parameter(folder: Path, weights: Mapping[str, WeightSpec], name: str, sh
     """A parameter, or stored part of one, of `shape` in the artifact in `folder`, mapped as `map_weight` does; of a merged one
     it is a view of its rows, and of one in pieces a copy."""
     if name in weights:
-        return map_weight(folder, weights[name])
+        return as_defined(map_weight(folder, weights[name]), shape)
     if pieces := _pieces(weights, name):
-        return torch.cat([map_weight(folder, piece) for piece in pieces])
-    return member_slice(map_weight(folder, weights[merged_name(name)]), name, shape)
+        return as_defined(torch.cat([map_weight(folder, piece) for piece in pieces]), shape)
+    return as_defined(member_slice(map_weight(folder, weights[merged_name(name)]), name, shape), shape)
 
 
 def stored_bytes(weights: Mapping[str, WeightSpec], name: str, shape: Sequence[int]) -> int | None:
     """The bytes that it takes in the artifact; None if it is not there."""
     if pieces := _pieces(weights, name):
         return sum(piece.nbytes for piece in pieces)
-    spec = weights.get(name) or weights.get(merged_name(name))
-    return spec and spec.nbytes // math.prod(spec.shape) * math.prod(shape)
+    if spec := weights.get(name):
+        return spec.nbytes
+    if spec := weights.get(merged_name(name)):
+        axis = rows_axis(name, getattr(torch, spec.dtype))
+        return spec.nbytes // spec.shape[axis] * shape[axis]
+    return None
 
 
 def _pieces(weights: Mapping[str, WeightSpec], name: str) -> list[WeightSpec]:

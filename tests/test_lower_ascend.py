@@ -479,12 +479,13 @@ def test_weights_in_8_bits_are_taken_as_they_lie() -> None:
     parsed = ge_graph.parse(compiled.graph)
     eights = [node for node in parsed.inputs if node.outputs[0].dtype == "int8"]
     assert len(eights) == parsed.types()["WeightQuantBatchMatmulV2"] == sum(n.endswith(".qweight") for n in compiled.weights)
-    # Seen as a matrix, then transposed for an operator that reads it either way: no other node touches a weight.
+    # Transposed for an operator that reads it either way: no other node touches a weight.
     for node in eights:
         seen = node
-        for expected in ("Reshape", "Transpose", "WeightQuantBatchMatmulV2"):
+        for expected in ("Transpose", "WeightQuantBatchMatmulV2"):
             (seen,) = parsed.readers(ge_graph.Source(seen.name, 0))
             assert seen.type == expected
+        assert seen.attributes["antiquant_group_size"] == 0, "one scale for each column"
 
 
 def test_weights_in_4_bits_are_taken_as_they_lie() -> None:

@@ -23,13 +23,14 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
+from .ascend_forms import has_column_scales
 from .calibrated_layers import CalibratedLayers
 from .head_pieces import piece_of
 from .merged_tensors import concatenated
 from .merging import members_of
 from .names.rule import Shape
 from .packing.source import PackedSource
-from .quantize import quantize
+from .quantize import quantize, quantize_columns
 from .shard import rank_span, rank_targets, shard_axis
 from .shard_span import Span, read_span
 from .source import Source
@@ -65,7 +66,7 @@ class Conversion:
     `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
     that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
     `ascend`: as artifacts for Ascend hold them: linear layers with the same input as one (merging.py), a large lm_head in
-    pieces (head_pieces.py).
+    pieces (head_pieces.py), quantised layers in forms of their own (ascend_forms.py).
     `prefix` begins the names of files. It has to name source, config, quant, ascend, floats and tp: files of the same prefix
     that an interrupted run has finished are kept. `shard_bytes`: a file holds up to so many bytes of tensors; a larger tensor
     has a file to itself.
@@ -202,7 +203,8 @@ class _TensorProducer:
         return self.waiting.pop(part)
 
     def _parts(self, name: str) -> dict[str, StoredTensor]:
-        return stored_parts(name, self.stored_shapes[name], self.conversion.quant, self.conversion.floats)
+        stored, shape = self.conversion, self.stored_shapes[name]
+        return stored_parts(name, shape, stored.quant, stored.floats, ascend=stored.ascend)
 
     def _stored(self, name: str) -> dict[str, Tensor]:
         """The stored parts of a parameter; of a merged one, members are made one after another."""
@@ -225,7 +227,12 @@ class _TensorProducer:
         if kind == "none":
             self._check_range(name, tensor)
             return {name: tensor}
-        return {f"{stem}.{part}": value for part, value in quantize(kind, tensor).items()}
+        return {f"{stem}.{part}": value for part, value in self._quantised(kind, tensor).items()}
+
+    def _quantised(self, kind: str, weight: Tensor) -> dict[str, Tensor]:
+        if self.conversion.ascend and has_column_scales(kind, self.conversion.quant):
+            return dict(zip(("qweight", "scales"), quantize_columns(weight), strict=True))
+        return quantize(kind, weight)
 
     def _made(self, recipe: Recipe, span: Span | None) -> Tensor:
         rule, pairs = recipe.rule, list(zip(recipe.tensors, recipe.rule.sources, strict=True))
@@ -289,7 +296,7 @@ def _tensors_of_files(config: ModelConfig, conversion: Conversion) -> Iterator[d
     tensors: dict[str, StoredTensor] = {}
     size = 0
     for name, shape in stored_shapes(config, conversion.quant, conversion.tp, ascend=conversion.ascend).items():
-        parts = stored_parts(name, shape, conversion.quant, conversion.floats)
+        parts = stored_parts(name, shape, conversion.quant, conversion.floats, ascend=conversion.ascend)
         nbytes = sum(part.nbytes for part in parts.values())
         if tensors and size + nbytes > conversion.shard_bytes:
             yield tensors

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
+from .ascend_forms import ascend_parts
 from .head_pieces import HEAD, cut_shapes, piece_of
 from .merging import merged_shapes
 from .names.rule import Shape
@@ -54,14 +55,20 @@ def quant_of(name: str, quant: str) -> str:
     return text_quant(quant) if _QUANTISED.fullmatch(name) else "none"
 
 
-def stored_parts(name: str, shape: tuple[int, ...], quant: str, floats: Floats = FLOAT32) -> dict[str, StoredTensor]:
-    """The stored tensors of parameter `name`: itself, or NAME.qweight, NAME.scales and perhaps NAME.zeros of NAME.weight."""
+def stored_parts(
+    name: str, shape: tuple[int, ...], quant: str, floats: Floats = FLOAT32, *, ascend: bool = False
+) -> dict[str, StoredTensor]:
+    """The stored tensors of parameter `name`: itself, or NAME.qweight, NAME.scales and perhaps NAME.zeros of NAME.weight.
+
+    For Ascend some have forms of their own (ascend_forms.py).
+    """
     kind = quant_of(name, quant)
     if kind == "none":
         return {name: StoredTensor(floats.of(name, shape), shape)}
     stem = name.removesuffix(".weight")
-    parts = quant_parts(kind, *shape).items()
-    return {f"{stem}.{key}": StoredTensor(part.dtype or floats.scales, part.shape) for key, part in parts}
+    parts = {key: StoredTensor(part.dtype or floats.scales, part.shape) for key, part in quant_parts(kind, *shape).items()}
+    parts = ascend_parts(kind, quant, shape, parts) if ascend else parts
+    return {f"{stem}.{key}": part for key, part in parts.items()}
 
 
 def stored_shapes(config: ModelConfig, quant: str, tp: int = 1, *, ascend: bool = False) -> dict[str, Shape]:
@@ -82,4 +89,4 @@ def stored_targets(
     """All tensors in the weight files of each rank of `tp`, by name, in the order of `stored_shapes`, raising as it does."""
     assert quant in QUANTS + READY_MADE, quant
     shapes = stored_shapes(config, quant, tp, ascend=ascend)
-    return {k: v for name, shape in shapes.items() for k, v in stored_parts(name, shape, quant, floats).items()}
+    return {k: v for name, shape in shapes.items() for k, v in stored_parts(name, shape, quant, floats, ascend=ascend).items()}

@@ -29,14 +29,15 @@ PACKED_BLOCKS = (16, 64)  # bytes of a block of 32 or 128 numbers of 4 bits; blo
 def to_signed(qweight: Tensor) -> Tensor:
     """Quantised weights of an artifact in the signed form of Ascend graphs: the same but for the top bit of each number.
 
-    Of 8 bits: uint8 around 128 -> int8 around 0, same shape. Of 4 bits, two in a byte around 8: int32 of eight around 0, the
-    first in the lowest bits, the last axis a quarter as long. int8 stays as it is.
+    Of 8 bits: uint8 around 128 -> int8 around 0, same shape: [N, B, block], or [N, K] with one scale for each column. Of 4
+    bits, two in a byte around 8: int32 of eight around 0, the first in the lowest bits, the last axis a quarter as long. int8
+    stays as it is.
     """
     import torch
 
     if qweight.dtype == torch.int8:
         return qweight
-    if qweight.shape[-1] in PACKED_BLOCKS:
+    if qweight.dim() == 3 and qweight.shape[-1] in PACKED_BLOCKS:
         return (qweight ^ 0x88).view(torch.int32)
     return (qweight ^ 0x80).view(torch.int8)
 
