@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from staticvl.compiler.build import build
 from staticvl.compiler.emit_ascend import emit
 from staticvl.compiler.options import Options
 from staticvl.compiler.weight_views import map_parameter, stored_bytes
+from staticvl.model_defs.config import ModelConfig
 from staticvl.model_defs.layers import Linear
+from staticvl.runtime.backends.ascend.weights import to_offsets
 from staticvl.runtime.backends.ge_simulator import ge_graph
 from staticvl.weights import ascend_forms, convert
 from staticvl.weights.convert import Conversion
@@ -27,10 +30,12 @@ from staticvl.weights.source import open_source
 from staticvl.weights.storage import quant_of, stored_targets, uniform
 from staticvl.weights.weight_map import targets
 
+from . import merged_models
 from .conftest import EMBEDDED
 from .merged_models import graphs, model_config
 from .need_torchair import skip_without_torchair
-from .wide_models import part, write_random
+from .wide_models import part as rank_part
+from .wide_models import write_random
 
 GROUPS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up")}
 ANSWER = {"max_new_tokens": 4, "temperature": 0.0, "ignore_eos": True}
@@ -44,7 +49,7 @@ def whole_weights(checkpoint: Path, tp: int, rank: int) -> dict[str, np.ndarray]
     """The rank's weights in floats, those that are merged one after another."""
     config = model_config("llava")
     read = convert.parameters(open_source(checkpoint), config)
-    apart = {name: part(config, name, read(name), tp, rank).numpy() for name in targets(config)}
+    apart = {name: rank_part(config, name, read(name), tp, rank).numpy() for name in targets(config)}
     for name in list(apart):
         for group, members in GROUPS.items():
             if name.startswith("text.") and name.endswith(f".{members[0]}.weight"):
@@ -120,8 +125,8 @@ def test_products_in_8_bits_have_no_groups(kind: str) -> None:
     assert shapes == [("int8", 2)] * len(products)
 
 
-@pytest.mark.parametrize("quant", ["w8a16"])
-def test_artifacts_from_before_still_answer(quant: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("quant", "part"), [("w8a16", "mlp.down"), ("w4a16", "attn.qkv")])
+def test_artifacts_from_before_still_answer(quant: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their layers have blocks. Made again, all graphs have certificates."""
     skip_without_torchair()
     buckets = Buckets(prefill=(16,), decode=(1,), context=64, slots=1)
@@ -129,9 +134,11 @@ def test_artifacts_from_before_still_answer(quant: str, tmp_path: Path, monkeypa
     with monkeypatch.context() as patch:
         for module in (ascend_forms, stored_forms):
             patch.setattr(module, "QUANTS", ())
+        for module in (ascend_forms, convert, stored_forms):
+            patch.setattr(module, "packs_features", lambda *_: False)
         patch.setattr(fingerprint, "code_digests", lambda *_, **__: {"code": "of an earlier version"})
         old = build(options).manifest
-    name = "text.layers.0.mlp.down.qweight"
+    name = f"text.layers.0.{part}.qweight"
     assert len(old.weights[name].shape) == 3
     before = runtime.load(tmp_path, device="sim").generate("Say one word.", **ANSWER)
     made = build(options)
@@ -139,3 +146,102 @@ def test_artifacts_from_before_still_answer(quant: str, tmp_path: Path, monkeypa
     assert all(graph.certificate and graph.certificate.worst <= 1e-4 for graph in made.manifest.graphs)
     after = runtime.load(tmp_path, device="sim").generate("Say one word.", **ANSWER)
     assert len(before.token_ids) == len(after.token_ids) == 4
+    if quant == "w4a16":  # the same numbers; those of 8 bits are rounded by other scales
+        assert before.token_ids == after.token_ids
+
+
+# --- 4 bits, packed along the out features ------------------------------------------------------------------------------------
+
+
+def nibbles(rows: np.ndarray) -> np.ndarray:
+    """qweight [N, B, block / 2] -> [N, K], 0..15, the low bits first."""
+    low_first = np.stack((rows & 15, rows >> 4), -1)
+    return low_first.reshape(len(rows), -1)
+
+
+def check_packed(stem: str, plain: dict[str, Tensor], stored: dict[str, Tensor]) -> None:
+    """Number by number, of a layer [N, K] that may be merged."""
+    numbers = nibbles(plain[f"{stem}.qweight"].numpy()).astype(np.int64) - 8
+    packed = stored[f"{stem}.qweight"].numpy()
+    assert packed.dtype == np.int32 and packed.shape == (numbers.shape[1], len(numbers) // 8)
+    for place in range(8):
+        found = packed.astype(np.int64) >> 4 * place & 15
+        assert np.array_equal(np.where(found > 7, found - 16, found), numbers[place::8].T)
+    assert torch.equal(stored[f"{stem}.scales"], plain[f"{stem}.scales"].T)
+
+
+def packed_model() -> ModelConfig:
+    """Two blocks of 128 in a row of most layers; down has 192 columns, of which the last block is not full."""
+    config = model_config("llava")
+    text = replace(config.text, hidden_size=256, intermediate_size=192, heads=8, head_dim=32, kv_heads=2)
+    return replace(config, text=text)
+
+
+@pytest.mark.parametrize(("tp", "rank"), [(1, 0), (2, 1)])
+def test_4_bits_are_packed_along_the_out_features(tp: int, rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is stored, and what definitions find in it: the parts that an artifact without the form has."""
+    config = packed_model()
+    source = open_source(write_random(config, tmp_path / "checkpoint"))
+    conversion = Conversion(quant="w4a16", prefix="k", ascend=True, floats=uniform("float16"), tp=tp, rank=rank)
+    outs = tmp_path / "plain", tmp_path / "packed"
+    with monkeypatch.context() as patch:
+        for module in (ascend_forms, convert):
+            patch.setattr(module, "packs_features", lambda *_: False)
+        plain_weights = convert.convert(source, config, outs[0], conversion).weights
+    weights = convert.convert(source, config, outs[1], conversion).weights
+    plain, stored = map(contents, outs)
+    layers = sorted(name.removesuffix(".qweight") for name in stored if stored[name].dtype == torch.int32)
+    assert layers == [f"text.layers.{i}.{each}" for i in (0, 1) for each in ("attn.o", "attn.qkv", "mlp.gate_up")]
+    for stem in layers:
+        check_packed(stem, plain, stored)
+    assert all(torch.equal(stored[name], plain[name]) for name in plain if name.rpartition(".")[0] not in layers)
+    for name, defined in stored_targets(config, "w4a16", tp=tp).items():
+        found = map_parameter(outs[1], weights, name, defined.shape)
+        assert torch.equal(found, map_parameter(outs[0], plain_weights, name, defined.shape)), name
+        assert stored_bytes(weights, name, defined.shape) == stored_bytes(plain_weights, name, defined.shape)
+
+
+def test_zero_points_and_members_of_packed_layers() -> None:
+    """Offsets lie as the scales do; a member need not begin where eight numbers do."""
+    generator = torch.Generator().manual_seed(0)
+    numbers = torch.randint(0, 256, (64, 3, 64), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(0, 256, (64, 2), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(64, 3, generator=generator)
+    packed = ascend_forms.packed_features("qweight", numbers)
+    expected = to_offsets(zeros, numbers, scales)
+    assert torch.equal(to_offsets(zeros, packed, ascend_forms.packed_features("scales", scales)), expected.T)
+    assert torch.equal(ascend_forms.unpacked_features("qweight", packed, (64, 3, 64), 0), numbers)
+    assert torch.equal(ascend_forms.unpacked_features("qweight", packed, (12, 3, 64), 20), numbers[20:32])
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "packs"),
+    [
+        ("w4a16", (64, 256), True),
+        ("w4a16-asym", (4096, 11008), True),
+        ("w4a16", (72, 256), False),
+        ("w4a16", (64, 256 + 120), False),
+        ("w4a16-g32", (64, 256), False),
+        ("w8a16", (64, 256), False),
+        ("w8a8", (64, 256), False),
+        ("none", (64, 256), False),
+    ],
+)
+def test_which_layers_are_packed(kind: str, shape: tuple[int, int], packs: bool) -> None:
+    assert ascend_forms.packs_features(kind, shape) == packs
+
+
+def test_packed_weights_are_taken_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not transposed, in groups of 128. The layers of other sizes are transposed as before."""
+    skip_without_torchair()
+    config = packed_model()
+    monkeypatch.setattr(merged_models, "model_config", lambda _family: config)
+    (graph,) = (each for each in graphs("llava", "w4a16") if each.kind == "decode")
+    parsed = ge_graph.parse(emit(graph, "float16").graph)
+    packed = [node for node in parsed.inputs if node.outputs[0].dtype == "int32" and len(node.outputs[0].shape or ()) == 2]
+    packed = [node for node in packed if node.outputs[0].shape[0] == 256]
+    readers = [each for node in packed for each in parsed.readers(ge_graph.Source(node.name, 0))]
+    assert [each.type for each in readers] == ["WeightQuantBatchMatmulV2"] * 3 * config.text.layers
+    assert all(each.attributes["antiquant_group_size"] == 128 for each in readers)
+    others = [node for node in parsed.nodes if node.type == "WeightQuantBatchMatmulV2" and node not in readers]
+    assert len(others) == config.text.layers + 1, "down, and lm_head"

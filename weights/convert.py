@@ -23,7 +23,7 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
-from .ascend_forms import has_column_scales
+from .ascend_forms import has_column_scales, packed_features, packs_features
 from .calibrated_layers import CalibratedLayers
 from .head_pieces import piece_of
 from .merged_tensors import concatenated
@@ -179,7 +179,7 @@ class _TensorProducer:
     ) -> None:
         self.source, self.conversion, self.calibrated = source, conversion, calibrated
         self.stored_shapes = stored_shapes(config, conversion.quant, conversion.tp, ascend=conversion.ascend)
-        self.owner = {part: name for name in self.stored_shapes for part in self._parts(name)}
+        self.owner = {part: name for name in self.stored_shapes for part in self._parts(name, ascend=conversion.ascend)}
         self.spans = {name: _span(config, name, shape, conversion) for name, shape in targets(config).items()}
         self.shapes = rank_targets(config, conversion.tp)
         self.recipes = dict(weight_map.recipes)
@@ -202,15 +202,18 @@ class _TensorProducer:
             self.waiting |= self._stored(self.owner[part])
         return self.waiting.pop(part)
 
-    def _parts(self, name: str) -> dict[str, StoredTensor]:
-        stored, shape = self.conversion, self.stored_shapes[name]
-        return stored_parts(name, shape, stored.quant, stored.floats, ascend=stored.ascend)
+    def _parts(self, name: str, *, ascend: bool) -> dict[str, StoredTensor]:
+        return stored_parts(name, self.stored_shapes[name], self.conversion.quant, self.conversion.floats, ascend=ascend)
 
     def _stored(self, name: str) -> dict[str, Tensor]:
         """The stored parts of a parameter; of a merged one, members are made one after another."""
-        if not (members := members_of(name)):
-            return self._make(name)
-        return concatenated(self._parts(name), members, self._make)
+        conversion, shape = self.conversion, self.stored_shapes[name]
+        packs = conversion.ascend and len(shape) == 2 and packs_features(quant_of(name, conversion.quant), shape)
+        if members := members_of(name):
+            values = concatenated(self._parts(name, ascend=conversion.ascend and not packs), members, self._make)
+        else:
+            values = self._make(name)
+        return {part: packed_features(part.rpartition(".")[2], value) for part, value in values.items()} if packs else values
 
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name

@@ -37,6 +37,21 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, z
     return _grouped(x, qweight, scales, bias, zeros, 8 * qweight.shape[2])
 
 
+def linear_packed(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+    """The product in 4 bits over qweight [C, N / 8] int32, packed along the out features, and scales and offsets [blocks, N]:
+    the operator's weight as it lies, not transposed (weights/ascend_forms.py)."""
+    blocks, n = scales.shape
+    y = npu.npu_weight_quant_batchmatmul.default(
+        x.reshape(-1, x.shape[-1]),
+        qweight,
+        scales,
+        antiquant_offset=offsets,
+        bias=None if bias is None else bias.float() if x.dtype == torch.bfloat16 else bias,
+        antiquant_group_size=x.shape[-1] // blocks if blocks > 1 else 0,
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
 def _grouped(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, offsets: Tensor | None, block: int) -> Tensor:
     """qweight [N, blocks, ..] or [N, C] as it lies, scales and offsets [N, blocks].
 
