@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..runtime.artifact import WeightSpec
 from ..runtime.backends.ascend.weights import map_weight
-from ..weights.ascend_forms import as_defined, unpacked_features
+from ..weights.ascend_contents import as_defined, unpacked_features
 from ..weights.head_pieces import HEAD, piece_name
 from ..weights.merged_tensors import first_row, member_slice, rows_axis
 from ..weights.merging import merged_name

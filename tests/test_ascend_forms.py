@@ -24,6 +24,7 @@ from staticvl.model_defs.layers import Linear
 from staticvl.runtime.backends.ascend.weights import to_offsets
 from staticvl.runtime.backends.ge_simulator import ge_graph
 from staticvl.weights import ascend_forms, convert
+from staticvl.weights.ascend_contents import packed_features, unpacked_features
 from staticvl.weights.convert import Conversion
 from staticvl.weights.quantize import dequantize
 from staticvl.weights.source import open_source
@@ -207,11 +208,11 @@ def test_zero_points_and_members_of_packed_layers() -> None:
     numbers = torch.randint(0, 256, (64, 3, 64), dtype=torch.uint8, generator=generator)
     zeros = torch.randint(0, 256, (64, 2), dtype=torch.uint8, generator=generator)
     scales = torch.rand(64, 3, generator=generator)
-    packed = ascend_forms.packed_features("qweight", numbers)
+    packed = packed_features("qweight", numbers)
     expected = to_offsets(zeros, numbers, scales)
-    assert torch.equal(to_offsets(zeros, packed, ascend_forms.packed_features("scales", scales)), expected.T)
-    assert torch.equal(ascend_forms.unpacked_features("qweight", packed, (64, 3, 64), 0), numbers)
-    assert torch.equal(ascend_forms.unpacked_features("qweight", packed, (12, 3, 64), 20), numbers[20:32])
+    assert torch.equal(to_offsets(zeros, packed, packed_features("scales", scales)), expected.T)
+    assert torch.equal(unpacked_features("qweight", packed, (64, 3, 64), 0), numbers)
+    assert torch.equal(unpacked_features("qweight", packed, (12, 3, 64), 20), numbers[20:32])
 
 
 @pytest.mark.parametrize(

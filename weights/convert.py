@@ -23,7 +23,8 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
-from .ascend_forms import has_column_scales, packed_features, packs_features
+from .ascend_contents import packed_features
+from .ascend_forms import has_column_scales, packs_features
 from .calibrated_layers import CalibratedLayers
 from .head_pieces import piece_of
 from .merged_tensors import concatenated
