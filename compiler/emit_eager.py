@@ -18,7 +18,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..model_defs import ops
 from .ascend_graph.attention import HIDDEN_BELOW
-from .ascend_graph.merging import merge_products
+from .ascend_graph.merging import merge_products, note_biases
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
 
@@ -29,7 +29,7 @@ DEVICE, HALF, GROUP = "device", "half", "group"
 
 def emit(definition: GraphDef, dtype: str) -> Emitted:
     """The program of one graph, computing in float16 or bfloat16."""
-    kernel = make_kernel(definition, getattr(torch, dtype), (merge_products,))
+    kernel = make_kernel(definition, getattr(torch, dtype), (merge_products, note_biases))
     method = getattr(kernel.module, kernel.name)
     program = make_fx(method, decomposition_table=_definitions(), tracing_mode="fake")(*kernel.arguments)
     source = program.code.replace("device(type='meta')", DEVICE).replace(f"torch.{dtype}", HALF)
@@ -64,5 +64,6 @@ def _cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The definition upcasts a narrow weight; here wide inputs, the normalised pixels, are cast to the weight's dtype."""
-    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
+    """The definition upcasts a narrow weight; here wide inputs, the normalised pixels, are cast to the weight's dtype, and so
+    are biases that are stored in float32."""
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))

@@ -11,7 +11,7 @@ from .ascend_forms import ascend_parts
 from .head_pieces import HEAD, cut_shapes, piece_of
 from .merging import merged_shapes
 from .names.rule import Shape
-from .shard import rank_targets
+from .shard import bias_in_product, rank_targets
 from .tensors import StoredTensor
 
 _QUANTISED = re.compile(r"text\.layers\.\d+\.(?:attn\.(?:[qkvo]|qkv)|mlp\.(?:gate|up|down|gate_up))\.weight")
@@ -24,16 +24,21 @@ TABLE = "text.embed.weight"
 class Floats:
     """The dtypes of what is not quantised: tensors of two axes and more, tensors of one axis, and scales of blocks.
 
-    `own`: matrices with a dtype of their own, by name.
+    `own`: matrices with a dtype of their own, by name. `biases`: the dtype of those that a rank of `tp` adds within a product,
+    where it is another than that of vectors.
     """
 
     matrices: str = "float32"
     vectors: str = "float32"
     scales: str = "float32"
     own: Mapping[str, str] = field(default_factory=dict)
+    biases: str = ""
+    tp: int = 1
 
     def of(self, name: str, shape: tuple[int, ...]) -> str:
         """The dtype of parameter `name`."""
+        if self.biases and bias_in_product(name, self.tp):
+            return self.biases
         return self.own.get(name, self.matrices) if len(shape) > 1 else self.vectors
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
@@ -17,12 +17,14 @@ class TracedGraph:
 
     `parameters` names the placeholders that are parameters; the rest are the definition's inputs, in their order. `tensors` are
     the named parameters, without data. A pass that changes placeholders changes both. `quant` is the artifact's quantisation.
+    `biases` names those that are added within a product.
     """
 
     module: fx.GraphModule
     parameters: dict[fx.Node, str]
     tensors: dict[str, Tensor]
     quant: str = "none"
+    biases: set[str] = field(default_factory=set)
 
     @property
     def graph(self) -> fx.Graph:
