@@ -36,8 +36,9 @@ def _packed_features(weights: Mapping[str, WeightSpec], name: str) -> int:
     """The out features of the stored layer, perhaps merged, that `name` is a part of, where they are packed; else 0."""
     stem, _, part = name.rpartition(".")
     numbers = weights.get(f"{stem}.qweight") or weights.get(merged_name(f"{stem}.qweight"))
-    packed = part in ("qweight", "scales", "zeros") and numbers is not None and numbers.dtype == "int32"
-    return 8 * numbers.shape[1] if packed else 0
+    if numbers is None or numbers.dtype != "int32" or part not in ("qweight", "scales", "zeros"):
+        return 0
+    return 8 * numbers.shape[1]
 
 
 def stored_bytes(weights: Mapping[str, WeightSpec], name: str, shape: Sequence[int]) -> int | None:
@@ -58,4 +59,5 @@ def _pieces(weights: Mapping[str, WeightSpec], name: str) -> list[WeightSpec]:
     """The pieces of a part of lm_head; none where it is whole, or another layer's."""
     if name in weights or not name.startswith(f"{HEAD}."):
         return []
-    return list(itertools.takewhile(bool, (weights.get(piece_name(name, place)) for place in itertools.count())))
+    names = itertools.takewhile(weights.__contains__, (piece_name(name, place) for place in itertools.count()))
+    return [weights[each] for each in names]

@@ -509,7 +509,7 @@ def test_each_input_of_whole_number_products_is_rounded_once() -> None:
     assert readers.count(["QuantBatchMatmulV3"]) == 4 * layers
     assert [each for each in readers if each != ["QuantBatchMatmulV3"]] == [["Transpose"]], "lm_head, of another product"
     scales = [node for node in parsed.inputs if node.outputs[0].dtype == "float32" and len(node.outputs[0].shape or ()) == 1]
-    assert len(scales) == 4 * layers
+    assert len(scales) == 5 * layers, "and biases of q, k and v, which are float32 beside bfloat16"
 
 
 def test_another_dtype_is_refused() -> None:

@@ -57,7 +57,7 @@ def shard_axis(config: ModelConfig, name: str) -> Literal[0, 1] | None:
 
 
 def bias_in_product(name: str, tp: int) -> bool:
-    """Whether `name` is a bias that a rank of `tp` adds within a product: not that of a norm, nor one after a sum over ranks."""
+    """Whether `name` is a bias that a rank of `tp` adds within a product: no norm's, and not one after a sum over ranks."""
     weight = f"{name.removesuffix('bias')}weight"
     return name.endswith(".bias") and not name.endswith("norm.bias") and not (tp > 1 and _INPUT.fullmatch(weight))
 
