@@ -1,10 +1,12 @@
 """Cost of a quantisation in accuracy: right answers and logits of the trained tiny models, on drawings unseen in training.
 
     python -m benchmarks.quantisation_accuracy [--models tiny_llava15,...] [--quants w8a16,...] [--drawings 40] [--backend onnx]
-        [--calibrate 32 [--kv-cache int8]]
+        [--calibrate 32 [--kv-cache int8]] [--column-scales]
 
 With --calibrate N every quantisation that allows it is also measured after a calibration with N prompts about other drawings.
 With --kv-cache int8 each quantisation is measured with an 8-bit cache only (`none` may be among them).
+With --column-scales the weights of w8a16 alone are measured too, rounded and then computed in floats: with a scale for each
+block, and with one scale for each column, as artifacts for Ascend store them.
 With --outliers F a few channels after every norm become F times as large, and the weights after them F times smaller. In floats
 this is the same model; its activations resemble those of large models.
 
@@ -27,7 +29,7 @@ from safetensors.torch import load_file, save_file
 from staticvl.compiler.build import build
 from staticvl.compiler.calibration import METHODS, Calibration
 from staticvl.compiler.plan import Buckets, Options
-from staticvl.model_defs.config import KV_CACHES, QUANTS
+from staticvl.model_defs.config import KV_CACHES, QUANTS, quant_block, read_config
 from staticvl.tools.calibration_file import read_calibration
 from staticvl.tools.comparing.metrics import compare_logits
 from staticvl.tools.comparing.samples import user_sample
@@ -35,6 +37,10 @@ from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
 from staticvl.tools.development.train_tiny import Case, cases
 from staticvl.tools.development.training.data import HELD_OUT_SEED
 from staticvl.tools.drawings import iou, parse_box
+from staticvl.weights.quantize import dequantize_w8, quantize_w8
+from staticvl.weights.source import open_source
+from staticvl.weights.storage import quant_of
+from staticvl.weights.weight_map import match
 
 ASSETS = Path(__file__).parent.parent / "tools" / "assets"
 MODELS = ("tiny_llava15", "tiny_llava16", "tiny_mllama")
@@ -44,6 +50,7 @@ AFTER_NORM = {  # a norm, and the weights that take what it puts out
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_attn.q_proj"],
     "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
 }
+WEIGHTS_ALONE = {"weights, block scales": False, "weights, column scales": True}  # label -> one scale for each column
 EXTRA = "two pictures"  # a kind that not every model has learnt well
 
 
@@ -88,6 +95,21 @@ def with_outliers(checkpoint: Path, out: Path, factor: float) -> Path:
     return out
 
 
+def with_rounded(checkpoint: Path, out: Path, columns: bool) -> Path:
+    """The model with the weights that w8a16 quantises rounded to 8 bits, by a scale for each block, or for each column."""
+    recipes = match(read_config(checkpoint), open_source(checkpoint).tensors).recipes
+    rounded = {recipe.tensors[0].name for name, recipe in recipes.items() if quant_of(name, "w8a16") != "none"}
+    shutil.copytree(checkpoint, out)
+    file = out / "model.safetensors"
+    tensors = {name: value.float() for name, value in load_file(file).items()}
+    for name in rounded:
+        width = tensors[name].shape[1]
+        q, scales = quantize_w8(tensors[name], width if columns else quant_block(width))
+        tensors[name] = dequantize_w8(q, scales, width)
+    save_file(tensors, file)
+    return out
+
+
 def calibration(prompts: int, folder: Path) -> Calibration:
     """Prompts with answers about drawings that nothing else here shows, through the file that a user would write."""
     asked_for = [case for case in cases(prompts, CALIBRATION_SEED) if not case.turns and case.kind != EXTRA]
@@ -127,7 +149,14 @@ def forced(side: StaticSide, questions: list[Case], answers: Answers) -> list[np
 
 
 def measure(
-    checkpoint: Path, quants: list[str], drawings: int, backend: str, prompts: int, folder: Path, kv_cache: str = "float"
+    checkpoint: Path,
+    quants: list[str],
+    drawings: int,
+    backend: str,
+    prompts: int,
+    folder: Path,
+    kv_cache: str = "float",
+    columns: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Figures of one model by quantisation."""
     used = calibration(prompts, folder / "calibration") if prompts else None
@@ -136,13 +165,17 @@ def measure(
         kinds = [(f"{quant}, int8 cache", quant, used) for quant in quants]
     elif used:
         kinds += [(f"{quant}, calibrated", quant, used) for quant in quants if quant in METHODS]
+    kinds += [(label, "none", None) for label in WEIGHTS_ALONE] if columns else []
     questions = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
     reference = compiled(checkpoint, "none", folder / "none", backend)
     answers = answered(reference, questions)
     logits = forced(reference, questions, answers)
     results = {"none": {"right": float(np.mean(answers.right)), "cases": float(len(questions))}}
     for label, quant, by in kinds:
-        side = compiled(checkpoint, quant, folder / label, backend, by, kv_cache)
+        source = checkpoint
+        if label in WEIGHTS_ALONE:
+            source = with_rounded(checkpoint, folder / f"{label}, checkpoint", WEIGHTS_ALONE[label])
+        side = compiled(source, quant, folder / label, backend, by, kv_cache)
         own = answered(side, questions)
         figures = [compare_logits(*each) for each in zip(logits, forced(side, questions, answers), answers.tokens, strict=True)]
         rows = np.array([len(each) for each in answers.tokens])
@@ -173,6 +206,9 @@ def main() -> None:
         "--calibrate", type=int, default=0, metavar="PROMPTS", help="prompts of a calibration; 0: none; default: 0"
     )
     parser.add_argument("--kv-cache", default="float", choices=KV_CACHES, help="dtype of the cache; default: float")
+    parser.add_argument(
+        "--column-scales", action="store_true", help="measure w8a16's weights alone too, by both kinds of scales; default: no"
+    )
     args = parser.parse_args()
     if args.kv_cache == "int8" and not args.calibrate:
         parser.error("a cache in 8 bits is calibrated; give --calibrate PROMPTS")
@@ -190,6 +226,7 @@ def main() -> None:
                 args.calibrate,
                 Path(folder),
                 args.kv_cache,
+                args.column_scales,
             )
         for quant, f in table[model].items():
             line = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"

@@ -6,8 +6,9 @@ graph, and the Python code that feeds it. It refers to nothing of the compiler o
 
 A kernel takes its tensors by position:
 
-    weights     as `Emitted.weights` names them, some merged (weights/merging.py); floating-point ones in the graph's dtype
-                but for the scales of whole-number products, which are float32; quantised ones as `to_signed` of
+    weights     as `Emitted.weights` names them, some merged, cut or in forms of their own (weights/merging.py, head_pieces.py,
+                ascend_forms.py); floating-point ones in the graph's dtype but for scales of whole-number products and, beside
+                bfloat16, biases of products, which are float32; quantised ones as `to_signed` of
                 runtime/backends/ascend/weights.py gives them, and zero points as its `to_offsets` does
     constants   as `Emitted.constants` names them, float32
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
@@ -43,14 +44,16 @@ from ..runtime.shown import quoted
 from . import ascend_graph, lower_ascend
 from .ascend_graph import attention, fused
 from .ascend_graph.fusions import FUSIONS, fuse_all_reduce
-from .ascend_graph.merging import join_swiglu, merge_products
+from .ascend_graph.head import cut_head
+from .ascend_graph.merging import join_swiglu, merge_products, note_biases
 from .ascend_graph.rewriting import Rewrite, traced
+from .ascend_graph.stored_forms import take_stored_forms
 from .graphs import GraphDef
 
 DTYPES = ("float16", "bfloat16")
 WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
-# What is done to the trace of a definition before its ops are lowered, in order.
-REWRITES: tuple[Rewrite, ...] = (merge_products, join_swiglu, *FUSIONS)
+# What is done to the trace of a definition before its ops are lowered, in order; stored forms are taken last.
+REWRITES: tuple[Rewrite, ...] = (merge_products, note_biases, join_swiglu, *FUSIONS, cut_head)
 NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 
@@ -84,7 +87,7 @@ def emit(definition: GraphDef, dtype: str, *, fused_all_reduce: bool = False) ->
     _check_heads(definition)
     host = torchair_host.load()
     last = (fuse_all_reduce,) if fused_all_reduce and definition.kind != "decode" else ()
-    kernel = make_kernel(definition, getattr(torch, dtype), (*REWRITES, *last))
+    kernel = make_kernel(definition, getattr(torch, dtype), (*REWRITES, *last, take_stored_forms))
     recorder = _Recorder([spec for spec in definition.outputs if not is_cached(spec.name)])
     # Traces of an earlier graph must not become a part of this one.
     torch._dynamo.reset()
@@ -263,8 +266,9 @@ def make_kernel(definition: GraphDef, dtype: torch.dtype, rewrites: tuple[Rewrit
         returns=sum(not is_cached(spec.name) for spec in definition.outputs),
         wide={place[name] for name in WIDE_INPUTS if name in place},
     )
+    wide = graph.biases if dtype == torch.bfloat16 else set[str]()
     arguments = (
-        *(_frozen(each, graph.tensors, dtype) for each in weights),
+        *(_frozen(each, graph.tensors, torch.float32 if each in wide else dtype) for each in weights),
         *(torch.empty(graph.tensors[each].shape, device="meta") for each in constants),
         *(_like(spec, dtype) for spec in (*definition.inputs, *in_place)),
     )

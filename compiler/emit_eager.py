@@ -9,6 +9,7 @@ is stored as Python source that names nothing but torch operators, and takes and
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,10 +20,18 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from ..model_defs import ops
 from . import eager_products
 from .ascend_graph.attention import HIDDEN_BELOW
-from .ascend_graph.merging import merge_products
+from .ascend_graph.head import cut_head
+from .ascend_graph.merging import merge_products, note_biases
+from .ascend_graph.stored_forms import take_stored_forms
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
 
+REWRITES = (
+    merge_products,
+    note_biases,
+    cut_head,
+    functools.partial(take_stored_forms, packed=eager_products.linear_packed),
+)
 HIDDEN = -3e4  # added to a masked score of 16 bits
 # Names in the scope of the program: its device, its dtype, and its group of ranks.
 DEVICE, HALF, GROUP = "device", "half", "group"
@@ -30,7 +39,7 @@ DEVICE, HALF, GROUP = "device", "half", "group"
 
 def emit(definition: GraphDef, dtype: str) -> Emitted:
     """The program of one graph, computing in float16 or bfloat16."""
-    kernel = make_kernel(definition, getattr(torch, dtype), (merge_products,))
+    kernel = make_kernel(definition, getattr(torch, dtype), REWRITES)
     method = getattr(kernel.module, kernel.name)
     program = make_fx(method, decomposition_table=_definitions(), tracing_mode="fake")(*kernel.arguments)
     source = program.code.replace("device(type='meta')", DEVICE).replace(f"torch.{dtype}", HALF)
@@ -65,5 +74,6 @@ def _cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The definition upcasts a narrow weight; here wide inputs, the normalised pixels, are cast to the weight's dtype."""
-    return torch.nn.functional.linear(x.to(weight.dtype), weight, bias)
+    """The definition upcasts a narrow weight; here wide inputs, the normalised pixels, are cast to the weight's dtype, and so
+    are biases that are stored in float32."""
+    return torch.nn.functional.linear(x.to(weight.dtype), weight, None if bias is None else bias.to(weight.dtype))

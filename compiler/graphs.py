@@ -51,14 +51,15 @@ class GraphContext:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphDef:
-    """One graph before it is compiled. `constants`: parameters whose values are settings, not weights. `kernels`: the lowering
-    chosen for this machine."""
+    """One graph before it is compiled. `constants`: parameters whose values are settings, not weights. `quant`: that of the
+    artifact. `kernels`: the lowering chosen for this machine."""
 
     graph_key: GraphKey
     module: nn.Module
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     constants: dict[str, np.ndarray] = field(default_factory=dict)
+    quant: str = "none"
     kernels: Kernels | UnsetType = UNSET
 
     @property
@@ -142,7 +143,7 @@ def _vision(context: GraphContext, key: GraphKey) -> GraphDef:
         assert stage.first, "only cross-attention needs an image after the first stage"
         outputs = [_floats("image_rows", tiles, image.rows, config.text.hidden_size)]
     module = VISION_GRAPHS[config.family](config, context.ranks, tower_quant(context.quant))
-    return GraphDef(key, module, tuple(inputs), tuple(outputs), _colours(image) if stage.first else {})
+    return GraphDef(key, module, tuple(inputs), tuple(outputs), _colours(image) if stage.first else {}, context.quant)
 
 
 def _colours(image: ImageProcessorConfig) -> dict[str, np.ndarray]:
@@ -166,7 +167,8 @@ def _text(context: GraphContext, key: GraphKey) -> GraphDef:
     first = _floats("logits", rows, text.vocab_size) if stage.last else _floats("next_hidden", b, t, text.hidden_size)
     top_k = (_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows))
     module = TextGraph(text, context.quant, [spec.name for spec in inputs], key.images, context.ranks, candidates)
-    return GraphDef(key, module, tuple(inputs), (first, *(top_k if candidates else ()), *map(_updated, caches)))
+    outputs = (first, *(top_k if candidates else ()), *map(_updated, caches))
+    return GraphDef(key, module, tuple(inputs), outputs, quant=context.quant)
 
 
 def _used(text: TextConfig, name: str) -> bool:

@@ -156,7 +156,8 @@ class Options:
         scales in one dtype only.
         """
         if self.backend == "ascend":
-            return uniform(self.cache_dtype)
+            # MatMul of bfloat16 takes a bias in float32; one in bfloat16 would be cast at every step.
+            return replace(uniform(self.cache_dtype), biases="float32" if self.cache_dtype == "bfloat16" else "", tp=self.tp)
         if self.dtype == "auto":
             return replace(FLOAT32, own=kept)
         if not self.dtype and self.stored_quant != "none":

@@ -167,13 +167,13 @@ def forecast(config: ModelConfig, plan: Plan, options: Options, floats: Floats) 
 
     `rank_bfloat16_bytes` are the weights in the checkpoint's own width, as accelerators keep them, and so is a cache of floats.
     """
-    quant, tp = options.stored_quant, options.tp
+    quant, tp, ascend = options.stored_quant, options.tp, options.backend == "ascend"
     parts, caches = stages(config, options.pp), (plan.cache, *plan.later)
     parameters = max(sum(map(math.prod, rank_targets(part, tp).values())) for part in parts)
-    stored = [stored_targets(part, quant, floats, tp).values() for part in parts]
+    stored = [stored_targets(part, quant, floats, tp, ascend=ascend).values() for part in parts]
     return {
         "parameters": sum(map(math.prod, targets(config).values())),
-        "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, floats).values()),
+        "weight_bytes": sum(tensor.nbytes for tensor in stored_targets(config, quant, floats, ascend=ascend).values()),
         "cache_bytes": sum(cache.nbytes for cache in caches) // plan.cache.kv_heads * config.text.kv_heads,
         "rank_parameters": parameters,
         "rank_weight_bytes": max(sum(tensor.nbytes for tensor in tensors) for tensors in stored),

@@ -47,7 +47,7 @@ def _converted(inputs: BuildInputs, prefix: str, tokenizer: str) -> StoredWeight
 
     source, options = open_checkpoint(inputs), inputs.options
     floats, tp = options.floats(kept_dtypes(match(inputs.config, source.tensors))), options.tp
-    conversion = Conversion(quant=options.stored_quant, prefix=prefix, merged=options.backend == "ascend", floats=floats, tp=tp)
+    conversion = Conversion(quant=options.stored_quant, prefix=prefix, ascend=options.backend == "ascend", floats=floats, tp=tp)
     calibrated = _calibrated(inputs, source, prefix, tokenizer)
     parts = stages(inputs.config, options.pp)
     shards = (shard for part in parts for shard in plan_weight_files(part, conversion))

@@ -70,7 +70,7 @@ class Model:
     def converted(self, tp: int, rank: int) -> Converted:
         source, floats = open_source(self.folder), self.options(tp).floats({})
         merged = self.backend == "ascend"
-        conversion = Conversion(quant=self.quant, prefix=f"tp{tp}", merged=merged, floats=floats, tp=tp, rank=rank)
+        conversion = Conversion(quant=self.quant, prefix=f"tp{tp}", ascend=merged, floats=floats, tp=tp, rank=rank)
         return convert(source, self.config, self.out, conversion)
 
 

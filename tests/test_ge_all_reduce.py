@@ -57,7 +57,10 @@ def on_ranks(make: Callable[..., Any], inputs: list[list[Tensor]], *, wide: bool
     """What each rank gets of its own inputs."""
     data, size = build(make, *inputs[0]), len(inputs)
     return [
-        each[0] for each in run_ranks(size, lambda rank: Simulator(data, wide=wide, group=array_group(size))(inputs[rank]))[0]
+        each[0]
+        for each in run_ranks(size, lambda rank: Simulator(data, wide=wide, group=array_group(size), card=None)(inputs[rank]))[
+            0
+        ]
     ]
 
 
@@ -157,7 +160,7 @@ def test_refused_in_one_sentence(name: str) -> None:
         size = 3 if name == "another number of ranks" else 2
 
     with pytest.raises(GeGraphError, match=message):
-        Simulator(build(make, *operands), group=Group())(operands)
+        Simulator(build(make, *operands), group=Group(), card=None)(operands)
 
 
 # ---- graphs

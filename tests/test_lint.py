@@ -122,7 +122,7 @@ def test_an_error_stops_the_build_before_anything_of_the_graph_is_written(
 def test_few_layers_of_a_config(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     skip_without_torchair()
     table = tmp_path / "lint.md"
-    arguments = ["--variants", "w8a16:float16:int8:1", "--graphs", "decode-1", "--markdown", str(table)]
+    arguments = ["--variants", "w4a16-g32:float16:int8:1", "--graphs", "decode-1", "--markdown", str(table)]
     assert ascend_lint.main([str(CHECKPOINTS["mllama"]), *arguments]) == 0
     lines = table.read_text().splitlines()
     assert lines[0].startswith("1 graphs, 0 errors. Made with torch_npu ")

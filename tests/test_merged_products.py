@@ -88,8 +88,10 @@ def test_a_trace_is_left_as_it_was() -> None:
 
 
 def test_weights_and_graphs_are_made_anew_where_merging_changes() -> None:
-    assert {"weights/merging.py", "weights/merged_tensors.py"} <= code_digests("weights.convert").keys()
-    assert "compiler/ascend_graph/merging.py" in code_digests("compiler.make", without=OTHER_BACKENDS["ascend"])
+    weights = {"weights/merging.py", "weights/merged_tensors.py", "weights/head_pieces.py"}
+    assert weights <= code_digests("weights.convert").keys()
+    passes = {"compiler/ascend_graph/merging.py", "compiler/ascend_graph/head.py"}
+    assert passes <= code_digests("compiler.make", without=OTHER_BACKENDS["ascend"]).keys()
 
 
 # --- Artifacts ----------------------------------------------------------------------------------------------------------------

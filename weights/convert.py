@@ -23,12 +23,15 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
+from .ascend_contents import packed_features
+from .ascend_forms import has_column_scales, packs_features
 from .calibrated_layers import CalibratedLayers
+from .head_pieces import piece_of
 from .merged_tensors import concatenated
 from .merging import members_of
 from .names.rule import Shape
 from .packing.source import PackedSource
-from .quantize import quantize
+from .quantize import quantize, quantize_columns
 from .shard import rank_span, rank_targets, shard_axis
 from .shard_span import Span, read_span
 from .source import Source
@@ -63,15 +66,16 @@ class Conversion:
 
     `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
     that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
-    `merged`: linear layers with the same input are stored as one (merging.py).
-    `prefix` begins the names of files. It has to name source, config, quant, merged, floats and tp: files of the same prefix
+    `ascend`: as artifacts for Ascend hold them: linear layers with the same input as one (merging.py), a large lm_head in
+    pieces (head_pieces.py), quantised layers in forms of their own (ascend_forms.py).
+    `prefix` begins the names of files. It has to name source, config, quant, ascend, floats and tp: files of the same prefix
     that an interrupted run has finished are kept. `shard_bytes`: a file holds up to so many bytes of tensors; a larger tensor
     has a file to itself.
     """
 
     quant: str = "none"
     prefix: str
-    merged: bool = False
+    ascend: bool = False
     floats: Floats = FLOAT32
     shard_bytes: int = 2 << 30
     tp: int = 1
@@ -145,7 +149,7 @@ def convert(
     for layout in layouts:
         assert not weights.keys() & layout.tensors.keys()
         weights |= layout.tensors
-    stored = stored_targets(config, conversion.quant, conversion.floats, conversion.tp, merged=conversion.merged)
+    stored = stored_targets(config, conversion.quant, conversion.floats, conversion.tp, ascend=conversion.ascend)
     assert weights.keys() == stored.keys()
     files = {layout.file: FileSpec(nbytes=layout.nbytes, sha256=finished[layout.file].sha256) for layout in layouts}
     return Converted(weights, files)
@@ -174,27 +178,43 @@ class _TensorProducer:
         conversion: Conversion,
         calibrated: CalibratedLayers | None = None,
     ) -> None:
-        self.source, self.weight_map, self.conversion, self.calibrated = source, weight_map, conversion, calibrated
-        self.stored_shapes = stored_shapes(config, conversion.tp, merged=conversion.merged)
-        self.owner = {part: name for name in self.stored_shapes for part in self._parts(name)}
+        self.source, self.conversion, self.calibrated = source, conversion, calibrated
+        self.stored_shapes = stored_shapes(config, conversion.quant, conversion.tp, ascend=conversion.ascend)
+        self.owner = {part: name for name in self.stored_shapes for part in self._parts(name, ascend=conversion.ascend)}
         self.spans = {name: _span(config, name, shape, conversion) for name, shape in targets(config).items()}
         self.shapes = rank_targets(config, conversion.tp)
+        self.recipes = dict(weight_map.recipes)
+        self._add_pieces(config)
         self.waiting: dict[str, Tensor] = {}  # stored tensors of a parameter already read that come later in the file
         self.read: set[str] = set()
+
+    def _add_pieces(self, config: ModelConfig) -> None:
+        """What is known of lm_head, for each of its pieces."""
+        first = 0
+        for name in filter(lambda each: piece_of(each)[0], self.stored_shapes):
+            whole, rows = piece_of(name)[0], self.stored_shapes[name][0]
+            start, stop = rank_span(config, whole, targets(config)[whole], self.conversion.tp, self.conversion.rank)
+            self.spans[name] = Span(0, min(start + first, stop), min(start + first + rows, stop))
+            self.shapes[name], self.recipes[name] = self.stored_shapes[name], self.recipes[whole]
+            first += rows
 
     def take(self, part: str) -> Tensor:
         if part not in self.waiting:
             self.waiting |= self._stored(self.owner[part])
         return self.waiting.pop(part)
 
-    def _parts(self, name: str) -> dict[str, StoredTensor]:
-        return stored_parts(name, self.stored_shapes[name], self.conversion.quant, self.conversion.floats)
+    def _parts(self, name: str, *, ascend: bool) -> dict[str, StoredTensor]:
+        return stored_parts(name, self.stored_shapes[name], self.conversion.quant, self.conversion.floats, ascend=ascend)
 
     def _stored(self, name: str) -> dict[str, Tensor]:
         """The stored parts of a parameter; of a merged one, members are made one after another."""
-        if not (members := members_of(name)):
-            return self._make(name)
-        return concatenated(self._parts(name), members, self._make)
+        conversion, shape = self.conversion, self.stored_shapes[name]
+        packs = conversion.ascend and len(shape) == 2 and packs_features(quant_of(name, conversion.quant), shape)
+        if members := members_of(name):
+            values = concatenated(self._parts(name, ascend=conversion.ascend and not packs), members, self._make)
+        else:
+            values = self._make(name)
+        return {part: packed_features(part.rpartition(".")[2], value) for part, value in values.items()} if packs else values
 
     def _make(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
@@ -205,13 +225,18 @@ class _TensorProducer:
             return stored
         kind, stem = quant_of(name, self.conversion.quant), name.removesuffix(".weight")
         if kind != "none" and isinstance(self.source, PackedSource):
-            parts = self._repacked(self.source, self.weight_map.recipes[name], self.spans[name], kind)
+            parts = self._repacked(self.source, self.recipes[name], self.spans[name], kind)
             return {f"{stem}.{part}": value for part, value in parts.items()}
-        tensor = _padded(self._made(self.weight_map.recipes[name], self.spans[name]), self.shapes[name])
+        tensor = _padded(self._made(self.recipes[name], self.spans[name]), self.shapes[name])
         if kind == "none":
             self._check_range(name, tensor)
             return {name: tensor}
-        return {f"{stem}.{part}": value for part, value in quantize(kind, tensor).items()}
+        return {f"{stem}.{part}": value for part, value in self._quantised(kind, tensor).items()}
+
+    def _quantised(self, kind: str, weight: Tensor) -> dict[str, Tensor]:
+        if self.conversion.ascend and has_column_scales(kind, self.conversion.quant):
+            return dict(zip(("qweight", "scales"), quantize_columns(weight), strict=True))
+        return quantize(kind, weight)
 
     def _made(self, recipe: Recipe, span: Span | None) -> Tensor:
         rule, pairs = recipe.rule, list(zip(recipe.tensors, recipe.rule.sources, strict=True))
@@ -274,8 +299,8 @@ def _tensors_of_files(config: ModelConfig, conversion: Conversion) -> Iterator[d
     """The stored tensors of each file, in the order of `stored_shapes`; the parts of one parameter stay together."""
     tensors: dict[str, StoredTensor] = {}
     size = 0
-    for name, shape in stored_shapes(config, conversion.tp, merged=conversion.merged).items():
-        parts = stored_parts(name, shape, conversion.quant, conversion.floats)
+    for name, shape in stored_shapes(config, conversion.quant, conversion.tp, ascend=conversion.ascend).items():
+        parts = stored_parts(name, shape, conversion.quant, conversion.floats, ascend=conversion.ascend)
         nbytes = sum(part.nbytes for part in parts.values())
         if tensors and size + nbytes > conversion.shard_bytes:
             yield tensors

@@ -43,7 +43,12 @@ def _fill(whole: Mapping[str, Tensor], filled: dict[str, int], member: Mapping[s
 
 def member_slice(whole: Tensor, name: str, shape: Sequence[int]) -> Tensor:
     """The stored part `name`, of `shape`, as a view of the merged tensor that it is a member of."""
-    axis, members = rows_axis(name, whole.dtype), members_of(merged_name(name))
-    place, rows = members.index(name), shape[axis]
-    first = whole.shape[axis] - (len(members) - place) * rows if place else 0
-    return whole.narrow(axis, first, rows)
+    axis = rows_axis(name, whole.dtype)
+    return whole.narrow(axis, first_row(name, whole.shape[axis], shape[axis]), shape[axis])
+
+
+def first_row(name: str, total: int, rows: int) -> int:
+    """Where the `rows` of member `name` begin among the `total` of the merged part."""
+    members = members_of(merged_name(name))
+    place = members.index(name)
+    return total - (len(members) - place) * rows if place else 0

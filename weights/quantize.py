@@ -63,6 +63,12 @@ def quantize_w8(weight: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return q, scales
 
 
+def quantize_columns(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [N, K] -> q [N, K] uint8 in 1..255 and scales [N, 1] float32: as `quantize_w8` with one block a row."""
+    q, scales = quantize_w8(weight, weight.shape[1])
+    return q.flatten(1), scales
+
+
 def dequantize_w8(q: Tensor, scales: Tensor, columns: int, zeros: Tensor | None = None) -> Tensor:
     """q [N, B, block] uint8, scales [N, B] float32, zeros [N, B] uint8 (None: 128) -> [N, K] float32, K = columns."""
     middle = _ZERO if zeros is None else zeros.float().unsqueeze(-1)

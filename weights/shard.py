@@ -56,6 +56,12 @@ def shard_axis(config: ModelConfig, name: str) -> Literal[0, 1] | None:
     return 1 if _INPUT.fullmatch(name) or (name == _POSITIONS and isinstance(config.vision, TiledConfig)) else None
 
 
+def bias_in_product(name: str, tp: int) -> bool:
+    """Whether `name` is a bias that a rank of `tp` adds within a product: no norm's, and not one after a sum over ranks."""
+    weight = f"{name.removesuffix('bias')}weight"
+    return name.endswith(".bias") and not name.endswith("norm.bias") and not (tp > 1 and _INPUT.fullmatch(weight))
+
+
 def check_tp(config: ModelConfig, tp: int) -> None:
     """Raise WeightsError, naming what does not divide and the possible numbers of ranks, unless the model can have `tp`."""
     if tp < 1:

@@ -11,7 +11,7 @@ from pathlib import Path
 TOWER = "tower/"
 
 FLOATS = ("float32", "float16", "bfloat16")
-_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
+_WIDTHS = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "uint8": 1, "int8": 1}
 
 
 class WeightsError(ValueError):
@@ -39,7 +39,7 @@ class SourceTensor:
 class StoredTensor:
     """Dtype and shape of one tensor of a weight file."""
 
-    dtype: str  # float32 | float16 | bfloat16 | uint8 | int8
+    dtype: str  # float32 | float16 | bfloat16 | int32 | uint8 | int8
     shape: tuple[int, ...]
 
     @property

@@ -23,7 +23,7 @@ from ..runtime.files import fsync_folder
 from .tensors import StoredTensor, WeightsError
 
 ALIGNMENT = 64
-_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "uint8": "U8", "int8": "I8"}
+_CODES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "int32": "I32", "uint8": "U8", "int8": "I8"}
 _DTYPES = {name: getattr(torch, name) for name in _CODES}
 _CHUNK = 1 << 18  # elements cast and written at once; they stay in the processor's cache
 

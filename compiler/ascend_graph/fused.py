@@ -103,15 +103,16 @@ def product_reduced(x: Tensor, weight: Tensor, ranks: int) -> Tensor:
 
 @_op
 def grouped_product_reduced(x: Tensor, qweight: Tensor, scales: Tensor, offsets: Tensor | None, ranks: int) -> Tensor:
-    """The same of a weight in 8 bits [N, blocks, block] with scales and offsets [N, blocks] (see products.linear_w8)."""
-    _, blocks, block = qweight.shape
+    """The same of a weight in 8 bits, [N, blocks, block] or [N, K] in one block, with scales and offsets [N, blocks] (see
+    products.linear_w8)."""
+    blocks = scales.shape[1]
     y = npu.npu_mm_all_reduce_base.default(
         x.reshape(-1, x.shape[-1]),
         qweight.flatten(1).t(),
         name_of_all(ranks),
         antiquant_scale=scales.t(),
         antiquant_offset=None if offsets is None else offsets.t(),
-        antiquant_group_size=block if blocks > 1 else 0,
+        antiquant_group_size=x.shape[-1] // blocks if blocks > 1 else 0,
     )
     return y.reshape(*x.shape[:-1], -1)
 

@@ -35,6 +35,14 @@ def merge_products(traced: TracedGraph) -> None:
         del traced.tensors[traced.parameters.pop(member)]
 
 
+def note_biases(traced: TracedGraph) -> None:
+    """Note which biases are added within a product: MatMul of bfloat16 takes them in float32."""
+    for node in traced.graph.nodes:
+        if node.target in _ops(*PRODUCTS):
+            bias = next((each for each in node.args[1:] if "bias" in traced.parameters.get(each, "")), None)
+            traced.biases.update([traced.parameters[bias]] if bias else [])
+
+
 def _merge_parameter(traced: TracedGraph, name: str, members: Sequence[fx.Node]) -> fx.Node:
     """A placeholder for a merged parameter, where its first member's is."""
     tensors = [traced.tensors[traced.parameters[each]] for each in members]

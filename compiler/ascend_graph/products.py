@@ -27,9 +27,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def linear_w8(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
-    """WeightQuantBatchmatmul over groups of a block. `qweight` comes as int8 around zero, `zeros` as offsets (to_signed and
-    to_offsets in runtime/backends/ascend/weights.py)."""
-    return _grouped(x, qweight, scales, bias, zeros, qweight.shape[2])
+    """WeightQuantBatchmatmul over groups of a block, or with one scale for each column where qweight is [N, C]. `qweight`
+    comes as int8 around zero, `zeros` as offsets (to_signed and to_offsets in runtime/backends/ascend/weights.py)."""
+    return _grouped(x, qweight, scales, bias, zeros, qweight.shape[-1])
 
 
 def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, zeros: Tensor | None = None) -> Tensor:
@@ -37,14 +37,29 @@ def linear_w4(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, z
     return _grouped(x, qweight, scales, bias, zeros, 8 * qweight.shape[2])
 
 
+def linear_packed(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, offsets: Tensor | None = None) -> Tensor:
+    """The product in 4 bits over qweight [C, N / 8] int32, packed along the out features, and scales and offsets [blocks, N]:
+    the operator's weight as it lies, not transposed (weights/ascend_forms.py)."""
+    blocks, n = scales.shape
+    y = npu.npu_weight_quant_batchmatmul.default(
+        x.reshape(-1, x.shape[-1]),
+        qweight,
+        scales,
+        antiquant_offset=offsets,
+        bias=None if bias is None else bias.float() if x.dtype == torch.bfloat16 else bias,
+        antiquant_group_size=x.shape[-1] // blocks if blocks > 1 else 0,
+    )
+    return y.reshape(*x.shape[:-1], n)
+
+
 def _grouped(x: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, offsets: Tensor | None, block: int) -> Tensor:
-    """qweight [N, blocks, ..] as it lies, scales and offsets [N, blocks].
+    """qweight [N, blocks, ..] or [N, C] as it lies, scales and offsets [N, blocks].
 
     Transposing weight, scales and offsets [N, ..] is left to the operator, which reads both either way, so no weight is copied;
     only a head of more than 65535 features is cut into pieces, which may cost a copy. A last block that is not full is
     zeros in the weight, so x is filled up with zeros.
     """
-    n, blocks, _ = qweight.shape
+    n, blocks = scales.shape
     rows = x.reshape(-1, x.shape[-1])
     rows = aten.constant_pad_nd.default(rows, [0, blocks * block - x.shape[-1]]) if blocks * block > x.shape[-1] else rows
     weight = qweight.flatten(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, fx
 
@@ -16,12 +16,15 @@ class TracedGraph:
     """A copy of a definition's trace: calls of the op vocabulary and a few of aten's.
 
     `parameters` names the placeholders that are parameters; the rest are the definition's inputs, in their order. `tensors` are
-    the named parameters, without data. A pass that changes placeholders changes both.
+    the named parameters, without data. A pass that changes placeholders changes both. `quant` is the artifact's quantisation.
+    `biases` names those that are added within a product.
     """
 
     module: fx.GraphModule
     parameters: dict[fx.Node, str]
     tensors: dict[str, Tensor]
+    quant: str = "none"
+    biases: set[str] = field(default_factory=set)
 
     @property
     def graph(self) -> fx.Graph:
@@ -42,7 +45,9 @@ def traced(definition: GraphDef, rewrites: tuple[Rewrite, ...]) -> TracedGraph:
     graph = copy.deepcopy(program.graph_module.graph)  # the trace has other users
     targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None}
     parameters = {node: targets[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in targets}
-    traced = TracedGraph(fx.GraphModule(program.graph_module, graph), parameters, dict(definition.module.named_parameters()))
+    traced = TracedGraph(
+        fx.GraphModule(program.graph_module, graph), parameters, dict(definition.module.named_parameters()), definition.quant
+    )
     for rewrite in rewrites:
         rewrite(traced)
         traced.graph.eliminate_dead_code()  # what a pass has replaced, and all that only this read

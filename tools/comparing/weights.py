@@ -12,6 +12,7 @@ from torch import Tensor
 from ...compiler.weight_views import map_parameter
 from ...model_defs.config import ModelConfig, quant_bits
 from ...runtime.artifact import WeightSpec
+from ...weights.head_pieces import piece_of
 from ...weights.merging import members_of
 from ...weights.names import is_cache_scale
 from ...weights.quantize import dequantize
@@ -34,8 +35,8 @@ class RankWeights:
 
     @property
     def stored(self) -> dict[str, None]:
-        """Names of stored tensors, of merged ones those of their members."""
-        return dict.fromkeys(each for name in self.weights for each in members_of(name) or (name,))
+        """Names of stored tensors, of merged ones those of their members, of pieces that of the whole."""
+        return dict.fromkeys(each for name in self.weights for each in members_of(name) or (piece_of(name)[0] or name,))
 
     def names(self) -> list[str]:
         """Parameters of the checkpoint, quantised ones by the names that they have in float."""
