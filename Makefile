@@ -92,7 +92,7 @@ $(VENV)/.test: setup.py | $(VENV)/bin/pip
 	touch $@ $(VENV)/.compile
 
 $(VENV)/.docs: setup.py | $(VENV)/bin/pip
-	$(BIN)/pip install --quiet --editable '.[docs]'
+	$(BIN)/pip install --editable '.[docs]'
 	touch $@
 
 clean:

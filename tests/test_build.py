@@ -372,7 +372,7 @@ def test_plans_that_do_not_fit(checkpoint: Path, tmp_path: Path, changes: dict[s
         ({"backend": "ascend", "dtype": "auto"}, "available: float16, bfloat16"),
         ({"backend": "ascend", "dtype": "float32"}, "available: float16, bfloat16"),
         ({"backend": "ascend", "eager": ("prefil",)}, "eager names prefil; expected some of vision, prefill, decode"),
-        ({"eager": ("prefill",)}, "onnx has only compiled ones"),
+        ({"eager": ("prefill",)}, "onnx has only compiled graphs"),
         ({"quant": "w4a4"}, "quantisation 'w4a4' is not available for onnx; available: none, w8a16, w8a8, w8a8.vision,"),
         ({"text_before_image": "none"}, "text before image is 'none'; expected one of transformers, meta"),
     ],

@@ -18,6 +18,7 @@ PLACES = (
     "compiler/image_config.py",
     "compiler/tokenizer_config.py",
     "compiler/model_info.py",
+    "compiler/model_card.py",
     "weights/names/",
     "runtime/processor/families/",
 )

@@ -27,7 +27,9 @@ class SlotCache:
     def __init__(self, spec: CacheSpec, *, keep: bool = False, budget: int | None = None) -> None:
         """`budget`: blocks of all slots together; None: as many as all slots can fill."""
         self.spec, self.keep = spec, keep
-        self.blocks = BlockPool(spec.slots * blocks_for(spec.context) if budget is None else budget, self._evicted)
+        whole = spec.slots * blocks_for(spec.context)
+        self.bounded = budget is not None and budget < whole  # else every slot may be full
+        self.blocks = BlockPool(whole if budget is None else budget, self._evicted)
         self.lengths = np.zeros(spec.slots, np.int32)
         self.keys = np.zeros((spec.slots, spec.rows, KEY), np.int64)
         self.reset()

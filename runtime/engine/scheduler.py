@@ -209,6 +209,8 @@ class Scheduler:
 
         Without the latter, the sequence would be preempted as soon as one of them grows.
         """
+        if not self.cache.bounded:
+            return True
         growing = sum(each.most_rows > each.room for each in self.running)
         return self.cache.can_reserve(slot, sequence.tokens, growing)
 
