@@ -47,12 +47,18 @@ class Machine:
             (self.bin / name).symlink_to(str(shutil.which(name)))
         self.device = folder / "nvidia0"
 
-    def run(self, *command: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(self, *command: str | Path, stdin: int | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
         paths = {"PATH": self.bin, "HOME": self.folder, "CALLS": self.calls, "NVIDIA_DEVICE": self.device}
         set_here = {"TORCH_INDEX": INDEX, "VERSIONS": f"{RELEASE}+cpu, {RELEASE}, 2.9.0", **environment}
         environment = {name: os.fspath(value) for name, value in paths.items()} | set_here
         return subprocess.run(
-            [str(part) for part in command], env=environment, capture_output=True, text=True, timeout=60, check=False
+            [str(part) for part in command],
+            env=environment,
+            stdin=subprocess.DEVNULL if stdin is None else stdin,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
         )
 
     def install(self, **environment: str) -> str:
@@ -116,6 +122,17 @@ def test_an_index_that_has_none_is_one_line(machine: Machine, versions: str) -> 
     assert said.splitlines()[1:] == [
         f"no torch for CPUs at {INDEX}; pip installs the usual one, on x86-64 with CUDA: 3 GB, 5 GB installed"
     ]
+
+
+@pytest.mark.parametrize(("answer", "status"), [("y", 0), ("", 1), ("no", 1)])
+def test_a_person_is_asked_before_cuda_comes(machine: Machine, answer: str, status: int) -> None:
+    keyboard, terminal = os.openpty()
+    os.write(keyboard, f"{answer}\n".encode())
+    done = machine.run(INSTALL, machine.python, "compile", stdin=terminal, VERSIONS="")
+    os.close(keyboard)
+    os.close(terminal)
+    assert (done.returncode, machine.installed()) == (status, [] if status else [REST])
+    assert "Go on? [y/N]" in done.stdout and ("set TORCH_INDEX" in done.stderr) == bool(status)
 
 
 def test_a_torch_that_is_there_stays(machine: Machine) -> None:

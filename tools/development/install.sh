@@ -24,6 +24,14 @@ sees_torch_for_cpus() {
         grep -qF "$release+cpu"
 }
 
+# A question for a person at a terminal; a script goes on.
+confirm() {
+    [ -t 0 ] || return 0
+    printf 'Go on? [y/N] '
+    read -r answer
+    case $answer in y* | Y*) ;; *) return 1 ;; esac
+}
+
 kind=${TORCH:-auto}
 if [ "$kind" = auto ]; then
     if has_gpu; then kind=cuda; else kind=cpu; fi
@@ -44,6 +52,7 @@ else
             "$python" -m pip install --no-deps --extra-index-url "$TORCH_INDEX" "torch==$release+cpu"
         else
             echo "no torch for CPUs at $TORCH_INDEX; pip installs the usual one, on x86-64 with CUDA: 3 GB, 5 GB installed"
+            confirm || { echo "nothing was installed; set TORCH_INDEX to an index that has it" >&2; exit 1; }
         fi
     fi
 fi
