@@ -48,9 +48,8 @@ def load(
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
     reuse: use results of earlier requests: cache rows of a common prefix of the prompt, and image features, of which
     image_cache_mb megabytes are kept.
-    cache_gb: gigabytes of keys and values that slots may hold at once, in each process; default: every slot may be full. More
-    requests then run at once than full slots would fit, in blocks of 128 tokens; where blocks run out, the youngest request
-    waits and is computed again (docs/serving.md). For artifacts on a CPU.
+    cache_gb: on a CPU, gigabytes of keys and values that slots may hold at once, in each process (docs/serving.md); default:
+    every slot may be full.
     speculate: draft up to so many tokens of every answer by prompt lookup, where the artifact has graphs that verify them
     (compile with --speculate); ngrams: the fewest and the most tokens of an n-gram that it matches.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
@@ -69,14 +68,7 @@ def load(
 
     Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
-    options = EngineOptions(
-        prefill_budget=prefill_budget,
-        reuse=reuse,
-        image_cache_mb=image_cache_mb,
-        cache_gb=cache_gb,
-        speculate=speculate,
-        ngrams=ngrams,
-    )
+    options = EngineOptions(prefill_budget, reuse, image_cache_mb, speculate, ngrams, cache_gb)
     checks = Checks(verify, Path(verify_key) if verify_key is not None else None)
     world = started_world() if tp != 1 else None
     if world is not None and world.rank > 0:
