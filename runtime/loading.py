@@ -68,7 +68,14 @@ def load(
 
     Raises ArtifactError for a missing, damaged or unsuitable artifact, RankError when ranks do not come together.
     """
-    options = EngineOptions(prefill_budget, reuse, image_cache_mb, speculate, ngrams, cache_gb)
+    options = EngineOptions(
+        prefill_budget=prefill_budget,
+        reuse=reuse,
+        image_cache_mb=image_cache_mb,
+        speculate=speculate,
+        ngrams=ngrams,
+        cache_gb=cache_gb,
+    )
     checks = Checks(verify, Path(verify_key) if verify_key is not None else None)
     world = started_world() if tp != 1 else None
     if world is not None and world.rank > 0:
