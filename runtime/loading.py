@@ -46,10 +46,8 @@ def load(
     the ranks of this machine, or one for a model of less than 16 MiB. timeout: seconds that ranks wait for each other; default
     STATICVL_TIMEOUT, or 300.
     prefill_budget: tokens of the largest chunk that may run while other requests are answered; default: any chunk.
-    reuse: use results of earlier requests: cache rows of a common prefix of the prompt, and image features, of which
-    image_cache_mb megabytes are kept.
-    cache_gb: on a CPU, gigabytes of keys and values that slots may hold at once, in each process (docs/serving.md); default:
-    every slot may be full.
+    reuse: use cache rows of a common prefix, and image features (image_cache_mb megabytes), of earlier requests.
+    cache_gb: gigabytes of keys and values that slots may hold at once, in each process, on a CPU; default: every slot full.
     speculate: draft up to so many tokens of every answer by prompt lookup, where the artifact has graphs that verify them
     (compile with --speculate); ngrams: the fewest and the most tokens of an n-gram that it matches.
     request_log: a file to which the sizes and times of every request are appended (request_log.py).
