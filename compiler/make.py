@@ -169,17 +169,17 @@ class GraphMaker:
         return self._emit_ascend(definition, spec)
 
     def _emit_ascend(self, definition: GraphDef, spec: GraphSpec) -> tuple[GraphSpec, dict[str, bytes]]:
+        from ..runtime.backends.ge_simulator import ge_graph
         from . import card_check, emit_ascend, emit_eager
-        from .ge_cost import serialised_cost
+        from .ge_cost import lowered_cost
 
         if spec.eager:
             emitted = emit_eager.emit(definition, self.plan.cache.dtype)
         else:
             emitted = emit_ascend.emit(definition, self.plan.cache.dtype, fused_all_reduce=self.options.fuse_all_reduce)
-            warnings = card_check.check_card(definition.name, emitted.graph, self.options.soc)
-            spec = msgspec.structs.replace(
-                spec, lowered=serialised_cost(emitted.graph), card_warnings=warnings or msgspec.UNSET
-            )
+            graph = ge_graph.parse(emitted.graph)
+            warnings = card_check.check_card(definition.name, graph, self.options.soc)
+            spec = msgspec.structs.replace(spec, lowered=lowered_cost(graph), card_warnings=warnings or msgspec.UNSET)
         constants = {name: tuple(definition.constants[name].tolist()) for name in emitted.constants}
         spec = msgspec.structs.replace(spec, weights=emitted.weights, constants=constants)
         return spec, {spec.file: emitted.data}

@@ -1,7 +1,7 @@
 """References to code in the pages on architecture, and the lines that they link to.
 
 A page names a definition as [`runtime/engine/engine.py:Engine.step`]. The block of links at the end of the page gives each of
-these names its line. Nobody edits the block: after a change of code
+these names its line. Do not edit the block: after a change of code
 
     python -m tests.architecture_lines --write
 

@@ -429,9 +429,9 @@ ERRORS_910B = [
 def test_the_compiler_stops_and_names_what_is_wrong(each: Case) -> None:
     skip_without_torchair()
     with pytest.raises(CardError) as error:
-        check_card("decode-4", serialized(each.breaks()), "Ascend910B")
+        check_card("decode-4", parse(serialized(each.breaks())), "Ascend910B")
     assert str(error.value).startswith("decode-4 cannot run on Ascend910B: ")
-    assert each.rule not in check_card("decode-4", serialized(each.passes()), "Ascend910B")
+    assert each.rule not in check_card("decode-4", parse(serialized(each.passes())), "Ascend910B")
 
 
 @pytest.mark.parametrize("each", ERRORS_910B)
@@ -458,7 +458,7 @@ def test_a_refusal_is_one_sentence_with_its_source_and_remedy() -> None:
 
 def test_warnings_are_counted() -> None:
     skip_without_torchair()
-    assert check_card("vision-1", serialized(transposed((1, 0, 2))), "Ascend910B") == {"slow.transpose": 1}
+    assert check_card("vision-1", parse(serialized(transposed((1, 0, 2)))), "Ascend910B") == {"slow.transpose": 1}
 
 
 # ---- what is known of tensors

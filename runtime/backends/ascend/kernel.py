@@ -1,9 +1,9 @@
 """Kernels: the torchair cache files of an artifact as functions over tensors, without a trace and without the model's
 definition.
 
-The file is a pickle with Python byte code in it, so it is opened only after its digest was compared with the one in the sealed
-manifest, and by a reader that knows three classes. torchair insists on a file that belongs to the user alone, which a copied
-artifact seldom is: the checked bytes are put into such a file for the moment of reading.
+The file is a pickle with Python byte code in it, so it is opened only when its digest is the one in the sealed manifest, and by
+a reader that knows three classes. torchair insists on a file that belongs to the user alone, which a copied artifact seldom is:
+the checked bytes are put into such a file for the moment of reading.
 """
 
 from __future__ import annotations

@@ -105,10 +105,11 @@ def _same(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
 
 @_formula("Reshape")
 def _reshape(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
-    sizes, total = _numbers(inputs, "shape"), math.prod(_shape(inputs, "x"))
+    shape = _shape(inputs, "x")
+    sizes = [shape[place] if size == 0 else size for place, size in enumerate(_numbers(inputs, "shape"))]
     if -1 in sizes:
         rest = math.prod(size for size in sizes if size != -1)
-        sizes = [total // rest if size == -1 else size for size in sizes]
+        sizes = [math.prod(shape) // rest if size == -1 else size for size in sizes]
     return [tuple(sizes)]
 
 

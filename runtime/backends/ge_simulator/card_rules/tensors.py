@@ -178,8 +178,8 @@ class GraphView:
         inputs = {name: self._tensors[source] for name, source in zip(node.input_names, node.inputs, strict=True) if source}
         worked_out = shapes.of(node, inputs)
         for i, descriptor in enumerate(node.outputs):
-            shape = descriptor.shape if worked_out is None or i >= len(worked_out) else worked_out[i]
-            yield TensorInfo(descriptor.dtype or _dtype(node, inputs, i), shape)
+            shape = None if worked_out is None or i >= len(worked_out) else worked_out[i]
+            yield TensorInfo(descriptor.dtype or _dtype(node, inputs, i), descriptor.shape if shape is None else shape)
 
 
 def _dtype(node: Node, inputs: Mapping[str, TensorInfo], index: int) -> str | None:
