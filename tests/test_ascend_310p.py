@@ -10,12 +10,13 @@ import torch
 from staticvl import runtime
 from staticvl.compiler.build import build
 from staticvl.compiler.choices import PlanError
-from staticvl.compiler.eager_products import linear_w4, linear_w8, linear_w8a8
+from staticvl.compiler.eager_products import linear_packed, linear_w4, linear_w8, linear_w8a8
 from staticvl.compiler.options import Options
 from staticvl.compiler.plan import Buckets
 from staticvl.model_defs import ops
 from staticvl.runtime.artifact import read_manifest
 from staticvl.runtime.backends.ascend.weights import to_offsets, to_signed
+from staticvl.weights.ascend_contents import packed_features
 
 from .ascend import CHECKPOINTS, QUESTION
 from .conftest import REPO
@@ -96,6 +97,32 @@ def test_grouped_products(bits: int, zeros: bool) -> None:
     offsets = None if points is None else to_offsets(points, qweight, scales)
     found = function(x, to_signed(qweight), scales, bias, offsets)
     torch.testing.assert_close(found, definition(x, qweight, scales, bias, points), rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_products_of_weights_packed_along_the_features(zeros: bool) -> None:
+    """64 x 256 in blocks of 128: the stored form of 4 bits (weights/ascend_forms.py), against the definition over blocks."""
+    generator = torch.Generator().manual_seed(4)
+    qweight = torch.randint(0, 256, (64, 2, 64), dtype=torch.uint8, generator=generator)
+    scales = torch.rand(64, 2, generator=generator) / 16
+    points = torch.randint(0, 256, (64, 1), dtype=torch.uint8, generator=generator) if zeros else None
+    x, bias = torch.randn(2, 5, 256, generator=generator), torch.randn(64, generator=generator)
+    stored, stored_scales = packed_features("qweight", qweight), packed_features("scales", scales)
+    offsets = None if points is None else to_offsets(points, stored, stored_scales)
+    product = linear_packed(x, to_signed(stored), stored_scales, bias, offsets)
+    torch.testing.assert_close(product, ops.linear_w4(x, qweight, scales, bias, points), rtol=1e-5, atol=1e-4)
+
+
+def test_products_of_weights_with_one_scale_a_column() -> None:
+    """[N, K] in one block, and a bias in float32 beside activations in 16 bits."""
+    generator = torch.Generator().manual_seed(8)
+    qweight = torch.randint(0, 256, (6, 90), dtype=torch.uint8, generator=generator)
+    scales, bias = torch.rand(6, 1, generator=generator) / 16, torch.randn(6, generator=generator)
+    x = torch.randn(2, 5, 90, generator=generator)
+    expected = ops.linear_w8(x, qweight[:, None], scales, bias)
+    torch.testing.assert_close(linear_w8(x, to_signed(qweight), scales, bias), expected, rtol=1e-5, atol=1e-4)
+    halves = linear_w8(x.half(), to_signed(qweight), scales, bias)
+    assert halves.dtype == torch.float16 and (halves - expected).abs().max() < 0.02 * expected.abs().max()
 
 
 def test_whole_number_products() -> None:
