@@ -143,7 +143,7 @@ def test_stopping_dropping_and_errors(tmp_path: Path, open_page: Any) -> None:
         page.get_by_label("Maximum tokens").fill("")
         page.get_by_label("Your question").fill("Hello!")
         page.get_by_label("Your question").press("Enter")
-        until(lambda: page.locator("li.assistant").last.locator("p").first.inner_text())
+        until(page.locator("li.assistant").last.locator("p").first.inner_text)
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("stopped", exact=True).wait_for()
         until(lambda: model.engine.metrics.finished["cancelled"] == 1)
