@@ -115,6 +115,8 @@ def _fed_text(context: GraphContext, key: GraphKey) -> list[TensorSpec]:
     if key.kind == "prefill" and not cross:
         inputs += [_ints("row_index", 1, t), _floats("image_rows", t, text.hidden_size)]
     inputs.append(_ints("lengths", b))
+    if context.cache.pages:
+        inputs += [_ints("block_table", b, context.cache.table_width), _ints("slot_mapping", b, t)]
     if key.kind == "prefill":
         inputs.append(_ints("last_index", 1))
     inputs += [_floats(name, b, t, text.head_dim) for name in ("rope_cos", "rope_sin")]
@@ -181,8 +183,8 @@ def _used(text: TextConfig, name: str) -> bool:
 
 
 def _caches(cache: CacheSpec, b: int) -> list[TensorSpec]:
-    """Keys and values of text, [B, K, S, D]."""
-    shape = (b, cache.kv_heads, cache.rows, cache.head_dim)
+    """Keys and values of text, [B, K, S, D], or all pages."""
+    shape = cache.text_shape if cache.pages else (b, *cache.text_shape[1:])
     names = [f"{which}_cache.{i}" for i in range(cache.layers) for which in "kv"]
     return [TensorSpec(name=name, dtype=cache.dtype_of(name), shape=shape) for name in names]
 

@@ -16,7 +16,7 @@ import msgspec
 
 from .files import open_regular, read_regular, sha256_file, write_atomically
 from .locks import Hold, hold
-from .manifest.cache import CacheSpec, CrossSpec
+from .manifest.cache import PAGE_TOKENS, CacheSpec, CrossSpec
 from .manifest.files import WEIGHTS, FileSpec, SourceFile, WeightSpec, rank_folder, rank_weights
 from .manifest.graphs import (
     CANDIDATES,
@@ -57,6 +57,7 @@ __all__ = [
     "IN_FLOAT32",
     "KINDS",
     "MANIFEST",
+    "PAGE_TOKENS",
     "SCHEMA_VERSION",
     "SIGNATURE",
     "WEIGHTS",

@@ -72,7 +72,7 @@ def _cache(part: Manifest) -> Iterator[str]:
     cache = part.cache
     if cache.rows < cache.context:
         yield f"the cache has {cache.rows} rows for a context of {cache.context}"
-    elif cache.layers * cache.kv_heads * cache.head_dim * cache.slots * cache.rows > MOST_BYTES or cache.nbytes > MOST_BYTES:
+    elif cache.layers * math.prod(cache.text_shape) > MOST_BYTES or cache.nbytes > MOST_BYTES:
         yield "the cache is larger than any machine's memory"
 
 

@@ -157,7 +157,7 @@ def config_of(family: str, *, int8_cache: bool = False, stage: Stage | None = No
     )
 
 
-def cache_of(config: ModelConfig, ranks: int, dtype: str) -> CacheSpec:
+def cache_of(config: ModelConfig, ranks: int, dtype: str, pages: bool) -> CacheSpec:
     text, vision = config.text, config.vision
     cross = None
     if isinstance(vision, TiledConfig):
@@ -172,6 +172,8 @@ def cache_of(config: ModelConfig, ranks: int, dtype: str) -> CacheSpec:
         dtype=dtype,
         cross=cross,
     )
+    if pages:
+        cache = msgspec.structs.replace(cache, pages=11, rows=600)
     return msgspec.structs.replace(cache, text_dtype="int8") if text.int8_cache else cache
 
 
@@ -184,10 +186,10 @@ def image_of(config: ModelConfig) -> ImageProcessorConfig:
 def cases() -> Iterator[Case]:
     """Every kind of graph of every family; with and without ranks, stages, images, candidates and a cache in 8 bits."""
     whole = [Stage()]
-    for family, int8_cache, ranks, count in itertools.product(TOWERS, (False, True), (1, 3), (1, 3)):
+    for family, int8_cache, ranks, count, pages in itertools.product(TOWERS, (False, True), (1, 3), (1, 3), (False, True)):
         for stage in whole if count == 1 else [Stage(i, count) for i in range(count)]:
             config = config_of(family, int8_cache=int8_cache, stage=stage)
-            cache = cache_of(config, ranks, "bfloat16" if ranks > 1 else "float32")
+            cache = cache_of(config, ranks, "bfloat16" if ranks > 1 else "float32", pages)
             image = image_of(config)
             if stage.first or cache.cross:
                 yield Case(config, cache, image, "vision", 1 if cache.cross is None else TILED.tiles, ranks=ranks)
@@ -200,7 +202,7 @@ def cases() -> Iterator[Case]:
 
 
 def label(case: Case) -> str:
-    cache = f"{case.cache.dtype}{'-int8' if case.cache.text_dtype else ''}"
+    cache = f"{case.cache.dtype}{'-int8' if case.cache.text_dtype else ''}{'-pages' if case.cache.pages else ''}"
     options = f"stage{case.stage.index}of{case.stage.count}-images{case.images}-candidates{case.candidates}"
     return f"{case.config.family}-{case.kind}-{cache}-{options}"
 
@@ -213,6 +215,8 @@ CONDITIONS = {
     "fused images": lambda case: case.cache.cross is None,
     "cross-attention": lambda case: case.cache.cross is not None,
     "images": lambda case: case.images > 0,
+    "slots": lambda case: not case.cache.pages,
+    "pages": lambda case: bool(case.cache.pages),
     "logn": lambda case: case.config.text.rope.logn_positions is not None,
     "candidates": lambda case: case.candidates > 0,
     "first or last stage": lambda case: case.stage.first or case.stage.last,
@@ -242,7 +246,7 @@ def sizes_of(case: Case) -> dict[str, int]:
     fields = {"cache": case.cache, "model": {"hidden_size": WIDTH, "vocab_size": VOCABULARY, "image": case.image}}
     for row in SIZES:
         (symbol,), path = names(row["size"]), names(row["field of the manifest"])[0]
-        if symbol not in sizes and (value := look_up(fields, path)) is not None:
+        if symbol not in sizes and (value := look_up(fields, path)) not in (None, msgspec.UNSET):
             sizes[symbol] = value
     return sizes
 
