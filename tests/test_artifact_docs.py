@@ -173,7 +173,7 @@ def cache_of(config: ModelConfig, ranks: int, dtype: str, pages: bool) -> CacheS
         cross=cross,
     )
     if pages:
-        cache = msgspec.structs.replace(cache, pages=11, rows=600)
+        cache = msgspec.structs.replace(cache, pages=11, rows=800)
     return msgspec.structs.replace(cache, text_dtype="int8") if text.int8_cache else cache
 
 

@@ -63,9 +63,10 @@ class CacheSpec(Record, frozen=True, kw_only=True):
 
     def buffers(self) -> dict[str, tuple[int, ...]]:
         """The shape of every buffer of the cache, by its name."""
-        shapes: dict[str, tuple[int, ...]] = {f"{which}_cache.{i}": self.text_shape for i in range(self.layers) for which in "kv"}
+        names = [f"{which}_cache.{i}" for i in range(self.layers) for which in "kv"]
+        shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names, self.text_shape)
         if cross := self.cross:
             shape = (self.slots, self.kv_heads, cross.rows, self.head_dim)
-            names = ((i, which, image) for i in range(cross.layers) for which in "kv" for image in range(cross.images))
-            shapes |= {f"cross_{which}.{i}.{image}": shape for i, which, image in names}
+            places = ((i, which, image) for i in range(cross.layers) for which in "kv" for image in range(cross.images))
+            shapes |= {f"cross_{which}.{i}.{image}": shape for i, which, image in places}
         return shapes
