@@ -34,16 +34,17 @@ stop() {
 
 # Consent to the usual build of torch: TORCH=any, or a yes at a terminal.
 confirm_usual_torch() {
-    echo "no CPU build of torch at $TORCH_INDEX; pip installs the usual one, on x86-64 with CUDA: 3 GB, 5 GB installed"
-    if [ "$choice" = any ]; then return; fi
-    if [ ! -t 0 ]; then
-        stop "nothing was installed; set TORCH=cuda to install it, or TORCH_INDEX to an index that has a CPU build"
+    usual="no CPU build of torch at $TORCH_INDEX; the usual one brings CUDA on x86-64: 3 GB to download, 5 GB installed"
+    if [ "$choice" != any ] && [ ! -t 0 ]; then
+        stop "$usual; nothing was installed: set TORCH=cuda to install that one, or TORCH_INDEX to an index with CPU builds"
     fi
+    echo "$usual"
+    if [ "$choice" = any ]; then return; fi
     printf 'Go on? [y/N] '
     read -r answer
     case $answer in
         y* | Y*) ;;
-        *) stop "nothing was installed; set TORCH_INDEX to an index that has a CPU build" ;;
+        *) stop "nothing was installed; set TORCH_INDEX to an index with CPU builds" ;;
     esac
 }
 
@@ -52,22 +53,23 @@ case $choice in
     auto | any) if has_gpu; then kind=cuda; else kind=cpu; fi ;;
 esac
 case $kind in
-    cpu) sizes="about 0.3 GB are downloaded, 1.2 GB installed" ;;
-    cuda) sizes="about 3 GB are downloaded, 5 GB installed" ;;
+    cpu | cuda) ;;
     *) echo "TORCH is $kind; expected cpu, cuda or any" >&2; exit 2 ;;
 esac
 
 if has_torch; then
     echo "torch $release is installed already; installing the other packages"
 else
+    if [ "$kind" = cpu ] && ! sees_torch_for_cpus; then
+        confirm_usual_torch
+        kind=cuda
+    fi
+    sizes="about 3 GB are downloaded, 5 GB installed"
+    if [ "$kind" = cpu ]; then sizes="about 0.3 GB are downloaded, 1.2 GB installed"; fi
     echo "installing torch $release ($kind) and the other packages: $sizes"
+    # Only builds for CPUs have this version, so nothing else can come, whichever indexes pip asks besides.
     if [ "$kind" = cpu ]; then
-        # Only builds for CPUs have this version, so nothing else can come, whichever indexes pip asks besides.
-        if sees_torch_for_cpus; then
-            "$python" -m pip install --no-deps --extra-index-url "$TORCH_INDEX" "torch==$release+cpu"
-        else
-            confirm_usual_torch
-        fi
+        "$python" -m pip install --no-deps --extra-index-url "$TORCH_INDEX" "torch==$release+cpu"
     fi
 fi
 exec "$python" -m pip install --editable "$checkout[$extra]"
