@@ -22,7 +22,7 @@ from staticvl.tools.artifact_facts import ArtifactFacts, Facts, facts
 from staticvl.tools.cli import main
 from staticvl.tools.machine import machine, versions
 
-from .artifact_docs import cells
+from .artifact_docs import items
 from .conftest import REPO
 
 USAGE = (REPO / "docs" / "usage.md").read_text(encoding="utf-8")
@@ -151,10 +151,9 @@ def test_what_is_no_artifact_is_an_error(capsys: pytest.CaptureFixture[str], tmp
 
 
 def rows() -> dict[str, set[str]]:
-    """Key -> its fields, of the table of the document."""
-    lines = USAGE.split("| key | fields |\n")[1].split("\n\n")[0].splitlines()[1:]
-    table = [cells(line) for line in lines]
-    return {key.strip("`"): set(re.findall(r"`(\w+)`", cell)) for key, cell in table}
+    """Key -> its fields, of the list of the document."""
+    described = (each.split(": ", 1) for each in items(USAGE.split("has these keys:")[1].split("\n## ")[0].splitlines()))
+    return {key.strip("`"): set(re.findall(r"`(\w+)`", fields)) for key, fields in described}
 
 
 def records(name: str = "Facts", path: str = "(whole)") -> Iterator[tuple[str, set[str]]]:

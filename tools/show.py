@@ -204,7 +204,7 @@ def _checks(graph: GraphFacts) -> tuple[str, str, str, str]:
 
 def _forecast(artifact: ArtifactFacts) -> Table:
     """Operations and bytes of each graph, and the least time that a card needs for it."""
-    table = Table(title=f"at best on {artifact.card}")
+    table = Table(title=f"lower bounds on {artifact.card}")
     for column in ("graph", "GFLOP", "MB", "ms", "bound by", "tokens/s"):
         table.add_column(column, justify="left" if column in ("graph", "bound by") else "right")
     for graph in artifact.graphs:
@@ -233,7 +233,7 @@ def _launches(artifact: ArtifactFacts) -> Table:
 def _communication(artifact: ArtifactFacts) -> Table:
     """Bytes that one rank of each stage sends to the others in one run, and for each token (or tile) of it."""
     staged = artifact.pp > 1
-    table = Table(title="a rank brings to the others")
+    table = Table(title="sent by one rank to the others")
     names = ("all-reduces, gathers", "KB", "KB a token")
     for column in ("graph", *(("stage",) if staged else ()), *names, *(("to stages", "KB") if staged else ())):
         table.add_column(column, justify="left" if column == "graph" else "right")
