@@ -23,7 +23,7 @@ demo-sim: $(VENV)/.compile ascend-sim
 	$(BIN)/staticvl demo --device sim
 
 test: $(VENV)/.test ascend-sim
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test ascend-sim
 	$(BIN)/python -m pytest -m slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -350,9 +351,21 @@ def layer_of(quant: str, merged: bool) -> dict[str, int]:
     return NORMS | {"MatMul" if quant == "none" else "WeightQuantBatchMatmulV2": products} | rest
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("quant", ["none", "w8a8", "w8a16", "w4a16-g32"])
-@pytest.mark.parametrize("checkpoint", [LLAVA, GOLDEN_QWEN], ids=["llava", "qwen_vl"])
+LAYERS = list(product((LLAVA, GOLDEN_QWEN), ("none", "w8a8", "w8a16", "w4a16-g32"), ("float16", "bfloat16")))
+# Each quantisation once; both checkpoints, both dtypes, and Qwen-VL with the queries that it scales.
+FEW = (
+    (LLAVA, "none", "bfloat16"),
+    (LLAVA, "w8a8", "float16"),
+    (GOLDEN_QWEN, "w8a16", "bfloat16"),
+    (GOLDEN_QWEN, "w4a16-g32", "float16"),
+)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "quant", "dtype"),
+    [pytest.param(*each, marks=[] if each in FEW else [pytest.mark.slow]) for each in LAYERS],
+    ids=[f"{'llava' if each[0] == LLAVA else 'qwen_vl'}-{each[1]}-{each[2]}" for each in LAYERS],
+)
 def test_nodes_of_a_decode_layer(checkpoint: Path, quant: str, dtype: str) -> None:
     graph = definition(checkpoint, "decode-2", quant)
     layers = sum("k_cache" in spec.name for spec in graph.outputs)
