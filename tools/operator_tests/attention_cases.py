@@ -1,13 +1,14 @@
 """Attention: over caches that are written first, to images, and within a tower.
 
-B rows, T tokens, H query heads, K kv heads, D head dim, S keys. Values differ by head. What a query must not see would show: its
-value is far from all others, and its key matches.
+B rows, T tokens, H query heads, K kv heads, D head dim, S keys. Values differ by head. What a query must not see would show:
+its value is far from all others, and its key matches.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,61 +17,75 @@ from torch import Tensor
 from ...model_defs import ops
 from ...runtime.artifact import IN_FLOAT32
 from .case import Calls, Case, Expected, Numbers, Operands, Setting
-from .formulas import attended
 from .forms import Form
+from .formulas import attended
 
 FIA = "FusedInferAttentionScore"
+CACHES = ("k_cache.0", "v_cache.0")
 UNSEEN = 100.0  # a value that no query may see
 FAULTY_KEYS = 512  # beyond so many keys a mask was ignored
 STEPS = (1 / 16, 1 / 32)  # scales of an int8 cache: powers of two, so that new rows are whole steps and a quarter
 
 
 def over_cache(form: Form, setting: Setting) -> Iterator[Case]:
-    several = form["tokens"] > 1
     yield Case(
-        name="attention over the cache, " + ("a chunk at true lengths" if several else "one token of each row, two padded"),
+        name=f"attention over the cache, {_tokens(form)}",
         form=form,
         operators=(FIA, "Scatter"),
         module=lambda: Calls(lambda _, *x: ops.cached_attention(*x, form["heads"])),
-        operands=lambda: _over_cache(form, Numbers(setting.torch_dtype)),
+        operands=lambda numbers: _over_cache(form, numbers),
         watches=("fault.padded_batch",),
     )
 
 
 def over_int8_cache(form: Form, setting: Setting) -> Iterator[Case]:
-    several, heads, shape = form["tokens"] > 1, form["heads"], (form["kv_heads"], 1, form["width"])
+    heads, shape = form["heads"], (form["kv_heads"], 1, form["width"])
     features = (form["kv_heads"] * form["width"],)
 
     def call(p: Any, *x: Tensor) -> Any:
         return ops.int8_cached_attention(*x[:5], p.k_scale.view(shape), p.v_scale.view(shape), x[5], heads)
 
     yield Case(
-        name="attention over the cache in 8 bits, " + ("a chunk at true lengths" if several else "one token of each row"),
+        name=f"attention over the cache in 8 bits, {_tokens(form)}",
         form=form,
         operators=(FIA, "Scatter", "Quantize"),
         module=lambda: Calls(call, k_scale=features, v_scale=features),
-        operands=lambda: _over_int8_cache(form, Numbers(setting.torch_dtype)),
+        operands=lambda numbers: _over_int8_cache(form, numbers),
         watches=("fault.padded_batch",),
     )
 
 
-def _lengths(form: Form) -> Tensor:
-    """[B] tokens before: nearly a full row, about 512, and none (padded rows) from the third on."""
+def _tokens(form: Form) -> str:
+    if form["tokens"] > 1:
+        return f"{form['tokens']} tokens after a full row of others"
+    padded = _lengths(form)[1:].count(0)
+    return f"a token of each of {form['batch']} rows" + (f", {padded} of them padding" if padded else "")
+
+
+def _lengths(form: Form) -> list[int]:
+    """Tokens before, of each row: nearly a full row; about 512; none, as padded rows have it."""
     most = form["keys"] - form["tokens"]
-    rows = [most, min(most, FAULTY_KEYS + 1), *[0] * form["batch"]]
-    return torch.tensor(rows[: form["batch"]], dtype=torch.int32)
+    rows = [most, 0] if form["batch"] == 2 else [most, min(most, FAULTY_KEYS + 1), *[0] * form["batch"]]
+    return rows[: form["batch"]]
 
 
 def _over_cache(form: Form, numbers: Numbers) -> Operands:
     q, k, v, caches, lengths = _cached_operands(form, numbers)
     k_cache, v_cache = (_written(cache, new, lengths) for cache, new in zip(caches, (k, v), strict=True))
     out = _joined(attended(_split(q, form["heads"]), k_cache, v_cache, _visible(form, lengths)))
-    inputs = dict(q=q, k=k, v=v) | dict(zip(("k_cache.0", "v_cache.0"), caches, strict=True)) | {"lengths": lengths}
-    expected = {"out": Expected(out), "k_cache.0.out": Expected(k_cache, True), "v_cache.0.out": Expected(v_cache, True)}
-    return Operands(inputs, expected)
+    return _with_caches((q, k, v), caches, lengths, out, (k_cache, v_cache))
 
 
-def _cached_operands(form: Form, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], Tensor]:
+def _with_caches(
+    new: tuple[Tensor, ...], caches: Sequence[Tensor], lengths: Sequence[int], out: Tensor, after: Sequence[Tensor]
+) -> Operands:
+    """The operands of attention over caches, which are `after` afterwards."""
+    inputs = dict(zip(("q", "k", "v"), new, strict=True)) | dict(zip(CACHES, caches, strict=True)) | {"lengths": _ints(lengths)}
+    written = {f"{name}.out": Expected(cache, exact=True) for name, cache in zip(CACHES, after, strict=True)}
+    return Operands(inputs, {"out": Expected(out), **written})
+
+
+def _cached_operands(form: Form, numbers: Numbers) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor], list[int]]:
     batch, tokens, width, kv_heads = (form[name] for name in ("batch", "tokens", "width", "kv_heads"))
     lengths = _lengths(form)
     q = numbers.normal(batch, tokens, form["heads"] * width)
@@ -80,7 +95,7 @@ def _cached_operands(form: Form, numbers: Numbers) -> tuple[Tensor, Tensor, Tens
     offsets = numbers.normal(1, kv_heads, 1, width)
     k_cache = numbers.normal(batch, kv_heads, form["keys"], width)
     v_cache = numbers.stored(numbers.normal(batch, kv_heads, form["keys"], width) + offsets)
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate(lengths):
         v_cache[row, :, length + tokens :] = UNSEEN
         k_cache[row, :, length + tokens :] = numbers.stored(_split(matching, kv_heads)[row, :, -1:])
     return q, k, v, (k_cache, v_cache), lengths
@@ -108,9 +123,7 @@ def _over_int8_cache(form: Form, numbers: Numbers) -> Operands:
     out = _joined(attended(_split(q, form["heads"]), keys, values, _visible(form, lengths)))
     scales = {f"{name}_scale": scale.flatten().to(numbers.dtype) for name, scale in (("k", k_scale), ("v", v_scale))}
     in_float32 = {name + IN_FLOAT32: scale.float() for name, scale in scales.items()}
-    inputs = dict(q=q, k=k, v=v) | dict(zip(("k_cache.0", "v_cache.0"), stored, strict=True)) | {"lengths": lengths}
-    expected = {"out": Expected(out), "k_cache.0.out": Expected(after[0], True), "v_cache.0.out": Expected(after[1], True)}
-    return Operands(inputs, expected, scales | in_float32)
+    return replace(_with_caches((q, k, v), stored, lengths, out, after), weights=scales | in_float32)
 
 
 def _near_steps(x: Tensor, scale: Tensor, numbers: Numbers) -> Tensor:
@@ -122,20 +135,24 @@ def _steps(x: Tensor, scale: Tensor) -> Tensor:
     return (x / scale).round().clamp(-128, 127).to(torch.int8)
 
 
-def _visible(form: Form, lengths: Tensor) -> Tensor:
+def _visible(form: Form, lengths: Sequence[int]) -> Tensor:
     """[B, T, S]: token t of row b sees rows 0 .. lengths[b] + t."""
-    last = lengths[:, None].long() + torch.arange(form["tokens"])
+    last = _ints(lengths)[:, None] + torch.arange(form["tokens"])
     return torch.arange(form["keys"]) <= last[..., None]
 
 
-def _written(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
+def _ints(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32)
+
+
+def _written(cache: Tensor, new: Tensor, lengths: Sequence[int]) -> Tensor:
     return _written_heads(cache, _split(new, cache.shape[1]), lengths)
 
 
-def _written_heads(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
+def _written_heads(cache: Tensor, new: Tensor, lengths: Sequence[int]) -> Tensor:
     """The cache [B, K, S, D] with new [B, K, T, D] from rows `lengths` on."""
     cache = cache.clone()
-    for row, length in enumerate(lengths.tolist()):
+    for row, length in enumerate(lengths):
         cache[row, :, length : length + new.shape[2]] = new[row]
     return cache
 
@@ -145,14 +162,14 @@ def _written_heads(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
 
 def cross(form: Form, setting: Setting) -> Iterator[Case]:
     """At the true number of keys, at some more than FAULTY_KEYS, and with a query that sees nothing."""
-    one = "one query of each row" if form["tokens"] == 1 else "several queries"
+    one = f"a query of each of {form['batch']} rows" if form["tokens"] == 1 else f"{form['tokens']} queries"
     short = FAULTY_KEYS // form["tiles"] * form["tiles"] + FAULTY_KEYS // 4 // form["tiles"] * form["tiles"]
     sizes = dict(form.sizes)
     few = Form(form.kind, tuple((sizes | {"keys": short}).items()))
     known = ("fault.mask_beyond_512_keys",) if form["tokens"] == 1 else ()
     for name, own, blind in (
-        (f"mask over {short} keys, {one}", few, False),
-        (f"mask over {form['keys']} keys, {one}", form, False),
+        (f"a mask over {short} keys, {one}", few, False),
+        (f"a mask over {form['keys']} keys, {one}", form, False),
         (f"a query that sees no key, {one}", form, True),
     ):
         yield Case(
@@ -160,7 +177,7 @@ def cross(form: Form, setting: Setting) -> Iterator[Case]:
             form=own,
             operators=(FIA,),
             module=lambda own=own: Calls(lambda _, q, k, v, mask: ops.cross_attention(q, [k], [v], mask, own["heads"])),
-            operands=lambda own=own, blind=blind: _cross(own, Numbers(setting.torch_dtype), blind),
+            operands=lambda numbers, own=own, blind=blind: _cross(own, numbers, blind),
             watches=(*known, "fault.query_without_keys"),
         )
 
@@ -188,21 +205,21 @@ def _cross(form: Form, numbers: Numbers, blind: bool) -> Operands:
 
 def whole(form: Form, setting: Setting) -> Iterator[Case]:
     yield Case(
-        name="attention of all tokens to all",
+        name=f"attention of {form['tokens']} tokens to each other",
         form=form,
         operators=(FIA,),
         module=lambda: Calls(lambda _, *x: ops.attention(*x, form["heads"])),
-        operands=lambda: _whole(form, Numbers(setting.torch_dtype), padded=False),
+        operands=lambda numbers: _whole(form, numbers, padded=False),
     )
 
 
 def padded(form: Form, setting: Setting) -> Iterator[Case]:
     yield Case(
-        name="attention in which padding does not see padding",
+        name=f"attention of {form['tokens']} tokens in which padding does not see padding",
         form=form,
         operators=(FIA,),
         module=lambda: Calls(lambda _, *x: ops.padded_attention(*x, form["heads"])),
-        operands=lambda: _whole(form, Numbers(setting.torch_dtype), padded=True),
+        operands=lambda numbers: _whole(form, numbers, padded=True),
         watches=("fault.query_without_keys",),
     )
 
@@ -214,9 +231,8 @@ def _whole(form: Form, numbers: Numbers, *, padded: bool) -> Operands:
     padding = (torch.arange(tokens) >= tokens - tokens // 3).float()[None].expand(batch, tokens).contiguous()
     visible = None
     if padded:
-        v[:, padding[0] > 0] += UNSEEN / 4
+        v = numbers.stored(v + padding[..., None] * UNSEEN / 4)
         visible = ~((padding[:, :, None] > 0) & (padding[:, None] > 0))
-        v = numbers.stored(v)
     out = _joined(attended(*(_split(x, heads) for x in (q, k, v)), visible))
     inputs = {"q": q, "k": k, "v": v} | ({"padding": padding} if padded else {})
     return Operands(inputs, {"out": Expected(out)})

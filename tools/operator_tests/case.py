@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +30,33 @@ class Operands:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
 
 
+class Numbers:
+    """Random numbers of a dtype, the same for the same seed; on the meta device without `data`, for the sizes alone."""
+
+    def __init__(self, dtype: torch.dtype, *, data: bool = True, seed: int = 0) -> None:
+        self.dtype, self.data = dtype, data
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        """Normal numbers in float32, each a number of the dtype."""
+        x = torch.randn(shape, generator=self.generator) if self.data else torch.empty(shape, device="meta")
+        return self.stored(x.mul_(scale).add_(shift))
+
+    def uniform(self, *shape: int) -> Tensor:
+        """From 0 to 1, float32."""
+        return torch.rand(shape, generator=self.generator) if self.data else torch.empty(shape, device="meta")
+
+    def whole(self, low: int, high: int, *shape: int) -> Tensor:
+        """Whole numbers from low to high, int64."""
+        if not self.data:
+            return torch.empty(shape, dtype=torch.int64, device="meta")
+        return torch.randint(low, high + 1, shape, generator=self.generator)
+
+    def stored(self, x: Tensor) -> Tensor:
+        """x rounded to the dtype, in float32."""
+        return x.to(self.dtype).float()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
     """In what graphs compute: `dtype` float16 or bfloat16, `quant` the artifact's quantisation."""
@@ -45,7 +72,6 @@ class Setting:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """`module` makes the definition, without data; `operands` draws numbers, the same in every process.
-
     `operators`: types that the compiled graph has to hold, or the case tests something else. `watches`: known faults
     (ge_simulator/card_rules) that the case would show.
     """
@@ -54,8 +80,17 @@ class Case:
     form: Form
     operators: tuple[str, ...]
     module: Callable[[], nn.Module]
-    operands: Callable[[], Operands]
+    operands: Callable[[Numbers], Operands]
     watches: tuple[str, ...] = ()
+
+
+Builder = Callable[[Form, Setting], Iterator[Case]]  # the cases of a form
+
+
+def sizes_of(case: Case, setting: Setting) -> Operands:
+    """A case's operands without data."""
+    with torch.device("meta"):
+        return case.operands(Numbers(setting.torch_dtype, data=False))
 
 
 class Calls(nn.Module):
@@ -74,22 +109,3 @@ class Calls(nn.Module):
 
 def _empty(shape: tuple[int, ...]) -> nn.Parameter:
     return nn.Parameter(torch.empty(shape, device="meta"), requires_grad=False)
-
-
-class Numbers:
-    """Random numbers of a dtype, the same for the same seed."""
-
-    def __init__(self, dtype: torch.dtype, seed: int = 0) -> None:
-        self.dtype, self.generator = dtype, torch.Generator().manual_seed(seed)
-
-    def normal(self, *shape: int, scale: float = 1.0, shift: float = 0.0) -> Tensor:
-        """Normal numbers in float32, each a number of the dtype."""
-        return self.stored(torch.randn(shape, generator=self.generator).mul_(scale).add_(shift))
-
-    def stored(self, x: Tensor) -> Tensor:
-        """x rounded to the dtype, in float32."""
-        return x.to(self.dtype).float()
-
-    def whole(self, low: int, high: int, *shape: int) -> Tensor:
-        """Whole numbers from low to high, int64."""
-        return torch.randint(low, high + 1, shape, generator=self.generator)

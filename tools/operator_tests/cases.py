@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 from . import attention_cases, product_cases, row_cases
-from .case import Case, Setting
+from .case import Builder, Case, Setting
 from .forms import Form
-
-Builder = Callable[[Form, Setting], Iterator[Case]]
 
 # By how a form's kind starts; the longest that fits counts. What follows says one row or several, a bias, the size of blocks.
 BUILDERS: dict[str, Builder] = {

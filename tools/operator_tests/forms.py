@@ -8,8 +8,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from ...runtime.artifact import Artifact, CacheSpec, GraphSpec, Segment
+from ...runtime.artifact import Artifact, CacheSpec, GraphSpec, Manifest, Segment
 from ...runtime.backends.ascend.kernel import load_graph
 from ...runtime.backends.ge_simulator import ge_graph
 from ...runtime.backends.ge_simulator.card_rules import attention
@@ -39,15 +40,27 @@ def form(kind: str, **sizes: int) -> Form:
     return Form(kind, tuple(sizes.items()))
 
 
-def artifact_forms(artifact: Artifact) -> list[Form]:
-    """The forms of a whole artifact, those of each kind at its largest sizes; of a pipeline, all stages. Loads torchair."""
-    manifest, graphs = artifact.manifest, []
-    for stage in range(manifest.pp):
-        for graph in manifest.of_stage(stage).graphs:
+def artifact_forms(artifact: Artifact) -> dict[Form, tuple[str, ...]]:
+    """The forms of a whole artifact, those of each kind at its largest sizes, with the kinds of graphs that have the kind; of a
+    pipeline, all stages. torchair has to be importable."""
+    manifest = artifact.manifest
+    forms: list[Form] = []
+    used: dict[str, set[str]] = {}
+    for graph, parsed, cache in _parsed(artifact.folder, manifest):
+        for each in graph_forms(graph, parsed, cache):
+            forms.append(each)
+            used.setdefault(each.kind, set()).add(graph.kind)
+    return {each: tuple(sorted(used[each.kind])) for each in largest(forms)}
+
+
+def _parsed(folder: Path, manifest: Manifest) -> Iterator[tuple[GraphSpec, ge_graph.GeGraph, CacheSpec]]:
+    """The compiled graphs of all stages, each with its stage's cache."""
+    for number in range(manifest.pp):
+        stage = manifest.of_stage(number)
+        for graph in stage.graphs:
             if not graph.eager:
                 file = next(step.file for step in graph.plan if isinstance(step, Segment))
-                graphs.append((graph, ge_graph.parse(load_graph(artifact.folder / file, manifest.files[file]))))
-    return largest(each for graph, parsed in graphs for each in graph_forms(graph, parsed, manifest.cache))
+                yield graph, ge_graph.parse(load_graph(folder / file, manifest.files[file])), stage.cache
 
 
 def largest(forms: Iterable[Form]) -> list[Form]:

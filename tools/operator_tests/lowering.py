@@ -10,16 +10,16 @@ from ...compiler.emit_ascend import Emitted, emit
 from ...compiler.graphs import GraphDef
 from ...runtime.artifact import GraphKey, TensorSpec
 from ...runtime.backends.ge_simulator import ge_graph
-from .case import Case, Operands, Setting
+from .case import Case, Operands, Setting, sizes_of
 
 
 class LoweringError(ValueError):
     """A case that does not become the operator that it tests."""
 
 
-def lower(case: Case, operands: Operands, setting: Setting) -> Emitted:
+def lower(case: Case, setting: Setting) -> Emitted:
     """Raises LoweringError where one of the case's operators is not in the graph."""
-    emitted = emit(definition(case, operands, setting), setting.dtype)
+    emitted = emit(definition(case, sizes_of(case, setting), setting), setting.dtype)
     missing = set(case.operators) - set(ge_graph.parse(emitted.graph).types())
     if missing:
         raise LoweringError(f"{case.name}: the graph has no {', '.join(sorted(missing))}")

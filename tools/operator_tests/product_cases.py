@@ -31,7 +31,7 @@ def product(form: Form, setting: Setting) -> Iterator[Case]:
         form=form,
         operators=("MatMul",),
         module=lambda: _layer(form, "none"),
-        operands=lambda: _product(form, Numbers(setting.torch_dtype)),
+        operands=lambda numbers: _product(form, numbers),
     )
 
 
@@ -77,7 +77,7 @@ def stored_product(form: Form, setting: Setting) -> Iterator[Case]:
         form=form,
         operators=("WeightQuantBatchMatmulV2",),
         module=lambda: _layer(form, kind),
-        operands=lambda: _stored(form, kind, setting, Numbers(setting.torch_dtype)),
+        operands=lambda numbers: _stored(form, kind, setting, numbers),
     )
 
 
@@ -140,7 +140,7 @@ def int8_product(form: Form, setting: Setting) -> Iterator[Case]:
         form=form,
         operators=("DynamicQuant", "QuantBatchMatmulV3"),
         module=lambda: _layer(form, "w8a8"),
-        operands=lambda: _int8(form, Numbers(setting.torch_dtype)),
+        operands=lambda numbers: _int8(form, numbers),
     )
 
 
@@ -161,7 +161,7 @@ def _exact_rows(form: Form, numbers: Numbers) -> Tensor:
 def _int8_weight(form: Form, numbers: Numbers) -> tuple[Tensor, Tensor]:
     """[K, N] int8 and scales [N] float32, by which products of _exact_rows are of the order of 1."""
     qweight = numbers.whole(-LARGEST, LARGEST, form["inputs"], form["features"]).to(torch.int8)
-    scales = (torch.rand(form["features"], generator=numbers.generator) + 0.5) * form["inputs"] ** -0.5 / 80
+    scales = (numbers.uniform(form["features"]) + 0.5) * form["inputs"] ** -0.5 / 80
     return qweight, scales
 
 
@@ -175,7 +175,7 @@ def swiglu_rows(form: Form, setting: Setting) -> Iterator[Case]:
         form=form,
         operators=("DynamicQuant", "QuantBatchMatmulV3", "DequantSwigluQuant"),
         module=lambda: _layer(form, "w8a8", call),
-        operands=lambda: _swiglu(form, Numbers(setting.torch_dtype)),
+        operands=lambda numbers: _swiglu(form, numbers),
     )
 
 
@@ -185,5 +185,3 @@ def _swiglu(form: Form, numbers: Numbers) -> Operands:
     gate, up = (x.double() @ (qweight.double() * scales.double())).chunk(2, dim=-1)
     out = formulas.rounded_rows(formulas.silu(gate) * up).float()
     return Operands({"x": x}, {"out": Expected(out)}, {"layer.qweight": qweight, "layer.scales": scales})
-
-

@@ -14,18 +14,19 @@ from torch import Tensor
 from ...compiler.ascend_graph import fused
 from ...model_defs import ops
 from . import formulas
-from .case import Calls, Case, Expected, Numbers, Operands, Setting
+from .case import Builder, Calls, Case, Expected, Numbers, Operands, Setting
 from .forms import Form
 
 EPS = 1e-5
 
 
-def _norm(name: str, operators: tuple[str, ...], call: Callable[..., Any], reference: Callable[..., Any], inputs: int = 1):
+def _norm(
+    name: str, operator: str, call: Callable[..., Any], reference: Callable[..., tuple[Tensor, ...]], inputs: int = 1
+) -> Builder:
     """A builder of a case over `inputs` tensors [M, C] and a weight [C]; the reference takes them in that order."""
 
     def build(form: Form, setting: Setting) -> Iterator[Case]:
-        def operands() -> Operands:
-            numbers = Numbers(setting.torch_dtype)
+        def operands(numbers: Numbers) -> Operands:
             given = [numbers.normal(form["rows"], form["width"], scale=1 + i) for i in range(inputs)]
             weight = numbers.normal(form["width"], scale=0.2, shift=1)
             outputs = reference(*given, weight)
@@ -36,7 +37,7 @@ def _norm(name: str, operators: tuple[str, ...], call: Callable[..., Any], refer
         yield Case(
             name=name,
             form=form,
-            operators=operators,
+            operators=(operator,),
             module=lambda: Calls(call, weight=(form["width"],)),
             operands=operands,
         )
@@ -54,26 +55,25 @@ def _quantised_sum(p: Any, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     return _unscaled(rows, scales), total
 
 
-rms_norm = _norm(
-    "RMS norm", ("RmsNorm",), lambda p, x: ops.rms_norm(x, p.weight, EPS), lambda x, w: (formulas.rms(x, w, EPS),)
-)
+rms_norm = _norm("RMS norm", "RmsNorm", lambda p, x: ops.rms_norm(x, p.weight, EPS), lambda x, w: (formulas.rms(x, w, EPS),))
 add_rms_norm = _norm(
     "sum and its RMS norm",
-    ("AddRmsNorm",),
+    "AddRmsNorm",
     lambda p, x, y: fused.add_rms_norm(x, y, p.weight, EPS),
     lambda x, y, w: (formulas.rms(x + y, w, EPS), x + y),
     inputs=2,
 )
 add_rms_norm_rows = _norm(
     "sum, its RMS norm, and rows of that in 8 bits",
-    ("AddRmsNormDynamicQuant",),
+    "AddRmsNormDynamicQuant",
     _quantised_sum,
     lambda x, y, w: (formulas.rounded_rows(formulas.rms(x + y, w, EPS)), x + y),
     inputs=2,
 )
+
+
 def layer_norm(form: Form, setting: Setting) -> Iterator[Case]:
-    def operands() -> Operands:
-        numbers = Numbers(setting.torch_dtype)
+    def operands(numbers: Numbers) -> Operands:
         x = numbers.normal(form["rows"], form["width"], shift=0.5)
         weight, bias = numbers.normal(form["width"], scale=0.2, shift=1), numbers.normal(form["width"])
         stored = {"weight": weight.to(numbers.dtype), "bias": bias.to(numbers.dtype)}
@@ -89,14 +89,13 @@ def layer_norm(form: Form, setting: Setting) -> Iterator[Case]:
     )
 
 
-def _activation(name: str, operator: str, call: Callable[..., Tensor], reference: Callable[[Tensor], Tensor]):
+def _activation(name: str, operator: str, call: Callable[..., Tensor], reference: Callable[[Tensor], Tensor]) -> Builder:
     def build(form: Form, setting: Setting) -> Iterator[Case]:
-        def operands() -> Operands:
-            x = Numbers(setting.torch_dtype).normal(form["rows"], form["width"], scale=2)
+        def operands(numbers: Numbers) -> Operands:
+            x = numbers.normal(form["rows"], form["width"], scale=2)
             return Operands({"x": x}, {"out": Expected(reference(x))})
 
-        module = lambda: Calls(lambda _, x: call(x))  # noqa: E731
-        yield Case(name=name, form=form, operators=(operator,), module=module, operands=operands)
+        yield Case(name=name, form=form, operators=(operator,), module=lambda: Calls(lambda _, x: call(x)), operands=operands)
 
     return build
 
@@ -108,36 +107,38 @@ def _gated(x: Tensor) -> Tensor:
 
 gelu = _activation("GELU", "GeluV2", ops.gelu, formulas.gelu)
 quick_gelu = _activation("quick GELU", "FastGelu", ops.quick_gelu, formulas.quick_gelu)
-rows = _activation(
-    "rows in 8 bits", "DynamicQuant", lambda x: _unscaled(*fused.quantised_rows(x)), formulas.rounded_rows
-)
+rows = _activation("rows in 8 bits", "DynamicQuant", lambda x: _unscaled(*fused.quantised_rows(x)), formulas.rounded_rows)
 swiglu = _activation("SwiGLU", "SwiGlu", lambda x: ops.silu_mul(*x.chunk(2, dim=-1)), _gated)
 
 
 def rotary(form: Form, setting: Setting) -> Iterator[Case]:
     yield Case(
-        name="rotary embedding",
+        name=f"rotary embedding, {_tokens(form)}",
         form=form,
         operators=("RotaryMul",),
         module=lambda: Calls(lambda _, x, cos, sin: ops.rope(x, cos, sin)),
-        operands=lambda: _turned(form, Numbers(setting.torch_dtype), {"q": form["heads"]}),
+        operands=lambda numbers: _turned(form, numbers, {"q": form["heads"]}),
     )
 
 
 def rotary_both(form: Form, setting: Setting) -> Iterator[Case]:
     heads = {"q": form["heads"], "k": form["kv_heads"]}
     yield Case(
-        name="rotary embedding of queries and keys",
+        name=f"rotary embedding of queries and keys, {_tokens(form)}",
         form=form,
         operators=("ApplyRotaryPosEmb",),
         module=lambda: Calls(lambda _, *x: fused.rope_of_both(*x)),
-        operands=lambda: _turned(form, Numbers(setting.torch_dtype), heads),
+        operands=lambda numbers: _turned(form, numbers, heads),
     )
+
+
+def _tokens(form: Form) -> str:
+    return f"a token of each of {form['batch']} rows" if form["tokens"] == 1 else f"{form['tokens']} tokens"
 
 
 def _turned(form: Form, numbers: Numbers, heads: dict[str, int]) -> Operands:
     batch, tokens, width = form["batch"], form["tokens"], form["width"]
-    angles = (torch.rand(batch, tokens, width // 2, generator=numbers.generator) * 6.28).repeat(1, 1, 2)
+    angles = (numbers.uniform(batch, tokens, width // 2) * 6.28).repeat(1, 1, 2)
     cos, sin = numbers.stored(angles.cos()), numbers.stored(angles.sin())
     given = {name: numbers.normal(batch, tokens, count * width) for name, count in heads.items()}
     expected = {
@@ -153,7 +154,7 @@ def candidates(form: Form, setting: Setting) -> Iterator[Case]:
         form=form,
         operators=("TopKV2",),
         module=lambda: Calls(lambda _, *x: ops.top_tokens(*x, form["count"])),
-        operands=lambda: _top(form, Numbers(setting.torch_dtype)),
+        operands=lambda numbers: _top(form, numbers),
     )
 
 
@@ -161,7 +162,7 @@ def _top(form: Form, numbers: Numbers) -> Operands:
     """The largest logits are all different, so that their order is known."""
     count, vocabulary = form["count"], form["vocabulary"]
     logits = numbers.normal(form["rows"], vocabulary).clamp(-4, 4)
-    ids = torch.stack([torch.randperm(vocabulary, generator=numbers.generator)[:count] for _ in range(form["rows"])])
+    ids = numbers.uniform(form["rows"], vocabulary).argsort(-1)[:, :count]
     bits = torch.tensor(5, dtype=numbers.dtype).view(torch.int16) + torch.arange(count, 0, -1, dtype=torch.int16)
     largest = bits.view(numbers.dtype).float().expand(form["rows"], count)  # neighbours among numbers of the dtype
     logits = logits.scatter(1, ids, largest)

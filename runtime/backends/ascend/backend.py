@@ -262,6 +262,11 @@ def simulated(*, wide: bool = False) -> Device:
     return Device("cpu", lambda group: host.running_on(functools.partial(Simulator, wide=wide, group=group)), wide)
 
 
+def open_device(device: str) -> tuple[Device, str | None]:
+    """A device by its name, and the family of a card's chip; None: the simulator. Raises ArtifactError where it is missing."""
+    return (simulated(wide=_is_wide(device)), None) if device.startswith("sim") else _card(device)
+
+
 class RankedGroup(Group, Protocol):
     """A group through whose store the ranks can also make a process group of cards."""
 
@@ -286,10 +291,8 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
         raise ArtifactError("Ascend artifacts need torch; install it with: pip install 'staticvl[compile]'") from None
     check_group(str(folder), manifest.tp, group)
     simulating = device.startswith("sim")
-    if simulating:
-        target, soc = simulated(wide=_is_wide(device)), manifest.ascend.soc
-    else:
-        target, soc = _card(_ranks_card(device, group))
+    target, chip = open_device(device if simulating else _ranks_card(device, group))
+    soc = chip or manifest.ascend.soc
     check_ascend_info(folder, manifest, ascend_info(torchair_host.VERSION, soc))
     weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
     _check_weights(folder, manifest, weights)
