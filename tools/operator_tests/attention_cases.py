@@ -233,7 +233,7 @@ def _whole(form: Form, numbers: Numbers, *, padded: bool) -> Operands:
     if padded:
         v = numbers.stored(v + padding[..., None] * UNSEEN / 4)
         visible = ~((padding[:, :, None] > 0) & (padding[:, None] > 0))
-    out = _joined(attended(*(_split(x, heads) for x in (q, k, v)), visible))
+    out = _joined(attended(_split(q, heads), _split(k, heads), _split(v, heads), visible))
     inputs = {"q": q, "k": k, "v": v} | ({"padding": padding} if padded else {})
     return Operands(inputs, {"out": Expected(out)})
 

@@ -12,7 +12,9 @@ import msgspec
 from ...runtime.artifact import Artifact, FileSpec
 from ...runtime.backends.ascend import torchair_host
 from ...runtime.backends.ascend.backend import Device
-from ...runtime.backends.ascend.kernel import Kernel, load_kernel
+from ...runtime.backends.ascend.kernel import Kernel, load_graph, load_kernel
+from ...runtime.backends.ascend.weight_layout import NZ, WeightForm, forms_in_nz, weight_layout
+from ...runtime.backends.ge_simulator import ge_graph
 from .case import Case, Numbers, Setting
 from .cases import cases
 from .forms import Form, artifact_forms
@@ -67,15 +69,32 @@ def run_folder(folder: Path, device: Device, first: int = 0) -> Iterator[Outcome
             return
         case = cases([lowered.form], setting)[lowered.place]
         kernel = _kernel(_file(folder, number))
+        own = replace(device, in_nz=_forms_in_nz(_file(folder, number), device))
         operands = case.operands(Numbers(setting.torch_dtype))
-        outcome = run_case(lowered.case, operands, kernel, lowered.weights, setting, device)
+        outcome = run_case(lowered.case, operands, kernel, lowered.weights, setting, own)
         yield outcome
         if outcome.status == REFUSED:
             return
 
 
 def _kernel(file: Path) -> Kernel:
-    data = file.read_bytes()
     compiled = file.parent / "compiled"
     compiled.mkdir(exist_ok=True)
-    return load_kernel(file, FileSpec(nbytes=len(data), sha256=hashlib.sha256(data).hexdigest()), compiled)
+    return load_kernel(file, _spec(file), compiled)
+
+
+def _forms_in_nz(file: Path, device: Device) -> frozenset[WeightForm]:
+    """The layout of weights that an artifact would have on the device."""
+    if not device.name.startswith("npu") or weight_layout() != NZ:
+        return frozenset()
+    return forms_in_nz([ge_graph.parse(load_graph(file, _spec(file)))])
+
+
+def _spec(file: Path) -> FileSpec:
+    data = file.read_bytes()
+    return FileSpec(nbytes=len(data), sha256=digest(data))
+
+
+def digest(data: bytes) -> str:
+    """As load_kernel expects it of a file."""
+    return hashlib.sha256(data).hexdigest()

@@ -50,9 +50,9 @@ def print_outcomes(outcomes: Sequence[Outcome], device: str, console: Console) -
     console.print(f"operators on {device} against formulas: result, distance, test")
     for outcome in outcomes:
         for line in _lines(outcome):
-            console.print(line, markup=False)
+            console.print(line, markup=False, soft_wrap=True)
     for line in _failures(outcomes):
-        console.print(line, markup=False)
+        console.print(line, markup=False, soft_wrap=True)
 
 
 def _lines(outcome: Outcome) -> list[str]:

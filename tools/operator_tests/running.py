@@ -36,7 +36,7 @@ def _computed(
 ) -> Mapping[str, Tensor]:
     """Every output of a case, on the host."""
     fed = {name: x.clone().to(device.name) for name, x in as_fed(operands.inputs, setting).items()}
-    taken = [operands.weights[name].contiguous().to(device.name) for name in weights]
+    taken = [device.placed(operands.weights[name].contiguous()) for name in weights]
     with device.context(None), torch.no_grad():
         made = kernel([*taken, *fed.values()])
     returned = [name for name in operands.expected if name.removesuffix(".out") not in fed]
