@@ -6,9 +6,12 @@ weights that the Ascend artifact should stand for: rounded here, from the checkp
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,6 +28,7 @@ from staticvl.runtime.artifact import read_manifest
 from staticvl.runtime.processor.prompt import Message
 from staticvl.tools.comparing.samples import user_sample
 from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
+from staticvl.weights.names import mllama
 from staticvl.weights.quantize import dequantize_w4, dequantize_w8, quantize_w4, quantize_w8
 from staticvl.weights.source import open_source
 from staticvl.weights.storage import quant_of
@@ -73,13 +77,24 @@ def write_rounded(checkpoint: Path, out: Path, quant: str) -> Path:
     return out
 
 
+@contextlib.contextmanager
+def made_in_16_bits() -> Iterator[None]:
+    """Llama's gates and position tables, which are computed from several tensors, rounded as the Ascend artifact has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tanh_gate", "gated_table", "mixed_positions"):
+            make = getattr(mllama, name)
+            patch.setattr(mllama, name, lambda sources, make=make: make(sources).half().float())
+        yield
+
+
 @pytest.mark.parametrize(("family", "quant"), FORMATS)
 def test_64_tokens_of_a_batch_of_four(family: str, quant: str, tmp_path: Path) -> None:
     """In float32 they are the same to the token, with logits within the limit of certificates; in 16 bits as far as rounding
     lets a trained model be sure."""
     checkpoint, buckets = CHECKPOINTS[family], replace(BUCKETS, images=(2,) if family == "mllama" else None)
     whole = write_rounded(checkpoint, tmp_path / "rounded", quant)
-    build(Options(checkpoint=whole, out=tmp_path / "onnx", buckets=buckets))
+    with made_in_16_bits():
+        build(Options(checkpoint=whole, out=tmp_path / "onnx", buckets=buckets))
     options = Options(checkpoint=checkpoint, out=tmp_path / "ascend", buckets=buckets, backend="ascend", quant=quant)
     manifest = build(options).manifest
     assert all(graph.certificate and graph.certificate.worst <= EXACT for graph in manifest.graphs)
@@ -113,12 +128,17 @@ def test_ranks_in_4_bits_with_a_cache_in_8_bits(tp: int, tmp_path: Path) -> None
     one, of which some layers are packed along their out features and some are not."""
     checkpoint = EMBEDDED
     if tp == 8:
-        sizes = {"hidden": 256, "heads": 8, "kv_heads": 8, "head_dim": 32, "intermediate": 1024, "vision_heads": 8}
-        checkpoint = tiny_llava(tmp_path / "checkpoint", **sizes, vision_hidden=64).folder
+        sizes: dict[str, Any] = {"hidden": 256, "heads": 8, "kv_heads": 8, "head_dim": 32, "intermediate": 1024}
+        checkpoint = tiny_llava(tmp_path / "checkpoint", **sizes, vision_hidden=64, vision_heads=8).folder
     sides = [ranks_of(tmp_path / backend, checkpoint, tp, backend) for backend in ("onnx", "ascend")]
     prompts = [side.prepare(user_sample("it", QUESTION, (noise(2),))) for side in sides]
     tokens = [side.greedy(prompt, 64) for side, prompt in zip(sides, prompts, strict=True)]
     assert tp == 8 or np.array_equal(*tokens), tokens
     logits = [side.run_forced([prompt], [tokens[0]])[0].logits for side, prompt in zip(sides, prompts, strict=True)]
     distance = np.linalg.norm(logits[1] - logits[0]) / np.linalg.norm(logits[0])
-    assert 0 < distance < 0.05
+    assert 0 < distance < 2 * sum(map(stated_rounding, sides)), "each step adds to the cache what the next ones read"
+
+
+def stated_rounding(side: StaticSide) -> float:
+    """The largest distance from the definitions that the certificates state."""
+    return max(graph.certificate.rounding or 0.0 for graph in side.artifact.manifest.graphs if graph.certificate)

@@ -38,7 +38,7 @@ def test_a_healthy_artifact_raises_no_alarm(reference: tuple[Side, Path]) -> Non
     assert result.precision == "float16" and max(own for own, _ in result.layers.values()) < 1e-4
 
 
-@pytest.mark.parametrize("quant", ["w8a8+vision", "w4a16-g32"])
+@pytest.mark.parametrize("quant", ["w8a8+vision", "w8a16", "w4a16", "w4a16-g32"])
 def test_quantised_artifacts_raise_none_either(reference: tuple[Side, Path], tmp_path: Path, quant: str) -> None:
     side = compiled("qwen_vl", tmp_path / "artifact", backend="ascend", quant=quant)
     result = compared(reference[0], side, samples_of("qwen_vl")[:1], inspect="always")
