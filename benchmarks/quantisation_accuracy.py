@@ -122,7 +122,7 @@ def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
     width = weight.shape[1]
     block = {COLUMN: width, BLOCK: quant_block(width)}.get(group, group)
     quantize, dequantize = (quantize_w8, dequantize_w8) if bits == 8 else (quantize_w4, dequantize_w4)
-    return dequantize(*quantize(weight, block), width)
+    return dequantize(*quantize(weight, block), width).contiguous()  # without the padding of a last block
 
 
 def calibration(prompts: int, folder: Path) -> Calibration:

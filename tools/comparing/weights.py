@@ -240,7 +240,7 @@ def _beyond(a: _Part, b: _Part) -> Tensor:
     not finite."""
     error = (a.values - b.values).abs() - a.allowed - b.allowed
     error = error.clamp_min(0) / torch.maximum(a.largest, b.largest).clamp_min(1e-30)
-    return torch.where(torch.isfinite(b.values), error, torch.inf)
+    return torch.where(torch.isfinite(b.values), error, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _error(a: Tensor, b: Tensor) -> float:
