@@ -34,6 +34,13 @@ def heavy_tails(rows: int, columns: int) -> Tensor:
     return weights * torch.logspace(-3, 0, rows)[:, None]
 
 
+def worst_in_4_bits() -> Tensor:
+    """A block that is best stored with the smallest step: all are multiples of it, but for both ends, which saturate."""
+    block = torch.arange(128).remainder(14).sub(7) * (0.86 / 8)
+    block[:2] = torch.tensor([1.0, -0.999])
+    return block
+
+
 def with_scales(parts: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {**parts, "scales": parts["scales"].to(dtype).float()}
 
@@ -42,7 +49,7 @@ def with_scales(parts: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tenso
 @pytest.mark.parametrize("kind", ["columns", "w8a16", "w8a8", "w4a16"])
 def test_no_error_exceeds_the_bound(kind: str, dtype: torch.dtype) -> None:
     weight = heavy_tails(12, LONG)
-    weight[3, :256] = weight[3].abs().max() * torch.tensor([1.0, -1.0]).repeat(128)  # saturates in 4 bits
+    weight[3, :128] = weight[3].abs().max() * worst_in_4_bits()
     if kind == "columns":
         q, scales = quantize_columns(weight)
         stored = (q.float() - 128) * scales.to(dtype).float()
@@ -53,7 +60,9 @@ def test_no_error_exceeds_the_bound(kind: str, dtype: torch.dtype) -> None:
     allowed = bound.relative * stored.abs().amax(1, keepdim=True) + bound.absolute
     error = (stored - weight).abs()
     assert bool((error <= allowed * (1 + 1e-2)).all())
-    assert bool((error.amax(1) > 0.4 * allowed[:, 0]).any()), "a bound that nothing comes near would prove nothing"
+    # Scales of bfloat16 may add as much as half a step of 8 bits.
+    near = 0.95 if kind == "w4a16" else 0.4
+    assert bool((error.amax(1) > near * allowed[:, 0]).any()), "a bound that nothing comes near would prove nothing"
 
 
 def test_scales_below_the_smallest_normal_number() -> None:
