@@ -46,7 +46,8 @@ pytestmark = pytest.mark.slow
 BUCKETS = Buckets(prefill=(32,), decode=(4,), context=512, slots=4)  # the longest request takes many chunks
 EXACT = 1e-4
 # In length, what rounding may change on the way of 16 bits, and how near the logits of two tokens may lie of which it takes the
-# other one (see test_ascend_parity.py). The reference rounds no activations; w8a8 rounds them to 8 bits.
+# other one (see test_ascend_parity.py). The reference rounds no activations; w8a8 rounds them to 8 bits, which may decide even
+# before an answer's natural end: questions about noise have close answers.
 ROUNDING, NEAR = 2e-2, 2e-3
 ROUNDING_W8A8 = NEAR_W8A8 = 1e-1
 FORMATS = [
@@ -106,8 +107,8 @@ def test_64_tokens_of_a_batch_of_four(family: str, quant: str, tmp_path: Path) -
         for one, other in zip(expected, answer_requests(runtime.load(tmp_path / "ascend", device=device)), strict=True):
             if device == "sim":
                 sure = natural_end(one, stops) if checkpoint.parent == ASSETS else 0
-                rounding, near = (ROUNDING_W8A8, NEAR_W8A8) if quant.startswith("w8a8") else (ROUNDING, NEAR)
-                check_alike(one, other, rounding, near, sure)
+                limits = (ROUNDING_W8A8, NEAR_W8A8) if quant.startswith("w8a8") else (ROUNDING, NEAR, sure)
+                check_alike(one, other, *limits)
                 continue
             assert one.logits is not None and other.logits is not None
             assert other.token_ids == one.token_ids
