@@ -29,6 +29,7 @@ from staticvl.weights.quantize import quantize_w8a8
 
 from .conftest import EMBEDDED
 from .ge_graphs import Lowered, lower
+from .merged_models import graphs
 from .need_torchair import skip_without_torchair
 from .tiny_families import GOLDEN_QWEN
 
@@ -417,3 +418,14 @@ def test_nodes_of_layers_that_attend_to_images() -> None:
     assert types["FusedInferAttentionScore"] == layers
     assert types["Mul"] == 5 * cross, "gates by weights, what they scale, and queries of tokens that see nothing"
     assert types["Add"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("ranks", "fused"), [(1, False), (2, False), (2, True)])
+def test_towers_in_whole_numbers(ranks: int, fused: bool, dtype: str) -> None:
+    """Their pixels come in float32, and products of rows have results in 16 bits all the same."""
+    (graph,) = (each for each in graphs("llava", "w8a8+vision", ranks=ranks, heads=16) if each.kind == "vision")
+    parsed = ge_graph.parse(emit(graph, dtype, fused_all_reduce=fused).graph)
+    products = [node for node in parsed.nodes if node.type in ("QuantBatchMatmulV3", "MatmulAllReduce")]
+    assert len(products) >= 4 * 2, "queries with keys and values, o, up and down of two layers"
+    assert {node.outputs[0].dtype for node in products} == {dtype}
