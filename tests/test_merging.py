@@ -219,13 +219,15 @@ def test_definitions_find_their_parameters_as_views(
     for graph in graphs(family, quant, ranks=2):
         for name, parameter in graph.module.named_parameters():
             if name not in graph.constants:
-                expected = map_parameter(outs[0], apart, name, parameter.shape)
-                found = map_parameter(outs[1], merged, name, parameter.shape)
+                head = graph.heads.get(name, 0)
+                expected = map_parameter(outs[0], apart, name, parameter.shape, head)
+                found = map_parameter(outs[1], merged, name, parameter.shape, head)
                 assert torch.equal(found, expected), name
                 assert stored_bytes(merged, name, parameter.shape) == apart[name].nbytes
                 seen += name not in merged
                 whole = merged[name if name in merged else merged_name(name)]
-                if not (len(whole.shape) < len(found.shape) and whole.shape[-1] % found.shape[-1]):  # no block to fill up
+                filled_up = len(whole.shape) < len(found.shape) and whole.shape[-1] % found.shape[-1]  # a last block
+                if not filled_up and not head % 16:
                     assert found.untyped_storage().nbytes() == whole.nbytes, "a view, not a copy"
     assert seen > 8
 

@@ -6,6 +6,7 @@ ours. Their shapes are those of their lowerings. M rows, C features, N out featu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,10 +31,10 @@ def lowerings() -> dict[OpOverload, Callable[..., Any]]:
     return dict(_LOWERINGS)
 
 
-def _op(lowering: Callable[..., Any]) -> OpOverload:
-    """Register an op of the lowering's name and shapes."""
+def _op(lowering: Callable[..., Any], shapes: Callable[..., Any] | None = None) -> OpOverload:
+    """Register an op of the lowering's name, and of its shapes where `shapes` does not give others."""
     op = torch.library.custom_op(f"{NAMESPACE}::{lowering.__name__}", mutates_args=())(lowering)
-    op.register_fake(lowering)
+    op.register_fake(shapes or lowering)
     overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), lowering.__name__).default
     _LOWERINGS[overload] = lowering
     return overload
@@ -67,7 +68,14 @@ def add_rms_norm_quantised(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> 
     return rows.reshape(-1, x.shape[-1]), scales.reshape(-1), total
 
 
-@_op
+def _in_shape(
+    rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """In a tower, `like` is in float32 until the product of the pixels is lowered, and the operator takes 16 bits alone."""
+    return like.new_empty(shape)
+
+
+@functools.partial(_op, shapes=_in_shape)
 def product_of_rows(
     rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
 ) -> Tensor:
@@ -136,6 +144,18 @@ def rope_of_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
     cos, sin = (each.to(q.dtype)[:, :, None] for each in (cos, sin))
     turned = npu.npu_apply_rotary_pos_emb.default(q.view(b, t, -1, d), k.view(b, t, -1, d), cos, sin, "BSND", "half")
     return turned[0].view(q.shape), turned[1].view(k.shape)
+
+
+@_op
+def attention_of_width(q: Tensor, k: Tensor, v: Tensor, heads: int, width: int) -> Tensor:
+    """The op `attention` over heads that are filled up, of the true `width`."""
+    return attention.whole_attention(q, k, v, heads, width)
+
+
+@_op
+def padded_attention_of_width(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int, width: int) -> Tensor:
+    """The op `padded_attention` over such heads."""
+    return attention.whole_padded_attention(q, k, v, padding, heads, width)
 
 
 @_op
