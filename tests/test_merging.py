@@ -20,6 +20,7 @@ from staticvl.weights import ascend_forms, merged_tensors, merging, writer
 from staticvl.weights import convert as weight_files
 from staticvl.weights.calibrated_layers import CalibratedLayers
 from staticvl.weights.convert import Conversion, Converted, convert
+from staticvl.weights.head_padding import head_width
 from staticvl.weights.merging import members_of, merged_name
 from staticvl.weights.packing.settings import read_packing
 from staticvl.weights.packing.source import open_packed
@@ -237,12 +238,13 @@ def test_compare_reads_the_same_from_both(checkpoints: dict[str, Path], quant: s
     """Names, values and shapes are those of the members."""
     source, config = open_source(checkpoints["mllama"]), model_config("mllama")
     shapes = {name: stored.shape for name, stored in stored_targets(config, quant).items()}
+    heads = {name: head_width(config, name) for name in shapes}
     sides = []
     for merged in (False, True):
         out = tmp_path / str(merged)
         with contextlib.nullcontext() if merged else nothing_merged():
             weights = convert(source, config, out, Conversion(quant=quant, prefix="k", ascend=True)).weights
-        sides.append(RankWeights(out, weights, quant, shapes))
+        sides.append(RankWeights(out, weights, quant, shapes, heads))
     apart, merged_side = sides
     assert sorted(merged_side.names()) == sorted(apart.names()) == sorted(targets(config))
     for name, shape in targets(config).items():
