@@ -6,10 +6,10 @@ graph, and the Python code that feeds it. It refers to nothing of the compiler o
 
 A kernel takes its tensors by position:
 
-    weights     as `Emitted.weights` names them, some merged, cut, of filled up heads or in forms of their own (weights/merging.py,
-                head_pieces.py, head_padding.py, ascend_forms.py); floating-point ones in the graph's dtype but for scales of whole-number products and, beside
-                bfloat16, biases of products, which are float32; quantised ones as `to_signed` of
-                runtime/backends/ascend/weights.py gives them, and zero points as its `to_offsets` does
+    weights     as `Emitted.weights` names them, some merged, cut, of filled up heads or in forms of their own (merging.py,
+                head_pieces.py, head_padding.py and ascend_forms.py of weights/); floating-point ones in the graph's dtype but
+                for scales of whole-number products and, beside bfloat16, biases of products, which are float32; quantised
+                ones as `to_signed` of runtime/backends/ascend/weights.py gives them, and zero points as its `to_offsets` does
     constants   as `Emitted.constants` names them, float32
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
     outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from staticvl.compiler import emit_ascend, emit_eager
-from staticvl.compiler.build import build
 from staticvl.compiler.buckets import Buckets
+from staticvl.compiler.build import build
 from staticvl.compiler.graphs import GraphContext, GraphDef, define_graph
 from staticvl.compiler.options import Options
 from staticvl.compiler.plan import make_plan
@@ -45,7 +45,7 @@ def contents(config: ModelConfig, checkpoint: Path, out: Path, **options: object
 def members(stored: dict[str, Tensor]) -> dict[str, Tensor]:
     """Stored parts by the names of a definition's; merged ones of a tower are cut into thirds."""
     apart = dict(stored)
-    for name, value in stored.items():
+    for name in stored:
         if name.startswith("vision.") and (names := members_of(name)):
             transposed = name.endswith(".qweight")
             apart |= dict(zip(names, apart.pop(name).chunk(3, dim=int(transposed)), strict=True))
@@ -85,8 +85,10 @@ def test_zeros_follow_each_head(checkpoints: dict[str, Path], family: str, quant
             width = POOL if name.startswith("pool.") else TOWER
             if ".attn." in name and not (stem.endswith(".o") and part in ("bias", "scales")):
                 along = (part == "qweight") != stem.endswith(".o")  # numbers of whole-number products are [K, N]
-                value, filled = filled_up(value, int(along), width), filled + 1
-            assert torch.equal(found[name], value), name
+                assert torch.equal(found[name], filled_up(value, int(along), width)), name
+                filled += 1
+            else:
+                assert torch.equal(found[name], value), name
         assert filled >= 4
 
 
@@ -112,7 +114,10 @@ def test_definitions_find_their_parameters(checkpoints: dict[str, Path], quant: 
     (graph,) = vision_graphs("qwen_vl", quant)
     sides = {
         ascend: convert(
-            open_source(checkpoints["qwen_vl"]), config, tmp_path / str(ascend), Conversion(quant=quant, prefix="k", ascend=ascend)
+            open_source(checkpoints["qwen_vl"]),
+            config,
+            tmp_path / str(ascend),
+            Conversion(quant=quant, prefix="k", ascend=ascend),
         ).weights
         for ascend in (False, True)
     }

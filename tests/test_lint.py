@@ -12,6 +12,7 @@ from staticvl.compiler.build import build
 from staticvl.compiler.card_check import CardError
 from staticvl.compiler.options import Options
 from staticvl.compiler.plan import Buckets
+from staticvl.model_defs.config import QUANTS
 from staticvl.runtime.artifact import ArtifactError, read_manifest
 from staticvl.runtime.backends.ascend.kernel import load_graph
 from staticvl.runtime.backends.ge_simulator import card_rules, ge_graph
