@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from ..compiler.eager import computing_with
 from ..runtime.files import write_atomically
+from .command_errors import sentence_of
 from .comparing.compare import Comparison
 from .comparing.data import read_data
 from .comparing.open_side import check_side, open_side
@@ -27,7 +28,16 @@ SMALL = 200_000_000  # bytes of weights below which one thread is faster than se
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status: 0 where everything is within the limits, else 1."""
+    """The exit status: 0 where everything is within the limits, else 1. With --json, an error is a document too."""
+    try:
+        return _run(args)
+    except Exception as error:
+        if args.json:
+            print(json.dumps({"passed": False, "error": sentence_of(error)}))
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
     samples, limits = _samples(args), read_thresholds(args.thresholds)
     _check(args)
     with contextlib.ExitStack() as stack:
