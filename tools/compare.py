@@ -14,13 +14,13 @@ from ..compiler.eager import computing_with
 from ..runtime.files import write_atomically
 from .command_errors import sentence_of
 from .comparing.compare import Comparison
-from .comparing.data import read_data
 from .comparing.open_side import check_side, open_side
 from .comparing.report import conclusion, tables
 from .comparing.result import ComparisonResult
 from .comparing.samples import Sample, built_in_samples
 from .comparing.sides import SideError
 from .comparing.thresholds import read_thresholds
+from .questions.read import read_data
 from .ready import require
 
 WIDTH = 160  # of tables in a file

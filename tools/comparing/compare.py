@@ -26,10 +26,10 @@ from .result import ComparisonResult, EdgeResult, SampleResult, Scores
 from .samples import DataError, Sample
 from .settings import compare_settings, differ_in_size
 from .sides import Generated, Prepared, Side, SideError, answer_text
-from .static_side import StaticPrepared, StaticSide
-from .thresholds import Thresholds, broken, coarser, precision
+from .static_side import StaticPrepared, StaticSide, resized_by
 from .stored_side import rounding_errors
 from .stored_weights import stored_weights
+from .thresholds import Thresholds, broken, coarser, precision
 from .weights import WeightComparison, merged
 
 ProgressStage = Callable[[str, int], Callable[[], object]]  # name and number of steps -> a function to call at each step
@@ -162,9 +162,11 @@ class Comparison:
 
     def _sample(self, sample: Sample, result: ComparisonResult, reported: set[str]) -> SampleResult:
         pair = [self._prepare(side, sample) for side in (self.reference, self.candidate)]
-        self._report(result, sample, self._inputs(pair, result.limits.inputs), reported)
+        self._report(result, sample, self._inputs(sample, pair, result.limits.inputs), reported)
         answer = self._answer(sample, pair[0])
-        outputs = [self._forced(side, prompt, answer, sample, result, reported) for side, prompt in zip(self.sides, pair, strict=True)]
+        outputs = [
+            self._forced(side, prompt, answer, sample, result, reported) for side, prompt in zip(self.sides, pair, strict=True)
+        ]
         limits, tokenizer = result.limits, self.reference.processor.tokenizer
         figures = compare_logits(outputs[0].logits, outputs[1].logits, answer, tie=limits.relative)
         divergence = with_texts(figures.divergence, lambda token: tokenizer.token(token) or str(token))
@@ -187,10 +189,9 @@ class Comparison:
     def sides(self) -> tuple[Side, Side]:
         return self.reference, self.candidate
 
-    @staticmethod
-    def _inputs(pair: Sequence[Prepared], limit: float) -> list[Finding]:
+    def _inputs(self, sample: Sample, pair: Sequence[Prepared], limit: float) -> list[Finding]:
         """What the host made of a prompt: by both sides, and by what the prompt requires."""
-        findings = compare_inputs(pair[0].inputs, pair[1].inputs, limit)
+        findings = compare_inputs(pair[0].inputs, pair[1].inputs, limit, resized_by(self.candidate, sample))
         for prompt, label in ((pair[1], "candidate"), (pair[0], "reference")):
             if isinstance(prompt, StaticPrepared):
                 findings += check_prompt(prompt, label)
@@ -310,9 +311,8 @@ class Comparison:
             return
         worst = max(known, default=0.0)
         if worst <= limit:
-            result.rounding = (
-                "every weight and operator is what the quantisation says; what is left is its rounding"
-                + (f" (the definition over the stored weights differs by {worst:.1e})" if known else "")
+            result.rounding = "every weight and operator is what the quantisation says; what is left is its rounding" + (
+                f" (the definition over the stored weights differs by {worst:.1e})" if known else ""
             )
         else:
             result.notes.append(

@@ -39,7 +39,7 @@ class ExpectedInputs:
     def rows(self) -> np.ndarray | None:
         """int [L]: the row of features that each position takes, -1 for none; None where marks and images do not agree."""
         image, ids = self.info.image, self.prompt.token_ids
-        wanted = [row for place in range(len(self.grids)) for row in self._image_rows(place)]
+        required = [row for place in range(len(self.grids)) for row in self._image_rows(place)]
         token = self.info.tokenizer.image_token_id
         if self.info.image.mode == "tiles":
             return np.full(len(ids), -1)
@@ -47,10 +47,10 @@ class ExpectedInputs:
             is_image = (self.prompt.rows >= 0) | (ids == (-2 if image.newline_id is None else image.newline_id))
         else:
             is_image = (ids == token) | (ids == (-2 if image.newline_id is None else image.newline_id))
-        if int(is_image.sum()) != len(wanted):
+        if int(is_image.sum()) != len(required):
             return None
         rows = np.full(len(ids), -1)
-        rows[is_image] = wanted
+        rows[is_image] = required
         return rows
 
     def _image_rows(self, place: int) -> Iterator[int]:

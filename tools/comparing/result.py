@@ -69,7 +69,7 @@ class ComparisonResult:
 
     @property
     def passed(self) -> bool:
-        """No fault was found, and no limit is broken but by what the quantisation's own rounding explains."""
+        """There is no finding, and no limit is broken but by what the quantisation's own rounding explains."""
         return not self.findings and bool(self.rounding or not self.broken)
 
     @property

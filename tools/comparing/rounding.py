@@ -164,8 +164,8 @@ def _calibrated_clauses(expected: Tensor, stored: StoredNumbers, factors: Tensor
             row, block = (int(i) for i in torch.nonzero(wrong)[0])
             value = float(off[row, block]) if noun == "zero point" else float(factors[row, block])
             more = f"{int(wrong.sum())} blocks, first " if int(wrong.sum()) > 1 else ""
-            said = f"off by {value:+.1f}" if noun == "zero point" else f"{value:.4g} times what the reference needs"
-            yield f"the {noun} of {more}row {row}, block {block} is {said}"
+            clause = f"off by {value:+.1f}" if noun == "zero point" else f"{value:.4g} times what the reference needs"
+            yield f"the {noun} of {more}row {row}, block {block} is {clause}"
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

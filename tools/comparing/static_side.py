@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,13 +23,14 @@ from ...runtime.engine.options import EngineOptions
 from ...runtime.engine.request import SamplingParams
 from ...runtime.model import Model
 from ...runtime.processor.boxes import Box
+from ...runtime.processor.processor import Processor
 from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.rope import query_scales, rope_tables
 from ..bench import repeat_last
 from .checkpoint import Checkpoint, with_heads
 from .forced import ForcedAnswer
 from .samples import Sample
-from .sides import HIDDEN_TOKEN, Generated, Prepared
+from .sides import HIDDEN_TOKEN, Generated, Prepared, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,9 +54,7 @@ class StaticPrepared:
         if self.info.rope.logn_positions:
             inputs["query_scale"] = query_scales(self.info.rope, self.length)
         if len(prompt.pixels):
-            mean, std = np.array(image.mean), np.array(image.std)
-            used = prompt.pixels[self._used_tiles]
-            inputs["pixels"] = ((used * image.rescale - mean) / std).astype(np.float32)
+            inputs["pixels"] = normalised(prompt.pixels[self._used_tiles], self.info)
         if prompt.grids is not None and len(prompt.grids):
             inputs["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
         if prompt.cross_attention:
@@ -93,6 +92,12 @@ class StaticPrepared:
             cross_attention=cross_attention,
         )
         return dataclasses.replace(self, prompt=extended)
+
+
+def normalised(pixels: np.ndarray, info: ModelInfo) -> np.ndarray:
+    """Pixels of 0 to 255 as a vision graph normalises them, float32."""
+    mean, std = np.array(info.image.mean), np.array(info.image.std)
+    return ((pixels * info.image.rescale - mean) / std).astype(np.float32)
 
 
 class StaticSide:
@@ -246,3 +251,18 @@ def open_eager_side(checkpoint: Checkpoint, *, context: int | None, images: int 
     """A side that runs the definitions over a checkpoint's weights."""
     artifact, backend = checkpoint.eager(context, images)
     return StaticSide(name, artifact, backend, checkpoint.config, compiled=False, checkpoint=checkpoint)
+
+
+def resized_by(side: Side, sample: Sample) -> Callable[[int], np.ndarray | None]:
+    """A function from Pillow's number of a filter to the normalised pixels of a sample's images resized with it."""
+
+    def pixels(number: int) -> np.ndarray | None:
+        info = msgspec.structs.replace(side.info, image=msgspec.structs.replace(side.info.image, resample=number))
+        processor = Processor(info, side.processor.tokenizer, side.processor.template)
+        try:
+            prompt = processor.prompt(sample.messages, sample.images)
+        except ValueError:
+            return None
+        return StaticPrepared(prompt, info, 2).inputs.get("pixels")
+
+    return pixels

@@ -15,7 +15,9 @@ from torch import Tensor
 from ...model_defs.config import ModelConfig
 
 _QK = re.compile(r"text\.layers\.\d+\.attn\.[qk]\.(?:weight|bias)")
-_HEADS = re.compile(r"(?:(?:text\.|vision\.|vision\.global_)layers\.\d+\.attn|cross\.\d+|pool\.attn)\.([qkvo])\.(?:weight|bias)")
+_HEADS = re.compile(
+    r"(?:(?:text\.|vision\.|vision\.global_)layers\.\d+\.attn|cross\.\d+|pool\.attn)\.([qkvo])\.(?:weight|bias)"
+)
 _PATCHES = re.compile(r"vision\.(?:patch\w*|embed\w*)\.weight")
 FEW = 64  # the largest rank that a difference is tested for
 LEAST_SIDE = 16  # of a matrix whose rank says something

@@ -113,7 +113,7 @@ class WeightComparison:
         for value, other, side in ((b, a, "candidate"), (a, b, "reference")):
             clause = not_finite(value)
             if clause and not torch.equal(torch.isfinite(value), torch.isfinite(other)):
-                yield self._said(name, rank, f"{name} {list(b.shape)} of the {side} {clause}", float("inf"), side)
+                yield self._fault(name, rank, f"{name} {list(b.shape)} of the {side} {clause}", float("inf"), side)
                 return
         if not torch.isfinite(a).all():
             a, b = (torch.where(torch.isfinite(each), each, 0.0) for each in (a, b))
@@ -140,7 +140,7 @@ class WeightComparison:
             clause = self.folding.producer_fault(name, a, b)
             if clause is not None:
                 if clause:
-                    yield self._said(name, rank, f"{name} {list(b.shape)} is no multiple by powers of two: {clause}", None)
+                    yield self._fault(name, rank, f"{name} {list(b.shape)} is no multiple by powers of two: {clause}", None)
                 return
             a = self.folding.expected(name, a)
         limit = self._limit(name)
@@ -154,7 +154,7 @@ class WeightComparison:
             reason = difference(a, self._numbers(self.candidate, name, rank), limit)
         else:
             reason = self._reason(name, rank, a, b, limit)
-        yield self._said(name, rank, text, error, reason=reason)
+        yield self._fault(name, rank, text, error, reason=reason)
 
     def _limit(self, name: str) -> float:
         """The limit of the coarser of the dtypes that both sides store a parameter in."""
@@ -175,7 +175,7 @@ class WeightComparison:
             limit = max(self.limits[coarser(*self._precisions(name))].weights, EQUAL)
             if (error := relative(a, b)) > limit:
                 text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude (allowed: {limit:.0e})"
-                yield self._said(name, rank, text, error, reason=self._reason(name, rank, a, b, limit))
+                yield self._fault(name, rank, text, error, reason=self._reason(name, rank, a, b, limit))
             return
         exact, ranks, side = (a, self.candidate, "candidate") if quantised[1] else (b, self.reference, "reference")
         numbers = self._numbers(ranks, name, rank)
@@ -191,13 +191,13 @@ class WeightComparison:
         reason = fault.text
         if reason.startswith(tuple("0123456789")):  # only where they lie: perhaps numbers of another place
             reason = next(self._reasons(name, rank, exact, numbers.value, near * 1.2), reason)
-        yield self._said(name, rank, text, relative(exact, numbers.value), side, reason=reason)
+        yield self._fault(name, rank, text, relative(exact, numbers.value), side, reason=reason)
 
     def _precisions(self, name: str) -> list[str]:
         kinds = [ranks[0].kind(name).partition("-")[0].partition("+")[0] for ranks in (self.reference, self.candidate)]
         return [kind if kind in self.limits else "float32" for kind in kinds]
 
-    def _said(
+    def _fault(
         self, name: str, rank: int, text: str, error: float | None, side: str = "candidate", *, reason: str = ""
     ) -> Finding:
         weights = self.candidate[0] if side == "candidate" else self.reference[0]
