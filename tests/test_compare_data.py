@@ -179,13 +179,9 @@ def test_a_table_of_vlmevalkit(folder: Path) -> None:
     header = "index\timage\timage_path\tquestion\thint\tA\tB\tanswer\n"
     path.write_text(f'{header}7\t{image}\t\t"Which, ""red""?"\tLook.\tred\tblue\tA\n8\t\ta.png\tWhat?\t\t\t\tA cat\n')
     choice, free = read_data(path)
-    asked = 'Hint: Look.\nQuestion: Which, "red"?\nOptions:\nA. red\nB. blue\nPlease select the correct answer from the options above.'
-    assert (choice.name, choice.messages, choice.images, choice.expected) == (
-        "7",
-        (Message("user", asked, 1),),
-        (b"pixels",),
-        "A",
-    )
+    asked = 'Hint: Look.\nQuestion: Which, "red"?\nOptions:\nA. red\nB. blue\n'
+    message = Message("user", asked + "Please select the correct answer from the options above.", 1)
+    assert (choice.name, choice.messages, choice.images, choice.expected) == ("7", (message,), (b"pixels",), "A")
     assert (free.messages, free.images, free.expected) == ((Message("user", "What?", 1),), (folder / "a.png",), "A cat")
 
 

@@ -117,7 +117,7 @@ FAULTS = (
     fault("gates open before the image", MLLAMA, after(mllama, "cross_attention_mask", open_gates), "cross_gate",
           stage="inputs", **LARGE),
     fault("aspect id off by one", MLLAMA, fed("_vision", add("aspect_id", 1)), "aspect_id", "where 6 is right", **LARGE),
-    fault("tile count off by one", MLLAMA, fed("_vision", add("tile_count", -1)), "tile_count", "3 for image 0, where 4", **LARGE),
+    fault("tile count off by one", MLLAMA, fed("_vision", add("tile_count", -1)), "tile_count", "3 for image 0", **LARGE),
     fault("tile hidden from an answer", MLLAMA, fed("_decode", hide_last_tile), "cross_mask", "decode-1", quick=True, **LARGE),
     fault("gates closed for an answer", MLLAMA, fed("_decode", add("cross_gate", -1)), "cross_gate", "decode-1", **LARGE),
     fault("tile hidden from a prompt", MLLAMA, fed("_prefill", hide_last_tile), "cross_mask", "prefill-16", **LARGE),

@@ -42,7 +42,7 @@ class Folding:
         return value
 
     def producer_fault(self, name: str, a: Tensor, b: Tensor) -> str | None:
-        """For a norm that scales are folded into: a clause where a ratio is no power of two, "" where all are; None: another."""
+        """For a norm into which scales are folded: a clause where a ratio is no power of two, else ""; None for another one."""
         stem = layer_of(name, self.quant)
         own = name.removeprefix(f"{stem}.")
         if not self._is_norm(own) or not any(own in fold.producers for fold in self._folds(stem).values()):
