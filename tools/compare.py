@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 from collections.abc import Callable
 
@@ -109,9 +110,10 @@ def _bars(stack: contextlib.ExitStack, quiet: bool) -> Callable[[str, int], Call
 
 def _report(args: argparse.Namespace, result: ComparisonResult) -> None:
     if args.report:
-        from .comparing.page import page
+        from .comparing.page import made_here, page
 
-        write_atomically(args.report, page(result).encode())
+        today = datetime.datetime.now(datetime.UTC).date()
+        write_atomically(args.report, page(result, made_here(today)).encode())
     if args.json:
         print(json.dumps(result.plain()))
         return

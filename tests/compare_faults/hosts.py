@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from staticvl.runtime.artifact import CROSS_HIDDEN
 from staticvl.runtime.engine.feeds import Feeds
 from staticvl.runtime.processor import images
 from staticvl.runtime.processor.families import fusion, llava_next, mllama
@@ -84,7 +85,7 @@ def open_gates(mask: CrossAttentionMask, *_: Any) -> CrossAttentionMask:
 
 def hide_last_tile(feed: dict[str, np.ndarray], _step: Any) -> None:
     if "cross_mask" in feed:
-        feed["cross_mask"][..., -1] = feed["cross_mask"].min()
+        feed["cross_mask"][..., -1] = CROSS_HIDDEN
 
 
 def fault(
@@ -130,7 +131,7 @@ FAULTS = (
           samples=("text 2",)),
     fault("last index one early", LLAVA, fed("_prefill", add("last_index", -1)), "last_index", samples=("text 2",)),
     fault("token of the step before", LLAVA, fed("_decode", add("token_ids", 1)), "token_ids", "decode-1", samples=("text 2",)),
-    fault("scale of queries lost", QWEN, fed("_prefill", lambda feed, _step: feed["query_scale"].fill(1)), "query_scale",
+    fault("scale of queries", QWEN, fed("_prefill", lambda feed, _step: np.multiply(feed["query_scale"], 1.1, out=feed["query_scale"])), "query_scale",
           samples=("image, wide",)),
     fault("padding in place of pixels", LLAVA, fed("_vision", lambda feed, _step: feed["pixels"].fill(0)), "pixels", "vision-1",
           **ON_IMAGE),

@@ -83,10 +83,6 @@ def bfloat16(value: np.ndarray) -> np.ndarray:
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).view(np.float32)
 
 
-def float16(value: np.ndarray) -> np.ndarray:
-    return value.astype(np.float16).astype(np.float32)
-
-
 def put(place: tuple[int, ...], number: float) -> Change:
     def change(value: np.ndarray) -> None:
         value[place] = number
@@ -140,7 +136,6 @@ FAULTS = (
     fault("adapter of rank 4 merged", changed(tuple(f"text.layers.{i}.attn.{x}.weight" for i in LAYERS for x in "qv"),
           with_adapter), r"text\.layers\.0\.attn\.q\.weight \.\.\. .*", "looks like a LoRA of rank 4"),
     fault("all weights rounded to bfloat16", everything(bfloat16), "all weights", "all weights: rounded to bfloat16"),
-    fault("all weights rounded to float16", everything(float16), "all weights", "all weights: rounded to float16"),
     fault("image newline lost", changed("text.embed.weight", put((-1,), 0.0)), "image newline", "only the image newline",
           base=NEXT),
     fault("channel order of patches", changed("vision.patch.weight", lambda value: value[:, ::-1].copy()),

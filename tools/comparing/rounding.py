@@ -18,7 +18,10 @@ from .rank_weights import ENDS, StoredNumbers
 BEYOND = 2.35  # steps by which a number of 4 bits may lie beyond the range: 8 / 0.86 - 7, see weights/quantize.py
 SLACK = 2e-3  # steps: float32 in another order
 FIT = 0.3  # steps more for numbers whose step was estimated
-TENSOR, BLOCK = 0.05, 0.16  # what calibrated numbers may be off by in their step: the median of a tensor, one block
+# What calibrated numbers may be off by: the median step of a tensor, the step of one block (its logarithm), its zero point. GPTQ
+# moves errors to later columns, so that a block has to stand out among those of the other rows.
+TENSOR, BLOCK, ZERO_POINT = 0.05, 0.16, 0.6
+SPREADS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,14 +161,22 @@ def _calibrated_clauses(expected: Tensor, stored: StoredNumbers, factors: Tensor
     if abs(middle - 1) > TENSOR:
         yield f"all its scales are {middle:.4g} times what the reference needs"
     off = _blocks(stored.whole - _steps(expected, stored.step), stored.block).mean(-1)
-    for values, limit, noun in ((off, 0.6, "zero point"), ((factors / middle).log(), BLOCK, "scale")):
-        wrong = known & ((values.abs() > limit) | ((factors < 0) if noun == "scale" else False))
+    logs = (factors / middle).abs().log()
+    for values, limit, noun in ((off, ZERO_POINT, "zero point"), (logs, BLOCK, "scale")):
+        distance, spread = _distances(values)
+        wrong = known & ((distance > torch.clamp(SPREADS * spread, min=limit)) | ((factors < 0) if noun == "scale" else False))
         if wrong.any():
             row, block = (int(i) for i in torch.nonzero(wrong)[0])
             value = float(off[row, block]) if noun == "zero point" else float(factors[row, block])
             more = f"{int(wrong.sum())} blocks, first " if int(wrong.sum()) > 1 else ""
             clause = f"off by {value:+.1f}" if noun == "zero point" else f"{value:.4g} times what the reference needs"
             yield f"the {noun} of {more}row {row}, block {block} is {clause}"
+
+
+def _distances(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Distances [N, B] from the median of the same block of all rows, and the spread of these [1, B]."""
+    distance = (values - values.nanmedian(0, keepdim=True).values).abs()
+    return distance, 1.4826 * distance.nanmedian(0, keepdim=True).values
 
 
 def _correlation(a: Tensor, b: Tensor) -> float:

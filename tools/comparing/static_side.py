@@ -48,18 +48,28 @@ class StaticPrepared:
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         prompt, image = self.prompt, self.info.image
-        inputs = {"token_ids": np.where(self._image_positions, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
+        inputs: dict[str, np.ndarray] = {
+            "token_ids": np.where(self._image_positions, HIDDEN_TOKEN, prompt.token_ids),
+            "row_index": prompt.rows,
+        }
         cos, sin = rope_tables(self.info.rope, self.head_dim, self.length, prompt.ntk)
         inputs |= {"rope_cos": cos, "rope_sin": sin}
         if self.info.rope.logn_positions:
             inputs["query_scale"] = query_scales(self.info.rope, self.length)
         if len(prompt.pixels):
-            inputs["pixels"] = normalised(prompt.pixels[self._used_tiles], self.info)
+            inputs["pixels"] = self.pixels
         if prompt.grids is not None and len(prompt.grids):
             inputs["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
         if prompt.cross_attention:
             inputs["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
         return inputs
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The tiles that are not padding, normalised as a vision graph does it: float32 [tiles, S, S, 3]."""
+        image = self.info.image
+        mean, std = np.array(image.mean), np.array(image.std)
+        return ((self.prompt.pixels[self._used_tiles] * image.rescale - mean) / std).astype(np.float32)
 
     @property
     def _image_positions(self) -> np.ndarray:
@@ -92,12 +102,6 @@ class StaticPrepared:
             cross_attention=cross_attention,
         )
         return dataclasses.replace(self, prompt=extended)
-
-
-def normalised(pixels: np.ndarray, info: ModelInfo) -> np.ndarray:
-    """Pixels of 0 to 255 as a vision graph normalises them, float32."""
-    mean, std = np.array(info.image.mean), np.array(info.image.std)
-    return ((pixels * info.image.rescale - mean) / std).astype(np.float32)
 
 
 class StaticSide:
@@ -263,6 +267,6 @@ def resized_by(side: Side, sample: Sample) -> Callable[[int], np.ndarray | None]
             prompt = processor.prompt(sample.messages, sample.images)
         except ValueError:
             return None
-        return StaticPrepared(prompt, info, 2).inputs.get("pixels")
+        return StaticPrepared(prompt, info, 0).pixels
 
     return pixels

@@ -68,6 +68,10 @@ class WeightComparison:
         """Findings about one parameter, by rank."""
         if name not in self.candidate[0].names():
             return [Finding(stage="weights", where=name, text=f"{name} is not among the candidate's weights")]
+        shapes = [ranks[0].weights[name].shape for ranks in (self.reference, self.candidate) if name in ranks[0].weights]
+        if len(shapes) == 2 and shapes[0] != shapes[1] and len(self.reference) == len(self.candidate):
+            text = f"{name} has the shape {list(shapes[1])}; the reference has {list(shapes[0])}"
+            return [Finding(stage="weights", where=name, text=text)]
         try:
             return [finding for rank in range(self.rank_count) for finding in self._compare(name, rank)]
         except (ValueError, RuntimeError, IndexError, AssertionError) as error:
