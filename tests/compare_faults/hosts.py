@@ -88,6 +88,10 @@ def hide_last_tile(feed: dict[str, np.ndarray], _step: Any) -> None:
         feed["cross_mask"][..., -1] = CROSS_HIDDEN
 
 
+def scale_queries(feed: dict[str, np.ndarray], _step: Any) -> None:
+    feed["query_scale"] *= 1.1
+
+
 def fault(
     name: str, base: Base, seed: Callable[[Seeding], object], where: str, says: str = "", stage: str = "feeds", **more: Any
 ) -> Fault:
@@ -131,7 +135,7 @@ FAULTS = (
           samples=("text 2",)),
     fault("last index one early", LLAVA, fed("_prefill", add("last_index", -1)), "last_index", samples=("text 2",)),
     fault("token of the step before", LLAVA, fed("_decode", add("token_ids", 1)), "token_ids", "decode-1", samples=("text 2",)),
-    fault("scale of queries", QWEN, fed("_prefill", lambda feed, _step: np.multiply(feed["query_scale"], 1.1, out=feed["query_scale"])), "query_scale",
+    fault("scale of queries", QWEN, fed("_prefill", scale_queries), "query_scale",
           samples=("image, wide",)),
     fault("padding in place of pixels", LLAVA, fed("_vision", lambda feed, _step: feed["pixels"].fill(0)), "pixels", "vision-1",
           **ON_IMAGE),

@@ -26,7 +26,7 @@ from .result import ComparisonResult, EdgeResult, SampleResult, Scores
 from .samples import DataError, Sample
 from .settings import compare_settings, differ_in_size
 from .sides import Generated, Prepared, Side, SideError, answer_text
-from .static_side import StaticPrepared, StaticSide, resized_by
+from .static_side import StaticPrepared, StaticSide, resizing_of
 from .stored_side import rounding_errors
 from .stored_weights import stored_weights
 from .thresholds import Thresholds, broken, coarser, precision
@@ -191,7 +191,7 @@ class Comparison:
 
     def _inputs(self, sample: Sample, pair: Sequence[Prepared], limit: float) -> list[Finding]:
         """What the host made of a prompt: by both sides, and by what the prompt requires."""
-        findings = compare_inputs(pair[0].inputs, pair[1].inputs, limit, resized_by(self.candidate, sample))
+        findings = compare_inputs(pair[0].inputs, pair[1].inputs, limit, resizing_of(self.candidate, sample))
         for prompt, label in ((pair[1], "candidate"), (pair[0], "reference")):
             if isinstance(prompt, StaticPrepared):
                 findings += check_prompt(prompt, label)

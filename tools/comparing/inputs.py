@@ -7,6 +7,7 @@ Names that both sides have are compared. `token_ids` [L] (image rows hidden), `r
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,15 +15,21 @@ from .findings import Finding
 from .metrics import relative_error
 from .setting_words import FILTERS
 
-Resized = Callable[[int], np.ndarray | None]  # Pillow's number of a filter -> the pixels that it gives, as in `pixels`
+
+@dataclass(frozen=True, slots=True)
+class Resizing:
+    """The resize filter that a side's settings name, and what others would make of the images. Filters have Pillow's numbers."""
+
+    declared: int
+    pixels: Callable[[int], np.ndarray | None]  # a filter -> pixels as in `pixels`
 
 
 def compare_inputs(
-    reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray], limit: float, resized: Resized | None = None
+    reference: Mapping[str, np.ndarray], candidate: Mapping[str, np.ndarray], limit: float, resizing: Resizing | None = None
 ) -> list[Finding]:
     """A finding for every input that differs by more than `limit` of its largest magnitude; integers may not differ at all.
 
-    `resized` makes the pixels with another filter, to name one that explains a difference.
+    `resizing` is used to name a filter that explains a difference.
     """
     findings = []
     for name, a in reference.items():
@@ -39,18 +46,20 @@ def compare_inputs(
         error = float((a != b).mean()) if integer else relative_error(a, b)
         if error > (0 if integer else limit):
             findings.append(
-                Finding(stage="inputs", where=name, text=_text(name, a, b, error, integer, resized), error=error, shape=b.shape)
+                Finding(
+                    stage="inputs", where=name, text=_text(name, a, b, error, integer, resizing), error=error, shape=b.shape
+                )
             )
     return findings
 
 
-def _text(name: str, a: np.ndarray, b: np.ndarray, error: float, integer: bool, resized: Resized | None) -> str:
+def _text(name: str, a: np.ndarray, b: np.ndarray, error: float, integer: bool, resizing: Resizing | None) -> str:
     if integer:
         at = tuple(int(i) for i in np.argwhere(a != b)[0])
         return f"{name}{list(at)} is {b[at]}, where the reference has {a[at]}; {error:.1%} differ"
     text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude"
     if name == "pixels":
-        text += _tiles(a, b) or _resize_filter(a, b, resized) or _wrong_tiles(a, b)
+        text += _tiles(a, b) or _resize_filter(a, b, resizing) or _wrong_tiles(a, b)
     elif name.startswith("rope"):
         text += f", first at position {int(np.argmax(np.abs(a - b).max(axis=1) > 1e-5 * np.abs(a).max()))}"
     return text
@@ -84,17 +93,18 @@ def _same_but_for_scale(a: np.ndarray, b: np.ndarray) -> bool:
     return _channel_fits(a, b) is not None and _channel_fits(a[..., ::-1], b) is None
 
 
-def _resize_filter(a: np.ndarray, b: np.ndarray, resized: Resized | None) -> str:
+def _resize_filter(a: np.ndarray, b: np.ndarray, resizing: Resizing | None) -> str:
     """A clause where another filter gives the numbers of one side."""
-    if resized is None:
+    if resizing is None:
         return ""
-    pixels = {number: value for number in range(len(FILTERS)) if (value := resized(number)) is not None}
+    pixels = {number: value for number in range(len(FILTERS)) if (value := resizing.pixels(number)) is not None}
     names = [
         next((FILTERS[i] for i, value in pixels.items() if value.shape == each.shape and np.abs(value - each).max() < 1e-3), "")
         for each in (a, b)
     ]
-    if all(names):
-        return f": the resize filter is {names[1]}, where the reference has {names[0]}"
+    right = names[0] or FILTERS[resizing.declared]
+    if names[1] and names[1] != right:
+        return f": the resize filter is {names[1]}, where the reference has {right}"
     return ""
 
 

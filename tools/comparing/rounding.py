@@ -18,8 +18,8 @@ from .rank_weights import ENDS, StoredNumbers
 BEYOND = 2.35  # steps by which a number of 4 bits may lie beyond the range: 8 / 0.86 - 7, see weights/quantize.py
 SLACK = 2e-3  # steps: float32 in another order
 FIT = 0.3  # steps more for numbers whose step was estimated
-# What calibrated numbers may be off by: the median step of a tensor, the step of one block (its logarithm), its zero point. GPTQ
-# moves errors to later columns, so that a block has to stand out among those of the other rows.
+# What calibrated numbers may be off by: the median step of a tensor, the step of one block (its logarithm), its zero point.
+# GPTQ moves errors to later columns, so that a block has to stand out among those of the other rows.
 TENSOR, BLOCK, ZERO_POINT = 0.05, 0.16, 0.6
 SPREADS = 7
 

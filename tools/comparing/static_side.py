@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,7 @@ from ...runtime.rope import query_scales, rope_tables
 from ..bench import repeat_last
 from .checkpoint import Checkpoint, with_heads
 from .forced import ForcedAnswer
+from .inputs import Resizing
 from .samples import Sample
 from .sides import HIDDEN_TOKEN, Generated, Prepared, Side
 
@@ -48,10 +49,8 @@ class StaticPrepared:
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         prompt, image = self.prompt, self.info.image
-        inputs: dict[str, np.ndarray] = {
-            "token_ids": np.where(self._image_positions, HIDDEN_TOKEN, prompt.token_ids),
-            "row_index": prompt.rows,
-        }
+        ids = np.where(self._image_positions, HIDDEN_TOKEN, prompt.token_ids)
+        inputs: dict[str, np.ndarray] = {"token_ids": ids, "row_index": prompt.rows}
         cos, sin = rope_tables(self.info.rope, self.head_dim, self.length, prompt.ntk)
         inputs |= {"rope_cos": cos, "rope_sin": sin}
         if self.info.rope.logn_positions:
@@ -257,8 +256,8 @@ def open_eager_side(checkpoint: Checkpoint, *, context: int | None, images: int 
     return StaticSide(name, artifact, backend, checkpoint.config, compiled=False, checkpoint=checkpoint)
 
 
-def resized_by(side: Side, sample: Sample) -> Callable[[int], np.ndarray | None]:
-    """A function from Pillow's number of a filter to the normalised pixels of a sample's images resized with it."""
+def resizing_of(side: Side, sample: Sample) -> Resizing:
+    """A side's resize filter, and the normalised pixels of a sample's images under others."""
 
     def pixels(number: int) -> np.ndarray | None:
         info = msgspec.structs.replace(side.info, image=msgspec.structs.replace(side.info.image, resample=number))
@@ -269,4 +268,4 @@ def resized_by(side: Side, sample: Sample) -> Callable[[int], np.ndarray | None]
             return None
         return StaticPrepared(prompt, info, 0).pixels
 
-    return pixels
+    return Resizing(side.info.image.resample, pixels)
