@@ -60,7 +60,7 @@ def with_table(page: str, rows: list[str]) -> str:
     count = sum("| yes | yes |" in each for each in rows)
     head = (
         f"{count} of {len(rows)} faults are detected and named.\n\n"
-        "| fault | artifact | stage | detected | named | s |\n|---|---|---|---|---|---|\n"
+        "| fault | artifact | stage | detected | named | core-s |\n|---|---|---|---|---|---|\n"
     )
     return f"{before}{START}\n{head}" + "\n".join(rows) + f"\n{END}{after}"
 

@@ -63,9 +63,9 @@ class Comparison:
     def run(self) -> ComparisonResult:
         """The result; raises DataError, ContextError or PromptError for a sample of a file that cannot be run."""
         if self.reference.info.family != self.candidate.info.family:
+            families = f"{self.reference.info.family} and {self.candidate.info.family}"
             raise SideError(
-                f"{self.reference.name} is {self.reference.info.family} and {self.candidate.name} "
-                f"{self.candidate.info.family}; compare two sides of one model"
+                f"{self.reference.name} and {self.candidate.name} are of the families {families}; compare two sides of one model"
             )
         kind = coarser(precision(self.reference.manifest), precision(self.candidate.manifest))
         result = ComparisonResult(
@@ -89,6 +89,8 @@ class Comparison:
             self._attempt(result, "rounding", self._explain)
         manifest = self.candidate.manifest
         ranks, quant = (manifest.tp, manifest.quant) if manifest else (1, "none")
+        if result.rounding:
+            return result
         result.scope = fault_scope(result.edges, result.findings, ranks, quant)
         return result
 

@@ -18,7 +18,7 @@ from .setting_words import FILTERS
 
 @dataclass(frozen=True, slots=True)
 class Resizing:
-    """The resize filter that a side's settings name, and what others would make of the images. Filters have Pillow's numbers."""
+    """The resize filter that a side's settings name, and what others make of the images. Filters have Pillow's numbers."""
 
     declared: int
     pixels: Callable[[int], np.ndarray | None]  # a filter -> pixels as in `pixels`
