@@ -65,7 +65,8 @@ class Comparison:
         if self.reference.info.family != self.candidate.info.family:
             families = f"{self.reference.info.family} and {self.candidate.info.family}"
             raise SideError(
-                f"{self.reference.name} and {self.candidate.name} are of the families {families}; compare two sides of one model"
+                f"{self.reference.name} and {self.candidate.name} are of the families {families}; compare two sides of one "
+                "model"
             )
         kind = coarser(precision(self.reference.manifest), precision(self.candidate.manifest))
         result = ComparisonResult(
@@ -99,7 +100,7 @@ class Comparison:
         """Run a stage. What stops it is a finding, unless earlier findings explain it; mistakes of a user are raised."""
         try:
             step(result)
-        except (DataError, SideError):
+        except (DataError, SideError, MemoryError, ModuleNotFoundError):
             raise
         except Exception as error:
             text = f"{what} could not be compared: {type(error).__name__}: {shown(' '.join(str(error).split()))}"

@@ -78,7 +78,7 @@ class RankWeights:
         return quant_of(name, self.quant) if self.quantised(name) else "none"
 
     def dtype(self, name: str) -> str:
-        """The dtype in which a parameter in floating point is stored."""
+        """The dtype in which a parameter in floating point, or a stored part, is stored."""
         key = next(each for each in (name, merged_name(name), piece_name(name, 0)) if each in self.weights)
         return self.weights[key].dtype
 

@@ -19,6 +19,8 @@ def conclusion(result: ComparisonResult) -> list[str]:
         lines.append(f"fault in {first.side}'s {NOUNS[first.stage]}: {first.text}")
         if result.samples and not result.broken:
             lines.append("it differs, without effect at these prompts: every limit of the logits holds")
+    elif result.rounding:
+        lines.append(result.rounding)
     else:
         lines.append("no single cause: no operator is wrong by itself" if result.layers else "causes were not searched for")
     lines += [f"also: {each.text}" for each in result.findings if each is not first][:MAX_CAUSES]

@@ -8,7 +8,7 @@ from typing import Any
 
 from .findings import STAGES, Finding
 from .metrics import Figures
-from .thresholds import Thresholds
+from .thresholds import DEFAULTS, Thresholds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,8 +69,9 @@ class ComparisonResult:
 
     @property
     def passed(self) -> bool:
-        """There is no finding, and no limit is broken but by what the quantisation's own rounding explains."""
-        return not self.findings and bool(self.rounding or not self.broken)
+        """There is no finding, and no limit is broken; rounding excuses default limits, not those that a user has set."""
+        excused = bool(self.rounding) and self.limits == DEFAULTS.get(self.precision)
+        return not self.findings and (excused or not self.broken)
 
     @property
     def first(self) -> Finding | None:

@@ -164,12 +164,8 @@ class WeightComparison:
         """The limit of the coarser of the dtypes that both sides store a parameter in."""
         dtypes = []
         for ranks in (self.reference, self.candidate):
-            if ranks[0].quantised(name):
-                numbers = ranks[0].weights
-                scales = next((each for key, each in numbers.items() if key.endswith(".scales")), None)
-                dtypes.append(scales.dtype if scales else "float32")
-            else:
-                dtypes.append(ranks[0].dtype(name))
+            key = f"{name.removesuffix('.weight')}.scales" if ranks[0].quantised(name) else name
+            dtypes.append(ranks[0].dtype(key))
         kind = coarser(*(each if each in self.limits else "float32" for each in dtypes))
         return self.limits[kind].weights
 
