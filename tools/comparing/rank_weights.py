@@ -44,6 +44,10 @@ class StoredNumbers:
     def value(self) -> Tensor:
         return self.whole * self.step
 
+    def rows(self, rows: slice) -> StoredNumbers:
+        """Some rows, as a view."""
+        return replace(self, whole=self.whole[rows], step=self.step[rows])
+
     def part(self, span: Span) -> StoredNumbers:
         """Some rows or columns."""
         whole, step = span.of(self.whole), span.of(self.step)

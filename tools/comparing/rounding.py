@@ -22,6 +22,7 @@ FIT = 0.3  # steps more for numbers whose step was estimated
 # GPTQ moves errors to later columns, so that a block has to stand out among those of the other rows.
 TENSOR, BLOCK, ZERO_POINT = 0.05, 0.16, 0.6
 SPREADS = 7
+ROWS = 1024  # judged at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,15 +37,16 @@ def rounding_fault(expected: Tensor, stored: StoredNumbers, *, nearest: bool = T
     """The fault of a weight [N, K] stored as `stored`, or None. `nearest`: it was rounded to the nearest."""
     if not nearest:
         return _calibrated_fault(expected, stored)
-    excess = _excess(expected, stored)
-    wrong = excess > _slack(stored)
-    if not wrong.any():
-        factors = _factors(expected, stored)
+    parts = [slice(first, first + ROWS) for first in range(0, len(expected), ROWS)]
+    if all(float(_excess(expected[rows], stored.rows(rows)).max()) <= _slack(stored) for rows in parts):
+        factors = torch.cat([_factors(expected[rows], stored.rows(rows)) for rows in parts])
         tolerance = (0.02 if stored.bits == 4 else 0.003) + stored.rounding
         middle = float(factors[torch.isfinite(factors)].median()) if torch.isfinite(factors).any() else 1.0
         if abs(middle - 1) <= tolerance:
             return None
         return RoundingFault(f"all its scales are {middle:.4g} times what its numbers need", 0.5)
+    excess = _excess(expected, stored)
+    wrong = excess > _slack(stored)
     return RoundingFault(_reason(expected, stored, wrong), float(excess.max()) + 0.5)
 
 
