@@ -40,7 +40,10 @@ def _shape(graph: GraphSpec, name: str) -> tuple[int, ...]:
 def draw_pages(
     graph: GraphSpec, past: np.ndarray, count: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """block_table [B, W] and slot_mapping [B, T] for rows of `past` tokens [B] and `count` new ones [B]; padding is in PADDING."""
+    """block_table [B, W] and slot_mapping [B, T] for rows of `past` tokens [B] and `count` new ones [B].
+
+    Padding is in PADDING.
+    """
     table, free = np.zeros(_shape(graph, "block_table"), np.int32), list(1 + rng.permutation(_pages(graph) - 1))
     first = past // PAGE_TOKENS  # the first page that is written, if any is
     for b in np.flatnonzero(count):
