@@ -36,7 +36,7 @@ from ...locks import Hold, hold
 from ...opening import reading
 from ...sampling.candidates import candidates_of
 from ...shown import quoted
-from ..base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
+from ..base import Group, Result, cache_name, check_group, checked, in_pages, rows_to_copy, world_rank
 from . import torchair_host
 from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
 from .readiness import card_index, missing
@@ -109,6 +109,7 @@ class AscendBackend:
         import torch
 
         self.folder, self.weight_specs, self.files, self.device = folder, weights, files, device
+        self.cache = cache
         self.group = group
         self.compile_cache, self.compile_cache_hold = compile_cache, Hold(None)  # held while graphs are open
         self.dtype = torch.float32 if device.wide else getattr(torch, cache.dtype)
@@ -219,7 +220,8 @@ class AscendBackend:
         return self.constants[name]
 
     def _rows(self, name: str, slot: int, count: int) -> Tensor:
-        return self.caches[name][slot : slot + count]
+        """Of slots, or all pages."""
+        return self.caches[name] if in_pages(self.cache, name) else self.caches[name][slot : slot + count]
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
         return self.caches[name][:slots].float().cpu().numpy().copy()
@@ -233,6 +235,11 @@ class AscendBackend:
         for name, cache in self.caches.items():
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count].copy_(cache[source, :, :count])
+
+    def copy_page(self, source: int, target: int) -> None:
+        for name, cache in self.caches.items():
+            if in_pages(self.cache, name):
+                cache[target].copy_(cache[source])
 
     def give_back(self, slot: int, rows: int) -> None:
         """The cache is reserved as a whole."""
