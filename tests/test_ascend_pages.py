@@ -162,7 +162,7 @@ def test_a_wrong_table_fails_a_certificate(tmp_path: Path, monkeypatch: pytest.M
 def test_a_row_written_a_place_off_fails_a_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Read as if it were right."""
     right = paged_attention._written
-    monkeypatch.setattr(paged_attention, "_written", lambda caches, new, slots: right(caches, new, slots ^ 1))
+    monkeypatch.setattr(paged_attention, "_written", lambda caches, new, slots: right(caches, new, slots + 1))
     with pytest.raises(CertificateError, match="prefill-8 differs from its definition"):
         compiled(tmp_path, buckets=replace(BUCKETS, prefill=(8,), verify=None))
 

@@ -81,7 +81,7 @@ class Device:
 
     def feed(self, graph: GraphDef, rows: list[Sequence], count: int) -> dict[str, Tensor]:
         shapes = {spec.name: spec.shape for spec in graph.inputs}
-        b, t = shapes["token_ids"]
+        t = shapes["token_ids"][1]
         feed: dict[str, Any] = {name: np.zeros(shape) for name, shape in shapes.items() if name not in self.caches}
         if not self.paged and graph.kind == "decode":  # what does not take part is written after its tokens
             feed["lengths"][list(self.known)] = [row.past for row in self.known.values()]
