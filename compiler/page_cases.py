@@ -11,7 +11,7 @@ import numpy as np
 from ..runtime.artifact import PAGE_TOKENS, GraphSpec
 
 PADDING = 0  # the page that belongs to no row
-SHARED = 0.25  # how often a row takes over a full page of the row before it
+SHARED = 0.25  # how often a row has a full page of the row before it
 
 
 def most_positions(graph: GraphSpec) -> int:
