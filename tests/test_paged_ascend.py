@@ -1,0 +1,138 @@
+"""Artifacts for Ascend with a cache in pages, on the simulator: what runs together, is preempted, forked or shared gets the
+answer that ONNX gives to it alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from staticvl import runtime
+from staticvl.compiler.build import build
+from staticvl.compiler.plan import Buckets, Options
+from staticvl.runtime.artifact import ArtifactError
+from staticvl.runtime.engine.fit import ContextError
+from staticvl.runtime.engine.paged_cache import PagedCache
+
+from .ascend import CHECKPOINTS, LONG, QUESTION, Pair
+from .fakes import check_blocks, check_slots
+from .need_torchair import skip_without_torchair
+from .parity import noise_image
+
+skip_without_torchair()
+
+SMALL = Buckets(prefill=(64,), decode=(2,), vision=(1,), context=384, slots=2)
+LARGE = Buckets(prefill=(16, 64), decode=(1, 4, 8), vision=(1,), verify=(4,), context=512, slots=8)
+PAGES = 10  # eight sequences of two or three pages do not fit
+SUITE = [("llava", SMALL, 5)]
+SLOW = [pytest.param((family, LARGE, PAGES), marks=pytest.mark.slow) for family in ("llava", "qwen_vl")]
+
+
+class Models:
+    """The same checkpoint in slots on ONNX Runtime, and in pages on the simulator, which does not round."""
+
+    def __init__(self, pair: Pair) -> None:
+        self.onnx, self.pages = runtime.load(pair.onnx), runtime.load(pair.ascend, device="sim:float32")
+        assert isinstance(self.pages.engine.cache, PagedCache)
+        self.cache = self.pages.engine.cache
+        self.most = self.cache.spec.slots  # requests of a batch
+        self.new_tokens = 64 if self.most > 2 else 12
+        step = self.pages.engine.step
+
+        def checked() -> Any:
+            result = step()
+            check_slots(self.pages.engine)
+            check_blocks(self.pages.engine)
+            return result
+
+        self.pages.engine.step = checked  # type: ignore[method-assign]
+
+    def text(self, tokens: int) -> str:
+        """A text whose prompt has at least so many tokens, and few more."""
+        words = LONG.split() * tokens
+        count = next(n for n in range(len(words)) if self.pages.processor.prompt(" ".join(words[:n])).length >= tokens)
+        return " ".join(words[:count])
+
+    def settings(self, **more: Any) -> dict[str, Any]:
+        return {"temperature": 0.0, "max_new_tokens": self.new_tokens, "ignore_eos": True, "return_logits": True, **more}
+
+    def alike(self, texts: list[str], images: list[Any], **more: Any) -> list[runtime.Output]:
+        """The answers to a batch, checked against those that ONNX gives one by one."""
+        found = self.pages.generate(texts, images, **self.settings(**more))
+        for text, some, each in zip(texts, images, found, strict=True):
+            expected = self.onnx.generate(text, some, **self.settings(**more))
+            for right, answer in zip((expected, *expected.others), (each, *each.others), strict=True):
+                same(right, answer)
+        assert self.cache.blocks.used == 0
+        return found
+
+
+def same(right: runtime.Output, answer: runtime.Output) -> None:
+    assert answer.token_ids == right.token_ids and answer.text == right.text
+    assert right.logits is not None and answer.logits is not None
+    assert np.abs(answer.logits - right.logits).max() <= 1e-3 * np.abs(right.logits).max()
+
+
+@pytest.fixture(scope="module", params=[*SUITE, *SLOW], ids=lambda param: f"{param[0]}-{param[2]}")
+def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Models:
+    family, buckets, pages = request.param
+    folder = tmp_path_factory.mktemp(family)
+    pair = Pair(folder / "onnx", folder / "ascend", trained=False)
+    options: dict[str, Any] = {"checkpoint": CHECKPOINTS[family], "buckets": buckets}
+    build(Options(out=pair.onnx, **options))
+    build(Options(out=pair.ascend, backend="ascend", dtype="float16", kv="pages", pages=pages, **options))
+    return Models(pair)
+
+
+def test_a_batch_that_does_not_fit(models: Models) -> None:
+    """All prompts end shortly before the end of a page, so that all of them grow at once."""
+    image, preempted = [noise_image((70, 50))], models.pages.engine.metrics.preemptions
+    lengths = (220, 230) if models.most == 2 else (100, 240, 20, 110, 50, 120, 90, 30)
+    images = [image if place % 4 == 2 else [] for place in range(len(lengths))]
+    models.alike([models.text(length) for length in lengths], images, max_new_tokens=64)
+    assert models.pages.engine.metrics.preemptions > preempted
+
+
+def test_several_answers_share_the_pages_of_their_prompt(models: Models) -> None:
+    copies = models.pages.engine.metrics.copies
+    (found,) = models.alike(["Answer: " + models.text(220)], [[]], n=models.most)
+    assert all(each.reused_tokens == found.prompt_tokens - 1 for each in found.others)
+    assert models.pages.engine.metrics.copies == copies + models.most - 1
+
+
+def test_prompts_that_begin_alike(models: Models) -> None:
+    start = "Please: " + models.text(135)
+    found = models.alike([start + end for end in (QUESTION, "Hello!", "Where?", *"abcde")[: models.most]], [[]] * models.most)
+    assert all(each.reused_tokens >= models.cache.page_tokens for each in found[1:])
+
+
+def test_a_chat_and_its_fork(models: Models) -> None:
+    """Between the turns another request runs; the next turn finds the pages nevertheless, the last one as well."""
+    chats = [model.chat() for model in (models.onnx, models.pages)]
+    for text, images in ((QUESTION, [noise_image((50, 80))]), (LONG, []), ("Where is it?", [])):
+        expected, found = (chat.send(text, images, **models.settings()) for chat in chats)
+        same(expected, found)
+        assert chats[1].slot is None and models.cache.blocks.used == 0
+        models.alike(["Hello!"], [[]])
+    assert found.reused_tokens > found.prompt_tokens - 80
+    forks = [chat.fork() for chat in chats]
+    same(*(fork.send("And here?", **models.settings()) for fork in forks))
+    same(*(chat.send("Thanks!", **models.settings()) for chat in chats))
+
+
+def test_what_does_not_fit_says_so(models: Models) -> None:
+    pages = models.cache.blocks.budget
+    with pytest.raises(ArtifactError, match=rf"the artifact reserves its {pages} pages of 128 tokens when it is loaded; leave"):
+        runtime.load(models.pages.artifact.folder, device="sim", cache_gb=1.0)
+    prompt = models.pages.processor.prompt(QUESTION)
+    if models.most == 8:
+        return
+    with pytest.raises(ContextError, match="the artifact holds 384"):
+        models.pages.engine.add_request(prompt, runtime.SamplingParams(max_new_tokens=384))
+
+
+@pytest.mark.slow
+def test_drafts_and_draws(models: Models) -> None:
+    models.alike([QUESTION * 2, LONG], [[noise_image((70, 50))], []], speculate=3 if models.most > 2 else 0)
+    models.alike([QUESTION, LONG], [[], []], temperature=0.8, seed=3, n=2)
