@@ -172,7 +172,7 @@ def test_random_sequences(collisions: bool, seed: int, count: int, keep: bool) -
             plain.end(slot, failed=False)
         plain.check()
         assert not plain.cache.blocks.used and plain.cache.free == SLOTS
-        assert {page for page in plain.cache.blocks.filled} == set(plain.cache.blocks.idle)
+        assert set(plain.cache.blocks.filled) == set(plain.cache.blocks.idle)
 
 
 def filled(allocator: PageAllocator, parent: int, *tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""The prefix cache over pages: full pages are shared where they lie, and of a page that differs within, the beginning is copied
+"""The prefix cache over pages: full pages are shared where they lie, and of a page that differs within, the common part is copied
 where that costs less than running its tokens."""
 
 from __future__ import annotations
