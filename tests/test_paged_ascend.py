@@ -3,6 +3,7 @@ answer that ONNX gives to it alone."""
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -38,9 +39,13 @@ class Models:
         self.cache = self.pages.engine.cache
         self.most = self.cache.spec.slots  # requests of a batch
         self.new_tokens = 64 if self.most > 2 else 12
-        step = self.pages.engine.step
+        self.preempting = False
+        step, count = self.pages.engine.step, itertools.count()
 
         def checked() -> Any:
+            running = self.pages.engine.scheduler.running
+            if self.preempting and running and next(count) % 11 == 10:
+                self.pages.engine.scheduler.preempt(running[-1])
             result = step()
             check_slots(self.pages.engine)
             check_blocks(self.pages.engine)
@@ -86,12 +91,14 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def test_a_batch_that_does_not_fit(models: Models) -> None:
-    """All prompts end shortly before the end of a page, so that all of them grow at once."""
+    """Sequences wait for pages and are preempted, for want of pages and every few steps besides."""
     image, preempted = [noise_image((70, 50))], models.pages.engine.metrics.preemptions
+    models.preempting = True
     lengths = (220, 230) if models.most == 2 else (100, 240, 20, 110, 50, 120, 90, 30)
     images = [image if place % 4 == 2 else [] for place in range(len(lengths))]
     models.alike([models.text(length) for length in lengths], images, max_new_tokens=64)
-    assert models.pages.engine.metrics.preemptions > preempted
+    models.preempting = False
+    assert models.pages.engine.metrics.preemptions > preempted + 3
 
 
 def test_several_answers_share_the_pages_of_their_prompt(models: Models) -> None:

@@ -2,8 +2,8 @@
 
 Pages with known contents form a tree: the children of a page are those that followed it in some sequence, and page 0 is the
 root. A page may have several holders once it is full, since nothing is written to it then. A page in the tree that has no
-holder stays until others need it: the one used the longest ago is evicted first. A sequence
-that holds a page holds its parent, and lets go of the child first, so no page loses its parent.
+holder stays until others need it: the one used the longest ago is evicted first. A sequence that holds a page holds its
+parent, and lets go of the child first, so no page loses its parent.
 """
 
 from __future__ import annotations
