@@ -244,8 +244,8 @@ def test_what_can_never_fit_is_refused_with_the_figures() -> None:
     with pytest.raises(ContextError) as error:
         engine.add_request(TEN, params(16))
     assert str(error.value) == (
-        "the prompt has 10 tokens and max_new_tokens is 16, which takes 7 pages of 4 tokens (8.96e-07 GB), but the artifact has "
-        "6 (7.68e-07 GB); give at most 15 new tokens, or compile one with more pages"
+        "the prompt has 10 tokens and max_new_tokens is 16, which takes 7 pages of 4 tokens (8.96e-07 GB), but the artifact "
+        "has 6 (7.68e-07 GB); give at most 15 new tokens, or compile one with more pages"
     )
     sequence = engine.add_request(TEN, params(15))
     run(engine)
