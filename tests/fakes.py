@@ -389,10 +389,9 @@ def check_pages(engine: Engine) -> None:
     for slot in range(cache.spec.slots):
         own, length = cache.pages_of(slot), int(cache.lengths[slot])
         assert cache.tables[slot].tolist() == own + [0] * (cache.spec.table_width - len(own))
-        assert slot in running or not own and not length
-        assert [pages.filled[page] for page in own] == [
-            min(max(length - start, 0), cache.page_tokens) for start in range(0, len(own) * cache.page_tokens, cache.page_tokens)
-        ]
+        assert slot in running or (not own and not length)
+        starts = range(0, len(own) * cache.page_tokens, cache.page_tokens)
+        assert [pages.filled[page] for page in own] == [min(max(length - start, 0), cache.page_tokens) for start in starts]
         assert all(pages.alone(page) for page in own[length // cache.page_tokens :])
     for sequence in engine.scheduler.running:
         assert sequence.room == tokens_in(len(cache.pages_of(sequence.held_slot)))

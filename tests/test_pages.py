@@ -56,6 +56,7 @@ class PlainModel:
         self.memory: dict[int, list[tuple[int, ...] | None]] = {}
         self.ended: list[list[int]] = []  # contents that were computed by some sequence
         self.cleared = False
+        self.waiting: set[int] = set()  # slots in which nothing was written yet
 
     def begin(self, tokens: list[int]) -> None:
         cache, keys = self.cache, keys_of(tokens)
@@ -66,16 +67,21 @@ class PlainModel:
         self.running[slot] = tokens
         assert cache.reserve(slot, len(tokens)) == PAGE * cache.counts[slot] >= len(tokens)
         self.check_found(tokens, length)
-        if self.rng.random() < 0.7:
-            cache.adopt(slot, keys)
-            self.copy_tail(slot, keys)
-        assert length <= int(cache.lengths[slot]) < len(tokens)
+        self.waiting.add(slot)
+
+    def prepare(self, slot: int) -> None:
+        """Others may have run since the sequence has begun."""
+        keys, length = keys_of(self.running[slot]), int(self.cache.lengths[slot])
+        self.cache.adopt(slot, keys)
+        self.check_found(self.running[slot], int(self.cache.lengths[slot]))
+        self.copy_tail(slot, keys)
+        assert length <= int(self.cache.lengths[slot]) < len(keys)
 
     def check_found(self, tokens: list[int], length: int) -> None:
         """Where nothing was evicted, all full pages of the longest common prefix are found."""
         if self.cache.blocks.keep and not self.cache.blocks.evicted and not self.cleared:
-            known = [*self.ended, *(self.written(slot) for slot in self.running)]
-            longest = max((min(common(each, tokens), len(tokens) - 1) for each in known), default=0)
+            known = [*self.ended, *map(self.written, self.running)]
+            longest = max(min(common(each, tokens), len(tokens) - 1) for each in known)
             assert length // PAGE == longest // PAGE
 
     def copy_tail(self, slot: int, keys: np.ndarray) -> None:
@@ -92,6 +98,9 @@ class PlainModel:
 
     def write(self, slot: int, count: int) -> None:
         """The next tokens of a sequence; new ones where all of its own are written."""
+        if slot in self.waiting:
+            self.waiting.discard(slot)
+            self.prepare(slot)
         cache, length = self.cache, int(self.cache.lengths[slot])
         tokens = self.running[slot]
         if length == len(tokens):
@@ -117,6 +126,7 @@ class PlainModel:
         else:
             self.ended.append(self.written(slot))
         del self.running[slot]
+        self.waiting.discard(slot)
         self.cache.release(slot)
 
     def check(self) -> None:
@@ -162,7 +172,7 @@ def test_random_sequences(collisions: bool, seed: int, count: int, keep: bool) -
             plain.end(slot, failed=False)
         plain.check()
         assert not plain.cache.blocks.used and plain.cache.free == SLOTS
-        assert {page for page in plain.cache.blocks.filled} == set(plain.cache.blocks.idle)
+        assert set(plain.cache.blocks.filled) == set(plain.cache.blocks.idle)
 
 
 def filled(allocator: PageAllocator, parent: int, *tokens: int) -> int:

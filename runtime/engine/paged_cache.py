@@ -1,4 +1,4 @@
-"""The cache of the text in pages: the table of each sequence, and the pages that later prompts find.
+"""The cache of the text in pages: the table of each sequence, and the pages that later prompts share.
 
 A slot is only a number among the sequences that run. What a sequence has computed stays in its pages after its end, for
 whatever prompt begins with it: also for the next turn of a chat, for which nothing is reserved.
@@ -80,7 +80,7 @@ class PagedCache(Slots):
     def can_enter(self, slot: int | None, keys: np.ndarray, tokens: int, spare: int) -> bool:
         """Pages that others hold are shared, and cost nothing."""
         missing = blocks_for(tokens) + spare - self.blocks.available
-        return missing <= 0 or missing <= sum(page in self.blocks.holders for page in self._found(keys))
+        return missing <= 0 or missing <= sum(page in self.blocks.holders for page in self._matches(keys))
 
     def can_reserve(self, slot: int | None, tokens: int, spare: int = 0) -> bool:
         held = 0 if slot is None else self.counts[slot]
@@ -99,7 +99,7 @@ class PagedCache(Slots):
 
     def settle(self, slot: int, keys: np.ndarray, images: Sequence[bytes]) -> tuple[int, int]:
         assert not self.counts[slot], f"slot {slot} was not released"
-        for page in self._found(keys):
+        for page in self._matches(keys):
             self.blocks.hold(page)
             self._add(slot, page)
         self.lengths[slot] = tokens_in(self.counts[slot])
@@ -113,11 +113,11 @@ class PagedCache(Slots):
     def adopt(self, slot: int, keys: np.ndarray) -> None:
         """Take pages that were computed since `settle`, in place of those of the slot that are not written yet."""
         first = int(self.lengths[slot]) // self.page_tokens
-        found = list(self._found(keys, first, self._before(slot, first)))
-        for place, page in enumerate(found, start=first):
+        matches = list(self._matches(keys, first, self._before(slot, first)))
+        for place, page in enumerate(matches, start=first):
             self._replace(slot, place, page)
-        if found:
-            self.lengths[slot] = tokens_in(first + len(found))
+        if matches:
+            self.lengths[slot] = tokens_in(first + len(matches))
         page, common = self.tail(slot, keys)
         if self.blocks.is_spare(page, common):
             place, present = divmod(int(self.lengths[slot]), self.page_tokens)
@@ -164,7 +164,7 @@ class PagedCache(Slots):
         pages, places = np.divmod(np.arange(start, start + count), self.page_tokens)
         return self.tables[slot, pages] * self.page_tokens + places
 
-    def _found(self, keys: np.ndarray, first: int = 0, parent: int = ROOT) -> Iterator[int]:
+    def _matches(self, keys: np.ndarray, first: int = 0, parent: int = ROOT) -> Iterator[int]:
         """The pages that have the tokens of a prompt from page `first` on, which follows `parent`. The last token runs."""
         for start in range(tokens_in(first), len(keys) - self.page_tokens, self.page_tokens):
             page = self.blocks.find(parent, keys[start : start + self.page_tokens])

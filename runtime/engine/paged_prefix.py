@@ -1,5 +1,6 @@
-"""The prefix cache over pages: full pages are shared where they lie, and of a page that differs within, the beginning is copied
-where that costs less than running its tokens."""
+"""The prefix cache over pages: full pages are shared where they lie. Of a page that differs within, the common part is copied
+where that costs less than running its tokens.
+"""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 
 Pages with known contents form a tree: the children of a page are those that followed it in some sequence, and page 0 is the
 root. A page may have several holders once it is full, since nothing is written to it then. A page in the tree that has no
-holder stays until others need it: the one used the longest ago is evicted first. Whoever holds a page holds its parent, and
-lets go of the child first, so no page loses its parent.
+holder stays until others need it: the one used the longest ago is evicted first. A sequence that holds a page holds its
+parent, and lets go of the child first, so no page loses its parent.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ import numpy as np
 from .cache_keys import KEY
 
 ROOT = 0  # the null page, which no sequence holds
-FEW = 8  # keys by which most children are told apart
+FEW = 8  # keys in which most children differ
 
 
 class PageAllocator:
-    """The pages of a cache but page 0. `tokens`: tokens of a page. `keep`: contents are found again, and shared.
+    """The pages of a cache but page 0. `tokens`: tokens of a page. `keep`: later sequences share contents.
 
     `keys[page, : filled[page]]` identify the tokens of a page (cache_keys.py).
     """
@@ -96,8 +96,8 @@ class PageAllocator:
             self.idle.move_to_end(page)
 
     def forget(self, page: int) -> bool:
-        """As `drop`, but the contents may be wrong: they are not found again, if no other depends on them. Whether they
-        are gone."""
+        """As `drop`, but the contents may be wrong: no later sequence shares them, unless another page depends on them.
+        Whether they are gone."""
         gone = self.alone(page) and page not in self.children
         if gone:
             self.blank(page)
@@ -165,7 +165,7 @@ class PageAllocator:
             self._leave_tree(page)
             self.drop(page)
             return same
-        self.full.setdefault((parent, hash_of(keys)), page)  # after a collision it is only found by `nearest`
+        self.full.setdefault((parent, hash_of(keys)), page)  # after a collision only `nearest` gives it
         return page
 
     def _common(self, pages: np.ndarray, keys: np.ndarray) -> np.ndarray:

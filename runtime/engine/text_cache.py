@@ -75,7 +75,7 @@ class TextCache(Protocol):
         ...
 
     def release(self, slot: int) -> None:
-        """The slot is free; what it contains may be found by later prompts."""
+        """The slot is free; later prompts may share what it contains."""
         ...
 
     def park(self, holder: object, slot: int) -> None:

@@ -25,8 +25,7 @@ def compare_feeds(
         if run.graph.kind == "vision":
             continue
         prefill = run.graph.kind == "prefill"
-        slot = next(iter(run.past))
-        row = 0 if prefill else slot
+        row = 0 if prefill else next(iter(run.past))
         count = min(run.graph.bucket, prompt.length - position) if prefill else 1
         tokens = prompt.prompt.token_ids[position : position + count] if prefill else answer[generated : generated + 1]
         required = {"lengths": np.array([position]), "token_ids": tokens}
