@@ -136,8 +136,8 @@ def test_pages_of_a_plan() -> None:
 
 
 def shifted(q: Tensor, caches: Any, lengths: Tensor, table: Tensor, heads: int, **more: Any) -> Any:
-    """Every page but the first of each row is the one after it."""
-    return q, caches, lengths, torch.cat((table[:, :1], table[:, 1:] - 1), dim=1), heads, more
+    """Offset by one page."""
+    return q, caches, lengths, torch.cat((table[:, 1:], table[:, :1]), dim=1), heads, more
 
 
 def ignored(q: Tensor, caches: Any, lengths: Tensor, table: Tensor, heads: int, **more: Any) -> Any:
