@@ -9,7 +9,7 @@ TORCH_NPU := 2.13.0
 ASCEND_SIM ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/staticvl/torch_npu-$(TORCH_NPU)
 export STATICVL_TORCH_NPU := $(ASCEND_SIM)
 
-# Without an NVIDIA GPU torch for CPUs is installed, from this index; TORCH=cpu or TORCH=cuda overrides what is found.
+# Without an NVIDIA GPU torch for CPUs is installed, from this index; TORCH=cpu, cuda or any overrides what is found.
 TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export TORCH_INDEX
 INSTALL := tools/development/install.sh $(BIN)/python
@@ -23,7 +23,7 @@ demo-sim: $(VENV)/.compile ascend-sim
 	$(BIN)/staticvl demo --device sim
 
 test: $(VENV)/.test ascend-sim
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(VENV)/.test ascend-sim
 	$(BIN)/python -m pytest -m slow

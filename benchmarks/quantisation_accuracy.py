@@ -1,12 +1,12 @@
 """Cost of a quantisation in accuracy: right answers and logits of the trained tiny models, on drawings unseen in training.
 
     python -m benchmarks.quantisation_accuracy [--models tiny_llava15,...] [--quants w8a16,...] [--drawings 40] [--backend onnx]
-        [--calibrate 32 [--kv-cache int8]] [--column-scales]
+        [--calibrate 32 [--kv-cache int8]] [--weights-alone]
 
 With --calibrate N every quantisation that allows it is also measured after a calibration with N prompts about other drawings.
 With --kv-cache int8 each quantisation is measured with an 8-bit cache only (`none` may be among them).
-With --column-scales the weights of w8a16 alone are measured too, rounded and then computed in floats: with a scale for each
-block, and with one scale for each column, as artifacts for Ascend store them.
+With --weights-alone rounded weights are measured too, computed in floats, by how many of them share a scale: in 8 bits a block,
+and a whole column, as artifacts for Ascend store them; in 4 bits groups of 32, 64 and 128, with lm_head in 8 bits and columns.
 With --outliers F a few channels after every norm become F times as large, and the weights after them F times smaller. In floats
 this is the same model; its activations resemble those of large models.
 
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from staticvl.compiler.build import build
 from staticvl.compiler.calibration import METHODS, Calibration
@@ -37,7 +38,7 @@ from staticvl.tools.comparing.static_side import StaticSide, open_artifact_side
 from staticvl.tools.development.train_tiny import Case, cases
 from staticvl.tools.development.training.data import HELD_OUT_SEED
 from staticvl.tools.drawings import iou, parse_box
-from staticvl.weights.quantize import dequantize_w8, quantize_w8
+from staticvl.weights.quantize import dequantize_w4, dequantize_w8, quantize_w4, quantize_w8
 from staticvl.weights.source import open_source
 from staticvl.weights.storage import quant_of
 from staticvl.weights.weight_map import match
@@ -50,7 +51,14 @@ AFTER_NORM = {  # a norm, and the weights that take what it puts out
     "input_layernorm": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "cross_attn.q_proj"],
     "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
 }
-WEIGHTS_ALONE = {"weights, block scales": False, "weights, column scales": True}  # label -> one scale for each column
+COLUMN, BLOCK = 0, -1  # in place of a number of weights that share a scale: all of a row, and as ONNX artifacts have it
+WEIGHTS_ALONE = {  # label -> bits of the decoder's layers, and how many weights share a scale
+    "weights, block scales": (8, BLOCK),
+    "weights, column scales": (8, COLUMN),
+    "weights, 4 bits by 32": (4, 32),
+    "weights, 4 bits by 64": (4, 64),
+    "weights, 4 bits by 128": (4, 128),
+}
 EXTRA = "two pictures"  # a kind that not every model has learnt well
 
 
@@ -95,19 +103,26 @@ def with_outliers(checkpoint: Path, out: Path, factor: float) -> Path:
     return out
 
 
-def with_rounded(checkpoint: Path, out: Path, columns: bool) -> Path:
-    """The model with the weights that w8a16 quantises rounded to 8 bits, by a scale for each block, or for each column."""
+def with_rounded(checkpoint: Path, out: Path, bits: int, group: int) -> Path:
+    """The model with the decoder's layers and lm_head rounded; lm_head in 8 bits, beside 4 bits by columns."""
     recipes = match(read_config(checkpoint), open_source(checkpoint).tensors).recipes
-    rounded = {recipe.tensors[0].name for name, recipe in recipes.items() if quant_of(name, "w8a16") != "none"}
+    quantised = {name: recipe.tensors[0].name for name, recipe in recipes.items() if quant_of(name, "w8a16") != "none"}
     shutil.copytree(checkpoint, out)
     file = out / "model.safetensors"
     tensors = {name: value.float() for name, value in load_file(file).items()}
-    for name in rounded:
-        width = tensors[name].shape[1]
-        q, scales = quantize_w8(tensors[name], width if columns else quant_block(width))
-        tensors[name] = dequantize_w8(q, scales, width)
+    for source in set(quantised.values()):
+        head = source == quantised.get("text.lm_head.weight")
+        tensors[source] = rounded(tensors[source], *((8, COLUMN) if head and bits == 4 else (bits, group)))
     save_file(tensors, file)
     return out
+
+
+def rounded(weight: Tensor, bits: int, group: int) -> Tensor:
+    """weight [N, K], with `group` of a row sharing a scale in float32."""
+    width = weight.shape[1]
+    block = {COLUMN: width, BLOCK: quant_block(width)}.get(group, group)
+    quantize, dequantize = (quantize_w8, dequantize_w8) if bits == 8 else (quantize_w4, dequantize_w4)
+    return dequantize(*quantize(weight, block), width).contiguous()  # without the padding of a last block
 
 
 def calibration(prompts: int, folder: Path) -> Calibration:
@@ -156,7 +171,7 @@ def measure(
     prompts: int,
     folder: Path,
     kv_cache: str = "float",
-    columns: bool = False,
+    weights_alone: bool = False,
 ) -> dict[str, dict[str, float]]:
     """Figures of one model by quantisation."""
     used = calibration(prompts, folder / "calibration") if prompts else None
@@ -165,7 +180,7 @@ def measure(
         kinds = [(f"{quant}, int8 cache", quant, used) for quant in quants]
     elif used:
         kinds += [(f"{quant}, calibrated", quant, used) for quant in quants if quant in METHODS]
-    kinds += [(label, "none", None) for label in WEIGHTS_ALONE] if columns else []
+    kinds += [(label, "none", None) for label in WEIGHTS_ALONE] if weights_alone else []
     questions = [case for case in cases(drawings) if not case.turns and case.kind != EXTRA]
     reference = compiled(checkpoint, "none", folder / "none", backend)
     answers = answered(reference, questions)
@@ -174,7 +189,7 @@ def measure(
     for label, quant, by in kinds:
         source = checkpoint
         if label in WEIGHTS_ALONE:
-            source = with_rounded(checkpoint, folder / f"{label}, checkpoint", WEIGHTS_ALONE[label])
+            source = with_rounded(checkpoint, folder / f"{label}, checkpoint", *WEIGHTS_ALONE[label])
         side = compiled(source, quant, folder / label, backend, by, kv_cache)
         own = answered(side, questions)
         figures = [compare_logits(*each) for each in zip(logits, forced(side, questions, answers), answers.tokens, strict=True)]
@@ -207,7 +222,7 @@ def main() -> None:
     )
     parser.add_argument("--kv-cache", default="float", choices=KV_CACHES, help="dtype of the cache; default: float")
     parser.add_argument(
-        "--column-scales", action="store_true", help="measure w8a16's weights alone too, by both kinds of scales; default: no"
+        "--weights-alone", action="store_true", help="measure rounded weights alone too, by kinds of scales; default: no"
     )
     args = parser.parse_args()
     if args.kv_cache == "int8" and not args.calibrate:
@@ -226,7 +241,7 @@ def main() -> None:
                 args.calibrate,
                 Path(folder),
                 args.kv_cache,
-                args.column_scales,
+                args.weights_alone,
             )
         for quant, f in table[model].items():
             line = f"{model:14} {quant:23} right {100 * f['right']:6.2f} %"

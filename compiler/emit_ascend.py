@@ -131,12 +131,7 @@ def _check_heads(definition: GraphDef) -> None:
 
 
 def decompositions() -> dict[OpOverload, Callable[..., Any]]:
-    ours = {**lower_ascend.lowerings(), **fused.lowerings()}
-    return {**ours, torch.ops.aten._assert_tensor_metadata.default: _nothing}
-
-
-def _nothing(*_: Any, **__: Any) -> None:
-    """In place of torch.export's notes on dtypes, which compute nothing."""
+    return {**lower_ascend.lowerings(), **fused.lowerings()}
 
 
 def kernel_name(definition: GraphDef) -> str:

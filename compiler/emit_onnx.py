@@ -23,7 +23,6 @@ from typing import Any
 
 import msgspec
 import onnx
-import torch
 from onnx import helper
 from torch.fx import Node
 
@@ -34,6 +33,7 @@ from .onnx_graph import LOWERINGS, UPCASTING, Emitter
 from .onnx_graph.emitter import CONTRIB, DEFAULT_KERNELS, DTYPES, shape_of
 from .onnx_graph.products import expands
 from .segments import Part, cut
+from .tracing import Trace, module_path
 
 OPSET = 23
 IR_VERSION = 10
@@ -92,7 +92,7 @@ def emit_steps(graph: GraphDef, weights: Mapping[str, WeightSpec], file: str, *,
 
 def _emit_part(
     graph: GraphDef,
-    program: torch.export.ExportedProgram,
+    program: Trace,
     part: Part,
     name: str,
     weights: Mapping[str, WeightSpec],
@@ -104,11 +104,11 @@ def _emit_part(
 
 
 def _lowered(
-    graph: GraphDef, program: torch.export.ExportedProgram, part: Part, weights: Mapping[str, WeightSpec], *, exact: bool
+    graph: GraphDef, program: Trace, part: Part, weights: Mapping[str, WeightSpec], *, exact: bool
 ) -> tuple[Emitter, list[str]]:
     """An emitter that holds the nodes of a part, and the names of what leaves it."""
     emitter = Emitter(weights, graph.constants, graph.kernels or DEFAULT_KERNELS, exact=exact)
-    emitter.names |= _parameters(program) | part.entering
+    emitter.names |= program.parameters | part.entering
     for node in part.nodes:
         emitter.names[node] = _lower(emitter, node)
     # onnxruntime runs nodes without inputs in an order that depends on their place in this list, the first as late as it can:
@@ -126,9 +126,7 @@ class Values:
     outputs: dict[str, str]  # what leaves the file: name in `names` -> name in the file
 
 
-def emitted_values(
-    graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec]
-) -> tuple[Values, ...]:
+def emitted_values(graph: GraphDef, program: Trace, weights: Mapping[str, WeightSpec]) -> tuple[Values, ...]:
     """The values of each file by the values of the definition, for tools that inspect a running graph."""
     files = []
     for part in cut(graph, program).parts:
@@ -137,12 +135,6 @@ def emitted_values(
         renamed = dict(zip(outputs, (spec.name for spec in part.outputs), strict=True))
         files.append(Values({k: v for k, v in names.items() if isinstance(v, str)}, tuple(emitter.nodes), renamed))
     return tuple(files)
-
-
-def _parameters(program: torch.export.ExportedProgram) -> dict[Node, str]:
-    signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-    return {node: names[node.name] for node in program.graph.nodes if node.op == "placeholder" and node.name in names}
 
 
 def _own_names(e: Emitter, part: Part) -> list[str]:
@@ -162,8 +154,7 @@ def _lower(e: Emitter, node: Node) -> Any:
         value, index = node.args
         return e.names[value][index]  # type: ignore[index]
     name = str(node.target).removesuffix(".default") if NAMESPACE in str(node.target) else str(node.target)
-    stack = list((node.meta.get("nn_module_stack") or {"": ("graph", None)}).values())
-    e.scope = stack[-1][0] or "graph"
+    e.scope = module_path(node)
     if name in ("aten.flatten.using_ints", "aten.view.default") and node.args[0] in e.names and e[node.args[0]] in e.weights:
         return e.weight(e[node.args[0]], shape_of(node))  # a weight in another shape: same bytes, no node
     if name not in LOWERINGS:

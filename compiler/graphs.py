@@ -5,8 +5,6 @@ Modules are made on the meta device, without weights; the emitters refer to thes
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -14,12 +12,12 @@ import numpy as np
 import torch
 from msgspec import UNSET, UnsetType
 from torch import Tensor, nn
-from torch.fx import config as fx_config
 
 from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..model_defs.decoder import TextGraph
 from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, ImageProcessorConfig, Kernels, Kind, TensorSpec
+from .tracing import Trace, record
 
 VISION_GRAPHS: dict[str, type[nn.Module]] = {
     "llava": llava.VisionGraph,
@@ -211,30 +209,18 @@ def _updated(cache: TensorSpec) -> TensorSpec:
     return TensorSpec(name=f"{cache.name}.out", dtype=cache.dtype, shape=cache.shape)
 
 
-_traces: WeakKeyDictionary[nn.Module, dict[tuple[TensorSpec, ...], torch.export.ExportedProgram]] = WeakKeyDictionary()
+_traces: WeakKeyDictionary[nn.Module, dict[tuple[TensorSpec, ...], Trace]] = WeakKeyDictionary()
 
 
-def trace(graph: GraphDef) -> torch.export.ExportedProgram:
-    """The graph as torch.export sees it: ops of our vocabulary and a few of aten's.
+def trace(graph: GraphDef) -> Trace:
+    """The ops of the graph: those of our vocabulary and a few of aten's.
 
     A module is traced once for given inputs, and its trace is kept as long as the module.
     """
     traces = _traces.setdefault(graph.module, {})
     if graph.inputs not in traces:
-        with without_stack_traces():
-            traces[graph.inputs] = torch.export.export(graph.module, example_inputs(graph), strict=False)
+        traces[graph.inputs] = record(graph.module, [spec.name for spec in graph.inputs], example_inputs(graph))
     return traces[graph.inputs]
-
-
-@contextlib.contextmanager
-def without_stack_traces() -> Iterator[None]:
-    """Leave the Python stack of each traced op out: a fifth of the time of a trace, and no compiled file contains it."""
-    before = fx_config.do_not_emit_stack_traces
-    fx_config.do_not_emit_stack_traces = True
-    try:
-        yield
-    finally:
-        fx_config.do_not_emit_stack_traces = before
 
 
 def example_inputs(graph: GraphDef) -> tuple[Tensor, ...]:

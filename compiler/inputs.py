@@ -46,6 +46,7 @@ class Preview:
     """A plan and its forecast. `options` name the quantisation of a checkpoint that is quantised."""
 
     options: Options
+    config: ModelConfig
     plan: Plan
     sizes: dict[str, int]  # as forecast has them
     notes: tuple[str, ...]
@@ -100,7 +101,7 @@ def plan_only(options: Options) -> Preview:
     planned = _plan(options)
     floats = _expected_floats(planned.options, planned.config)
     sizes = forecast(planned.config, planned.plan, planned.options, floats)
-    return Preview(planned.options, planned.plan, sizes, tuple(planned.notes))
+    return Preview(planned.options, planned.config, planned.plan, sizes, tuple(planned.notes))
 
 
 def _old_manifest(out: Path) -> Manifest | None:

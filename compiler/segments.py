@@ -14,16 +14,13 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from typing import cast
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
 from ..model_defs.ops import COLLECTIVES, NAMESPACE
 from ..runtime.artifact import Collective, TensorSpec
 from .graphs import GraphDef
-
-# An op that torch.export inserts to check dtypes while tracing; it computes nothing.
-TRACE_CHECKS = frozenset({"aten._assert_tensor_metadata.default"})
+from .tracing import Trace
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,7 +46,7 @@ class Cut:
         return tuple(step for step in self.steps if isinstance(step, Part))
 
 
-def cut(graph: GraphDef, program: torch.export.ExportedProgram) -> Cut:
+def cut(graph: GraphDef, program: Trace) -> Cut:
     """Cut a graph, of which `program` is the trace, at its collectives."""
     return _Cutter(graph, program).cut()
 
@@ -63,14 +60,11 @@ class _Draft:
 
 
 class _Cutter:
-    def __init__(self, graph: GraphDef, program: torch.export.ExportedProgram) -> None:
+    def __init__(self, graph: GraphDef, program: Trace) -> None:
         self.graph = graph
-        nodes = program.graph.nodes
-        specs = dict(zip(program.graph_signature.user_inputs, graph.inputs, strict=True))
-        self.inputs = {node: specs[node.name] for node in nodes if node.op == "placeholder" and node.name in specs}
-        self.calls = [node for node in nodes if node.op == "call_function" and str(node.target) not in TRACE_CHECKS]
-        results = cast(tuple[Node, ...], program.graph.output_node().args[0])
-        self.outputs = dict(zip(results, graph.outputs, strict=True))
+        self.inputs = dict(zip(program.inputs, graph.inputs, strict=True))
+        self.calls = [node for node in program.graph.nodes if node.op == "call_function"]
+        self.outputs = dict(zip(program.outputs, graph.outputs, strict=True))
         assert len(self.outputs) == len(graph.outputs), f"{graph.name}: a value is two outputs"
         self.of_weights = self._made_of_weights()
         self.drafts = self._draft()

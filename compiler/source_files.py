@@ -1,6 +1,8 @@
-"""Our own source files that a step of a build can run: its modules and all that they import, at any depth.
+"""Our own source files that a step of a build can run or read: its modules and all that they import, at any depth, and their
+data files.
 
-Imports are read from the source, those inside functions too. What is imported for type checkers alone is left out.
+Imports are read from the source, those inside functions too. What is imported for type checkers alone is left out. The data of
+a module are the files beside it that its source names.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ _ROOT_PACKAGE = __name__.split(".")[0]
 
 
 def code_digests(*modules: str, without: tuple[str, ...] = ()) -> dict[str, str]:
-    """SHA-256 of every source file that `modules` can run, by its path from the root; see `reachable`."""
+    """SHA-256 of every file that `modules` can run or read, by its path from the root; see `reachable`."""
     return {name: _digest(ROOT / name) for name in reachable(modules, without)}
 
 
 @functools.cache
 def reachable(modules: tuple[str, ...], without: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Paths from the root, sorted, of modules such as "compiler.make" and of all that they import.
+    """Paths from the root, sorted, of modules such as "compiler.make", of all that they import, and of the data of these.
 
     `without`: modules that are not followed; a package stands for everything in it. Raises ValueError for an unknown module.
     """
@@ -32,7 +34,7 @@ def reachable(modules: tuple[str, ...], without: tuple[str, ...] = ()) -> tuple[
         file = queue.pop()
         if file in files:
             continue
-        files.add(file)
+        files |= {file, *_data(file)}
         queue += [_file(name) for name in _imports(file) if not _within(name, without)]
     return tuple(sorted(str(file.relative_to(ROOT)) for file in files))
 
@@ -67,6 +69,15 @@ def _imports(file: Path) -> tuple[str, ...]:
                 modules.append(".".join(parts))
             imports |= dict.fromkeys(modules)
     return tuple(imports)
+
+
+@functools.cache
+def _data(file: Path) -> tuple[Path, ...]:
+    """The data files of a module."""
+    tree = ast.parse(file.read_bytes())
+    names = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    data = {each.name: each for each in file.parent.iterdir() if each.is_file() and each.suffix != ".py"}
+    return tuple(data[name] for name in sorted(names & data.keys()))
 
 
 def _base(node: ast.ImportFrom, own: list[str]) -> list[str] | None:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import onnx
-import torch
 from onnx import helper
 from torch.fx import Node
 
@@ -19,6 +18,7 @@ from ..runtime.artifact import WeightSpec
 from .emit_onnx import emitted_values
 from .graphs import GraphDef
 from .onnx_graph.emitter import DTYPES
+from .tracing import Trace
 
 TAP = "tap."  # and the number of the file, and of the tap
 Place = tuple[str, str, int, int]  # module, operator, which of these, which output
@@ -32,9 +32,7 @@ class Tapped:
     taps: dict[Node, str]
 
 
-def tap(
-    graph: GraphDef, program: torch.export.ExportedProgram, weights: Mapping[str, WeightSpec], files: Iterable[bytes]
-) -> list[Tapped]:
+def tap(graph: GraphDef, program: Trace, weights: Mapping[str, WeightSpec], files: Iterable[bytes]) -> list[Tapped]:
     """The files of a compiled `graph`, in order, with a tap for every value of its trace `program` that they hold.
 
     `weights` are those that the graph's files refer to. A file made of another definition may have another value in a

@@ -24,6 +24,8 @@ from pathlib import Path
 from staticvl import runtime
 from staticvl.tools.demo import IMAGE, embedded_artifact
 
+NEW_TOKENS = 256  # of an answer, at most
+
 
 def typed() -> Iterator[str]:
     """Lines of the terminal until an empty one."""
@@ -51,7 +53,11 @@ def main() -> None:
     with runtime.load(args.artifact or embedded_artifact()) as model, model.chat() as chat:
         images = [args.image]  # they belong to the first turn
         for turn in given(args.turns) if args.turns else typed():
-            out = chat.send(turn, images, max_new_tokens=256)
+            try:
+                out = chat.send(turn, images, max_new_tokens=NEW_TOKENS)
+            except runtime.ContextError as error:  # the turn is dropped, and a shorter one may fit
+                print(f"[not sent: {error}]")
+                continue
             images = []
             print(out.text)
             print(f"[{out.prompt_tokens} prompt tokens, {out.reused_tokens} of them in the cache]")

@@ -8,15 +8,19 @@ from typing import Any
 from .async_engine import AsyncEngine
 from .backends.distributed.failures import RankError
 from .engine.access import InterruptedStepError
+from .engine.fit import ContextError
 from .engine.request import Output, SamplingParams
 from .loading import load
 from .model import Model, ModelClosedError
+from .processor.image_data import ImageError
 from .processor.processor import Processor
 from .processor.prompt import IMAGE, Message
 
 __all__ = [
     "IMAGE",
     "AsyncEngine",
+    "ContextError",
+    "ImageError",
     "InterruptedStepError",
     "Message",
     "Model",

@@ -1,4 +1,4 @@
-"""docs/artifact.md as tables, and the manifest's JSON schema in the words that they use."""
+"""docs/artifact.md as tables and lists, and the manifest's JSON schema in the words that they use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ from typing import Any
 from .conftest import REPO
 
 DOC = REPO / "docs" / "artifact.md"
-Row = dict[str, str]  # cells by the head of their column
+Row = dict[str, str]  # cells by the head of their column, parts of an item by what they are
+FIELD = re.compile(r"(?P<field>`\w+`) \((?P<type>.+?); (?P<default>required|left out|`.*?`)\): (?P<meaning>.+)")
+TENSOR = re.compile(
+    r"(?P<name>`.+?`) \((?P<dtype>[\w ]+) (?P<shape>\[.+?\]); (?P<condition>[\w ,-]+)\): (?P<meaning>.+)",
+)
 
 
 def sections(text: str) -> dict[str, list[str]]:
@@ -38,6 +42,24 @@ def rows(lines: list[str]) -> list[Row]:
 
 def cells(line: str) -> list[str]:
     return [cell.strip().replace(r"\|", "|") for cell in re.split(r"(?<!\\)\|", line)[1:-1]]
+
+
+def items(lines: list[str]) -> list[str]:
+    """The items of the lists among `lines`, each on one line."""
+    found: list[str] = []
+    for line in lines:
+        if line.startswith("- "):
+            found.append(line.removeprefix("- "))
+        elif found and line.startswith("  "):
+            found[-1] += f" {line.strip()}"
+    return found
+
+
+def entries(lines: list[str], form: re.Pattern[str]) -> list[Row]:
+    """The parts of each item; an item of another form is an error."""
+    found = [(form.fullmatch(item), item) for item in items(lines)]
+    assert found and all(match for match, _ in found), [item for match, item in found if not match]
+    return [match.groupdict() for match, _ in found if match]
 
 
 def names(cell: str) -> list[str]:

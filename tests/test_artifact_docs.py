@@ -39,7 +39,7 @@ from staticvl.runtime.artifact import (
 )
 from staticvl.runtime.manifest.record import Dtype
 
-from .artifact_docs import DOC, Row, field_rows, names, rows, sections
+from .artifact_docs import DOC, FIELD, TENSOR, Row, entries, field_rows, items, names, rows, sections
 from .conftest import REPO
 
 SECTIONS = sections(DOC.read_text(encoding="utf-8"))
@@ -52,14 +52,14 @@ RECORDS: dict[str, Any] = msgspec.json.schema(Manifest)["$defs"]
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_every_field_of_a_record_is_described(name: str) -> None:
-    table = rows(SECTIONS[name])
+    table = entries(SECTIONS[name], FIELD)
     stated = [(*names(row["field"]), row["type"], row["default"]) for row in table]
     assert stated == list(field_rows(RECORDS[name], DTYPE))
     assert all(row["meaning"] for row in table)
 
 
 def test_no_record_is_described_that_there_is_not() -> None:
-    described = {title for title, lines in SECTIONS.items() if any(line.startswith("| field | type |") for line in lines)}
+    described = {title for title, lines in SECTIONS.items() if any(map(FIELD.fullmatch, items(lines)))}
     assert described == set(RECORDS)
     own = {record.__name__ for record in Record.__subclasses__() if record.__module__.startswith("staticvl.runtime.manifest.")}
     assert own == set(RECORDS)
@@ -261,7 +261,7 @@ def look_up(fields: Any, path: str) -> Any:
 def stated(section: str, case: Case) -> dict[str, tuple[str, tuple[int, ...]]]:
     """What a table says of a graph: name -> dtype and shape."""
     tensors = {}
-    for row in rows(SECTIONS[section]):
+    for row in entries(SECTIONS[section], TENSOR):
         conditions = row["condition"].split(", ")
         if all(CONDITIONS[condition](case) for condition in conditions):
             for name in names(row["name"]):
@@ -309,9 +309,9 @@ def test_inputs_and_outputs_are_those_of_the_definitions(case: Case) -> None:
 
 
 @pytest.mark.parametrize("section", ["Vision inputs", "Vision outputs", "Text inputs", "Text outputs", "Pipeline stages"])
-def test_every_row_of_a_table_is_of_some_graph(section: str) -> None:
-    """So that a row that no graph has is found too."""
-    for row in rows(SECTIONS[section]):
+def test_every_entry_of_a_list_is_of_some_graph(section: str) -> None:
+    """So that an entry that no graph has is found too."""
+    for row in entries(SECTIONS[section], TENSOR):
         conditions = row["condition"].split(", ")
         assert any(all(CONDITIONS[condition](case) for condition in conditions) for case in cases()), row
         assert row["meaning"]
@@ -337,7 +337,7 @@ def test_the_first_text_output_is_logits() -> None:
 
 
 def test_the_score_of_what_is_not_seen() -> None:
-    (row,) = (row for row in rows(SECTIONS["Text inputs"]) if names(row["name"]) == ["cross_mask"])
+    (row,) = (row for row in entries(SECTIONS["Text inputs"], TENSOR) if names(row["name"]) == ["cross_mask"])
     assert f"{CROSS_HIDDEN:g}".replace("e+", "e") in row["meaning"]
 
 
@@ -345,7 +345,7 @@ def test_the_score_of_what_is_not_seen() -> None:
 
 
 def test_every_file_of_an_artifact_is_described(embedded_artifact: PurePath, two_ranks: PurePath) -> None:
-    patterns = [pattern for row in rows(SECTIONS["Files"]) for pattern in names(row["file"])]
+    patterns = [pattern for item in items(SECTIONS["Files"]) for pattern in names(item.partition(": ")[0])]
     words = {"KIND": f"(?:{'|'.join(KINDS)})", "BUCKET": r"\d+", "KEY": "[0-9a-f]{12}", "R": r"\d+", "*": "[^/]+"}
     expressions = [
         "".join(words.get(part, re.escape(part)) for part in re.split(r"([A-Z]+|\*)", pattern)) for pattern in patterns

@@ -67,8 +67,12 @@ def test_a_rank_takes_the_card_of_its_place_on_the_machine(card: SimpleNamespace
 
 
 def test_what_a_card_compiles_is_kept_by_rank(card: SimpleNamespace, tmp_path: Path) -> None:
-    names = [ascend._compile_cache_folder(tmp_path, "Ascend910B", group).name for group in (None, ArrayGroup(Lockstep(2), 1))]
-    assert names == ["Ascend910B-8.5", "Ascend910B-8.5-rank-1-of-2"]
+    """And by the layout of weights: a graph is compiled for one."""
+    rank = ArrayGroup(Lockstep(2), 1)
+    given = ((None, "nd"), (rank, "nd"), (None, "nz"), (rank, "nz"))
+    names = [ascend.compile_cache_folder(tmp_path, "Ascend910B", group, layout).name for group, layout in given]
+    chip = "Ascend910B-8.5"
+    assert names == [chip, f"{chip}-rank-1-of-2", f"{chip}-nz", f"{chip}-nz-rank-1-of-2"]
 
 
 def test_ranks_on_cards_agree_on_a_group_through_their_store(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +21,7 @@ skip_without_torchair()
 MLLAMA = Path(__file__).parent.parent / "tools" / "assets" / "tiny_mllama"
 
 
-def test_every_graph_of_a_config_becomes_a_row(
+def test_every_graph_of_a_config_becomes_an_item(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(ascend_coverage, "PREFILL", (8,))
@@ -30,9 +32,10 @@ def test_every_graph_of_a_config_becomes_a_row(
     assert main([str(config), "--markdown", str(tmp_path / "table.md")]) == 0
     lines = (tmp_path / "table.md").read_text().splitlines()
     assert lines[0].startswith(f"Made with torch_npu {torchair_host.VERSION}, float16")
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[4:]]
-    assert [row[:2] for row in rows] == [["only-a-config", name] for name in ("vision-1", "prefill-8", "decode-2")]
-    for _, name, nodes, types, _ in rows:
+    items = " ".join("\n".join(lines[2:]).split()).removeprefix("- ").split(" - ")
+    rows = [re.fullmatch(r"only-a-config, (\S+): (\d+) nodes, [\d.]+ s\. (.+)", item) for item in items]
+    assert [row and row[1] for row in rows] == ["vision-1", "prefill-8", "decode-2"]
+    for name, nodes, types in (row.groups() for row in rows if row):
         counts = {part.rpartition(" ")[0]: int(part.rpartition(" ")[2]) for part in types.split(", ")}
         assert int(nodes) == sum(counts.values())
         assert ("Scatter" in counts) == (name != "vision-1")
@@ -45,8 +48,8 @@ def test_every_graph_of_a_config_becomes_a_row(
 def test_graphs_of_one_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "table.md"
     assert main([str(MLLAMA), "--tp", "2", "--graphs", "decode-4", "--markdown", str(table)]) == 0
-    (row,) = table.read_text().splitlines()[4:]
-    assert row.startswith("| tiny_mllama, one of 2 | decode-4 |")
+    row = " ".join(table.read_text().splitlines()[2:])
+    assert row.startswith("- tiny_mllama, one of 2, decode-4: ")
     layers = ascend_coverage.named_config(str(MLLAMA)).text.self_layers
     assert f"HcomAllReduce {2 * layers}," in row and "HcomAllGather 2," in row
     assert main([str(MLLAMA), "--tp", "64"]) == 1
@@ -84,7 +87,10 @@ def test_a_graph_that_does_not_pass_is_named(monkeypatch: pytest.MonkeyPatch) ->
     assert caught.value.__notes__ == ["while compiling vision-1 of checkpoint"]
 
 
-def test_the_table() -> None:
+def test_the_list() -> None:
     row = Covered("m", "decode-1", {"MatMul": 3, "Add": 1}, 1.25)
     assert row.nodes == 4
-    assert markdown([row], "bfloat16").splitlines()[-1] == "| m | decode-1 | 4 | MatMul 3, Add 1 | 1.2 |"
+    assert markdown([row], "bfloat16").splitlines()[-1] == "- m, decode-1: 4 nodes, 1.2 s. MatMul 3, Add 1"
+    many = replace(row, types={f"Operator{n}": n for n in range(30)})
+    lines = markdown([many], "bfloat16").splitlines()[2:]
+    assert len(lines) > 4 and max(map(len, lines)) <= 100 and all(line.startswith("  ") for line in lines[1:])

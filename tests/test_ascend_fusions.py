@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from staticvl.weights.quantize import quantize_w8a8
 
 from .conftest import EMBEDDED
 from .ge_graphs import Lowered, lower
+from .merged_models import graphs
 from .need_torchair import skip_without_torchair
 from .tiny_families import GOLDEN_QWEN
 
@@ -350,9 +352,21 @@ def layer_of(quant: str, merged: bool) -> dict[str, int]:
     return NORMS | {"MatMul" if quant == "none" else "WeightQuantBatchMatmulV2": products} | rest
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("quant", ["none", "w8a8", "w8a16", "w4a16-g32"])
-@pytest.mark.parametrize("checkpoint", [LLAVA, GOLDEN_QWEN], ids=["llava", "qwen_vl"])
+LAYERS = list(product((LLAVA, GOLDEN_QWEN), ("none", "w8a8", "w8a16", "w4a16-g32"), ("float16", "bfloat16")))
+# Each quantisation once; both checkpoints, both dtypes, and Qwen-VL with the queries that it scales.
+FEW = (
+    (LLAVA, "none", "bfloat16"),
+    (LLAVA, "w8a8", "float16"),
+    (GOLDEN_QWEN, "w8a16", "bfloat16"),
+    (GOLDEN_QWEN, "w4a16-g32", "float16"),
+)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "quant", "dtype"),
+    [pytest.param(*each, marks=[] if each in FEW else [pytest.mark.slow]) for each in LAYERS],
+    ids=[f"{'llava' if each[0] == LLAVA else 'qwen_vl'}-{each[1]}-{each[2]}" for each in LAYERS],
+)
 def test_nodes_of_a_decode_layer(checkpoint: Path, quant: str, dtype: str) -> None:
     graph = definition(checkpoint, "decode-2", quant)
     layers = sum("k_cache" in spec.name for spec in graph.outputs)
@@ -404,3 +418,14 @@ def test_nodes_of_layers_that_attend_to_images() -> None:
     assert types["FusedInferAttentionScore"] == layers
     assert types["Mul"] == 5 * cross, "gates by weights, what they scale, and queries of tokens that see nothing"
     assert types["Add"] == 1
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("ranks", "fused"), [(1, False), (2, False), (2, True)])
+def test_towers_in_whole_numbers(ranks: int, fused: bool, dtype: str) -> None:
+    """Their pixels come in float32, and products of rows have results in 16 bits all the same."""
+    (graph,) = (each for each in graphs("llava", "w8a8+vision", ranks=ranks, heads=16) if each.kind == "vision")
+    parsed = ge_graph.parse(emit(graph, dtype, fused_all_reduce=fused).graph)
+    products = [node for node in parsed.nodes if node.type in ("QuantBatchMatmulV3", "MatmulAllReduce")]
+    assert len(products) >= 4 * 2, "queries with keys and values, o, up and down of two layers"
+    assert {node.outputs[0].dtype for node in products} == {dtype}

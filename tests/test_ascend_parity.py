@@ -62,6 +62,7 @@ def test_acceptance(pair: Pair, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [str(pair.ascend), "--device", "sim", "--json"]
     assert ascend_acceptance.main(arguments) == 0
     acceptance = json.loads(capsys.readouterr().out)
+    assert len(acceptance["operators"]) > 10 and {each["status"] for each in acceptance["operators"]} == {"passed"}
     assert [each["graph"] for each in acceptance["graphs"]] == [graph.name for graph in read_manifest(pair.ascend).graphs]
     assert all(each["distance"] == 0 and each["same_choice"] == 1 for each in acceptance["graphs"])
     assert acceptance["device"]["token_ids"] == acceptance["simulator"]["token_ids"]

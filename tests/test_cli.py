@@ -202,7 +202,7 @@ def test_show_tells_of_images_in_the_cache(capsys: pytest.CaptureFixture[str], l
         assert text in shown_text
     assert "as in meta" in shown_text
     assert "images" in out
-    graphs, forecast = out.split("at best on Ascend 910B")
+    graphs, forecast = out.split("lower bounds on Ascend 910B")
     assert len([line for line in graphs.splitlines() if "prefill" in line]) == 3
     assert [name for name in forecast.split() if name.startswith("prefill")] == [
         "prefill-16", "prefill-16-images-1", "prefill-16-images-2",

@@ -132,6 +132,14 @@ def test_chat(run: Run, model: runtime.Model) -> None:
     assert indented(output) in docstring and output in (EXAMPLES / "README.md").read_text(encoding="utf-8")
 
 
+def test_chat_drops_a_turn_that_does_not_fit(run: Run, model: runtime.Model) -> None:
+    """The image goes with the next one."""
+    too_long = "What is this? " * model.artifact.manifest.cache.context
+    output = run("chat", "--turns", too_long, QUESTION)
+    assert re.search(r"^\[not sent: the prompt has \d+ text tokens .* but the artifact holds 512; ", output, re.MULTILINE)
+    assert model.generate(QUESTION, images=[IMAGE]).text in output.splitlines()
+
+
 def test_chat_is_typed(run: Run, model: runtime.Model, monkeypatch: pytest.MonkeyPatch) -> None:
     typed = iter((QUESTION, ""))
     monkeypatch.setattr("builtins.input", lambda _: next(typed))

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from staticvl.runtime.backends.ge_simulator.ge_graph import GeGraphError
+from staticvl.runtime.backends.ge_simulator.ge_ops.attention import _check_compressed
+from staticvl.runtime.backends.ge_simulator.ge_ops.registry import UnsupportedError
 
 from .ge_formulas import (
     HALVES,
@@ -167,6 +169,17 @@ def test_attention_refuses(name: str) -> None:
             v,
             *extra.values(),
         )
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_compressed_mask_is_checked_again_when_it_has_changed(inference: bool) -> None:
+    with torch.inference_mode(inference):
+        mask = compressed()
+        _check_compressed(mask, 3, 2)
+        _check_compressed(mask, 3, 2)
+        mask[0, 0] = True
+        with pytest.raises(UnsupportedError, match="ones above the diagonal"):
+            _check_compressed(mask, 3, 2)
 
 
 def over_steps(ge: Any, q: Any, k: Any, v: Any, k_scale: Any, v_scale: Any, **options: Any) -> Any:

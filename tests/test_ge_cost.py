@@ -225,8 +225,10 @@ def test_sizes_that_are_not_stated() -> None:
     [
         ("llava", "none", ("prefill", "vision")),
         ("llava", "w8a8", ("decode",)),
-        ("qwen_vl", "w4a16", ("prefill", "decode")),
-        ("mllama", "w8a16", ("decode", "vision")),
+        ("qwen_vl", "w4a16", ("decode",)),
+        ("mllama", "w8a16", ("vision",)),
+        pytest.param("qwen_vl", "w4a16", ("prefill",), marks=pytest.mark.slow),
+        pytest.param("mllama", "w8a16", ("decode",), marks=pytest.mark.slow),
     ],
 )
 def test_compiled_graphs(family: str, quant: str, kinds: tuple[str, ...]) -> None:
@@ -312,7 +314,7 @@ def test_the_manifest_holds_the_counts(artifact: Path, capsys: pytest.CaptureFix
     assert decode.launches.tokens_per_s == pytest.approx(1e3 / decode.launches.ms)
     assert main(["show", str(artifact)]) == 0
     shown = capsys.readouterr().out
-    best, _, launches = shown.partition("at best on")[2].partition("for each kernel")
+    best, _, launches = shown.partition("lower bounds on")[2].partition("for each kernel")
     assert "vision-1" in best and "decode-1" in best and "vision-1" not in launches
     (line,) = (line for line in launches.splitlines() if "decode-1" in line)
     assert f" {cost.kernels} " in line and f" {cost.kernels / 4:.1f} " in line

@@ -236,7 +236,7 @@ class Ranks:
             assert max(worst_errors(self.model, [found], expected)) <= 1e-5
 
 
-@pytest.fixture(scope="module", params=["none", "w8a16"])
+@pytest.fixture(scope="module", params=["none", pytest.param("w8a16", marks=pytest.mark.slow)])
 def pristine_ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     folder, quant = tmp_path_factory.mktemp("ranks"), request.param
     model = replace(model_of("llava", 8, folder / "checkpoint"), out=folder / "a", quant=quant)

@@ -112,16 +112,44 @@ def test_the_user_may_choose(machine: Machine) -> None:
     machine.install(TORCH="cpu")
     assert machine.installed() == [FOR_CPUS, REST]
     done = machine.run(INSTALL, machine.python, "compile", TORCH="rocm")
-    assert (done.returncode, done.stderr) == (2, "TORCH is rocm; expected cpu or cuda\n")
+    assert (done.returncode, done.stderr) == (2, "TORCH is rocm; expected cpu, cuda or any\n")
 
 
+NO_CPU_BUILD = f"no CPU build of torch at {INDEX}; the usual one brings CUDA on x86-64: 3 GB to download, 5 GB installed"
+
+
+@pytest.mark.parametrize("torch", [{}, {"TORCH": "cpu"}])
 @pytest.mark.parametrize("versions", ["", f"{RELEASE}, 2.9.0", "2.9.0+cpu"])
-def test_an_index_that_has_none_is_one_line(machine: Machine, versions: str) -> None:
-    said = machine.install(VERSIONS=versions)
+def test_a_script_does_not_install_cuda_unasked(machine: Machine, versions: str, torch: dict[str, str]) -> None:
+    done = machine.run(INSTALL, machine.python, "compile", VERSIONS=versions, **torch)
+    assert (done.returncode, machine.installed()) == (1, [])
+    remedy = "set TORCH=cuda to install that one, or TORCH_INDEX to an index with CPU builds"
+    assert done.stderr == f"{NO_CPU_BUILD}; nothing was installed: {remedy}\n"
+
+
+def test_ci_takes_any_torch(machine: Machine) -> None:
+    """Its machine may have no index of CPU builds, and has no terminal: the CPU build where there is one, or else the usual."""
+    warning, size = machine.install(TORCH="any", VERSIONS=RELEASE).splitlines()
+    assert warning == NO_CPU_BUILD and size.endswith("(cuda) and the other packages: about 3 GB are downloaded, 5 GB installed")
     assert machine.installed() == [REST]
-    assert said.splitlines()[1:] == [
-        f"no torch for CPUs at {INDEX}; pip installs the usual one, on x86-64 with CUDA: 3 GB, 5 GB installed"
-    ]
+    machine.calls.unlink()
+    machine.install(TORCH="any")
+    assert machine.installed() == [FOR_CPUS, REST]
+    machine.calls.unlink()
+    machine.device.touch()
+    machine.install(TORCH="any")
+    assert machine.installed() == [REST]
+
+
+@pytest.mark.parametrize(("given", "seen"), [({}, "any"), ({"TORCH": "cpu"}, "cpu")])
+def test_ci_sets_it_for_every_target(machine: Machine, tmp_path: Path, given: dict[str, str], seen: str) -> None:
+    """By a `make` that notes its targets."""
+    executable(machine.bin / "make", '#!/bin/sh\necho "$TORCH $*"\n')
+    for name in ("env", "bash"):
+        (machine.bin / name).symlink_to(str(shutil.which(name)))
+    script = executable(tmp_path / "checkout" / ".ci" / "run", (REPO / ".ci" / "run").read_text(encoding="utf-8"))
+    done = machine.run(script, **given)
+    assert done.stdout.splitlines() == [f"{seen} {targets}" for targets in ("lint types", "docs", "test")], done.stderr
 
 
 @pytest.mark.parametrize(("answer", "status"), [("y", 0), ("", 1), ("no", 1)])
@@ -161,6 +189,7 @@ FAKE_INTERPRETER = """#!/bin/sh
 echo "$0 $*" >> "$CALLS"
 case "$*" in
     *version_info*) echo {version} ;;
+    *"pip index versions"*) echo "Available versions: $VERSIONS" ;;
     "-m venv "*) mkdir -p "$3/bin"; for each in python pip; do cp "$0" "$3/bin/$each"; done ;;
     "-m pytest"*) exit "${{STATUS:-0}}" ;;
     -c*) exit 1 ;;

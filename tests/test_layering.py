@@ -39,7 +39,7 @@ SIMULATOR_NEEDS = (
 # package -> the only files that may import it (a folder: every file in it)
 HOMES = {
     "onnxruntime": ("runtime/backends",),
-    "torch_npu": ("runtime/backends/ascend/backend.py",),
+    "torch_npu": ("runtime/backends/ascend/backend.py", "runtime/backends/ascend/weight_layout.py"),
     "torchair": ("runtime/backends/ascend", "runtime/backends/ge_simulator", "compiler/emit_ascend.py"),
     "transformers": ("tools",),
     "torch": (
@@ -118,6 +118,7 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+KNOWN = {module_of(path) for path in sources()}
 RUNTIME = [path for path in sources() if path.is_relative_to(REPO / "runtime")]
 
 
@@ -144,14 +145,13 @@ def run_statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 def loaded_modules(path: Path) -> set[str]:
     """Modules of ours that a file imports, `from package import module` included."""
-    known = {module_of(each) for each in sources()}
     found: set[str] = set()
     package = path.relative_to(REPO).parent.parts
     for node in run_statements(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and node.level:
             base = ".".join((*package[: len(package) - node.level + 1], *(node.module.split(".") if node.module else ())))
-            named = {f"{base}.{alias.name}" for alias in node.names} & known
-            found |= named or ({base} & known)
+            named = {f"{base}.{alias.name}" for alias in node.names} & KNOWN
+            found |= named or ({base} & KNOWN)
     return found
 
 

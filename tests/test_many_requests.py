@@ -267,15 +267,29 @@ def one_at_a_time(tmp_path_factory: pytest.TempPathFactory) -> runtime.Model:
     return fake_model(EMBEDDED, tmp_path_factory.mktemp("alone"), buckets)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
-@given(
+given_settings = given(
     seed=st.integers(0, 2**32),
     slots=st.sampled_from((3, 4, 7)),
     budget=st.sampled_from((None, 8, 32)),
     reuse=st.sampled_from((True, True, True, False)),
     speculate=st.sampled_from((0, 2, 5)),
 )
-def test_a_thousand_requests(
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
+@given_settings
+def test_hundreds_of_requests(alone: runtime.Model, tmp_path_factory: pytest.TempPathFactory, **drawn: Any) -> None:
+    check_a_hundred(alone, tmp_path_factory, **drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@given_settings
+def test_a_thousand_requests(alone: runtime.Model, tmp_path_factory: pytest.TempPathFactory, **drawn: Any) -> None:
+    check_a_hundred(alone, tmp_path_factory, **drawn)
+
+
+def check_a_hundred(
     alone: runtime.Model,
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
@@ -294,15 +308,29 @@ def test_a_thousand_requests(
     assert (model.engine.metrics.accepted > 50) == (speculate > 0)
 
 
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
-@given(
+given_settings_of_few_blocks = given(
     seed=st.integers(0, 2**32),
     slots=st.sampled_from((5, 7)),
     reuse=st.booleans(),
     speculate=st.sampled_from((0, 5)),
     prefill_budget=st.sampled_from((None, 8)),
 )
-def test_a_thousand_requests_in_few_blocks(
+
+
+@settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given_settings_of_few_blocks
+def test_hundreds_of_requests_in_few_blocks(tmp_path_factory: pytest.TempPathFactory, **drawn: Any) -> None:
+    check_a_hundred_in_few_blocks(tmp_path_factory, **drawn)
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate])
+@given_settings_of_few_blocks
+def test_a_thousand_requests_in_few_blocks(tmp_path_factory: pytest.TempPathFactory, **drawn: Any) -> None:
+    check_a_hundred_in_few_blocks(tmp_path_factory, **drawn)
+
+
+def check_a_hundred_in_few_blocks(
     tmp_path_factory: pytest.TempPathFactory,
     seed: int,
     slots: int,

@@ -161,7 +161,7 @@ def test_what_ranks_bring_to_others_is_what_show_tells(
     runs = Counter(graph.name for graph, *_ in calls(manifest))
     monkeypatch.setenv("COLUMNS", "160")
     main(["show", str(looking)])
-    table = capsys.readouterr().out.partition("a rank brings to the others")[2]
+    table = capsys.readouterr().out.partition("sent by one rank to the others")[2]
     shown = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.splitlines() if line.startswith("│")]
     for stage in range(manifest.pp):
         for graph in manifest.of_stage(stage).graphs:

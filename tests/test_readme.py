@@ -17,6 +17,7 @@ README = (REPO / "README.md").read_text(encoding="utf-8")
 USAGE = (REPO / "docs" / "usage.md").read_text(encoding="utf-8")
 FILES = (REPO / "docs" / "files.md").read_text(encoding="utf-8")
 PAGES = (REPO / "README.md", *sorted((REPO / "docs").rglob("*.md")))
+PAPERS = tuple(REPO / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "benchmarks/README.md"))
 HOW_TO = tuple(page for page in PAGES if page.parent.name == "howto")
 SHORT_SENTENCES = (
     *(REPO / name for name in ("CONTRIBUTING.md", "SECURITY.md", "CODE_OF_CONDUCT.md", "CHANGELOG.md")),
@@ -131,6 +132,12 @@ def test_the_readme_is_short() -> None:
     assert not long_sentences(README)
 
 
+def test_the_readme_lists_every_extra() -> None:
+    extras = (REPO / "setup.py").read_text(encoding="utf-8").partition("extras_require={")[2].partition("}")[0]
+    listed = re.findall(r"^\| `(\w+)` \|", README.partition("| extra | for |")[2], re.MULTILINE)
+    assert sorted(listed) == sorted(re.findall(r'"(\w+)":', extras))
+
+
 def long_sentences(text: str) -> list[str]:
     return [each for each in sentences(text) if len(each.split()) > 40]
 
@@ -143,16 +150,16 @@ def test_sentences_are_short(page: Path) -> None:
 
 
 def wide_lines(text: str) -> list[str]:
-    """Lines of more than 100 columns that are no row of a table and no image."""
-    return [line for line in text.splitlines() if len(line) > 100 and not line.lstrip().startswith(("|", "!["))]
+    """Lines of more than 100 columns that are no image: prose, code, rows of tables."""
+    return [line for line in text.splitlines() if len(line) > 100 and not line.lstrip().startswith("![")]
 
 
 def test_wide_lines_are_found() -> None:
     text = f"{'a' * 101}\n| {'b' * 101} |\n![{'c' * 101}](d.svg)\n```sh\n{'e' * 101}\n```\n"
-    assert wide_lines(text) == ["a" * 101, "e" * 101]
+    assert wide_lines(text) == ["a" * 101, f"| {'b' * 101} |", "e" * 101]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", (*PAGES, *PAPERS), ids=lambda page: str(page.relative_to(REPO)))
 def test_lines_are_at_most_100_columns(page: Path) -> None:
     assert not wide_lines(page.read_text(encoding="utf-8"))
 
@@ -205,9 +212,7 @@ def test_modules_that_documents_run_exist() -> None:
 def test_every_benchmark_is_listed() -> None:
     """With its question and how long it takes."""
     listed = set(
-        re.findall(
-            r"^\| `(benchmarks(?:\.\w+)+)", (REPO / "benchmarks" / "README.md").read_text(encoding="utf-8"), re.MULTILINE
-        )
+        re.findall(r"^- `(benchmarks(?:\.\w+)+)", (REPO / "benchmarks" / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
     )
     runnable = {
         ".".join(path.relative_to(REPO).with_suffix("").parts).removesuffix(".__main__")

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from staticvl.compiler.emit_onnx import Emitter, _lower, _model, _parameters, emit, emit_steps
+from staticvl.compiler.emit_onnx import Emitter, _lower, _model, emit, emit_steps
 from staticvl.compiler.graphs import GraphDef, trace
 from staticvl.compiler.segments import Cut, Part, cut
 from staticvl.model_defs import ops
@@ -330,9 +330,8 @@ def test_a_whole_graph_is_emitted_node_by_node_in_one_piece(model: Model) -> Non
     for graph in model.traced_once(1).values():
         program = trace(graph)
         e = Emitter(weights, graph.constants)
-        given = dict(zip(program.graph_signature.user_inputs, graph.inputs, strict=True))
-        e.names |= _parameters(program)
-        e.names |= {node: given[node.name].name for node in program.graph.nodes if node.name in given}
+        e.names |= program.parameters
+        e.names |= {node: given.name for node, given in zip(program.inputs, graph.inputs, strict=True)}
         results: tuple[torch.fx.Node, ...] = ()
         for node in program.graph.nodes:
             if node.op == "call_function" and "_assert" not in str(node.target):

@@ -95,7 +95,20 @@ def test_every_file_that_makes_a_weight_is_in_its_key(
     assert not run - set(reachable(("weights.convert",)))
 
 
-@pytest.mark.parametrize("module", ["compiler/pipeline.py", "compiler/plan.py", "runtime/artifact.py", "runtime/rope.py"])
+def test_every_data_file_of_the_product_is_in_the_key_of_ascend_graphs() -> None:
+    """Whatever is no Python file was made to be read by a module; today these are the dtypes of a card's operators."""
+    folders = ("compiler", "model_defs", "runtime", "weights")
+    found = {path for folder in folders for path in (REPO / folder).rglob("*") if path.is_file()}
+    data = {str(path.relative_to(REPO)) for path in found if path.suffix not in (".py", ".pyc")}
+    assert data == {"runtime/backends/ge_simulator/card_rules/registry_910b.json"}
+    assert data <= set(reachable(("compiler.make",), fingerprint.OTHER_BACKENDS["ascend"]))
+    assert not data & set(reachable(("compiler.make",), fingerprint.OTHER_BACKENDS["onnx"]))
+
+
+CHANGED = ["compiler/pipeline.py", "runtime/artifact.py", "runtime/backends/ge_simulator/card_rules/registry_910b.json"]
+
+
+@pytest.mark.parametrize("module", [*CHANGED, "compiler/plan.py", "runtime/rope.py"])
 def test_a_change_of_code_changes_the_key(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     before = source_files.code_digests("compiler.make")
     original = source_files._digest
@@ -123,7 +136,7 @@ def test_imports_are_followed_wherever_they_stand(tmp_path: Path, monkeypatch: p
         "a/start.py": "from . import sibling\nfrom ..b.lazy import x\nfrom staticvl.c import name\nimport os\n",
         "a/sibling.py": "def f():\n    from ..b import deep\n",
         "b/__init__.py": "from . import unused\n",
-        "b/lazy.py": "if TYPE_CHECKING:\n    from .typed import T\nelse:\n    from .other import T\n",
+        "b/lazy.py": "TABLE = 'table.json'\nif TYPE_CHECKING:\n    from .typed import T\nelse:\n    from .other import T\n",
         "b/deep.py": "from ..d.kept import y\nfrom ..d.out import z\n",
         "b/typed.py": "",
         "b/other.py": "",
@@ -133,14 +146,19 @@ def test_imports_are_followed_wherever_they_stand(tmp_path: Path, monkeypatch: p
         "d/__init__.py": "",
         "d/kept.py": "",
         "d/out.py": "from . import kept\n",
+        "b/table.json": "{}",
+        "b/unnamed.json": "{}",
+        "a/table.json": "{}",
     }
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
     source_files.reachable.cache_clear()
     source_files._imports.cache_clear()
+    source_files._data.cache_clear()
     try:
-        expected = ["a/sibling.py", "a/start.py", "b/deep.py", "b/lazy.py", "b/other.py", "c/__init__.py", "c/inner.py"]
+        expected = ["a/sibling.py", "a/start.py", "b/deep.py", "b/lazy.py", "b/other.py", "b/table.json"]
+        expected += ["c/__init__.py", "c/inner.py"]
         assert list(reachable(("a.start",), ("d",))) == expected
         with pytest.raises(ValueError, match=r"no module a\.gone"):
             reachable(("a.gone",))

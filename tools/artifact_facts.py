@@ -27,6 +27,7 @@ from ..runtime.artifact import (
     open_artifact,
 )
 from ..runtime.signature import is_stale
+from .capacity import Capacity, capacity, image_tokens
 from .cards import CARDS, Card
 from .forecast import CardBound, Forecast, Launches, decoder_layers, forecast
 from .machine import machine, versions
@@ -107,6 +108,7 @@ class ArtifactFacts:
     ascend: AscendInfo | None
     card_warnings: dict[str, int]  # rules of the card lint -> findings in the graphs of all stages, most frequent first
     card: str
+    capacity: Capacity
     graphs: tuple[GraphFacts, ...]
     communication: tuple[RankTraffic, ...]
 
@@ -121,15 +123,17 @@ class Facts:
     artifact: ArtifactFacts | None
 
 
-def facts(folder: Path | None, card: str) -> Facts:
+def facts(folder: Path | None, card: str, memory: float | None = None) -> Facts:
     """What there is to say of this machine, and of the artifact in `folder` where one is given, with the least times on the
-    card of that name in CARDS. Raises ArtifactError."""
-    artifact = None if folder is None else _artifact(folder, open_artifact(folder).manifest, CARDS[card])
+    card of that name in CARDS, and what a device with so many bytes of `memory` holds. Raises ArtifactError."""
+    artifact = None if folder is None else _artifact(folder, open_artifact(folder).manifest, CARDS[card], memory)
     return Facts(versions=versions(), machine=machine(), artifact=artifact)
 
 
-def _artifact(folder: Path, manifest: Manifest, card: Card) -> ArtifactFacts:
-    cache = manifest.cache
+def _artifact(folder: Path, manifest: Manifest, card: Card, memory: float | None) -> ArtifactFacts:
+    cache, weight_nbytes = manifest.cache, sum(weight.nbytes for weight in manifest.weights.values())
+    image = manifest.model.image
+    tokens = image_tokens(image.rows, image.grids, crossed=cache.cross is not None)
     return ArtifactFacts(
         name=folder.resolve().name,
         digest=manifest.digest,
@@ -142,7 +146,7 @@ def _artifact(folder: Path, manifest: Manifest, card: Card) -> ArtifactFacts:
         pp=manifest.pp,
         model=_model(manifest),
         weight_tensors=len(manifest.weights),
-        weight_nbytes=sum(weight.nbytes for weight in manifest.weights.values()),
+        weight_nbytes=weight_nbytes,
         cache=cache,
         cache_nbytes=cache.nbytes,
         cross_nbytes=cache.nbytes - msgspec.structs.replace(cache, cross=None).nbytes,
@@ -150,6 +154,7 @@ def _artifact(folder: Path, manifest: Manifest, card: Card) -> ArtifactFacts:
         ascend=manifest.ascend,
         card_warnings=_card_warnings(manifest),
         card=card.name,
+        capacity=capacity(cache, tokens, weight_nbytes, card, memory),
         graphs=tuple(_graph(graph, forecast(graph, card, decoder_layers(manifest))) for graph in _in_order(manifest)),
         communication=_communication(manifest),
     )
@@ -233,7 +238,7 @@ def _communication(manifest: Manifest) -> tuple[RankTraffic, ...]:
     )
 
 
-def capacity(cache: CacheSpec) -> str:
+def cache_form(cache: CacheSpec) -> str:
     """What a cache has room for, in words."""
     if cache.pages:
         return f"{cache.pages} pages of {PAGE_TOKENS} tokens, {cache.slots} sequences of up to {cache.context}"

@@ -2,12 +2,17 @@
 
     python -m staticvl.tools.ascend_acceptance ARTIFACT
     python -m staticvl.tools.ascend_acceptance ARTIFACT --device npu:1 --image photo.jpg --json
+    python -m staticvl.tools.ascend_acceptance ARTIFACT --operators-only
+    python -m staticvl.tools.ascend_acceptance ARTIFACT --device sim
 
-Every graph of the artifact runs on the card and on the simulator with the same inputs, at the edges of its bucket; then both
-answer the same question about an image. Printed are the distance between the two for each graph, whether the answers agree,
-and the card's time to first token and per token. The exit status is 1 where a graph is further away than --tolerance.
+First, tests of single operators: the calls that the artifact's graphs make, at their sizes, lowered as those graphs are, and
+compared with plain formulas. They need no weights. Then every graph of the artifact runs on the card and on the simulator with
+the same inputs, at the edges of its bucket; then both answer the same question about an image. Printed are the distance of each
+operator and each graph, whether the answers agree, and the card's time to first token and per token. The exit status is 1 where
+an operator test failed, or a graph is further away than --tolerance.
 
-The card and the simulator cannot be used in one process, so each runs in one of its own.
+The card and the simulator cannot be used in one process, so each runs in one of its own. `--device sim` has the simulator in
+place of the card, to see what the command does.
 """
 
 from __future__ import annotations
@@ -30,11 +35,13 @@ from tqdm import tqdm
 
 from ..runtime.artifact import ArtifactError, GraphSpec, Manifest, open_artifact
 from ..runtime.backends.ascend.readiness import check_ready
+from .operator_tests.outcome import failed
+from .operator_tests.process import OperatorTestError, run_operator_tests
+from .operator_tests.report import print_outcomes, rows
+from .operator_tests.tolerances import GRAPH, in_words
 
 IMAGE = Path(__file__).parent / "assets" / "shapes.png"
 QUESTION = "What is in the picture?"
-# Two machines that round to 11 bits in other orders; a graph that is wrong is off by the order of 1.
-TOLERANCE = 2e-2
 CASES = 3  # of each graph: the fullest, and the first ones
 REFERENCE = "sim"
 
@@ -51,24 +58,54 @@ class Compared:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     args = _parse(arguments)
-    if args.child:
-        _child(args)
-        return 0
-    open_artifact(args.artifact)  # a damaged one is an error before anything is started
-    for device in (REFERENCE, args.device):
+    try:
+        return _child(args) if args.child else _accept(args)
+    except (ArtifactError, OperatorTestError) as error:
+        print(f"staticvl: {error}", file=sys.stderr)
+        return 1
+
+
+def _accept(args: argparse.Namespace) -> int:
+    manifest = open_artifact(args.artifact).manifest  # a damaged one is an error before anything is started
+    if manifest.ascend is None:
+        raise ArtifactError(
+            f"{args.artifact} was compiled for {manifest.backend}, and cards are Ascend's; compile it with --backend ascend"
+        )
+    _check_devices(args.device)
+    if args.tolerance is None:
+        args.tolerance = GRAPH[manifest.cache.dtype]
+    console = Console(highlight=False, quiet=args.json)
+    outcomes = run_operator_tests(args.artifact, args.device)
+    print_outcomes(outcomes, args.device, console)
+    report: dict[str, Any] = {"operators": rows(outcomes), "failed": [outcome.case.name for outcome in failed(outcomes)]}
+    if not args.operators_only:
+        graphs = _compare_graphs(args, console)
+        report = {**report, **graphs, "failed": report["failed"] + graphs["failed"]}
+    if args.json:
+        print(json.dumps(report))
+    return 1 if report["failed"] else 0
+
+
+def _check_devices(device: str) -> None:
+    """Raise ArtifactError unless the simulator and the device are there."""
+    check_ready(REFERENCE)
+    try:
         check_ready(device)
+    except ArtifactError as error:
+        raise ArtifactError(f"{error}; without a card, --device sim runs the same tests on the simulator") from error
+
+
+def _compare_graphs(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+    """Run every graph and the question on both devices; for JSON."""
     with tempfile.TemporaryDirectory(prefix="staticvl-") as folder:
         (reference, expected), (device, answered) = (
             _run(args, each, Path(folder) / f"{i}.npz") for i, each in enumerate((REFERENCE, args.device))
         )
         compared = list(_compare(np.load(reference), np.load(device)))
+    _print(args, compared, expected, answered, console)
+    graphs = [{"graph": c.graph, "distance": c.distance, "same_choice": c.same_choice} for c in compared]
     failed = [each.graph for each in compared if not each.distance <= args.tolerance]
-    if args.json:
-        rows = [{"graph": c.graph, "distance": c.distance, "same_choice": c.same_choice} for c in compared]
-        print(json.dumps({"graphs": rows, "failed": failed, "simulator": expected, "device": answered}))
-    else:
-        _print(args, compared, expected, answered)
-    return 1 if failed else 0
+    return {"graphs": graphs, "failed": failed, "tolerance": args.tolerance, "simulator": expected, "device": answered}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -80,9 +117,11 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("artifact", type=Path, help="compiled with --backend ascend")
-    parser.add_argument("--device", default="npu:0", help="npu:0, npu:1, ...; default: npu:0")
+    parser.add_argument("--device", default="npu:0", help="npu:0, npu:1, ..., or sim, without a card; default: npu:0")
+    parser.add_argument("--operators-only", action="store_true", help="test single operators and nothing else")
     parser.add_argument("--image", type=Path, default=IMAGE, metavar="IMAGE", help="default: a small drawing")
-    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help=f"default: {TOLERANCE}")
+    text = f"largest distance of a graph; default, by the artifact's dtype: {in_words(GRAPH)}"
+    parser.add_argument("--tolerance", type=float, metavar="X", help=text)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
@@ -99,19 +138,18 @@ def _run(args: argparse.Namespace, device: str, out: Path) -> tuple[Path, dict[s
     return out, json.loads(done.stdout.splitlines()[-1])
 
 
-def _child(args: argparse.Namespace) -> None:
+def _child(args: argparse.Namespace) -> int:
+    """Run every graph and the question on one device, and print the answer as JSON."""
     from .. import runtime
 
-    try:
-        model = runtime.load(args.artifact, device=args.device, reuse=False)  # what is timed is computed
-    except ArtifactError as error:
-        raise SystemExit(f"staticvl: {error}") from error
+    model = runtime.load(args.artifact, device=args.device, reuse=False)  # what is timed is computed
     np.savez(args.child, **_outputs(model, args.device))  # pyright: ignore[reportArgumentType]
     out = model.generate(QUESTION, images=[args.image], max_new_tokens=32, temperature=0, ignore_eos=True)
     model.generate(QUESTION, images=[args.image], max_new_tokens=2, temperature=0, ignore_eos=True)  # compiled by now
     out_again = model.generate(QUESTION, images=[args.image], max_new_tokens=32, temperature=0, ignore_eos=True)
     figures = {"ttft_ms": 1e3 * out_again.timings.first_token_s, "tpot_ms": 1e3 * out_again.timings.per_token_s}
     print(json.dumps({"text": out.text, "token_ids": list(map(int, out.token_ids)), **figures}))
+    return 0
 
 
 def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
@@ -162,14 +200,15 @@ def _compare(reference: Any, device: Any) -> Iterator[Compared]:
         )
 
 
-def _print(args: argparse.Namespace, compared: list[Compared], expected: dict[str, Any], answered: dict[str, Any]) -> None:
+def _print(
+    args: argparse.Namespace, compared: list[Compared], expected: dict[str, Any], answered: dict[str, Any], console: Console
+) -> None:
     table = Table(title=f"{args.device} against the simulator")
     for column in ("graph", "cases", "distance", "same token", ""):
         table.add_column(column, justify="left" if column in ("graph", "") else "right")
     for each in compared:
         state = "ok" if each.distance <= args.tolerance else f"more than {args.tolerance:g}"
         table.add_row(each.graph, str(each.cases), f"{each.distance:.1e}", f"{100 * each.same_choice:.0f} %", state)
-    console = Console(highlight=False)
     console.print(table)
     pairs = zip(expected["token_ids"], answered["token_ids"], strict=True)
     alike = next((i for i, (a, b) in enumerate(pairs) if a != b), len(expected["token_ids"]))

@@ -30,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--rate", type=float, metavar="R", help="requests a second, at random times; default: the times in the file"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the random times")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the random times")
     group.add_argument(
         "--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers; default: any chunk"
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import bench_arguments, compile_arguments, lint_arguments
-from .cards import CARDS
+from .card_options import add_card_options
 from .command_errors import Parser, sentence_of
 from .command_help import help_of
 from .comparing.arguments import add_arguments as add_compare_arguments
@@ -117,7 +117,7 @@ def _add_image(parser: argparse.ArgumentParser) -> None:
 def _add_show(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("artifact", nargs="?", type=Path, help="folder that staticvl compile wrote; without it, this machine")
     parser.add_argument("--json", action="store_true", help="print one JSON document, for bug reports")
-    parser.add_argument("--card", choices=sorted(CARDS), default="910B", help="the card of the forecast")
+    add_card_options(parser)
 
 
 def _add_verify(parser: argparse.ArgumentParser) -> None:

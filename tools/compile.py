@@ -7,21 +7,27 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+from rich.console import Console
+
 from ..compiler.build import Report, build
 from ..compiler.choices import DTYPES
 from ..compiler.inputs import Preview, plan_only
 from ..compiler.options import Options
 from ..compiler.plan import Plan
 from ..runtime.artifact import KINDS
-from .artifact_facts import capacity
+from .artifact_facts import cache_form
+from .capacity import Capacity, capacity, image_tokens
+from .cards import CARDS, Card
 from .compile_options import read_options
 from .progress import TerminalProgress
+from .show import capacity_table
 
 
 def run(args: argparse.Namespace) -> int:
     options = read_options(args)
     if args.plan_only:
-        _print_preview(plan_only(options))
+        memory = CARDS[args.card].memory if args.memory_gb is None else 1e9 * args.memory_gb
+        _print_preview(plan_only(options), CARDS[args.card], memory)
         return 0
     started = time.perf_counter()
     report = build(options, TerminalProgress())
@@ -29,9 +35,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_preview(preview: Preview) -> None:
+def _print_preview(preview: Preview, card: Card, memory: float) -> None:
     _print_graphs(preview.plan)
     _print_sizes(preview)
+    Console(highlight=False).print(capacity_table(_capacity(preview, card, memory)))
     _print_notes(preview.notes)
 
 
@@ -48,12 +55,19 @@ def _print_sizes(preview: Preview) -> None:
     options, cache, sizes = preview.options, preview.plan.cache, preview.sizes
     images = f" and {cache.cross.images} images of {cache.cross.rows} keys" if cache.cross else ""
     bits = " (int8)" if cache.text_dtype else ""
-    print(f"   cache  {capacity(cache)}{images}, {sizes['cache_bytes'] / 1e9:.3f} GB{bits}")
+    print(f"   cache  {cache_form(cache)}{images}, {sizes['cache_bytes'] / 1e9:.3f} GB{bits}")
     weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({_form(options)})"
     print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {weights}")
     if options.tp * options.pp > 1:
         print(f"  a rank  of {options.tp * options.pp}: {_both(sizes['rank_weight_bytes'], sizes['rank_cache_bytes'])}")
         print(f"          in bfloat16: {_both(sizes['rank_bfloat16_bytes'], sizes['rank_bfloat16_cache_bytes'])}")
+
+
+def _capacity(preview: Preview, card: Card, memory: float) -> Capacity:
+    """What a device holds beside the weights of one rank."""
+    config, cache = preview.config, preview.plan.cache
+    tokens = image_tokens(config.vision.rows_per_tile, config.grids, crossed=cache.cross is not None)
+    return capacity(cache, tokens, preview.sizes["rank_weight_bytes"], card, memory)
 
 
 def _both(weights: int, cache: int) -> str:

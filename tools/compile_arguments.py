@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..compiler.option_table import COMPILE_OPTIONS, GROUPS, CompileOption
+from .card_options import add_card_options
 
 EXAMPLES = (
     "staticvl compile llava-1.5-7b-hf --out llava-7b\n"
@@ -29,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 _add(group, option)
     group = parser.add_argument_group("the command")
     group.add_argument("--config", type=Path, metavar="FILE", help="the same options in YAML; the command line wins")
-    group.add_argument("--plan-only", action="store_true", help="print graphs and memory, compile nothing")
+    group.add_argument("--plan-only", action="store_true", help="print graphs, memory and capacity, compile nothing")
+    add_card_options(group)
 
 
 def _add(group: argparse._ArgumentGroup, option: CompileOption) -> None:

@@ -17,6 +17,8 @@ EXAMPLES = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_artifact(parser)
     parser.add_argument(
-        "--card", choices=sorted(CARDS, reverse=True), help="default: the one that the artifact was compiled for"
+        "--card",
+        choices=sorted(CARDS, reverse=True),
+        help="card of the rules; default: the one that the artifact was compiled for",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object, with every node")

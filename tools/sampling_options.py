@@ -72,7 +72,9 @@ def _add_penalties(add: Adder) -> None:
 
 def _add_ends(add: Adder) -> None:
     add("--max-new-tokens", "--max-tokens", type=int, metavar="N", help="tokens of the answer at most; default: 128")
-    add("--min-new-tokens", "--min-tokens", type=int, metavar="N", help="no end before so many; default: 0")
+    add(
+        "--min-new-tokens", "--min-tokens", type=int, metavar="N", help="tokens before which the answer may not end; default: 0"
+    )
     add("--stop", action="append", metavar="TEXT", help="end the answer before this text; may be repeated; default: none")
     add(
         "--stop-token-ids",
@@ -113,7 +115,7 @@ def _add_constraints(add: Adder) -> None:
 
 def _add_order(add: Adder) -> None:
     add("--speculate", type=int, metavar="K", help="draft up to K tokens by prompt lookup; the answer is the same; default: 0")
-    add("--priority", type=int, metavar="P", help="requests of a higher one are admitted earlier; default: 0")
+    add("--priority", type=int, metavar="P", help="requests of a higher priority are admitted earlier; default: 0")
 
 
 def read_sampling(args: argparse.Namespace) -> SamplingParams:

@@ -11,8 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from ..runtime.artifact import ImageProcessorConfig, SamplingDefaults
-from .artifact_facts import ArtifactFacts, Facts, GraphFacts, capacity, facts
+from ..runtime.artifact import PAGE_TOKENS, ImageProcessorConfig, SamplingDefaults
+from .artifact_facts import ArtifactFacts, Facts, GraphFacts, cache_form, facts
+from .capacity import ANSWER_TOKENS, TEXT_TOKENS, USABLE, Capacity
 from .cards import KERNEL_US
 from .machine import described
 
@@ -25,7 +26,7 @@ SIGNED = {
 
 
 def run(args: argparse.Namespace) -> int:
-    shown = facts(args.artifact, args.card)
+    shown = facts(args.artifact, args.card, args.memory_gb and 1e9 * args.memory_gb)
     if args.json:
         print(msgspec.json.format(msgspec.json.encode(shown), indent=1).decode())
         return 0
@@ -43,6 +44,7 @@ def _tables(shown: Facts) -> Iterator[Table]:
     yield _rows({**_summary(artifact), **here}, notes=artifact.build.notes or ())
     yield _graphs(artifact)
     yield _forecast(artifact)
+    yield capacity_table(artifact.capacity)
     if any(graph.launches for graph in artifact.graphs):
         yield _launches(artifact)
     if artifact.communication:
@@ -74,7 +76,7 @@ def _summary(artifact: ArtifactFacts) -> dict[str, str]:
         **_ranks(artifact),
         "weights": f"{artifact.weight_tensors} tensors, {artifact.weight_nbytes / 1e6:.1f} MB"
         + (" on each rank" if artifact.communication else ""),
-        "cache": f"{capacity(cache)}, {cache.layers} layers, {cache.kv_heads} kv heads of "
+        "cache": f"{cache_form(cache)}, {cache.layers} layers, {cache.kv_heads} kv heads of "
         f"{cache.head_dim}, {cache.text_dtype or cache.dtype}, {artifact.cache_nbytes / 1e6:.1f} MB",
         **_cut_off(artifact),
         **_cross(artifact),
@@ -204,7 +206,7 @@ def _checks(graph: GraphFacts) -> tuple[str, str, str, str]:
 
 def _forecast(artifact: ArtifactFacts) -> Table:
     """Operations and bytes of each graph, and the least time that a card needs for it."""
-    table = Table(title=f"at best on {artifact.card}")
+    table = Table(title=f"lower bounds on {artifact.card}")
     for column in ("graph", "GFLOP", "MB", "ms", "bound by", "tokens/s"):
         table.add_column(column, justify="left" if column in ("graph", "bound by") else "right")
     for graph in artifact.graphs:
@@ -212,6 +214,22 @@ def _forecast(artifact: ArtifactFacts) -> Table:
         rate = "-" if best.tokens_per_s is None else f"{best.tokens_per_s:.0f}"
         sizes = f"{graph.flops / 1e9:.3g}", f"{graph.nbytes / 1e6:.4g}"
         table.add_row(graph.name, *sizes, f"{best.ms:.3g}", best.bound_by, rate)
+    return table
+
+
+def capacity_table(capacity: Capacity) -> Table:
+    """Sequences at once on one device."""
+    tokens, images = f"{capacity.token_bytes / 1e3:.4g} KB a token", f", {capacity.image_bytes / 1e6:.4g} MB an image"
+    table = Table(title=f"held in {capacity.memory / 1e9:g} GB: {tokens}{images if capacity.image_bytes else ''}")
+    table.caption = (
+        f"{capacity.cache / 1e9:.3g} GB for keys and values after weights and {1 - USABLE:.0%} for other uses; "
+        f"a typical request has {capacity.request_tokens} tokens: an image, {TEXT_TOKENS} of text, {ANSWER_TOKENS} answered"
+    )
+    for column in ("cache", "GB a request", "requests at once", "tokens", "tokens/s at most"):
+        table.add_column(column, justify="left" if column == "cache" else "right")
+    rows = (("slots", capacity.slots, "-"), (f"pages of {PAGE_TOKENS}", capacity.pages, str(capacity.tokens)))
+    for name, held, count in rows:
+        table.add_row(name, f"{held.request_bytes / 1e9:.3g}", str(held.requests), count, f"{held.tokens_per_s:.0f}")
     return table
 
 
@@ -233,7 +251,7 @@ def _launches(artifact: ArtifactFacts) -> Table:
 def _communication(artifact: ArtifactFacts) -> Table:
     """Bytes that one rank of each stage sends to the others in one run, and for each token (or tile) of it."""
     staged = artifact.pp > 1
-    table = Table(title="a rank brings to the others")
+    table = Table(title="sent by one rank to the others")
     names = ("all-reduces, gathers", "KB", "KB a token")
     for column in ("graph", *(("stage",) if staged else ()), *names, *(("to stages", "KB") if staged else ())):
         table.add_column(column, justify="left" if column == "graph" else "right")

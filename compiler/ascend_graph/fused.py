@@ -7,6 +7,7 @@ ours. Their shapes are those of their lowerings. M rows, C features, N out featu
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,10 +31,10 @@ def lowerings() -> dict[OpOverload, Callable[..., Any]]:
     return dict(_LOWERINGS)
 
 
-def _op(lowering: Callable[..., Any]) -> OpOverload:
-    """Register an op of the lowering's name and shapes."""
+def _op(lowering: Callable[..., Any], fake: Callable[..., Any] | None = None) -> OpOverload:
+    """Register an op of the lowering's name and shapes. `fake` computes the shapes where the lowering cannot."""
     op = torch.library.custom_op(f"{NAMESPACE}::{lowering.__name__}", mutates_args=())(lowering)
-    op.register_fake(lowering)
+    op.register_fake(fake or lowering)
     overload: OpOverload = getattr(getattr(torch.ops, NAMESPACE), lowering.__name__).default
     _LOWERINGS[overload] = lowering
     return overload
@@ -67,7 +68,22 @@ def add_rms_norm_quantised(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> 
     return rows.reshape(-1, x.shape[-1]), scales.reshape(-1), total
 
 
-@_op
+def _product_like(
+    rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
+) -> Tensor:
+    """The shape of product_of_rows. In traces of vision graphs `like` is float32, as pixels are: products bring them to 16 bits
+    only when they are lowered, and no product of rows has a result in float32."""
+    return like.new_empty(shape)
+
+
+def _sum_like(
+    rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, like: Tensor, shape: Sequence[int], ranks: int
+) -> Tensor:
+    """The shape of product_of_rows_reduced, likewise."""
+    return like.new_empty(shape)
+
+
+@partial(_op, fake=_product_like)
 def product_of_rows(
     rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, bias: Tensor | None, like: Tensor, shape: Sequence[int]
 ) -> Tensor:
@@ -117,7 +133,7 @@ def grouped_product_reduced(x: Tensor, qweight: Tensor, scales: Tensor, offsets:
     return y.reshape(*x.shape[:-1], -1)
 
 
-@_op
+@partial(_op, fake=_sum_like)
 def product_of_rows_reduced(
     rows: Tensor, row_scales: Tensor, qweight: Tensor, scales: Tensor, like: Tensor, shape: Sequence[int], ranks: int
 ) -> Tensor:

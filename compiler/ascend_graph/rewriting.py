@@ -42,12 +42,9 @@ Rewrite = Callable[[TracedGraph], None]
 def traced(definition: GraphDef, rewrites: tuple[Rewrite, ...]) -> TracedGraph:
     """The trace of a definition after `rewrites`, each of which changes the graph in place."""
     program = trace(definition)
-    graph = copy.deepcopy(program.graph_module.graph)  # the trace has other users
-    targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs if spec.target is not None}
-    parameters = {node: targets[node.name] for node in graph.nodes if node.op == "placeholder" and node.name in targets}
-    traced = TracedGraph(
-        fx.GraphModule(program.graph_module, graph), parameters, dict(definition.module.named_parameters()), definition.quant
-    )
+    graph = copy.deepcopy(program.graph)  # the trace has other users
+    parameters = dict(zip(graph.nodes, program.parameters.values(), strict=False))  # they are the first placeholders
+    traced = TracedGraph(fx.GraphModule({}, graph), parameters, dict(definition.module.named_parameters()), definition.quant)
     for rewrite in rewrites:
         rewrite(traced)
         traced.graph.eliminate_dead_code()  # what a pass has replaced, and all that only this read

@@ -14,20 +14,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--reference-by", choices=by, default="auto", help="what runs a checkpoint: transformers, or the definitions (eager)"
     )
-    group.add_argument("--candidate-by", choices=by, default="auto", help="the same for the candidate")
-    group.add_argument("--reference-device", default="auto", metavar="DEVICE", help="of an artifact: cpu, npu, npu:1 or sim")
-    group.add_argument("--device", default="auto", metavar="DEVICE", help="of the candidate; default: cpu, for Ascend sim")
+    group.add_argument("--candidate-by", choices=by, default="auto", help="what runs it, where the candidate is a checkpoint")
+    group.add_argument(
+        "--reference-device", default="auto", metavar="DEVICE", help="device of a reference artifact: cpu, npu, npu:1 or sim"
+    )
+    group.add_argument(
+        "--device", default="auto", metavar="DEVICE", help="device of a candidate artifact; default: cpu, for Ascend sim"
+    )
     group.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
-    group.add_argument("--threads", type=int, metavar="N", help="default: every core")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: every core")
     group.add_argument("--work", type=Path, metavar="DIR", help="folder for converted weights of a checkpoint; default: /tmp")
     group = parser.add_argument_group("questions")
     group.add_argument(
         "--data", type=Path, metavar="FILE", help="JSON lines of prompts, or conversations in the format of Qwen-VL or LLaVA"
     )
-    group.add_argument("--image-folder", type=Path, metavar="DIR", help="where its images lie; default: beside it")
-    group.add_argument("--samples", type=int, metavar="N", help="the first N samples of it; default: all")
+    group.add_argument(
+        "--image-folder", type=Path, metavar="DIR", help="folder of the images of --data; default: the folder of the file"
+    )
+    group.add_argument("--samples", type=int, metavar="N", help="only the first N samples of --data; default: all")
     group.add_argument("--new-tokens", type=int, default=16, metavar="N", help="tokens of missing answers; default: 16")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="of the built-in images and tokens; default: 0")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the built-in images and tokens; default: 0")
     group.add_argument("--no-edges", action="store_true", help="do not run every graph at the edges of its bucket")
     group = parser.add_argument_group("limits and results")
     group.add_argument("--thresholds", type=Path, metavar="FILE", help="YAML, e.g. w8a16: {kl: 0.05, agreement: 0.95}")

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch.fx import Node
 
-from .operator_errors import OpError, module_of, op_name
+from ...compiler.tracing import module_path
+from .operator_errors import OpError, op_name
 
 ROUNDED = ("linear_w8", "linear_w4")  # their kernels round activations to 8 bits, their definitions do not
 EXACT = 2e-4
@@ -97,7 +98,7 @@ def layer_errors(operators: Mapping[Node, OpError]) -> dict[str, tuple[float, fl
     for node, error in operators.items():
         if error.error is None or error.drift is None:
             continue
-        layer = layer_of(module_of(node))
+        layer = layer_of(module_path(node))
         worst = max(layers.get(layer, (0.0, 0.0))[0], error.error)
         layers[layer] = worst, error.drift if not error.output else layers.get(layer, (0.0, error.drift))[1]
     return layers

@@ -13,12 +13,13 @@ import numpy as np
 from torch import Tensor
 
 from ...compiler.graphs import GraphContext, define_graph
+from ...compiler.tracing import module_path
 from ...model_defs.config import ModelConfig
 from ...runtime.artifact import GraphKey
 from .capture import CapturedRun, capture
 from .findings import Finding
 from .hf_side import HfPrepared, HfSide
-from .operator_errors import OperatorComparison, module_of
+from .operator_errors import OperatorComparison
 from .static_side import StaticPrepared, StaticSide
 from .taps import definition, inputs_of, parameters_of
 
@@ -193,7 +194,7 @@ def by_module(operators: OperatorComparison, inputs: list[Tensor]) -> dict[str, 
     operators.run(inputs, keep)
     outputs: dict[str, Tensor] = {}
     for node, value in values.items():
-        parts = module_of(node).split(".")
+        parts = module_path(node).split(".")
         for i in range(1, len(parts) + 1):
             outputs[".".join(parts[:i])] = value
     return outputs

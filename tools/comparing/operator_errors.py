@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from ...compiler.tracing import Trace, module_path
 from .metrics import relative_error
 
 # (traced node, expected value) -> the compiled graph's value of it, or None
@@ -44,11 +45,9 @@ class OpError:
 class OperatorComparison:
     """The comparison of all operators of one traced graph with its parameters."""
 
-    def __init__(self, program: torch.export.ExportedProgram, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: Trace, parameters: Mapping[str, Tensor]) -> None:
         self.nodes = [node for node in program.graph.nodes if node.op in ("placeholder", "call_function")]
-        signature = program.graph_signature
-        self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
-        self.user_inputs = list(signature.user_inputs)
+        self.program = program
         self.parameters = parameters
 
     @torch.inference_mode()
@@ -71,19 +70,13 @@ class OperatorComparison:
         return errors
 
     def _start(self, inputs: list[Tensor]) -> dict[Node, Any]:
-        input_values = dict(zip(self.user_inputs, inputs, strict=True))
-        start = {}
-        for node in self.nodes:
-            if node.op == "placeholder":
-                start[node] = input_values[node.name] if node.name in input_values else self.parameters[self.names[node.name]]
-        return start
+        parameters = {node: self.parameters[name] for node, name in self.program.parameters.items()}
+        return parameters | dict(zip(self.program.inputs, inputs, strict=True))
 
 
 def _call(node: Node, values: Mapping[Node, Any]) -> Any:
     arguments = map_arg(node.args, values.__getitem__)
     settings = {key: value for key, value in map_arg(dict(node.kwargs), values.__getitem__).items() if key != "device"}
-    if "_assert_tensor_metadata" in str(node.target):
-        return None
     target: Any = node.target
     return target(*arguments, **settings)
 
@@ -94,7 +87,7 @@ def _compared(node: Node, expected: Tensor, value: Tensor | None, pure: Any) -> 
     a = expected.float().numpy()
     b = None if value is None else value.float().numpy()
     return OpError(
-        module=module_of(node),
+        module=module_path(node),
         op=op_name(node),
         shape=tuple(expected.shape),
         error=None if b is None else relative_error(a, b),
@@ -115,11 +108,6 @@ def _shifted(expected: np.ndarray, value: np.ndarray) -> str:
         if len(inside) and relative_error(expected[:, :, inside], moved[:, :, inside]) < 1e-3:
             return f"rows lie {abs(rows)} {'late' if rows > 0 else 'early'}"
     return ""
-
-
-def module_of(node: Node) -> str:
-    stack = list((node.meta.get("nn_module_stack") or {"": ("graph", None)}).values())
-    return stack[-1][0] or "graph"
 
 
 def op_name(node: Node) -> str:

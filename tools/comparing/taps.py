@@ -6,7 +6,6 @@ import dataclasses
 import functools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import numpy as np
@@ -17,6 +16,7 @@ from torch.fx import Node
 from ...compiler.graphs import GraphContext, GraphDef, define_graph, trace
 from ...compiler.lockstep import ArrayGroup, Lockstep
 from ...compiler.tap_onnx import Tapped, tap
+from ...compiler.tracing import Trace
 from ...compiler.weight_views import map_parameter
 from ...model_defs.layers import without_rounding
 from ...runtime.artifact import CacheSpec, GraphKey, GraphSpec, Segment, Step, WeightSpec
@@ -71,7 +71,7 @@ def _place(order: list[OpError], error: OpError) -> int:
 # ---- the definition
 
 
-def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, torch.export.ExportedProgram]:
+def definition(side: StaticSide, graph: GraphSpec) -> tuple[GraphDef, Trace]:
     """One rank's definition of a graph, and its trace. Ascend's graphs are compared without rounding."""
     assert side.config is not None
     manifest = side.artifact.manifest
@@ -94,7 +94,7 @@ def rank_cache(side: StaticSide) -> CacheSpec:
 
 
 @functools.lru_cache(maxsize=16)  # both sides, and several cases, use the same few
-def traced(context: GraphContext, key: GraphKey, *, rounded: bool) -> tuple[GraphDef, torch.export.ExportedProgram]:
+def traced(context: GraphContext, key: GraphKey, *, rounded: bool) -> tuple[GraphDef, Trace]:
     """The definition of a graph, and its trace."""
     graph = define_graph(context, key)
     if not rounded:
@@ -167,12 +167,11 @@ class OnnxGraph:
 
 
 def outputs_of(
-    program: torch.export.ExportedProgram, graph: GraphDef, backend: Backend, result: np.ndarray | None, image: int
+    program: Trace, graph: GraphDef, backend: Backend, result: np.ndarray | None, image: int
 ) -> dict[Node, np.ndarray]:
     """The output values of a graph by traced node: its first output, which is `result` unless it is cached, and its caches."""
     values: dict[Node, np.ndarray] = {}
-    outputs: Any = program.graph.output_node().args[0]
-    for node, output in zip(outputs, graph.outputs, strict=True):
+    for node, output in zip(program.outputs, graph.outputs, strict=True):
         name = cache_name(output.name, image)
         value = backend.read_cache(name, output.shape[0]) if name else result if output is graph.outputs[0] else None
         if value is not None:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ...compiler.weight_views import map_parameter
-from ...model_defs.config import ModelConfig, quant_bits
+from ...model_defs.config import READY_MADE, ModelConfig, quant_bits
 from ...runtime.artifact import WeightSpec
 from ...weights.head_pieces import piece_of
 from ...weights.merging import members_of
 from ...weights.names import is_cache_scale
-from ...weights.quantize import dequantize
+from ...weights.quantize import RoundingBound, dequantize, rounding_bound
 from ...weights.shard import rank_span, shard_axis
 from ...weights.shard_span import Span
 from ...weights.storage import quant_of
@@ -64,8 +64,30 @@ class RankWeights:
         """The bits of a quantised parameter."""
         return quant_bits(quant_of(name, self.quant))
 
+    def rounding(self, name: str) -> RoundingBound:
+        """The largest error of a parameter by its quantisation; none of one in floats."""
+        if not self.quantised(name):
+            return RoundingBound()
+        scales = self._map(f"{name.removesuffix('.weight')}.scales").dtype
+        return rounding_bound(self.bits(name), scales, ready_made=self.quant in READY_MADE)
+
     def _map(self, name: str) -> Tensor:
         return map_parameter(self.folder, self.weights, name, self.shapes.get(name, ()))
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """A rank's part of a parameter: its values, and the largest magnitude of each row, broadcasting against them, of what was
+    quantised as one."""
+
+    values: Tensor
+    largest: Tensor
+    rounding: RoundingBound
+
+    @property
+    def allowed(self) -> Tensor:
+        """The error that rounding may have left."""
+        return self.rounding.relative * self.largest + self.rounding.absolute
 
 
 class WeightComparison:
@@ -88,13 +110,24 @@ class WeightComparison:
             return [Finding(stage="weights", where=name, text=f"{name} is not among the candidate's weights")]
         findings = []
         for rank in range(max(len(self.reference), len(self.candidate))):
-            a, b = self._part(self.reference, name, rank), self._part(self.candidate, name, rank)
+            parts = self._part(self.reference, name, rank), self._part(self.candidate, name, rank)
+            a, b = (part.values for part in parts)
             if a.shape != b.shape:
                 text = f"{name} has the shape {list(b.shape)}; the reference has {list(a.shape)}"
                 findings.append(Finding(stage="weights", where=name, text=text, rank=self._rank(rank)))
-            elif not (error := _error(a, b)) <= self.limit:
-                findings.append(self._finding(name, rank, a, b, error))
+            elif not (error := self._worst(name, *parts)) <= self.limit:
+                findings.append(self._finding(name, rank, *parts, error))
         return findings
+
+    def _quantised(self, name: str) -> bool:
+        return any(side[0].quantised(name) for side in (self.reference, self.candidate))
+
+    def _worst(self, name: str, a: _Part, b: _Part) -> float:
+        """The largest error that rounding does not explain: relative to the largest magnitude of the tensor, or where a side is
+        quantised, whose rows have scales of their own, of the row."""
+        if not self._quantised(name):
+            return _error(a.values, b.values)
+        return float(_beyond(a, b).max()) if a.values.numel() else 0.0
 
     def extra(self) -> list[Finding]:
         """Findings for parameters of the candidate alone."""
@@ -106,30 +139,35 @@ class WeightComparison:
     def _rank(self, rank: int) -> int | None:
         return rank if max(len(self.reference), len(self.candidate)) > 1 else None
 
-    def _finding(self, name: str, rank: int, a: Tensor, b: Tensor, error: float) -> Finding:
-        reason = next(self._reasons(name, rank, a, b), "")
-        text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude (allowed: {self.limit:.0e})"
+    def _finding(self, name: str, rank: int, a: _Part, b: _Part, error: float) -> Finding:
+        reason, shape = next(self._reasons(name, rank, a, b), ""), tuple(b.values.shape)
+        measure = "a row's largest magnitude more than rounding explains" if self._quantised(name) else "its largest magnitude"
+        text = f"{name} {list(shape)} differs by {error:.2e} of {measure} (allowed: {self.limit:.0e})"
         weights = self.candidate[0]
         text += f" on rank {rank}" if self._rank(rank) is not None else ""
         text += f", stored in {weights.bits(name)} bits" if weights.quantised(name) else ""
         return Finding(
-            stage="weights", where=name, text=text + (f": {reason}" if reason else ""), error=error, shape=tuple(b.shape),
+            stage="weights", where=name, text=text + (f": {reason}" if reason else ""), error=error, shape=shape,
             rank=self._rank(rank),
         )  # fmt: skip
 
-    def _part(self, ranks_weights: list[RankWeights], name: str, rank: int) -> Tensor:
+    def _part(self, ranks_weights: list[RankWeights], name: str, rank: int) -> _Part:
         """The shard of a parameter on `rank`, of as many ranks as either side has."""
         ranks = max(len(self.reference), len(self.candidate))
         weights = ranks_weights[rank if len(ranks_weights) > 1 else 0]
         axis = shard_axis(self.config, name) if ranks > 1 else None
         columns = self._columns(name, len(ranks_weights))
-        whole = weights.read(name, columns)
+        whole, rounding = weights.read(name, columns), weights.rounding(name)
+        largest = _largest(whole)
         if len(ranks_weights) > 1 or axis is None:
-            return whole
+            return _Part(whole, largest, rounding)
         first, stop = rank_span(self.config, name, tuple(whole.shape), ranks, rank)
-        part = Span(axis, first, stop).of(whole)
+        span = Span(axis, first, stop)
+        part, rows = span.of(whole), span.of(largest) if axis == 0 else largest
         missing = -(-whole.shape[axis] // ranks) - part.shape[axis] if name == "text.lm_head.weight" else 0
-        return torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part
+        if missing:
+            part, rows = (torch.nn.functional.pad(each, (0, 0, 0, missing)) for each in (part, rows))
+        return _Part(part, rows, rounding)
 
     def _columns(self, name: str, ranks: int) -> int:
         """Columns of a decoder's linear layer in each of `ranks` shards, for quantised parameters."""
@@ -139,22 +177,25 @@ class WeightComparison:
             width = text.heads * text.head_dim
         return width // ranks if shard_axis(self.config, name) == 1 else width
 
-    def _reasons(self, name: str, rank: int, a: Tensor, b: Tensor) -> Iterator[str]:
+    def _reasons(self, name: str, rank: int, reference: _Part, candidate: _Part) -> Iterator[str]:
         """Clauses that explain the wrong numbers: scaled, of another tensor, moved, or only some rows."""
-        near = self.limit + MATCH
+        a, b = reference.values, candidate.values
+        near = self.limit + reference.rounding.relative + candidate.rounding.relative + MATCH
         factor = float((a * b).sum() / a.square().sum().clamp_min(1e-30))
-        if abs(factor) > 1e-3 and _error(a * factor, b) <= near:
+        scaled = replace(reference, values=a * factor, largest=reference.largest * abs(factor))
+        if abs(factor) > 1e-3 and self._worst(name, scaled, candidate) <= self.limit + MATCH:
             yield f"it is {factor:.4g} times the reference's"
         if a.dim() == 2:
             yield from self._moved(name, rank, a, b, near)
         for other in self.names():
             if other == name or self._part_shape(other) != self._part_shape(name):
                 continue
-            value = self._part(self.reference, other, rank)
+            value = self._part(self.reference, other, rank).values
             if value.shape == b.shape and _error(value, b) <= near:
                 yield f"it holds the reference's {other}"
         rows = (a - b).abs().flatten(1).amax(1) if a.dim() > 1 else (a - b).abs()
-        wrong = torch.nonzero(rows > self.limit * a.abs().max()).flatten()
+        rows = _beyond(reference, candidate).amax(1) if self._quantised(name) else rows / a.abs().max()
+        wrong = torch.nonzero(rows > self.limit).flatten()
         if len(wrong) < len(rows):
             yield f"only {len(wrong)} of {len(rows)} rows, from row {int(wrong[0])} on"
 
@@ -187,6 +228,19 @@ def _row_at(source: Tensor, row: Tensor, near: float) -> int | None:
     distance = (source - row).abs().amax(1)
     at = int(distance.argmin())
     return at if float(distance[at]) <= near * float(source.abs().max()) and float(row.abs().max()) > 0 else None
+
+
+def _largest(whole: Tensor) -> Tensor:
+    """The largest magnitude of each row of a matrix, [N, 1]; of other tensors, each number's own: they are not quantised."""
+    return whole.abs().amax(1, keepdim=True) if whole.dim() == 2 else whole.abs()
+
+
+def _beyond(a: _Part, b: _Part) -> Tensor:
+    """The errors [N, K] that rounding does not explain, relative to the largest magnitude of the row; infinite where a value is
+    not finite."""
+    error = (a.values - b.values).abs() - a.allowed - b.allowed
+    error = error.clamp_min(0) / torch.maximum(a.largest, b.largest).clamp_min(1e-30)
+    return torch.where(torch.isfinite(b.values), error, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
 
 
 def _error(a: Tensor, b: Tensor) -> float:

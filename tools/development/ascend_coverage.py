@@ -3,7 +3,7 @@
     python -m staticvl.tools.development.ascend_coverage CONFIG_FOLDER...
 
 Configs are enough: nothing of a graph depends on weights, and tensors without data take no memory. A folder may also be the
-name of a known model. Prints the Ascend operators of each graph, and with --markdown writes them as a table. With --tp N
+name of a known model. Prints the Ascend operators of each graph, and with --markdown writes them as a list. With --tp N
 the graphs are those of one rank of N.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="graphs of one rank of N (default: %(default)s)")
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="only these, e.g. decode-4 (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the list here")
     return parser
 
 
@@ -145,13 +146,17 @@ def _types(row: Covered) -> str:
 
 
 def markdown(rows: Sequence[Covered], dtype: str) -> str:
-    """The table, with the versions and sizes that it was made with."""
+    """A list of graphs, with the versions and sizes that it was made with."""
     head = (
         f"Made with torch_npu {torchair_host.VERSION}, {dtype}, context {CONTEXT} at most. Inputs and constants not counted.\n"
     )
-    lines = ["| model | graph | nodes | operators | seconds |", "|---|---|---|---|---|"]
-    lines += [f"| {row.model} | {row.graph} | {row.nodes} | {_types(row)} | {row.seconds:.1f} |" for row in rows]
-    return "\n".join([head, *lines]) + "\n"
+    items = [list_item(f"{row.model}, {row.graph}: {row.nodes} nodes, {row.seconds:.1f} s. {_types(row)}") for row in rows]
+    return "\n".join([head, *items]) + "\n"
+
+
+def list_item(text: str) -> str:
+    """An item of a list in Markdown, in lines of at most 100 columns."""
+    return textwrap.fill(f"- {text}", 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

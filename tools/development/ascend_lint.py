@@ -30,7 +30,7 @@ from ...runtime.artifact import ArtifactError
 from ...runtime.backends.ascend import torchair_host
 from ...runtime.backends.ge_simulator import card_rules, ge_graph
 from ...weights.tensors import WeightsError
-from .ascend_coverage import CONTEXT, MODELS, any_image, named_config
+from .ascend_coverage import CONTEXT, MODELS, any_image, list_item, named_config
 
 PREFILL, DECODE, VERIFY, IMAGES = (64,), (1, 4), (5,), (1, 4)
 LAYERS = 2
@@ -106,7 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", metavar="QUANT:DTYPE:CACHE:TP", default=VARIANTS, help="default: eight")
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="only these, e.g. decode-4 (default: all)")
     parser.add_argument("--card", choices=card_rules.CARDS, default=card_rules.CARDS[0])
-    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the table here")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the list here")
     return parser
 
 
@@ -159,20 +159,20 @@ def definitions(config: ModelConfig, variant: Variant) -> Iterator[GraphDef]:
 
 
 def markdown(findings: Sequence[GraphFinding], graphs: int) -> str:
-    """A row for each rule: how many nodes, in which models, and how it comes about."""
+    """An item for each rule: how many nodes, in which models, and how it comes about."""
     errors = sum(each.finding.rule.severity == "error" for each in findings)
     head = f"{graphs} graphs, {errors} errors. Made with torch_npu {torchair_host.VERSION}.\n"
     groups: dict[str, list[GraphFinding]] = {}
     for each in findings:
         groups.setdefault(each.finding.rule.id, []).append(each)
-    lines = ["| rule | graphs | nodes | models | for example |", "|---|---|---|---|---|"]
+    items = []
     for rule, group in sorted(groups.items()):
         places = {(each.model, each.variant, each.graph) for each in group}
         first = group[0]
         models = ", ".join(dict.fromkeys(each.model for each in group))
         example = f"{first.graph} ({first.variant}): {first.finding.observed}"
-        lines.append(f"| `{rule}` | {len(places)} | {len(group)} | {models} | {example} |")
-    return "\n".join([head, *lines]) + "\n"
+        items.append(list_item(f"`{rule}`: {len(group)} nodes in {len(places)} graphs of {models}. For example {example}"))
+    return "\n".join([head, *items]) + "\n"
 
 
 if __name__ == "__main__":

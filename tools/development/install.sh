@@ -3,8 +3,11 @@
 #
 # usage: install.sh PYTHON EXTRA
 #
-# Where there is no NVIDIA GPU, torch for CPUs is installed first, so that gigabytes of CUDA never come unasked. From the
-# environment: TORCH_INDEX, a package index with torch for CPUs; TORCH=cpu or TORCH=cuda instead of looking for a GPU.
+# Without an NVIDIA GPU the CPU build of torch is installed first. Where no index has one, the script asks before it installs
+# the usual build, which brings gigabytes of CUDA; without a terminal it stops. From the environment:
+#
+# TORCH_INDEX: a package index with CPU builds of torch, asked besides the indexes that pip is configured for.
+# TORCH: cpu or cuda, instead of looking for a GPU; any: as without TORCH, but never ask or stop, for CI.
 set -eu
 python=$1 extra=$2
 checkout=$(cd "$(dirname "$0")/../.." && pwd)
@@ -24,36 +27,49 @@ sees_torch_for_cpus() {
         grep -qF "$release+cpu"
 }
 
-# A question for a person at a terminal; a script goes on.
-confirm() {
-    [ -t 0 ] || return 0
-    printf 'Go on? [y/N] '
-    read -r answer
-    case $answer in y* | Y*) ;; *) return 1 ;; esac
+stop() {
+    echo "$1" >&2
+    exit 1
 }
 
-kind=${TORCH:-auto}
-if [ "$kind" = auto ]; then
-    if has_gpu; then kind=cuda; else kind=cpu; fi
-fi
+# Consent to the usual build of torch: TORCH=any, or a yes at a terminal.
+confirm_usual_torch() {
+    usual="no CPU build of torch at $TORCH_INDEX; the usual one brings CUDA on x86-64: 3 GB to download, 5 GB installed"
+    if [ "$choice" != any ] && [ ! -t 0 ]; then
+        stop "$usual; nothing was installed: set TORCH=cuda to install that one, or TORCH_INDEX to an index with CPU builds"
+    fi
+    echo "$usual"
+    if [ "$choice" = any ]; then return; fi
+    printf 'Go on? [y/N] '
+    read -r answer
+    case $answer in
+        y* | Y*) ;;
+        *) stop "nothing was installed; set TORCH_INDEX to an index with CPU builds" ;;
+    esac
+}
+
+choice=${TORCH:-auto} kind=$choice
+case $choice in
+    auto | any) if has_gpu; then kind=cuda; else kind=cpu; fi ;;
+esac
 case $kind in
-    cpu) sizes="about 0.3 GB are downloaded, 1.2 GB installed" ;;
-    cuda) sizes="about 3 GB are downloaded, 5 GB installed" ;;
-    *) echo "TORCH is $kind; expected cpu or cuda" >&2; exit 2 ;;
+    cpu | cuda) ;;
+    *) echo "TORCH is $kind; expected cpu, cuda or any" >&2; exit 2 ;;
 esac
 
 if has_torch; then
     echo "torch $release is installed already; installing the other packages"
 else
+    if [ "$kind" = cpu ] && ! sees_torch_for_cpus; then
+        confirm_usual_torch
+        kind=cuda
+    fi
+    sizes="about 3 GB are downloaded, 5 GB installed"
+    if [ "$kind" = cpu ]; then sizes="about 0.3 GB are downloaded, 1.2 GB installed"; fi
     echo "installing torch $release ($kind) and the other packages: $sizes"
+    # Only builds for CPUs have this version, so nothing else can come, whichever indexes pip asks besides.
     if [ "$kind" = cpu ]; then
-        # Only builds for CPUs have this version, so nothing else can come, whichever indexes pip asks besides.
-        if sees_torch_for_cpus; then
-            "$python" -m pip install --no-deps --extra-index-url "$TORCH_INDEX" "torch==$release+cpu"
-        else
-            echo "no torch for CPUs at $TORCH_INDEX; pip installs the usual one, on x86-64 with CUDA: 3 GB, 5 GB installed"
-            confirm || { echo "nothing was installed; set TORCH_INDEX to an index that has it" >&2; exit 1; }
-        fi
+        "$python" -m pip install --no-deps --extra-index-url "$TORCH_INDEX" "torch==$release+cpu"
     fi
 fi
 exec "$python" -m pip install --editable "$checkout[$extra]"

@@ -23,13 +23,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--api-key-file",
         type=Path,
         metavar="FILE",
-        help="a key a line; or STATICVL_API_KEYS, with commas between",
+        help="file with one key a line; or STATICVL_API_KEYS, separated by commas",
     )
     group.add_argument("--allow-private-urls", action="store_true", help="fetch images from private addresses too")
     group = parser.add_argument_group("engine")
     group.add_argument("--device", default="cpu", help="cpu, npu, npu:1 (the second card) or sim; default: cpu")
     group.add_argument("--tp", type=int, metavar="N", help="ranks of each layer; default: as compiled")
-    group.add_argument("--threads", type=int, metavar="N", help="default: every core")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads; default: every core")
     group.add_argument("--prefill-budget", type=int, metavar="N", help="tokens of the largest chunk beside running answers")
     group.add_argument(
         "--system-in-user",
@@ -51,15 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--request-log", type=Path, metavar="FILE", help="append sizes and times of every request")
     group = parser.add_argument_group("limits")
     group.add_argument("--max-waiting", type=int, default=64, metavar="N", help="answers that may wait for a slot; default: 64")
-    group.add_argument("--max-body-mb", type=float, default=32, metavar="MB", help="of a request; default: 32")
-    group.add_argument("--max-images", type=int, default=8, metavar="N", help="of a request; default: 8")
-    group.add_argument("--max-image-mb", type=float, default=16, metavar="MB", help="of an image's file; default: 16")
-    group.add_argument("--max-image-pixels", type=int, default=40_000_000, metavar="N", help="default: 40000000")
+    group.add_argument("--max-body-mb", type=float, default=32, metavar="MB", help="largest body of a request; default: 32")
+    group.add_argument("--max-images", type=int, default=8, metavar="N", help="most images of a request; default: 8")
+    group.add_argument("--max-image-mb", type=float, default=16, metavar="MB", help="largest file of an image; default: 16")
+    group.add_argument(
+        "--max-image-pixels", type=int, default=40_000_000, metavar="N", help="most pixels of an image; default: 40000000"
+    )
     group.add_argument("--request-s", type=float, default=600, metavar="S", help="time limit of a request; default: 600")
     group.add_argument("--fetch-s", type=float, default=20, metavar="S", help="time limit of an image's download; default: 20")
     group.add_argument("--send-s", type=float, default=60, metavar="S", help="time that an answer may stay unread; default: 60")
     group.add_argument(
-        "--stall-s", type=float, default=60, metavar="S", help="of one step, after which /health is 503; default: 60"
+        "--stall-s", type=float, default=60, metavar="S", help="time of one step after which /health is 503; default: 60"
     )
     group.add_argument(
         "--drain-s",

@@ -33,22 +33,26 @@ def _add_costs(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--remeasure", type=int, default=0, metavar="N", help="measure its graphs again, the best of N runs each; 0: do not"
     )
-    group.add_argument("--threads", type=int, metavar="N", help="with --remeasure; default: every core")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads of --remeasure; default: every core")
     group.add_argument(
-        "--checkpoint", metavar="DIR", help="count operations of its graphs instead; or a name; default: llava-1.5-7b-hf"
+        "--checkpoint",
+        metavar="DIR",
+        help="folder or known name: count the operations of its graphs instead; default: llava-1.5-7b-hf",
     )
     group.add_argument("--vision-tower", type=Path, metavar="DIR", help="the CLIP folder, for checkpoints that store it apart")
     group.add_argument(
-        "--card", choices=[*sorted(CARDS), "cpu"], help="lower bounds on this device; default: 910B, with an artifact none"
+        "--card",
+        choices=[*sorted(CARDS), "cpu"],
+        help="take lower bounds on this device as costs; default: 910B, with an artifact none",
     )
-    group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="added to every run on a card")
-    group.add_argument("--quant", choices=QUANTS, default="none", help="with --checkpoint")
-    group.add_argument("--kv-cache", choices=KV_CACHES, default="float", help="with --checkpoint")
+    group.add_argument("--overhead-ms", type=float, default=0.0, metavar="MS", help="milliseconds added to every run on a card")
+    group.add_argument("--quant", choices=QUANTS, default="none", help="quantisation of --checkpoint")
+    group.add_argument("--kv-cache", choices=KV_CACHES, default="float", help="cache of --checkpoint")
     group.add_argument(
         "--dtype",
         choices=("float32", "float16", "bfloat16"),
         default="",
-        help="with --checkpoint; default: float16, on cpu float32",
+        help="dtype of --checkpoint; default: float16, on cpu float32",
     )
     group.add_argument("--costs", type=Path, metavar="FILE", help="YAML with milliseconds: {prefill: {16: 4.1, 64: 9.5}, ...}")
     group.add_argument("--save-costs", type=Path, metavar="FILE", help="write the measured costs as such a table")
@@ -56,26 +60,34 @@ def _add_costs(group: argparse._ArgumentGroup) -> None:
 
 def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompts", metavar="DIST", help="instead of a trace, lengths and shares: 100-500:3,1020:1")
-    group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of answers")
-    group.add_argument("--images", metavar="DIST", help="with --prompts: images of a request")
-    group.add_argument("--image-size", default="1024x768", metavar="WxH", help="where no sizes are given")
+    group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of the answers")
+    group.add_argument("--images", metavar="DIST", help="with --prompts: number of images of a request")
+    group.add_argument("--image-size", default="1024x768", metavar="WxH", help="size of images, where the trace has none")
     group.add_argument("--rate", type=float, metavar="R", help="requests a second in the replay; default: as in the trace")
-    group.add_argument("--replay", type=int, default=4000, metavar="N", help="requests that are replayed")
+    group.add_argument("--replay", type=int, default=4000, metavar="N", help="number of requests to replay")
 
 
 def _add_limits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--max-graphs", type=int, metavar="N", help="of all kinds together")
+    group.add_argument("--max-graphs", type=int, metavar="N", help="most graphs of all kinds together")
     for kind, default in (("prefill", 6), ("decode", 6), ("vision", 4)):
-        group.add_argument(f"--max-{kind}-graphs", type=int, default=default, metavar="N", help=f"of {kind}")
-    group.add_argument("--max-compile-minutes", type=float, metavar="M", help="estimated from measured costs")
-    group.add_argument("--max-memory-gb", type=float, metavar="GB", help="weights and cache; default: the card's")
-    group.add_argument("--context", type=int, metavar="N", help="tokens; default: those of the longest request")
-    group.add_argument("--slots", type=int, metavar="N", help="exactly so many; default: chosen in the replay")
-    group.add_argument("--max-slots", type=int, default=32, metavar="N", help="where they are chosen")
-    group.add_argument("--granularity", type=int, default=16, metavar="N", help="of prefill buckets")
-    group.add_argument("--largest", type=int, default=2048, metavar="N", help="prefill bucket")
+        group.add_argument(f"--max-{kind}-graphs", type=int, default=default, metavar="N", help=f"most graphs of {kind}")
     group.add_argument(
-        "--least-saving", type=float, default=0.1, metavar="PERCENT", help="of its kind's time, by one more graph"
+        "--max-compile-minutes", type=float, metavar="M", help="longest compile time, estimated from measured costs"
+    )
+    group.add_argument(
+        "--max-memory-gb", type=float, metavar="GB", help="most memory for weights and cache; default: that of the card"
+    )
+    group.add_argument("--context", type=int, metavar="N", help="tokens of a slot; default: those of the longest request")
+    group.add_argument("--slots", type=int, metavar="N", help="exact number of slots; default: chosen in the replay")
+    group.add_argument("--max-slots", type=int, default=32, metavar="N", help="most slots, where the replay chooses")
+    group.add_argument("--granularity", type=int, default=16, metavar="N", help="step between sizes of prefill buckets")
+    group.add_argument("--largest", type=int, default=2048, metavar="N", help="largest prefill bucket")
+    group.add_argument(
+        "--least-saving",
+        type=float,
+        default=0.1,
+        metavar="PERCENT",
+        help="least share of the time of its kind that one more graph must save",
     )
     group.add_argument(
         "--prefill-sizes",

@@ -92,7 +92,7 @@ def from_checkpoint(
     vision_tower: Path | None,
     kv_cache: str = "float",
 ) -> Target:
-    """A checkpoint's folder, of which only the small files are read, or a model known by name; at best on a card."""
+    """A checkpoint's folder, of which only the small files are read, or a model known by name; lower bounds on a card."""
     from ...compiler.buckets import Buckets
     from ...compiler.calibration import Calibration
     from ...compiler.model_info import read_model_info
@@ -177,6 +177,6 @@ def _card(name: str) -> Card:
 def _roofline_source(model: str, card: Card, overhead_ms: float) -> str:
     more = f" and {overhead_ms:g} ms for every run" if overhead_ms else ""
     return (
-        f"{model} at best on {card.name}: {card.flops / 1e12:.3g} TFLOP/s, {card.bandwidth / 1e9:.4g} GB/s{more}; "
+        f"{model}, lower bounds on {card.name}: {card.flops / 1e12:.3g} TFLOP/s, {card.bandwidth / 1e9:.4g} GB/s{more}; "
         "a bound, not a measurement"
     )

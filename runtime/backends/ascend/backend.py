@@ -11,9 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -38,8 +37,9 @@ from ...sampling.candidates import candidates_of
 from ...shown import quoted
 from ..base import Group, Result, cache_name, check_group, checked, in_pages, rows_to_copy, world_rank
 from . import torchair_host
-from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
+from .kernel import Kernel, ascend_info, check_ascend_info, compile_cache_folder, load_kernel, load_program
 from .readiness import card_index, missing
+from .weight_layout import NZ, WeightForm, artifact_forms_in_nz, in_layout, weight_layout
 from .weights import map_weight, to_offsets, to_signed
 
 if TYPE_CHECKING:
@@ -57,11 +57,16 @@ def _no_context(_group: Group | None) -> contextlib.AbstractContextManager[None]
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """The place of tensors, and the context in which kernels run."""
+    """The place of tensors, and the context in which kernels run. `in_nz`: forms of weights that lie in FRACTAL_NZ."""
 
     name: str  # torch's
     context: Context = _no_context
     wide: bool = False  # compute in float32 whatever the graph says: tells mistakes from rounding
+    in_nz: frozenset[WeightForm] = frozenset()
+
+    def placed(self, weight: Tensor) -> Tensor:
+        """A weight on the device, in its layout."""
+        return in_layout(weight.to(self.name), self.in_nz)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +209,7 @@ class AscendBackend:
                 weight = to_signed(weight)
             elif part == "zeros":
                 weight = to_offsets(weight, *(self._stored(f"{stem}.{each}") for each in ("qweight", "scales")))
-            self.weights[name] = weight.to(self.device.name)
+            self.weights[name] = self.device.placed(weight)
         return self.weights[name]
 
     def _stored(self, name: str) -> Tensor:
@@ -269,6 +274,11 @@ def simulated(*, wide: bool = False) -> Device:
     return Device("cpu", lambda group: host.running_on(functools.partial(Simulator, wide=wide, group=group)), wide)
 
 
+def open_device(device: str) -> tuple[Device, str | None]:
+    """A device by its name, and the family of a card's chip; None: the simulator. Raises ArtifactError where it is missing."""
+    return (simulated(wide=_is_wide(device)), None) if device.startswith("sim") else _card(device)
+
+
 class RankedGroup(Group, Protocol):
     """A group through whose store the ranks can also make a process group of cards."""
 
@@ -283,8 +293,8 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
 
     A rank on "npu" takes the card of its LOCAL_RANK, as torchrun sets it, or of its rank, and joins the others over HCCL
     through the `store` of its group (RankedGroup); on "sim" its collectives are those of the group itself.
-    Raises ArtifactError, which says what is missing, and where the graphs were compiled for another device or for
-    another number of ranks.
+    On a card weights have the layout that weight_layout.VARIABLE names. Raises ArtifactError, which says what is missing, and
+    where the graphs were compiled for another device or for another number of ranks.
     """
     assert manifest.ascend is not None, "a manifest of an Ascend artifact says what it was compiled for"
     try:
@@ -293,16 +303,19 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
         raise ArtifactError("Ascend artifacts need torch; install it with: pip install 'staticvl[compile]'") from None
     check_group(str(folder), manifest.tp, group)
     simulating = device.startswith("sim")
-    if simulating:
-        target, soc = simulated(wide=_is_wide(device)), manifest.ascend.soc
-    else:
-        target, soc = _card(_ranks_card(device, group))
+    target, chip = open_device(device if simulating else _ranks_card(device, group))
+    soc = chip or manifest.ascend.soc
     check_ascend_info(folder, manifest, ascend_info(torchair_host.VERSION, soc))
     weights = rank_weights(manifest.weights, manifest.ranks, world_rank(group))
     _check_weights(folder, manifest, weights)
-    if not simulating and group and group.size > 1:
-        _join(cast(RankedGroup, group))
-    compile_cache = None if simulating else _compile_cache_folder(folder, soc, group)
+    compile_cache = None
+    if not simulating:
+        if group and group.size > 1:
+            _join(cast(RankedGroup, group))
+        layout = weight_layout()
+        compile_cache = compile_cache_folder(folder, soc, group, layout)
+        if layout == NZ:
+            target = replace(target, in_nz=artifact_forms_in_nz(folder, manifest))
     with reading(folder, folder):
         return AscendBackend(folder, manifest.cache, weights, manifest.files, target, compile_cache, group)
 
@@ -372,19 +385,3 @@ def _card(device: str) -> tuple[Device, str]:
         )
     npu.set_device(index)
     return Device(f"npu:{index}"), torchair_host.family(npu.get_device_name(index))
-
-
-def _compile_cache_folder(folder: Path, soc: str, group: Group | None) -> Path:
-    """The folder in which the device's compiler caches its results: beside the artifact, by chip, CANN version and rank, so
-    that no two processes write one file; where that cannot be written, a temporary one."""
-    import torch_npu  # pyright: ignore[reportMissingImports]
-
-    name = f"{soc}-{torch_npu.npu.utils.get_cann_version()}".replace(" ", "").replace("/", "-")
-    if group:
-        name += f"-rank-{world_rank(group)}-of-{group.stages * group.size}"
-    path = folder / ".host" / name
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="staticvl-"))
-    return path

@@ -12,6 +12,7 @@ import functools
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .pages import check_pages, gathered
 from .reduce import upcast
@@ -239,13 +240,25 @@ def _expanded_mask(mask: Tensor, rows: int, queries: int, keys: int) -> Tensor:
 def _check_compressed(mask: Tensor, mode: int, queries: int) -> None:
     if tuple(mask.shape) not in (_SQUARE, (1, *_SQUARE), (1, 1, *_SQUARE)):
         raise UnsupportedError(f"input atten_mask has the shape {list(mask.shape)}; sparse_mode {mode} takes {list(_SQUARE)}")
-    if not torch.equal(mask.reshape(_SQUARE).bool(), _upper_triangle()):
+    if not _is_upper_triangle(mask):
         raise UnsupportedError(f"input atten_mask: sparse_mode {mode} takes ones above the diagonal and zeros elsewhere")
     if queries == 1 and mode != RIGHT_DOWN:
         raise UnsupportedError(f"attribute sparse_mode = {mode} has no effect on a device where there is one query")
 
 
 _SQUARE = (COMPRESSED, COMPRESSED)
+# Masks with the right values, at their versions: all layers take the same one, and four million values take milliseconds.
+_compressed_masks = WeakIdKeyDictionary()
+
+
+def _is_upper_triangle(mask: Tensor) -> bool:
+    version = None if mask.is_inference() else mask._version  # inference tensors have none
+    if version is not None and _compressed_masks.get(mask) == version:
+        return True
+    right = torch.equal(mask.reshape(_SQUARE).bool(), _upper_triangle())
+    if right and version is not None:
+        _compressed_masks[mask] = version
+    return right
 
 
 @functools.cache

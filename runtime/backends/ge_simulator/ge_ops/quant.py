@@ -45,9 +45,11 @@ def weight_quant_batch_matmul_v2(
     if transpose_weight:  # then scale and offset are transposed too
         scale, offset = (each.T if each is not None and each.dim() == 2 else each for each in (scale, offset))
     assert scale is not None
-    row_scale = upcast(_row_values(scale, right, antiquant_group_size, "antiquant_scale"))
-    row_offset = 0 if offset is None else upcast(_row_values(offset, right, antiquant_group_size, "antiquant_offset"))
-    product = upcast(left) @ upcast(((right.float() + row_offset) * row_scale).to(x.dtype))
+    wide = right.float()  # a copy, which is changed in place: a weight of a large vocabulary takes hundreds of megabytes
+    if offset is not None:
+        wide += upcast(_row_values(offset, right, antiquant_group_size, "antiquant_offset"))
+    wide *= upcast(_row_values(scale, right, antiquant_group_size, "antiquant_scale"))
+    product = upcast(left) @ upcast(wide.to(x.dtype))
     return (product if bias is None else product + upcast(bias)).to(x.dtype)
 
 
