@@ -37,7 +37,8 @@ from ...sampling.candidates import candidates_of
 from ...shown import quoted
 from ..base import Group, Result, cache_name, check_group, checked, in_pages, rows_to_copy, world_rank
 from . import torchair_host
-from .kernel import Kernel, ascend_info, check_ascend_info, compile_cache_folder, load_kernel, load_program
+from .compile_cache import compile_cache_folder
+from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
 from .readiness import card_index, missing
 from .weight_layout import NZ, WeightForm, artifact_forms_in_nz, in_layout, weight_layout
 from .weights import map_weight, to_offsets, to_signed

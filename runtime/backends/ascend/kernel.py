@@ -19,8 +19,7 @@ from typing import Any
 
 from ...artifact import ArtifactError, AscendInfo, FileSpec, Manifest
 from ...files import read_regular
-from ..base import Group, world_rank
-from .weight_layout import NZ
+from ..base import Group
 
 Kernel = Callable[[Sequence[Any]], Any]  # tensors in the order of GraphSpec -> the first output, None where it is in place
 _FILE = "compiled_module"
@@ -119,20 +118,3 @@ def check_ascend_info(folder: Path, manifest: Manifest, local: AscendInfo) -> No
             f"{folder} was compiled for {', '.join(differing)}, and compiled graphs cannot be moved between them; compile it "
             f"again here: {manifest.recompilation()}"
         )
-
-
-def compile_cache_folder(folder: Path, soc: str, group: Group | None, layout: str) -> Path:
-    """The folder in which the device's compiler caches its results: beside the artifact, by chip, CANN version, layout of
-    weights and rank, so that no two processes write one file; where that cannot be written, a temporary one."""
-    import torch_npu  # pyright: ignore[reportMissingImports]
-
-    name = f"{soc}-{torch_npu.npu.utils.get_cann_version()}".replace(" ", "").replace("/", "-")
-    name += f"-{layout}" * (layout == NZ)
-    if group:
-        name += f"-rank-{world_rank(group)}-of-{group.stages * group.size}"
-    path = folder / ".host" / name
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="staticvl-"))
-    return path
