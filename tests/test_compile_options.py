@@ -164,7 +164,7 @@ def test_help_says_the_default(option: CompileOption) -> None:
 
 def test_no_other_option_of_the_command() -> None:
     dests = {action.dest for action in commands()["compile"]._actions}
-    assert dests - set(CONFIG_KEYS) == {"help", "config", "plan_only"}
+    assert dests - set(CONFIG_KEYS) == {"help", "config", "plan_only", "card", "memory_gb"}
 
 
 # ---- what digests and the manifest have of them
