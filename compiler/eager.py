@@ -59,7 +59,7 @@ class EagerBackend:
             definition = self.define(graph.graph_key)
             narrow = {f"{name}.weight" for name, module in definition.module.named_modules() if isinstance(module, Linear)}
             state = {
-                name: self._weight(name, parameter, keep=name in narrow)
+                name: self._weight(definition, name, parameter, keep=name in narrow)
                 for name, parameter in definition.module.named_parameters()
                 if name not in definition.constants
             }
@@ -70,9 +70,9 @@ class EagerBackend:
     def unload(self, graph: GraphSpec) -> None:
         self.modules.pop(graph.name, None)
 
-    def _weight(self, name: str, parameter: Tensor, *, keep: bool) -> Tensor:
+    def _weight(self, definition: GraphDef, name: str, parameter: Tensor, *, keep: bool) -> Tensor:
         """A weight, upcast unless its layer does so by itself."""
-        weight = map_parameter(self.folder, self.weights, name, parameter.shape)
+        weight = map_parameter(self.folder, self.weights, name, parameter.shape, definition.heads.get(name, 0))
         return weight if keep or not weight.is_floating_point() else weight.float()
 
     @torch.inference_mode()

@@ -6,10 +6,10 @@ graph, and the Python code that feeds it. It refers to nothing of the compiler o
 
 A kernel takes its tensors by position:
 
-    weights     as `Emitted.weights` names them, some merged, cut or in forms of their own (weights/merging.py, head_pieces.py,
-                ascend_forms.py); floating-point ones in the graph's dtype but for scales of whole-number products and, beside
-                bfloat16, biases of products, which are float32; quantised ones as `to_signed` of
-                runtime/backends/ascend/weights.py gives them, and zero points as its `to_offsets` does
+    weights     as `Emitted.weights` names them, some merged, cut, of filled up heads or in forms of their own (merging.py,
+                head_pieces.py, head_padding.py and ascend_forms.py of weights/); floating-point ones in the graph's dtype but
+                for scales of whole-number products and, beside bfloat16, biases of products, which are float32; quantised
+                ones as `to_signed` of runtime/backends/ascend/weights.py gives them, and zero points as its `to_offsets` does
     constants   as `Emitted.constants` names them, float32
     inputs      in the order of the definition, each of its declared dtype; caches in the graph's dtype
     outputs     as `Emitted.outputs_in_place` names them: outputs that are no inputs, of the graph's dtype, written in place
@@ -45,6 +45,7 @@ from . import ascend_graph, lower_ascend
 from .ascend_graph import attention, fused
 from .ascend_graph.fusions import FUSIONS, fuse_all_reduce
 from .ascend_graph.head import cut_head
+from .ascend_graph.head_padding import pad_heads
 from .ascend_graph.merging import join_swiglu, merge_products, note_biases
 from .ascend_graph.rewriting import Rewrite, traced
 from .ascend_graph.stored_forms import take_stored_forms
@@ -53,7 +54,7 @@ from .graphs import GraphDef
 DTYPES = ("float16", "bfloat16")
 WIDE_INPUTS = ("inverse_temperature",)  # inputs that stay in float32: they are not to be rounded
 # What is done to the trace of a definition before its ops are lowered, in order; stored forms are taken last.
-REWRITES: tuple[Rewrite, ...] = (merge_products, note_biases, join_swiglu, *FUSIONS, cut_head)
+REWRITES: tuple[Rewrite, ...] = (pad_heads, merge_products, note_biases, join_swiglu, *FUSIONS, cut_head)
 NO_FILE = "<staticvl>"
 ADVICE = "Parameters data address remain the same"
 
@@ -119,7 +120,7 @@ def emit(definition: GraphDef, dtype: str, *, fused_all_reduce: bool = False) ->
 
 
 def _check_heads(definition: GraphDef) -> None:
-    """Heads of images are filled up where they are used; those of a cache would have to be so in the cache."""
+    """Heads of towers are filled up in their weights; those of a cache would have to be so in the cache."""
     caches = {(spec.shape[-1], spec.dtype) for spec in (*definition.inputs, *definition.outputs) if is_cached(spec.name)}
     for width, dtype in sorted(caches):
         multiple = attention.INT8_HEAD_ALIGNMENT if dtype == "int8" else attention.HEAD_ALIGNMENT

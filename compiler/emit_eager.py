@@ -18,15 +18,17 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from ..model_defs import ops
-from . import eager_products
+from . import eager_attention, eager_products
 from .ascend_graph.attention import HIDDEN_BELOW
 from .ascend_graph.head import cut_head
+from .ascend_graph.head_padding import pad_heads
 from .ascend_graph.merging import merge_products, note_biases
 from .ascend_graph.stored_forms import take_stored_forms
 from .emit_ascend import Emitted, make_kernel
 from .graphs import GraphDef
 
 REWRITES = (
+    functools.partial(pad_heads, functions=eager_attention.FUNCTIONS),
     merge_products,
     note_biases,
     cut_head,

@@ -5,6 +5,7 @@ Modules are made on the meta device, without weights; the emitters refer to thes
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -17,6 +18,7 @@ from ..model_defs import llava, mllama, qwen_vl
 from ..model_defs.config import ModelConfig, TextConfig, tower_quant
 from ..model_defs.decoder import TextGraph
 from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, ImageProcessorConfig, Kernels, Kind, TensorSpec
+from ..weights.head_padding import head_width
 from .tracing import Trace, record
 
 VISION_GRAPHS: dict[str, type[nn.Module]] = {
@@ -50,7 +52,8 @@ class GraphContext:
 @dataclass(frozen=True, slots=True, eq=False)
 class GraphDef:
     """One graph before it is compiled. `constants`: parameters whose values are settings, not weights. `quant`: that of the
-    artifact. `kernels`: the lowering chosen for this machine."""
+    artifact. `kernels`: the lowering chosen for this machine. `heads`: the widths of the heads that parameters have rows or
+    columns of, where artifacts for Ascend may fill them up (weights/head_padding.py)."""
 
     graph_key: GraphKey
     module: nn.Module
@@ -59,6 +62,7 @@ class GraphDef:
     constants: dict[str, np.ndarray] = field(default_factory=dict)
     quant: str = "none"
     kernels: Kernels | UnsetType = UNSET
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -143,7 +147,9 @@ def _vision(context: GraphContext, key: GraphKey) -> GraphDef:
         assert stage.first, "only cross-attention needs an image after the first stage"
         outputs = [_floats("image_rows", tiles, image.rows, config.text.hidden_size)]
     module = VISION_GRAPHS[config.family](config, context.ranks, tower_quant(context.quant))
-    return GraphDef(key, module, tuple(inputs), tuple(outputs), _colours(image) if stage.first else {}, context.quant)
+    heads = {name: width for name, _ in module.named_parameters() if (width := head_width(config, name))}
+    constants = _colours(image) if stage.first else {}
+    return GraphDef(key, module, tuple(inputs), tuple(outputs), constants, context.quant, heads=heads)
 
 
 def _colours(image: ImageProcessorConfig) -> dict[str, np.ndarray]:

@@ -26,6 +26,7 @@ from staticvl.runtime.backends.ge_simulator import ge_graph
 from staticvl.weights import ascend_forms, convert
 from staticvl.weights.ascend_contents import packed_features, unpacked_features
 from staticvl.weights.convert import Conversion
+from staticvl.weights.head_padding import head_width
 from staticvl.weights.quantize import dequantize
 from staticvl.weights.source import open_source
 from staticvl.weights.storage import quant_of, stored_targets, uniform
@@ -197,8 +198,9 @@ def test_4_bits_are_packed_along_the_out_features(tp: int, rank: int, tmp_path: 
         check_packed(stem, plain, stored)
     assert all(torch.equal(stored[name], plain[name]) for name in plain if name.rpartition(".")[0] not in layers)
     for name, defined in stored_targets(config, "w4a16", tp=tp).items():
-        found = map_parameter(outs[1], weights, name, defined.shape)
-        assert torch.equal(found, map_parameter(outs[0], plain_weights, name, defined.shape)), name
+        shape, width = defined.shape, head_width(config, name)
+        packed = map_parameter(outs[1], weights, name, shape, width)
+        assert torch.equal(packed, map_parameter(outs[0], plain_weights, name, shape, width)), name
         assert stored_bytes(weights, name, defined.shape) == stored_bytes(plain_weights, name, defined.shape)
 
 

@@ -226,12 +226,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "int8_paged_attention, bfloat16": lambda: narrow(paged(1, 8, 125, in_8_bits=True)),
     "int8_paged_attention, bfloat16, decode": lambda: narrow(paged(2, 1, 5, 254, in_8_bits=True)),
     "attention": lambda: case("attention", rand(2, 5, 64), rand(2, 7, 64), rand(2, 7, 64), then=(4,)),
-    "attention, odd head": lambda: case("attention", rand(1, 5, 26), rand(1, 5, 26), rand(1, 5, 26), then=(2,)),
     "padded_attention": lambda: case(
         "padded_attention", rand(1, 6, 64), rand(1, 6, 64), rand(1, 6, 64), torch.tensor([[0.0, 0, 1, 0, 1, 1]]), then=(4,)
-    ),
-    "padded_attention, odd head": lambda: case(
-        "padded_attention", rand(1, 4, 20), rand(1, 4, 20), rand(1, 4, 20), torch.tensor([[0.0, 1, 1, 0]]), then=(2,)
     ),
     "cross_attention, 1 image": lambda: crossed(3, 1),
     "cross_attention, 2 images": lambda: crossed(3, 2),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .head_padding import head_axis, padded_width
 from .quantize import halves, joined_halves
 
 _ZERO_W8 = 128
@@ -24,6 +25,27 @@ def as_defined(stored: Tensor, shape: Sequence[int]) -> Tensor:
     rows, blocks, block = shape
     missing = blocks * block - stored.shape[1]
     return (pad(stored, (0, missing), value=_ZERO_W8) if missing else stored).view(rows, blocks, block)
+
+
+# ---- heads that are filled up
+
+
+def padded_heads(name: str, value: Tensor, width: int) -> Tensor:
+    """A parameter, or stored part, with its heads of `width` elements filled up with zeros; 0: it has none."""
+    axis = head_axis(name)
+    missing = padded_width(width) - width
+    if axis is None or not missing:
+        return value
+    heads = value.unflatten(axis, (-1, width))
+    return pad(heads, (0, 0) * (heads.dim() - axis - 2) + (0, missing)).flatten(axis, axis + 1)
+
+
+def without_padding(name: str, stored: Tensor, width: int) -> Tensor:
+    """What `padded_heads` was given; a copy."""
+    axis = head_axis(name)
+    assert axis is not None, name
+    heads = stored.unflatten(axis, (-1, padded_width(width)))
+    return heads.narrow(axis + 1, 0, width).flatten(axis, axis + 1)
 
 
 # ---- 4 bits, packed along the out features

@@ -23,9 +23,10 @@ from torch import Tensor
 from ..model_defs.config import ModelConfig
 from ..runtime.artifact import FileSpec, WeightSpec, rank_folder
 from ..runtime.files import write_atomically
-from .ascend_contents import packed_features
+from .ascend_contents import packed_features, padded_heads
 from .ascend_forms import has_column_scales, packs_features
 from .calibrated_layers import CalibratedLayers
+from .head_padding import head_width
 from .head_pieces import piece_of
 from .merged_tensors import concatenated
 from .merging import members_of
@@ -66,8 +67,8 @@ class Conversion:
 
     `quant`: "none" stores every tensor in floats; others store the decoder's linear layers in fewer bits (see quantize). Those
     that a PackedSource holds quantised keep their numbers; `quant` is then its packing's.
-    `ascend`: as artifacts for Ascend hold them: linear layers with the same input as one (merging.py), a large lm_head in
-    pieces (head_pieces.py), quantised layers in forms of their own (ascend_forms.py).
+    `ascend`: as artifacts for Ascend hold them: linear layers with the same input as one (merging.py), heads of a tower filled
+    up (head_padding.py), a large lm_head in pieces (head_pieces.py), quantised layers in forms of their own (ascend_forms.py).
     `prefix` begins the names of files. It has to name source, config, quant, ascend, floats and tp: files of the same prefix
     that an interrupted run has finished are kept. `shard_bytes`: a file holds up to so many bytes of tensors; a larger tensor
     has a file to itself.
@@ -178,7 +179,7 @@ class _TensorProducer:
         conversion: Conversion,
         calibrated: CalibratedLayers | None = None,
     ) -> None:
-        self.source, self.conversion, self.calibrated = source, conversion, calibrated
+        self.source, self.config, self.conversion, self.calibrated = source, config, conversion, calibrated
         self.stored_shapes = stored_shapes(config, conversion.quant, conversion.tp, ascend=conversion.ascend)
         self.owner = {part: name for name in self.stored_shapes for part in self._parts(name, ascend=conversion.ascend)}
         self.spans = {name: _span(config, name, shape, conversion) for name, shape in targets(config).items()}
@@ -217,6 +218,13 @@ class _TensorProducer:
         return {part: packed_features(part.rpartition(".")[2], value) for part, value in values.items()} if packs else values
 
     def _make(self, name: str) -> dict[str, Tensor]:
+        """The stored parts of a parameter before any are merged or packed."""
+        parts = self._defined(name)
+        if not self.conversion.ascend:
+            return parts
+        return {part: padded_heads(part, value, head_width(self.config, part)) for part, value in parts.items()}
+
+    def _defined(self, name: str) -> dict[str, Tensor]:
         assert name not in self.read, name
         self.read.add(name)
         if self.calibrated and (stored := self.calibrated.parameter(name, self.conversion.rank)):

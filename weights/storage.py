@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..model_defs.config import QUANTS, READY_MADE, ModelConfig, head_quant, quant_parts, text_quant, tower_quant
 from .ascend_forms import ascend_parts
+from .head_padding import padded_shapes
 from .head_pieces import HEAD, cut_shapes, piece_of
 from .merging import merged_shapes
 from .names.rule import Shape
@@ -77,14 +78,15 @@ def stored_parts(
 
 
 def stored_shapes(config: ModelConfig, quant: str, tp: int = 1, *, ascend: bool = False) -> dict[str, Shape]:
-    """The parameters of each rank of `tp` as they are stored, and their shapes; for Ascend some are merged (merging.py), and a
-    quantised lm_head may be cut (head_pieces.py).
+    """The parameters of each rank of `tp` as they are stored, and their shapes; for Ascend some are merged (merging.py), heads
+    of a tower may be filled up (head_padding.py), and a quantised lm_head may be cut (head_pieces.py).
 
     Raises WeightsError as `check_tp`.
     """
     shapes = rank_targets(config, tp)
     if not ascend:
         return shapes
+    shapes = padded_shapes(config, shapes)
     return merged_shapes(shapes if head_quant(quant) == "none" else cut_shapes(shapes))
 
 

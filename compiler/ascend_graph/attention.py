@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .operators import air, aten, npu
+from ...weights.head_padding import MULTIPLE
+from .operators import air, npu
 
 # The fused attention takes heads whose width is a multiple of this, in 16-bit types (CANN, FusedInferAttentionScore).
-HEAD_ALIGNMENT = 16
+HEAD_ALIGNMENT = MULTIPLE
 INT8_HEAD_ALIGNMENT = 32  # where keys or values are int8
 INT8 = 1  # torch's own number of the dtype
 MOST_INT8_QUERIES = 16  # of a row, with keys and values of int8 and scales of channels; more than one only in bfloat16
@@ -126,29 +127,24 @@ def causal_triangle(device: torch.device) -> Tensor:
 
 def attention(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
     """Fused attention on rows as they are (BSH)."""
-    return _whole_attention(q, k, v, heads)
+    return whole_attention(q, k, v, heads, q.shape[-1] // heads)
 
 
 def padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int) -> Tensor:
     """The same with a mask: padding does not see padding."""
+    return whole_padded_attention(q, k, v, padding, heads, q.shape[-1] // heads)
+
+
+def whole_padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int, width: int) -> Tensor:
+    """The same over heads that are filled up, of the true `width`."""
     padded = padding > 0  # [B, T]
-    return _whole_attention(q, k, v, heads, atten_mask=(padded[:, :, None] & padded[:, None])[:, None])
+    return whole_attention(q, k, v, heads, width, atten_mask=(padded[:, :, None] & padded[:, None])[:, None])
 
 
-def _whole_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, **mask: Tensor) -> Tensor:
-    d = q.shape[-1] // heads
-    q, k, v = (_repeated_heads(each, heads) for each in (q, k, v))
-    out = fused_attention(q, k, v, heads, d, input_layout="BSH", num_key_value_heads=heads, **mask)
-    if out.shape[-1] == heads * d:
-        return out
-    return out.unflatten(-1, (heads, -1))[..., :d].flatten(2)
-
-
-def _repeated_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, T, H*D] with every head filled up with zeros to a width that the operator takes: they add nothing to a score."""
-    d = x.shape[-1] // heads
-    missing = -d % HEAD_ALIGNMENT
-    return aten.constant_pad_nd.default(x.unflatten(-1, (heads, d)), [0, missing]).flatten(2) if missing else x
+def whole_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, width: int, **mask: Tensor) -> Tensor:
+    """`attention` over heads of the true `width`, which may be filled up with zeros: they add nothing to a score."""
+    assert q.shape[-1] % (heads * HEAD_ALIGNMENT) == 0, f"{heads} heads in {q.shape}"
+    return fused_attention(q, k, v, heads, width, input_layout="BSH", num_key_value_heads=heads, **mask)
 
 
 def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:

@@ -155,6 +155,18 @@ def rope_of_both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor
 
 
 @_op
+def attention_of_width(q: Tensor, k: Tensor, v: Tensor, heads: int, width: int) -> Tensor:
+    """The op `attention` over heads that are filled up, of the true `width`."""
+    return attention.whole_attention(q, k, v, heads, width)
+
+
+@_op
+def padded_attention_of_width(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, heads: int, width: int) -> Tensor:
+    """The op `padded_attention` over such heads."""
+    return attention.whole_padded_attention(q, k, v, padding, heads, width)
+
+
+@_op
 def int8_cached_attention(
     q: Tensor,
     k: Tensor,

@@ -15,6 +15,7 @@ from ...runtime.engine.fit import ContextError
 from ...runtime.processor.images import ImageError
 from ...runtime.processor.prompt import PromptError
 from ...weights.calibrated_layers import layer_of
+from ...weights.head_padding import head_width
 from ...weights.storage import stored_targets
 from .checkpoint import Checkpoint
 from .edges import Edge, EdgeRequest, edges
@@ -124,7 +125,8 @@ class Comparison:
             folder, manifest, config = side.artifact.folder, side.artifact.manifest, side.config
             stored = stored_targets(config, manifest.quant, tp=manifest.tp) if config else {}
             shapes = {name: tensor.shape for name, tensor in stored.items()}
-            return [RankWeights(folder, weights, manifest.quant, shapes) for weights in side.rank_weights]
+            heads = {name: head_width(config, name) for name in stored} if config else {}
+            return [RankWeights(folder, weights, manifest.quant, shapes, heads) for weights in side.rank_weights]
         assert isinstance(side, HfSide)
         checkpoint: Checkpoint = side.checkpoint
         return [RankWeights(checkpoint.out, checkpoint.weights)]

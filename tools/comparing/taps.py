@@ -106,7 +106,7 @@ def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: Gr
     parameters = {name: torch.from_numpy(value) for name, value in graph.constants.items()}
     for name, parameter in graph.module.named_parameters():
         if name not in parameters:
-            weight = map_parameter(side.artifact.folder, weights, name, parameter.shape)
+            weight = map_parameter(side.artifact.folder, weights, name, parameter.shape, graph.heads.get(name, 0))
             parameters[name] = weight.float() if weight.is_floating_point() else weight
     return parameters
 

@@ -26,12 +26,14 @@ MATCH = 1e-5  # relative error up to which tensors are taken for equal
 
 @dataclass(frozen=True, slots=True)
 class RankWeights:
-    """One rank's weights in a folder; `quant` as in its manifest. `shapes` has those of the members of merged layers."""
+    """One rank's weights in a folder; `quant` as in its manifest. `shapes` has those of the members of merged layers, and
+    `heads` the widths of the heads of parameters that may have been filled up."""
 
     folder: Path
     weights: Mapping[str, WeightSpec]
     quant: str = "none"
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    heads: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def stored(self) -> dict[str, None]:
@@ -56,9 +58,10 @@ class RankWeights:
         return dequantize(quant_of(name, self.quant), {part: self._map(f"{stem}.{part}") for part in names}, columns)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter as it is stored; of a quantised one, of its numbers."""
+        """Of a parameter as it is stored, without what fills up its heads; of a quantised one, of its numbers."""
         key = f"{name.removesuffix('.weight')}.qweight" if self.quantised(name) else name
-        return tuple(self.weights[key].shape if key in self.weights else self.shapes[key])
+        stored = key in self.weights and not self.heads.get(key)
+        return tuple(self.weights[key].shape if stored else self.shapes[key])
 
     def bits(self, name: str) -> int:
         """The bits of a quantised parameter."""
@@ -72,7 +75,7 @@ class RankWeights:
         return rounding_bound(self.bits(name), scales, ready_made=self.quant in READY_MADE)
 
     def _map(self, name: str) -> Tensor:
-        return map_parameter(self.folder, self.weights, name, self.shapes.get(name, ()))
+        return map_parameter(self.folder, self.weights, name, self.shapes.get(name, ()), self.heads.get(name, 0))
 
 
 @dataclass(frozen=True, slots=True)

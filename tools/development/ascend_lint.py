@@ -37,6 +37,7 @@ LAYERS = 2
 VARIANTS = (
     "none:float16:float:1", "w8a16:bfloat16:int8:1", "w4a16:float16:float:2", "w8a8:bfloat16:float:4",
     "none:bfloat16:int8:8", "w8a16:float16:float:4", "w4a16:bfloat16:int8:1", "w8a8:float16:int8:2",
+    "w8a8+vision:float16:float:1", "w4a16-g32:bfloat16:float:2",
 )  # fmt: skip
 
 
@@ -103,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="staticvl.tools.development.ascend_lint", description="The card lint over graphs of full-size models."
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG_FOLDER", help=f"a folder, or one of {', '.join(MODELS)}")
-    parser.add_argument("--variants", nargs="+", metavar="QUANT:DTYPE:CACHE:TP", default=VARIANTS, help="default: eight")
+    parser.add_argument("--variants", nargs="+", metavar="QUANT:DTYPE:CACHE:TP", default=VARIANTS, help="default: ten")
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="only these, e.g. decode-4 (default: all)")
     parser.add_argument("--card", choices=card_rules.CARDS, default=card_rules.CARDS[0])
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write the list here")
