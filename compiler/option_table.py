@@ -231,7 +231,8 @@ COMPILE_OPTIONS = (
         name="kv",
         type="text",
         choices=KV_FORMS,
-        help="ascend: whether sequences take pages of 128 tokens of the cache as they grow, or a slot of the whole context each",
+        help="ascend: whether sequences take pages of 128 tokens of the cache as they grow, or a slot of the whole context"
+        " each; Llama-3.2-Vision has slots",
         default="",
         default_text="slots",
         group="cache and buckets",

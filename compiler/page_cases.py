@@ -11,7 +11,7 @@ import numpy as np
 from ..runtime.artifact import PAGE_TOKENS, GraphSpec
 
 PADDING = 0  # the page that belongs to no row
-SHARED = 0.25  # how often a row takes over a full page of the row before it
+SHARED = 0.25  # how often a row has a full page of the row before it
 
 
 def most_positions(graph: GraphSpec) -> int:
@@ -40,7 +40,10 @@ def _shape(graph: GraphSpec, name: str) -> tuple[int, ...]:
 def draw_pages(
     graph: GraphSpec, past: np.ndarray, count: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """block_table [B, W] and slot_mapping [B, T] for rows of `past` tokens [B] and `count` new ones [B]; padding is in PADDING."""
+    """block_table [B, W] and slot_mapping [B, T] for rows of `past` tokens [B] and `count` new ones [B].
+
+    Padding is in PADDING.
+    """
     table, free = np.zeros(_shape(graph, "block_table"), np.int32), list(1 + rng.permutation(_pages(graph) - 1))
     first = past // PAGE_TOKENS  # the first page that is written, if any is
     for b in np.flatnonzero(count):

@@ -61,6 +61,8 @@ EXAMPLES = {
     "speculate": Example(4, "4"),
     "buckets": Example("buckets.yaml", None),
     "kv_cache": Example("int8", "int8", CALIBRATED),
+    "kv": Example("pages", "pages", ASCEND),
+    "pages": Example(20, "20", {**ASCEND, "kv": "pages"}),
     "backend": Example("ascend", "ascend"),
     "soc": Example("Ascend310P", "Ascend310P", {**ASCEND, "eager": "vision,prefill,decode"}),
     "fuse_all_reduce": Example(True, "", {**ASCEND, "tp": 2}),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .attention import RIGHT_DOWN_CAUSAL, Pair, causal_triangle, fused_attention, heads_first, heads_joined, rounded

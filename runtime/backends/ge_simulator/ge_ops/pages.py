@@ -31,8 +31,8 @@ def check_pages(
         )
     if in_int8 and (queries > 1 or layout != "BNSD"):
         raise UnsupportedError(
-            f"query {list(query.shape)} in the layout {layout} over pages of int8 is not supported; expected one query a row in "
-            "the layout BNSD"
+            f"query {list(query.shape)} in the layout {layout} over pages of int8 is not supported; expected one query a row "
+            "in the layout BNSD"
         )
     if lengths is None:
         raise UnsupportedError("input block_table needs input actual_seq_lengths_kv")
@@ -56,7 +56,7 @@ def gathered(pages: Tensor, block_table: Tensor, block_size: int, kv_heads: int,
         heads_first = pages
     else:
         raise UnsupportedError(
-            f"pages {list(pages.shape)} do not fit block_size {block_size} and {kv_heads} heads in the layout {layout}; expected "
-            "[Z, P, K * D], or with BNSD [Z, K, P, D]"
+            f"pages {list(pages.shape)} do not fit block_size {block_size} and {kv_heads} heads in the layout {layout}; "
+            "expected [Z, P, K * D], or with BNSD [Z, K, P, D]"
         )
     return heads_first[table].transpose(1, 2).flatten(2, 3)  # [B, W, K, P, D] -> [B, K, W, P, D] -> [B, K, W * P, D]
