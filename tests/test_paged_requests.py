@@ -96,6 +96,7 @@ class PagedTraffic(Traffic):
         entry = BenchRequest(wanted, sequence=self.model.new_sequence(prompt, params, index=index))
         assert entry.sequence is not None
         self.guess(entry.sequence, wanted.token_ids)
+        entry.drop_after = int(self.rng.integers(0, 5)) if self.rng.random() < 0.3 else None
         self.model.start(entry.sequence)
         return entry
 
