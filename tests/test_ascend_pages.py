@@ -4,7 +4,7 @@ ranks, of pipelines, of programs and of caches in 8 bits, which answer as ONNX R
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -136,8 +136,8 @@ def test_pages_of_a_plan() -> None:
 
 
 def shifted(q: Tensor, caches: Any, lengths: Tensor, table: Tensor, heads: int, **more: Any) -> Any:
-    """Every page but the first of each row is the one after it."""
-    return q, caches, lengths, torch.cat((table[:, :1], table[:, 1:] - 1), dim=1), heads, more
+    """Offset by one page."""
+    return q, caches, lengths, torch.cat((table[:, 1:], table[:, :1]), dim=1), heads, more
 
 
 def ignored(q: Tensor, caches: Any, lengths: Tensor, table: Tensor, heads: int, **more: Any) -> Any:
@@ -182,13 +182,15 @@ CALIBRATION = Calibration(
 
 @dataclass(frozen=True)
 class Variant:
-    """Options of both artifacts, and those of the one for Ascend; how far logits may be apart."""
+    """Options of both artifacts, of the one in pages, and of the one that it is compared with; how far logits may be apart."""
 
     both: dict[str, Any]
-    ascend: dict[str, Any]
+    pages: dict[str, Any]
+    other: dict[str, Any] = field(default_factory=dict)
     near: float = 1e-3
 
 
+SLOTS = {"backend": "ascend", "kv": "slots"}
 ALL = ("vision", "prefill", "decode", "verify")
 VARIANTS = {
     "two ranks": Variant({}, {"tp": 2}),
@@ -196,8 +198,9 @@ VARIANTS = {
     "some programs": Variant({}, {"eager": ("prefill", "decode")}),
     "310P": Variant({}, {"eager": ALL, "soc": "Ascend310P"}),
     "bfloat16": Variant({}, {"dtype": "bfloat16"}, near=0.05),  # weights are rounded
-    "int8": Variant({"kv_cache": "int8", "calibration": CALIBRATION}, {}),
-    "int8, bfloat16": Variant({"kv_cache": "int8", "calibration": CALIBRATION}, {"dtype": "bfloat16"}, near=0.05),
+    # After dozens of tokens a rounding of another kernel shows in the cache: compared with slots on the same device.
+    "int8": Variant({"kv_cache": "int8", "calibration": CALIBRATION}, {}, SLOTS),
+    "int8, bfloat16": Variant({"kv_cache": "int8", "calibration": CALIBRATION, "dtype": "bfloat16"}, {}, SLOTS),
     "few pages": Variant({}, {"pages": 3}),
 }
 
@@ -224,15 +227,17 @@ def opened(folder: Path) -> Model:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_answers_are_those_of_onnx(name: str, tmp_path: Path) -> None:
-    """Prompts of several chunks, two requests at once."""
-    variant, onnx = VARIANTS[name], tmp_path / "onnx"
-    build(Options(checkpoint=EMBEDDED, out=onnx, buckets=BUCKETS, **variant.both))
+def test_answers_are_those_of_slots(name: str, tmp_path: Path) -> None:
+    """Of ONNX Runtime, where it rounds alike. Prompts of several chunks, two requests at once."""
+    variant, other = VARIANTS[name], tmp_path / "other"
+    build(Options(checkpoint=EMBEDDED, out=other, buckets=BUCKETS, **variant.both, **variant.other))
+    reference = opened(other) if variant.other else runtime.load(other)
+    model = opened(compiled(tmp_path / "pages", **variant.both, **variant.pages))
     settings: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 64, "ignore_eos": True, "return_logits": True}
     texts, images = [QUESTION, LONG * 2], [[noise_image((70, 50))], []]
-    reference, model = runtime.load(onnx), opened(compiled(tmp_path / "ascend", **variant.both, **variant.ascend))
     found = model.generate(texts, images, **settings)
     for text, some, answer in zip(texts, images, found, strict=True):
         expected = reference.generate(text, some, **settings)
         assert answer.token_ids == expected.token_ids
+        assert answer.logits is not None and expected.logits is not None
         assert np.abs(answer.logits - expected.logits).max() <= variant.near * np.abs(expected.logits).max()
