@@ -109,12 +109,15 @@ class PlainModel:
             cache.reserve(slot, length + 1)
             tokens.append(int(self.rng.integers(2)))
         count = min(count, len(tokens) - length)
-        for place, position in zip(cache.places(slot, count), range(length, length + count), strict=True):
+        for place, position in zip(cache.places([slot], count)[0], range(length, length + count), strict=True):
             page, offset = divmod(int(place), PAGE)
             assert page == cache.tables[slot, position // PAGE] != ROOT and offset == position % PAGE
             self.check_own(slot, page)
             self.memory.setdefault(page, [None] * PAGE)[offset] = tuple(tokens[: position + 1])
-        cache.extend(slot, keys_of(tokens[length : length + count]))
+        if count == 1:
+            cache.append(slot, tokens[length], np.zeros(KEY, np.int64))
+        else:
+            cache.extend(slot, keys_of(tokens[length : length + count]))
 
     def check_own(self, slot: int, page: int) -> None:
         assert [other for other in self.running if page in self.cache.pages_of(other)] == [slot]

@@ -151,10 +151,9 @@ class Feeds:
 
 def set_pages(feed: Feed, cache: PagedCache, step: Step) -> None:
     """The pages of each row's sequence, and where its new tokens are written; padding goes to page 0, to all of its places."""
-    table, mapping = feed["block_table"], feed["slot_mapping"]
-    table[...] = 0
-    mapping[...] = np.arange(mapping.size, dtype=np.int32).reshape(mapping.shape) % cache.page_tokens
+    table, mapping, slots = feed["block_table"], feed["slot_mapping"], step.slots
     count = 1 if step.kind == "decode" else step.count
-    for row, slot in enumerate(step.slots):
-        table[row] = cache.tables[slot]
-        mapping[row, :count] = cache.places(slot, count)
+    table[len(slots) :] = 0
+    table[: len(slots)] = cache.tables[slots]
+    mapping[...] = np.arange(mapping.size, dtype=np.int32).reshape(mapping.shape) % cache.page_tokens
+    mapping[: len(slots), :count] = cache.places(slots, count)

@@ -156,13 +156,19 @@ class PagedCache(Slots):
     def append(self, slot: int, token: int, answer: np.ndarray) -> None:
         key = answer.copy()
         key[0] = token
-        self.extend(slot, key[None])
+        page = self.next_page(slot)
+        if self.blocks.goes_on(page):
+            self.blocks.add(page, key)
+            self.lengths[slot] += 1
+        else:
+            self.extend(slot, key[None])
 
-    def places(self, slot: int, count: int) -> np.ndarray:
-        """Where the next tokens of a slot are written: page * page_tokens + place in the page, int64 [count]."""
-        start = int(self.lengths[slot])
-        pages, places = np.divmod(np.arange(start, start + count), self.page_tokens)
-        return self.tables[slot, pages] * self.page_tokens + places
+    def places(self, slots: Sequence[int], count: int) -> np.ndarray:
+        """Where the next tokens of slots are written: page * page_tokens + place in the page, int32 [slots, count]."""
+        positions = self.lengths[slots][:, None] + np.arange(count, dtype=np.int32)
+        return self.tables[np.array(slots)[:, None], positions // self.page_tokens] * self.page_tokens + (
+            positions % self.page_tokens
+        )
 
     def _matches(self, keys: np.ndarray, first: int = 0, parent: int = ROOT) -> Iterator[int]:
         """The pages that have the tokens of a prompt from page `first` on, which follows `parent`. The last token runs."""

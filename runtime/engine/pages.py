@@ -157,6 +157,16 @@ class PageAllocator:
             self.children.setdefault(parent, {})[page] = None
         return self._completed(page) if end == self.tokens and page in self.parents else page
 
+    def goes_on(self, page: int) -> bool:
+        """Whether a page has tokens, and has room for more than one: then `add` does."""
+        return 0 < self.filled.get(page, 0) < self.tokens - 1
+
+    def add(self, page: int, key: np.ndarray) -> None:
+        """As `write`, of one token: the page stays where it is in the tree."""
+        assert self.alone(page), f"page {page} is shared and was written"
+        self.keys[page, self.filled[page]] = key
+        self.filled[page] += 1
+
     def _completed(self, page: int) -> int:
         """A page of the tree is full from now on."""
         parent, keys = self.parents[page], self.keys[page]
