@@ -38,7 +38,7 @@ class Stub:
 
     def load(self, graph: GraphSpec) -> None: ...
 
-    unload = read_cache = write_cache = copy_slot = give_back = use_small_pages = load  # type: ignore[assignment]
+    unload = read_cache = write_cache = copy_slot = copy_page = give_back = use_small_pages = load  # type: ignore[assignment]
 
 
 def timed(calls: list[float], function: Callable[..., Any]) -> Callable[..., Any]:

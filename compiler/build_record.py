@@ -66,6 +66,8 @@ def _planned(options: Options, plan: Plan) -> dict[str, str]:
     planned = {"context": str(cache.context), "slots": str(cache.slots)}
     if verify := plan.buckets("verify"):
         planned["speculate"] = str(max(verify) - 1)
+    if options.backend == "ascend":
+        planned |= {"kv": "pages", "pages": str(cache.pages)} if cache.pages else {"kv": "slots"}
     if cross := cache.cross:
         planned |= {"images": str(cross.images), "text_before_image": options.text_before_image}
     return planned

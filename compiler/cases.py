@@ -2,8 +2,8 @@
 
 Silent errors that appear only at certain lengths are the best-known failure of systems with fixed shapes. So each graph
 runs at length = bucket, bucket - 1, previous bucket + 1 and 1, into an empty cache and after earlier tokens up to the
-cache's end; the cache holds large garbage wherever no token is, as it does in use. Vision graphs run with every number of
-tiles that they serve.
+cache's end; the cache holds large garbage wherever no token is, as it does in use. Where it is in pages, tables are random
+(page_cases.py). Vision graphs run with every number of tiles that they serve.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from ..runtime.artifact import CROSS_HIDDEN, GraphSpec, ModelInfo, TensorSpec, is_cached
 from ..runtime.backends.base import Backend, Feed, new_feed
 from ..runtime.rope import query_scales, rope_tables
+from .page_cases import draw_pages, held_places, most_positions, most_rows, row_positions
 
 GARBAGE = 30.0
 # Standard deviation of the noise in a cache in 8 bits, in steps. With more, scores become so large that the rounding of float32
@@ -75,7 +76,7 @@ class CaseMaker:
             feed["aspect_id"][0] = 1 + max(i for i, grid in enumerate(self.info.image.grids) if grid[0] * grid[1] == tiles)
         return feed
 
-    def fill(self, graph: GraphSpec, case: Case, backends: Iterable[Backend]) -> dict[str, int]:
+    def fill(self, graph: GraphSpec, case: Case, feed: Feed, backends: Iterable[Backend]) -> dict[str, int]:
         """Random keys and values where tokens are, large garbage elsewhere; the same in all backends.
 
         Returns where in the noise each buffer starts: a third copy of a long cache could take all remaining memory.
@@ -85,16 +86,19 @@ class CaseMaker:
             if not is_cached(spec.name):
                 continue
             start = starts[spec.name] = int(self.rng.integers(NOISE))
-            value = self.past(spec, case, start) if "_cache." in spec.name else self._noise(spec.shape, start)
+            value = self.past(spec, case, feed, start) if "_cache." in spec.name else self._noise(spec.shape, start)
             for backend in backends:
                 backend.write_cache(spec.name, value)
         return starts
 
-    def past(self, spec: TensorSpec, case: Case, start: int) -> np.ndarray:
+    def past(self, spec: TensorSpec, case: Case, feed: Feed, start: int) -> np.ndarray:
         """The contents of a cache buffer before the step."""
         value = self._noise(spec.shape, start)
-        for b, past in enumerate(case.past):
-            value[b, :, past:] *= GARBAGE
+        if "block_table" in feed:
+            value[~held_places(feed["block_table"], case.past, len(value))] *= GARBAGE
+        else:
+            for b, past in enumerate(case.past):
+                value[b, :, past:] *= GARBAGE
         return np.clip(np.rint(STEPS * value), -128, 127) if spec.dtype == "int8" else value
 
     def _noise(self, shape: tuple[int, ...], start: int) -> np.ndarray:
@@ -110,6 +114,8 @@ class CaseMaker:
         if "hidden" in feed:
             feed["hidden"][...] = rng.standard_normal(feed["hidden"].shape, np.float32)
         feed["lengths"][...] = case.past
+        if "block_table" in feed:
+            feed["block_table"][...], feed["slot_mapping"][...] = draw_pages(graph, case.past, case.count, rng)
         positions = case.past[:, None] + np.arange(t)
         rope, rows = self.info.rope, int(positions.max()) + 1
         tables = rope_tables(rope, feed["rope_cos"].shape[-1], rows)
@@ -152,7 +158,8 @@ def _vision_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
 
 def _text_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
     """Edge lengths of a prefill or verify bucket, edge batch sizes of a decode bucket, with short, middle and full caches."""
-    rows = next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
+    paged = any(spec.name == "block_table" for spec in graph.inputs)
+    rows = most_positions(graph) if paged else next(spec.shape[2] for spec in graph.inputs if "_cache." in spec.name)
     if graph.kind != "decode":
         t = graph.bucket
         for count in sorted({t, t - 1, min(previous + 1, t), 1} - {0}):
@@ -162,7 +169,9 @@ def _text_cases(graph: GraphSpec, previous: int) -> Iterator[Case]:
                 yield Case(f"length {count}, past {past}", np.array([past], np.int32), np.array([count], np.int32))
         return
     b = graph.bucket
-    for active in sorted({b, min(previous + 1, b)}):
+    most = min(b, most_rows(graph)) if paged else b
+    for active in sorted({most, min(previous + 1, most)}):
+        rows = row_positions(graph, active) if paged else rows
         # From an almost empty to a full cache, row by row; rows that do not take part have length 0.
         for name, lengths in (("rising", np.linspace(1, rows - 1, b)), ("falling", np.linspace(rows - 1, 1, b))):
             count = (np.arange(b) < active).astype(np.int32)

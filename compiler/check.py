@@ -1,7 +1,8 @@
 """Certificates: each compiled graph against its eager definition, at the edges of its bucket (see cases.py).
 
 The first output and every cache row that the step must have written are compared, and rows that it must not touch have to be
-unchanged; of vision graphs all that they write into the cache. Candidates have to be the largest of the graph's own logits.
+unchanged: of a cache in slots all earlier rows, of a cache in pages all others but those of padding. Of vision graphs all that
+they write into the cache is compared. Candidates have to be the largest of the graph's own logits.
 
 A cache in 8 bits rounds, and a value between two steps may go either way. So the definition attends over the integers that
 the compiled graph has written, each of which has to be a rounding of the definition's own value: the attention over them is
@@ -17,6 +18,7 @@ import numpy as np
 from ..runtime.artifact import Certificate, CertificateCase, GraphSpec, ModelInfo, TensorSpec
 from ..runtime.backends.base import Backend, Feed, Result, cache_name, new_feed
 from .cases import Case, CaseMaker, find_cases, rows_of
+from .page_cases import PADDING, written_places
 
 TOLERANCE = 1e-4  # largest absolute difference over the largest magnitude
 # Rounded activations: a result with a larger error than zero has would be useless. The loss of accuracy is measured on tasks,
@@ -80,21 +82,21 @@ class Certifier:
 
     def _text(self, graph: GraphSpec, case: Case) -> float:
         feed = self.maker.feed(graph, case)
-        starts = self.maker.fill(graph, case, _distinct(self.reference, self.exact))
+        starts = self.maker.fill(graph, case, feed, _distinct(self.reference, self.exact))
         active, result = rows_of(graph, case), self.exact.run(graph, feed)
         self._copy_roundings(graph, self.exact)
         expected = self.reference.run(graph, feed).first
         error = max(relative_error(result.first[active], expected[active]), candidates_error(result, feed, active))
         for spec in graph.inputs:
             if "_cache." in spec.name:
-                error = max(error, self._cache_error(spec, case, self.maker.past(spec, case, starts[spec.name])))
+                error = max(error, self._cache_error(spec, case, feed, self.maker.past(spec, case, feed, starts[spec.name])))
         return error
 
     def _rounding(self, graph: GraphSpec, case: Case) -> float:
         """The distance of the first output from the reference that rounding causes, in one case."""
         feed = self.maker.feed(graph, case)
         if graph.kind != "vision":
-            self.maker.fill(graph, case, _distinct(self.reference, self.candidate))
+            self.maker.fill(graph, case, feed, _distinct(self.reference, self.candidate))
         result = self.candidate.run(graph, feed)
         self._copy_roundings(graph, self.candidate)
         expected = self.reference.run(graph, feed).first
@@ -109,10 +111,16 @@ class Certifier:
             if spec.dtype == "int8":
                 self.reference.write_cache(spec.name, backend.read_cache(spec.name, spec.shape[0]))
 
-    def _cache_error(self, spec: TensorSpec, case: Case, old: np.ndarray) -> float:
-        """Rows just written, against the reference; infinite where an earlier row was touched."""
+    def _cache_error(self, spec: TensorSpec, case: Case, feed: Feed, old: np.ndarray) -> float:
+        """Rows just written, against the reference; infinite where an earlier row was touched, or of pages any other place."""
         expected, actual = (each.read_cache(spec.name, len(old)) for each in (self.reference, self.exact))
         compare = rounding_error if spec.dtype == "int8" else relative_error
+        if "block_table" in feed:
+            written = written_places(feed["slot_mapping"], case.count, len(old))
+            left = ~written
+            left[PADDING] = False  # whatever of padding is written there
+            same = np.array_equal(actual[left], old[left])
+            return compare(actual[written], expected[written]) if same else float("inf")
         error = 0.0
         for b, (past, count) in enumerate(zip(case.past, case.count, strict=True)):
             if not np.array_equal(actual[b, :, :past], old[b, :, :past]):

@@ -21,6 +21,7 @@ MAX_BUCKET = 1 << 16
 INT8_CACHE_LACKS = "Ascend310P"  # whose fused attention takes no int8 keys (torch_npu's documentation of the operator)
 EAGER_ONLY = "Ascend310P"  # whose compiler has no fused attention
 FIA_DEFINITION = "attention/fused_infer_attention_score/op_host/fused_infer_attention_score_def.cpp"
+KV_FORMS = ("pages", "slots")  # how the cache of text is stored
 TEXT_BEFORE_IMAGE = ("transformers", "meta")  # the first is the default
 
 

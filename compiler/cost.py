@@ -48,7 +48,7 @@ def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | N
         name: stored_bytes(stored or {}, name, p.shape) or p.numel() * (width if p.is_floating_point() else p.element_size())
         for name, p in graph.module.named_parameters()
     }
-    inputs = sum(math.prod(spec.shape) * (width if _in_floats(spec) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
+    inputs = sum(_elements(graph, spec) * (width if _in_floats(spec) else _WIDTHS[spec.dtype]) for spec in graph.inputs)
     contributed = [args[0].numel() * width for name, args in calls if name in _COLLECTIVES]
     return Cost(
         flops=flops,
@@ -61,6 +61,15 @@ def graph_cost(graph: GraphDef, dtype: str, stored: Mapping[str, WeightSpec] | N
 def _in_floats(spec: TensorSpec) -> bool:
     """Whether an input is a part of the cache that is not in 8 bits."""
     return is_cached(spec.name) and spec.dtype != "int8"
+
+
+def _elements(graph: GraphDef, spec: TensorSpec) -> int:
+    """The elements of an input that a run may have to read: of a cache in pages, those of as many pages as its table has
+    entries."""
+    table = next((each for each in graph.inputs if each.name == "block_table"), None)
+    if table is None or "_cache." not in spec.name:
+        return math.prod(spec.shape)
+    return min(math.prod(table.shape), spec.shape[0]) * math.prod(spec.shape[1:])
 
 
 def _unread(graph: GraphDef, nbytes: Mapping[str, int]) -> int:
@@ -105,6 +114,12 @@ def _cached_attention(args: tuple[Tensor, ...]) -> int:
     return 4 * args[0].numel() * args[3].shape[2]
 
 
+def _paged_attention(args: tuple[Any, ...]) -> int:
+    """As above, S being the tokens of the pages [Z, P, K, D] that block_table [B, W] names; after it come slot_mapping and the
+    number of heads."""
+    return 4 * args[0].numel() * args[3].shape[1] * args[-3].shape[1]
+
+
 def _cross_attention(args: tuple[Any, ...]) -> int:
     """As above, S being the keys [B, K, X, D] of all images."""
     return 4 * args[0].numel() * sum(each.shape[2] for each in args[1])
@@ -119,5 +134,7 @@ _FLOPS: dict[str, Callable[[tuple[Any, ...]], int]] = {
     f"{NAMESPACE}.padded_attention": _attention,
     f"{NAMESPACE}.cached_attention": _cached_attention,
     f"{NAMESPACE}.int8_cached_attention": _cached_attention,
+    f"{NAMESPACE}.paged_attention": _paged_attention,
+    f"{NAMESPACE}.int8_paged_attention": _paged_attention,
     f"{NAMESPACE}.cross_attention": _cross_attention,
 }

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, WeightSpec
-from ..runtime.backends.base import Result, cache_name, rows_to_copy
+from ..runtime.backends.base import Result, cache_name, in_pages, rows_to_copy
 from ..runtime.sampling.candidates import candidates_of
 from .graphs import GraphDef
 from .weight_views import map_parameter
@@ -49,7 +49,7 @@ class EagerBackend:
     ) -> None:
         """`threads` to compute with, and where it differs, those of text graphs (None: as torch is set)."""
         self.threads, self.text_threads = threads, text_threads or threads
-        self.folder, self.weights, self.define = folder, weights, define
+        self.folder, self.weights, self.define, self.cache = folder, weights, define, cache
         # Like numpy's zeros, memory is only taken once it is written.
         self.caches = {name: torch.from_numpy(np.zeros(shape, np.float32)) for name, shape in cache.buffers().items()}
         self.modules: dict[str, nn.Module] = {}
@@ -94,7 +94,7 @@ class EagerBackend:
         return Result(results[0].numpy().__getitem__, candidates_of(others))
 
     def _rows(self, name: str, slot: int, rows: int) -> Tensor:
-        return self.caches[name][slot : slot + rows]
+        return self.caches[name] if in_pages(self.cache, name) else self.caches[name][slot : slot + rows]
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
         return self.caches[name][:slots].numpy().copy()
@@ -106,6 +106,11 @@ class EagerBackend:
         for name, cache in self.caches.items():
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count].copy_(cache[source, :, :count])
+
+    def copy_page(self, source: int, target: int) -> None:
+        for name, cache in self.caches.items():
+            if in_pages(self.cache, name):
+                cache[target].copy_(cache[source])
 
     def give_back(self, slot: int, rows: int) -> None:
         """The cache is reserved as a whole."""

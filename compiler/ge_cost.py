@@ -107,6 +107,12 @@ def _scatter(node: Node, sizes: Sizes) -> Moved:
     return Moved(sizes.inputs(node)[1:], [Size(into.dtype, rows.shape) if into and rows else None])
 
 
+def _scatter_pages(node: Node, sizes: Sizes) -> Moved:
+    """The same of keys and values, into pages."""
+    new = [sizes.input(node, name) for name in ("key", "value")]
+    return Moved([*new, sizes.input(node, "slot_mapping")], new)
+
+
 def _attention(node: Node, sizes: Sizes) -> Moved:
     """All inputs, and where keys and values lie in pages, those that the table names. Its second output, the logarithm of the
     softmax's denominator, is there only on request."""
@@ -133,6 +139,7 @@ def _pages(pool: Size, table: Size) -> Size:
 _MOVED: dict[str, Callable[[Node, Sizes], Moved]] = {
     **dict.fromkeys(("GatherV2", "StridedSliceV2", "SliceD", "Slice"), _part),
     **dict.fromkeys(("Scatter", "QuantUpdateScatter"), _scatter),
+    "ScatterPaKvCache": _scatter_pages,
     "FusedInferAttentionScore": _attention,
     "AddRmsNormDynamicQuant": _norm_and_quant,
 }
@@ -156,7 +163,8 @@ def _scores(node: Node, sizes: Sizes) -> int:
     axis = node.attributes["input_layout"].partition("_")[0].find("S")
     if query is None or keys is None or axis < 0:
         return 0
-    return 4 * query.elements * keys.shape[axis] * (table.shape[-1] if table else 1)
+    seen = table.shape[-1] * node.attributes["block_size"] if table else keys.shape[axis]
+    return 4 * query.elements * seen
 
 
 _FLOPS: dict[str, Callable[[Node, Sizes], int]] = {

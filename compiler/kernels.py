@@ -112,8 +112,8 @@ class KernelTuner:
             backend = open_backend("onnx", self.out, cache)
             maker.restart()
             case = _partly_full(spec)
-            maker.fill(spec, case, [backend])
             feed = maker.feed(spec, case)
+            maker.fill(spec, case, feed, [backend])
             yield partial(backend.run, spec, feed)
         finally:
             path.unlink()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..model_defs.group import in_group
 from ..runtime.artifact import GraphSpec, TensorSpec, is_cached
-from ..runtime.backends.base import Backend, Result, cache_name
+from ..runtime.backends.base import Backend, Result, cache_name, is_text
 from .check import CertificateError
 
 T = TypeVar("T")
@@ -138,8 +138,13 @@ class LockstepBackend:
         size: int,
         open_rank: Callable[[ArrayGroup], Backend],
         make_group: Callable[[Lockstep, int], ArrayGroup] = ArrayGroup,
+        *,
+        paged: bool = False,
     ) -> None:
-        """`open_rank` opens the backend of one rank in its group, which `make_group` makes of the lockstep and the rank."""
+        """`open_rank` opens the backend of one rank in its group, which `make_group` makes of the lockstep and the rank.
+        `paged`: whether the text's cache is in pages.
+        """
+        self.paged = paged
         self.lockstep = Lockstep(size)
         self.ranks = [open_rank(make_group(self.lockstep, rank)) for rank in range(size)]
         self.pool = ThreadPoolExecutor(size)
@@ -166,15 +171,20 @@ class LockstepBackend:
         return results[0]
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
-        return np.concatenate([rank.read_cache(name, slots) for rank in self.ranks], axis=1)
+        return np.concatenate([rank.read_cache(name, slots) for rank in self.ranks], axis=_heads_axis(name, self.paged))
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
-        for rank, part in zip(self.ranks, np.split(value, len(self.ranks), axis=1), strict=True):
+        parts = np.split(value, len(self.ranks), axis=_heads_axis(name, self.paged))
+        for rank, part in zip(self.ranks, parts, strict=True):
             rank.write_cache(name, np.ascontiguousarray(part))
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         for rank in self.ranks:
             rank.copy_slot(source, target, rows, images)
+
+    def copy_page(self, source: int, target: int) -> None:
+        for rank in self.ranks:
+            rank.copy_page(source, target)
 
     def give_back(self, slot: int, rows: int) -> None:
         for rank in self.ranks:
@@ -196,11 +206,19 @@ def with_all_heads(graph: GraphSpec, ranks: int) -> GraphSpec:
 
 
 def _with_heads(graph: GraphSpec, change: Callable[[int], int]) -> GraphSpec:
+    paged = any(spec.name == "block_table" for spec in graph.inputs)
+
     def changed(spec: TensorSpec) -> TensorSpec:
         if not is_cached(spec.name):
             return spec
-        rows, heads, *others = spec.shape
-        return msgspec.structs.replace(spec, shape=(rows, change(heads), *others))
+        axis, shape = _heads_axis(spec.name, paged), list(spec.shape)
+        shape[axis] = change(shape[axis])
+        return msgspec.structs.replace(spec, shape=tuple(shape))
 
     inputs, outputs = tuple(map(changed, graph.inputs)), tuple(map(changed, graph.outputs))
     return msgspec.structs.replace(graph, inputs=inputs, outputs=outputs)
+
+
+def _heads_axis(name: str, paged: bool) -> int:
+    """The axis of the heads in a cache buffer: of [slots, K, S, D] or of pages [Z, P, K, D]."""
+    return 2 if paged and is_text(name) else 1

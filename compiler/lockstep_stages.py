@@ -56,7 +56,7 @@ class PipelineBackend:
         def make_group(lockstep: Lockstep, rank: int) -> ArrayGroup:
             return StageGroup(lockstep, rank, stage, own.pp, channels=self.channels)
 
-        return LockstepBackend(own.tp, lambda group: open_rank(own, group), make_group)
+        return LockstepBackend(own.tp, lambda group: open_rank(own, group), make_group, paged=bool(own.cache.pages))
 
     def load(self, graph: GraphSpec) -> None:
         for stage, graphs in zip(self.stages, self.graphs, strict=True):
@@ -93,6 +93,10 @@ class PipelineBackend:
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         for stage in self.stages:
             stage.copy_slot(source, target, rows, images)
+
+    def copy_page(self, source: int, target: int) -> None:
+        for stage in self.stages:
+            stage.copy_page(source, target)
 
     def give_back(self, slot: int, rows: int) -> None:
         for stage in self.stages:

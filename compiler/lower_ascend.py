@@ -15,7 +15,7 @@ from torch._ops import OpOverload
 
 from ..model_defs.ops import NAMESPACE
 from ..runtime.backends.ascend import torchair_host
-from .ascend_graph import attention, candidates, collectives, layers, products
+from .ascend_graph import attention, candidates, collectives, layers, paged_attention, products
 
 
 def lowerings() -> dict[OpOverload, Callable[..., Any]]:
@@ -34,7 +34,8 @@ _FUNCTIONS: tuple[Callable[..., Any], ...] = (
     layers.take_token, layers.mask_tiles, layers.tile_padding, layers.pad_rows,
     candidates.top_tokens,
     attention.rope, attention.cached_attention, attention.int8_cached_attention, attention.attention,
-    attention.padded_attention, attention.cross_attention,
+    attention.padded_attention, attention.cross_attention, paged_attention.paged_attention,
+    paged_attention.int8_paged_attention,
     collectives.all_reduce, collectives.all_gather,
 )  # fmt: skip
 LOWERINGS = {function.__name__: function for function in _FUNCTIONS}

@@ -110,6 +110,7 @@ class GraphMaker:
             self.tp,
             lambda group: open_rank(group, group.rank),
             lambda lockstep, rank: ArrayGroup(lockstep, rank, stage.index, stage.count),
+            paged=bool(self.plan.cache.pages),
         )
 
     def _reference(self, group: Group | None, rank: int) -> Backend:

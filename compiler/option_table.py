@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..model_defs.config import KV_CACHES, QUANTS
-from .choices import BACKENDS, DTYPES, TEXT_BEFORE_IMAGE
+from .choices import BACKENDS, DTYPES, KV_FORMS, TEXT_BEFORE_IMAGE
 
 # text: one of `choices`. count: a whole number. names: several, as a list or with commas between. folder, file: a path; those
 # in a --config file are relative to it. flag: no value on the command line.
@@ -226,6 +226,28 @@ COMPILE_OPTIONS = (
         group="cache and buckets",
         enters="config",
         recorded="changed",
+    ),
+    CompileOption(
+        name="kv",
+        type="text",
+        choices=KV_FORMS,
+        help="ascend: whether sequences take pages of 128 tokens of the cache as they grow, or a slot of the whole context"
+        " each; Llama-3.2-Vision has slots",
+        default="",
+        default_text="slots",
+        group="cache and buckets",
+        enters="plan",
+        recorded="planned",
+    ),
+    CompileOption(
+        name="pages",
+        type="count",
+        metavar="N",
+        help="ascend, --kv pages: pages of the cache; fewer take less memory than all slots with the whole context",
+        default_text="those of all slots, and one for padding",
+        group="cache and buckets",
+        enters="plan",
+        recorded="planned",
     ),
     CompileOption(
         name="backend",

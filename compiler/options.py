@@ -20,12 +20,14 @@ from .choices import (
     EAGER_ONLY,
     FIA_DEFINITION,
     INT8_CACHE_LACKS,
+    KV_FORMS,
     MOST_CANDIDATES,
     READY_QUANTS,
     TEXT_BEFORE_IMAGE,
     PlanError,
 )
 
+MOST_PAGES = 1 << 24  # slots of all pages are int32
 FUSED_RANKS = (2, 4, 8)  # of one domain, that MatmulAllReduce takes (op-plugin, npu_mm_all_reduce_base)
 
 
@@ -53,6 +55,8 @@ class Options:
     candidates: int | None = None  # top-k tokens that text graphs output, 0: none; None: the backend's default
     calibration: Calibration | None = None  # the prompts that calibrate quantised weights and a cache in 8 bits
     kv_cache: str = KV_CACHES[0]
+    kv: str = ""  # how the cache of text is stored, one of KV_FORMS; "": the default of backend and model, see plan.py
+    pages: int | None = None  # of the cache; None: what all slots take together
     tune: bool = False  # ONNX: whether the fastest lowering of text graphs is measured, see kernels.py
 
     def __post_init__(self) -> None:
@@ -84,6 +88,7 @@ class Options:
                 "one of the two"
             )
         self._check_calibration()
+        self._check_pages()
         if self.fuse_all_reduce and (self.backend != "ascend" or self.soc != SOCS[0] or self.tp not in FUSED_RANKS):
             raise PlanError(
                 f"fuse_all_reduce is given with backend {self.backend}, soc {self.soc} and {self.tp} ranks, but it is "
@@ -110,6 +115,17 @@ class Options:
             )
         if self.dtype == "bfloat16":
             raise PlanError(f"{self.soc} computes in float16 alone, and dtype is bfloat16; leave --dtype out")
+
+    def _check_pages(self) -> None:
+        """Raise PlanError for a form of the cache that the backend has not, and for pages of a cache without them."""
+        if self.kv not in ("", *KV_FORMS):
+            raise PlanError(f"kv is {quoted(self.kv)}; expected one of {', '.join(KV_FORMS)}")
+        if self.backend != "ascend" and (self.kv == "pages" or self.pages is not None):
+            raise PlanError(f"pages of the cache are for ascend, and the backend is {self.backend}; leave out --kv and --pages")
+        if self.pages is not None and self.kv == "slots":
+            raise PlanError(f"pages is {quoted(self.pages)}, but --kv slots has none; leave out one of the two")
+        if self.pages is not None and not (_whole_number(self.pages, MOST_PAGES) and self.pages):
+            raise PlanError(f"pages is {quoted(self.pages)}; expected a number from 1 to {MOST_PAGES}")
 
     def _check_calibration(self) -> None:
         """Raise PlanError for a calibration that is missing, or that has nothing to calibrate."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from msgspec import UNSET, structs
+from msgspec import UNSET, UnsetType, structs
 
 from ..model_defs.config import ModelConfig, TiledConfig
-from ..runtime.artifact import CacheSpec, CrossSpec, GraphKey, Kind
+from ..runtime.artifact import PAGE_TOKENS, CacheSpec, CrossSpec, GraphKey, Kind
 from ..weights.shard import check_tp, rank_targets
 from ..weights.storage import Floats, stored_targets
 from ..weights.weight_map import targets
@@ -67,6 +67,7 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
     images = _image_buckets(config, buckets)
     # A last chunk writes its padding too, which the smallest bucket bounds.
     rows = context + min(prefill)
+    pages = _pages(config, options, context, slots)
     first, *later = (
         CacheSpec(
             layers=of_stage.text.self_layers,
@@ -78,6 +79,7 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
             dtype=options.cache_dtype,
             cross=_cross(of_stage, max(images)),
             text_dtype="int8" if options.int8_cache else UNSET,
+            pages=pages,
         )
         for of_stage in stages(config, options.pp)
     )
@@ -94,6 +96,29 @@ def make_plan(config: ModelConfig, options: Options) -> Plan:
         for bucket in sorted(kind_sizes, reverse=True)
     )
     return Plan(cache=first, graphs=graphs, later=tuple(later), candidates=_candidates(config, options))
+
+
+def _pages(config: ModelConfig, options: Options, context: int, slots: int) -> int | UnsetType:
+    """Pages of the cache, the one for padding included; UNSET: it is in slots."""
+    if (options.kv or _default_kv(config, options)) == "slots":
+        if options.pages is not None:
+            raise PlanError(f"pages is {options.pages}, but the cache is in slots; give --kv pages, or leave out --pages")
+        return UNSET
+    if config.text.cross_layers:
+        raise PlanError(
+            "kv is pages, but this model attends to images by cross-attention, and their keys are in slots; leave out --kv"
+        )
+    of_one = -(-context // PAGE_TOKENS)
+    if options.pages is not None and options.pages <= of_one:
+        raise PlanError(
+            f"pages is {options.pages}, but a sequence of the whole context takes {of_one}, and one more is for padding; give "
+            f"at least {1 + of_one}, or a smaller --context"
+        )
+    return options.pages or 1 + slots * of_one
+
+
+def _default_kv(config: ModelConfig, options: Options) -> str:
+    return "slots"
 
 
 def stages(config: ModelConfig, pp: int) -> tuple[ModelConfig, ...]:

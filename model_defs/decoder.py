@@ -30,7 +30,9 @@ class Attention(nn.Module):
         self.k = Linear(c, kv_heads * d, bias=bias, quant=quant)
         self.v = Linear(c, kv_heads * d, bias=bias, quant=quant)
         self.o = RowParallelLinear(config.heads * d, c, bias=False, quant=quant, ranks=ranks)
-        self.int8_attention: Callable[..., Attended] | None = ops.int8_cached_attention if config.int8_cache else None
+        self.over_rows: Callable[..., Attended] = ops.int8_cached_attention if config.int8_cache else ops.cached_attention
+        self.over_pages: Callable[..., Attended] = ops.int8_paged_attention if config.int8_cache else ops.paged_attention
+        self.int8_cache = config.int8_cache
         if config.int8_cache:
             self.k_scale, self.v_scale = empty_parameter(kv_heads * d), empty_parameter(kv_heads * d)
 
@@ -42,21 +44,25 @@ class Attention(nn.Module):
         k = ops.rope(self.k(x), *rope)  # [B, T, K*D]
         if "query_scale" in feed:
             q = q * feed["query_scale"]
-        out, k_cache, v_cache = self._attend(q, k, self.v(x), cache, feed["lengths"])
+        out, k_cache, v_cache = self._attend(q, k, self.v(x), cache, feed)
         return self.o(out if only is None else ops.take_token(out, only)), (k_cache, v_cache)
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], lengths: Tensor) -> Attended:
-        if self.int8_attention is None:
-            return ops.cached_attention(q, k, v, *cache, lengths, self.heads)
-        k_scale, v_scale = (scale.view(-1, 1, cache[0].shape[-1]) for scale in (self.k_scale, self.v_scale))  # [K, 1, D]
-        return self.int8_attention(q, k, v, *cache, k_scale, v_scale, lengths, self.heads)
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor], feed: Feed) -> Attended:
+        attention = self.over_pages if "block_table" in feed else self.over_rows
+        scales = [scale.view(-1, 1, cache[0].shape[-1]) for scale in self._scales]  # [K, 1, D]
+        places = [feed[name] for name in ("lengths", "block_table", "slot_mapping") if name in feed]
+        return attention(q, k, v, *cache, *scales, *places, self.heads)
+
+    @property
+    def _scales(self) -> tuple[Tensor, ...]:
+        return (self.k_scale, self.v_scale) if self.int8_cache else ()
 
 
 def over_stored_caches(module: nn.Module) -> None:
     """Let attention take rounded keys and values as they lie in its caches (ops.attention_over_stored)."""
     for each in module.modules():
-        if isinstance(each, Attention) and each.int8_attention:
-            each.int8_attention = ops.attention_over_stored
+        if isinstance(each, Attention) and each.int8_cache:
+            each.over_rows, each.over_pages = ops.attention_over_stored, ops.attention_over_stored_pages
 
 
 class CrossAttention(nn.Module):

@@ -5,7 +5,8 @@ numerical reference. A backend lowers the op by name and never sees how it is de
 attention returns the updated caches, and a backend is free to write them in place. Two ops are the collectives
 of sharded models; a model of one rank has none of them.
 
-Shapes: B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size, N out features.
+Shapes: B rows, T tokens, S cache rows, H query heads, K kv heads, D head dim, C hidden size, N out features; Z pages of P
+tokens each, and W pages of a row.
 """
 
 from __future__ import annotations
@@ -368,6 +369,117 @@ def attention_over_stored(
     at = _places(q, lengths)
     out = _attended(q, _unscaled(k_cache, k_scale, q), _unscaled(v_cache, v_scale, q), at, heads)
     return out, _appended(k_cache, _steps(k, k_scale), at), _appended(v_cache, _steps(v, v_scale), at)
+
+
+@_op("paged_attention")
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `cached_attention` over caches in pages [Z, P, K, D].
+
+    Token t of row b is written at place slot_mapping[b, t] % P of page slot_mapping[b, t] // P. It sees positions 0 ..
+    lengths[b] + t of its row, where position p lies at place p % P of page block_table[b, p // P] (block_table [B, W]). A token
+    sees itself where the two name the same place; padding may be written elsewhere, several tokens to one place.
+    Returns (out [B, T, H*D], k_cache, v_cache).
+    """
+    k_cache, v_cache = _written(k_cache, k, slot_mapping), _written(v_cache, v, slot_mapping)
+    keys, values = _gathered(k_cache, block_table), _gathered(v_cache, block_table)
+    return _attended(q, keys, values, _places(q, lengths), heads), k_cache, v_cache
+
+
+def _written(pages: Tensor, new: Tensor, slot_mapping: Tensor) -> Tensor:
+    """The pages [Z, P, K, D] with new [B, T, K*D] at the places `slot_mapping` [B, T]."""
+    rows = pages.flatten(0, 1).clone()
+    rows[slot_mapping.flatten().long()] = new.reshape(-1, *rows.shape[1:]).to(rows.dtype)
+    return rows.view(pages.shape)
+
+
+def _gathered(pages: Tensor, block_table: Tensor) -> Tensor:
+    """The pages [Z, P, K, D] of each row of block_table [B, W], joined as a cache [B, K, W*P, D]."""
+    return pages[block_table.long()].flatten(1, 2).transpose(1, 2)
+
+
+@paged_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    heads: int,
+):
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+@_op("int8_paged_attention")
+def int8_paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `paged_attention` over pages of int8, which are as the caches of `int8_cached_attention`."""
+    k_cache, v_cache = (
+        _written(cache, _steps(new, scale).round(), slot_mapping)
+        for cache, new, scale in ((k_cache, k, k_scale), (v_cache, v, v_scale))
+    )
+    keys, values = _gathered(k_cache, block_table), _gathered(v_cache, block_table)
+    out = _attended(q, _unscaled(keys, k_scale, q), _unscaled(values, v_scale, q), _places(q, lengths), heads)
+    return out, k_cache, v_cache
+
+
+@int8_paged_attention.register_fake
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    heads: int,
+):
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
+def attention_over_stored_pages(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    heads: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`int8_paged_attention` without its rounding, as `attention_over_stored`."""
+    keys, values = _gathered(k_cache, block_table), _gathered(v_cache, block_table)
+    out = _attended(q, _unscaled(keys, k_scale, q), _unscaled(values, v_scale, q), _places(q, lengths), heads)
+    return out, _written(k_cache, _steps(k, k_scale), slot_mapping), _written(v_cache, _steps(v, v_scale), slot_mapping)
 
 
 def _steps(x: Tensor, scale: Tensor) -> Tensor:

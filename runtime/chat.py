@@ -1,4 +1,4 @@
-"""A conversation that keeps its slot of the cache between turns.
+"""A conversation that keeps its slot of the cache between turns, or in an artifact with pages, its pages while they last.
 
 Each turn renders the whole conversation anew; the longest prefix that the slot holds is kept, and only the rest is prefilled.
 So the tokens are those of a fresh prompt, whatever the template does with earlier turns. After a
@@ -98,7 +98,7 @@ class Chat:
 
     @property
     def slot(self) -> int | None:
-        """The slot that is kept for the next turn, unless others need it before."""
+        """The slot that is kept for the next turn, unless others need it before; None with pages, which nothing reserves."""
         return self.model.engine.slot_of(self.conversation)
 
     def close(self) -> None:

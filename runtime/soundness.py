@@ -34,7 +34,7 @@ def faults(manifest: Manifest) -> Iterator[str]:
         yield from _cache(part)
         yield from _weights(part, stage)
         if stage == 0:  # later stages are fed by the one before
-            yield from (f"{graph.name}: {fault}" for graph in part.graphs for fault in _fed(graph))
+            yield from (f"{graph.name}: {fault}" for graph in part.graphs for fault in _fed(part, graph))
         yield from (f"{graph.name}: {fault}" for graph in part.graphs for fault in _graph(part, graph))
         if len({graph.name for graph in part.graphs}) < len(part.graphs):
             yield "two graphs have one kind and bucket"
@@ -70,6 +70,10 @@ def _settings(manifest: Manifest) -> Iterator[str]:
 
 def _cache(part: Manifest) -> Iterator[str]:
     cache = part.cache
+    if cache.pages and cache.cross:
+        yield "the cache has pages and keys of images, which need slots"
+    if cache.pages == 1:
+        yield "the cache has one page, which no sequence may hold"
     if cache.rows < cache.context:
         yield f"the cache has {cache.rows} rows for a context of {cache.context}"
     elif cache.layers * math.prod(cache.text_shape) > MOST_BYTES or cache.nbytes > MOST_BYTES:
@@ -112,11 +116,12 @@ def _graph(part: Manifest, graph: GraphSpec) -> Iterator[str]:
             yield f"{name} is {specs[name].dtype} {shown(list(specs[name].shape))}, expected {dtype} {list(shape)}"
 
 
-def _fed(graph: GraphSpec) -> Iterator[str]:
+def _fed(part: Manifest, graph: GraphSpec) -> Iterator[str]:
     """Missing inputs: those that every graph of the kind has, and those that come in pairs."""
     names = {spec.name for spec in graph.inputs}
     needed = {"pixels"} if graph.kind == "vision" else {"token_ids", "lengths", "rope_cos", "rope_sin"}
     needed |= {"last_index"} if graph.kind == "prefill" else set()
+    needed |= {"block_table", "slot_mapping"} if part.cache.pages and graph.kind != "vision" else set()
     for pair in _PAIRS:
         needed |= set(pair) if names & set(pair) else set()
     yield from (f"it has no input {name}" for name in sorted(needed - names))
@@ -129,9 +134,10 @@ def _cached(part: Manifest, spec: TensorSpec) -> Iterator[str]:
         return
     buffers = part.cache.buffers()
     buffer = buffers.get(name) or buffers.get(f"{name}.0")
+    least = part.cache.pages or 1  # a graph sees all pages, and as many slots as it has rows
     if buffer is None:
         yield f"{spec.name[:200]!r} is no part of the cache"
-    elif len(spec.shape) != 4 or spec.shape[1:] != buffer[1:] or not 1 <= spec.shape[0] <= buffer[0]:
+    elif len(spec.shape) != 4 or spec.shape[1:] != buffer[1:] or not least <= spec.shape[0] <= buffer[0]:
         yield f"{spec.name} has shape {shown(list(spec.shape))}, the cache {list(buffer)}"
     elif spec.dtype != part.cache.dtype_of(name):
         yield f"{spec.name} is {spec.dtype}, the cache {part.cache.dtype_of(name)}"
@@ -148,6 +154,8 @@ def _expected(part: Manifest, graph: GraphSpec) -> dict[str, tuple[str, tuple[in
     return {
         "token_ids": ("int32", (rows, tokens)),
         "lengths": ("int32", (rows,)),
+        "block_table": ("int32", (rows, cache.table_width)),
+        "slot_mapping": ("int32", (rows, tokens)),
         "row_index": ("int32", (1, tokens)),
         "image_rows": ("float32", (tokens, part.model.hidden_size)),
         "last_index": ("int32", (1,)),

@@ -15,6 +15,10 @@ So tokens 5, 7 in an empty cache leave 6 * 1 + 8 * 2 = 22, and 22 % V is the nex
 the rope tables, as in a real graph, whose keys are rotated by them. Padding leaves numbers in the cache like any other
 token: one wrong slot, length, last_index, row_index, rope row or stale cache row, and the next token is another one.
 
+In a cache of pages a position keeps the same in its place of its page. Then a table or a place that contradicts the other,
+a page that is written while another row has it, and padding anywhere but in page 0 are errors; what was never written, and
+what `spoil` was called for, reads as something else.
+
 With cross-attention a vision graph leaves one number for each tile in the entries of its image: tile i of an image
 shaped as `aspect_id` says keeps (s + (i + 1) * aspect_id) % 1009, where s is 0 in a tile that is not in use. A text graph
 with images > 0 adds to every value the numbers of the tiles that cross_mask shows, times the first gate, and then the second
@@ -34,6 +38,7 @@ from staticvl.runtime.rope import rope_tables
 from staticvl.runtime.sampling.candidates import Candidates
 from staticvl.runtime.sampling.top_logits import top_k_ids
 
+SPOILT = 10**6  # what is kept where nothing is valid
 IMAGE_NUMBERS = 1009  # a prime above any vocabulary that tests use, so that images differ from tokens
 
 
@@ -43,7 +48,9 @@ class FakeBackend:
     def __init__(self, manifest: Manifest) -> None:
         self.spec, self.rope = manifest.cache, manifest.model.rope
         cross, slots = self.spec.cross, self.spec.slots
-        self.kept = np.zeros((slots, self.spec.rows), np.int64)  # [slots, S]
+        self.kept = np.zeros((slots, self.spec.rows), np.int64)  # [slots, S], or [pages, tokens of a page]
+        if self.spec.pages:
+            self.kept = np.full(self.spec.text_shape[:2], SPOILT)
         self.tiles = np.zeros((slots, cross.images, cross.tiles) if cross else (slots, 0, 0), np.int64)  # [slots, n, t]
         self.outputs: dict[str, np.ndarray] = {}
         self.given_back: list[tuple[int, int]] = []  # slots, and the rows that each kept
@@ -90,14 +97,20 @@ class FakeBackend:
             last = feed["last_index"].astype(np.int64)
         if graph.images:
             values = values + self._seen(graph, feed, slot)
+        if self.spec.pages:
+            check_tables(graph, feed, self.spec.text_shape[0], self.spec.text_shape[1])
         self._write(values, feed, slot)
         if graph.kind == "verify":
-            ends = [(slot, int(feed["lengths"][0]) + t + 1) for t in range(graph.bucket)]
+            ends = [(0, int(feed["lengths"][0]) + t + 1) for t in range(graph.bucket)]
         else:
-            ends = [(slot + b, int(end)) for b, end in enumerate(feed["lengths"] + last + 1)]
-        sums = [int(self.kept[row, :end].sum()) for row, end in ends]
+            ends = [(b, int(end)) for b, end in enumerate(feed["lengths"] + last + 1)]
+        sums = [int(self._row(feed, slot, b)[:end].sum()) for b, end in ends]
         output[...] = 0
         output[np.arange(len(sums)), np.array(sums) % output.shape[1]] = 1
+
+    def _row(self, feed: Mapping[str, np.ndarray], slot: int, b: int) -> np.ndarray:
+        """What the positions of row b of a batch keep."""
+        return self.kept[feed["block_table"][b]].reshape(-1) if self.spec.pages else self.kept[slot + b]
 
     def _vision(self, feed: Mapping[str, np.ndarray], output: np.ndarray, slot: int, image: int) -> None:
         sums = feed["pixels"].astype(np.int64).sum(axis=(1, 2, 3))  # [tiles]
@@ -127,7 +140,10 @@ class FakeBackend:
             end = start + numbers.shape[1]
             if not 0 <= start < end <= self.spec.rows:
                 raise ValueError(f"rows {start} to {end} of slot {slot + b} were to be written; the cache has {self.spec.rows}")
-            self.kept[slot + b, start:end] = numbers[b]
+            if self.spec.pages:
+                self.kept[np.divmod(feed["slot_mapping"][b], self.spec.text_shape[1])] = numbers[b]
+            else:
+                self.kept[slot + b, start:end] = numbers[b]
 
     def _positions(self, cos: np.ndarray, sin: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Position and factor of dynamic NTK, int64 [B, T], that rope tables [B, T, D] were made of.
@@ -171,11 +187,45 @@ class FakeBackend:
 
     def give_back(self, slot: int, rows: int) -> None:
         """What is given back reads as something else."""
-        self.kept[slot, rows:] = 10**6
+        assert not self.spec.pages, "pages are not given back"
+        self.kept[slot, rows:] = SPOILT
         self.given_back.append((slot, rows))
+
+    def copy_page(self, source: int, target: int) -> None:
+        pages = self.spec.text_shape[0]
+        if source == target or not (0 < source < pages and 0 < target < pages):
+            raise ValueError(f"page {source} was to be copied to {target}; the cache has pages 1 to {pages - 1}")
+        self.kept[target] = self.kept[source]
+
+    def spoil(self, pages: list[int]) -> None:
+        """Nobody may read these pages before they are written again."""
+        self.kept[pages] = SPOILT
 
     def use_small_pages(self) -> None:
         assert not self.kept.any(), "something was written before"
+
+
+def check_tables(graph: GraphSpec, feed: Mapping[str, np.ndarray], pages: int, tokens: int) -> None:
+    """Raises ValueError where `block_table` and `slot_mapping` are not as docs/artifact.md says. `tokens`: of a page."""
+    tables, mapping, lengths = feed["block_table"], feed["slot_mapping"], feed["lengths"]
+    held = [table[table != 0].tolist() for table in tables]
+    for b, (table, own) in enumerate(zip(tables, held, strict=True)):
+        if table[: len(own)].tolist() != own or len(set(own)) < len(own) or not all(0 < page < pages for page in own):
+            raise ValueError(f"{graph.name}: the table of row {b} is {table.tolist()}")
+        real = int(np.count_nonzero(mapping[b] >= tokens))
+        positions = np.arange(lengths[b], lengths[b] + real)
+        if len(own) * tokens < lengths[b] + real or not np.array_equal(
+            mapping[b, :real], table[positions // tokens] * tokens + positions % tokens
+        ):
+            raise ValueError(f"{graph.name}: row {b} was to be written at {mapping[b].tolist()}; its table is {own}")
+        expected = {"decode": int(bool(own)), "verify": max(real, 1)}  # of a draft, as many as have places
+        if graph.kind == "prefill":
+            expected["prefill"] = int(feed["last_index"][0]) + 1
+        if not all(0 <= place < tokens for place in mapping[b, real:]) or real != expected[graph.kind]:
+            raise ValueError(f"{graph.name}: row {b} has {real} places out of page 0, and {lengths[b]} tokens before them")
+        written = set((mapping[b, :real] // tokens).tolist())
+        if any(written & set(other) for place, other in enumerate(held) if place != b):
+            raise ValueError(f"{graph.name}: row {b} writes to a page of another row: {sorted(written)}")
 
 
 def _candidates(rows: np.ndarray, count: int, feed: Mapping[str, np.ndarray]) -> Candidates:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import UNSET
 from PIL import Image
 
 from staticvl import runtime
@@ -33,9 +35,10 @@ from staticvl.runtime.artifact import (
     open_artifact,
 )
 from staticvl.runtime.engine.block_budget import block_budget
-from staticvl.runtime.engine.blocks import tokens_in
+from staticvl.runtime.engine.blocks import BlockPool, tokens_in
 from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.options import EngineOptions
+from staticvl.runtime.engine.paged_cache import PagedCache
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.runtime.processor.images import frame_of
 from staticvl.runtime.processor.prompt import CrossAttentionMask, Prompt
@@ -84,8 +87,10 @@ def fake_artifact(
     images: tuple[int, ...] = (),
     rope: RopeParameters = FACTS.rope,
     candidates: int = 0,
+    pages: int | None = None,
 ) -> Artifact:
-    """An artifact in memory whose graphs only the fake backend can run; with `images`, images enter by cross-attention."""
+    """An artifact in memory whose graphs only the fake backend can run; with `images`, images enter by cross-attention; with
+    `pages`, the text is in pages, page 0 included."""
     decode = decode or dict.fromkeys({1, slots}, 1.0)
     info = msgspec.structs.replace(CROSS_FACTS if images else FACTS, rope=rope)
     cross = CrossSpec(layers=2, images=max(images), rows=TILES * ROWS_PER_TILE, tiles=TILES) if images else None
@@ -98,6 +103,7 @@ def fake_artifact(
         rows=context + min(prefill),
         dtype="float32",
         cross=cross,
+        pages=pages or UNSET,
     )
     sizes: dict[Kind, Costs] = {"prefill": prefill, "decode": decode, "verify": verify or {}}
     graphs = [_vision_graph(bucket, cost, spec) for bucket, cost in ({TILES: 1.0} if images else vision).items()]
@@ -165,6 +171,8 @@ def _text_graph(
         inputs.append(_ints("last_index", 1))
         if not spec.cross:
             inputs += [_ints("row_index", 1, t), _floats("image_rows", t, HIDDEN)]
+    if spec.pages:
+        inputs += [_ints("block_table", b, spec.table_width), _ints("slot_mapping", b, t)]
     if scaled:
         inputs.append(_floats("query_scale", b, t, 1))
     if cross := (spec.cross if images else None):
@@ -175,7 +183,8 @@ def _text_graph(
     if candidates:
         inputs.append(_floats("inverse_temperature", b))
         top_k_outputs = [_floats("top_logits", rows, candidates), _ints("top_ids", rows, candidates), _floats("mass", rows)]
-    caches = [_floats(f"{which}_cache.0", b, 1, spec.rows, HEAD_DIM) for which in "kv"]
+    shape = spec.text_shape if spec.pages else (b, 1, spec.rows, HEAD_DIM)
+    caches = [_floats(f"{which}_cache.0", *shape) for which in "kv"]
     return GraphSpec(
         kind=kind,
         bucket=bucket,
@@ -351,6 +360,10 @@ def check_slots(engine: Engine) -> None:
 def check_blocks(engine: Engine) -> None:
     """Blocks are within the budget, none is lost, and every token that a slot contains is in one of its slot's."""
     cache, pool = engine.cache, engine.cache.blocks
+    if isinstance(cache, PagedCache):
+        check_pages(engine)
+        return
+    assert isinstance(pool, BlockPool)
     running = [sequence.held_slot for sequence in engine.scheduler.running]
     assert pool.used == sum(map(pool.held, running))
     assert pool.used + pool.cached == sum(map(pool.held, range(cache.spec.slots))) <= pool.budget
@@ -358,6 +371,30 @@ def check_blocks(engine: Engine) -> None:
         assert cache.lengths[slot] <= tokens_in(pool.held(slot)) <= tokens_in(pool.peaks.get(slot, 0))
     for sequence in engine.scheduler.running:
         assert sequence.room == tokens_in(pool.held(sequence.held_slot))
+
+
+def check_pages(engine: Engine) -> None:
+    """Pages are counted as they are held, the tree is whole, and what a sequence writes next is its own."""
+    cache = engine.cache
+    assert isinstance(cache, PagedCache)
+    pages, running = cache.blocks, [sequence.held_slot for sequence in engine.scheduler.running]
+    assert pages.holders == Counter(page for slot in running for page in cache.pages_of(slot))
+    assert not pages.holders.keys() & pages.idle.keys() and len(pages.filled) == pages.used + pages.cached <= pages.budget
+    assert all(pages.parents[child] == parent for parent, children in pages.children.items() for child in children)
+    assert len(pages.parents) == sum(map(len, pages.children.values()))
+    seen: set[int] = set()
+    for page in pages.idle:  # a child is evicted before its parent
+        assert not pages.children.get(page, {}).keys() - seen
+        seen.add(page)
+    for slot in range(cache.spec.slots):
+        own, length = cache.pages_of(slot), int(cache.lengths[slot])
+        assert cache.tables[slot].tolist() == own + [0] * (cache.spec.table_width - len(own))
+        assert slot in running or (not own and not length)
+        starts = range(0, len(own) * cache.page_tokens, cache.page_tokens)
+        assert [pages.filled[page] for page in own] == [min(max(length - start, 0), cache.page_tokens) for start in starts]
+        assert all(pages.alone(page) for page in own[length // cache.page_tokens :])
+    for sequence in engine.scheduler.running:
+        assert sequence.room == tokens_in(len(cache.pages_of(sequence.held_slot)))
 
 
 def gigabytes(manifest: Manifest, blocks: int) -> float:
@@ -400,6 +437,7 @@ def fake_model(
     prefill_budget: int | None = None,
     speculate: int = 0,
     blocks: int | None = None,
+    pages: int | None = None,
     **changes: Any,
 ) -> runtime.Model:
     """A checkpoint's tokenizer, template, settings and plan over a fake backend; nothing is compiled, no weights are read.
@@ -412,10 +450,11 @@ def fake_model(
     for name, data in settings.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(data)
-    context = GraphContext(config=config, image=info.image, cache=plan.cache)
+    cache = msgspec.structs.replace(plan.cache, pages=pages) if pages else plan.cache
+    context = GraphContext(config=config, image=info.image, cache=cache)
     definitions = [define_graph(context, key) for key in plan.graphs]
     graphs = tuple(graph.spec(graph.name, cost_ms=float(graph.bucket)) for graph in definitions)
-    artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(info, **changes), plan.cache, graphs))
+    artifact = Artifact(folder, fake_manifest(msgspec.structs.replace(info, **changes), cache, graphs))
     cache_gb = gigabytes(artifact.manifest, blocks) if blocks else None
     options = EngineOptions(reuse=reuse, prefill_budget=prefill_budget, speculate=speculate, cache_gb=cache_gb)
     return runtime.Model(artifact, Engine(artifact.manifest, FakeBackend(artifact.manifest), options))

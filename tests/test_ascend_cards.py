@@ -70,7 +70,7 @@ def test_what_a_card_compiles_is_kept_by_rank(card: SimpleNamespace, tmp_path: P
     """And by the layout of weights: a graph is compiled for one."""
     rank = ArrayGroup(Lockstep(2), 1)
     given = ((None, "nd"), (rank, "nd"), (None, "nz"), (rank, "nz"))
-    names = [ascend._compile_cache_folder(tmp_path, "Ascend910B", group, layout).name for group, layout in given]
+    names = [ascend.compile_cache_folder(tmp_path, "Ascend910B", group, layout).name for group, layout in given]
     chip = "Ascend910B-8.5"
     assert names == [chip, f"{chip}-rank-1-of-2", f"{chip}-nz", f"{chip}-nz-rank-1-of-2"]
 

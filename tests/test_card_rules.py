@@ -11,6 +11,7 @@ import pytest
 from staticvl.compiler.card_check import CardError, check_card
 from staticvl.runtime.backends.ge_simulator import card_rules
 from staticvl.runtime.backends.ge_simulator.card_rules import RULES, shapes
+from staticvl.runtime.backends.ge_simulator.card_rules.pages import SCATTER
 from staticvl.runtime.backends.ge_simulator.card_rules.tensors import GraphView
 from staticvl.runtime.backends.ge_simulator.ge_graph import GeGraph, GeGraphError, Source, parse
 from staticvl.runtime.backends.ge_simulator.simulator import Simulator
@@ -58,6 +59,35 @@ def int8_cache(scale: Shape, *, queries: int = 1, dtype: str = H, scale_dtype: s
     both = (scale_dtype or dtype, scale)
     extra = {"key_antiquant_scale": both, "value_antiquant_scale": both}
     return fia((2, 8, queries, 128), dtypes=(dtype, I8), extra=extra)
+
+
+def paged(
+    queries: int = 1,
+    *,
+    heads: tuple[int, int] = (8, 4),
+    width: int = 128,
+    kv: Shape = (),
+    dtype: str = H,
+    size: int = 128,
+    table: tuple[str, Shape] = (I32, (2, 8)),
+    lengths: bool = True,
+) -> GeGraph:
+    """Attention over pages: one query in BNSD, several in BSND."""
+    scale = {"key_antiquant_scale": (H, (1, heads[1], 1, width)), "value_antiquant_scale": (H, (1, heads[1], 1, width))}
+    extra = {"block_table": table, **(scale if dtype == I8 else {})}
+    if not lengths:
+        extra["actual_seq_lengths_kv"] = ()  # type: ignore[assignment]
+    q = (2, heads[0], 1, width) if queries == 1 else (2, queries, heads[0], width)
+    layout, pages = "BNSD" if queries == 1 else "BSND", kv or (17, size, heads[1] * width)
+    return fia(q, pages, heads=heads, dtypes=(H, dtype), extra=extra, block_size=size, input_layout=layout)
+
+
+def scatter_pages(
+    dtype: str = H, new: Shape = (6, 4, 128), slots: tuple[str, Shape] = (I32, (6,)), cache_mode: str = "Norm"
+) -> GeGraph:
+    cache, rows = (dtype, (17, 128, 4, 128)), (dtype, new)
+    inputs = {"key": rows, "key_cache": cache, "slot_mapping": slots, "value": rows, "value_cache": cache}
+    return one(SCATTER, cache, inputs, cache_mode=cache_mode, scatter_mode="None", strides=[1, 1], offsets=[0, 0])
 
 
 def scatter(var: Shape, updates: Shape, indices: tuple[str, Shape] = (I32, (2,)), axis: int = 2) -> GeGraph:
@@ -296,16 +326,29 @@ CASES = [
     case("fia.int8_queries", lambda: int8_cache((4, 128), queries=2, dtype=B), lambda: int8_cache((4, 128), queries=2)),
     case("fia.lengths", fia, lambda: fia(extra={"actual_seq_lengths_kv": (I32, (2,))})),
     case("fia.lengths", fia, lambda: fia(extra={"actual_seq_lengths_kv": (I64, (3,))})),
+    case("fia.pages", paged, lambda: paged(size=120)),
+    case("fia.pages", lambda: paged(size=512), lambda: paged(size=528)),
+    case("fia.pages", lambda: paged(dtype=I8, size=32), lambda: paged(dtype=I8, size=16)),
+    case("fia.pages", lambda: paged(4), lambda: paged(4, size=64)),
+    case("fia.page_table", paged, lambda: paged(table=(I32, (1, 8)))),
+    case("fia.page_table", paged, lambda: paged(table=(I64, (2, 8)))),
+    case("fia.page_lengths", paged, lambda: paged(lengths=False)),
+    case("fia.page_keys", lambda: paged(table=(I32, (2, 2048))), lambda: paged(table=(I32, (2, 2049)))),
+    case("fia.page_layout", lambda: paged(kv=(17, 4, 128, 128)), lambda: paged(4, kv=(17, 4, 128, 128))),
+    case("fia.page_layout", paged, lambda: paged(kv=(17, 128, 256))),
     case(
-        "fia.pages",
-        lambda: fia(extra={"block_table": (I32, (2, 8))}, block_size=128),
-        lambda: fia(extra={"block_table": (I32, (2, 8))}, block_size=120),
+        "fia.page_layout",
+        lambda: paged(heads=(128, 128), width=496, kv=(17, 128, 63488)),
+        lambda: paged(heads=(128, 128), width=512, kv=(17, 128, 65536)),
     ),
-    case(
-        "fia.pages",
-        lambda: fia(extra={"block_table": (I32, (2, 8))}, block_size=16),
-        lambda: fia(extra={"block_table": (I32, (1, 8))}, block_size=16),
-    ),
+    case("fia.page_int8", lambda: paged(dtype=I8), lambda: paged(2, dtype=I8)),
+    case("fia.heads", lambda: paged(heads=(64, 1), kv=(17, 128, 128)), lambda: paged(heads=(65, 1), kv=(17, 128, 128))),
+    case("scatter_pages.card", lambda: added(H), scatter_pages),
+    case("scatter_pages.layout", scatter_pages, lambda: scatter_pages(cache_mode="PA_NZ")),
+    case("scatter_pages.sizes", scatter_pages, lambda: scatter_pages(new=(6, 4, 64))),
+    case("scatter_pages.sizes", lambda: scatter_pages(I8), lambda: scatter_pages(new=(2, 3, 4, 128))),
+    case("scatter_pages.slots", lambda: scatter_pages(slots=(I64, (6,))), lambda: scatter_pages(slots=(I32, (5,)))),
+    case("scatter_pages.slots", scatter_pages, lambda: scatter_pages(slots=(F, (6,)))),
     case("scatter.card", lambda: added(H), lambda: scatter(CACHE, ROW)),
     case("scatter.axis", lambda: scatter(CACHE, ROW), lambda: scatter(CACHE, (1, 4, 64, 128), axis=0)),
     case("scatter.rank", lambda: scatter(CACHE, ROW), lambda: scatter(CACHE, (2, 4, 128))),

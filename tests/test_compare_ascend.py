@@ -86,6 +86,22 @@ def test_healthy_ranks_raise_no_alarm(whole: Side, tmp_path: Path) -> None:
     assert 0 < max(own for own, _ in result.layers.values()) < 1e-4
 
 
+def test_a_cache_in_pages(whole: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A healthy one raises no alarm; a table that names other pages is found where it is read first."""
+    artifact = compiled("llava", tmp_path / "artifact", backend="ascend", kv="pages")
+    result = compared(whole, artifact, samples_of("llava"), inspect="always")
+    assert result.passed, (result.broken, result.findings)
+    assert 0 < max(own for own, _ in result.layers.values()) < 1e-4
+    original = ge_taps.GeGraph.run
+
+    def other_pages(self, feed, *args):
+        return original(self, {name: value + (name == "block_table") for name, value in feed.items()}, *args)
+
+    monkeypatch.setattr(ge_taps.GeGraph, "run", other_pages)
+    result = compared(whole, open_side(artifact), samples_of("llava"), inspect="always")
+    assert any("attn" in each.where for each in result.findings)
+
+
 def test_programs_are_looked_into_from_outside(whole: Side, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     artifact = compiled("llava", tmp_path / "artifact", backend="ascend", eager=("prefill",))
     result = compared(whole, artifact, samples_of("llava"), inspect="always")

@@ -61,6 +61,8 @@ EXAMPLES = {
     "speculate": Example(4, "4"),
     "buckets": Example("buckets.yaml", None),
     "kv_cache": Example("int8", "int8", CALIBRATED),
+    "kv": Example("pages", "pages", ASCEND),
+    "pages": Example(20, "20", {**ASCEND, "kv": "pages"}),
     "backend": Example("ascend", "ascend"),
     "soc": Example("Ascend310P", "Ascend310P", {**ASCEND, "eager": "vision,prefill,decode"}),
     "fuse_all_reduce": Example(True, "", {**ASCEND, "tp": 2}),
@@ -162,7 +164,7 @@ def test_help_says_the_default(option: CompileOption) -> None:
 
 def test_no_other_option_of_the_command() -> None:
     dests = {action.dest for action in commands()["compile"]._actions}
-    assert dests - set(CONFIG_KEYS) == {"help", "config", "plan_only"}
+    assert dests - set(CONFIG_KEYS) == {"help", "config", "plan_only", "card", "memory_gb"}
 
 
 # ---- what digests and the manifest have of them

@@ -146,7 +146,6 @@ ATTENTION_ERRORS = {
     "a floating mask": ({}, {"atten_mask": torch.zeros(3, 5).half()}, "atten_mask is torch.float16"),
     "tokens": ({"pre_tokens": 3}, {}, "pre_tokens = 3"),
     "precision": ({"inner_precise": 4}, {}, "inner_precise = 4 is not supported"),
-    "paging": ({}, {"block_table": torch.zeros(2, 2, dtype=torch.int32)}, "input block_table is not supported"),
     "a block size": ({"block_size": 128}, {}, "block_size = 128 is not supported; only 0 is"),
     "long lengths": (
         {},

@@ -125,15 +125,28 @@ def test_scatter_writes_new_rows() -> None:
         assert hand.figures() == (1, 2 * 4 + 2 * 64, 64 * width, 0)
 
 
+def test_writing_into_pages_moves_the_new_rows() -> None:
+    hand = Hand()
+    for name in ("k", "v"):
+        hand.data(name, (3, 4, 8))
+        hand.data(f"{name}_pages", (50, 10, 4, 8))
+    hand.data("slots", (3,), WORD)
+    inputs = {"key": "k", "key_cache": "k_pages", "slot_mapping": "slots", "value": "v", "value_cache": "v_pages"}
+    hand.node("ScatterPaKvCache", "y", inputs, *[(HALF, (50, 10, 4, 8))] * 2)
+    rows = 2 * 2 * 3 * 4 * 8
+    assert hand.figures() == (1, rows + 4 * 3, rows, 0)
+
+
 def attended(paged: bool = False, **attributes: Any) -> Hand:
     hand = Hand()
     hand.data("q", (2, 8, 1, 16))
-    shape = (50, 4, 10, 16) if paged else (2, 4, 100, 16)  # pages of 10 tokens
+    shape = (50, 10, 4 * 16) if paged else (2, 4, 100, 16)  # pages of 10 tokens
     for name in ("keys", "values"):
         hand.data(name, shape)
     inputs = {"query": "q", "key0": "keys", "value0": "values"}
     if paged:
         inputs["block_table"] = hand.data("pages", (2, 6), WORD)
+        attributes["block_size"] = 10
     outputs = ((HALF, (2, 8, 1, 16)), ("float32", (2, 8, 1, 1)))
     hand.node("FusedInferAttentionScore", "y", inputs, *outputs, input_layout="BNSD", **attributes)
     return hand

@@ -551,6 +551,7 @@ def test_operators_refuse(name: str) -> None:
 def test_every_operator_has_a_test() -> None:
     elsewhere = {
         "AddRmsNormDynamicQuant", "Assign", "DequantSwigluQuant", "FusedInferAttentionScore", "HcomAllGather", "HcomAllReduce",
-        "MatmulAllReduce", "QuantBatchMatmulV3", "Quantize", "Scatter", "ScatterUpdate", "WeightQuantBatchMatmulV2",
+        "MatmulAllReduce", "QuantBatchMatmulV3", "Quantize", "Scatter", "ScatterPaKvCache", "ScatterUpdate",
+        "WeightQuantBatchMatmulV2",
     }  # fmt: skip
     assert set(OPS) == {*FLOAT_CASES, *EXACT_CASES, *BY_NUMPY, *elsewhere}

@@ -70,8 +70,9 @@ def results(tuner: KernelTuner, kind: Kind, bucket: int, way: Kernels, past: int
     rows = bucket if kind == "decode" else 1
     case = Case("", np.full(rows, past, np.int32), np.full(rows, count, np.int32))
     maker = CaseMaker(tuner.info, tuner.context.config.text.all_embed_rows)
-    maker.fill(spec, case, [backend])
-    logits = backend.run(spec, maker.feed(spec, case)).first.copy()
+    feed = maker.feed(spec, case)
+    maker.fill(spec, case, feed, [backend])
+    logits = backend.run(spec, feed).first.copy()
     path.unlink()
     return [logits, *(backend.read_cache(name, rows) for name in cache.buffers())]
 

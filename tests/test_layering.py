@@ -39,7 +39,11 @@ SIMULATOR_NEEDS = (
 # package -> the only files that may import it (a folder: every file in it)
 HOMES = {
     "onnxruntime": ("runtime/backends",),
-    "torch_npu": ("runtime/backends/ascend/backend.py", "runtime/backends/ascend/weight_layout.py"),
+    "torch_npu": (
+        "runtime/backends/ascend/backend.py",
+        "runtime/backends/ascend/compile_cache.py",
+        "runtime/backends/ascend/weight_layout.py",
+    ),
     "torchair": ("runtime/backends/ascend", "runtime/backends/ge_simulator", "compiler/emit_ascend.py"),
     "transformers": ("tools",),
     "torch": (

@@ -98,6 +98,29 @@ def cached_in_8_bits(rows: int, tokens: int, *lengths: int, room: int = 12) -> C
     return case("int8_cached_attention", q, k, v, *caches, *scales, ints(*lengths), then=(heads,))
 
 
+def paged(rows: int, tokens: int, *lengths: int, in_8_bits: bool = False) -> Case:
+    """Pages in any order, the first of which two rows share; the other pages, and what lies after a length, are garbage."""
+    heads, kv_heads, d, width, page = 4, 2, 32, 2, 128
+    pages = 1 + rows * width
+    table = 1 + torch.randperm(rows * width, generator=_generator()).view(rows, width)
+    if rows > 1 and lengths[0] >= page <= lengths[1]:
+        table[1, 0] = table[0, 0]
+    at = torch.tensor(lengths)[:, None] + torch.arange(tokens)
+    slots = table.gather(1, at // page) * page + at % page
+    if in_8_bits:
+        caches = [torch.randint(-128, 128, (pages, page, kv_heads, d), generator=_generator(), dtype=torch.int8) for _ in "kv"]
+        scales = [(rand(kv_heads, 1, d).abs() + 0.1) / 50 for _ in "kv"]
+    else:
+        caches, scales = [rand(pages, page, kv_heads, d) for _ in "kv"], []
+        for each in caches:
+            each[0] = 100
+            for row, length in enumerate(lengths):
+                each[table[row, length // page], length % page :] = 100
+    q, k, v = rand(rows, tokens, heads * d), rand(rows, tokens, kv_heads * d), rand(rows, tokens, kv_heads * d)
+    places = (ints(*lengths), table.int(), slots.int())
+    return case("int8_paged_attention" if in_8_bits else "paged_attention", q, k, v, *caches, *scales, *places, then=(heads,))
+
+
 def narrow(subject: Case) -> Case:
     """The same in bfloat16, whose kernels differ from those in float16."""
     return Case(subject.op, tuple(x.bfloat16() if x.is_floating_point() else x for x in subject.tensors), subject.call)
@@ -192,6 +215,16 @@ CASES: dict[str, Callable[[], Case]] = {
     "int8_cached_attention, bfloat16": lambda: narrow(cached_in_8_bits(1, 4, 5)),
     "int8_cached_attention, bfloat16, decode": lambda: narrow(cached_in_8_bits(3, 1, 0, 5, 11)),
     "int8_cached_attention, bfloat16, full": lambda: narrow(cached_in_8_bits(1, 12, 0)),
+    "paged_attention, decode": lambda: paged(3, 1, 130, 200, 0),
+    "paged_attention, decode of 1": lambda: paged(1, 1, 127),
+    "paged_attention, prefill": lambda: paged(1, 8, 125),
+    "paged_attention, first chunk": lambda: paged(1, 8, 0),
+    "paged_attention, full": lambda: paged(1, 128, 128),
+    "paged_attention, bfloat16": lambda: narrow(paged(1, 8, 125)),
+    "int8_paged_attention, decode": lambda: paged(3, 1, 130, 200, 0, in_8_bits=True),
+    "int8_paged_attention, prefill": lambda: paged(1, 8, 125, in_8_bits=True),
+    "int8_paged_attention, bfloat16": lambda: narrow(paged(1, 8, 125, in_8_bits=True)),
+    "int8_paged_attention, bfloat16, decode": lambda: narrow(paged(2, 1, 5, 254, in_8_bits=True)),
     "attention": lambda: case("attention", rand(2, 5, 64), rand(2, 7, 64), rand(2, 7, 64), then=(4,)),
     "padded_attention": lambda: case(
         "padded_attention", rand(1, 6, 64), rand(1, 6, 64), rand(1, 6, 64), torch.tensor([[0.0, 0, 1, 0, 1, 1]]), then=(4,)

@@ -14,6 +14,7 @@ import msgspec
 from msgspec import UNSET
 
 from ..runtime.artifact import (
+    PAGE_TOKENS,
     SIGNATURE,
     AscendInfo,
     BuildInfo,
@@ -235,3 +236,10 @@ def _communication(manifest: Manifest) -> tuple[RankTraffic, ...]:
         for stage in range(manifest.pp)
         for graph in _in_order(manifest.of_stage(stage))
     )
+
+
+def cache_form(cache: CacheSpec) -> str:
+    """What a cache has room for, in words."""
+    if cache.pages:
+        return f"{cache.pages} pages of {PAGE_TOKENS} tokens, {cache.slots} sequences of up to {cache.context}"
+    return f"{cache.slots} slots of {cache.context} tokens"

@@ -166,7 +166,7 @@ def _outputs(model: Any, device: str) -> dict[str, np.ndarray]:
         for i, case in enumerate(_cases(manifest, graph)):
             feed = maker.feed(graph, case)
             if graph.kind != "vision":
-                maker.fill(graph, case, [backend])
+                maker.fill(graph, case, feed, [backend])
             pixels = graph.kind == "vision" and not manifest.cache.cross
             rows = np.arange(graph.bucket) < case.count[0] if pixels else rows_of(graph, case)
             result = backend.run(graph, feed)

@@ -15,6 +15,7 @@ from ..compiler.inputs import Preview, plan_only
 from ..compiler.options import Options
 from ..compiler.plan import Plan
 from ..runtime.artifact import KINDS
+from .artifact_facts import cache_form
 from .capacity import Capacity, capacity, image_tokens
 from .cards import CARDS, Card
 from .compile_options import read_options
@@ -54,7 +55,7 @@ def _print_sizes(preview: Preview) -> None:
     options, cache, sizes = preview.options, preview.plan.cache, preview.sizes
     images = f" and {cache.cross.images} images of {cache.cross.rows} keys" if cache.cross else ""
     bits = " (int8)" if cache.text_dtype else ""
-    print(f"   cache  {cache.slots} slots of {cache.context} tokens{images}, {sizes['cache_bytes'] / 1e9:.3f} GB{bits}")
+    print(f"   cache  {cache_form(cache)}{images}, {sizes['cache_bytes'] / 1e9:.3f} GB{bits}")
     weights = f"{sizes['weight_bytes'] / 1e9:.3f} GB ({_form(options)})"
     print(f" weights  {sizes['parameters'] / 1e9:.3f} billion parameters, {weights}")
     if options.tp * options.pp > 1:

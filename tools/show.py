@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from ..runtime.artifact import PAGE_TOKENS, ImageProcessorConfig, SamplingDefaults
-from .artifact_facts import ArtifactFacts, Facts, GraphFacts, facts
+from .artifact_facts import ArtifactFacts, Facts, GraphFacts, cache_form, facts
 from .capacity import ANSWER_TOKENS, TEXT_TOKENS, USABLE, Capacity
 from .cards import KERNEL_US
 from .machine import described
@@ -76,7 +76,7 @@ def _summary(artifact: ArtifactFacts) -> dict[str, str]:
         **_ranks(artifact),
         "weights": f"{artifact.weight_tensors} tensors, {artifact.weight_nbytes / 1e6:.1f} MB"
         + (" on each rank" if artifact.communication else ""),
-        "cache": f"{cache.slots} slots of {cache.context} tokens, {cache.layers} layers, {cache.kv_heads} kv heads of "
+        "cache": f"{cache_form(cache)}, {cache.layers} layers, {cache.kv_heads} kv heads of "
         f"{cache.head_dim}, {cache.text_dtype or cache.dtype}, {artifact.cache_nbytes / 1e6:.1f} MB",
         **_cut_off(artifact),
         **_cross(artifact),

@@ -75,7 +75,7 @@ def over_int8_caches(
     q: Tensor, new: Pair, caches: Pair, scales: Pair, steps: Pair, lengths: Tensor, heads: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same with the scales twice: `steps` [K*D] in float32, in which Quantize divides by them."""
-    k_cache, v_cache = (_append(cache, _rounded(x, step), lengths) for cache, x, step in zip(caches, new, steps, strict=True))
+    k_cache, v_cache = (_append(cache, rounded(x, step), lengths) for cache, x, step in zip(caches, new, steps, strict=True))
     k_scale, v_scale = scales
     if q.shape[1] == 1:
         taken = {"key_antiquant_scale": k_scale[None], "value_antiquant_scale": v_scale[None]}  # [1, K, 1, D]
@@ -87,7 +87,7 @@ def over_int8_caches(
     return _over_caches(q, keys, values, lengths, heads), k_cache, v_cache
 
 
-def _rounded(x: Tensor, steps: Tensor) -> Tensor:
+def rounded(x: Tensor, steps: Tensor) -> Tensor:
     """Quantize: x [B, T, K*D] in whole steps of its channels, int8."""
     return npu.npu_quantize.default(x, steps, None, INT8, axis=-1, div_mode=True)
 
@@ -98,9 +98,9 @@ def _over_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, h
     kv_heads, _, d = k_cache.shape[1:]
     mask: dict[str, Any] = {}
     if t > 1:
-        mask = {"atten_mask": _causal_triangle(q.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
-    out = _fused(
-        _heads_first(q, heads),
+        mask = {"atten_mask": causal_triangle(q.device), "sparse_mode": RIGHT_DOWN_CAUSAL}
+    out = fused_attention(
+        heads_first(q, heads),
         k_cache,
         v_cache,
         heads,
@@ -111,15 +111,15 @@ def _over_caches(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, h
         **mask,
         **scales,
     )
-    return _heads_joined(out, t)
+    return heads_joined(out, t)
 
 
 def _append(cache: Tensor, new: Tensor, lengths: Tensor) -> Tensor:
     """new [B, T, K*D] as rows `lengths` and on of cache [B, K, S, D]."""
-    return npu.scatter_update.default(cache, lengths, _heads_first(new, cache.shape[1]), ROWS)
+    return npu.scatter_update.default(cache, lengths, heads_first(new, cache.shape[1]), ROWS)
 
 
-def _causal_triangle(device: torch.device) -> Tensor:
+def causal_triangle(device: torch.device) -> Tensor:
     """True above the diagonal. Made by comparing in the graph: as a constant it would be 4 MB of every graph file."""
     place = torch.arange(CAUSAL_SIDE, dtype=torch.int32, device=device)
     return place[:, None] < place[None]
@@ -144,7 +144,7 @@ def whole_padded_attention(q: Tensor, k: Tensor, v: Tensor, padding: Tensor, hea
 def whole_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, width: int, **mask: Tensor) -> Tensor:
     """`attention` over heads of the true `width`, which may be filled up with zeros: they add nothing to a score."""
     assert q.shape[-1] % (heads * HEAD_ALIGNMENT) == 0, f"{heads} heads in {q.shape}"
-    return _fused(q, k, v, heads, width, input_layout="BSH", num_key_value_heads=heads, **mask)
+    return fused_attention(q, k, v, heads, width, input_layout="BSH", num_key_value_heads=heads, **mask)
 
 
 def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], mask: Tensor, heads: int) -> Tensor:
@@ -156,8 +156,8 @@ def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
     hidden = mask < HIDDEN_BELOW  # [B, T, n * t]
     sees = (~hidden).to(q.dtype).sum(-1, keepdim=True) > 0  # [B, T, 1]
     q = q * sees.to(q.dtype)
-    out = _fused(
-        _heads_first(q, heads),
+    out = fused_attention(
+        heads_first(q, heads),
         keys[0] if len(keys) == 1 else torch.cat(list(keys), dim=2),
         values[0] if len(values) == 1 else torch.cat(list(values), dim=2),
         heads,
@@ -166,7 +166,7 @@ def cross_attention(q: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor],
         num_key_value_heads=kv_heads,
         atten_mask=_by_key(hidden & sees, x * len(keys)),
     )
-    return _heads_joined(out, q.shape[1])
+    return heads_joined(out, q.shape[1])
 
 
 def _by_key(hidden: Tensor, keys: int) -> Tensor:
@@ -175,7 +175,7 @@ def _by_key(hidden: Tensor, keys: int) -> Tensor:
     return hidden[..., None].expand(b, t, tiles, keys // tiles).reshape(b, 1, t, keys)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, heads: int, d: int, **arguments: Any) -> Tensor:
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, heads: int, d: int, **arguments: Any) -> Tensor:
     """torchair's form of the operator, whose lengths are tensors; the scale is that of the true head width `d`."""
     return air.npu_fused_infer_attention_score.default(q, k, v, num_heads=heads, scale=d**-0.5, **arguments)[0]
 
@@ -185,12 +185,12 @@ def _layout(tokens: int) -> str:
     return "BNSD" if tokens == 1 else "BNSD_BSND"
 
 
-def _heads_first(x: Tensor, heads: int) -> Tensor:
+def heads_first(x: Tensor, heads: int) -> Tensor:
     """[B, T, H*D] -> [B, H, T, D]; of one token a view."""
     b, t, _ = x.shape
     return x.view(b, heads, 1, -1) if t == 1 else x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def _heads_joined(x: Tensor, tokens: int) -> Tensor:
+def heads_joined(x: Tensor, tokens: int) -> Tensor:
     """What the operator gives of so many tokens in _layout -> [B, T, H*D]."""
     return x.view(x.shape[0], 1, -1) if tokens == 1 else x.flatten(2)

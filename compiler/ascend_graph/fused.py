@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 from ...runtime.backends.ascend.process_groups import name_of_all
-from . import attention, collectives
+from . import attention, collectives, paged_attention
 from .operators import npu
 from .products import TYPE_NUMBERS
 
@@ -182,3 +182,24 @@ def int8_cached_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op of this name, with the scales in float32 as tensors of their own ([K*D]): none is computed in the graph."""
     return attention.over_int8_caches(q, (k, v), (k_cache, v_cache), (k_scale, v_scale), (k_steps, v_steps), lengths, heads)
+
+
+@_op
+def int8_paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k_scale: Tensor,
+    v_scale: Tensor,
+    lengths: Tensor,
+    block_table: Tensor,
+    slot_mapping: Tensor,
+    heads: int,
+    k_steps: Tensor,
+    v_steps: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op of this name, likewise."""
+    caches, scales, places = (k_cache, v_cache), (k_scale, v_scale), (lengths, block_table, slot_mapping)
+    return paged_attention.over_int8_pages(q, (k, v), caches, scales, (k_steps, v_steps), places, heads)

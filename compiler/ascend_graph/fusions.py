@@ -23,6 +23,11 @@ from .rewriting import Rewrite, TracedGraph
 VOCABULARY: Any = getattr(torch.ops, NAMESPACE)
 # ApplyRotaryPosEmb takes heads of this width alone (ops-transformer, posembedding/apply_rotary_pos_emb/README.md).
 ROTARY_WIDTH = 128
+CACHED = (VOCABULARY.cached_attention.default, VOCABULARY.paged_attention.default)
+INT8_CACHED = {
+    VOCABULARY.int8_cached_attention.default: fused.int8_cached_attention,
+    VOCABULARY.int8_paged_attention.default: fused.int8_paged_attention,
+}
 VIEWS = (aten.view.default, aten.reshape.default, aten.flatten.using_ints)
 # What DequantSwigluQuant holds of its operands on a 910B, in bytes (ops-nn, quant/dequant_swiglu_quant/README.md).
 SWIGLU_MEMORY = 192 * 1024
@@ -30,7 +35,7 @@ SWIGLU_MEMORY = 192 * 1024
 
 def fuse_rotary(traced: TracedGraph) -> None:
     """rope of the queries and rope of the keys of one attention -> rope_of_both, where heads are ROTARY_WIDTH wide."""
-    for attention in _calls(traced, VOCABULARY.cached_attention.default, VOCABULARY.int8_cached_attention.default):
+    for attention in _calls(traced, *CACHED, *INT8_CACHED):
         q, k = (_rope_of(each) for each in attention.args[:2])
         if q is None or k is None or q.args[1:] != k.args[1:] or _shape(q.args[1])[-1] != ROTARY_WIDTH:
             continue
@@ -141,11 +146,10 @@ def _take_rows(quantised: Any, rows: tuple[fx.Node, fx.Node], like: fx.Node) -> 
 
 def take_scales_in_float32(traced: TracedGraph) -> None:
     """A cache in 8 bits: the scales of its channels are given in float32, too, in which new rows are divided by them."""
-    for attention in _calls(traced, VOCABULARY.int8_cached_attention.default):
+    for attention in _calls(traced, *INT8_CACHED):
         steps = [_in_float32(traced, _parameter(traced, each)) for each in attention.args[5:7]]
-        _replace(
-            {attention: _like(attention, _insert(traced, attention, fused.int8_cached_attention, *attention.args, *steps))}
-        )
+        with_steps = _insert(traced, attention, INT8_CACHED[attention.target], *attention.args, *steps)
+        _replace({attention: _like(attention, with_steps)})
 
 
 def _parameter(traced: TracedGraph, node: Any) -> fx.Node:

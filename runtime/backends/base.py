@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ..artifact import ArtifactError, GraphSpec, TensorSpec, is_cached, rank_folder
+from ..artifact import ArtifactError, CacheSpec, GraphSpec, TensorSpec, is_cached, rank_folder
 from ..sampling.candidates import Candidates
 
 Feed = dict[str, np.ndarray]
@@ -56,21 +56,26 @@ class Backend(Protocol):
         """Run one graph; returns its first output, and top-k candidates where it has them. Cache outputs go into the cache.
 
         `feed` holds every input but the caches, in the shapes and dtypes of `graph.inputs`. Arrays are bound by pointer once
-        for a caller that passes the same mapping and arrays again. Cache rows of slots slot .. slot + B - 1 are read
-        and written in place; `image` says which image's entries a vision graph with cross keys writes.
+        for a caller that passes the same mapping and arrays again. Cache rows of slots slot .. slot + B - 1, or the pages
+        that the feed names, are read and written in place; `image` says which image's entries a vision graph with cross keys
+        writes.
         """
         ...
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
-        """A copy of the first slots of one cache buffer, [slots, K, S, D]."""
+        """A copy of the first slots of one cache buffer, [slots, K, S, D], or of so many pages, [slots, P, K, D]."""
         ...
 
     def write_cache(self, name: str, value: np.ndarray) -> None:
-        """Overwrite the first slots of one cache buffer with a value [slots, K, S, D]."""
+        """Overwrite the first slots of one cache buffer with a value [slots, K, S, D], or its first pages."""
         ...
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         """Copy the first `rows` rows of one slot to another, and the keys of its first `images` images."""
+        ...
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copy a page of the text's keys and values in all layers; of a cache in pages only."""
         ...
 
     def give_back(self, slot: int, rows: int) -> None:
@@ -154,6 +159,11 @@ def cache_name(output: str, image: int) -> str | None:
 def is_text(name: str) -> bool:
     """Whether a cache buffer has rows for the tokens of the text; others have the keys of images."""
     return not name.startswith("cross_")
+
+
+def in_pages(cache: CacheSpec, name: str) -> bool:
+    """Whether a cache buffer is in pages, which belong to no slot."""
+    return bool(cache.pages) and is_text(name)
 
 
 def rows_to_copy(name: str, rows: int, images: int) -> int | None:

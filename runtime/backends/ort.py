@@ -315,6 +315,9 @@ class OrtBackend:
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count] = cache[source, :, :count]
 
+    def copy_page(self, source: int, target: int) -> None:
+        raise NotImplementedError("graphs for ONNX Runtime have slots, no pages")
+
     def give_back(self, slot: int, rows: int) -> None:
         for name, cache in self.caches.items():
             if is_text(name):

@@ -19,7 +19,8 @@ class BlockBudget:
 
     blocks: int
     block_bytes: int
-    bounded: bool = False  # by a figure that the user gave; else all slots may hold the whole context
+    bounded: bool = False  # not all slots may hold the whole context: by a figure that the user gave, or for want of pages
+    paged: bool = False  # the blocks are the pages of the artifact
 
     @property
     def tokens(self) -> int:
@@ -31,11 +32,14 @@ class BlockBudget:
 
 
 def block_budget(manifest: Manifest, cache_gb: float | None) -> BlockBudget:
-    """The budget that `cache_gb` gigabytes of keys and values allow; None: every slot may hold the whole context.
+    """The budget that `cache_gb` gigabytes of keys and values allow; None: every slot may hold the whole context, or in an
+    artifact with pages all of them.
 
     The keys of images of cross-attention have their place in every slot, and are taken off first. Raises ArtifactError for
     gigabytes that hold no block, or for an artifact whose cache is reserved when it is loaded.
     """
+    if manifest.cache.pages:
+        return _pages(manifest, manifest.cache.pages - 1, cache_gb)
     specs = [manifest.of_stage(stage).cache for stage in range(manifest.pp)]
     block = max(map(_block_bytes, specs))
     if cache_gb is None:
@@ -53,6 +57,18 @@ def block_budget(manifest: Manifest, cache_gb: float | None) -> BlockBudget:
             f"takes {block / 1e6:.3g} MB" + (f", and the keys of images {images / 1e6:.3g} MB" if images else "")
         )
     return BlockBudget(blocks, block, bounded=True)
+
+
+def _pages(manifest: Manifest, pages: int, cache_gb: float | None) -> BlockBudget:
+    """The budget of an artifact with so many pages of sequences."""
+    if cache_gb is not None:
+        raise ArtifactError(
+            f"cache_gb is {shown(cache_gb)}, but the artifact reserves its {pages} pages of {tokens_in(1)} tokens when it is "
+            "loaded; leave it out, or compile for fewer pages"
+        )
+    block = max(_block_bytes(manifest.of_stage(stage).cache) for stage in range(manifest.pp))
+    whole = manifest.cache.slots * blocks_for(manifest.cache.context)
+    return BlockBudget(pages, block, bounded=pages < whole, paged=True)
 
 
 def _token_bytes(spec: CacheSpec) -> int:

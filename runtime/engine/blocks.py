@@ -1,7 +1,7 @@
 """Blocks of the KV cache: how many each holder has, and which of them may be evicted.
 
-Nothing here knows what a block is made of. On a CPU it is a range of rows of a slot, whose memory can be given back
-(give_back.py). A holder is in use, or idle: what an idle one holds is kept until others need its blocks.
+On a CPU a block is a range of rows of a slot, whose memory can be given back (give_back.py). A holder is in use, or idle: what
+an idle one holds is kept until others need its blocks. Blocks that are pages are counted one by one (pages.py).
 """
 
 from __future__ import annotations
@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 
-BLOCK = 128  # tokens
+from ..artifact import PAGE_TOKENS
+
+BLOCK = PAGE_TOKENS  # tokens
 
 
 def blocks_for(tokens: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -10,10 +9,11 @@ import numpy as np
 from ..artifact import CacheSpec
 from .blocks import BlockPool, blocks_for, tokens_in
 from .cache_keys import KEY
+from .slots import Slots
 
 
-class SlotCache:
-    """Slots are rows of the cache; a sequence holds one. `lengths[slot]` counts the tokens whose keys and values are valid.
+class SlotCache(Slots):
+    """Slots are rows of the cache; a sequence holds one. See text_cache.TextCache.
 
     `keys[slot, :length]` identify those tokens (cache_keys.py). With cross-attention, `images[slot]` are the digests of the
     images that the slot has keys and values of. With `keep`, a slot that is released stays valid until a sequence takes it.
@@ -26,51 +26,37 @@ class SlotCache:
 
     def __init__(self, spec: CacheSpec, *, keep: bool = False, budget: int | None = None) -> None:
         """`budget`: blocks of all slots together; None: as many as all slots can fill."""
-        self.spec, self.keep = spec, keep
+        super().__init__(spec)
+        self.keep = keep
         whole = spec.slots * blocks_for(spec.context)
         self.bounded = budget is not None and budget < whole  # else every slot may be full
         self.blocks = BlockPool(whole if budget is None else budget, self._evicted)
-        self.lengths = np.zeros(spec.slots, np.int32)
         self.keys = np.zeros((spec.slots, spec.rows, KEY), np.int64)
         self.reset()
 
     def reset(self) -> None:
         """Every slot is free and holds nothing."""
         slots = self.spec.slots
-        self.lengths[:] = 0
+        self.free_all()
         self.images: list[tuple[bytes, ...]] = [()] * slots
         self.touched = [0] * slots  # when each slot was last used, as a count of events
         self.parked: dict[object, int] = {}  # slots by holder, the one parked longest ago first
-        self._free = list(range(slots))  # ascending
         self._events = 0
         self.blocks.reset()
         for slot in range(slots):
             self.blocks.retire(slot)
 
-    @property
-    def free(self) -> int:
-        return len(self._free)
-
-    @property
-    def free_slots(self) -> Sequence[int]:
-        """Ascending."""
-        return self._free
-
     def acquire(self, slot: int | None = None) -> int:
-        """A free slot, by default the lowest: low slots keep decode batches small."""
-        if slot is None:
-            slot = self._free[0]
-        self._free.remove(slot)
+        slot = super().acquire(slot)
         self.blocks.claim(slot)
         return slot
 
     def release(self, slot: int) -> None:
-        assert slot not in self._free, f"slot {slot} released twice"
+        super().release(slot)
         if not self.keep:
             self.clear(slot)
         self.touch(slot)
         self.blocks.retire(slot)
-        bisect.insort(self._free, slot)
 
     def park(self, holder: object, slot: int) -> None:
         """Keep a slot and its rows for `holder`, until it is taken back or reclaimed."""
@@ -107,6 +93,14 @@ class SlotCache:
     def can_reserve(self, slot: int | None, tokens: int, spare: int = 0) -> bool:
         """Whether a slot, or None for a free one, can have the blocks for so many tokens and leave `spare` blocks."""
         return self.blocks.can_hold(slot, blocks_for(tokens), spare)
+
+    def can_enter(self, slot: int | None, keys: np.ndarray, tokens: int, spare: int) -> bool:
+        """As `can_reserve`: no block has two holders, whatever the keys are."""
+        return self.can_reserve(slot, tokens, spare)
+
+    def rows_of(self, slots: Sequence[int]) -> Sequence[int]:
+        """Row b of a decode graph is slot b."""
+        return slots
 
     def _evicted(self, slot: Hashable, blocks: int) -> None:
         assert isinstance(slot, int), "slots are what holds blocks here"

@@ -21,24 +21,23 @@ from ..sampling.logits_processors import Constraint, LogitsProcessors, logits_pr
 from ..sampling.prompt_lookup import PromptLookup
 from .access import InterruptedStepError
 from .block_budget import block_budget
-from .cache import SlotCache
 from .cache_keys import cache_keys_of
 from .conversation import Conversation
 from .feeds import Feed, Feeds
 from .fit import check_blocks, check_draft, check_fit
-from .give_back import UnusedRows
 from .metrics import Metrics
 from .next_token import NextToken
+from .open_cache import open_cache
 from .options import EngineOptions
 from .preemption import restored
-from .prefix_cache import EncoderCache, SlotPrefixCache
+from .prefix_cache import EncoderCache
 from .request import SamplingParams, Sequence, Times, TokenSource
 from .scheduler import Costs, Scheduler, Step
 
 
 @dataclass(frozen=True, slots=True)
 class GraphRun:
-    """One run of a graph: its feed, and the slot and the image of the cache that it works on."""
+    """One run of a graph: its feed, and the slot and the image of the cache that it works on (0 where the text is in pages)."""
 
     step: Step
     feed: Feed
@@ -70,15 +69,14 @@ class Engine:
         check_draft(manifest, options.speculate)
         self.metrics = Metrics()
         self.budget = block_budget(manifest, options.cache_gb)
-        self.cache = SlotCache(manifest.cache, keep=options.reuse, budget=self.budget.blocks)
-        self.unused = UnusedRows(self.cache.blocks, self.budget.block_bytes)
-        if self.budget.bounded:
-            backend.use_small_pages()
+        self.features = EncoderCache(options.feature_bytes)
+        opened = open_cache(manifest, backend, self.budget, self.metrics, self.features, reuse=options.reuse)
+        self.cache, self.unused = opened.cache, opened.unused
         self.feeds = Feeds(manifest)
         self.graphs = self.feeds.graphs
-        self.features = EncoderCache(options.feature_bytes)
-        prefixes = SlotPrefixCache(manifest, self.cache, backend, self.metrics, self.features) if options.reuse else None
-        self.scheduler = Scheduler(self.cache, _costs(manifest), prefill_budget=options.prefill_budget, prefix_cache=prefixes)
+        self.scheduler = Scheduler(
+            self.cache, _costs(manifest), prefill_budget=options.prefill_budget, prefix_cache=opened.prefixes
+        )
         self.next_token = NextToken(manifest.model)
         self.on_run: Callable[[GraphRun], object] | None = None  # called before each run of a graph
         self.timed: list[Sequence] = []  # sequences with a deadline
@@ -242,9 +240,10 @@ class Engine:
         return result
 
     def _place(self, step: Step) -> tuple[int, int]:
-        """The slot and the image that a run works on. Decode runs over all slots; image features belong to no slot."""
+        """The slot and the image that a run works on. Decode runs over all slots; image features belong to no slot, nor do
+        pages."""
         first, cross = step.sequences[0], self.manifest.cache.cross
-        if step.kind == "decode" or (step.kind == "vision" and not cross):
+        if step.kind == "decode" or (step.kind == "vision" and not cross) or self.manifest.cache.pages:
             return 0, 0
         return first.held_slot, first.tiles_done // step.bucket if step.kind == "vision" else 0
 
@@ -271,7 +270,7 @@ class Engine:
             sequence.features[:rows] = conversation.features[:rows]
 
     def slot_of(self, conversation: Conversation) -> int | None:
-        """The slot that is parked for a conversation; None while a turn runs, or where others needed it."""
+        """The slot that is parked for a conversation; None while a turn runs, where others needed it, and with pages."""
         return self.cache.parked.get(conversation)
 
     def release(self, conversation: Conversation) -> None:
@@ -287,7 +286,7 @@ class Engine:
 
     def _release_rows(self) -> None:
         """Between two steps, with a budget: give back the memory of rows that no slot holds any more."""
-        if self.budget.bounded and self.cache.blocks.shrunk:
+        if self.unused is not None and self.unused.pool.shrunk:
             self.unused.release(self.backend.give_back, idle=self.scheduler.idle)
 
     def _commit_vision(self, step: Step, result: Result) -> None:
@@ -322,10 +321,10 @@ class Engine:
             self._gain(sequence, result, 0)
 
     def _commit_decode(self, step: Step, result: Result) -> None:
-        for sequence in step.sequences:
-            slot = sequence.held_slot
-            self.cache.append(slot, sequence.generated[-1], sequence.cache_keys.answer)
-            self._gain(sequence, result, slot)
+        rows = self.cache.rows_of(step.slots)
+        for row, sequence in zip(rows, step.sequences, strict=True):
+            self.cache.append(sequence.held_slot, sequence.generated[-1], sequence.cache_keys.answer)
+            self._gain(sequence, result, row)
 
     def _commit_verify(self, step: Step, result: Result) -> None:
         """Tokens are chosen one by one, for as long as the next one is the draft's: that one is in the cache already."""

@@ -14,9 +14,10 @@ from ..backends.base import Feed, new_feed
 from ..processor.prompt import Prompt
 from ..rope import query_scales, rope_tables
 from ..sampling.top_logits import LARGEST
-from .cache import SlotCache
+from .paged_cache import PagedCache
 from .request import Sequence
 from .scheduler import Step
+from .text_cache import TextCache
 
 
 class Feeds:
@@ -30,15 +31,17 @@ class Feeds:
         self.buffers: dict[GraphKey, Feed] = {}
         self.fill = {"vision": self._vision, "prefill": self._prefill, "decode": self._decode, "verify": self._verify}
 
-    def __call__(self, step: Step, cache: SlotCache) -> Feed:
+    def __call__(self, step: Step, cache: TextCache) -> Feed:
         key = step.graph_key
         feed = self.buffers.get(key)
         if feed is None:
             feed = self.buffers[key] = new_feed(self.graphs[key])
         self.fill[key.kind](feed, step, cache)
+        if isinstance(cache, PagedCache) and key.kind != "vision":
+            set_pages(feed, cache, step)
         return feed
 
-    def _vision(self, feed: Feed, step: Step, cache: SlotCache) -> None:
+    def _vision(self, feed: Feed, step: Step, cache: TextCache) -> None:
         sequence = step.sequences[0]
         prompt, start = sequence.prompt, sequence.tiles_done
         feed["pixels"][: step.count] = prompt.pixels[start : start + step.count]
@@ -49,7 +52,7 @@ class Feeds:
             feed["tile_count"][0] = rows * columns
             feed["aspect_id"][0] = 1 + self.manifest.model.image.grids.index((rows, columns))
 
-    def _prefill(self, feed: Feed, step: Step, cache: SlotCache) -> None:
+    def _prefill(self, feed: Feed, step: Step, cache: TextCache) -> None:
         sequence, count = step.sequences[0], step.count
         prompt, start = sequence.context, sequence.computed
         end, padded = start + count, start + step.bucket
@@ -72,9 +75,9 @@ class Feeds:
             feed["cross_gate"][...] = 0
             self._set_cross_attention(feed, prompt, np.s_[0, :count], np.s_[start:end])
 
-    def _decode(self, feed: Feed, step: Step, cache: SlotCache) -> None:
-        lengths = cache.lengths[: step.bucket]
-        # A slot that does not take part writes one row past its valid tokens, where nothing is read before it is overwritten.
+    def _decode(self, feed: Feed, step: Step, cache: TextCache) -> None:
+        slots, rows = step.slots, cache.rows_of(step.slots)
+        lengths = self._lengths(cache, slots, step.bucket)
         feed["token_ids"][...] = 0
         feed["lengths"][...] = lengths
         feed["rope_cos"][:, 0], feed["rope_sin"][:, 0] = (table[lengths] for table in self._tables(1.0))
@@ -83,18 +86,31 @@ class Feeds:
         if "cross_mask" in feed:
             feed["cross_mask"][...] = CROSS_HIDDEN
             feed["cross_gate"][...] = 0
-        for sequence in step.sequences:
-            slot, prompt = sequence.held_slot, sequence.prompt
-            feed["token_ids"][slot, 0] = sequence.generated[-1]
-            self._set_temperature(feed, sequence, slot)
+        for row, sequence in zip(rows, step.sequences, strict=True):
+            prompt = sequence.prompt
+            feed["token_ids"][row, 0] = sequence.generated[-1]
+            self._set_temperature(feed, sequence, row)
             if prompt.ntk != 1.0:
                 tables = self._tables(prompt.ntk)
-                feed["rope_cos"][slot, 0], feed["rope_sin"][slot, 0] = (table[lengths[slot]] for table in tables)
+                feed["rope_cos"][row, 0], feed["rope_sin"][row, 0] = (table[lengths[row]] for table in tables)
             if "cross_mask" in feed:
                 # What the last token of the prompt sees, every token of the answer sees.
-                self._set_cross_attention(feed, prompt, np.s_[slot], np.s_[-1:])
+                self._set_cross_attention(feed, prompt, np.s_[row], np.s_[-1:])
 
-    def _verify(self, feed: Feed, step: Step, cache: SlotCache) -> None:
+    @staticmethod
+    def _lengths(cache: TextCache, slots: list[int], bucket: int) -> np.ndarray:
+        """The tokens before each row of a decode graph, int32 [bucket].
+
+        A slot that does not take part writes one row past its valid tokens, where nothing is read before it is overwritten. A
+        row of pages that is padding writes to page 0.
+        """
+        if not isinstance(cache, PagedCache):
+            return cache.lengths[:bucket]
+        lengths = np.zeros(bucket, np.int32)
+        lengths[: len(slots)] = cache.lengths[slots]
+        return lengths
+
+    def _verify(self, feed: Feed, step: Step, cache: TextCache) -> None:
         """The last token of an answer and its draft; padding after them as in a chunk of a prompt."""
         sequence = step.sequences[0]
         prompt, slot = sequence.prompt, sequence.held_slot
@@ -131,3 +147,13 @@ class Feeds:
             cache = self.manifest.cache
             self.rope[ntk] = rope_tables(self.manifest.model.rope, cache.head_dim, cache.rows, ntk)
         return self.rope[ntk]
+
+
+def set_pages(feed: Feed, cache: PagedCache, step: Step) -> None:
+    """The pages of each row's sequence, and where its new tokens are written; padding goes to page 0, to all of its places."""
+    table, mapping, slots = feed["block_table"], feed["slot_mapping"], step.slots
+    count = 1 if step.kind == "decode" else step.count
+    table[len(slots) :] = 0
+    table[: len(slots)] = cache.tables[slots]
+    mapping[...] = np.arange(mapping.size, dtype=np.int32).reshape(mapping.shape) % cache.page_tokens
+    mapping[: len(slots), :count] = cache.places(slots, count)

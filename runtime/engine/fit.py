@@ -36,10 +36,13 @@ def check_blocks(budget: BlockBudget, prompt: Prompt, max_new_tokens: int) -> No
         return
     most = budget.tokens + 1 - prompt.length
     less = f"give at most {most} new tokens" if most > 0 else "give a shorter prompt"
+    block, limit, remedy = "blocks", "cache_gb allows", "load with a larger cache_gb"
+    if budget.paged:
+        block, limit, remedy = "pages", "the artifact has", "compile one with more pages"
     raise ContextError(
-        f"the prompt has {prompt.length} tokens and max_new_tokens is {max_new_tokens}, which takes {needed} blocks of "
-        f"{tokens_in(1)} tokens ({needed * budget.block_bytes / GB:.3g} GB), but cache_gb allows {budget.blocks} "
-        f"({budget.gigabytes:.3g} GB); {less}, or load with a larger cache_gb"
+        f"the prompt has {prompt.length} tokens and max_new_tokens is {max_new_tokens}, which takes {needed} {block} of "
+        f"{tokens_in(1)} tokens ({needed * budget.block_bytes / GB:.3g} GB), but {limit} {budget.blocks} "
+        f"({budget.gigabytes:.3g} GB); {less}, or {remedy}"
     )
 
 

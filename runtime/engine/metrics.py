@@ -28,7 +28,7 @@ class Metrics:
     reused_tiles: int = 0
     drafted: int = 0  # tokens of answers that were verified
     accepted: int = 0  # of them
-    copies: int = 0  # of cache rows from slot to slot
+    copies: int = 0  # of cache rows from slot to slot, or of a page
     copied_tokens: int = 0
     preemptions: int = 0  # of sequences whose blocks others needed
     evicted_blocks: int = 0  # of rows that were kept for later prompts

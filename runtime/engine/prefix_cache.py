@@ -49,6 +49,16 @@ class EncoderCache:
         while self.nbytes > self.limit:
             self.nbytes -= self._rows.popitem(last=False)[1].nbytes
 
+    def serve(self, sequence: Sequence, rows_per_tile: int) -> None:
+        """Give a sequence the features of its next tiles, up to the first that are not here."""
+        while sequence.encoding and not sequence.cross_tiles:
+            done = sequence.tiles_done
+            rows = self.get(sequence.cache_keys.images[done])
+            if rows is None:
+                return
+            sequence.features[done * rows_per_tile : (done + 1) * rows_per_tile] = rows
+            sequence.tiles_done += 1
+
 
 class SlotPrefixCache:
     """The prefix cache over the slots of the KV cache; see scheduler.PrefixCache."""
@@ -59,9 +69,7 @@ class SlotPrefixCache:
         self.cache, self.backend, self.metrics, self.features = cache, backend, metrics, features
         self.rows_per_tile = manifest.model.image.rows
         self.copy_ms = copy_ms_per_row(manifest)
-        # Copying is decided by text alone; a variant that sees images costs more, so a copy would save more.
-        costs = {g.bucket: g.cost_ms for g in manifest.graphs if g.kind == "prefill" and not g.images}
-        self.prefill = ChunkPlanner(costs)
+        self.prefill = text_planner(manifest)
 
     def slot_for(self, sequence: Sequence, free: SequenceOf[int]) -> int:
         """The free slot with the longest prefix of the prompt, else the one that was used the longest ago.
@@ -105,7 +113,7 @@ class SlotPrefixCache:
 
     def prepare(self, sequence: Sequence) -> None:
         """Give a sequence the features of its images, and the longest prefix in any slot if its own slot has less."""
-        self._take_features(sequence)
+        self.features.serve(sequence, self.rows_per_tile)
         cache, cache_keys, own = self.cache, sequence.context_keys, sequence.held_slot
         tiles = sequence.cross_tiles
         matches = [
@@ -122,16 +130,6 @@ class SlotPrefixCache:
         sequence.computed = length or sequence.computed
         sequence.tiles_done = max(sequence.tiles_done, images * tiles)
 
-    def _take_features(self, sequence: Sequence) -> None:
-        per_tile = self.rows_per_tile
-        while sequence.encoding and not sequence.cross_tiles:
-            done = sequence.tiles_done
-            rows = self.features.get(sequence.cache_keys.images[done])
-            if rows is None:
-                return
-            sequence.features[done * per_tile : (done + 1) * per_tile] = rows
-            sequence.tiles_done += 1
-
     def _copy(self, source: int, target: int, length: int, images: int) -> None:
         self.backend.copy_slot(source, target, length, images)
         self.cache.copied(source, target, length, images)
@@ -141,6 +139,12 @@ class SlotPrefixCache:
     def _worth_copying(self, length: int, present: int) -> bool:
         """Whether copying `length` rows costs less than running those after the first `present`."""
         return length > present and length * self.copy_ms < self.prefill.cost(length - present)
+
+
+def text_planner(manifest: Manifest) -> ChunkPlanner:
+    """The costs that a copy saves. It is decided by text alone; a variant that sees images costs more, so a copy would save
+    more."""
+    return ChunkPlanner({g.bucket: g.cost_ms for g in manifest.graphs if g.kind == "prefill" and not g.images})
 
 
 def copy_ms_per_row(manifest: Manifest) -> float:

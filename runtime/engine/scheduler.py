@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..artifact import GraphKey, Kind
-from .cache import SlotCache
 from .chunks import ChunkPlanner
 from .preemption import begin_again
 from .request import Sequence
+from .text_cache import TextCache
 
 AGING = 16  # admissions after which a waiting request is worth one priority more
 
@@ -46,6 +46,11 @@ class Step:
     def bucket(self) -> int:
         return self.graph_key.bucket
 
+    @property
+    def slots(self) -> list[int]:
+        """The slots of its sequences."""
+        return [sequence.held_slot for sequence in self.sequences]
+
 
 Costs = Mapping[GraphKey, float]  # of a run of each graph
 
@@ -66,7 +71,7 @@ class Scheduler:
     """First come, first served; of requests of several priorities, see `add`."""
 
     def __init__(
-        self, cache: SlotCache, costs: Costs, *, prefill_budget: int | None = None, prefix_cache: PrefixCache | None = None
+        self, cache: TextCache, costs: Costs, *, prefill_budget: int | None = None, prefix_cache: PrefixCache | None = None
     ) -> None:
         """`prefill_budget`: while sequences answer, no chunk is larger than this many tokens (None: as large as is cheapest),
         and what runs between two of their tokens costs no more than the costliest such chunk, or is a single run."""
@@ -212,7 +217,7 @@ class Scheduler:
         if not self.cache.bounded:
             return True
         growing = sum(each.most_rows > each.room for each in self.running)
-        return self.cache.can_reserve(slot, sequence.tokens, growing)
+        return self.cache.can_enter(slot, sequence.context_keys.keys, sequence.tokens, growing)
 
     def _grow(self) -> None:
         """Give the answers that fill their blocks another one each; the youngest sequences give theirs up for that."""
@@ -314,8 +319,7 @@ class Scheduler:
         return tokens <= sequence.room
 
     def _decode(self, sequences: SequenceOf[Sequence]) -> Step:
-        # Row b of a decode graph is slot b, so the batch reaches up to the highest slot in use.
-        rows = 1 + max(sequence.slot for sequence in sequences if sequence.slot is not None)
+        rows = 1 + max(self.cache.rows_of([sequence.held_slot for sequence in sequences]))
         images = _enough(self.decode, max(sequence.images for sequence in sequences))
         return Step(self._decode_graph(rows, images), tuple(sequences), rows)
 

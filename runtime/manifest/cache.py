@@ -47,6 +47,11 @@ class CacheSpec(Record, frozen=True, kw_only=True):
         return -(-self.rows // PAGE_TOKENS)
 
     @property
+    def tokens(self) -> int:
+        """Tokens of the text that the whole cache has room for."""
+        return self.pages * PAGE_TOKENS if self.pages else self.slots * self.rows
+
+    @property
     def text_shape(self) -> tuple[int, int, int, int]:
         """The shape of the keys, and of the values, of one layer."""
         if self.pages:

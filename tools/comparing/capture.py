@@ -16,14 +16,14 @@ from .static_side import StaticSide
 
 @dataclass(frozen=True, slots=True, eq=False)
 class CapturedRun:
-    """One run of a graph. `caches` [B, K, S, D]: the contents of the graph's cached inputs before it."""
+    """One run of a graph. `caches`: the contents of the graph's cached inputs before it, [B, K, S, D] or all pages."""
 
     graph: GraphSpec
     feed: Feed
     caches: dict[str, np.ndarray]
     image: int
     number: int  # of the run within its request
-    past: dict[int, int]  # slot -> rows of the cache that were valid before
+    past: dict[int, int]  # row of a decode graph, for each sequence -> tokens of it that were in the cache before
     count: int  # real tokens, tiles or rows
 
 
@@ -62,8 +62,8 @@ def capture(
 
 
 def _past(side: StaticSide, run: GraphRun) -> dict[int, int]:
-    lengths = side.engine.cache.lengths
-    return {sequence.slot: int(lengths[sequence.slot]) for sequence in run.step.sequences if sequence.slot is not None}
+    cache, slots = side.engine.cache, run.step.slots
+    return {row: int(cache.lengths[slot]) for row, slot in zip(cache.rows_of(slots), slots, strict=True)}
 
 
 def _caches(side: StaticSide, graph: GraphSpec, run: GraphRun) -> dict[str, np.ndarray]:

@@ -32,7 +32,7 @@ class FedRun:
     image: int
     count: int  # real tokens, tiles or rows
     requests: tuple[Request, ...]
-    slots: tuple[int, ...]
+    rows: tuple[int, ...]  # of the feeds of a decode step, of each request
     features: np.ndarray | None
 
 
@@ -45,9 +45,10 @@ def fed_runs(side: StaticSide) -> Iterator[list[FedRun]]:
         step = run.step
         features = step.sequences[0].features.copy() if step.kind == "prefill" and "image_rows" in run.feed else None
         feed = {name: array.copy() for name, array in run.feed.items()}
-        slots = tuple(-1 if each.slot is None else each.slot for each in step.sequences)
+        slots = [-1 if each.slot is None else each.slot for each in step.sequences]
+        rows = tuple(side.engine.cache.rows_of(slots))
         graph = side.engine.graphs[step.graph_key]
-        runs.append(FedRun(graph, feed, run.image, step.count, step.sequences, slots, features))
+        runs.append(FedRun(graph, feed, run.image, step.count, step.sequences, rows, features))
 
     side.engine.on_run = watch
     try:
@@ -97,8 +98,8 @@ class FeedCheck:
         elif run.graph.kind == "prefill":
             yield from self._prefill(run, self.progress[id(run.requests[0].prompt)])
         else:
-            for slot, request in zip(run.slots, run.requests, strict=True):
-                yield from self._decode(run, slot, request)
+            for row, request in zip(run.rows, run.requests, strict=True):
+                yield from self._decode(run, row, request)
 
     def _vision(self, run: FedRun, progress: _Progress) -> Iterator[tuple[str, np.ndarray, np.ndarray, str]]:
         expected, start = progress.expected, progress.tiles

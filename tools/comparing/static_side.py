@@ -154,7 +154,7 @@ class StaticSide:
         return generated
 
     def _run_batch(self, prompts: Sequence[Prepared], answers: Sequence[np.ndarray], caches: bool) -> Iterator[Generated]:
-        sources = [ForcedAnswer(answer) for answer in answers]
+        sources = [ForcedAnswer(answer, self.engine.cache) for answer in answers]
         sequences = []
         for prompt, source in zip(prompts, sources, strict=True):
             assert isinstance(prompt, StaticPrepared)
@@ -163,18 +163,23 @@ class StaticSide:
         for source, prompt, out in zip(sources, prompts, self.model.run(sequences), strict=True):
             assert out.logits is not None
             positions = prompt.length + len(out.token_ids) - 1
-            yield Generated(out.logits, self._caches(source.slot, positions) if caches else {})
+            yield Generated(out.logits, self._caches(source, positions) if caches else {})
 
-    def _caches(self, slot: int, positions: int) -> dict[str, np.ndarray]:
+    def _caches(self, source: ForcedAnswer, positions: int) -> dict[str, np.ndarray]:
         names = [name for name in self.artifact.manifest.cache.buffers() if name[:2] in ("k_", "v_")]
-        values = {
-            name: self._dequantised(name, self.engine.backend.read_cache(name, slot + 1)[slot, :, :positions]) for name in names
-        }
+        values = {name: self._dequantised(name, self._rows(name, source)[:, :positions]) for name in names}
         heads = self.config.text.kv_heads if self.config else 0
         # Where there are more ranks than heads, neighbours hold the same one.
         return {
             name: value[:: len(value) // heads] if heads and len(value) > heads else value for name, value in values.items()
         }
+
+    def _rows(self, name: str, source: ForcedAnswer) -> np.ndarray:
+        """The rows [K, S, D] of a cache that a sequence has written; its pages are not written again before the next one."""
+        read = self.engine.backend.read_cache
+        if not source.pages:
+            return read(name, source.slot + 1)[source.slot]
+        return np.moveaxis(np.concatenate(read(name, max(source.pages) + 1)[source.pages]), 1, 0)
 
     def _dequantised(self, name: str, rows: np.ndarray) -> np.ndarray:
         """Rows [K, S, D] of a cache in float32, dequantised where the cache is quantised."""
@@ -237,7 +242,7 @@ def open_artifact_side(folder: Path, *, device: str, threads: int | None, name: 
     if manifest.pp > 1:
         whole = Artifact(folder, whole_pipeline(manifest), artifact.hold)
         return StaticSide(name, whole, PipelineBackend(manifest, open_rank), config, compiled=True)
-    backend = LockstepBackend(manifest.tp, lambda group: open_rank(manifest, group))
+    backend = LockstepBackend(manifest.tp, lambda group: open_rank(manifest, group), paged=bool(manifest.cache.pages))
     return StaticSide(name, Artifact(folder, merged_manifest(manifest), artifact.hold), backend, config, compiled=True)
 
 

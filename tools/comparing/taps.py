@@ -113,8 +113,9 @@ def parameters_of(side: StaticSide, weights: Mapping[str, WeightSpec], graph: Gr
 
 def inputs_of(graph: GraphDef, run: CapturedRun, rank: int, ranks: int) -> list[Tensor]:
     """The inputs of a rank's graph, in order."""
+    heads = 2 if "block_table" in run.feed else 1  # the axis of the heads: of pages, and of slots
     arrays = [
-        run.feed[spec.name] if spec.name in run.feed else np.split(run.caches[spec.name], ranks, axis=1)[rank]
+        run.feed[spec.name] if spec.name in run.feed else np.split(run.caches[spec.name], ranks, axis=heads)[rank]
         for spec in graph.inputs
     ]
     return [torch.from_numpy(np.ascontiguousarray(array)).clone() for array in arrays]

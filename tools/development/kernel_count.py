@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from ...compiler.buckets import Buckets
-from ...compiler.choices import PlanError
+from ...compiler.choices import KV_FORMS, PlanError
 from ...compiler.emit_ascend import DTYPES, emit
 from ...compiler.ge_cost import FREE
 from ...compiler.graphs import GraphContext, GraphDef, define_graph
@@ -44,6 +44,7 @@ class Form:
     kv_cache: str = KV_CACHES[0]
     tp: int = 1
     dtype: str = DTYPES[0]
+    kv: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class Counted:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     arguments = _parser().parse_args(argv)
-    form = Form(arguments.quant, arguments.kv_cache, arguments.tp, arguments.dtype)
+    form = Form(arguments.quant, arguments.kv_cache, arguments.tp, arguments.dtype, arguments.kv)
     try:
         torchair_host.load()
         for name in arguments.configs:
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--kv-cache", choices=KV_CACHES, default=KV_CACHES[0])
     parser.add_argument("--tp", type=int, default=1, metavar="N", help="graphs of one rank of N (default: %(default)s)")
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0])
+    parser.add_argument("--kv", choices=KV_FORMS, default="", help="default: that of the model")
     return parser
 
 
@@ -158,7 +160,9 @@ def _definitions(config: ModelConfig, form: Form) -> Iterator[tuple[GraphKey, Gr
 def definitions(config: ModelConfig, form: Form, buckets: Buckets) -> Iterator[tuple[GraphKey, GraphDef]]:
     """The graphs of these buckets; of a model with cross-attention, text graphs that see images. Raises PlanError, and
     WeightsError for a model that cannot be cut so."""
-    options = Options(checkpoint=Path(), out=Path(), backend="ascend", dtype=form.dtype, tp=form.tp, buckets=buckets)
+    options = Options(
+        checkpoint=Path(), out=Path(), backend="ascend", dtype=form.dtype, tp=form.tp, kv=form.kv, buckets=buckets
+    )
     plan = make_plan(config, options)
     int8 = form.kv_cache == "int8"
     cache = msgspec.structs.replace(plan.cache, text_dtype="int8") if int8 else plan.cache

@@ -85,7 +85,7 @@ def serve(model: runtime.Model, settings: Settings, sock: socket.socket) -> int:
     """Serve until a signal or a failed rank ends it; the exit status."""
     server = Server(model, settings)
     host, port = sock.getsockname()[:2]
-    if model.engine.budget.bounded:
+    if model.engine.budget.bounded or model.engine.budget.paged:
         print(f"staticvl: {cache_line(model.engine)}", file=sys.stderr)
     print(f"serving {settings.model_name} at http://{f'[{host}]' if ':' in host else host}:{port}", flush=True)
     server.run([sock])
@@ -95,7 +95,8 @@ def serve(model: runtime.Model, settings: Settings, sock: socket.socket) -> int:
 def cache_line(engine: Engine) -> str:
     """What the cache may hold, for people."""
     budget, slots = engine.budget, engine.cache.spec.slots
-    return f"{slots} slots share {budget.blocks} blocks of {tokens_in(1)} tokens, {budget.gigabytes:.3g} GB of keys and values"
+    blocks = f"{budget.blocks} {'pages' if budget.paged else 'blocks'} of {tokens_in(1)} tokens"
+    return f"{slots} slots share {blocks}, {budget.gigabytes:.3g} GB of keys and values"
 
 
 class Server(uvicorn.Server):

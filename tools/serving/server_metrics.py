@@ -43,9 +43,9 @@ class ServerMetrics:
             "staticvl_sequences_waiting": ("Answers that wait for a slot", len(engine.scheduler.waiting)),
             "staticvl_slots": ("Slots of the cache", engine.cache.spec.slots),
             "staticvl_slots_free": ("Free slots", engine.cache.free),
-            "staticvl_blocks": ("Blocks of the cache that slots may hold at once", blocks.budget),
+            "staticvl_blocks": ("Blocks of the cache in all: of the budget, or the pages", blocks.budget),
             "staticvl_blocks_used": ("Blocks of answers that run", blocks.used),
-            "staticvl_blocks_cached": ("Blocks of rows that are kept for later prompts", blocks.cached),
+            "staticvl_blocks_cached": ("Blocks that are kept for later prompts", blocks.cached),
         }
         for name, (text, value) in gauges.items():
             yield GaugeMetricFamily(name, text, value=value)
@@ -54,8 +54,8 @@ class ServerMetrics:
             "staticvl_reused_tokens": ("Positions of prompts that were in the cache already", metrics.reused_tokens),
             "staticvl_tiles": ("Tiles of images whose features were needed", metrics.tiles),
             "staticvl_reused_tiles": ("Tiles whose features were known already", metrics.reused_tiles),
-            "staticvl_slot_copies": ("Copies of cache rows from slot to slot", metrics.copies),
-            "staticvl_blocks_evicted": ("Blocks of rows that were kept and that others needed", blocks.evicted),
+            "staticvl_slot_copies": ("Copies of cache rows from slot to slot, and of pages", metrics.copies),
+            "staticvl_blocks_evicted": ("Blocks that were kept and that others needed", blocks.evicted),
             "staticvl_preemptions": ("Answers that gave up their slot and were computed again", engine.scheduler.preemptions),
         }
         for name, (text, value) in counters.items():

@@ -77,7 +77,7 @@ def from_artifact(folder: Path, card: str | None, overhead_ms: float, passes: in
         max_positions=manifest.model.max_positions or None,
         tiles=cache.cross.tiles if cache.cross else None,
         weight_bytes=sum(weight.nbytes for weight in manifest.weights.values()) * manifest.tp,
-        row_bytes=self_attention // (cache.slots * cache.rows),
+        row_bytes=self_attention // cache.tokens,
         image_bytes=(cache.nbytes - self_attention) // (cache.slots * cache.cross.images) if cache.cross else 0,
     )
 

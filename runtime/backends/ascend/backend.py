@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,8 +35,9 @@ from ...locks import Hold, hold
 from ...opening import reading
 from ...sampling.candidates import candidates_of
 from ...shown import quoted
-from ..base import Group, Result, cache_name, check_group, checked, rows_to_copy, world_rank
+from ..base import Group, Result, cache_name, check_group, checked, in_pages, rows_to_copy, world_rank
 from . import torchair_host
+from .compile_cache import compile_cache_folder
 from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
 from .readiness import card_index, missing
 from .weight_layout import NZ, WeightForm, artifact_forms_in_nz, in_layout, weight_layout
@@ -115,6 +115,7 @@ class AscendBackend:
         import torch
 
         self.folder, self.weight_specs, self.files, self.device = folder, weights, files, device
+        self.cache = cache
         self.group = group
         self.compile_cache, self.compile_cache_hold = compile_cache, Hold(None)  # held while graphs are open
         self.dtype = torch.float32 if device.wide else getattr(torch, cache.dtype)
@@ -225,7 +226,8 @@ class AscendBackend:
         return self.constants[name]
 
     def _rows(self, name: str, slot: int, count: int) -> Tensor:
-        return self.caches[name][slot : slot + count]
+        """Of slots, or all pages."""
+        return self.caches[name] if in_pages(self.cache, name) else self.caches[name][slot : slot + count]
 
     def read_cache(self, name: str, slots: int) -> np.ndarray:
         return self.caches[name][:slots].float().cpu().numpy().copy()
@@ -239,6 +241,11 @@ class AscendBackend:
         for name, cache in self.caches.items():
             count = rows_to_copy(name, rows, images)
             cache[target, :, :count].copy_(cache[source, :, :count])
+
+    def copy_page(self, source: int, target: int) -> None:
+        for name, cache in self.caches.items():
+            if in_pages(self.cache, name):
+                cache[target].copy_(cache[source])
 
     def give_back(self, slot: int, rows: int) -> None:
         """The cache is reserved as a whole."""
@@ -307,7 +314,7 @@ def open_ascend(folder: Path, manifest: Manifest, device: str, group: Group | No
         if group and group.size > 1:
             _join(cast(RankedGroup, group))
         layout = weight_layout()
-        compile_cache = _compile_cache_folder(folder, soc, group, layout)
+        compile_cache = compile_cache_folder(folder, soc, group, layout)
         if layout == NZ:
             target = replace(target, in_nz=artifact_forms_in_nz(folder, manifest))
     with reading(folder, folder):
@@ -379,20 +386,3 @@ def _card(device: str) -> tuple[Device, str]:
         )
     npu.set_device(index)
     return Device(f"npu:{index}"), torchair_host.family(npu.get_device_name(index))
-
-
-def _compile_cache_folder(folder: Path, soc: str, group: Group | None, layout: str) -> Path:
-    """The folder in which the device's compiler caches its results: beside the artifact, by chip, CANN version, layout of
-    weights and rank, so that no two processes write one file; where that cannot be written, a temporary one."""
-    import torch_npu  # pyright: ignore[reportMissingImports]
-
-    name = f"{soc}-{torch_npu.npu.utils.get_cann_version()}".replace(" ", "").replace("/", "-")
-    name += f"-{layout}" * (layout == NZ)
-    if group:
-        name += f"-rank-{world_rank(group)}-of-{group.stages * group.size}"
-    path = folder / ".host" / name
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="staticvl-"))
-    return path

@@ -12,7 +12,7 @@ import numpy as np
 from ...artifact import GraphSpec, Manifest, is_cached
 from ..base import Backend, Result, checked
 from .monitor import RankMonitor
-from .protocol import Copy, FrameKind, FramePayload, GiveBack, Header
+from .protocol import Copy, CopyPage, FrameKind, FramePayload, GiveBack, Header
 
 
 class _FeedMessage:
@@ -71,6 +71,10 @@ class LeaderBackend:
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
         copy = partial(self.local.copy_slot, source, target, rows, images)
         self._call_on_all(FrameKind.COPY, copy, Copy(source, target, rows, images))
+
+    def copy_page(self, source: int, target: int) -> None:
+        copy = partial(self.local.copy_page, source, target)
+        self._call_on_all(FrameKind.COPY_PAGE, copy, CopyPage(source, target))
 
     def give_back(self, slot: int, rows: int) -> None:
         self._call_on_all(FrameKind.GIVE_BACK, partial(self.local.give_back, slot, rows), GiveBack(slot, rows))

@@ -42,6 +42,7 @@ class FrameKind(enum.IntEnum):
     COPY = 13  # 0 -> rank: Copy
     GIVE_BACK = 14  # 0 -> rank: GiveBack
     SMALL_PAGES = 15  # 0 -> rank: Backend.use_small_pages
+    COPY_PAGE = 16  # 0 -> rank: CopyPage
 
 
 class FramePayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -91,6 +92,13 @@ class Copy(FramePayload, frozen=True):
     target: int
     rows: int
     images: int
+
+
+class CopyPage(FramePayload, frozen=True):
+    """Arguments of Backend.copy_page."""
+
+    source: int
+    target: int
 
 
 class GiveBack(FramePayload, frozen=True):

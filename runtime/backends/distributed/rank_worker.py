@@ -19,12 +19,20 @@ from ..base import Backend, Feed, Group, new_feed
 from .compute_thread import ComputeThread
 from .failures import CollectiveError, Peer
 from .monitor import GRACE_S, describe
-from .protocol import Copy, Failed, FailureReport, FrameError, FrameKind, GiveBack, Go, Header, Link, State, encode
+from .protocol import Copy, CopyPage, Failed, FailureReport, FrameError, FrameKind, GiveBack, Go, Header, Link, State, encode
 
 log = logging.getLogger(__name__)
 DISCONNECTED = (EOFError, OSError)
 # Frames that are calls of the backend.
-CALLS = {FrameKind.RUN, FrameKind.LOAD, FrameKind.UNLOAD, FrameKind.COPY, FrameKind.GIVE_BACK, FrameKind.SMALL_PAGES}
+CALLS = {
+    FrameKind.RUN,
+    FrameKind.LOAD,
+    FrameKind.UNLOAD,
+    FrameKind.COPY,
+    FrameKind.COPY_PAGE,
+    FrameKind.GIVE_BACK,
+    FrameKind.SMALL_PAGES,
+}
 
 
 class WatchedGroup(Group, Protocol):
@@ -126,6 +134,9 @@ class RankWorker:
         if header.kind is FrameKind.COPY:
             copy = self.link.receive_payload(header, Copy)
             call = partial(backend.copy_slot, copy.source, copy.target, copy.rows, copy.images)
+        elif header.kind is FrameKind.COPY_PAGE:
+            page = self.link.receive_payload(header, CopyPage)
+            call = partial(backend.copy_page, page.source, page.target)
         elif header.kind is FrameKind.GIVE_BACK:
             given = self.link.receive_payload(header, GiveBack)
             call = partial(backend.give_back, given.slot, given.rows)

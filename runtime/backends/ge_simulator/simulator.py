@@ -191,9 +191,9 @@ def _written_inputs(graph: GeGraph) -> list[int]:
     """Indices of the inputs that are written in place, each of which its writer alone may read."""
     written: list[int] = []
     for node in graph.nodes:
-        if node.type in ge_ops.IN_PLACE and node.inputs[0] is not None:
-            index = _input_index(graph, node, node.inputs[0])
-            written += [] if index is None else [index]
+        targets = [node.inputs[place] for place in ge_ops.IN_PLACE.get(node.type, ())]
+        indices = [_input_index(graph, node, target) for target in targets if target is not None]
+        written += [index for index in indices if index is not None]
     return written
 
 

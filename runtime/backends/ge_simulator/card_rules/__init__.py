@@ -9,14 +9,14 @@ exist only when a graph runs, are not looked at.
 from __future__ import annotations
 
 from ..ge_graph import GeGraph, GeGraphError
-from . import attention, cache, collectives, dtypes, faults, norms, products, speed
+from . import attention, cache, collectives, dtypes, faults, norms, pages, products, speed
 from .rules import ANY, CARDS, RULES, Finding, Rule, by_type, findings
 from .tensors import GraphView
 
 __all__ = ["CARDS", "RULES", "Finding", "Rule", "lint", "refuse"]
 
 # Imported for the rules that they register.
-_SUBJECTS = (attention, cache, collectives, dtypes, faults, norms, products, speed)
+_SUBJECTS = (attention, cache, collectives, dtypes, faults, norms, pages, products, speed)
 
 
 def lint(graph: GeGraph, card: str = CARDS[0]) -> tuple[Finding, ...]:

@@ -18,6 +18,7 @@ _TILING = f"{_FOLDER}/fused_infer_attention_score/op_host/fused_infer_attention_
 _PAGE = f"{_FOLDER}/fused_infer_attention_score/docs/aclnnFusedInferAttentionScoreV4.md"
 _MANY = f"{_FOLDER}/prompt_flash_attention/op_host/prompt_flash_attention_tiling.cpp"
 _ONE = f"{_FOLDER}/incre_flash_attention/op_host/incre_flash_attention_tiling_check.cpp"
+_AXIS = {"BNSD": 2, "BSND": 1, "BSH": 1}  # of queries, and of keys in rows
 _SIDE = 2048  # of the compressed mask
 _MOST_INT8_QUERIES = 16
 
@@ -40,15 +41,20 @@ def sizes(node: NodeView) -> Sizes | None:
     heads = node.attribute("num_heads", 0)
     kv_heads = node.attribute("num_key_value_heads", 0) or heads
     layout = str(node.attribute("input_layout", "BSH")).partition("_")[0]
-    if query is None or key is None or not heads or len(query) != len(key) or len(query) != len(layout):
+    paged = node.source("block_table") is not None
+    if query is None or key is None or not heads or len(query) != (len(layout) if layout in _AXIS else 0):
         return None
-    if node.source("block_table") is not None:  # keys lie in pages, not in rows
+    if not paged and len(query) != len(key):
         return None
-    if layout == "BNSD":
-        return Sizes(query[0], heads, kv_heads, query[2], key[2], query[3])
-    if layout == "BSND":
-        return Sizes(query[0], heads, kv_heads, query[1], key[1], query[3])
-    return Sizes(query[0], heads, kv_heads, query[1], key[1], query[2] // heads) if layout == "BSH" else None
+    keys = _page_positions(node) if paged else key[_AXIS[layout]]
+    width = query[2] // heads if layout == "BSH" else query[3]
+    return None if keys is None else Sizes(query[0], heads, kv_heads, query[_AXIS[layout]], keys, width)
+
+
+def _page_positions(node: NodeView) -> int | None:
+    """Positions of a row whose keys lie in pages."""
+    table = node.shape("block_table")
+    return table[1] * node.attribute("block_size", 0) if table and len(table) == 2 else None
 
 
 def _both(node: NodeView) -> tuple[Sizes, tuple[int, ...]] | None:
@@ -237,6 +243,8 @@ def int8_queries(node: NodeView) -> Fault:
     call = sizes(node)
     if call is None or call.queries == 1 or node.dtype("key0") != "int8" or node.dtype("query") == "int8":
         return None
+    if node.source("block_table") is not None:  # see pages.py
+        return None
     if call.queries <= _MOST_INT8_QUERIES and node.dtype("query") == "bfloat16":
         heads, width = call.kv_heads, call.width
         return _wrong_scales(node, [(heads, 1, width), (heads, width), (heads * width,)])
@@ -262,21 +270,3 @@ def lengths(node: NodeView) -> Fault:
         if call and given.shape is not None and given.shape not in ((), (1,), (call.rows,)):
             return f"{name} {list(given.shape)} for {call.rows} rows"
     return None
-
-
-@card_rule(
-    "fia.pages",
-    FIA,
-    what="pages hold a multiple of 16 keys (of 32 in int8), and block_table has a line for each row of the batch",
-    cards=("910B",),
-    source=_ONE,
-    remedy="use pages of 128 keys, and a table of the padded batch",
-)
-def pages(node: NodeView) -> Fault:
-    table, query = node.shape("block_table"), node.shape("query")
-    if node.source("block_table") is None:
-        return None
-    size, multiple = node.attribute("block_size", 0), 32 if node.dtype("key0") == "int8" else 16
-    if not size or size % multiple:
-        return f"pages of {size} keys"
-    return f"block_table {list(table)} for {query[0]} rows" if table and query and table[0] != query[0] else None

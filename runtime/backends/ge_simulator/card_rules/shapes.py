@@ -307,13 +307,19 @@ def _all_gather(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
     return [(shape[0] * node.attributes["rank_size"], *shape[1:])]
 
 
+@_formula("ScatterPaKvCache")
+def _scatter_pages(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
+    return [_shape(inputs, "key_cache"), _shape(inputs, "value_cache")]
+
+
 @_formula("FusedInferAttentionScore")
 def _attention(node: Node, inputs: Inputs) -> Sequence[Shape | None]:
     layout, _, out_layout = node.attributes.get("input_layout", "BSH").partition("_")
     query, value = _shape(inputs, "query"), _shape(inputs, "value0")
-    if layout not in ("BNSD", "BSND", "BSH") or len(value) != len(query):
+    paged = "block_table" in inputs  # of pages [Z, P, K * D] the last axis is of all heads, whose width is the query's
+    if layout not in ("BNSD", "BSND", "BSH") or (len(value) != len(query) and not paged):
         return [None, None]
-    shape = (*query[:-1], query[-1] if layout == "BSH" else value[-1])
+    shape = (*query[:-1], query[-1] if paged or layout == "BSH" else value[-1])
     if (layout, out_layout) == ("BNSD", "BSND"):
         shape = (shape[0], shape[2], shape[1], shape[3])
     return [None if out_layout not in ("", layout, "BSND") else shape, None]

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .pages import check_pages, gathered
 from .reduce import upcast
 from .registry import HALVES, NodeContext, UnsupportedError, ge_op, integers, same_dtypes
 
@@ -26,7 +27,6 @@ LAYOUTS = ("BNSD", "BSND", "BSH")
 
 @ge_op(
     "FusedInferAttentionScore",
-    block_size=0,
     antiquant_mode=0,
     key_antiquant_mode=0,
     value_antiquant_mode=0,
@@ -43,6 +43,7 @@ def fused_infer_attention_score(
     actual_seq_lengths_kv: Tensor | None = None,
     key_antiquant_scale: Tensor | None = None,
     value_antiquant_scale: Tensor | None = None,
+    block_table: Tensor | None = None,
     *,
     num_heads: int,
     scale: float = 1.0,
@@ -53,6 +54,7 @@ def fused_infer_attention_score(
     sparse_mode: int = 0,
     inner_precise: int = 0,
     softmax_lse_flag: bool = False,
+    block_size: int = 0,
     context: NodeContext,
 ) -> tuple[Tensor, Tensor]:
     """softmax(query key^T scale, hidden keys left out) value, and with softmax_lse_flag the logarithm of each softmax's sum.
@@ -75,6 +77,8 @@ def fused_infer_attention_score(
     which have query's type, and so dequantised to it, rounding once. One query per row takes scales [1, K, 1, D]; up to 16 take
     scales [K, 1, D], [K, D] or [K * D], in bfloat16 alone.
 
+    With block_table keys and values lie in pages of block_size positions (see pages.py), whatever the layout.
+
     inner_precise (0 to 3) trades accuracy for speed and is the same here. A query that sees no key gives zeros, and an lse of
     inf, in all of its modes; a device promises that for 2 and 3 only.
     """
@@ -83,10 +87,17 @@ def fused_infer_attention_score(
         raise UnsupportedError(f"attribute input_layout = {input_layout!r} is not supported; expected one of {LAYOUTS}")
     if inner_precise not in (0, 1, 2, 3):
         raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 to 3")
+    kv_heads, kv_layout = num_key_value_heads or num_heads, layout
+    if block_table is not None:
+        check_pages(query, layout, key, block_table, block_size, actual_seq_lengths_kv)
+        key, value = ([gathered(pages, block_table, block_size, kv_heads, layout) for pages in each] for each in (key, value))
+        kv_layout = "BNSD"
+    elif block_size:
+        raise UnsupportedError(f"attribute block_size = {block_size} is not supported; only 0 is, without block_table")
     if key_antiquant_scale is not None or value_antiquant_scale is not None:
         key = [_dequantised(query, key, key_antiquant_scale, "key")]
         value = [_dequantised(query, value, value_antiquant_scale, "value")]
-    q, k, v = _operands(query, key, value, layout, num_heads, num_key_value_heads or num_heads, context)
+    q, k, v = _operands(query, key, value, (layout, kv_layout), (num_heads, kv_heads), context)
     if out_layout and q.shape[2] == 1:
         raise UnsupportedError(
             f"attribute input_layout = {input_layout!r} with one query is not supported; expected {layout!r}"
@@ -133,15 +144,21 @@ def _channel_shapes(queries: int, numbers: Tensor) -> list[tuple[int, ...]]:
 
 
 def _operands(
-    query: Tensor, key: list[Tensor], value: list[Tensor], layout: str, heads: int, kv_heads: int, context: NodeContext
+    query: Tensor,
+    key: list[Tensor],
+    value: list[Tensor],
+    layouts: tuple[str, str],
+    head_counts: tuple[int, int],
+    context: NodeContext,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query [B, N, Q, D], key [B, K, S, D] and value of any layout."""
+    """Query [B, N, Q, D], key [B, K, S, D] and value of any layouts, one of query and one of key and value."""
+    (layout, kv_layout), (heads, kv_heads) = layouts, head_counts
     if len(key) != 1 or len(value) != 1:
         raise UnsupportedError(f"{len(key)} keys and {len(value)} values are not supported; expected one tensor of each")
     same_dtypes(query=query, key=key[0], value=value[0])
     if not context.wide and query.dtype not in HALVES:
         raise UnsupportedError(f"query is {query.dtype}; the operator takes float16 and bfloat16")
-    q, k, v = _to_bnsd(query, layout, heads), _to_bnsd(key[0], layout, kv_heads), _to_bnsd(value[0], layout, kv_heads)
+    q, k, v = _to_bnsd(query, layout, heads), _to_bnsd(key[0], kv_layout, kv_heads), _to_bnsd(value[0], kv_layout, kv_heads)
     if heads % kv_heads or k.shape[:3] != v.shape[:3] or (k.shape[0], k.shape[3]) != (q.shape[0], q.shape[3]):
         raise UnsupportedError(
             f"query {list(query.shape)} with {heads} heads does not fit key {list(key[0].shape)} and value "
