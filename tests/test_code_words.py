@@ -61,7 +61,7 @@ EXCEPTIONS = {
     ("tools/ascend_acceptance.py", "picture"): (1, SENTENCE),
     ("tools/bench.py", "picture"): (1, STORED),
     ("tools/cli.py", "picture"): (1, SENTENCE),
-    ("tools/comparing/data.py", "picture"): (2, SENTENCE),
+    ("tools/questions/conversations.py", "picture"): (2, SENTENCE),
     ("tools/comparing/samples.py", "picture"): (1, SENTENCE),
     ("tools/development/training/data.py", "picture"): (1, SENTENCE),
     ("tools/development/training/evaluation.py", "picture"): (1, "a kind in the tables of the published model cards"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 import pytest
 
 from staticvl.runtime.processor.prompt import IMAGE, Message
-from staticvl.tools.comparing.data import read_data
 from staticvl.tools.comparing.samples import DataError
+from staticvl.tools.questions.read import read_data
 
 
 @pytest.fixture
@@ -133,3 +134,105 @@ def test_files_without_samples(folder: Path) -> None:
     (folder / "latin.json").write_bytes(b"\xff")
     with pytest.raises(DataError, match="is not UTF-8 text"):
         read_data(folder / "latin.json")
+
+
+# --- formats of others -------------------------------------------------------------------------------------------------
+
+
+def test_messages_of_an_api_and_of_llama_factory(folder: Path) -> None:
+    image = {"type": "image_url", "image_url": {"url": "a.png"}}
+    question = {"role": "user", "content": [{"type": "text", "text": "First:"}, image, {"type": "text", "text": "What?"}]}
+    asked = {"messages": [question, {"role": "assistant", "content": "A."}, {"role": "user", "content": "Why?"}]}
+    marked = {
+        "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A."}],
+        "images": ["b.png"],
+    }
+    batch = {
+        "custom_id": "r1",
+        "url": "/v1/chat/completions",
+        "body": {"model": "m", "messages": [{"role": "user", "content": "Hi"}]},
+    }
+    first, open_end, second, third = read_data(written(folder, asked, marked, batch))
+    message = Message("user", ("First:", IMAGE, "What?"))
+    assert (first.messages, first.images, first.answer) == ((message,), (folder / "a.png",), "A.")
+    assert (open_end.messages[-1], open_end.answer) == (Message("user", "Why?"), None)
+    assert (second.messages, second.images, second.answer) == ((Message("user", "What?", 1),), (folder / "b.png",), "A.")
+    assert (third.name, third.messages, third.answer) == ("r1", (Message("user", "Hi"),), None)
+
+
+def test_a_mark_without_images_is_words(folder: Path) -> None:
+    record = {"messages": [{"role": "user", "content": "What does <image> do?"}]}
+    (sample,) = read_data(written(folder, record))
+    assert sample.messages == (Message("user", "What does <image> do?"),) and sample.images == ()
+
+
+def test_images_in_data_urls(folder: Path) -> None:
+    url = "data:image/png;base64," + base64.b64encode(b"pixels").decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": "What?"}]
+    (sample,) = read_data(written(folder, {"messages": [{"role": "user", "content": content}]}))
+    assert sample.images == (b"pixels",)
+
+
+def test_a_table_of_vlmevalkit(folder: Path) -> None:
+    path = folder / "table.tsv"
+    image = base64.b64encode(b"pixels").decode()
+    header = "index\timage\timage_path\tquestion\thint\tA\tB\tanswer\n"
+    path.write_text(f'{header}7\t{image}\t\t"Which, ""red""?"\tLook.\tred\tblue\tA\n8\t\ta.png\tWhat?\t\t\t\tA cat\n')
+    choice, free = read_data(path)
+    asked = 'Hint: Look.\nQuestion: Which, "red"?\nOptions:\nA. red\nB. blue\n'
+    message = Message("user", asked + "Please select the correct answer from the options above.", 1)
+    assert (choice.name, choice.messages, choice.images, choice.expected) == ("7", (message,), (b"pixels",), "A")
+    assert (free.messages, free.images, free.expected) == ((Message("user", "What?", 1),), (folder / "a.png",), "A cat")
+
+
+def test_logs_of_lmms_eval_and_questions_of_llava_bench(folder: Path) -> None:
+    logged = {
+        "doc_id": 3,
+        "doc": {"question": "Q?", "image": "a.png"},
+        "target": "A",
+        "input": "Q?\nOne word.",
+        "resps": [["a"]],
+    }
+    asked = {"question_id": 0, "image": "b.png", "text": "Describe.", "category": "detail"}
+    first, second = read_data(written(folder, logged, asked))
+    assert (first.name, first.messages, first.expected) == ("3", (Message("user", "Q?\nOne word.", 1),), "A")
+    assert (second.name, second.messages, second.expected) == ("0", (Message("user", "Describe.", 1),), None)
+
+
+@pytest.mark.parametrize("key", ["annotations", "questions"])
+def test_questions_of_vqa(folder: Path, key: str) -> None:
+    (folder / "COCO_val2014_000000000042.jpg").write_bytes(b"")
+    answers = [{"answer": "two"}, {"answer": "2"}, {"answer": "2"}]
+    records = [
+        {"image_id": 42, "question": "How many?", "question_id": 1, "answers": answers},
+        {"image_id": "b", "question": "Where?", "question_id": 2, "multiple_choice_answer": "here"},
+    ]
+    path = folder / "vqa.json"
+    path.write_text(json.dumps({"images": [{"id": "b", "file_name": "b.png"}], key: records}))
+    first, second = read_data(path)
+    assert (first.images, first.expected) == ((folder / "COCO_val2014_000000000042.jpg",), "2")
+    assert (second.name, second.images, second.expected) == ("2", (folder / "b.png",), "here")
+
+
+def test_the_requests_of_a_bench(folder: Path) -> None:
+    (sample,) = read_data(written(folder, {"prompt": "Hi", "images": ["a.png"], "max_new_tokens": 8, "time": 0}))
+    assert sample.messages == (Message("user", "Hi", 1),)
+
+
+@pytest.mark.parametrize(
+    ("record", "said"),
+    [
+        ({"messages": []}, r"messages is \[\]; expected a list of messages"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "message 1 is of 'tool'; expected user, assistant or system"),
+        ({"messages": [{"role": "user", "content": [{"type": "audio"}]}]}, "a part of message 1 is .*; expected type text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "https://x/y.png"}}]}]},
+         "is a URL; download it"),
+        ({"messages": [{"role": "user", "content": "<image><image>x"}], "images": ["a.png"]}, "turn 1 has 2 <image> marks"),
+        ({"doc": {}, "target": "x", "input": "<image>Q?"}, "the log holds no image; give its path as doc.image"),
+        ({"image_id": 5, "question": "Q?", "question_id": 1}, "no image of the id 5"),
+        ({"index": "1", "question": "Q?", "image": "%%%"}, "the image is not valid base64"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_others(folder: Path, record: Any, said: str) -> None:
+    with pytest.raises(DataError, match=rf"data\.json, line 2: .*{said}"):
+        read_data(written(folder, {"prompt": "fine"}, record))

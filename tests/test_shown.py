@@ -16,8 +16,8 @@ from staticvl.runtime.processor.families import family
 from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.runtime.shown import LONGEST, quoted, shown
 from staticvl.tools.cli import main
-from staticvl.tools.comparing.data import read_data
 from staticvl.tools.comparing.thresholds import read_thresholds
+from staticvl.tools.questions.read import read_data
 from staticvl.weights.source import open_source
 
 from .conftest import REPO

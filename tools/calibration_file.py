@@ -10,8 +10,8 @@ from ..compiler.calibration import Calibration, CalibrationError, Conversation
 from ..runtime.files import sha256_file
 from ..runtime.processor.prompt import Message
 from ..runtime.shown import shown
-from .comparing.data import read_data
-from .comparing.samples import Sample
+from .questions.read import read_data
+from .questions.samples import Sample
 
 
 def read_calibration(path: Path) -> Calibration:
@@ -28,7 +28,7 @@ def read_calibration(path: Path) -> Calibration:
     digest = hashlib.sha256(path.read_bytes())
     for sample in samples:
         for image in sample.images:
-            digest.update(bytes.fromhex(sha256_file(image)))
+            digest.update(hashlib.sha256(image).digest() if isinstance(image, bytes) else bytes.fromhex(sha256_file(image)))
     return Calibration(tuple(map(_conversation, samples)), digest.hexdigest())
 
 

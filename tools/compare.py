@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import datetime
 import json
 from collections.abc import Callable
 
@@ -12,14 +13,15 @@ from tqdm import tqdm
 
 from ..compiler.eager import computing_with
 from ..runtime.files import write_atomically
+from .command_errors import sentence_of
 from .comparing.compare import Comparison
-from .comparing.data import read_data
 from .comparing.open_side import check_side, open_side
 from .comparing.report import conclusion, tables
 from .comparing.result import ComparisonResult
 from .comparing.samples import Sample, built_in_samples
 from .comparing.sides import SideError
 from .comparing.thresholds import read_thresholds
+from .questions.read import read_data
 from .ready import require
 
 WIDTH = 160  # of tables in a file
@@ -27,7 +29,16 @@ SMALL = 200_000_000  # bytes of weights below which one thread is faster than se
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status: 0 where everything is within the limits, else 1."""
+    """The exit status: 0 where everything is within the limits, else 1. With --json, an error is a document too."""
+    try:
+        return _run(args)
+    except Exception as error:
+        if args.json:
+            print(json.dumps({"passed": False, "error": sentence_of(error)}))
+        raise
+
+
+def _run(args: argparse.Namespace) -> int:
     samples, limits = _samples(args), read_thresholds(args.thresholds)
     _check(args)
     with contextlib.ExitStack() as stack:
@@ -99,9 +110,10 @@ def _bars(stack: contextlib.ExitStack, quiet: bool) -> Callable[[str, int], Call
 
 def _report(args: argparse.Namespace, result: ComparisonResult) -> None:
     if args.report:
-        from .comparing.page import page
+        from .comparing.page import made_here, page
 
-        write_atomically(args.report, page(result).encode())
+        today = datetime.datetime.now(datetime.UTC).date()
+        write_atomically(args.report, page(result, made_here(today)).encode())
     if args.json:
         print(json.dumps(result.plain()))
         return

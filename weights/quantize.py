@@ -10,7 +10,6 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md#com.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,38 +23,6 @@ _ZERO_W4, _LEAST_W4 = 8, -8
 # sign). The one with the least squared error is taken: 14 % less than with max|w| / 7 for normal weights; zero points: 17 %.
 _STEPS_W4 = (1.0, 0.93, 0.86, -1.0)
 _CHUNK = 1 << 18  # elements quantised at once; they stay in the processor's cache, and temporaries stay small
-# By bits, the largest error of an entry relative to the largest magnitude that is stored of its block: half a step in 8 bits.
-# In 4 bits it is that of an entry as large as the largest one, of the other sign, which saturates at 7 of the smallest steps;
-# the largest entry is then stored as 8 of them.
-_LEAST_STEP_W4 = min(map(abs, _STEPS_W4))
-_LARGEST_ERRORS = {8: 0.5 / _LARGEST, 4: 1 / _LEAST_STEP_W4 - (_LEAST_W4 + 1) / _LEAST_W4}
-
-
-@dataclass(frozen=True, slots=True)
-class RoundingBound:
-    """The largest error that rounding leaves in an entry: `relative` times the largest magnitude that is stored of its block,
-    and `absolute`.
-
-    A block's largest magnitude is at most its row's, so the bound holds for scales of blocks and of rows, of any length.
-    """
-
-    relative: float = 0.0
-    absolute: float = 0.0
-
-    def __add__(self, other: RoundingBound) -> RoundingBound:
-        return RoundingBound(self.relative + other.relative, self.absolute + other.absolute)
-
-
-def rounding_bound(bits: int, scales: torch.dtype, *, ready_made: bool = False) -> RoundingBound:
-    """The bound for weights in 8 or 4 bits without a calibration, whose scales are stored in dtype `scales`.
-
-    An entry is rounded to steps, and its scale to `scales`, which moves it by at most half a unit in the last place of the
-    scale for each step: relative to the scale, or below the smallest normal number a constant. `ready_made`: the numbers are
-    those of the checkpoint, so that only scales are rounded.
-    """
-    dtype, steps = torch.finfo(scales), 1 << bits
-    unit = dtype.eps / 2
-    return RoundingBound(unit + (0.0 if ready_made else _LARGEST_ERRORS[bits]), steps * unit * dtype.smallest_normal)
 
 
 def quantize(quant: str, weight: Tensor) -> dict[str, Tensor]:

@@ -26,7 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--work", type=Path, metavar="DIR", help="folder for converted weights of a checkpoint; default: /tmp")
     group = parser.add_argument_group("questions")
     group.add_argument(
-        "--data", type=Path, metavar="FILE", help="JSON lines of prompts, or conversations in the format of Qwen-VL or LLaVA"
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="questions in one of many formats, see docs/comparing.md",
     )
     group.add_argument(
         "--image-folder", type=Path, metavar="DIR", help="folder of the images of --data; default: the folder of the file"

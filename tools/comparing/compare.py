@@ -8,18 +8,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from msgspec import UNSET
 
-from ...compiler.calibration import METHODS
 from ...runtime.engine.fit import ContextError
 from ...runtime.processor.images import ImageError
 from ...runtime.processor.prompt import PromptError
+from ...runtime.shown import shown
 from ...weights.calibrated_layers import layer_of
-from ...weights.head_padding import head_width
-from ...weights.storage import stored_targets
-from .checkpoint import Checkpoint
 from .edges import Edge, EdgeRequest, edges
 from .fault_scope import fault_scope
+from .feeds import FeedCheck, check_prompt, fed_runs
 from .findings import Finding
 from .hf_side import HfSide
 from .inputs import compare_inputs
@@ -27,13 +24,19 @@ from .localise import FailingCase, Localiser
 from .metrics import compare_logits, exact_match, matched_iou, relative_error, with_texts
 from .result import ComparisonResult, EdgeResult, SampleResult, Scores
 from .samples import DataError, Sample
-from .settings import compare_settings
-from .sides import Prepared, Side, SideError, answer_text
-from .static_side import StaticSide
+from .settings import compare_settings, differ_in_size
+from .sides import Generated, Prepared, Side, SideError, answer_text
+from .static_side import StaticPrepared, StaticSide, resizing_of
+from .stored_side import rounding_errors
+from .stored_weights import stored_weights
 from .thresholds import Thresholds, broken, coarser, precision
-from .weights import RankWeights, WeightComparison
+from .weights import WeightComparison, merged
 
 ProgressStage = Callable[[str, int], Callable[[], object]]  # name and number of steps -> a function to call at each step
+
+
+# The limits of kernels that round activations to 8 bits, where the definitions over the same weights do not.
+ROUNDED_INPUTS = "w8a16"
 
 
 def no_progress(_name: str, _steps: int) -> Callable[[], object]:
@@ -54,30 +57,57 @@ class Comparison:
     seed: int = 0
     stage: ProgressStage = no_progress
     failing: list[FailingCase] = field(default_factory=list)
+    _weights_compared: bool = False  # every one
     _prepared: dict[tuple[int, str], tuple[Sample, Prepared]] = field(default_factory=dict)
 
     def run(self) -> ComparisonResult:
         """The result; raises DataError, ContextError or PromptError for a sample of a file that cannot be run."""
-        if self.reference.info.vocab_size != self.candidate.info.vocab_size:
+        if self.reference.info.family != self.candidate.info.family:
+            families = f"{self.reference.info.family} and {self.candidate.info.family}"
             raise SideError(
-                f"{self.reference.name} has {self.reference.info.vocab_size} tokens and {self.candidate.name} "
-                f"{self.candidate.info.vocab_size}; compare two sides of one model"
+                f"{self.reference.name} and {self.candidate.name} are of the families {families}; compare two sides of one "
+                "model"
             )
         kind = coarser(precision(self.reference.manifest), precision(self.candidate.manifest))
         result = ComparisonResult(
             reference=self.reference.name, candidate=self.candidate.name, precision=kind, limits=self.limits[kind]
         )
-        result.findings += compare_settings(self.reference.info, self.candidate.info)
-        result.findings += self._weights(result)
-        self._samples(result)
-        if self._has_edges:
-            self._edges(result)
+        findings, notes = compare_settings(
+            (self.reference.info, self.candidate.info), (self.reference.config, self.candidate.config)
+        )
+        result.findings += findings
+        result.notes += notes
+        self._attempt(result, "weights", self._weights)
+        if size := differ_in_size(result.findings):
+            result.notes.append(f"no sample was run: {size} differs, so that both sides' numbers have other shapes")
+            return result
+        self._attempt(result, "samples", self._samples)
+        if self._has_edges and result.samples:
+            self._attempt(result, "edges of graphs", self._edges)
         if self.failing and self.inspect != "never":
-            self._localise(result)
+            self._attempt(result, "operators", self._localise)
+        if result.broken and not result.findings:
+            self._attempt(result, "rounding", self._explain)
         manifest = self.candidate.manifest
         ranks, quant = (manifest.tp, manifest.quant) if manifest else (1, "none")
+        if result.rounding:
+            return result
         result.scope = fault_scope(result.edges, result.findings, ranks, quant)
         return result
+
+    @staticmethod
+    def _attempt(result: ComparisonResult, what: str, step: Callable[[ComparisonResult], None]) -> None:
+        """Run a stage. What stops it is a finding, unless earlier findings explain it; mistakes of a user are raised."""
+        try:
+            step(result)
+        except (DataError, SideError, MemoryError, ModuleNotFoundError):
+            raise
+        except Exception as error:
+            text = f"{what} could not be compared: {type(error).__name__}: {shown(' '.join(str(error).split()))}"
+            if result.findings:
+                result.notes.append(text)
+            else:
+                result.findings.append(Finding(stage="graph", where=what, text=text))
 
     @property
     def _has_edges(self) -> bool:
@@ -85,31 +115,27 @@ class Comparison:
 
     # ---- weights
 
-    def _weights(self, result: ComparisonResult) -> list[Finding]:
-        weights = self._rank_weights(self.reference), self._rank_weights(self.candidate)
+    def _weights(self, result: ComparisonResult) -> None:
         config = self.candidate.config or self.reference.config
         if config is None or self._same_checkpoint():
-            return []
-        comparison = WeightComparison(config, *weights, result.limits.weights)
+            self._weights_compared = config is not None
+            return
+        sides = stored_weights(self.reference), stored_weights(self.candidate)
+        comparison = WeightComparison(config, *sides, self.limits)
         if not comparison.possible:
             result.notes.append("weights were not compared: both sides are sharded, over different numbers of ranks")
-            return []
+            return
         names, findings = comparison.names(), comparison.extra()
-        if quants := self._calibrated:
-            names = [name for name in names if not any(layer_of(name, quant) for quant in quants)]
+        if quant := comparison.folded_unknown:
+            names = [name for name in names if not layer_of(name, quant)]
             result.notes.append("weights of calibrated layers were not compared one by one: scales are folded into them")
         advance = self.stage("comparing weights", len(names))
         for name in names:
             findings += comparison.compare(name)
             advance()
-        return findings
-
-    @property
-    def _calibrated(self) -> list[str]:
-        """The quantisations into which scales of a calibration are folded."""
-        manifests = (self.reference.manifest, self.candidate.manifest)
-        calibrated = [manifest.quant for manifest in manifests if manifest and manifest.build.calibration is not UNSET]
-        return [quant for quant in calibrated if quant in METHODS]
+        self._weights_compared = not comparison.folded_unknown
+        result.findings += merged(findings, len(names))
+        result.notes += comparison.notes()
 
     def _same_checkpoint(self) -> bool:
         """Whether both sides read the weights of the same files."""
@@ -118,18 +144,6 @@ class Comparison:
             if isinstance(side, StaticSide | HfSide) and side.checkpoint
         ]  # fmt: skip
         return len(folders) == 2 and folders[0] == folders[1]
-
-    @staticmethod
-    def _rank_weights(side: Side) -> list[RankWeights]:
-        if isinstance(side, StaticSide):
-            folder, manifest, config = side.artifact.folder, side.artifact.manifest, side.config
-            stored = stored_targets(config, manifest.quant, tp=manifest.tp) if config else {}
-            shapes = {name: tensor.shape for name, tensor in stored.items()}
-            heads = {name: head_width(config, name) for name in stored} if config else {}
-            return [RankWeights(folder, weights, manifest.quant, shapes, heads) for weights in side.rank_weights]
-        assert isinstance(side, HfSide)
-        checkpoint: Checkpoint = side.checkpoint
-        return [RankWeights(checkpoint.out, checkpoint.weights)]
 
     # ---- samples
 
@@ -151,15 +165,10 @@ class Comparison:
 
     def _sample(self, sample: Sample, result: ComparisonResult, reported: set[str]) -> SampleResult:
         pair = [self._prepare(side, sample) for side in (self.reference, self.candidate)]
-        for finding in compare_inputs(pair[0].inputs, pair[1].inputs, result.limits.inputs):
-            if finding.where not in reported:  # once, with the first sample that shows it
-                reported.add(finding.where)
-                text = f"{finding.text} (sample {sample.name!r})"
-                result.findings.append(dataclasses.replace(finding, text=text))
+        self._report(result, sample, self._inputs(sample, pair, result.limits.inputs), reported)
         answer = self._answer(sample, pair[0])
         outputs = [
-            side.run_forced([prompt], [answer], caches=True)[0]
-            for side, prompt in zip((self.reference, self.candidate), pair, strict=True)
+            self._forced(side, prompt, answer, sample, result, reported) for side, prompt in zip(self.sides, pair, strict=True)
         ]
         limits, tokenizer = result.limits, self.reference.processor.tokenizer
         figures = compare_logits(outputs[0].logits, outputs[1].logits, answer, tie=limits.relative)
@@ -178,6 +187,40 @@ class Comparison:
             scores=self._scores(sample, pair),
             layers=_by_layer(outputs[0].caches, outputs[1].caches),
         )
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        return self.reference, self.candidate
+
+    def _inputs(self, sample: Sample, pair: Sequence[Prepared], limit: float) -> list[Finding]:
+        """What the host made of a prompt: by both sides, and by what the prompt requires."""
+        findings = compare_inputs(pair[0].inputs, pair[1].inputs, limit, resizing_of(self.candidate, sample))
+        for prompt, label in ((pair[1], "candidate"), (pair[0], "reference")):
+            if isinstance(prompt, StaticPrepared):
+                findings += check_prompt(prompt, label)
+        return findings
+
+    @staticmethod
+    def _report(result: ComparisonResult, sample: Sample, findings: Sequence[Finding], reported: set[str]) -> None:
+        """Add findings about a sample's inputs, each once, with the first sample that shows it."""
+        for finding in findings:
+            if finding.where not in reported:
+                reported.add(finding.where)
+                result.findings.append(dataclasses.replace(finding, text=f"{finding.text} (sample {sample.name!r})"))
+
+    def _forced(
+        self, side: Side, prompt: Prepared, answer: np.ndarray, sample: Sample, result: ComparisonResult, reported: set[str]
+    ) -> Generated:
+        """A side's logits and caches. The feeds of its runs are checked, unless wrong inputs explain them."""
+        if not isinstance(side, StaticSide) or not isinstance(prompt, StaticPrepared):
+            return side.run_forced([prompt], [answer], caches=True)[0]
+        with fed_runs(side) as runs:
+            generated = side.run_forced([prompt], [answer], caches=True)[0]
+        if not any(each.stage == "inputs" for each in result.findings):
+            findings = FeedCheck(side, [prompt], [answer], result.limits.inputs).findings(runs)
+            label = "candidate" if side is self.candidate else "reference"
+            self._report(result, sample, [dataclasses.replace(each, side=label) for each in findings], reported)
+        return generated
 
     def _prepare(self, side: Side, sample: Sample) -> Prepared:
         key = id(side), sample.name
@@ -259,10 +302,30 @@ class Comparison:
 
     # ---- causes
 
+    def _explain(self, result: ComparisonResult) -> None:
+        """Judge broken limits of a quantised side by what its own rounding explains."""
+        quantised = [side for side in self.sides if side.manifest and side.manifest.quant != "none"]
+        if not quantised or not self._weights_compared:
+            return
+        limit = self.limits[ROUNDED_INPUTS].relative
+        errors = [rounding_errors(side, self.failing, reference=side is self.reference) for side in quantised]
+        known = [error for each in errors if each is not None for error in each]
+        if None in errors and self.inspect == "never":
+            return
+        worst = max(known, default=0.0)
+        if worst <= limit:
+            result.rounding = "every weight and operator is what the quantisation says; what is left is its rounding" + (
+                f" (the definition over the stored weights differs by {worst:.1e})" if known else ""
+            )
+        else:
+            result.notes.append(
+                f"the definition over the stored weights differs by {worst:.1e} of the largest logit (allowed: {limit:.2g})"
+            )
+
     def _localise(self, result: ComparisonResult) -> None:
         localiser = Localiser(self.reference, self.candidate, result.limits)
         failing = [case for case in self.failing if case.error > 0]
-        result.findings += localiser.localise(failing, self.stage("locating the fault", len(failing)))
+        result.findings += localiser.localise(failing, self.stage("locating the fault", len(failing)), result.findings)
         result.layers, result.inspected = localiser.layers, localiser.inspected
 
 

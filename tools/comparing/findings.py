@@ -22,6 +22,7 @@ class Finding:
     error: float | None = None
     shape: tuple[int, ...] = ()
     rank: int | None = None
+    reason: str = ""  # the clause of the text that explains it
 
     def plain(self) -> dict[str, Any]:
         """The finding as JSON types."""

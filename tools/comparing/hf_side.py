@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -165,6 +166,7 @@ def _processor_image(source: Any) -> Image.Image:
     Grey of more than 8 bits is scaled as ours, since transformers would clip it. Raises ImageError.
     """
     loaded = load_image(source)
+    source = io.BytesIO(source) if isinstance(source, bytes) else source
     image = source if isinstance(source, Image.Image) else ImageOps.exif_transpose(Image.open(source))
     return loaded if image.mode[0] in "IF" else image
 

@@ -2,7 +2,7 @@
 
 A captured run of a graph is compared operator by operator (operator_errors.py), so a fault in a compiled graph is named at
 once: stage, bucket, layer and operator. Then the feeds of the steps are checked and, where transformers
-is the reference, the definition itself.
+is the reference, the definition itself. What a wrong input explains is not looked for.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .capture import CapturedRun, capture
-from .feeds import compare_feeds
+from .feeds import FeedCheck, fed_runs
 from .findings import Finding
 from .first_fault import layer_errors
 from .hf_side import HfPrepared, HfSide
@@ -51,16 +51,19 @@ class Localiser:
         self.layers: dict[str, tuple[float, float]] = {}
         self.inspected = ""
 
-    def localise(self, failing: Sequence[FailingCase], advance: Callable[[], object]) -> list[Finding]:
-        """Findings for the causes, each graph's first one only. `advance` is called for every case."""
+    def localise(
+        self, failing: Sequence[FailingCase], advance: Callable[[], object], known: Sequence[Finding] = ()
+    ) -> list[Finding]:
+        """Findings for the causes, each graph's first one only. `advance` is called for every case. `known`: earlier findings;
+        a wrong input explains what follows from it, so that the definition is not compared then."""
         findings: list[Finding] = []
         for side, label in ((self.candidate, "candidate"), (self.reference, "reference")):
             if isinstance(side, StaticSide) and side.compiled:
                 findings += self._graphs(side, label, failing, advance)
-        if findings:
+        if findings or any(each.stage in ("inputs", "feeds") for each in known):
             return findings
         for case in failing[:MAX_CASES]:
-            if len(case.candidate) == 1 and (causes := self._feeds(case)):
+            if causes := self._feeds(case):
                 return causes
         return self._definition(failing)
 
@@ -108,16 +111,12 @@ class Localiser:
     # ---- feeds
 
     def _feeds(self, case: FailingCase) -> list[Finding]:
-        side, (prompt,), (answer,) = self.candidate, case.candidate, case.answers
-        if not isinstance(side, StaticSide) or not isinstance(prompt, StaticPrepared):
+        side, prompts = self.candidate, [each for each in case.candidate if isinstance(each, StaticPrepared)]
+        if not isinstance(side, StaticSide) or len(prompts) < len(case.candidate):
             return []
-        runs = capture(side, [prompt], [answer], case.route, caches=False)
-        (reference,) = case.reference
-        expected = reference.with_tokens(reference.length + len(answer), np.asarray(answer)).inputs
-        expected = {name: value for name, value in expected.items() if name in ("rope_cos", "rope_sin", "query_scale")}
-        if isinstance(prompt, StaticPrepared) and prompt.prompt.ntk != 1:
-            expected = {}  # tokens after the prompt keep its tables
-        return compare_feeds(runs, prompt, answer, expected, self.limits.inputs)
+        with fed_runs(side) as runs:
+            side.run_forced(prompts, case.answers, route=case.route)
+        return FeedCheck(side, prompts, case.answers, self.limits.inputs).findings(runs)
 
     # ---- the definition
 

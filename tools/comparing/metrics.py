@@ -64,7 +64,11 @@ def compare_logits(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, tie: float 
     count as the same. Values that are not finite make errors infinite. Raises ValueError where shapes differ."""
     if a.shape != b.shape or len(a) != len(tokens) or not len(a):
         raise ValueError(f"logits of the shapes {a.shape} and {b.shape} for {len(tokens)} tokens cannot be compared")
-    a, b = a.astype(np.float64), b.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):  # numbers that are not finite are judged, not computed
+        return _figures(a.astype(np.float64), b.astype(np.float64), tokens, tie)
+
+
+def _figures(a: np.ndarray, b: np.ndarray, tokens: np.ndarray, tie: float) -> Figures:
     all_finite = bool(np.isfinite(a).all() and np.isfinite(b).all())
     difference = np.where(np.isfinite(a) & np.isfinite(b), np.abs(a - b), math.inf)
     scale = np.maximum(np.abs(np.where(np.isfinite(a), a, 0)).max(1), 1e-30)  # [n]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 
 import numpy as np
 
+from ..machine import described, machine, versions
 from ..pages import document, drawn
 from .report import conclusion, tables
 from .result import ComparisonResult, SampleResult
@@ -14,20 +16,31 @@ TINY = 1e-9  # nothing smaller is drawn
 SHOWN = 6  # samples in the timeline
 
 
-def page(result: ComparisonResult) -> str:
-    """The text of the file; the same for the same result."""
+def page(result: ComparisonResult, made: str = "") -> str:
+    """The text of the file; the same for the same result. `made`: a line about when and where it was made."""
     plots = []
     if result.layers or any(each.layers for each in result.samples):
         plots.append(("Error by layer", drawn(lambda axes: _layers(axes, result))))
-    shown = sorted(result.samples, key=lambda each: -each.figures.relative)[:SHOWN]
-    height = 1.2 + 0.9 * len(shown)
-    plots.append(
-        ("Errors token by token, the worst samples", drawn(lambda axes: _timeline(axes, shown, result), height=height))
-    )
+    if shown := sorted(result.samples, key=lambda each: -each.figures.relative)[:SHOWN]:
+        height = 1.2 + 0.9 * len(shown)
+        plots.append(
+            ("Errors token by token, the worst samples", drawn(lambda axes: _timeline(axes, shown, result), height=height))
+        )
     if result.edges:
         height = 1.4 + 0.34 * len({edge.graph for edge in result.edges})
         plots.append(("Every graph at its edges", drawn(lambda axes: _heat(axes, result), height=height)))
-    return document("Comparison", [*conclusion(result), *result.notes], plots, tables(result))
+    title, summary, *others = conclusion(result)
+    fault = others.pop(0) if result.first else ""
+    first = f"{summary}. {fault[:1].upper()}{fault[1:]}" if fault else summary
+    return document("Comparison", [title, *others, *result.notes], plots, tables(result), first=first, made=made)
+
+
+def made_here(now: datetime.date) -> str:
+    """A line with the date, the machine and the versions of what computes."""
+    names = ("python", "staticvl", "torch", "onnxruntime", "transformers", "numpy")
+    known = {name: text for name, text in versions().items() if name in names and text}
+    computed = ", ".join(f"{name} {text}" for name, text in known.items())
+    return f"made on {now.isoformat()}, {described(machine())}; {computed}"
 
 
 def _layers(axes, result: ComparisonResult) -> None:
@@ -43,6 +56,7 @@ def _layers(axes, result: ComparisonResult) -> None:
     else:
         for each in result.samples:
             axes.plot([_drawable(error) for error in each.layers], marker=".", color="#456", alpha=0.6)
+        axes.xaxis.get_major_locator().set_params(integer=True)  # a layer has a whole number
         axes.set_xlabel("layer that attends to the text")
         axes.set_title("keys and values in the cache, a line for each sample", fontsize=9)
     axes.set_yscale("log")
@@ -74,9 +88,9 @@ def _heat(axes, result: ComparisonResult) -> None:
     for edge in result.edges:
         row, column = graphs.index(edge.graph), columns.index(edge.column)
         cells[row, column] = math.log10(_drawable(edge.error))
-        axes.text(
-            column, row, f"{edge.error:.0e}", fontsize=7, ha="center", va="center", color="#c33" if edge.broken else "#222"
-        )
+        weight = "bold" if edge.broken else "normal"
+        text = f"{edge.error:.0e}" + (" *" if edge.broken else "")
+        axes.text(column, row, text, fontsize=8, ha="center", va="center", color=_ink(edge.error), fontweight=weight)
     image = axes.imshow(cells, aspect="auto", cmap="YlOrRd", vmin=-8, vmax=0)
     axes.set_yticks(range(len(graphs)), graphs)
     axes.set_xticks(range(len(columns)), columns, rotation=30, ha="right")

@@ -13,12 +13,14 @@ def conclusion(result: ComparisonResult) -> list[str]:
     """The lines of the conclusion, the most important first."""
     lines = [f"{result.candidate} against {result.reference}, limits of {result.precision}"]
     if result.passed:
-        worst = max(each.figures.relative for each in result.samples)
-        cases = f"{len(result.samples)} samples" + (f" and {len(result.edges)} edge cases" if result.edges else "")
-        return [*lines, f"passed: {cases} within the limits; the largest relative error of logits is {worst:.1e}"]
+        return lines + _passed(result)
     lines.append(f"FAILED: {len(result.broken)} limits broken, {len(result.findings)} causes")
     if first := result.first:
         lines.append(f"fault in {first.side}'s {NOUNS[first.stage]}: {first.text}")
+        if result.samples and not result.broken:
+            lines.append("it differs, without effect at these prompts: every limit of the logits holds")
+    elif result.rounding:
+        lines.append(result.rounding)
     else:
         lines.append("no single cause: no operator is wrong by itself" if result.layers else "causes were not searched for")
     lines += [f"also: {each.text}" for each in result.findings if each is not first][:MAX_CAUSES]
@@ -26,6 +28,15 @@ def conclusion(result: ComparisonResult) -> list[str]:
         lines.append(f"and {len(result.findings) - MAX_CAUSES - 1} more causes, in the JSON")
     lines += result.scope
     return lines
+
+
+def _passed(result: ComparisonResult) -> list[str]:
+    worst = max(each.figures.relative for each in result.samples)
+    cases = f"{len(result.samples)} samples" + (f" and {len(result.edges)} edge cases" if result.edges else "")
+    error = f"the largest relative error of logits is {worst:.1e}"
+    if result.rounding:
+        return [f"passed: {cases}, {len(result.broken)} limits broken by rounding alone; {error}", result.rounding]
+    return [f"passed: {cases} within the limits; {error}"]
 
 
 MAX_CAUSES = 6  # beside the first

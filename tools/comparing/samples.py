@@ -1,42 +1,20 @@
-"""Samples: the questions to both sides. The built-in ones follow from a seed."""
+"""The built-in questions to both sides, which follow from a seed."""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
-from typing import Any
 
 from PIL import Image
 
 from ...runtime.processor.prompt import Message
 from ..drawings import make_drawing, questions, render
+from ..questions.samples import Box, DataError, Sample, user_sample
 
-Box = tuple[float, float, float, float]  # x1, y1, x2, y2 as fractions of the image
+__all__ = ["Box", "DataError", "Sample", "built_in_samples", "image", "user_sample"]
+
 IMAGE_SIZE = 112  # height and width of a built-in image, in pixels
 QUESTION = "What is in the picture?"
 TEXTS = ("Say one word about each of these: a circle, a square, a triangle and a star.", "Name three colours.")
-
-
-class DataError(ValueError):
-    """A data file that cannot be used; the message names file and line."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One question to both sides. `messages` end where the assistant answers."""
-
-    name: str
-    messages: tuple[Message, ...]
-    images: tuple[Any, ...] = ()  # paths or images, in order
-    answer: str | None = None  # forced on both sides; None: the reference's own
-    expected: str | None = None  # the right answer, for exact match
-    boxes: tuple[Box, ...] = ()  # the right boxes, for intersection over union
-    built_in: bool = False
-
-
-def user_sample(name: str, text: str, images: tuple[Any, ...] = (), **more: Any) -> Sample:
-    """A sample of one turn of a user, images first."""
-    return Sample(name=name, messages=(Message("user", text, len(images)),), images=images, **more)
 
 
 def image(seed: int, grid: tuple[int, int] = (1, 1), size: int = IMAGE_SIZE) -> Image.Image:

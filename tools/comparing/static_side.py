@@ -23,13 +23,15 @@ from ...runtime.engine.options import EngineOptions
 from ...runtime.engine.request import SamplingParams
 from ...runtime.model import Model
 from ...runtime.processor.boxes import Box
+from ...runtime.processor.processor import Processor
 from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.rope import query_scales, rope_tables
 from ..bench import repeat_last
 from .checkpoint import Checkpoint, with_heads
 from .forced import ForcedAnswer
+from .inputs import Resizing
 from .samples import Sample
-from .sides import HIDDEN_TOKEN, Generated, Prepared
+from .sides import HIDDEN_TOKEN, Generated, Prepared, Side
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,20 +49,26 @@ class StaticPrepared:
     @property
     def inputs(self) -> dict[str, np.ndarray]:
         prompt, image = self.prompt, self.info.image
-        inputs = {"token_ids": np.where(self._image_positions, HIDDEN_TOKEN, prompt.token_ids), "row_index": prompt.rows}
+        ids = np.where(self._image_positions, HIDDEN_TOKEN, prompt.token_ids)
+        inputs: dict[str, np.ndarray] = {"token_ids": ids, "row_index": prompt.rows}
         cos, sin = rope_tables(self.info.rope, self.head_dim, self.length, prompt.ntk)
         inputs |= {"rope_cos": cos, "rope_sin": sin}
         if self.info.rope.logn_positions:
             inputs["query_scale"] = query_scales(self.info.rope, self.length)
         if len(prompt.pixels):
-            mean, std = np.array(image.mean), np.array(image.std)
-            used = prompt.pixels[self._used_tiles]
-            inputs["pixels"] = ((used * image.rescale - mean) / std).astype(np.float32)
+            inputs["pixels"] = self.pixels
         if prompt.grids is not None and len(prompt.grids):
             inputs["aspect_id"] = np.array([1 + image.grids.index((int(r), int(c))) for r, c in prompt.grids])
         if prompt.cross_attention:
             inputs["tiles_seen"] = prompt.cross_attention.visible.astype(np.int64)
         return inputs
+
+    @property
+    def pixels(self) -> np.ndarray:
+        """The tiles that are not padding, normalised as a vision graph does it: float32 [tiles, S, S, 3]."""
+        image = self.info.image
+        mean, std = np.array(image.mean), np.array(image.std)
+        return ((self.prompt.pixels[self._used_tiles] * image.rescale - mean) / std).astype(np.float32)
 
     @property
     def _image_positions(self) -> np.ndarray:
@@ -251,3 +259,18 @@ def open_eager_side(checkpoint: Checkpoint, *, context: int | None, images: int 
     """A side that runs the definitions over a checkpoint's weights."""
     artifact, backend = checkpoint.eager(context, images)
     return StaticSide(name, artifact, backend, checkpoint.config, compiled=False, checkpoint=checkpoint)
+
+
+def resizing_of(side: Side, sample: Sample) -> Resizing:
+    """A side's resize filter, and the normalised pixels of a sample's images under others."""
+
+    def pixels(number: int) -> np.ndarray | None:
+        info = msgspec.structs.replace(side.info, image=msgspec.structs.replace(side.info.image, resample=number))
+        processor = Processor(info, side.processor.tokenizer, side.processor.template)
+        try:
+            prompt = processor.prompt(sample.messages, sample.images)
+        except ValueError:
+            return None
+        return StaticPrepared(prompt, info, 0).pixels
+
+    return Resizing(side.info.image.resample, pixels)

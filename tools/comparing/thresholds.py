@@ -28,9 +28,7 @@ class Thresholds:
     kl: float  # nats
     agreement: float  # least share of equal first choices
     perplexity: float  # relative change
-    # Difference of two stored numbers over the largest magnitude of their tensor. Of quantised weights: of their row, and only
-    # what exceeds the bound of their rounding (`rounding_bound` in weights/quantize.py).
-    weights: float
+    weights: float  # difference of two stored numbers over the largest magnitude of their tensor
     inputs: float  # difference of inputs that the host makes: pixels, rotary tables
     operators: float  # error that one operator adds by itself
 
@@ -46,13 +44,13 @@ DEFAULTS = {
         relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=1e-2, inputs=1e-5, operators=2e-3
     ),
     "w8a16": Thresholds(
-        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=1e-2, inputs=1e-5, operators=6e-2
+        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=2e-2, inputs=1e-5, operators=6e-2
     ),
     "w8a8": Thresholds(
-        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=1e-2, inputs=1e-5, operators=6e-2
+        relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=2e-2, inputs=1e-5, operators=6e-2
     ),
     "w4a16": Thresholds(
-        relative=0.6, kl=0.5, agreement=0.7, perplexity=0.5, weights=1e-2, inputs=1e-5, operators=6e-2
+        relative=0.6, kl=0.5, agreement=0.7, perplexity=0.5, weights=0.26, inputs=1e-5, operators=6e-2
     ),
     "int8-cache": Thresholds(
         relative=0.25, kl=0.2, agreement=0.8, perplexity=0.2, weights=1e-3, inputs=1e-5, operators=2e-3

@@ -1,104 +1,61 @@
-"""The comparison of both sides' stored weights, tensor by tensor, in any dtype, quantisation and number of shards."""
+"""The comparison of both sides' stored weights, tensor by tensor, in any dtype, quantisation and number of shards.
+
+Numbers that both sides store in one form must be equal. Quantised ones are judged by what their rounding allows (rounding.py).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ...compiler.weight_views import map_parameter
-from ...model_defs.config import READY_MADE, ModelConfig, quant_bits
-from ...runtime.artifact import WeightSpec
-from ...weights.head_pieces import piece_of
-from ...weights.merging import members_of
-from ...weights.names import is_cache_scale
-from ...weights.quantize import RoundingBound, dequantize, rounding_bound
+from ...model_defs.config import QUANTS, ModelConfig
 from ...weights.shard import rank_span, shard_axis
 from ...weights.shard_span import Span
-from ...weights.storage import quant_of
 from .findings import Finding
+from .folding import Folding
+from .rank_weights import RankWeights, StoredNumbers
+from .rounding import difference, rounding_fault
+from .thresholds import Thresholds, coarser
+from .weight_reasons import TensorPair, moved_rows, not_finite, own_reasons, relative, wrong_rows
+
+__all__ = ["RankWeights", "StoredWeights", "WeightComparison"]
 
 MATCH = 1e-5  # relative error up to which tensors are taken for equal
+EQUAL = 1e-6  # relative error of two dequantised tensors of the same stored numbers, scales in float32
 
 
 @dataclass(frozen=True, slots=True)
-class RankWeights:
-    """One rank's weights in a folder; `quant` as in its manifest. `shapes` has those of the members of merged layers, and
-    `heads` the widths of the heads of parameters that may have been filled up."""
+class StoredWeights:
+    """The weights of one side, by rank. `calibration`: a digest of what their rounding was measured with, "" for none.
 
-    folder: Path
-    weights: Mapping[str, WeightSpec]
-    quant: str = "none"
-    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
-    heads: Mapping[str, int] = field(default_factory=dict)
+    `ready_made`: its numbers are those of a checkpoint that was quantised before.
+    """
 
-    @property
-    def stored(self) -> dict[str, None]:
-        """Names of stored tensors, of merged ones those of their members, of pieces that of the whole."""
-        return dict.fromkeys(each for name in self.weights for each in members_of(name) or (piece_of(name)[0] or name,))
-
-    def names(self) -> list[str]:
-        """Parameters of the checkpoint, quantised ones by the names that they have in float."""
-        parts, stored = (".qweight", ".scales", ".zeros"), self.stored
-        floats = [name for name in stored if not name.endswith(parts) and not is_cache_scale(name)]
-        return [*floats, *(f"{n.removesuffix('.qweight')}.weight" for n in stored if n.endswith(".qweight"))]
-
-    def quantised(self, name: str) -> bool:
-        return name not in self.stored
-
-    def read(self, name: str, columns: int) -> Tensor:
-        """A parameter in float32, dequantised; `columns`: without the padding of a last block of quantised weights."""
-        if not self.quantised(name):
-            return self._map(name).float()
-        stem, stored = name.removesuffix(".weight"), self.stored
-        names = [part for part in ("qweight", "scales", "zeros") if f"{stem}.{part}" in stored]
-        return dequantize(quant_of(name, self.quant), {part: self._map(f"{stem}.{part}") for part in names}, columns)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Of a parameter as it is stored, without what fills up its heads; of a quantised one, of its numbers."""
-        key = f"{name.removesuffix('.weight')}.qweight" if self.quantised(name) else name
-        stored = key in self.weights and not self.heads.get(key)
-        return tuple(self.weights[key].shape if stored else self.shapes[key])
-
-    def bits(self, name: str) -> int:
-        """The bits of a quantised parameter."""
-        return quant_bits(quant_of(name, self.quant))
-
-    def rounding(self, name: str) -> RoundingBound:
-        """The largest error of a parameter by its quantisation; none of one in floats."""
-        if not self.quantised(name):
-            return RoundingBound()
-        scales = self._map(f"{name.removesuffix('.weight')}.scales").dtype
-        return rounding_bound(self.bits(name), scales, ready_made=self.quant in READY_MADE)
-
-    def _map(self, name: str) -> Tensor:
-        return map_parameter(self.folder, self.weights, name, self.shapes.get(name, ()), self.heads.get(name, 0))
-
-
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """A rank's part of a parameter: its values, and the largest magnitude of each row, broadcasting against them, of what was
-    quantised as one."""
-
-    values: Tensor
-    largest: Tensor
-    rounding: RoundingBound
+    ranks: list[RankWeights]
+    calibration: str = ""
+    ready_made: bool = False
 
     @property
-    def allowed(self) -> Tensor:
-        """The error that rounding may have left."""
-        return self.rounding.relative * self.largest + self.rounding.absolute
+    def quant(self) -> str:
+        return self.ranks[0].quant
 
 
 class WeightComparison:
     """The comparison of a whole reference with the shards of a candidate, or the other way round."""
 
-    def __init__(self, config: ModelConfig, reference: list[RankWeights], candidate: list[RankWeights], limit: float) -> None:
-        """Lists are by rank; one of the two has to be whole, unless both are sharded alike."""
-        self.config, self.reference, self.candidate, self.limit = config, reference, candidate, limit
+    def __init__(
+        self, config: ModelConfig, reference: StoredWeights, candidate: StoredWeights, limits: Mapping[str, Thresholds]
+    ) -> None:
+        """One of the two sides has to be whole, unless both are sharded alike. `limits`: by precision."""
+        self.config, self.limits = config, limits
+        self.sides = reference, candidate
+        self.reference, self.candidate = reference.ranks, candidate.ranks
+        self.below: dict[str, float] = {}  # tensors that differ by less than their limit, and the error
+        self.folding = self._folding()
 
     @property
     def possible(self) -> bool:
@@ -111,26 +68,15 @@ class WeightComparison:
         """Findings about one parameter, by rank."""
         if name not in self.candidate[0].names():
             return [Finding(stage="weights", where=name, text=f"{name} is not among the candidate's weights")]
-        findings = []
-        for rank in range(max(len(self.reference), len(self.candidate))):
-            parts = self._part(self.reference, name, rank), self._part(self.candidate, name, rank)
-            a, b = (part.values for part in parts)
-            if a.shape != b.shape:
-                text = f"{name} has the shape {list(b.shape)}; the reference has {list(a.shape)}"
-                findings.append(Finding(stage="weights", where=name, text=text, rank=self._rank(rank)))
-            elif not (error := self._worst(name, *parts)) <= self.limit:
-                findings.append(self._finding(name, rank, *parts, error))
-        return findings
-
-    def _quantised(self, name: str) -> bool:
-        return any(side[0].quantised(name) for side in (self.reference, self.candidate))
-
-    def _worst(self, name: str, a: _Part, b: _Part) -> float:
-        """The largest error that rounding does not explain: relative to the largest magnitude of the tensor, or where a side is
-        quantised, whose rows have scales of their own, of the row."""
-        if not self._quantised(name):
-            return _error(a.values, b.values)
-        return float(_beyond(a, b).max()) if a.values.numel() else 0.0
+        shapes = [ranks[0].shape(name) for ranks in (self.reference, self.candidate) if name in ranks[0].weights]
+        if len(shapes) == 2 and shapes[0] != shapes[1] and len(self.reference) == len(self.candidate):
+            text = f"{name} has the shape {list(shapes[1])}; the reference has {list(shapes[0])}"
+            return [Finding(stage="weights", where=name, text=text)]
+        try:
+            return [finding for rank in range(self.rank_count) for finding in self._compare(name, rank)]
+        except (ValueError, RuntimeError, IndexError, AssertionError) as error:
+            text = f"{name} cannot be compared: {' '.join(str(error).split())[:200]}"
+            return [Finding(stage="weights", where=name, text=text)]
 
     def extra(self) -> list[Finding]:
         """Findings for parameters of the candidate alone."""
@@ -139,116 +85,225 @@ class WeightComparison:
             Finding(stage="weights", where=name, text=f"{name} is among the candidate's weights alone") for name in sorted(more)
         ]
 
-    def _rank(self, rank: int) -> int | None:
-        return rank if max(len(self.reference), len(self.candidate)) > 1 else None
+    @property
+    def folded_unknown(self) -> str:
+        """The quantisation whose folded scales cannot be recovered here; "" for none."""
+        reference, candidate = self.sides
+        if reference.calibration == candidate.calibration or self.folding:
+            return ""
+        return candidate.quant if candidate.calibration else reference.quant
 
-    def _finding(self, name: str, rank: int, a: _Part, b: _Part, error: float) -> Finding:
-        reason, shape = next(self._reasons(name, rank, a, b), ""), tuple(b.values.shape)
-        measure = "a row's largest magnitude more than rounding explains" if self._quantised(name) else "its largest magnitude"
-        text = f"{name} {list(shape)} differs by {error:.2e} of {measure} (allowed: {self.limit:.0e})"
-        weights = self.candidate[0]
+    def notes(self) -> list[str]:
+        """A sentence about differences below the limits."""
+        if not self.below:
+            return []
+        worst = max(self.below, key=self.below.__getitem__)
+        count = f"{len(self.below)} tensors differ" if len(self.below) > 1 else f"{worst} differs"
+        most = f", {worst} most" if len(self.below) > 1 else ""
+        return [f"{count} by less than the limit{most}, by {self.below[worst]:.1e}"]
+
+    @property
+    def rank_count(self) -> int:
+        return max(len(self.reference), len(self.candidate))
+
+    # ---- one parameter on one rank
+
+    def _compare(self, name: str, rank: int) -> Iterator[Finding]:
+        a, b = self._part(self.reference, name, rank), self._part(self.candidate, name, rank)
+        if a.shape != b.shape:
+            text = f"{name} has the shape {list(b.shape)}; the reference has {list(a.shape)}"
+            yield Finding(stage="weights", where=name, text=text, rank=self._rank(rank))
+            return
+        for value, other, side in ((b, a, "candidate"), (a, b, "reference")):
+            clause = not_finite(value)
+            if clause and not torch.equal(torch.isfinite(value), torch.isfinite(other)):
+                yield self._fault(name, rank, f"{name} {list(b.shape)} of the {side} {clause}", float("inf"), side)
+                return
+        if not torch.isfinite(a).all():
+            a, b = (torch.where(torch.isfinite(each), each, 0.0) for each in (a, b))
+        quantised = [ranks[0].quantised(name) for ranks in (self.reference, self.candidate)]
+        if any(quantised) and not self._same_numbers(name):
+            yield from self._quantised(name, rank, a, b, quantised)
+        else:
+            yield from self._equal(name, rank, a, b)
+
+    def _same_numbers(self, name: str) -> bool:
+        """Whether both sides should hold the same numbers, quantised alike."""
+        (a, b), kinds = self.sides, [ranks[0].kind(name) for ranks in (self.reference, self.candidate)]
+        if a.ready_made or b.ready_made:
+            return self._is_ready_made(a) and self._is_ready_made(b)
+        if kinds[0] != kinds[1] or a.calibration != b.calibration or len(self.reference) != len(self.candidate):
+            return False
+        forms = {ranks[0].one_scale(name) for ranks in (self.reference, self.candidate) if ranks[0].quantised(name)}
+        return len(forms) < 2  # Ascend has other blocks than ONNX
+
+    @staticmethod
+    def _is_ready_made(side: StoredWeights) -> bool:
+        return side.ready_made or side.quant not in QUANTS
+
+    def _equal(self, name: str, rank: int, a: Tensor, b: Tensor) -> Iterator[Finding]:
+        """Both in floating point, or in the same stored numbers."""
+        if self.folding and self.folding.calibrated(name):
+            clause = self.folding.producer_fault(name, a, b)
+            if clause is not None:
+                if clause:
+                    yield self._fault(name, rank, f"{name} {list(b.shape)} is no multiple by powers of two: {clause}", None)
+                return
+            a = self.folding.expected(name, a)
+        limit = self._limit(name)
+        error = relative(a, b)
+        if error <= limit:
+            if error:
+                self.below[name] = max(error, self.below.get(name, 0.0))
+            return
+        text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude (allowed: {limit:.0e})"
+        if self.candidate[0].quantised(name):
+            reason = difference(a, self._numbers(self.candidate, name, rank), limit)
+        else:
+            reason = self._reason(name, rank, a, b, limit)
+        yield self._fault(name, rank, text, error, reason=reason)
+
+    def _limit(self, name: str) -> float:
+        """The limit of the coarser of the dtypes that both sides store a parameter in."""
+        dtypes = []
+        for ranks in (self.reference, self.candidate):
+            key = f"{name.removesuffix('.weight')}.scales" if ranks[0].quantised(name) else name
+            dtypes.append(ranks[0].dtype(key))
+        kind = coarser(*(each if each in self.limits else "float32" for each in dtypes))
+        return self.limits[kind].weights
+
+    def _quantised(self, name: str, rank: int, a: Tensor, b: Tensor, quantised: list[bool]) -> Iterator[Finding]:
+        """One side in quantised numbers, the other in floating point or in others."""
+        if all(quantised):  # each is rounded in its own way
+            limit = max(self.limits[coarser(*self._precisions(name))].weights, EQUAL)
+            if (error := relative(a, b)) > limit:
+                text = f"{name} {list(b.shape)} differs by {error:.2e} of its largest magnitude (allowed: {limit:.0e})"
+                yield self._fault(name, rank, text, error, reason=self._reason(name, rank, a, b, limit))
+            return
+        exact, ranks, side = (a, self.candidate, "candidate") if quantised[1] else (b, self.reference, "reference")
+        numbers = self._numbers(ranks, name, rank)
+        calibrated = bool(self.folding and self.folding.calibrated(name))
+        if calibrated and self.folding:
+            exact = self.folding.expected(name, exact)
+        nearest = not self._is_ready_made(self.sides[quantised[1]]) and not (calibrated and numbers.bits == 4)
+        fault = rounding_fault(exact, numbers, nearest=nearest)
+        if fault is None:
+            return
+        text = f"{name} {list(b.shape)} is off by {fault.steps:.3g} steps of its quantisation"
+        near = 0.5 * float(numbers.step.abs().max() / exact.abs().max().clamp_min(1e-30)) + MATCH
+        reason = fault.text
+        if reason.startswith(tuple("0123456789")):  # only where they lie: perhaps numbers of another place
+            reason = next(self._reasons(name, rank, exact, numbers.value, near * 1.2), reason)
+        yield self._fault(name, rank, text, relative(exact, numbers.value), side, reason=reason)
+
+    def _precisions(self, name: str) -> list[str]:
+        kinds = [ranks[0].kind(name).partition("-")[0].partition("+")[0] for ranks in (self.reference, self.candidate)]
+        return [kind if kind in self.limits else "float32" for kind in kinds]
+
+    def _fault(
+        self, name: str, rank: int, text: str, error: float | None, side: str = "candidate", *, reason: str = ""
+    ) -> Finding:
+        weights = self.candidate[0] if side == "candidate" else self.reference[0]
         text += f" on rank {rank}" if self._rank(rank) is not None else ""
         text += f", stored in {weights.bits(name)} bits" if weights.quantised(name) else ""
+        where = "image newline" if "image newline" in reason else name
         return Finding(
-            stage="weights", where=name, text=text + (f": {reason}" if reason else ""), error=error, shape=shape,
-            rank=self._rank(rank),
+            stage="weights", where=where, text=text + (f": {reason}" if reason else ""), side=side, error=error,
+            rank=self._rank(rank), reason=reason,
         )  # fmt: skip
 
-    def _part(self, ranks_weights: list[RankWeights], name: str, rank: int) -> _Part:
+    def _rank(self, rank: int) -> int | None:
+        return rank if self.rank_count > 1 else None
+
+    # ---- reading
+
+    def _folding(self) -> Folding | None:
+        """The folded scales of a calibrated candidate; None for another, or one of several ranks."""
+        reference, candidate = self.sides
+        if not candidate.calibration or reference.calibration or self.rank_count > 1:
+            return None
+
+        def read(name: str) -> tuple[Tensor, Tensor]:
+            return self._part(self.reference, name, 0), self._part(self.candidate, name, 0)
+
+        return Folding(self.config, candidate.quant, read)
+
+    def _span(self, name: str, shape: tuple[int, ...], rank: int) -> Span | None:
+        axis = shard_axis(self.config, name) if self.rank_count > 1 else None
+        return None if axis is None else Span(axis, *rank_span(self.config, name, shape, self.rank_count, rank))
+
+    def _part(self, ranks_weights: list[RankWeights], name: str, rank: int) -> Tensor:
         """The shard of a parameter on `rank`, of as many ranks as either side has."""
-        ranks = max(len(self.reference), len(self.candidate))
         weights = ranks_weights[rank if len(ranks_weights) > 1 else 0]
-        axis = shard_axis(self.config, name) if ranks > 1 else None
-        columns = self._columns(name, len(ranks_weights))
-        whole, rounding = weights.read(name, columns), weights.rounding(name)
-        largest = _largest(whole)
-        if len(ranks_weights) > 1 or axis is None:
-            return _Part(whole, largest, rounding)
-        first, stop = rank_span(self.config, name, tuple(whole.shape), ranks, rank)
-        span = Span(axis, first, stop)
-        part, rows = span.of(whole), span.of(largest) if axis == 0 else largest
-        missing = -(-whole.shape[axis] // ranks) - part.shape[axis] if name == "text.lm_head.weight" else 0
-        if missing:
-            part, rows = (torch.nn.functional.pad(each, (0, 0, 0, missing)) for each in (part, rows))
-        return _Part(part, rows, rounding)
+        whole = weights.read(name, self._columns(name, len(ranks_weights)))
+        span = self._span(name, tuple(whole.shape), rank) if len(ranks_weights) == 1 else None
+        if span is None:
+            return whole
+        part = span.of(whole)
+        missing = -(-whole.shape[span.axis] // self.rank_count) - part.shape[span.axis] if name == "text.lm_head.weight" else 0
+        return torch.nn.functional.pad(part, (0, 0, 0, missing)) if missing else part
+
+    def _numbers(self, ranks_weights: list[RankWeights], name: str, rank: int) -> StoredNumbers:
+        """The stored numbers of the same shard."""
+        weights = ranks_weights[rank if len(ranks_weights) > 1 else 0]
+        numbers = weights.numbers(name, self._columns(name, len(ranks_weights)))
+        span = self._span(name, tuple(numbers.whole.shape), rank) if len(ranks_weights) == 1 else None
+        return numbers if span is None else numbers.part(span)
 
     def _columns(self, name: str, ranks: int) -> int:
-        """Columns of a decoder's linear layer in each of `ranks` shards, for quantised parameters."""
-        text = self.config.text
-        width = text.intermediate_size if name.endswith("mlp.down.weight") else text.hidden_size
-        if name.endswith("attn.o.weight"):
-            width = text.heads * text.head_dim
+        """Columns of a decoder's or tower's linear layer in each of `ranks` shards, for quantised parameters."""
+        text, vision = self.config.text, self.config.vision
+        if name.startswith("vision."):
+            width = vision.intermediate_size if name.endswith("mlp.down.weight") else vision.hidden_size
+        else:
+            width = text.intermediate_size if name.endswith("mlp.down.weight") else text.hidden_size
+            if name.endswith("attn.o.weight"):
+                width = text.heads * text.head_dim
         return width // ranks if shard_axis(self.config, name) == 1 else width
 
-    def _reasons(self, name: str, rank: int, reference: _Part, candidate: _Part) -> Iterator[str]:
-        """Clauses that explain the wrong numbers: scaled, of another tensor, moved, or only some rows."""
-        a, b = reference.values, candidate.values
-        near = self.limit + reference.rounding.relative + candidate.rounding.relative + MATCH
-        factor = float((a * b).sum() / a.square().sum().clamp_min(1e-30))
-        scaled = replace(reference, values=a * factor, largest=reference.largest * abs(factor))
-        if abs(factor) > 1e-3 and self._worst(name, scaled, candidate) <= self.limit + MATCH:
-            yield f"it is {factor:.4g} times the reference's"
+    # ---- explanations
+
+    def _reason(self, name: str, rank: int, a: Tensor, b: Tensor, limit: float) -> str:
+        pair = TensorPair(name, a, b, limit + MATCH, self.config)
+        return next(self._reasons(name, rank, a, b, limit + MATCH), "") or wrong_rows(pair, limit)
+
+    def _reasons(self, name: str, rank: int, a: Tensor, b: Tensor, near: float) -> Iterator[str]:
+        """Clauses that explain the wrong numbers: changed in a known way, moved, or of another tensor."""
+        pair = TensorPair(name, a, b, near, self.config)
+        yield from own_reasons(pair)
         if a.dim() == 2:
-            yield from self._moved(name, rank, a, b, near)
+            whole = self.reference[0].read(name, self._columns(name, 1)) if len(self.reference) == 1 else a
+            yield from moved_rows(pair, whole, shard_axis(self.config, name) if self.rank_count > 1 else 0)
         for other in self.names():
-            if other == name or self._part_shape(other) != self._part_shape(name):
+            if other == name or self.reference[0].shape(other) != self.reference[0].shape(name):
                 continue
-            value = self._part(self.reference, other, rank).values
-            if value.shape == b.shape and _error(value, b) <= near:
+            value = self._part(self.reference, other, rank)
+            if value.shape == b.shape and relative(value, b) <= near:
                 yield f"it holds the reference's {other}"
-        rows = (a - b).abs().flatten(1).amax(1) if a.dim() > 1 else (a - b).abs()
-        rows = _beyond(reference, candidate).amax(1) if self._quantised(name) else rows / a.abs().max()
-        wrong = torch.nonzero(rows > self.limit).flatten()
-        if len(wrong) < len(rows):
-            yield f"only {len(wrong)} of {len(rows)} rows, from row {int(wrong[0])} on"
-
-    def _part_shape(self, name: str) -> tuple[int, ...]:
-        """The shape of a parameter as the first rank of the reference stores it."""
-        return self.reference[0].shape(name)
-
-    def _moved(self, name: str, rank: int, a: Tensor, b: Tensor, near: float) -> Iterator[str]:
-        """Clauses for rows or columns that are in the wrong place of the same tensor."""
-        whole = self.reference[0].read(name, self._columns(name, len(self.reference))) if len(self.reference) == 1 else a
-        axis = shard_axis(self.config, name) if max(len(self.reference), len(self.candidate)) > 1 else 0
-        for direction, noun in ((0, "rows"), (1, "columns")):
-            if axis is not None and axis != direction and whole.shape != b.shape:
-                continue
-            source, actual, expected = (each if direction == 0 else each.T for each in (whole, b, a))
-            if source.shape[1] != actual.shape[1]:
-                continue
-            middle = len(actual) // 2
-            actual_row, expected_row = _row_at(source, actual[middle], near), _row_at(source, expected[middle], near)
-            if actual_row is None or expected_row is None or actual_row == expected_row:
-                continue
-            moved = torch.roll(source, expected_row - actual_row, 0)[expected_row - middle :][: len(actual)]
-            distance = abs(actual_row - expected_row)
-            inside = slice(distance, len(actual) - distance)
-            if moved.shape == actual.shape and _error(moved[inside], actual[inside]) <= near:
-                yield f"its {noun} lie {distance} too {'early' if actual_row > expected_row else 'late'}"
 
 
-def _row_at(source: Tensor, row: Tensor, near: float) -> int | None:
-    distance = (source - row).abs().amax(1)
-    at = int(distance.argmin())
-    return at if float(distance[at]) <= near * float(source.abs().max()) and float(row.abs().max()) > 0 else None
+def merged(findings: list[Finding], total: int) -> list[Finding]:
+    """Findings about many of `total` tensors with the same reason as one: a rounding, a rotary order, adapters."""
+    groups: dict[str, list[Finding]] = {}
+    alone = []
+    for each in findings:
+        if _COMMON.search(each.reason):
+            groups.setdefault(each.reason, []).append(each)
+        else:
+            alone.append(each)
+    for reason, group in groups.items():
+        alone += group if len(group) < LEAST_ALIKE else [_as_one(reason, group, total)]
+    return alone
 
 
-def _largest(whole: Tensor) -> Tensor:
-    """The largest magnitude of each row of a matrix, [N, 1]; of other tensors, each number's own: they are not quantised."""
-    return whole.abs().amax(1, keepdim=True) if whole.dim() == 2 else whole.abs()
+def _as_one(reason: str, group: list[Finding], total: int) -> Finding:
+    names = list(dict.fromkeys(each.where for each in group))
+    shown = f"{names[0]} ... {names[-1]}"
+    count = "all weights" if len(names) > 0.9 * total else f"{len(names)} of {total} weights ({shown})"
+    worst = max((each.error or 0.0) for each in group)
+    where = "all weights" if count == "all weights" else shown
+    return replace(group[0], where=where, text=f"{count}: {reason}; they differ by up to {worst:.1e}", error=worst)
 
 
-def _beyond(a: _Part, b: _Part) -> Tensor:
-    """The errors [N, K] that rounding does not explain, relative to the largest magnitude of the row; infinite where a value is
-    not finite."""
-    error = (a.values - b.values).abs() - a.allowed - b.allowed
-    error = error.clamp_min(0) / torch.maximum(a.largest, b.largest).clamp_min(1e-30)
-    return torch.where(torch.isfinite(b.values), error, torch.inf).nan_to_num(nan=torch.inf, posinf=torch.inf)
-
-
-def _error(a: Tensor, b: Tensor) -> float:
-    if not a.numel():
-        return 0.0
-    if not torch.isfinite(b).all():
-        return float("inf")
-    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
+LEAST_ALIKE = 3
+_COMMON = re.compile(r"^rounded to|rotary order|looks like a LoRA|BGR|order of nibbles|^it is [\d.e+-]+ times")

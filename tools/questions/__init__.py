@@ -1,0 +1,1 @@
+"""Files of questions in the formats that people have, as samples for comparisons, calibrations and evaluations."""
