@@ -96,6 +96,8 @@ def test_a_chunk_over_int8_pages_widens_the_pages_of_its_row_alone() -> None:
     width = 2  # pages of a row: 192 tokens, and the padding of a chunk
     gathered = [node for node in made.nodes if node.type == "GatherV2" and node.outputs[0].dtype == "int8"]
     assert len(gathered) == 2 * read_config(EMBEDDED).text.layers
+    in_slots = graph("prefill", 32, "slots", int8=True).types().get("GatherV2", 0)
+    assert made.types()["GatherV2"] == in_slots + len(gathered)  # nothing else is looked up, such as a part of a scale
     assert {node.outputs[0].shape and node.outputs[0].shape[0] for node in gathered} == {width}
 
 

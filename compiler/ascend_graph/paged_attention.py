@@ -92,7 +92,7 @@ def _over_pages(q: Tensor, caches: Pair, lengths: Tensor, block_table: Tensor, h
 def _rows(pages: Tensor, block_table: Tensor, scale: Tensor, like: Tensor) -> Tensor:
     """The values of the pages of each row, joined: [B, W*P, K, D] in the type of `like`."""
     rows = aten.index_select.default(pages, 0, block_table.flatten())  # [B*W, P, K, D]
-    return (rows.to(like.dtype) * scale[:, 0]).view(block_table.shape[0], -1, *pages.shape[2:])
+    return (rows.to(like.dtype) * scale.flatten(0, 1)).view(block_table.shape[0], -1, *pages.shape[2:])
 
 
 def _attended(q: Tensor, kv: Pair, lengths: Tensor, heads: int, kv_heads: int, **more: Any) -> Tensor:
