@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,6 @@ from .fakes import (
     fake_engine,
     image,
     image_prompt,
-    lent,
     oracle,
     text_prompt,
 )
@@ -306,8 +306,10 @@ def test_a_turn_that_was_preempted_is_parked_where_it_ends() -> None:
 
 
 @pytest.fixture
-def model(embedded_artifact: Any) -> Any:
-    yield from lent(embedded_artifact)
+def model(embedded_artifact: Path) -> Iterator[runtime.Model]:
+    """Loaded here, with small blocks: one that other tests have used has counted its blocks."""
+    with runtime.load(embedded_artifact, threads=1) as loaded:
+        yield loaded
 
 
 QUESTIONS = ["What is in the picture?", "Where is the circle? Tell me more about it.", "Hello!"]
