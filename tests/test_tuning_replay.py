@@ -73,6 +73,32 @@ def test_steps_are_those_of_the_engine(sizes: list[tuple[int, int]]) -> None:
     assert {**result.real, "verify": 0} == engine.metrics.real
 
 
+BLOCKED = Setup(COSTS, context=512, slots=4, blocks=6)
+LONG_SIZES = st.lists(st.tuples(st.integers(1, 300), st.integers(1, 200)), min_size=1, max_size=7)
+
+
+@settings(max_examples=25, deadline=None)
+@given(sizes=LONG_SIZES, start=st.integers(0, 3))
+@example([(120, 20), (120, 150), (128, 200), (100, 200)], 0)  # preempted more than once
+def test_repeated_steps_in_few_blocks(sizes: list[tuple[int, int]], start: int) -> None:
+    arrivals = [Arrival(float(place * start), prompt, answer, 0, 0) for place, (prompt, answer) in enumerate(sizes)]
+    whole, single = replay(arrivals, BLOCKED), OneStepAtATime(arrivals, BLOCKED).run()
+    assert figures(whole) == figures(single)
+    assert (whole.preemptions, whole.most_running) == (single.preemptions, single.most_running)
+    assert whole.running_s == pytest.approx(single.running_s)
+
+
+@settings(max_examples=15, deadline=None)
+@given(sizes=LONG_SIZES)
+@example([(120, 20), (120, 150), (128, 200), (100, 200)])
+def test_steps_in_few_blocks_are_those_of_the_engine(sizes: list[tuple[int, int]]) -> None:
+    engine = fake_engine(slots=4, blocks=6, context=512, **TIMES)
+    run_engine(engine, sizes)
+    result = replay([Arrival(0.0, prompt, generated, 0, 0) for prompt, generated in sizes], BLOCKED)
+    assert {**result.padded, "verify": 0} == engine.metrics.padded
+    assert result.preemptions == engine.metrics.preemptions
+
+
 def run_engine(engine: Engine, sizes: Sequence[tuple[int, int]]) -> None:
     for prompt, generated in sizes:
         engine.add_request(text_prompt(*range(10, 10 + prompt)), SamplingParams(max_new_tokens=generated, ignore_eos=True))

@@ -2,7 +2,8 @@
 
 Only the clock is simulated: what runs next, which bucket it takes and who waits for a slot are decided by
 runtime/engine/scheduler.py. A decode step that would be repeated unchanged is counted as often as it repeats: until a
-sequence ends, or until a request arrives for which a slot is free.
+sequence ends, or until a request arrives for which a slot is free. With a budget of blocks (runtime/engine/blocks.py) it is
+counted until a sequence needs another block.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import numpy as np
 from ...runtime.artifact import CacheSpec, CrossSpec, GraphKey, Kind
 from ...runtime.engine.cache import SlotCache
 from ...runtime.engine.chunks import ChunkPlanner
+from ...runtime.engine.preemption import restored
 from ...runtime.engine.request import Sequence as Running
 from ...runtime.engine.request import Times
 from ...runtime.engine.scheduler import Scheduler, Step
@@ -25,7 +27,6 @@ from ...runtime.processor.prompt import CrossAttentionMask, Prompt
 from ...runtime.sampling.params import ResolvedSampling, SamplingParams
 from .workload import Arrival
 
-_PARAMS = SamplingParams()
 _SAMPLING = ResolvedSampling(temperature=0.0, top_k=0, top_p=1.0, seed=0)
 
 REPLAYED_KINDS: tuple[Kind, ...] = ("vision", "prefill", "decode")  # no verify: drafts need texts, which a trace lacks
@@ -51,6 +52,9 @@ class ReplayStats:
     padded: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(REPLAYED_KINDS, 0))
     rows: dict[int, Counter[int]] = field(default_factory=dict)  # images seen -> rows that a decode step reached -> steps
     span_s: float = 0.0  # from the first arrival to the last token
+    running_s: float = 0.0  # the sum of all steps' seconds, each as often as sequences held a slot
+    most_running: int = 0
+    preemptions: int = 0
 
     @property
     def load(self) -> float:
@@ -71,6 +75,8 @@ class Setup:
     slots: int
     chunks: bool = True  # False: every prompt in one run
     past_ms: float = 0.0  # as in costs.py; a decode step takes it for the tokens that are there, not for its padding
+    read_ms: float | None = None  # the same of a decode step, where it differs from that of chunks
+    blocks: int | None = None  # of all slots together; None: every slot may hold the whole context
 
 
 def replay(arrivals: Sequence[Arrival], setup: Setup) -> ReplayStats:
@@ -94,7 +100,7 @@ class _Replay:
             dtype="float32",
             cross=cross,
         )
-        self.cache = SlotCache(spec)
+        self.cache = SlotCache(spec, budget=setup.blocks)
         self.scheduler = Scheduler(self.cache, setup.costs)
         if not setup.chunks:
             planners = self.scheduler.prefill
@@ -118,7 +124,7 @@ class _Replay:
             self.now += elapsed
             self._count(step, times, elapsed)
             self._commit(step, times)
-        self.stats.span_s = self.now - start
+        self.stats.span_s, self.stats.preemptions = self.now - start, self.scheduler.preemptions
         return self.stats
 
     def _next_time(self) -> float:
@@ -153,7 +159,7 @@ class _Replay:
         return Running(
             id=place,
             prompt=prompt,
-            params=_PARAMS,
+            params=SamplingParams(max_new_tokens=arrival.generated),
             sampling=_SAMPLING,
             features=np.empty((0, 0), np.float32),
             times=Times(arrived=arrival.time or 0.0, started=-math.inf),
@@ -164,6 +170,8 @@ class _Replay:
         past_s, cost = self.setup.past_ms / 1e3, self.setup.costs[step.graph_key] / 1e3
         if step.kind == "prefill":
             return cost + past_s * step.bucket * step.sequences[0].computed, 0.0
+        if self.setup.read_ms is not None:
+            past_s = self.setup.read_ms / 1e3
         if step.kind == "vision" or not past_s:
             return cost, 0.0
         cached_tokens = sum(s.prompt.length + self.answers[s.id] - self.remaining[s.id] for s in step.sequences)
@@ -174,6 +182,8 @@ class _Replay:
         if len(step.sequences) < len(self.scheduler.running):  # others run between
             return 1
         shortest = min(self.remaining[sequence.id] for sequence in step.sequences)
+        if self.cache.bounded:
+            shortest = min(shortest, *(1 + sequence.room - sequence.tokens for sequence in step.sequences))
         if not self.cache.free or self._next_time() == math.inf:
             return shortest
         gap = self._next_time() - self.now
@@ -189,6 +199,8 @@ class _Replay:
         stats.busy_s[kind] += elapsed
         stats.real[kind] += times * (len(step.sequences) if kind == "decode" else step.count)
         stats.padded[kind] += times * step.bucket
+        running = len(self.scheduler.running)
+        stats.running_s, stats.most_running = stats.running_s + elapsed * running, max(stats.most_running, running)
         if kind == "decode":
             stats.rows.setdefault(max(s.images for s in step.sequences), Counter())[step.count] += times
         for sequence in step.sequences:
@@ -204,14 +216,19 @@ class _Replay:
         if step.kind == "prefill":
             sequence = step.sequences[0]
             sequence.computed += step.count
-            if not sequence.prefilling:
-                sequence.times.first_token = self.now
-                self._generate(sequence, 1)
+            if sequence.prefilling:
+                return
+            if sequence.generated:  # it was preempted: the token that follows is known
+                restored(sequence)
+                return
+            sequence.times.first_token = self.now
+            self._generate(sequence, 1)
             return
         for sequence in step.sequences:
             self._generate(sequence, times)
 
     def _generate(self, sequence: Running, tokens: int) -> None:
+        sequence.generated += [0] * tokens
         self.remaining[sequence.id] -= tokens
         if self.remaining[sequence.id]:
             return
