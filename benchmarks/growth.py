@@ -125,7 +125,8 @@ class Side:
         """Fill the cache with noise: unwritten pages would all be one page of zeros, which stays in the processor's cache."""
         widest = self.manifest.graph("decode", max(self.manifest.buckets("decode")))
         full = np.full(widest.bucket, self.manifest.cache.rows, np.int32)
-        self.cases.fill(widest, Case("", past=full, count=full), [self.model.engine.backend])
+        case = Case("", past=full, count=full)
+        self.cases.fill(widest, case, self.cases.feed(widest, case), [self.model.engine.backend])
 
     def run(self, graph: GraphSpec, past: int, times: int) -> Sample:
         """A graph by itself: tokens before it need not be computed, since time does not depend on what is in the cache."""

@@ -51,10 +51,12 @@ def compared(reference: Side, candidate: Path | Side, samples: Sequence[Sample],
     return Comparison(reference=reference, candidate=side, samples=samples, **settings).run()
 
 
-def check_healthy(reference: Side, artifact: Path, family: str) -> None:
-    """No alarm, with every graph run at its edges and every operator looked at."""
+def check_healthy(reference: Side, artifact: Path, family: str, layers: float | None = None) -> None:
+    """No alarm, with every graph run at its edges and every operator looked at. `layers`: the error that a layer may have
+    relative to its output, by default the limit of logits."""
     result = compared(reference, artifact, samples_of(family), inspect="always")
     assert result.passed, (result.broken, result.findings)
     assert {edge.graph for edge in result.edges} == {graph.name for graph in read_manifest(artifact).graphs}
     assert 0 < max(own for own, _ in result.layers.values()) < result.limits.operators and not result.scope
-    assert all(0 < max(each.layers) < result.limits.relative for each in result.samples)
+    worst = [max(each.layers) for each in result.samples]
+    assert all(0 < each < (layers or result.limits.relative) for each in worst), worst

@@ -277,7 +277,7 @@ def test_quantised_weights(pairs: dict[str, Pair], tmp_path: Path, quant: str, d
     build(Options(checkpoint=CHECKPOINTS["llava"], out=out, buckets=buckets, backend="ascend", quant=quant))
     manifest = read_manifest(out)
     assert {spec.dtype for spec in manifest.weights.values()} == dtypes
-    command = f"staticvl compile CHECKPOINT --out ARTIFACT --quant {quant} --context 900 --slots 1 --backend ascend"
+    command = f"staticvl compile CHECKPOINT --out ARTIFACT --quant {quant} --context 900 --slots 1 --kv slots --backend ascend"
     assert manifest.recompilation(context=900) == command
     assert all(graph.certificate and graph.certificate.worst <= 1e-4 for graph in manifest.graphs)
     expected = runtime.load(pairs["llava"].onnx).generate(QUESTION, [SHAPES], max_new_tokens=24, temperature=0.0)

@@ -47,7 +47,7 @@ FORMS: dict[Form, str] = {
     form("int8_cache_several", batch=1, tokens=6, **HEADS, keys=600, width=32): "none",
     form("cross_one", batch=3, tokens=1, **HEADS, keys=148, tiles=4, width=32): "none",
     form("cross_several", batch=1, tokens=5, **HEADS, keys=148, tiles=4, width=32): "none",
-    form("whole", batch=2, tokens=10, heads=4, width=24): "none",
+    form("whole", batch=2, tokens=10, heads=4, width=32): "none",
     form("padded", batch=1, tokens=12, heads=4, width=16): "none",
     form("product_one", **ONE_ROW): "none",
     form("product_bias_several", **SMALL): "none",
