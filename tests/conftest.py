@@ -6,7 +6,6 @@ import gc
 import os
 from pathlib import Path
 
-gc.disable()  # until the end of pytest's collection: imports make many objects and little garbage
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -17,6 +16,8 @@ from hypothesis import settings as hypothesis_settings
 
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
+
+gc.disable()  # until test files are collected: imports make many objects and little garbage
 
 # A busy machine is no failure.
 hypothesis_settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
