@@ -17,6 +17,8 @@ from hypothesis import settings as hypothesis_settings
 from staticvl.compiler.build import build
 from staticvl.compiler.plan import Buckets, Options
 
+gc.disable()  # until test files are collected: imports make many objects and little garbage
+
 # A busy machine is no failure.
 hypothesis_settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 hypothesis_settings.load_profile("patient")
@@ -38,9 +40,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the imports made, half a million objects, out of every later collection of garbage."""
-    gc.collect()
+    """Leave what the imports made, half a million objects, out of every later collection of garbage, and collect less often:
+    traces and conversions make many objects that live."""
     gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    gc.enable()
 
 
 SMALL_BUCKETS = Buckets(prefill=(8, 32), decode=(1, 2, 4), vision=(1, 2), context=512, slots=4)

@@ -390,7 +390,9 @@ def test_nodes_of_a_decode_layer(checkpoint: Path, quant: str, dtype: str) -> No
     assert types["Add"] == 1, "to lengths"
 
 
-@pytest.mark.parametrize("name", ["decode-2", "verify-4", "prefill-8"])
+@pytest.mark.parametrize(
+    "name", ["decode-2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("verify-4", "prefill-8"))]
+)
 def test_an_8_bit_cache_costs_two_nodes_a_layer(name: str) -> None:
     plain, eight = (kernels(definition(LLAVA, name, int8=int8), "bfloat16")[0] for int8 in (False, True))
     added = {each: eight.get(each, 0) - plain.get(each, 0) for each in {*eight, *plain}}
@@ -420,8 +422,17 @@ def test_nodes_of_layers_that_attend_to_images() -> None:
     assert types["Add"] == 1
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize(("ranks", "fused"), [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize(
+    ("ranks", "fused", "dtype"),
+    [
+        (1, False, "float16"),
+        (2, False, "bfloat16"),
+        (2, True, "float16"),
+        pytest.param(1, False, "bfloat16", marks=pytest.mark.slow),
+        pytest.param(2, False, "float16", marks=pytest.mark.slow),
+        pytest.param(2, True, "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_towers_in_whole_numbers(ranks: int, fused: bool, dtype: str) -> None:
     """Their pixels come in float32, and products of rows have results in 16 bits all the same."""
     (graph,) = (each for each in graphs("llava", "w8a8+vision", ranks=ranks, heads=16) if each.kind == "vision")

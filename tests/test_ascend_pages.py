@@ -75,8 +75,15 @@ def readers(made: GeGraph, node: Node) -> list[Node]:
     return [each for each in made.nodes if any(source and source.producer == node.name for source in each.inputs)]
 
 
-@pytest.mark.parametrize(("kind", "bucket"), [("decode", 2), ("prefill", 32)])
-@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "bucket", "int8"),
+    [
+        ("decode", 2, False),
+        ("prefill", 32, True),
+        pytest.param("decode", 2, True, marks=pytest.mark.slow),
+        pytest.param("prefill", 32, False, marks=pytest.mark.slow),
+    ],
+)
 def test_no_cache_is_copied_and_no_index_computed(kind: str, bucket: int, int8: bool) -> None:
     slots, pages = (graph(kind, bucket, kv, int8=int8) for kv in ("slots", "pages"))
     layers, types = read_config(EMBEDDED).text.layers, pages.types()

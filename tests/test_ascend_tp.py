@@ -115,7 +115,11 @@ def check_same_logits(model: Model, tp: int, ranks: list[list[np.ndarray]]) -> N
 # --- Ranks on the simulator -----------------------------------------------------------------------------------------------
 
 
-MODELS = [pytest.param(("llava", 2), marks=pytest.mark.slow), ("mllama", 2), ("qwen_vl", 8)]
+MODELS = [
+    pytest.param(("llava", 2), marks=pytest.mark.slow),
+    ("mllama", 2),
+    pytest.param(("qwen_vl", 8), marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=["llava", "mllama", "qwen_vl"])

@@ -160,18 +160,38 @@ def packed(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     return copy
 
 
-@pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not link_out], ids=lambda each: each.__name__)
-def test_packed_weights_are_made_again(packed: Path, tmp_path: Path, damage: Damage) -> None:
-    """Whatever file of them is damaged; where it keeps its size, packed numbers are only read to the end by `verify`."""
+def packed_files(packed: Path) -> list[Path]:
+    """What can be damaged: neither locks, nor links to the artifact's own files."""
+    own = [path for path in sorted((packed / host_cache.FOLDER).rglob("*")) if path.is_file() and path.stat().st_nlink == 1]
+    files = [path for path in own if path.name not in ("lock", ".readers.lock")]
+    assert {path.suffix for path in files} >= {".onnx", ".json"}
+    return files
+
+
+def check_made_again(packed: Path, path: Path, damage: Damage, right: list[str]) -> None:
+    """Where a damaged file keeps its size, packed numbers are only read to the end by `verify`."""
+    damage(path, next(other for other in packed_files(packed) if other != path))
+    assert answer(packed, verify=damage in KEEPS_SIZE) == right
+    again = [p for p in (packed / host_cache.FOLDER).rglob("*") if p.is_file() and p.name == path.name]
+    assert len(again) == 1
+
+
+PACKED_DAMAGES = [damage for damage in DAMAGES if damage is not link_out]
+
+
+def test_packed_weights_are_made_again(packed: Path) -> None:
+    """Every file and every damage at least once; all pairs are slow."""
+    right, files = answer(packed), packed_files(packed)
+    for place in range(max(len(files), len(PACKED_DAMAGES))):
+        check_made_again(packed, files[place % len(files)], PACKED_DAMAGES[place % len(PACKED_DAMAGES)], right)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", PACKED_DAMAGES, ids=lambda each: each.__name__)
+def test_packed_weights_are_made_again_after_every_damage(packed: Path, damage: Damage) -> None:
     right = answer(packed)
-    own = [path for path in (packed / host_cache.FOLDER).rglob("*") if path.is_file() and path.stat().st_nlink == 1]
-    damaged = [path for path in own if path.name not in ("lock", ".readers.lock")]
-    assert {path.suffix for path in damaged} >= {".onnx", ".json"}
-    for path in damaged:
-        damage(path, next(other for other in damaged if other != path))
-        assert answer(packed, verify=damage in KEEPS_SIZE) == right
-        again = [p for p in (packed / host_cache.FOLDER).rglob("*") if p.is_file() and p.name == path.name]
-        assert len(again) == 1
+    for path in packed_files(packed):
+        check_made_again(packed, path, damage, right)
 
 
 def test_verify_removes_damaged_packed_weights(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:

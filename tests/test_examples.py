@@ -277,6 +277,7 @@ def test_tuning(computed: Callable[[str, str], Any], model: runtime.Model, place
     assert found["answers"] == [model.generate(QUESTION, images=[IMAGE]).text] * 2
 
 
+@pytest.mark.slow
 def test_comparing(computed: Callable[[str, str], Any], model: runtime.Model) -> None:
     found = computed(
         "comparing",

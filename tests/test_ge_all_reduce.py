@@ -182,7 +182,7 @@ def definition(name: str, quant: str = "none", ranks: int = 2) -> GraphDef:
     ("name", "quant", "dtype", "fused"),
     [
         ("prefill-8", "none", "float16", 8),
-        ("prefill-8", "none", "bfloat16", 8),
+        pytest.param("prefill-8", "none", "bfloat16", 8, marks=pytest.mark.slow),
         ("prefill-8", "w8a8", "float16", 8),
         ("prefill-8", "w8a8", "bfloat16", 0),  # whose scales would have to be rounded
         ("prefill-8", "w8a16", "float16", 4),  # those of attention: blocks of the others are filled up

@@ -223,10 +223,11 @@ def test_sizes_that_are_not_stated() -> None:
 @pytest.mark.parametrize(
     ("family", "quant", "kinds"),
     [
-        ("llava", "none", ("prefill", "vision")),
+        ("llava", "none", ("prefill",)),
         ("llava", "w8a8", ("decode",)),
         ("qwen_vl", "w4a16", ("decode",)),
         ("mllama", "w8a16", ("vision",)),
+        pytest.param("llava", "none", ("vision",), marks=pytest.mark.slow),
         pytest.param("qwen_vl", "w4a16", ("prefill",), marks=pytest.mark.slow),
         pytest.param("mllama", "w8a16", ("decode",), marks=pytest.mark.slow),
     ],
@@ -354,7 +355,12 @@ def test_further_layers_are_multiplied_exactly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quant", "width"), [("none", 2), pytest.param("w8a8", 1, marks=pytest.mark.slow), ("w4a16", 0.5 + 2 / 128)]
+    ("quant", "width"),
+    [
+        pytest.param("none", 2, marks=pytest.mark.slow),
+        pytest.param("w8a8", 1, marks=pytest.mark.slow),
+        ("w4a16", 0.5 + 2 / 128),
+    ],
 )
 def test_decode_reads_weights_and_cache(quant: str, width: float) -> None:
     """7B: every weight once but the embedding table's, lm_head in at least 8 bits, and keys and values of every position."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -147,9 +148,13 @@ def vision_graphs(family: str, quant: str = "none", ranks: int = 1) -> Iterator[
     yield define_graph(context, next(key for key in plan.graphs if key.kind == "vision"))
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("quant", ["none", "w8a8+vision"])
-@pytest.mark.parametrize("family", FAMILIES)
+GRAPHS = list(product(FAMILIES, ("none", "w8a8+vision"), (1, 2)))
+FEW = {("llava", "none", 1), ("mllama", "w8a8+vision", 2), ("qwen_vl", "w8a8+vision", 1)}
+
+
+@pytest.mark.parametrize(
+    ("family", "quant", "ranks"), [pytest.param(*each, marks=[] if each in FEW else pytest.mark.slow) for each in GRAPHS]
+)
 def test_graphs_neither_fill_up_nor_cut_heads(family: str, quant: str, ranks: int) -> None:
     """They take the weights that are stored, and scale scores by the true width."""
     skip_without_torchair()
@@ -172,7 +177,9 @@ def kernel_shapes(graph: GraphDef) -> dict[str, tuple[int, ...]]:
     return {name: tuple(each.shape) for name, each in zip(kernel.weights, kernel.arguments, strict=False)}
 
 
-@pytest.mark.parametrize("eager", [(), ("vision",)], ids=["compiled", "eager"])
+@pytest.mark.parametrize(
+    "eager", [pytest.param((), id="compiled"), pytest.param(("vision",), id="eager", marks=pytest.mark.slow)]
+)
 def test_a_tower_in_8_bits_is_certified(eager: tuple[str, ...], tmp_path: Path) -> None:
     """Its pixels are in float32 until the first product, and all that follows is in 16 bits."""
     skip_without_torchair()

@@ -112,6 +112,7 @@ def test_no_weight_is_sliced(small_pieces: None, quant: str) -> None:
     assert sum(node.name in sources for node in parsed.nodes if node.type == "WeightQuantBatchMatmulV2") == 3
 
 
+@pytest.mark.slow
 def test_artifacts_from_before_still_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their head is whole. Made again it is in pieces, and says the same."""
     skip_without_torchair()

@@ -37,7 +37,7 @@ DIMS["w8a8"] = DIMS["w8a16"]
 BUCKETS = Buckets(prefill=(4, 8), decode=(1, 2), vision=(1,), context=64, slots=2)
 
 
-@pytest.fixture(scope="module", params=["none", "w8a16", pytest.param("w8a8", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["w8a16", *(pytest.param(quant, marks=pytest.mark.slow) for quant in ("none", "w8a8"))])
 def pristine(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("host")
     tiny = tiny_llava(folder / "checkpoint", **DIMS[request.param])

@@ -45,6 +45,7 @@ def test_forms(capsys: pytest.CaptureFixture[str]) -> None:
     assert "error: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_cache_in_8_bits() -> None:
     """It rounds the new rows of keys and values: more kernels than a layer has over a cache of floats."""
     config = named_config(str(GOLDEN_QWEN))

@@ -98,6 +98,7 @@ def test_weights_and_graphs_are_made_anew_where_merging_changes() -> None:
 # --- Artifacts ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_artifacts_from_before_still_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their graphs name weights that lie apart. Made again, they are merged, and say the same."""
     options = Options(

@@ -34,6 +34,15 @@ from .merged_models import FAMILIES, graphs, model_config
 from .packings import FORMS, pack_checkpoint
 from .wide_models import write_random
 
+# Every quantisation, each with the next family; all pairs are slow.
+every_quant = pytest.mark.parametrize(
+    ("family", "quant"),
+    [
+        pytest.param(family, quant, marks=[] if family == FAMILIES[place % len(FAMILIES)] else pytest.mark.slow)
+        for place, quant in enumerate(QUANTS)
+        for family in FAMILIES
+    ],
+)
 GROUPS = {"attn.qkv": ("attn.q", "attn.k", "attn.v"), "mlp.gate_up": ("mlp.gate", "mlp.up")}
 
 
@@ -93,8 +102,7 @@ def check_merged(source: Source, config: ModelConfig, out: Path, **options: Any)
 # --- Weights ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_quant
 def test_a_merged_tensor_is_its_members_one_after_another(
     checkpoints: dict[str, Path], family: str, quant: str, tmp_path: Path
 ) -> None:
@@ -205,8 +213,7 @@ def test_members_are_made_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None
 # --- Members by their own names -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("family", FAMILIES)
+@every_quant
 def test_definitions_find_their_parameters_as_views(
     checkpoints: dict[str, Path], family: str, quant: str, tmp_path: Path
 ) -> None:

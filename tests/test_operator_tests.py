@@ -174,7 +174,7 @@ BROKEN: dict[str, tuple[str, Callable[..., Any], str, str]] = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float16", pytest.param("bfloat16", marks=pytest.mark.slow)])
 def test_faults_of_attention_show(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     function, broken, kind, start = BROKEN[name]
     monkeypatch.setattr(simulated_attention, function, broken(getattr(simulated_attention, function)))
