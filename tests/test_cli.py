@@ -458,14 +458,14 @@ MISTYPED = [
 
 @pytest.mark.parametrize(("line", "message"), MISTYPED, ids=[line for line, _ in MISTYPED])
 def test_a_mistyped_option_or_value_has_its_near_match(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         build_parser().parse_args(line.split())
     assert capsys.readouterr().err.strip().endswith(message)
 
 
 @pytest.mark.parametrize("line", ["show x --qqqqqq", "demo --model zzz", "generate x --candidate 3", f"show x --{'js' * 90}"])
 def test_a_word_like_no_option_has_no_near_match(line: str, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         build_parser().parse_args(line.split())
     message = capsys.readouterr().err
     assert "error" in message
@@ -475,6 +475,6 @@ def test_a_word_like_no_option_has_no_near_match(line: str, capsys: pytest.Captu
 def test_near_matches_of_a_development_command(capsys: pytest.CaptureFixture[str]) -> None:
     from staticvl.tools.development.ascend_lint import main as lint_main
 
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         lint_main(["--hlep"])
     assert "--hlep: did you mean --help?" in capsys.readouterr().err
