@@ -17,8 +17,10 @@ from staticvl.runtime.engine.request_log import RequestLog, RequestLogError, Req
 from staticvl.runtime.processor.families import family
 from staticvl.runtime.processor.tokenizer import load_tokenizer
 from staticvl.tools.tuning import workload as workload_module
-from staticvl.tools.tuning.columns import Request, TraceError
+from staticvl.tools.tuning.columns import Request
 from staticvl.tools.tuning.images import ImageCounter
+from staticvl.tools.tuning.time_units import TimeReader, load_note
+from staticvl.tools.tuning.trace_error import TraceError
 from staticvl.tools.tuning.traces import parse_distribution, random_requests, read_trace
 from staticvl.tools.tuning.workload import gather
 
@@ -68,6 +70,46 @@ def test_names_of_other_traces(trace, head: str) -> None:
 def test_forms_of_time(trace, time: str, seconds: float) -> None:
     assert [each.time for each in read_trace(trace(HEAD + f"{time},7,3\n"))] == [seconds]
     assert [each.time for each in read_trace(trace("timestamp_ms,input_tokens,output_tokens\n250,7,3\n"))] == [0.25]
+
+
+@pytest.mark.parametrize(
+    ("column", "number", "unit", "seconds", "taken"),
+    [
+        ("timestamp", "12.5", None, 12.5, "s, as the name 'timestamp' says no unit"),
+        ("timestamp", "250", "ms", 0.25, "ms, as --time-unit says"),
+        ("timestamp_ms", "250", "us", 0.00025, "us, as --time-unit says"),
+        ("arrival_time_ns", "46926808", None, 0.046926808, "ns, as the name 'arrival_time_ns' says"),
+        ("startUs", "250", None, 0.00025, "us, as the name 'startUs' says"),
+        ("startTimeUnixNano", "1700000000000000000", None, 1.7e9, "ns, as the name 'startTimeUnixNano' says"),
+        ("begins", "5", None, 5.0, "s, as the name 'begins' says no unit"),
+        ("time", "1700000000123456", None, 1700000000.123456, "us, as numbers of their size are since 1970"),
+        ("time", "1700000000000000000", None, 1.7e9, "ns, as numbers of their size are since 1970"),
+        ("time", "2023-11-14T22:13:20Z", "ms", 1.7e9, "dates"),
+    ],
+)
+def test_units_of_time(column: str, number: str, unit: str | None, seconds: float, taken: str) -> None:
+    times = TimeReader(unit)
+    assert times.seconds(number, column, "line 1") == pytest.approx(seconds, rel=1e-15)
+    assert times.taken == taken
+
+
+@pytest.mark.parametrize(
+    ("load", "taken", "parts"),
+    [
+        (0.02, "s, by default", ()),
+        (99.0, "s, by default", ()),
+        (0.0008, "s, by default", ("0.08 %", "taken as s, by default", "--time-unit ms if they are in ms")),
+        (3e4, "ms, as --time-unit says", ("3e+06 %", "taken as ms", "--time-unit s if")),
+        (2e-9, "s, by default", ("--time-unit ns if",)),
+        (1e9, "s, by default", ("--rate gives another rate",)),
+        (0.0008, "dates", ("taken as dates", "--rate gives another rate")),
+        (0.0008, "", ()),
+    ],
+)
+def test_an_absurd_load_names_the_unit(load: float, taken: str, parts: tuple[str, ...]) -> None:
+    note = load_note(load, taken)
+    assert bool(note) == bool(parts)
+    assert all(part in note for part in parts)
 
 
 @pytest.mark.parametrize(

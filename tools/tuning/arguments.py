@@ -63,6 +63,11 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of the answers")
     group.add_argument("--images", metavar="DIST", help="with --prompts: number of images of a request")
     group.add_argument("--image-size", default="1024x768", metavar="WxH", help="size of images, where the trace has none")
+    group.add_argument(
+        "--time-unit",
+        choices=("s", "ms", "us", "ns"),
+        help="unit of times; default: by the column's name and their size, else s",
+    )
     group.add_argument("--rate", type=float, metavar="R", help="requests a second in the replay; default: as in the trace")
     group.add_argument("--replay", type=int, default=4000, metavar="N", help="number of requests to replay")
 

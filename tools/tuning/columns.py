@@ -9,10 +9,11 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any
 
 from ...runtime.shown import quoted
+from .time_units import TimeReader
+from .trace_error import TraceError
 
 MOST_TOKENS = 1 << 20  # of one request; more is taken for an error in the trace
 MOST_IMAGES = 1 << 10
@@ -29,11 +30,6 @@ NAMES: dict[str, str] = {
     "reused": "reusedtokens cachedtokens",
 }
 _SIZE = re.compile(r"\s*(\d+)\s*[x*×]\s*(\d+)\s*")
-_MILLISECONDS = 1e11  # a number of this size is no time in seconds since 1970
-
-
-class TraceError(ValueError):
-    """A trace that cannot be used; the message names the line and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +62,7 @@ def find_columns(names: Iterable[str], where: str) -> dict[str, str]:
     return {meaning: name for meaning, name in columns.items() if name is not None}
 
 
-def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Request:
+def read_row(row: Mapping[str, Any], columns: Mapping[str, str], times: TimeReader, where: str) -> Request:
     """A request from a row; raises TraceError."""
     value = {meaning: row.get(name) for meaning, name in columns.items()}
     images, sizes = _images(value.get("images"), where)
@@ -77,7 +73,7 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
     return Request(
         prompt=prompt,
         generated=_count(value["generated"], "generated tokens", where, least=0),
-        time=None if value.get("time") in (None, "") else _time(value["time"], columns["time"], where),
+        time=None if value.get("time") in (None, "") else times.seconds(value["time"], columns["time"], where),
         images=images,
         sizes=sizes,
         image_tokens=None if image_tokens in (None, "") else _count(image_tokens, "image tokens", where, least=0),
@@ -96,30 +92,6 @@ def _count(value: Any, name: str, where: str, *, least: int, most: int = MOST_TO
     if integer > most:
         raise TraceError(f"{where}: {name} is {quoted(value)}, more than {most}; correct the trace or take the line out")
     return integer
-
-
-def _time(value: Any, column: str, where: str) -> float:
-    """Seconds; numbers in a column whose name ends in ms, and numbers too large for seconds since 1970, are milliseconds."""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = _moment(value, where)
-    else:
-        if abs(seconds) >= _MILLISECONDS or column.lower().endswith("ms"):
-            seconds /= 1e3
-    if not abs(seconds) < _MILLISECONDS:
-        raise TraceError(f"{where}: the time is {quoted(value)}; expected seconds, milliseconds or a date with a time")
-    return seconds
-
-
-def _moment(value: Any, where: str) -> float:
-    try:
-        moment = datetime.fromisoformat(str(value).strip())
-    except ValueError:
-        raise TraceError(
-            f"{where}: the time is {quoted(value)}; expected seconds or a date with a time such as 2023-11-16 18:15:46.68"
-        ) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _images(value: Any, where: str) -> tuple[int, tuple[tuple[int, int], ...]]:

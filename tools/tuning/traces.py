@@ -15,7 +15,9 @@ import numpy as np
 from tqdm import tqdm
 
 from ...runtime.shown import quoted, shown
-from .columns import Request, TraceError, find_columns, read_row
+from .columns import Request, find_columns, read_row
+from .time_units import TimeReader
+from .trace_error import TraceError
 
 _BAR_FROM = 16 << 20  # bytes: less is read in a moment
 _MAX_LINE_BYTES = 1 << 20
@@ -23,8 +25,8 @@ _MAX_FIELD_SETS = 1000
 _SEED = 20240
 
 
-def read_trace(path: Path) -> Iterator[Request]:
-    """Every request of a file, with a progress bar for large ones; raises TraceError."""
+def read_trace(path: Path, times: TimeReader | None = None) -> Iterator[Request]:
+    """Every request of a file, with a progress bar for large ones; raises TraceError. `times` reads the times."""
     if not path.is_file():
         raise TraceError(f"{shown(path)} is not a file; expected a trace of requests as CSV or JSON lines")
     size = path.stat().st_size
@@ -38,7 +40,7 @@ def read_trace(path: Path) -> Iterator[Request]:
             raise TraceError(f"{path} is empty; expected a line for each request")
         rows = _json_rows if first[1].lstrip().startswith("{") else _csv_rows
         count = 0
-        for count, request in enumerate(rows(path, first, lines), start=1):  # noqa: B007
+        for count, request in enumerate(rows(path, first, lines, times or TimeReader()), start=1):  # noqa: B007
             yield request
     if not count:
         raise TraceError(f"{path} holds no request; expected a line for each below the line of names")
@@ -62,7 +64,7 @@ def _lines(file: IO[bytes], path: Path, bar: tqdm) -> Iterator[tuple[int, str]]:
             yield number, text
 
 
-def _csv_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str]]) -> Iterator[Request]:
+def _csv_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str]], times: TimeReader) -> Iterator[Request]:
     delimiter = max(",;\t", key=first[1].count)
     names = _cells(first, delimiter, path)
     columns = find_columns(names, f"{path}, line {first[0]}")
@@ -75,7 +77,7 @@ def _csv_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str
             raise TraceError(
                 f"{where}: the line has {len(cells)} columns, but the first has {len(names)}; correct or remove it"
             )
-        yield read_row(dict(zip(names, cells, strict=True)), columns, where)
+        yield read_row(dict(zip(names, cells, strict=True)), columns, times, where)
 
 
 def _cells(line: tuple[int, str], delimiter: str, path: Path) -> list[str]:
@@ -85,7 +87,7 @@ def _cells(line: tuple[int, str], delimiter: str, path: Path) -> list[str]:
         raise TraceError(f"{path}, line {line[0]}: {error}; expected one request as CSV, all on one line") from None
 
 
-def _json_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str]]) -> Iterator[Request]:
+def _json_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, str]], times: TimeReader) -> Iterator[Request]:
     decoder = msgspec.json.Decoder(dict)
 
     def decode(line: tuple[int, str]) -> dict:
@@ -105,7 +107,7 @@ def _json_rows(path: Path, first: tuple[int, str], lines: Iterator[tuple[int, st
                     f"{where}: lines have more than {_MAX_FIELD_SETS} different sets of fields; expected requests alone"
                 )
             columns[names] = find_columns(names, where)
-        yield read_row(row, columns[names], where)
+        yield read_row(row, columns[names], times, where)
 
 
 # ---- a distribution instead of a trace
