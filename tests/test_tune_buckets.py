@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -247,6 +248,20 @@ def test_milliseconds_taken_as_seconds(capsys: pytest.CaptureFixture[str], tmp_p
     assert slots[0] == slots[2] == 1 < slots[1]
 
 
+def test_rows_left_out_are_noted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table, out, path = tmp_path / "costs.yaml", tmp_path / "buckets.yaml", tmp_path / "trace.csv.gz"
+    table.write_text("prefill: {16: 20, 256: 150}\ndecode: {1: 9, 8: 14}\n")
+    path.write_bytes(
+        gzip.compress(("begin,a,b\n" + "".join(f"{i},{50 + i},{i % 5}\n" for i in range(60)) + "x,y,z\n").encode())
+    )
+    options = ("--columns", "prompt=a,output=b,time=begin", "--costs", table, "--out", out)
+    status, text, _ = run(capsys, "tune-buckets", path, *options, "--skip-bad-rows")
+    assert status == 0
+    for note in (": 48 requests", "12 failed request(s), with 0 answer tokens", "1 row(s) left out", "line 62: "):
+        assert note in text and note in out.read_text()
+    assert "line 62: generated tokens is 'z'" in error(capsys, "tune-buckets", path, *options)
+
+
 def test_sizes_to_choose_prefill_buckets_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The old name of the option means the same, and says what it is called now."""
     table, out = tmp_path / "costs.yaml", tmp_path / "buckets.yaml"
@@ -280,6 +295,7 @@ WRONG = [
         ("{trace}", "--candidates", "16", "--prefill-sizes", "16"),
         "--candidates is the old name of --prefill-sizes; leave it out",
     ),
+    (("{trace}", "--columns", "answer=b"), "--columns holds 'answer=b'; expected MEANING=NAME"),
     (("{trace}", "--report", "nowhere/r.html"), "nowhere is not a folder; make it"),
     (("{trace}", "--remeasure", "3"), "--remeasure runs the graphs of an artifact"),
     (("{trace}",), "nothing says how many tokens one takes; give --artifact or --checkpoint"),
