@@ -18,10 +18,10 @@ from staticvl.runtime.processor.prompt import Prompt
 from staticvl.runtime.sampling.params import SamplingParams
 from staticvl.tools.cli import main
 from staticvl.tools.tuning.choose import choose
-from staticvl.tools.tuning.columns import TraceError
 from staticvl.tools.tuning.costs import parse_costs
 from staticvl.tools.tuning.limits import Limits
 from staticvl.tools.tuning.target import Target, from_artifact
+from staticvl.tools.tuning.trace_error import TraceError
 from staticvl.tools.tuning.workload import Workload
 
 from .conftest import EMBEDDED

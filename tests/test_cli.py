@@ -442,3 +442,39 @@ def test_settings_that_cannot_be_used(capsys: pytest.CaptureFixture[str], artifa
     assert "token 999999 is named in logit_bias or stop_token_ids" in error(capsys, *ask, "--logit-bias", "999999=1")
     assert "speculate is 2, but the artifact verifies at most 0 drafted tokens" in error(capsys, *ask, "--speculate", 2)
     assert "regex and choice were given; expected one of them at most" in error(capsys, *ask, "--regex", "a", "--choice", "b")
+
+
+MISTYPED = [
+    ("generate x --promt hi", "--promt: did you mean --prompt?"),
+    ("generate x --promt=hi", "--promt: did you mean --prompt?"),
+    ("bench x --requsts a", "--requsts: did you mean --requests?"),
+    ("serve x --Prot 3", "--Prot: did you mean --port?"),
+    ("show x -jsn", "-jsn: did you mean --json?"),
+    ("demo --model lava15", "did you mean llava15?"),
+    ("tune-buckets --out x --card 910b", "did you mean 910B?"),
+    ("generat x", "did you mean generate?"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), MISTYPED, ids=[line for line, _ in MISTYPED])
+def test_a_mistyped_option_or_value_has_its_near_match(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        build_parser().parse_args(line.split())
+    assert capsys.readouterr().err.strip().endswith(message)
+
+
+@pytest.mark.parametrize("line", ["show x --qqqqqq", "demo --model zzz", "generate x --candidate 3", f"show x --{'js' * 90}"])
+def test_a_word_like_no_option_has_no_near_match(line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^2$"):
+        build_parser().parse_args(line.split())
+    message = capsys.readouterr().err
+    assert "error" in message
+    assert "did you mean" not in message
+
+
+def test_near_matches_of_a_development_command(capsys: pytest.CaptureFixture[str]) -> None:
+    from staticvl.tools.development.ascend_lint import main as lint_main
+
+    with pytest.raises(SystemExit, match=r"^2$"):
+        lint_main(["--hlep"])
+    assert "--hlep: did you mean --help?" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
@@ -14,7 +15,6 @@ from staticvl.compiler.buckets import parse_buckets
 from staticvl.tools.cli import main
 from staticvl.tools.tuning.arrivals import with_times
 from staticvl.tools.tuning.choose import TuningResult, choose, decode_cost
-from staticvl.tools.tuning.columns import TraceError
 from staticvl.tools.tuning.comparison import BucketReason, cover, coverages, reasons, replay_powers_of_two
 from staticvl.tools.tuning.costs import Costs, measured_costs
 from staticvl.tools.tuning.curves import CostError
@@ -22,6 +22,7 @@ from staticvl.tools.tuning.limits import LimitError, Limits, compile_s
 from staticvl.tools.tuning.report import buckets_yaml
 from staticvl.tools.tuning.search import frontier, set_cost
 from staticvl.tools.tuning.target import Target
+from staticvl.tools.tuning.trace_error import TraceError
 from staticvl.tools.tuning.traces import read_trace
 from staticvl.tools.tuning.workload import Arrival, Workload, gather
 
@@ -232,6 +233,35 @@ def test_a_distribution_and_a_table_of_costs(capsys: pytest.CaptureFixture[str],
     assert status == 0 and "more requests arrive than can be served" in text
 
 
+def test_milliseconds_taken_as_seconds(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A note names the unit, and the one that gives a usual load; with it, more slots are worthwhile."""
+    table, out, path = tmp_path / "costs.yaml", tmp_path / "buckets.yaml", tmp_path / "trace.csv"
+    table.write_text("prefill: {16: 20, 256: 150}\ndecode: {1: 9, 8: 14}\n")
+    path.write_text("timestamp,input_length,output_length\n" + "".join(f"{100 * i},{50 + i},20\n" for i in range(60)))
+    command, slots = ("tune-buckets", path, "--costs", table, "--out", out), []
+    for unit in ((), ("--time-unit", "ms"), ("--rate", 1e-4)):
+        status, text, _ = run(capsys, *command, *unit)
+        assert status == 0
+        assert ("taken as s, as the name 'timestamp' says no unit" in text) == (not unit)
+        assert ("--time-unit ms if they are in ms" in text) == ("check the times" in out.read_text()) == (not unit)
+        slots.append(yaml.safe_load(out.read_text())["slots"])
+    assert slots[0] == slots[2] == 1 < slots[1]
+
+
+def test_rows_left_out_are_noted(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    table, out, path = tmp_path / "costs.yaml", tmp_path / "buckets.yaml", tmp_path / "trace.csv.gz"
+    table.write_text("prefill: {16: 20, 256: 150}\ndecode: {1: 9, 8: 14}\n")
+    path.write_bytes(
+        gzip.compress(("begin,a,b\n" + "".join(f"{i},{50 + i},{i % 5}\n" for i in range(60)) + "x,y,z\n").encode())
+    )
+    options = ("--columns", "prompt=a,output=b,time=begin", "--costs", table, "--out", out)
+    status, text, _ = run(capsys, "tune-buckets", path, *options, "--skip-bad-rows")
+    assert status == 0
+    for note in (": 48 requests", "12 failed request(s), with 0 answer tokens", "1 row(s) left out", "line 62: "):
+        assert note in text and note in out.read_text()
+    assert "line 62: generated tokens is 'z'" in error(capsys, "tune-buckets", path, *options)
+
+
 def test_sizes_to_choose_prefill_buckets_from(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """The old name of the option means the same, and says what it is called now."""
     table, out = tmp_path / "costs.yaml", tmp_path / "buckets.yaml"
@@ -265,6 +295,7 @@ WRONG = [
         ("{trace}", "--candidates", "16", "--prefill-sizes", "16"),
         "--candidates is the old name of --prefill-sizes; leave it out",
     ),
+    (("{trace}", "--columns", "answer=b"), "--columns holds 'answer=b'; expected MEANING=NAME"),
     (("{trace}", "--report", "nowhere/r.html"), "nowhere is not a folder; make it"),
     (("{trace}", "--remeasure", "3"), "--remeasure runs the graphs of an artifact"),
     (("{trace}",), "nothing says how many tokens one takes; give --artifact or --checkpoint"),

@@ -13,8 +13,8 @@ from staticvl.runtime.engine.engine import Engine
 from staticvl.runtime.engine.request import SamplingParams
 from staticvl.runtime.engine.scheduler import Step
 from staticvl.tools.tuning.arrivals import rate_of, with_times
-from staticvl.tools.tuning.columns import TraceError
 from staticvl.tools.tuning.replay import ReplayStats, Setup, _Replay, replay
+from staticvl.tools.tuning.trace_error import TraceError
 from staticvl.tools.tuning.workload import Arrival
 
 from .fakes import fake_engine, text_prompt

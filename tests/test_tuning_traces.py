@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from pathlib import Path
@@ -17,8 +18,11 @@ from staticvl.runtime.engine.request_log import RequestLog, RequestLogError, Req
 from staticvl.runtime.processor.families import family
 from staticvl.runtime.processor.tokenizer import load_tokenizer
 from staticvl.tools.tuning import workload as workload_module
-from staticvl.tools.tuning.columns import Request, TraceError
+from staticvl.tools.tuning.columns import Request
 from staticvl.tools.tuning.images import ImageCounter
+from staticvl.tools.tuning.reading import Reading, parse_columns
+from staticvl.tools.tuning.time_units import TimeReader, load_note
+from staticvl.tools.tuning.trace_error import TraceError
 from staticvl.tools.tuning.traces import parse_distribution, random_requests, read_trace
 from staticvl.tools.tuning.workload import gather
 
@@ -71,6 +75,46 @@ def test_forms_of_time(trace, time: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
+    ("column", "number", "unit", "seconds", "taken"),
+    [
+        ("timestamp", "12.5", None, 12.5, "s, as the name 'timestamp' says no unit"),
+        ("timestamp", "250", "ms", 0.25, "ms, as --time-unit says"),
+        ("timestamp_ms", "250", "us", 0.00025, "us, as --time-unit says"),
+        ("arrival_time_ns", "46926808", None, 0.046926808, "ns, as the name 'arrival_time_ns' says"),
+        ("startUs", "250", None, 0.00025, "us, as the name 'startUs' says"),
+        ("startTimeUnixNano", "1700000000000000000", None, 1.7e9, "ns, as the name 'startTimeUnixNano' says"),
+        ("begins", "5", None, 5.0, "s, as the name 'begins' says no unit"),
+        ("time", "1700000000123456", None, 1700000000.123456, "us, as numbers of their size are since 1970"),
+        ("time", "1700000000000000000", None, 1.7e9, "ns, as numbers of their size are since 1970"),
+        ("time", "2023-11-14T22:13:20Z", "ms", 1.7e9, "dates"),
+    ],
+)
+def test_units_of_time(column: str, number: str, unit: str | None, seconds: float, taken: str) -> None:
+    times = TimeReader(unit)
+    assert times.seconds(number, column, "line 1") == pytest.approx(seconds, rel=1e-15)
+    assert times.taken == taken
+
+
+@pytest.mark.parametrize(
+    ("load", "taken", "parts"),
+    [
+        (0.02, "s, by default", ()),
+        (99.0, "s, by default", ()),
+        (0.0008, "s, by default", ("0.08 %", "taken as s, by default", "--time-unit ms if they are in ms")),
+        (3e4, "ms, as --time-unit says", ("3e+06 %", "taken as ms", "--time-unit s if")),
+        (2e-9, "s, by default", ("--time-unit ns if",)),
+        (1e9, "s, by default", ("--rate gives another rate",)),
+        (0.0008, "dates", ("taken as dates", "--rate gives another rate")),
+        (0.0008, "", ()),
+    ],
+)
+def test_an_absurd_load_names_the_unit(load: float, taken: str, parts: tuple[str, ...]) -> None:
+    note = load_note(load, taken)
+    assert bool(note) == bool(parts)
+    assert all(part in note for part in parts)
+
+
+@pytest.mark.parametrize(
     ("cell", "count", "sizes"),
     [
         ("", 0, ()),
@@ -93,6 +137,118 @@ def test_json_lines_whose_fields_differ(trace) -> None:
     lines = [{"prompt_tokens": 5, "generated": 2}, {"prompt_tokens": 6, "generated": 1, "image_sizes": [[30, 20]], "time": 2}]
     found = list(read_trace(trace("\n".join(map(json.dumps, lines)), "t.jsonl")))
     assert found == [Request(5, 2), Request(6, 1, time=2.0, images=1, sizes=((30, 20),))]
+
+
+def bench_results(**changes: object) -> str:
+    """A result of a benchmark of a server: a list for each field, and one number of the whole."""
+    lists = {"input_lens": [120, 340], "output_lens": [100, 80], "start_timestamps": [1.0, 2.5], "errors": ["", ""]}
+    return json.dumps({"backend": "x", "duration": 4.2, "itls": [[0.1], [0.2]], **lists, **changes})
+
+
+LATER = Request(10, 20, time=3.0)
+FORMATS = {
+    "usage": ('{"id": "a", "created": 3, "usage": {"prompt_tokens": 10, "completion_tokens": 20}}', [LATER]),
+    "cached": (
+        '{"time": 3, "usage": {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 4}, "completion_tokens": 20}}',
+        [Request(10, 20, time=3.0, reused=4)],
+    ),
+    "spans": ('{"startTimeUnixNano": 3e9, "gen_ai.usage.input_tokens": 10, "gen_ai.usage.output_tokens": 20}', [LATER]),
+    "spans, nested": ('{"time": 3, "gen_ai": {"usage": {"input_tokens": 10, "output_tokens": 20}}}', [LATER]),
+    "counts": ('{"created_at": "1970-01-01T00:00:03Z", "prompt_eval_count": 10, "eval_count": 20}', [LATER]),
+    "predicted": ('{"time": 3, "tokens_evaluated": 10, "tokens_predicted": 20}', [LATER]),
+    "metadata": ('{"time": 3, "usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 20}}', [LATER]),
+    "with units": (
+        '{"m": {"request_start_ns": 3e9}, "n": {"input_sequence_length": {"value": 10}, "osl": {"value": 20}}}',
+        [LATER],
+    ),
+    "toks": ('{"input_toks": 10, "output_toks": 20, "arrival_time_ns": 3000000000, "ids": [5, 6]}', [LATER]),
+    "isl": ("isl,osl,time\n10,20,3\n", [LATER]),
+    "input": ("input,output,arrival\n10,20,3\n", [LATER]),
+    "list": ('[{"time": 3, "input_length": 10, "output_length": 20}]', [LATER]),
+    "list, indented": ('[\n {"time": 3,\n  "isl": 10,\n\n  "osl": 20}\n]\n', [LATER]),
+    "object, indented": ('{\n "time": 3,\n "isl": 10,\n "osl": 20\n}\n', [LATER]),
+    "list inside": ('{"model": "m", "tags": ["a"], "requests": [{"time": 3, "isl": 10, "osl": 20}]}', [LATER]),
+    "bench": (bench_results(), [Request(120, 100, time=1.0), Request(340, 80, time=2.5)]),
+    "bench, indented": (
+        json.dumps(json.loads(bench_results()), indent=4),
+        [Request(120, 100, time=1.0), Request(340, 80, time=2.5)],
+    ),
+    "bench, two": (f"{bench_results()}\n" * 2, [Request(120, 100, time=1.0), Request(340, 80, time=2.5)] * 2),
+    "bench, long": (bench_results(texts=["a" * (1 << 20), "b"]), [Request(120, 100, time=1.0), Request(340, 80, time=2.5)]),
+    "gzip": (gzip.compress(b"time,isl,osl\n3,10,20\n"), [LATER]),
+    "gzip of JSON": (gzip.compress(b'[{"time": 3, "isl": 10, "osl": 20}]'), [LATER]),
+    "utf-16": ("time,isl,osl\n3,10,20\n".encode("utf-16"), [LATER]),
+    "thousands": ('time,isl,osl\n3,"1,010",20\n', [Request(1010, 20, time=3.0)]),
+    "line break": ('prompt,isl,osl,time\n"a\nb, c\n",10,20,3\n"d",10,20,3\n', [LATER, LATER]),
+    "image size": ("time,isl,osl,image_size\n3,10,20,640x480\n", [Request(10, 20, 3.0, 1, ((640, 480),))]),
+    "image size of two": (
+        '{"time": 3, "isl": 10, "osl": 20, "num_images": 2, "image_size": {"width": 640, "height": 480}}',
+        [Request(10, 20, 3.0, 2, ((640, 480),) * 2)],
+    ),
+    "no image": ('{"time": 3, "isl": 10, "osl": 20, "num_images": 0, "image_size": [640, 480]}', [LATER]),
+}
+
+
+@pytest.mark.parametrize(("data", "requests"), FORMATS.values(), ids=FORMATS)
+def test_formats(trace, data: str | bytes, requests: list[Request]) -> None:
+    reading = Reading()
+    assert list(read_trace(trace(data), reading)) == requests
+    assert reading.notes() == []
+
+
+LEFT_OUT = {
+    "comments": ("# one\n# two, three\ntime,isl,osl\n3,10,20\n", ["2 line(s) before the requests left out"]),
+    "comments, JSON": ('# one\n{"time": 3, "isl": 10, "osl": 20}\n', ["1 line(s) before the requests left out"]),
+    "names as a comment": ("# time,isl,osl\n3,10,20\n", []),
+    "a title": ("trace of March\ntime,isl,osl\n3,10,20\n", ["1 line(s) before the requests left out"]),
+    "metadata": ('{"meta": {"isl": 5}}\n{"time": 3, "isl": 10, "osl": 20}\n', ["1 line(s) before the requests left out"]),
+    "failed": (
+        "time,isl,osl\n1,10,0\n3,10,20\n4,0,0\n",
+        ["2 failed request(s), with 0 answer tokens, left out"],
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "notes"), LEFT_OUT.values(), ids=LEFT_OUT)
+def test_lines_left_out_are_counted(trace, data: str, notes: list[str]) -> None:
+    reading = Reading()
+    assert list(read_trace(trace(data), reading)) == [LATER]
+    assert reading.notes() == notes
+
+
+BAD_ROWS = {
+    "csv": "time,isl,osl\n1,x,5\n3,10,20\n1,5\nsoon,5,5\n",
+    "json lines": '{"time": 3, "isl": "x", "osl": 20}\n{"time": 3, "isl": 10, "osl": 20}\n{"time": 3,\n{"error": "x"}\n',
+    "json list": '[{"isl": "x", "osl": 20}, 5, {"error": 5}, {"time": 3, "isl": 10, "osl": 20}]',
+}
+
+
+@pytest.mark.parametrize("data", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_bad_rows_are_skipped_and_counted(trace, data: str) -> None:
+    with pytest.raises(TraceError):
+        list(read_trace(trace(data)))
+    reading = Reading(skip_bad_rows=True)
+    assert list(read_trace(trace(data), reading)) == [LATER]
+    (note,) = reading.notes()
+    assert note.startswith("3 row(s) left out, as --skip-bad-rows says; the first: ")
+    assert "prompt tokens is 'x'" in note
+
+
+@pytest.mark.parametrize(
+    "data", ["begin,a,b,isl,osl\n3,10,20,7,7\n", '{"x": {"begin": 3, "a": 10, "b": 20}, "isl": 7, "osl": 7}']
+)
+def test_chosen_columns(trace, data: str) -> None:
+    prefix = "x." if data.startswith("{") else ""
+    columns = parse_columns(f"prompt={prefix}a, output={prefix}b,time={prefix}begin")
+    assert list(read_trace(trace(data), Reading(columns=columns))) == [LATER]
+    with pytest.raises(TraceError, match=r"--columns names 'c', but there are .*isl, osl"):
+        list(read_trace(trace(data), Reading(columns={"time": "c"})))
+
+
+@pytest.mark.parametrize("text", ["prompt", "prompt=", "answer=x", "prompt=a,,output=b"])
+def test_wrong_chosen_columns(text: str) -> None:
+    with pytest.raises(TraceError, match="expected MEANING=NAME, where MEANING is one of output, prompt"):
+        parse_columns(text)
 
 
 # --- What is wrong -------------------------------------------------------------------------------------------------------
@@ -120,8 +276,22 @@ WRONG = [
     (HEAD.encode() + b"1,5\0,5\n", r"line 2: the line holds a zero byte"),
     (HEAD + "1," + "5" * (1 << 20) + ",5\n", r"line 2: the line has more than"),
     ('{"prompt_tokens": 5, "generated": 2}\n{"prompt_tokens": 5,\n', r"line 2: .*; expected one JSON object"),
-    ('{"prompt_tokens": 5, "generated": 2}\n[5]\n', r"line 2: .*; expected one JSON object"),
+    ('{"prompt_tokens": 5, "generated": 2}\n[5]\n', r"line 2, entry 1: .*; expected one JSON object"),
     ('{"prompt_tokens": 5, "generated": 2}\n{"x": 1}\n', r"line 2: no column says"),
+    (gzip.compress(HEAD.encode() * 9)[:-12], "cannot be decompressed"),
+    ("# only\n", "holds only comments"),
+    (HEAD + "1,5,0\n", r"holds no request \(1 failed request"),
+    (bench_results(output_lens=[1]), "line 1: input_lens has 2 items, but output_lens 1; expected one a request"),
+    (
+        '{"a": {"isl": 1}, "b": {"isl": 2}, "osl": 5}',
+        r"line 1: 'a\.isl' and 'b\.isl' may both be meant; name one with --columns",
+    ),
+    (
+        '[{"id": "a", "conversations": []}]',
+        "no column says .*; there are id, conversations; name one .* --columns prompt",
+    ),
+    ('{"prompt_tokens": 5, "generated": 2, "image_size": 5123}', "the size of an image is 5123; expected its width and height"),
+    ('[\n{"isl": 5,\n', r"line 1: .*; expected one JSON object"),
     ('{"prompt_tokens": true, "generated": 2}\n', r"line 1: prompt tokens is True"),
     ('{"prompt_tokens": [[5]], "generated": 2}\n', r"line 1: prompt tokens is \[\[5\]\]"),
     ('{"prompt_tokens": 5, "generated": 2, "images": [[0, 5]]}\n', r"line 1: an edge of an image is 0"),

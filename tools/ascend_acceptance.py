@@ -35,6 +35,7 @@ from tqdm import tqdm
 
 from ..runtime.artifact import ArtifactError, GraphSpec, Manifest, open_artifact
 from ..runtime.backends.ascend.readiness import check_ready
+from .command_errors import Parser
 from .operator_tests.outcome import failed
 from .operator_tests.process import OperatorTestError, run_operator_tests
 from .operator_tests.report import print_outcomes, rows
@@ -110,7 +111,7 @@ def _compare_graphs(args: argparse.Namespace, console: Console) -> dict[str, Any
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     description, _, examples = (__doc__ or "").partition("\n\n")
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m staticvl.tools.ascend_acceptance",
         description=description,
         epilog="examples:\n" + examples.partition("\n\n")[0],

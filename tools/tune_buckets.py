@@ -13,16 +13,19 @@ from ..runtime.files import write_atomically
 from ..runtime.shown import quoted, shown
 from .cards import CARDS
 from .ready import require
-from .tuning.arrivals import rate_of, with_times
+from .tuning.arrivals import offered_load, rate_of, with_times
 from .tuning.choose import TuningResult, choose
-from .tuning.columns import Request, TraceError
+from .tuning.columns import Request
 from .tuning.comparison import coverages, reasons, replay_powers_of_two
 from .tuning.costs import costs_yaml, parse_costs
 from .tuning.curves import CostError
 from .tuning.images import ImageCounter
 from .tuning.limits import Limits
+from .tuning.reading import Reading, parse_columns
 from .tuning.report import buckets_yaml, chosen_table, coverage_table, frontier_table, reason_table, replay_table, slots_table
 from .tuning.target import CPU, Target, from_artifact, from_checkpoint
+from .tuning.time_units import TimeReader, load_note
+from .tuning.trace_error import TraceError
 from .tuning.traces import parse_distribution, random_requests, read_trace
 from .tuning.workload import Workload, gather
 from .yaml_file import read_yaml
@@ -39,7 +42,8 @@ def run(args: argparse.Namespace) -> int:
         require("matplotlib")
     _check(args)
     limits, target = _limits(args), _target(args)
-    workload = _workload(args, target)
+    reading = Reading(TimeReader(args.time_unit), parse_columns(args.columns), args.skip_bad_rows)
+    workload = _workload(args, target, reading)
     result = choose(workload, target, limits)
     powers, coverage = replay_powers_of_two(result, args.granularity), coverages(result, args.granularity)
     cost_ms = {kind: 1e3 * seconds / len(workload.block) for kind, seconds in result.replayed.busy_s.items()}
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         tables.insert(3, slots_table(result))
     if args.explain or args.report:
         tables.append(reason_table(reasons(result), cost_ms))
-    notes = _notes(args, result)
+    notes = _notes(args, result, reading)
     costs_text = costs_yaml(result.costs) if args.save_costs else ""
     page_text = None
     if args.report:
@@ -130,19 +134,19 @@ def _target(args: argparse.Namespace) -> Target:
     return target
 
 
-def _workload(args: argparse.Namespace, target: Target) -> Workload:
+def _workload(args: argparse.Namespace, target: Target, reading: Reading) -> Workload:
     usual = _size(args.image_size)
     counter = ImageCounter(target.info, usual) if target.info else None
     context = args.context or target.max_positions
-    workload = gather(_requests(args), counter, crossed=target.crossed, context=context, block=args.replay)
+    workload = gather(_requests(args, reading), counter, crossed=target.crossed, context=context, block=args.replay)
     if workload.block:
         workload.block = with_times(workload.block, args.rate)
     return workload
 
 
-def _requests(args: argparse.Namespace) -> Iterator[Request]:
+def _requests(args: argparse.Namespace, reading: Reading) -> Iterator[Request]:
     if args.trace is not None:
-        return read_trace(args.trace)
+        return read_trace(args.trace, reading)
     images = parse_distribution(args.images, "--images") if args.images else None
     prompts, generated = parse_distribution(args.prompts, "--prompts"), parse_distribution(args.generated, "--generated")
     return random_requests(prompts, generated, images, args.rate, RANDOM_REQUESTS)
@@ -196,7 +200,7 @@ def _prefill_sizes(args: argparse.Namespace) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def _notes(args: argparse.Namespace, result: TuningResult) -> list[str]:
+def _notes(args: argparse.Namespace, result: TuningResult, reading: Reading) -> list[str]:
     """Notes on the origin of the figures."""
     workload, block = result.workload, result.workload.block
     origin = args.trace.name if args.trace else "a distribution of the command line"
@@ -205,6 +209,7 @@ def _notes(args: argparse.Namespace, result: TuningResult) -> list[str]:
         f"costs: {result.costs.source}",
         f"replayed: {len(block)} requests that followed one another, {rate_of(block):.4g} a second",
     ]
+    notes += reading.notes()
     if "bound" not in result.costs.source:
         notes.append(f"compiling these graphs where runs cost as much takes about {result.compile_s() / 60:.1f} minutes")
     if result.replayed.load > _BUSY:
@@ -213,4 +218,6 @@ def _notes(args: argparse.Namespace, result: TuningResult) -> list[str]:
             f"more requests arrive than can be served, which are about {rate:.3g} a second: times grow with the length of the "
             f"replay, and decode batches are as full as they can be; --rate {0.7 * rate:.2g} replays what this machine can take"
         )
+    if args.rate is None and (note := load_note(offered_load(block, result.replayed), reading.times.taken)):
+        notes.insert(0, note)
     return notes

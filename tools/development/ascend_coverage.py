@@ -31,6 +31,7 @@ from ...runtime.artifact import ArtifactError, ImageProcessorConfig
 from ...runtime.backends.ascend import torchair_host
 from ...runtime.backends.ge_simulator import ge_graph
 from ...weights.tensors import WeightsError
+from ..command_errors import Parser
 from ..known_models import MODELS, write_known_model
 
 PREFILL, DECODE, IMAGES = (1, 64), (1, 4), (1, 4)
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="staticvl.tools.development.ascend_coverage", description="Every graph of a model at full size through torchair."
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG_FOLDER", help=f"a folder, or one of {', '.join(MODELS)}")

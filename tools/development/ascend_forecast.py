@@ -27,6 +27,7 @@ from ...runtime.backends.ascend import torchair_host
 from ...runtime.files import write_atomically
 from ...weights.tensors import WeightsError
 from ..cards import CARDS, KERNEL_US, Card
+from ..command_errors import Parser
 from .ascend_coverage import CONTEXT, named_config
 from .kernel_count import Form, definitions, layers
 
@@ -78,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="staticvl.tools.development.ascend_forecast",
         description="Kernels, bytes and time of a model's Ascend graphs at full size, by quantisation.",
     )

@@ -30,6 +30,7 @@ from ...runtime.artifact import ArtifactError
 from ...runtime.backends.ascend import torchair_host
 from ...runtime.backends.ge_simulator import card_rules, ge_graph
 from ...weights.tensors import WeightsError
+from ..command_errors import Parser
 from .ascend_coverage import CONTEXT, MODELS, any_image, list_item, named_config
 
 PREFILL, DECODE, VERIFY, IMAGES = (64,), (1, 4), (5,), (1, 4)
@@ -100,9 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="staticvl.tools.development.ascend_lint", description="The card lint over graphs of full-size models."
-    )
+    parser = Parser(prog="staticvl.tools.development.ascend_lint", description="The card lint over graphs of full-size models.")
     parser.add_argument("configs", nargs="+", metavar="CONFIG_FOLDER", help=f"a folder, or one of {', '.join(MODELS)}")
     parser.add_argument("--variants", nargs="+", metavar="QUANT:DTYPE:CACHE:TP", default=VARIANTS, help="default: ten")
     parser.add_argument("--graphs", nargs="+", metavar="NAME", help="only these, e.g. decode-4 (default: all)")

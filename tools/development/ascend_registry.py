@@ -11,7 +11,6 @@ runtime/backends/ge_simulator/card_rules/registry_910b.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from ...runtime.backends.ge_simulator.card_rules.registry import DTYPES, REGISTRY
 from ...runtime.files import write_atomically
+from ..command_errors import Parser
 
 # Operators that the simulator does not run (yet), and that graphs may get.
 OTHERS = (
@@ -35,9 +35,7 @@ _LETTERS = {name: letter for letter, name in DTYPES.items()}
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="staticvl.tools.development.ascend_registry", description="The table of dtypes of a chip's operators."
-    )
+    parser = Parser(prog="staticvl.tools.development.ascend_registry", description="The table of dtypes of a chip's operators.")
     parser.add_argument("dump", type=Path, metavar="DUMP_FOLDER", help="the folder of aic-ascend910b-ops-info-*.json")
     parser.add_argument("--out", type=Path, default=REGISTRY, metavar="FILE", help="default: the table of the package")
     arguments = parser.parse_args(argv)

@@ -30,6 +30,7 @@ from ...runtime.artifact import ArtifactError, GraphKey
 from ...runtime.backends.ascend import torchair_host
 from ...runtime.backends.ge_simulator import ge_graph
 from ...weights.tensors import WeightsError
+from ..command_errors import Parser
 from ..known_models import MODELS
 from .ascend_coverage import CONTEXT, any_image, named_config
 
@@ -86,7 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="staticvl.tools.development.kernel_count", description="Kernels of one layer of a model, as torchair makes them."
     )
     parser.add_argument("configs", nargs="+", metavar="CONFIG_FOLDER", help=f"a folder, or one of {', '.join(MODELS)}")

@@ -38,6 +38,7 @@ from ...weights.packing.settings import SETTINGS_FILES
 from ...weights.tensors import TOWER, StoredTensor, WeightsError
 from ...weights.weight_map import source_names
 from ...weights.writer import check_space, lay_out, one_thread, write_weight_file
+from ..command_errors import Parser
 from ..known_models import MODELS, write_known_model
 from ..random_tokenizers import write_tokenizer
 
@@ -293,7 +294,7 @@ def _write_json(path: Path, value: object) -> None:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m staticvl.tools.development.random_checkpoint",
         description="Write a checkpoint with random weights, of the sizes that CONFIG_FOLDER/config.json gives.",
         epilog=EXAMPLES,

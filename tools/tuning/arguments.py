@@ -18,7 +18,10 @@ EXAMPLES = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "trace", nargs="?", type=Path, help="CSV or JSON lines: prompt tokens, generated tokens, times, images or their sizes"
+        "trace",
+        nargs="?",
+        type=Path,
+        help="CSV or JSON, perhaps gzip: tokens of prompts and of answers, times, images or their sizes",
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="YAML to write, for staticvl compile --buckets")
     parser.add_argument("--report", type=Path, metavar="FILE", help="one HTML file with the figures and plots")
@@ -63,6 +66,15 @@ def _add_requests(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--generated", metavar="DIST", help="with --prompts: tokens of the answers")
     group.add_argument("--images", metavar="DIST", help="with --prompts: number of images of a request")
     group.add_argument("--image-size", default="1024x768", metavar="WxH", help="size of images, where the trace has none")
+    group.add_argument(
+        "--time-unit",
+        choices=("s", "ms", "us", "ns"),
+        help="unit of times; default: by the column's name and their size, else s",
+    )
+    group.add_argument(
+        "--columns", metavar="M=NAME,...", help="names of columns where they are not known: prompt=A,output=B,time=C"
+    )
+    group.add_argument("--skip-bad-rows", action="store_true", help="leave out and count rows that cannot be read")
     group.add_argument("--rate", type=float, metavar="R", help="requests a second in the replay; default: as in the trace")
     group.add_argument("--replay", type=int, default=4000, metavar="N", help="number of requests to replay")
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .columns import TraceError
+from .replay import ReplayStats
+from .trace_error import TraceError
 from .workload import Arrival
 
 _SEED = 20240
@@ -35,3 +36,9 @@ def rate_of(arrivals: Sequence[Arrival]) -> float:
     """The rate of arrivals, in requests a second between the first and the last."""
     span = (arrivals[-1].time or 0.0) - (arrivals[0].time or 0.0)
     return (len(arrivals) - 1) / span if span else float("inf")
+
+
+def offered_load(arrivals: Sequence[Arrival], replayed: ReplayStats) -> float:
+    """The rate of arrivals in shares of the rate that was served; below 1, the share of time in which something ran."""
+    span = (arrivals[-1].time or 0.0) - (arrivals[0].time or 0.0)
+    return replayed.load if span >= 0.5 * replayed.span_s else replayed.span_s / span if span else 1.0

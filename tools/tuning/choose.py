@@ -16,7 +16,6 @@ from dataclasses import dataclass, field
 from ...runtime.artifact import GraphKey, Kind
 from .batches import batch_frontier, step_cost
 from .bucket_sizes import candidate_sizes
-from .columns import TraceError
 from .costs import Costs
 from .curves import CostError
 from .frontiers import worthwhile
@@ -24,6 +23,7 @@ from .limits import BucketChoice, LimitError, Limits, compile_s
 from .replay import ReplayStats, Setup, replay
 from .search import BestSet, Problem, frontier, make_problem
 from .target import Target
+from .trace_error import TraceError
 from .workload import Workload
 
 ROUNDS = 4

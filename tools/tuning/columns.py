@@ -9,10 +9,12 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any
 
-from ...runtime.shown import quoted
+from ...runtime.shown import quoted, shown
+from .time_units import TimeReader
+from .trace_error import TraceError
 
 MOST_TOKENS = 1 << 20  # of one request; more is taken for an error in the trace
 MOST_IMAGES = 1 << 10
@@ -20,20 +22,22 @@ MOST_IMAGES = 1 << 10
 # interface of a serving system.
 NAMES: dict[str, str] = {
     "prompt": "prompttokens contexttokens inputtokens texttokens prompttokencount inputtokencount numprompttokens "
-    "numinputtokens inputlength inputlen promptlength promptlen promptsize numprefilltokens prefilltokens requesttokens",
+    "numinputtokens numberinputtokens inputlength inputlen inputlens inputtoks isl inputsequencelength promptlength promptlen "
+    "promptlens promptsize numprefilltokens prefilltokens requesttokens promptevalcount tokensevaluated promptn "
+    "genaiusageinputtokens genaiusageprompttokens input",
     "generated": "generated generatedtokens outputtokens completiontokens responsetokens generatedtokencount outputtokencount "
-    "numgeneratedtokens numoutputtokens outputlength outputlen numdecodetokens decodetokens tokensize",
-    "time": "timestamp time arrivaltime arrivedat arrival arrived arrivaltimestamp starttime timestampms arrivaltimems",
+    "candidatestokencount numgeneratedtokens numoutputtokens numberoutputtokens outputlength outputlen outputlens outputtoks "
+    "osl outputsequencelength numdecodetokens decodetokens tokensize evalcount tokenspredicted predictedn "
+    "genaiusageoutputtokens genaiusagecompletiontokens output",
+    "time": "timestamp time arrivaltime arrivedat arrival arrived arrivaltimestamp starttime timestampms arrivaltimems "
+    "arrivaltimens requeststartns starttimestamps starttimeunixnano created createdat createtime",
     "images": "imagesizes imageresolutions imagedimensions numimages imagecount imagenum images",
+    "image_size": "imagesize imageresolution",
     "image_tokens": "imagetokens numimagetokens visiontokens",
     "reused": "reusedtokens cachedtokens",
 }
+_THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
 _SIZE = re.compile(r"\s*(\d+)\s*[x*×]\s*(\d+)\s*")
-_MILLISECONDS = 1e11  # a number of this size is no time in seconds since 1970
-
-
-class TraceError(ValueError):
-    """A trace that cannot be used; the message names the line and what is wrong with it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,31 +57,82 @@ class Request:
     reused: int = 0
 
 
-def find_columns(names: Iterable[str], where: str) -> dict[str, str]:
-    """The name of the column of each meaning; raises TraceError where there is none for prompts or for answers."""
-    plain = {re.sub(r"[^a-z0-9]", "", name.lower()): name for name in names if isinstance(name, str)}
-    columns = {meaning: next((plain[n] for n in names.split() if n in plain), None) for meaning, names in NAMES.items()}
-    for meaning, example in (("prompt", "ContextTokens or prompt_tokens"), ("generated", "GeneratedTokens or generated")):
-        if columns[meaning] is None:
+def has_columns(names: Iterable[str], chosen: Mapping[str, str]) -> bool:
+    """Whether names have a column for prompts and one for answers."""
+    return _has_columns(tuple(names), tuple(chosen.items()))
+
+
+@lru_cache(maxsize=1000)
+def _has_columns(names: tuple[str, ...], chosen: tuple[tuple[str, str], ...]) -> bool:
+    return {"prompt", "generated"} <= match_columns(names, "", dict(chosen), ambiguous=True).keys()
+
+
+def find_columns(names: Iterable[str], where: str, chosen: Mapping[str, str] | None = None) -> dict[str, str]:
+    """The name of the column of each meaning; raises TraceError where there is none for prompts or for answers.
+
+    `chosen`: names by meaning that precede the known ones; each has to be there.
+    """
+    names, chosen = list(names), chosen or {}
+    columns = match_columns(names, where, chosen)
+    there = shown(", ".join(map(str, names)) or "none")
+    if missing := [name for meaning, name in chosen.items() if meaning not in columns]:
+        raise TraceError(f"{where}: --columns names {quoted(missing[0])}, but there are {there}")
+    for meaning, examples in (("prompt", "ContextTokens or prompt_tokens"), ("generated", "GeneratedTokens or generated")):
+        if meaning not in columns:
             raise TraceError(
                 f"{where}: no column says how many tokens the {'prompts' if meaning == 'prompt' else 'answers'} have; "
-                f"there are {', '.join(map(str, plain.values())) or 'none'}; name one {example}"
+                f"there are {there}; name one {examples}, or give --columns prompt=NAME,output=NAME"
             )
-    return {meaning: name for meaning, name in columns.items() if name is not None}
+    return columns
 
 
-def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> Request:
+def match_columns(names: Iterable[str], where: str, chosen: Mapping[str, str], *, ambiguous: bool = False) -> dict[str, str]:
+    """Names of columns by meaning, as far as there are any. A known name may be the last part of a.b.c; that with the fewest
+    parts is taken. Raises TraceError where several have as few, unless `ambiguous`.
+    """
+    whole: dict[str, str] = {}
+    ends: dict[str, list[str]] = {}
+    for name in (name for name in names if isinstance(name, str)):
+        whole[_plain(name)] = name
+        if "." in name:
+            ends.setdefault(_plain(name.rsplit(".", 1)[1]), []).append(name)
+    columns = {}
+    for meaning, known in NAMES.items():
+        words = [_plain(chosen[meaning])] if meaning in chosen else known.split()
+        word = next((word for word in words if word in whole or word in ends), None)
+        if word is not None:
+            columns[meaning] = whole.get(word) or _shallowest(ends[word], where, ambiguous)
+    return columns
+
+
+def _shallowest(names: list[str], where: str, ambiguous: bool) -> str:
+    least = min(name.count(".") for name in names)
+    first, *others = (name for name in names if name.count(".") == least)
+    if others and not ambiguous:
+        raise TraceError(f"{where}: {quoted(first)} and {quoted(others[0])} may both be meant; name one with --columns")
+    return first
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+def read_row(row: Mapping[str, Any], columns: Mapping[str, str], times: TimeReader, where: str) -> Request:
     """A request from a row; raises TraceError."""
     value = {meaning: row.get(name) for meaning, name in columns.items()}
     images, sizes = _images(value.get("images"), where)
+    if value.get("image_size") not in (None, "") and not sizes:
+        images = images if value.get("images") not in (None, "") else 1
+        sizes = (_size(value["image_size"], where),) * images
+    generated = _count(value["generated"], "generated tokens", where, least=0)
     prompt = _count(value["prompt"], "prompt tokens", where, least=0)
     image_tokens = value.get("image_tokens")
-    if prompt == 0 and not images and not image_tokens:
+    if prompt == 0 and generated and not images and not image_tokens:
         raise TraceError(f"{where}: the request has no prompt tokens and no images; expected at least one token")
     return Request(
         prompt=prompt,
-        generated=_count(value["generated"], "generated tokens", where, least=0),
-        time=None if value.get("time") in (None, "") else _time(value["time"], columns["time"], where),
+        generated=generated,
+        time=None if value.get("time") in (None, "") else times.seconds(value["time"], columns["time"], where),
         images=images,
         sizes=sizes,
         image_tokens=None if image_tokens in (None, "") else _count(image_tokens, "image tokens", where, least=0),
@@ -86,6 +141,8 @@ def read_row(row: Mapping[str, Any], columns: Mapping[str, str], where: str) -> 
 
 
 def _count(value: Any, name: str, where: str, *, least: int, most: int = MOST_TOKENS) -> int:
+    if isinstance(value, str) and _THOUSANDS.fullmatch(value.strip()):
+        value = value.replace(",", "")
     try:
         number = float(value) if isinstance(value, str) else value
         integer = int(number)
@@ -96,30 +153,6 @@ def _count(value: Any, name: str, where: str, *, least: int, most: int = MOST_TO
     if integer > most:
         raise TraceError(f"{where}: {name} is {quoted(value)}, more than {most}; correct the trace or take the line out")
     return integer
-
-
-def _time(value: Any, column: str, where: str) -> float:
-    """Seconds; numbers in a column whose name ends in ms, and numbers too large for seconds since 1970, are milliseconds."""
-    try:
-        seconds = float(value)
-    except (TypeError, ValueError):
-        seconds = _moment(value, where)
-    else:
-        if abs(seconds) >= _MILLISECONDS or column.lower().endswith("ms"):
-            seconds /= 1e3
-    if not abs(seconds) < _MILLISECONDS:
-        raise TraceError(f"{where}: the time is {quoted(value)}; expected seconds, milliseconds or a date with a time")
-    return seconds
-
-
-def _moment(value: Any, where: str) -> float:
-    try:
-        moment = datetime.fromisoformat(str(value).strip())
-    except ValueError:
-        raise TraceError(
-            f"{where}: the time is {quoted(value)}; expected seconds or a date with a time such as 2023-11-16 18:15:46.68"
-        ) from None
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _images(value: Any, where: str) -> tuple[int, tuple[tuple[int, int], ...]]:

@@ -8,8 +8,9 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from .columns import Request, TraceError
+from .columns import Request
 from .images import ImageCounter
+from .trace_error import TraceError
 
 _SEED = 20240
 

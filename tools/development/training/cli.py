@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ...command_errors import Parser
 from ...drawings import KINDS
 from .evaluation import cases, evaluate, report
 from .family import Family
@@ -31,7 +32,7 @@ def family_of(folder: Path) -> type[Family]:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m staticvl.tools.development.train_tiny",
         description="Train a miniature vision-language model on drawings of shapes, or measure one.",
         epilog="examples:\n"
