@@ -139,7 +139,8 @@ def test_traffic_from_a_file(capsys: pytest.CaptureFixture[str], artifact: Path,
     assert status == 0
     result = json.loads(out.splitlines()[-1])
     assert result["requests"] == 4 == sum(result["finished"].values())
-    assert {"p50", "p90", "p99", "max"} == set(result["ttft_ms"]) == set(result["between_tokens_ms"])
+    assert {"p50", "p90", "p99", "max", "mean", "sd"} == set(result["ttft_ms"]) == set(result["between_tokens_ms"])
+    assert {"date", "threads", "machine", "versions"} <= result.keys() and 10 < result["peak_mb"] < 1e5
     assert result["prefix_hit_rate"] > 0 and result["runs"]["vision"] == 1
     assert [record.image_tokens for record in read_request_log(log)].count(16) == 1
     timed = tmp_path / "timed.jsonl"
@@ -148,6 +149,16 @@ def test_traffic_from_a_file(capsys: pytest.CaptureFixture[str], artifact: Path,
     result = json.loads(out)
     assert (status, result["prefix_hit_rate"], result["requests"]) == (0, 0.0, 4)
     assert result["span_s"] >= 3 / 50
+
+
+def test_answers_of_one_token_have_no_time_per_token(
+    capsys: pytest.CaptureFixture[str], artifact: Path, tmp_path: Path
+) -> None:
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text("\n".join(json.dumps({"prompt": "Hello", "max_new_tokens": n, "time": 0}) for n in (1, 1, 1, 4)))
+    result = json.loads(run(capsys, "bench", artifact, "--requests", requests, "--json")[1])
+    assert result["tpot_ms"]["p50"] == result["tpot_ms"]["mean"] == result["tpot_ms"]["max"] > 0
+    assert result["tpot_ms"]["sd"] == 0
 
 
 def test_arrival_times() -> None:

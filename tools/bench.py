@@ -28,7 +28,7 @@ from ..runtime.artifact import ModelInfo
 from ..runtime.engine.request import Output, SamplingParams
 from ..runtime.processor.prompt import CrossAttentionMask, Prompt
 from ..runtime.rope import ntk_factor
-from .machine import machine
+from .machine import measurement
 
 TEXT_AROUND_IMAGE = 32  # tokens
 
@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
     with runtime.load(args.artifact, reuse=False, **settings) as model:
         bench = Bench(model, args.new_tokens, args.repeats)
         points = bench.points()
-        result = bench.summary(args.artifact, points)
+        result = {**bench.summary(args.artifact, points), **measurement(args.threads)}
     if not args.json:
         console.print(table(points))
         waste = ", ".join(f"{kind} {share:.1%}" for kind, share in result["padding_waste"].items())
@@ -134,7 +134,6 @@ class Bench:
             "artifact": artifact.name,
             "backend": self.model.artifact.manifest.backend,
             "quant": self.model.artifact.manifest.quant,
-            "machine": machine(),
             "ttft_ms": {str(p.prompt_tokens): round(p.ttft_ms, 3) for p in points if p.batch == 1 and not p.images},
             "ttft_picture_ms": next((round(p.ttft_ms, 3) for p in points if p.images), None),
             "tpot_ms": {str(p.prompt_tokens): round(p.tpot_ms, 4) for p in points if p.batch == 1 and not p.images},

@@ -24,6 +24,7 @@ from .. import runtime
 from ..runtime.engine.request import Output, SamplingParams, Sequence
 from ..runtime.processor.images import ImageSource
 from ..runtime.processor.prompt import Prompt
+from .machine import measurement
 
 
 class RequestsError(ValueError):
@@ -53,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         request_log=args.request_log,
     )
     replay = Replay(model, prepare_all(model, requests, args.requests.parent), times)
-    result = {"artifact": args.artifact.name, **replay.run()}
+    result = {"artifact": args.artifact.name, **replay.run(), **measurement(args.threads)}
     if not args.json:
         console.print(table(result))
     print(json.dumps(result))
@@ -153,17 +154,19 @@ class Replay:
             "tokens_per_s": round(tokens / span, 1),
             "queue_ms": shares([each.queue_s for each in timings]),
             "ttft_ms": shares([each.first_token_s for each in timings]),
-            "tpot_ms": shares([each.per_token_s for each in timings]),
+            # An answer of one token has no later token, so its time of one is 0.
+            "tpot_ms": shares([out.timings.per_token_s for out in self.outputs if len(out.token_ids) > 1]),
             "between_tokens_ms": shares(self.gaps),
             **self.model.engine.metrics.summary(),
         }
 
 
 def shares(seconds: SequenceOf[float]) -> dict[str, float]:
-    """Percentiles of some times, in milliseconds: 50, 90, 99 and 100 %."""
+    """Percentiles of some times, in milliseconds: 50, 90, 99 and 100 %; then their mean and standard deviation."""
     values = np.array(seconds if len(seconds) else [0.0]) * 1e3
+    result = {name: float(np.percentile(values, p)) for name, p in (("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))}
     return {
-        name: round(float(np.percentile(values, p)), 3) for name, p in (("p50", 50), ("p90", 90), ("p99", 99), ("max", 100))
+        name: round(value, 3) for name, value in (result | {"mean": float(values.mean()), "sd": float(values.std())}).items()
     }
 
 
@@ -172,7 +175,7 @@ def table(result: dict[str, Any]) -> Table:
     result_table = Table(
         title=f"{result['requests']} requests in {result['span_s']} s, {result['tokens_per_s']} tokens a second"
     )
-    for column in ("milliseconds", "p50", "p90", "p99", "max"):
+    for column in ("milliseconds", "p50", "p90", "p99", "max", "mean", "sd"):
         result_table.add_column(column, justify="right")
     for name in ("queue_ms", "ttft_ms", "tpot_ms", "between_tokens_ms"):
         result_table.add_row(name.removesuffix("_ms"), *(f"{value:.1f}" for value in result[name].values()))

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import platform
 import re
+import resource
+import sys
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, requires, version
 from typing import Any
 
 from ..runtime.backends import unsigned_weights
 from ..runtime.backends.cores import processor_features, processor_name, usable_cores
+
+_RSS_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes of getrusage's figure
 
 
 def machine() -> dict[str, Any]:
@@ -42,6 +47,18 @@ def versions() -> dict[str, str | None]:
     names = {match[0] for line in needed if (match := re.match(r"[\w.-]+", line))}
     packages = {name: _version(name) for name in sorted(names, key=str.lower)}
     return {"python": platform.python_version(), "staticvl": _version("staticvl"), **packages}
+
+
+def measurement(threads: int | None) -> dict[str, Any]:
+    """The circumstances of a measurement: its date (UTC), CPU threads (None: every core), the machine, versions, and the peak
+    of this process's resident memory so far, in MB."""
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "threads": threads,
+        "machine": machine(),
+        "versions": versions(),
+        "peak_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT / 1e6, 1),
+    }
 
 
 def _version(package: str) -> str | None:
