@@ -17,7 +17,7 @@ from .attack.runner import Watch, cases_of, counts_of, run_kind, table
 from .conftest import REPO
 from .servers import until
 
-COUNTS = {"artifacts": 30, "manifests": 30, "checkpoints": 15, "images": 50, "templates": 40, "fields": 30, "wire": 15}
+COUNTS = {"artifacts": 60, "manifests": 60, "checkpoints": 30, "images": 100, "templates": 80, "fields": 60, "wire": 30}
 
 
 @pytest.fixture(scope="module")
