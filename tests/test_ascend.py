@@ -34,8 +34,8 @@ BUCKETS = Buckets(prefill=(16,), decode=(2,), context=448, slots=2)
 GREEDY: dict[str, Any] = {"temperature": 0.0, "max_new_tokens": 12, "ignore_eos": True, "return_logits": True}
 SHAPES = Path(__file__).parent.parent / "tools" / "assets" / "shapes.png"
 ROUNDING = 2e-2  # float16 keeps 11 bits
-# Graphs of all families are checked operator by operator in test_lower_ascend, and a compiled Qwen-VL in test_head_padding.
-FAMILIES = [pytest.param(each, marks=[] if each == "llava" else [pytest.mark.slow]) for each in CHECKPOINTS]
+# Graphs of all families are checked operator by operator in test_lower_ascend, and Llama-3.2 in ranks in test_ascend_tp.
+FAMILIES = [pytest.param(each, marks=[] if each in ("llava", "qwen_vl") else [pytest.mark.slow]) for each in CHECKPOINTS]
 
 
 @pytest.fixture(scope="module")

@@ -127,7 +127,7 @@ def test_products_in_8_bits_have_no_groups(kind: str) -> None:
     assert shapes == [("int8", 2)] * len(products)
 
 
-@pytest.mark.parametrize(("quant", "part"), [pytest.param("w8a16", "mlp.down", marks=pytest.mark.slow), ("w4a16", "attn.qkv")])
+@pytest.mark.parametrize(("quant", "part"), [("w8a16", "mlp.down"), ("w4a16", "attn.qkv")])
 def test_artifacts_from_before_still_answer(quant: str, part: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their layers have blocks. Made again, all graphs have certificates."""
     skip_without_torchair()
