@@ -18,6 +18,8 @@ from .sampler import drawn, uniform
 # How far off a device's sum over a row may be, relative to the sum. It only has to be wide enough: a draw that
 # so much could change is made from the whole row, and such draws are rare.
 DENOMINATOR_ERROR = 1e-3
+# How far the sum of the sampler may be below the exact one: it adds up float32 (top_logits.softmax_denominator).
+SAMPLER_ERROR = 4e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,8 @@ class Candidates:
         seen, unseen = float(shares[unused].sum()), vocab - used - int(np.count_nonzero(unused))
         total = float(self.denominator[row])
         least = total * (1 - DENOMINATOR_ERROR) - seen - unseen * float(shares.min())
-        return max(least, float(shares[~unused].sum())), total * (1 + DENOMINATOR_ERROR) - seen
+        known = float(shares[~unused].sum()) * (1 - SAMPLER_ERROR)
+        return max(least, known), total * (1 + DENOMINATOR_ERROR) - seen
 
 
 def candidates_of(outputs: Mapping[str, np.ndarray]) -> Candidates | None:
