@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..model_defs.layers import Linear
 from ..runtime.artifact import CacheSpec, GraphKey, GraphSpec, WeightSpec
-from ..runtime.backends.base import Result, cache_name, in_pages, rows_to_copy
+from ..runtime.backends.base import Result, cache_name, copy_rows, copy_text_page, in_pages
 from ..runtime.sampling.candidates import candidates_of
 from .graphs import GraphDef
 from .weight_views import map_parameter
@@ -103,14 +103,10 @@ class EagerBackend:
         self.caches[name][: len(value)].copy_(torch.from_numpy(value))
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
-        for name, cache in self.caches.items():
-            count = rows_to_copy(name, rows, images)
-            cache[target, :, :count].copy_(cache[source, :, :count])
+        copy_rows(self.caches, source, target, rows, images)
 
     def copy_page(self, source: int, target: int) -> None:
-        for name, cache in self.caches.items():
-            if in_pages(self.cache, name):
-                cache[target].copy_(cache[source])
+        copy_text_page(self.cache, self.caches, source, target)
 
     def give_back(self, slot: int, rows: int) -> None:
         """The cache is reserved as a whole."""

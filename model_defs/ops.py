@@ -268,6 +268,13 @@ def _(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.empty_like(x)
 
 
+def _like_query_and_caches(
+    q: Tensor, _k: Tensor, _v: Tensor, k_cache: Tensor, v_cache: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The shapes of what attention over caches returns."""
+    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+
+
 @_op("cached_attention")
 def cached_attention(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, heads: int
@@ -307,9 +314,7 @@ def _attended(q: Tensor, k_cache: Tensor, v_cache: Tensor, at: Tensor, heads: in
     return torch.einsum("bkgts,bksd->btkgd", weights, values).reshape(b, t, heads * d)
 
 
-@cached_attention.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, heads: int):
-    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+cached_attention.register_fake(_like_query_and_caches)
 
 
 @_op("int8_cached_attention")
@@ -335,19 +340,7 @@ def int8_cached_attention(
     return _attended(q, _unscaled(k_cache, k_scale, q), _unscaled(v_cache, v_scale, q), at, heads), k_cache, v_cache
 
 
-@int8_cached_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    lengths: Tensor,
-    heads: int,
-):
-    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+int8_cached_attention.register_fake(_like_query_and_caches)
 
 
 def attention_over_stored(
@@ -407,19 +400,7 @@ def _gathered(pages: Tensor, block_table: Tensor) -> Tensor:
     return pages[block_table.long()].flatten(1, 2).transpose(1, 2)
 
 
-@paged_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    lengths: Tensor,
-    block_table: Tensor,
-    slot_mapping: Tensor,
-    heads: int,
-):
-    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+paged_attention.register_fake(_like_query_and_caches)
 
 
 @_op("int8_paged_attention")
@@ -446,21 +427,7 @@ def int8_paged_attention(
     return out, k_cache, v_cache
 
 
-@int8_paged_attention.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scale: Tensor,
-    v_scale: Tensor,
-    lengths: Tensor,
-    block_table: Tensor,
-    slot_mapping: Tensor,
-    heads: int,
-):
-    return torch.empty_like(q), torch.empty_like(k_cache), torch.empty_like(v_cache)
+int8_paged_attention.register_fake(_like_query_and_caches)
 
 
 def attention_over_stored_pages(

@@ -18,6 +18,8 @@ from staticvl.runtime.backends.ge_simulator.ge_graph import (
     TensorDescriptor,
 )
 
+from .ge_graphs import write_value
+
 Tensor = tuple[str, tuple[int, ...]]  # dtype and shape
 DTYPE_NUMBERS = {name: number for number, name in ATTRIBUTE_DTYPES.items()}
 
@@ -93,11 +95,5 @@ def _set(attribute: Any, value: Any) -> None:
     elif isinstance(value, list):
         attribute.list.val_type = 2
         attribute.list.i.extend(value)
-    elif isinstance(value, str):
-        attribute.s = value.encode()
-    elif isinstance(value, bool):
-        attribute.b = value
-    elif isinstance(value, int):
-        attribute.i = value
     else:
-        attribute.f = value
+        write_value(attribute, value)

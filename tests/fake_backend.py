@@ -198,7 +198,7 @@ class FakeBackend:
         self.kept[target] = self.kept[source]
 
     def spoil(self, pages: list[int]) -> None:
-        """Nobody may read these pages before they are written again."""
+        """No sequence may read these pages before they are written again."""
         self.kept[pages] = SPOILT
 
     def use_small_pages(self) -> None:

@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from staticvl.tools.operator_tests.formulas import rms, standard, turned
+
+__all__ = ["rms", "standard", "turned"]  # of the operator tests, which run the same operators on a card
+
 HALVES = (torch.float16, torch.bfloat16)
 FLOATS = (torch.float32, *HALVES)
 TOLERANCE = {torch.float32: (1e-5, 1e-6), torch.float16: (2e-3, 1e-6), torch.bfloat16: (1.6e-2, 1e-6)}  # one rounding
@@ -19,28 +23,6 @@ def rand(*shape: int) -> Tensor:
 
 def ints(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
     return torch.tensor(values, dtype=dtype)
-
-
-def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
-
-
-def standard(x: Tensor, axes: int) -> Tensor:
-    """Mean 0 and variance 1 over the last axes."""
-    dims = tuple(range(-axes, 0))
-    centred = x - x.mean(dims, keepdim=True)
-    return centred / torch.sqrt((centred * centred).mean(dims, keepdim=True) + 1e-5)
-
-
-def turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    half = x.shape[-1] // 2
-    return torch.cat(
-        (
-            x[..., :half] * cos[..., :half] - x[..., half:] * sin[..., :half],
-            x[..., half:] * cos[..., half:] + x[..., :half] * sin[..., half:],
-        ),
-        -1,
-    )
 
 
 def convolved(x: Tensor, kernel: Tensor, bias: Tensor, stride: int) -> Tensor:

@@ -95,8 +95,11 @@ def edited(data: bytes, edit: Callable[[Any], None]) -> bytes:
 
 
 def set_attribute(graph: Any, op_type: str, name: str, value: Any) -> None:
-    op = next(op for op in graph.op if op.type == op_type)
-    attribute = op.attr[name]
+    write_value(next(op for op in graph.op if op.type == op_type).attr[name], value)
+
+
+def write_value(attribute: Any, value: Any) -> None:
+    """Text, a truth value, an integer or a number, as an attribute of a node."""
     if isinstance(value, str):
         attribute.s = value.encode()
     elif isinstance(value, bool):

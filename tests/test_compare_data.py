@@ -142,7 +142,7 @@ def test_files_without_samples(folder: Path) -> None:
 def test_messages_of_an_api_and_of_llama_factory(folder: Path) -> None:
     image = {"type": "image_url", "image_url": {"url": "a.png"}}
     question = {"role": "user", "content": [{"type": "text", "text": "First:"}, image, {"type": "text", "text": "What?"}]}
-    asked = {"messages": [question, {"role": "assistant", "content": "A."}, {"role": "user", "content": "Why?"}]}
+    conversation = {"messages": [question, {"role": "assistant", "content": "A."}, {"role": "user", "content": "Why?"}]}
     marked = {
         "messages": [{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A."}],
         "images": ["b.png"],
@@ -152,7 +152,7 @@ def test_messages_of_an_api_and_of_llama_factory(folder: Path) -> None:
         "url": "/v1/chat/completions",
         "body": {"model": "m", "messages": [{"role": "user", "content": "Hi"}]},
     }
-    first, open_end, second, third = read_data(written(folder, asked, marked, batch))
+    first, open_end, second, third = read_data(written(folder, conversation, marked, batch))
     message = Message("user", ("First:", IMAGE, "What?"))
     assert (first.messages, first.images, first.answer) == ((message,), (folder / "a.png",), "A.")
     assert (open_end.messages[-1], open_end.answer) == (Message("user", "Why?"), None)
@@ -179,8 +179,8 @@ def test_a_table_of_vlmevalkit(folder: Path) -> None:
     header = "index\timage\timage_path\tquestion\thint\tA\tB\tanswer\n"
     path.write_text(f'{header}7\t{image}\t\t"Which, ""red""?"\tLook.\tred\tblue\tA\n8\t\ta.png\tWhat?\t\t\t\tA cat\n')
     choice, free = read_data(path)
-    asked = 'Hint: Look.\nQuestion: Which, "red"?\nOptions:\nA. red\nB. blue\n'
-    message = Message("user", asked + "Please select the correct answer from the options above.", 1)
+    question = 'Hint: Look.\nQuestion: Which, "red"?\nOptions:\nA. red\nB. blue\n'
+    message = Message("user", question + "Please select the correct answer from the options above.", 1)
     assert (choice.name, choice.messages, choice.images, choice.expected) == ("7", (message,), (b"pixels",), "A")
     assert (free.messages, free.images, free.expected) == ((Message("user", "What?", 1),), (folder / "a.png",), "A cat")
 
@@ -193,8 +193,8 @@ def test_logs_of_lmms_eval_and_questions_of_llava_bench(folder: Path) -> None:
         "input": "Q?\nOne word.",
         "resps": [["a"]],
     }
-    asked = {"question_id": 0, "image": "b.png", "text": "Describe.", "category": "detail"}
-    first, second = read_data(written(folder, logged, asked))
+    bench_line = {"question_id": 0, "image": "b.png", "text": "Describe.", "category": "detail"}
+    first, second = read_data(written(folder, logged, bench_line))
     assert (first.name, first.messages, first.expected) == ("3", (Message("user", "Q?\nOne word.", 1),), "A")
     assert (second.name, second.messages, second.expected) == ("0", (Message("user", "Describe.", 1),), None)
 

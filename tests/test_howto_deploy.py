@@ -80,9 +80,9 @@ def test_the_buckets_of_the_page_can_be_compiled(place: Path, capsys: pytest.Cap
     (command,) = [each for each in run_here() if "--buckets buckets.yaml" in each]
     assert main([*shlex.split(command)[1:], "--plan-only"]) == 0
     printed = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines() if line.split()}
-    asked = yaml.safe_load((place / "buckets.yaml").read_text(encoding="utf-8"))
+    buckets = yaml.safe_load((place / "buckets.yaml").read_text(encoding="utf-8"))
     for kind in ("prefill", "decode", "vision"):
-        assert [int(each.strip(",")) for each in printed[kind]] == asked[kind]
+        assert [int(each.strip(",")) for each in printed[kind]] == buckets[kind]
 
 
 def test_commands_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -151,7 +151,7 @@ class PlainModel:
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 2**32), count=st.integers(8, 26), keep=st.sampled_from((True, True, True, False)))
 def test_random_sequences(collisions: bool, seed: int, count: int, keep: bool) -> None:
-    """`collisions`: all keys have one hash, so that pages are told apart by their keys alone."""
+    """`collisions`: all keys have one hash, so that pages differ by their keys alone."""
     rng = np.random.default_rng(seed)
     with pytest.MonkeyPatch.context() as patch:
         if collisions:

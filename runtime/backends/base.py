@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -166,8 +166,22 @@ def in_pages(cache: CacheSpec, name: str) -> bool:
     return bool(cache.pages) and is_text(name)
 
 
-def rows_to_copy(name: str, rows: int, images: int) -> int | None:
-    """The number of rows of a cache buffer that `copy_slot` copies; None: all."""
+def copy_rows(buffers: Mapping[str, Any], source: int, target: int, rows: int, images: int) -> None:
+    """Backend.copy_slot over cache buffers, arrays of numpy or torch."""
+    for name, buffer in buffers.items():
+        count = _rows_to_copy(name, rows, images)
+        buffer[target, :, :count] = buffer[source, :, :count]
+
+
+def copy_text_page(cache: CacheSpec, buffers: Mapping[str, Any], source: int, target: int) -> None:
+    """Backend.copy_page over cache buffers."""
+    for name, buffer in buffers.items():
+        if in_pages(cache, name):
+            buffer[target] = buffer[source]
+
+
+def _rows_to_copy(name: str, rows: int, images: int) -> int | None:
+    """The number of rows of a cache buffer that are copied from slot to slot; None: all."""
     if not name.startswith("cross_"):
         return rows
     return None if int(name.rsplit(".", 1)[1]) < images else 0

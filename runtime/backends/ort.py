@@ -26,7 +26,7 @@ from ..opening import RunError, reading, remedy
 from ..sampling.candidates import candidates_of
 from ..shown import quoted
 from . import unsigned_weights
-from .base import Group, Result, cache_name, check_group, checked, is_text, rows_to_copy, weights_folder, world_rank
+from .base import Group, Result, cache_name, check_group, checked, copy_rows, is_text, weights_folder, world_rank
 from .cores import usable_cores
 from .host_cache import HostCache
 from .mapped_pages import release_pages
@@ -311,9 +311,7 @@ class OrtBackend:
         self.caches[name][: len(value)] = value
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
-        for name, cache in self.caches.items():
-            count = rows_to_copy(name, rows, images)
-            cache[target, :, :count] = cache[source, :, :count]
+        copy_rows(self.caches, source, target, rows, images)
 
     def copy_page(self, source: int, target: int) -> None:
         raise NotImplementedError("graphs for ONNX Runtime have slots, no pages")

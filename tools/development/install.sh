@@ -6,7 +6,7 @@
 # Without an NVIDIA GPU the CPU build of torch is installed first. Where no index has one, the script asks before it installs
 # the usual build, which brings gigabytes of CUDA; without a terminal it stops. From the environment:
 #
-# TORCH_INDEX: a package index with CPU builds of torch, asked besides the indexes that pip is configured for.
+# TORCH_INDEX: a package index with CPU builds of torch, in addition to the indexes that pip is configured for.
 # TORCH: cpu or cuda, instead of looking for a GPU; any: as without TORCH, but never ask or stop, for CI.
 set -eu
 python=$1 extra=$2

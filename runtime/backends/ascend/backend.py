@@ -35,7 +35,17 @@ from ...locks import Hold, hold
 from ...opening import reading
 from ...sampling.candidates import candidates_of
 from ...shown import quoted
-from ..base import Group, Result, cache_name, check_group, checked, in_pages, rows_to_copy, world_rank
+from ..base import (
+    Group,
+    Result,
+    cache_name,
+    check_group,
+    checked,
+    copy_rows,
+    copy_text_page,
+    in_pages,
+    world_rank,
+)
 from . import torchair_host
 from .compile_cache import compile_cache_folder
 from .kernel import Kernel, ascend_info, check_ascend_info, load_kernel, load_program
@@ -238,14 +248,10 @@ class AscendBackend:
         self.caches[name][: len(value)].copy_(torch.from_numpy(value))
 
     def copy_slot(self, source: int, target: int, rows: int, images: int) -> None:
-        for name, cache in self.caches.items():
-            count = rows_to_copy(name, rows, images)
-            cache[target, :, :count].copy_(cache[source, :, :count])
+        copy_rows(self.caches, source, target, rows, images)
 
     def copy_page(self, source: int, target: int) -> None:
-        for name, cache in self.caches.items():
-            if in_pages(self.cache, name):
-                cache[target].copy_(cache[source])
+        copy_text_page(self.cache, self.caches, source, target)
 
     def give_back(self, slot: int, rows: int) -> None:
         """The cache is reserved as a whole."""

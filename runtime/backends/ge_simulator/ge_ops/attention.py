@@ -82,9 +82,7 @@ def fused_infer_attention_score(
     inner_precise (0 to 3) trades accuracy for speed and is the same here. A query that sees no key gives zeros, and an lse of
     inf, in all of its modes; a device promises that for 2 and 3 only.
     """
-    layout, _, out_layout = input_layout.partition("_")
-    if layout not in LAYOUTS or (out_layout or layout) not in LAYOUTS:
-        raise UnsupportedError(f"attribute input_layout = {input_layout!r} is not supported; expected one of {LAYOUTS}")
+    layout, out_layout = _layouts(input_layout)
     if inner_precise not in (0, 1, 2, 3):
         raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 to 3")
     kv_heads, kv_layout = num_key_value_heads or num_heads, layout
@@ -92,8 +90,8 @@ def fused_infer_attention_score(
         check_pages(query, layout, key, block_table, block_size, actual_seq_lengths_kv)
         key, value = ([gathered(pages, block_table, block_size, kv_heads, layout) for pages in each] for each in (key, value))
         kv_layout = "BNSD"
-    elif block_size:
-        raise UnsupportedError(f"attribute block_size = {block_size} is not supported; only 0 is, without block_table")
+    else:
+        _check_block_size(block_size)
     if key_antiquant_scale is not None or value_antiquant_scale is not None:
         key = [_dequantised(query, key, key_antiquant_scale, "key")]
         value = [_dequantised(query, value, value_antiquant_scale, "value")]
@@ -115,6 +113,19 @@ def fused_infer_attention_score(
         rows = (q[b, :, :count], k[b, :, :length], v[b, :, :length])
         out[b, :, :count], lse[b, :, :count] = _attend(*rows, hidden, scale)
     return _to_layout(out, out_layout or layout), lse if softmax_lse_flag else torch.empty(context.node.outputs[1].shape or 0)
+
+
+def _layouts(input_layout: str) -> tuple[str, str]:
+    """The layout of query, and that of the result where it is another one; else ""."""
+    layout, _, out_layout = input_layout.partition("_")
+    if layout not in LAYOUTS or (out_layout or layout) not in LAYOUTS:
+        raise UnsupportedError(f"attribute input_layout = {input_layout!r} is not supported; expected one of {LAYOUTS}")
+    return layout, out_layout
+
+
+def _check_block_size(block_size: int) -> None:
+    if block_size:
+        raise UnsupportedError(f"attribute block_size = {block_size} is not supported; only 0 is, without block_table")
 
 
 def _dequantised(query: Tensor, tensors: list[Tensor], scale: Tensor | None, name: str) -> Tensor:
