@@ -83,15 +83,12 @@ def fused_infer_attention_score(
     inf, in all of its modes; a device promises that for 2 and 3 only.
     """
     layout, out_layout = _layouts(input_layout)
-    if inner_precise not in (0, 1, 2, 3):
-        raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 to 3")
+    _check_numbers(inner_precise, block_size, paged=block_table is not None)
     kv_heads, kv_layout = num_key_value_heads or num_heads, layout
     if block_table is not None:
         check_pages(query, layout, key, block_table, block_size, actual_seq_lengths_kv)
         key, value = ([gathered(pages, block_table, block_size, kv_heads, layout) for pages in each] for each in (key, value))
         kv_layout = "BNSD"
-    else:
-        _check_block_size(block_size)
     if key_antiquant_scale is not None or value_antiquant_scale is not None:
         key = [_dequantised(query, key, key_antiquant_scale, "key")]
         value = [_dequantised(query, value, value_antiquant_scale, "value")]
@@ -123,8 +120,10 @@ def _layouts(input_layout: str) -> tuple[str, str]:
     return layout, out_layout
 
 
-def _check_block_size(block_size: int) -> None:
-    if block_size:
+def _check_numbers(inner_precise: int, block_size: int, *, paged: bool) -> None:
+    if inner_precise not in (0, 1, 2, 3):
+        raise UnsupportedError(f"attribute inner_precise = {inner_precise} is not supported; expected 0 to 3")
+    if block_size and not paged:
         raise UnsupportedError(f"attribute block_size = {block_size} is not supported; only 0 is, without block_table")
 
 
